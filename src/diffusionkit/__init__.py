@@ -1,0 +1,137 @@
+"""Composable parts for score-based diffusion models in PyTorch.
+
+A process, a score model, an objective and a sampler are each one object, and any of them can be
+swapped for another. `interfaces` holds the whole contract.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .interfaces import (
+    Corrector,
+    ForwardSDE,
+    Predictor,
+    ScoreModel,
+    TargetEstimator,
+    TimeSampler,
+    Weighting,
+)
+from .models import (
+    EDMModel,
+    EmpiricalModel,
+    EpsModel,
+    GaussianMixtureModel,
+    IndexLabel,
+    LogSigmaLabel,
+    NetworkModel,
+    RawScoreModel,
+    SigmaLabel,
+    TimeLabel,
+    VModel,
+    X0Model,
+)
+from .sampling import (
+    DDIM,
+    Ancestral,
+    AnnealedLangevin,
+    EulerMaruyama,
+    KarrasGrid,
+    Langevin,
+    LinearPredictor,
+    LogSNRGrid,
+    Move,
+    PCSampler,
+    ProbabilityFlow,
+    QuadraticGrid,
+    ReverseDiffusion,
+    SamplerState,
+    UniformGrid,
+)
+from .sde import EDMSDE, VESDE, VPSDE, SubVPSDE, suggest_sigma_max
+from .training import (
+    EMA,
+    Checkpoint,
+    CheckpointError,
+    DenoisingTarget,
+    EDMWeighting,
+    LikelihoodWeighting,
+    LogNormalTimes,
+    MinSNRWeighting,
+    ScoreMatching,
+    SimpleWeighting,
+    StepReport,
+    StratifiedTimes,
+    UniformTimes,
+    clipped_step,
+    linear_warmup,
+    load_checkpoint,
+    save_checkpoint,
+)
+from .values import Perturbed, Prediction, Step, expand
+
+try:
+    __version__ = version("diffusionkit-torch")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DDIM",
+    "EDMSDE",
+    "EMA",
+    "VESDE",
+    "VPSDE",
+    "Ancestral",
+    "AnnealedLangevin",
+    "Checkpoint",
+    "CheckpointError",
+    "Corrector",
+    "DenoisingTarget",
+    "EDMModel",
+    "EDMWeighting",
+    "EmpiricalModel",
+    "EpsModel",
+    "EulerMaruyama",
+    "ForwardSDE",
+    "GaussianMixtureModel",
+    "IndexLabel",
+    "KarrasGrid",
+    "Langevin",
+    "LikelihoodWeighting",
+    "LinearPredictor",
+    "LogNormalTimes",
+    "LogSNRGrid",
+    "LogSigmaLabel",
+    "MinSNRWeighting",
+    "Move",
+    "NetworkModel",
+    "PCSampler",
+    "Perturbed",
+    "Prediction",
+    "Predictor",
+    "ProbabilityFlow",
+    "QuadraticGrid",
+    "RawScoreModel",
+    "ReverseDiffusion",
+    "SamplerState",
+    "ScoreMatching",
+    "ScoreModel",
+    "SigmaLabel",
+    "SimpleWeighting",
+    "Step",
+    "StepReport",
+    "StratifiedTimes",
+    "SubVPSDE",
+    "TargetEstimator",
+    "TimeLabel",
+    "TimeSampler",
+    "UniformGrid",
+    "UniformTimes",
+    "VModel",
+    "Weighting",
+    "X0Model",
+    "clipped_step",
+    "expand",
+    "linear_warmup",
+    "load_checkpoint",
+    "save_checkpoint",
+    "suggest_sigma_max",
+]

@@ -1,0 +1,118 @@
+"""Checks of what users hand in: each names what was expected and what came.
+
+Values are read only where that costs no device synchronisation, that is on the CPU and outside
+compiled code; shapes, dtypes and devices are checked everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor may be read without stalling a device or a compiler."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_state(x: Tensor, name: str = "x") -> None:
+    """Raise unless x is a floating-point tensor (B, *D) with B >= 1 and no empty dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape (B, *D), got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError(f"{name}: expected shape (B, *D), got a tensor without dimensions")
+    if x.numel() == 0:
+        raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(x.shape)}")
+
+
+def check_finite(x: Tensor, name: str = "x") -> None:
+    """Raise if x holds a NaN or an infinity (read on the CPU only)."""
+    if readable(x) and not math.isfinite(x.detach().float().sum().item()):
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise ValueError(f"{name}: expected finite values, got {bad} that are NaN or infinite")
+
+
+def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | None = None) -> None:
+    """Raise unless t is a floating-point tensor (B,) on the state's device, within [0, T]."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t: expected a tensor of shape (B,), got {type(t).__name__}")
+    if t.ndim != 1 or (batch is not None and t.shape[0] != batch):
+        expected = "(B,)" if batch is None else f"({batch},)"
+        raise ValueError(f"t: expected one time for each sample, shape {expected}, "
+                         f"got {tuple(t.shape)}")  # fmt: skip
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"t: expected a floating-point tensor, got {t.dtype}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"t: expected the device of x, {like.device}, got {t.device}")
+    if readable(t) and t.numel():
+        low, high = t.detach().aminmax()
+        # Written so that a NaN fails.
+        if not (low.item() >= 0.0 and high.item() <= T * (1 + 1e-6)):
+            raise ValueError(
+                f"t: expected times within [0, T] = [0, {T:g}], "
+                f"got values from {low.item():g} to {high.item():g}"
+            )
+
+
+def check_transition(s: Tensor, t: Tensor, T: float) -> None:
+    """Raise unless s and t are times (B,) within [0, T] with s <= t."""
+    check_times(s, T)
+    check_times(t, T, s.shape[0], s)
+    if readable(s) and readable(t) and bool((s > t).any()):
+        raise ValueError(
+            f"transition: expected s <= t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}"
+        )
+
+
+def check_same(x: Tensor, like: Tensor, name: str, like_name: str) -> None:
+    """Raise unless x has the shape, dtype and device of another tensor."""
+    for what, got, expected in (
+        ("shape", tuple(x.shape), tuple(like.shape)),
+        ("dtype", x.dtype, like.dtype),
+        ("device", x.device, like.device),
+    ):
+        if got != expected:
+            raise ValueError(f"{name}: expected the {what} of {like_name}, {expected}, got {got}")
+
+
+def check_reference(reference: Tensor, x0: Tensor) -> None:
+    """Raise unless reference data (n, *D) are finite and match the data x0 (B, *D)."""
+    check_state(reference, "reference")
+    if reference.shape[1:] != x0.shape[1:]:
+        raise ValueError(
+            f"reference: expected shape (n, *{tuple(x0.shape[1:])}) as the data's, "
+            f"got {tuple(reference.shape)}"
+        )
+    check_same(reference[:1], x0[:1], "reference", "x0")
+    check_finite(reference, "reference")
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape (B, *D) as a tuple, or raise if it is not one of positive integers."""
+    sizes = tuple(shape)
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"shape: expected positive integers (B, *D), got {sizes}")
+    return sizes
+
+
+def check_positive(value: float, name: str, *, zero: bool = False) -> None:
+    """Raise unless a number is finite and positive (or not negative, where zero is allowed)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        kind = "finite number >= 0" if zero else "finite number > 0"
+        raise ValueError(f"{name}: expected a {kind}, got {value}")
+
+
+def check_count(value: int, name: str, *, least: int = 1) -> None:
+    """Raise unless a number is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")

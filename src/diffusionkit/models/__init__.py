@@ -1,0 +1,21 @@
+"""Score models: a network with its process, and exact oracles."""
+
+from .edm import EDMModel
+from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, TimeLabel
+from .network import EpsModel, NetworkModel, RawScoreModel, VModel, X0Model
+from .oracles import EmpiricalModel, GaussianMixtureModel
+
+__all__ = [
+    "EDMModel",
+    "EmpiricalModel",
+    "EpsModel",
+    "GaussianMixtureModel",
+    "IndexLabel",
+    "LogSigmaLabel",
+    "NetworkModel",
+    "RawScoreModel",
+    "SigmaLabel",
+    "TimeLabel",
+    "VModel",
+    "X0Model",
+]

@@ -1,0 +1,115 @@
+"""What a network is told about time: labels (B,) made from the process and the times (B,).
+
+A label is any callable (sde, t) -> (B,). Networks know no SDE; they embed the label they get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._checks import check_positive
+from ..interfaces import ForwardSDE
+
+Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TimeLabel:
+    """The time as a fraction of T, times a scale: 999 t for the VP networks of the papers.
+
+    Args:
+        scale: the label at t = T. A scale of T, or of 1 where T = 1, is plain t.
+
+    >>> from diffusionkit import VPSDE
+    >>> TimeLabel(999.0)(VPSDE(), torch.tensor([0.0, 0.5, 1.0]))
+    tensor([  0.0000, 499.5000, 999.0000])
+    """
+
+    scale: float = 999.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.scale, "scale")
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return scale t / T, (B,)."""
+        return t * (self.scale / sde.T)
+
+
+@dataclass(frozen=True)
+class SigmaLabel:
+    """The noise-to-signal ratio sigma / alpha: sigma for VE networks, which embed its logarithm.
+
+    >>> from diffusionkit import VESDE
+    >>> SigmaLabel()(VESDE(), torch.tensor([1.0]))
+    tensor([50.])
+    """
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return sigma / alpha, (B,)."""
+        alpha, sigma = sde.kernel(t)
+        ratio = sigma / alpha
+        return ratio if isinstance(ratio, Tensor) else torch.full_like(t, ratio)
+
+
+@dataclass(frozen=True)
+class LogSigmaLabel:
+    """The logarithm of the noise-to-signal ratio, scaled: log(sigma) / 4 for EDM networks.
+
+    >>> from diffusionkit import EDMSDE
+    >>> LogSigmaLabel()(EDMSDE(), torch.tensor([1.0]))
+    tensor([0.])
+    """
+
+    scale: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_positive(self.scale, "scale")
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return scale log(sigma / alpha), (B,)."""
+        return sde.log_snr(t) * (-0.5 * self.scale)
+
+
+class IndexLabel:
+    """The index of the nearest entry in a table of noise-to-signal ratios sigma / alpha.
+
+    For networks that were trained on numbered levels: NCSN numbers its sigmas from the largest,
+    so its table is decreasing and level 0 is sigma_max. Nearest is meant in log sigma.
+
+    Args:
+        sigmas: the table, positive and strictly monotone in either direction.
+
+    Raises:
+        ValueError: if the table has fewer than two entries, or is not positive and monotone.
+
+    >>> from diffusionkit import VESDE
+    >>> IndexLabel([50.0, 1.0, 0.01])(VESDE(), torch.tensor([0.0, 1.0]))
+    tensor([2., 0.])
+    """
+
+    def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
+        """Keep the table."""
+        table = torch.as_tensor(sigmas, dtype=torch.float64).flatten().cpu()
+        steps = table.diff()
+        if len(table) < 2 or not (table > 0).all() or not ((steps > 0).all() or (steps < 0).all()):
+            raise ValueError(
+                "sigmas: expected at least two positive, strictly increasing or decreasing "
+                f"values, got {table.tolist()[:6]}"
+            )
+        self._flip = bool(steps[0] < 0)
+        log = torch.log(table.flip(0) if self._flip else table)
+        self._edges = 0.5 * (log[1:] + log[:-1])
+
+    def __repr__(self) -> str:
+        return f"IndexLabel({len(self._edges) + 1} levels)"
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return the index of the nearest level as a floating-point number, (B,)."""
+        log_sigma = -0.5 * sde.log_snr(t)
+        index = torch.bucketize(log_sigma, self._edges.to(log_sigma.device, log_sigma.dtype))
+        return (len(self._edges) - index if self._flip else index).to(t.dtype)

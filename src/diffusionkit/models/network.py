@@ -1,0 +1,179 @@
+"""A network made into a score model, one class for each thing a network may predict."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .._checks import check_state, check_times
+from .._numerics import Instant, instant
+from ..interfaces import ForwardSDE, ScoreModel
+from ..values import Coefficient, Prediction
+from .labels import Label, SigmaLabel, TimeLabel
+
+
+class NetworkModel(ScoreModel):
+    """A network whose output F states a x0 + b eps; subclasses say which a and b.
+
+    Args:
+        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D). An output object
+            with the tensor in `.sample`, as diffusers' networks return, will do too.
+        sde: the forward process.
+        label: what the network is told about time, a callable (sde, t) -> (B,).
+
+    Raises:
+        TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
+    """
+
+    def __init__(
+        self, network: Callable[..., Any], sde: ForwardSDE, *, label: Label | None = None
+    ) -> None:
+        """Join the network and its process."""
+        super().__init__()
+        label = self._default_label() if label is None else label
+        if not isinstance(sde, ForwardSDE):
+            raise TypeError(f"sde: expected a ForwardSDE, got {type(sde).__name__}")
+        for name, part in (("network", network), ("label", label)):
+            if not callable(part):
+                raise TypeError(f"{name}: expected a callable, got {type(part).__name__}")
+        self.network = network
+        self.sde = sde
+        self.label = label
+
+    @staticmethod
+    def _default_label() -> Label:
+        return TimeLabel()
+
+    @abc.abstractmethod
+    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+        """Return a and b of the output a x0 + b eps, from alpha and sigma, (B,) or floats."""
+
+    def scale_input(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
+        """Return what the network sees of the state, (B, *D): the state itself by default."""
+        return x
+
+    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """Predict data and noise of a state x (B, *D) at times t (B,).
+
+        Raises:
+            ValueError: if t is not (B,), lies outside [0, T] or on another device, or the
+                network's output has another shape than x.
+            TypeError: if x or t is not a floating-point tensor.
+        """
+        check_state(x)
+        known = instant(t, self.sde)
+        if known is None:
+            check_times(t, self.sde.T, x.shape[0], x)
+        alpha, sigma = self.sde.kernel(t)
+        label = self._label(x, t, known)
+        output = self.network(self.scale_input(x, alpha, sigma), label, **cond)
+        if not isinstance(output, Tensor) or output.shape != x.shape:
+            output = self._tensor(output, x)
+        a, b = self.statement(alpha, sigma)
+        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
+
+    def _label(self, x: Tensor, t: Tensor, known: Instant | None) -> Tensor:
+        # Predictor and corrector ask at the same time.
+        if known is None:
+            return self.label(self.sde, t).to(x.dtype)
+        key = ("label", id(self.label), x.dtype)
+        label: Tensor | None = known.notes.get(key)
+        if label is None:
+            label = known.notes[key] = self.label(self.sde, t).to(x.dtype)
+        return label
+
+    def _tensor(self, output: Any, x: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            output = getattr(output, "sample", output)
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"network: expected a tensor of shape {tuple(x.shape)}, "
+                    f"got {type(output).__name__}"
+                )
+        if output.shape != x.shape:
+            raise ValueError(
+                f"network: expected an output of shape {tuple(x.shape)}, got {tuple(output.shape)}"
+            )
+        return output
+
+
+class EpsModel(NetworkModel):
+    r"""A network that predicts the noise: F = eps, score = -F / sigma.
+
+    The default label is 999 t / T.
+
+    Args:
+        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        sde: the forward process.
+        label: what the network is told about time, a callable (sde, t) -> (B,).
+
+    Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
+
+    >>> import torch
+    >>> from diffusionkit import VPSDE
+    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), VPSDE())
+    >>> model.predict(torch.ones(2, 3), torch.tensor([0.1, 0.9])).eps.shape
+    torch.Size([2, 3])
+    """
+
+    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+        return 0.0, 1.0
+
+
+class X0Model(NetworkModel):
+    r"""A network that predicts the data: F = x0, score = (alpha F - x) / sigma^2.
+
+    The default label is 999 t / T.
+
+    Args:
+        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        sde: the forward process.
+        label: what the network is told about time, a callable (sde, t) -> (B,).
+
+    Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
+    """
+
+    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+        return 1.0, 0.0
+
+
+class VModel(NetworkModel):
+    r"""A network that predicts the velocity: F = alpha eps - sigma x0.
+
+    The default label is 999 t / T.
+
+    Args:
+        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        sde: the forward process.
+        label: what the network is told about time, a callable (sde, t) -> (B,).
+
+    Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
+    """
+
+    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+        return -sigma, alpha
+
+
+class RawScoreModel(NetworkModel):
+    r"""A network that predicts the score itself: F = -eps / sigma.
+
+    Its output spans as many decades as sigma does, so the network is expected to divide by
+    sigma, as the NCSN++ of VE does. The default label is sigma / alpha.
+
+    Args:
+        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        sde: the forward process.
+        label: what the network is told about time, a callable (sde, t) -> (B,).
+
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
+    """
+
+    @staticmethod
+    def _default_label() -> Label:
+        return SigmaLabel()
+
+    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+        return 0.0, -1.0 / sigma

@@ -1,0 +1,188 @@
+"""Models whose score is known exactly, for tests, teaching and the development of solvers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_finite, check_state, check_times
+from .._draws import Generators, rand, randn
+from .._numerics import exact
+from ..interfaces import ForwardSDE, ScoreModel
+from ..values import Prediction, expand
+
+
+class GaussianMixtureModel(ScoreModel):
+    r"""The exact model of data from a mixture of isotropic Gaussians.
+
+    .. math::
+        p_t(x) = \sum_k w_k N(x; \alpha m_k, V_k I), \quad V_k = \alpha^2 s_k^2 + \sigma^2, \quad
+        \epsilon = \sum_k r_k(x) \frac{\sigma (x - \alpha m_k)}{V_k}
+
+    with the posterior weights r_k of the components. Computed in float64, whatever the state.
+
+    Args:
+        sde: the forward process.
+        means: the means m_k (K, *D).
+        stds: the standard deviations s_k (K,), 0 allowed.
+        weights: the weights w_k (K,), normalised here; equal by default.
+
+    Raises:
+        ValueError: if shapes do not match, a standard deviation or weight is negative, or no
+            weight is positive.
+
+    >>> from diffusionkit import VPSDE
+    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> model(torch.zeros(1, 1), torch.tensor([0.5]))
+    tensor([[-0.]])
+    """
+
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        sde: ForwardSDE,
+        means: Tensor | Sequence[Any],
+        stds: Tensor | Sequence[float],
+        weights: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        """Keep the mixture in float64."""
+        super().__init__()
+        self.sde = sde
+        parts = [torch.as_tensor(part, dtype=torch.float64) for part in (means, stds)]
+        m, s = parts
+        w = torch.ones_like(s) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        if m.ndim < 2 or s.shape != m.shape[:1] or w.shape != s.shape:
+            raise ValueError(
+                "expected means (K, *D), stds (K,) and weights (K,), "
+                f"got {tuple(m.shape)}, {tuple(s.shape)} and {tuple(w.shape)}"
+            )
+        for name, part in (("means", m), ("stds", s), ("weights", w)):
+            check_finite(part, name)
+        if (s < 0).any() or (w < 0).any() or not (w > 0).any():
+            raise ValueError("expected stds >= 0 and weights >= 0 that are not all zero, "
+                             f"got {s.tolist()} and {w.tolist()}")  # fmt: skip
+        self.register_buffer("means", m)
+        self.register_buffer("stds", s)
+        self.register_buffer("weights", w / w.sum())
+
+    def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return alpha, sigma (B, 1), variances (B, K), differences, log-joints."""
+        alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
+        variance = (alpha * self.stds) ** 2 + sigma**2
+        diff = exact(x).flatten(1).unsqueeze(1) - alpha.unsqueeze(2) * self.means.flatten(1)
+        d = diff.shape[2]
+        log = torch.log(self.weights) - 0.5 * diff.square().sum(2) / variance
+        return alpha, sigma, variance, diff, log - 0.5 * d * torch.log(2 * math.pi * variance)
+
+    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """Return the exact prediction for a state x (B, *D) at times t (B,)."""
+        self._check(x, t)
+        alpha, sigma, variance, diff, log = self._components(x, t)
+        share = (torch.softmax(log, 1) / variance).unsqueeze(2)
+        eps = sigma * (share * diff).sum(1)
+        # x0 from its own sum: (x - sigma eps) / alpha has no digits left where alpha is tiny.
+        within = alpha.unsqueeze(2) * self.stds.square().unsqueeze(1) * diff
+        means = self.means.flatten(1) * variance.unsqueeze(2)
+        x0 = (share * (means + within)).sum(1)
+        eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, x0))
+        return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
+
+    def _check(self, x: Tensor, t: Tensor) -> None:
+        check_state(x)
+        check_times(t, self.sde.T, x.shape[0], x)
+        if x.shape[1:] != self.means.shape[1:]:
+            raise ValueError(f"x: expected shape (B, *{tuple(self.means.shape[1:])}), "
+                             f"got {tuple(x.shape)}")  # fmt: skip
+
+    def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return log p_t(x) in nats (B,), for a state x (B, *D) at times t (B,)."""
+        self._check(x, t)
+        return torch.logsumexp(self._components(x, t)[-1], 1).to(x.dtype)
+
+    def sample(
+        self, n: int, *, generator: Generators = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Draw n data points from the mixture (n, *D)."""
+        check_count(n, "n")
+        device = self.means.device
+        u = rand(n, generator=generator, device=device, dtype=torch.float64)
+        edges = self.weights.cumsum(0)[:-1]
+        k = torch.bucketize(u, edges, right=True)
+        noise = randn(
+            (n, *self.means.shape[1:]), generator=generator, device=device, dtype=torch.float64
+        )
+        x: Tensor = self.means[k] + expand(self.stds[k], noise) * noise
+        return x.to(dtype or torch.get_default_dtype())
+
+
+class EmpiricalModel(ScoreModel):
+    r"""The ideal model of a finite data set: what an unlimited network would learn.
+
+    .. math::
+        x_0(x) = \sum_i r_i x_i, \quad
+        r = \mathrm{softmax}_i\!\left(-\|x - \alpha x_i\|^2 / (2 \sigma^2)\right)
+
+    Computed in float64 as matrix products, over blocks of the data, so that memory grows with
+    B times the block and not with B times N times D.
+
+    Args:
+        sde: the forward process.
+        data: the data set (N, *D).
+        block: how many data points are looked at together.
+
+    Raises:
+        ValueError: if the data set is empty or not finite, or a state has another shape.
+        TypeError: if the data are not a floating-point tensor.
+
+    Source: Karras et al., 2022, arXiv 2206.00364 (appendix B.3).
+
+    >>> from diffusionkit import VESDE
+    >>> model = EmpiricalModel(VESDE(), torch.tensor([[-1.0], [1.0]]))
+    >>> model.predict(torch.tensor([[0.9]]), torch.tensor([0.0])).x0
+    tensor([[1.]])
+    """
+
+    data: Tensor
+
+    def __init__(self, sde: ForwardSDE, data: Tensor, *, block: int = 8192) -> None:
+        """Keep the data in float64."""
+        super().__init__()
+        check_state(data, "data")
+        check_finite(data, "data")
+        check_count(block, "block")
+        if data.ndim < 2:
+            raise ValueError(f"data: expected shape (N, *D), got {tuple(data.shape)}")
+        self.sde = sde
+        self.block = block
+        self.register_buffer("data", exact(data.detach()))
+
+    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """Return the exact prediction for a state x (B, *D) at times t (B,)."""
+        check_state(x)
+        check_times(t, self.sde.T, x.shape[0], x)
+        if x.shape[1:] != self.data.shape[1:]:
+            raise ValueError(f"x: expected shape (B, *{tuple(self.data.shape[1:])}), "
+                             f"got {tuple(x.shape)}")  # fmt: skip
+        alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
+        query, total = exact(x).flatten(1), None
+        for rows in torch.split(self.data.flatten(1), self.block):
+            # The part of the squared distance that depends on i, over sigma^2.
+            log = alpha * (query @ rows.T - 0.5 * alpha * rows.square().sum(1)) / sigma**2
+            part = torch.logsumexp(log, 1, keepdim=True)
+            mean = torch.softmax(log, 1) @ rows
+            if total is None:
+                total, x0 = part, mean
+            else:
+                both = torch.logaddexp(total, part)
+                x0 = torch.exp(total - both) * x0 + torch.exp(part - both) * mean
+                total = both
+        eps = (query - alpha * x0) / sigma
+        eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, x0))
+        return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))

@@ -1,0 +1,123 @@
+"""Errors that name what a network expected and what came."""
+
+import torch
+from torch import Tensor
+
+_SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimension
+
+
+def check_positive(**values: int) -> None:
+    """Refuse counts that are not positive integers.
+
+    Args:
+        **values: The counts by name.
+
+    Raises:
+        TypeError: If one is not an int.
+        ValueError: If one is below 1.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_dropout(dropout: float) -> None:
+    """Refuse a dropout probability outside [0, 1).
+
+    Args:
+        dropout: The probability.
+
+    Raises:
+        ValueError: If it is outside [0, 1).
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
+    r"""Refuse an input of wrong shape, dtype or device.
+
+    Args:
+        x: Input, expected to be (B, channels, \*spatial).
+        channels: Expected number of channels.
+        dims: Expected number of spatial dimensions, zero for vectors.
+        weight: A weight of the network, for its dtype and device.
+
+    Raises:
+        TypeError: If the dtype is not the weight's (under autocast: not floating point).
+        ValueError: If the shape or the device is wrong or the batch is empty.
+    """
+    if x.ndim != dims + 2 or x.shape[1] != channels:
+        expected = ", ".join(["B", str(channels), *_SPATIAL[dims]])
+        raise ValueError(f"x must have shape ({expected}), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on {weight.device} like the network, got {x.device}")
+    if x.dtype != weight.dtype and not (x.is_floating_point() and _autocast(x.device.type)):
+        raise TypeError(f"x must be {weight.dtype} like the network, got {x.dtype}")
+
+
+def _autocast(device_type: str) -> bool:
+    # Asking about a device that has no autocast, such as meta, is an error of its own.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def check_label(x: Tensor, label: Tensor) -> None:
+    """Refuse a label (time) that does not go with the input.
+
+    Args:
+        x: Input (B, ...).
+        label: Label, expected to be (B,), real, on the device of x.
+
+    Raises:
+        TypeError: If the label is boolean or complex.
+        ValueError: If its shape or device is wrong.
+    """
+    if label.shape != x.shape[:1]:
+        raise ValueError(f"label must have shape ({x.shape[0]},), got {tuple(label.shape)}")
+    if label.dtype == torch.bool or label.is_complex():
+        raise TypeError(f"label must be real, got {label.dtype}")
+    if label.device != x.device:
+        raise ValueError(f"label must be on {x.device} like x, got {label.device}")
+
+
+def check_classes(x: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
+    """Refuse class labels that do not go with the input or the network.
+
+    The range is checked on the CPU only: elsewhere it would wait for the device.
+
+    Args:
+        x: Input (B, ...).
+        labels: Class labels, expected to be (B,), int64, on the device of x, in
+            [0, num_classes); expected to be None if `num_classes` is None.
+        num_classes: Number of classes of the network, or None.
+
+    Raises:
+        TypeError: If the dtype is wrong, or labels are missing or unexpected.
+        ValueError: If the shape, the device or the range is wrong.
+    """
+    if num_classes is None:
+        if labels is not None:
+            raise TypeError(
+                f"labels must be None for a network without classes (num_classes=None), "
+                f"got a tensor of shape {tuple(labels.shape)}"
+            )
+        return
+    if labels is None:
+        raise TypeError(
+            f"labels must be a tensor (B,) for a network with num_classes={num_classes}, got None"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
+    if labels.device != x.device:
+        raise ValueError(f"labels must be on {x.device} like x, got {labels.device}")
+    # A compiled graph cannot branch on values; its embedding checks the range itself.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must be in [0, {num_classes}), got values {low} to {high}")

@@ -1,0 +1,164 @@
+"""Grids of times, from T down to where a sampler stops.
+
+A grid is any callable (sde, steps) -> times (steps + 1,), or a tensor of times.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_positive
+from ..interfaces import ForwardSDE
+
+Grid: TypeAlias = Callable[[ForwardSDE, int], Tensor]
+
+
+@dataclass(frozen=True)
+class _SpacedGrid(abc.ABC):
+    """Times spaced by a rule between T and t_end.
+
+    Args:
+        t_end: the last time, the SDE's t_stop by default.
+        to_zero: whether the last of the steps goes on from t_end to 0; t_end is then the last
+            time but one.
+    """
+
+    _: KW_ONLY
+    t_end: float | None = None
+    to_zero: bool = False
+
+    @abc.abstractmethod
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        """Return the times at fractions u (n,) of the way between the two ends (2,)."""
+
+    def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
+        """Return decreasing times (steps + 1,) in float64.
+
+        Raises:
+            ValueError: unless steps >= 1 and 0 < t_end < T (t_end = 0 where the rule has it).
+        """
+        check_count(steps, "steps", least=2 if self.to_zero else 1)
+        t_end = sde.t_stop if self.t_end is None else self.t_end
+        if not 0.0 <= t_end < sde.T:
+            raise ValueError(f"t_end: expected a time in [0, T) = [0, {sde.T:g}), got {t_end}")
+        ends = torch.tensor([sde.T, t_end], dtype=torch.float64)
+        u = torch.linspace(0, 1, steps + (0 if self.to_zero else 1), dtype=torch.float64)
+        times = self._spaced(sde, ends, u)
+        times[0], times[-1] = ends  # not the rounding of an inverse function
+        if not bool((times.diff() < 0).all()):
+            raise ValueError(
+                f"{type(self).__name__}: expected an end at which the rule is finite, "
+                f"got t_end = {t_end}"
+            )
+        return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
+
+
+@dataclass(frozen=True)
+class UniformGrid(_SpacedGrid):
+    """Times at equal distances, the papers' grid.
+
+    Args:
+        t_end: the last time, the SDE's t_stop by default.
+        to_zero: whether a last step goes on from t_end to 0.
+
+    >>> from diffusionkit import VPSDE
+    >>> UniformGrid(t_end=0.0)(VPSDE(), 4).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        return ends[0] + u * (ends[1] - ends[0])
+
+
+@dataclass(frozen=True)
+class QuadraticGrid(_SpacedGrid):
+    """Times whose square roots are at equal distances: shorter steps near the data.
+
+    Args:
+        t_end: the last time, the SDE's t_stop by default.
+        to_zero: whether a last step goes on from t_end to 0.
+
+    Source: Song et al., Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502.
+    """
+
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        root = ends.sqrt()
+        return (root[0] + u * (root[1] - root[0])).square()
+
+
+@dataclass(frozen=True)
+class LogSNRGrid(_SpacedGrid):
+    """Times at equal distances in log-SNR, the natural time of few-step solvers.
+
+    Args:
+        t_end: the last time, the SDE's t_stop by default.
+        to_zero: whether a last step goes on from t_end to 0.
+
+    Source: Lu et al., DPM-Solver, 2022, arXiv 2206.00927.
+    """
+
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        l = sde.log_snr(ends)
+        return sde.time_at_log_snr(l[0] + u * (l[1] - l[0]))
+
+
+@dataclass(frozen=True)
+class KarrasGrid(_SpacedGrid):
+    r"""EDM's grid: s = sigma / alpha with s^(1/rho) at equal distances.
+
+    `KarrasGrid(to_zero=True)` with an EDMSDE is the grid of the paper, N noise levels and zero.
+
+    Args:
+        rho: 1 is uniform in s; the larger, the shorter the steps near the data.
+        t_end: the last time, the SDE's t_stop by default.
+        to_zero: whether a last step goes on from t_end to 0.
+
+    Source: Karras et al., 2022, arXiv 2206.00364 (equation 5).
+
+    >>> from diffusionkit import EDMSDE
+    >>> [round(s, 3) for s in KarrasGrid(to_zero=True)(EDMSDE(), 4).tolist()]
+    [80.0, 9.723, 0.47, 0.002, 0.0]
+    """
+
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.rho, "rho")
+
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        root = torch.exp(-0.5 / self.rho * sde.log_snr(ends))
+        return sde.time_at_log_snr(-2 * self.rho * torch.log(root[0] + u * (root[1] - root[0])))
+
+
+def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Tensor:
+    """Return the decreasing times (N + 1,) of a grid, a tensor of times or the default.
+
+    Raises:
+        ValueError: unless the times are finite, at least two, strictly decreasing, and within
+            [0, T].
+        TypeError: if the grid is neither callable nor a tensor.
+    """
+    if isinstance(grid, Tensor):
+        times = grid.detach().double().cpu() if grid.device.type != "mps" else grid.cpu().double()
+    elif grid is None or callable(grid):
+        times = (UniformGrid() if grid is None else grid)(sde, steps)
+    else:
+        raise TypeError(f"grid: expected a callable or a tensor, got {type(grid).__name__}")
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"grid: expected at least two times (N + 1,), got {tuple(times.shape)}")
+    if not bool((times.diff() < 0).all()):  # a NaN fails too
+        raise ValueError("grid: expected strictly decreasing times, "
+                         f"got {times.tolist()[:6]}")  # fmt: skip
+    if times[-1] < 0 or times[0] > sde.T * (1 + 1e-6) or not math.isfinite(float(times[0])):
+        raise ValueError(
+            f"grid: expected times within [0, T] = [0, {sde.T:g}], "
+            f"got {float(times[0]):g} to {float(times[-1]):g}"
+        )
+    return times

@@ -1,0 +1,203 @@
+r"""Predictors: moves from a time t to an earlier time s.
+
+Each is linear in the state and the predicted data, x_s = A x_t + C x0 + std z, and differs in
+its coefficients alone.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _numerics
+from .._checks import check_times, readable
+from .._draws import Generators, randn_like
+from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..values import Coefficient, add_noise
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The coefficients of x_s = x * x_t + x0 * (predicted data) + std * z.
+
+    Args:
+        x: the coefficient of the state, (B,) or a float.
+        x0: the coefficient of the predicted data, (B,) or a float.
+        std: the standard deviation of the noise, (B,) or a float; None where there is none.
+    """
+
+    x: Coefficient
+    x0: Coefficient
+    std: Coefficient | None
+
+
+class LinearPredictor(Predictor):
+    """A predictor given by three coefficients; a subclass writes `coefficients` alone."""
+
+    @abc.abstractmethod
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+        """Return the coefficients, each (n,), of moves from times t (n,) to s (n,)."""
+
+    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
+        """Compute the coefficients of all moves at once, and leave them with the times."""
+        known = [_numerics.instant(t, sde) for t in times]
+        instants = [one for one in known if one is not None]
+        if len(instants) < len(times):
+            return
+        grid = torch.tensor([one.time for one in instants], dtype=torch.float64)
+        grid = grid.to(times[0].device, _numerics.schedule_dtype(times[0].device))
+        move = self.coefficients(sde, grid[:-1], grid[1:])
+        columns = [
+            c.tolist() if isinstance(c, Tensor) else [c] * (len(grid) - 1)
+            for c in (move.x, move.x0, move.std)
+        ]
+        for here, there, *row in zip(instants, instants[1:], *columns, strict=False):
+            here.notes[id(self), there.time] = Move(*row)
+
+    def _move(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> Move:
+        here, there = _numerics.instant(t, sde), _numerics.instant(s, sde)
+        if here is not None and there is not None:
+            move: Move | None = here.notes.get((id(self), there.time))
+            if move is not None:
+                return move
+        check_times(t, sde.T, x.shape[0], x)
+        check_times(s, sde.T, x.shape[0], x)
+        if readable(t) and not bool((s < t).all()):
+            raise ValueError(f"expected s < t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}")
+        return self.coefficients(sde, _numerics.exact(t), _numerics.exact(s))
+
+    def step(
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        state: Any = None,
+        *,
+        generator: Generators = None,
+        **cond: Any,
+    ) -> Step:
+        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
+        move = self._move(model.sde, t, s, x)
+        mean = model.predict(x, t, **cond).combine(x=move.x, x0=move.x0)
+        if move.std is None:
+            return Step(mean, mean)
+        return Step(add_noise(mean, move.std, randn_like(mean, generator)), mean)
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(LinearPredictor):
+    r"""One Euler-Maruyama step of the reverse SDE.
+
+    .. math::
+        x_s = x_t - (f x_t - g^2 \nabla \log p_t)(t - s) + g \sqrt{t - s}\, z
+
+    Weak order 1.
+
+    Source: Song et al., 2021, arXiv 2011.13456.
+    """
+
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+        """Return the coefficients of moves from times t (n,) to s (n,)."""
+        alpha, sigma = sde.marginal(t)
+        g, length = sde.diffusion(t), t - s
+        pull = (g / sigma).square() * length
+        return Move(
+            1 - sde.drift_coefficient(t) * length - pull, pull * alpha, g * torch.sqrt(length)
+        )
+
+
+@dataclass(frozen=True)
+class ReverseDiffusion(LinearPredictor):
+    r"""The forward step from s to t, discretised and reversed in the same way.
+
+    .. math::
+        x_s = (2 - a) x_t + v \nabla \log p_t(x_t) + \sqrt{v}\, z
+
+    with scale a and variance v of p(x_t | x_s), taken exactly. With VE and VP these are the
+    SMLD and DDPM discretisations of the paper. Weak order 1.
+
+    Source: Song et al., 2021, arXiv 2011.13456 (appendix E).
+    """
+
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+        """Return the coefficients of moves from times t (n,) to s (n,)."""
+        alpha, sigma = sde.marginal(t)
+        scale, std = sde.transition(s, t)
+        pull = (std / sigma).square()
+        return Move(2 - scale - pull, pull * alpha, std)
+
+
+@dataclass(frozen=True)
+class Ancestral(LinearPredictor):
+    r"""The posterior of x_s given x_t and the predicted data: DDPM's sampler.
+
+    .. math::
+        x_s = \frac{a \sigma_s^2}{\sigma_t^2} x_t + \frac{\alpha_s v}{\sigma_t^2} x_0 +
+        \mathrm{std}\, z
+
+    with scale a and variance v of p(x_t | x_s). Weak order 1.
+
+    Args:
+        variance: "posterior" is v sigma_s^2 / sigma_t^2, right for data at a point and at the
+            limit of small steps for all data; "forward" is v, right for data from N(0, I), and
+            what the SDE paper uses with VP.
+
+    Raises:
+        ValueError: if variance is neither.
+
+    Source: Ho et al., 2020, arXiv 2006.11239; Song et al., 2021, arXiv 2011.13456
+    (appendix F).
+    """
+
+    variance: str = "posterior"
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("posterior", "forward"):
+            raise ValueError(f'variance: expected "posterior" or "forward", got {self.variance!r}')
+
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+        """Return the coefficients of moves from times t (n,) to s (n,)."""
+        (alpha_s, sigma_s), (_, sigma_t) = sde.marginal(s), sde.marginal(t)
+        scale, std = sde.transition(s, t)
+        kept, gone = (sigma_s / sigma_t).square(), (std / sigma_t).square()
+        noise = std * sigma_s / sigma_t if self.variance == "posterior" else std
+        return Move(scale * kept, alpha_s * gone, noise)
+
+
+@dataclass(frozen=True)
+class DDIM(LinearPredictor):
+    r"""The generalised, possibly deterministic, sampler of DDIM.
+
+    .. math::
+        x_s = \alpha_s x_0 + \sqrt{\sigma_s^2 - \eta^2 \tau^2}\,\epsilon + \eta \tau z
+
+    with tau^2 the posterior variance of `Ancestral`. At eta = 0 it is a first-order step of the
+    probability flow, at eta = 1 the ancestral sampler.
+
+    Args:
+        eta: how much of the ancestral sampler's noise is added, in [0, 1].
+
+    Raises:
+        ValueError: if eta is outside [0, 1].
+
+    Source: Song et al., Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
+
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+        """Return the coefficients of moves from times t (n,) to s (n,)."""
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = sde.marginal(s), sde.marginal(t)
+        noise = self.eta * sde.transition(s, t)[1] * sigma_s / sigma_t
+        ratio = torch.sqrt((sigma_s.square() - noise.square()).clamp_min(0.0)) / sigma_t
+        return Move(ratio, alpha_s - alpha_t * ratio, noise if self.eta > 0 else None)

@@ -1,0 +1,8 @@
+"""Forward processes: dx = f(t) x dt + g(t) dw."""
+
+from .edm import EDMSDE
+from .subvp import SubVPSDE
+from .ve import VESDE, suggest_sigma_max
+from .vp import VPSDE
+
+__all__ = ["EDMSDE", "VESDE", "VPSDE", "SubVPSDE", "suggest_sigma_max"]

@@ -1,0 +1,60 @@
+"""The linear beta schedule that the VP and sub-VP SDEs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import check_positive, check_times, check_transition
+from ..interfaces import ForwardSDE
+
+
+@dataclass(frozen=True)
+class LinearBetaSDE(ForwardSDE):
+    r"""An SDE with drift -beta(t) x / 2, beta linear from beta_min to beta_max on [0, 1].
+
+    .. math::
+        B(t) = \int_0^t \beta = \beta_{min} t + (\beta_{max} - \beta_{min}) t^2 / 2, \quad
+        \alpha = e^{-B/2}.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    T = 1.0
+    t_min = 1e-5
+    t_stop = 1e-3
+    prior_std = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.beta_min, "beta_min")
+        check_positive(self.beta_max, "beta_max")
+        if self.beta_min > self.beta_max:
+            raise ValueError(
+                f"expected beta_min <= beta_max, got {self.beta_min} and {self.beta_max}"
+            )
+
+    def beta(self, t: Tensor) -> Tensor:
+        """Return the rate of forgetting at times t (B,), (B,)."""
+        check_times(t, self.T)
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def integrated_beta(self, t: Tensor) -> Tensor:
+        """Return B(t), the integral of beta from 0 to t, (B,)."""
+        check_times(t, self.T)
+        return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
+
+    def _between(self, s: Tensor, t: Tensor) -> Tensor:
+        """Return B(t) - B(s) without cancellation, (B,)."""
+        check_transition(s, t, self.T)
+        return (t - s) * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s))
+
+    def _time(self, integral: Tensor) -> Tensor:
+        """Return the time (B,) at which B(t) is the given integral."""
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+    def drift_coefficient(self, t: Tensor) -> Tensor:
+        return -0.5 * self.beta(t)

@@ -1,0 +1,238 @@
+"""Training state in one file: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .ema import EMA
+
+FORMAT = "diffusionkit.checkpoint"
+VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A file is not a checkpoint that fits: it says what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint held beside the state that was loaded into your objects.
+
+    Args:
+        step: the number of steps taken.
+        extra: what the caller stored.
+    """
+
+    step: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    ema: EMA | None = None,
+    optimizer: Optimizer | None = None,
+    step: int = 0,
+    stateful: Mapping[str, Any] | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the whole training state to a file.
+
+    The file is written under a temporary name and renamed, so a crash leaves the previous
+    checkpoint as it was. The states of Python's, numpy's and torch's global random generators
+    are stored too: on a CPU a resumed run continues bit for bit.
+
+    Args:
+        path: the file.
+        model: the score model.
+        ema: the average of its weights.
+        optimizer: the optimiser.
+        step: the number of steps taken.
+        stateful: further objects with `state_dict` and `load_state_dict`, by name: a scheduler,
+            a gradient scaler.
+        generators: the torch generators of your loop, by name.
+        extra: plain values and tensors to keep.
+
+    Raises:
+        ValueError: if extra holds something that could not be read back safely.
+    """
+    target = Path(path)
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": int(step),
+        "model": model.state_dict(),
+        "ema": ema.state_dict() if ema is not None else None,
+        "optimizer": optimizer.state_dict() if optimizer is not None else None,
+        "stateful": {name: part.state_dict() for name, part in (stateful or {}).items()},
+        "generators": {name: g.get_state() for name, g in (generators or {}).items()},
+        "random": _random_states(),
+        "extra": dict(extra or {}),
+    }
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            torch.load(temporary, map_location="meta", weights_only=True, mmap=True)
+        except UnpicklingError as error:
+            raise ValueError(
+                "checkpoint: expected tensors, numbers, strings, lists and dictionaries only, "
+                f"got something that cannot be read back safely: {error}"
+            ) from error
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    ema: EMA | None = None,
+    optimizer: Optimizer | None = None,
+    stateful: Mapping[str, Any] | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
+    restore_random: bool = True,
+    map_location: torch.device | str | None = "cpu",
+) -> Checkpoint:
+    """Load what `save_checkpoint` wrote into your objects, strictly.
+
+    Everything is checked before anything is changed: after an error all objects are as before.
+
+    Args:
+        path: the file.
+        model: the score model.
+        ema: the average of its weights.
+        optimizer: the optimiser.
+        stateful: the further objects that were saved, by name.
+        generators: the torch generators of your loop, by name.
+        restore_random: whether to set the global random generators too.
+        map_location: where the tensors are read to before they are copied.
+
+    Returns:
+        The step and what was stored as extra.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is truncated, damaged or not a checkpoint, lacks a part
+            that was asked for, or has missing, extra or misshapen tensors.
+    """
+    state = _read(path, map_location)
+    stateful, generators = stateful or {}, generators or {}
+    for name, wanted in (("ema", ema), ("optimizer", optimizer)):
+        if wanted is not None and state[name] is None:
+            raise CheckpointError(f"{path}: expected a checkpoint with {name}, got one without")
+    for name, parts in (("stateful", stateful), ("generators", generators)):
+        if missing := sorted(set(parts) - set(state[name])):
+            raise CheckpointError(
+                f"{path}: expected {name} {missing}, got {sorted(state[name]) or 'none'}"
+            )
+    _check_weights(path, "model", model, state["model"])
+    if ema is not None:
+        _check_weights(path, "ema", ema.model, state["ema"]["model"])
+    if optimizer is not None:
+        _check_optimizer(path, optimizer, state["optimizer"])
+
+    model.load_state_dict(state["model"])
+    if ema is not None:
+        ema.load_state_dict(state["ema"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    for name, part in stateful.items():
+        part.load_state_dict(state["stateful"][name])
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name].cpu())
+    if restore_random:
+        _restore_random(state["random"])
+    return Checkpoint(step=state["step"], extra=state["extra"])
+
+
+def _read(path: str | os.PathLike[str], map_location: torch.device | str | None) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    expected = "expected a checkpoint written by save_checkpoint"
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: {expected}, got a truncated or foreign file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            state = torch.load(path, map_location=map_location, weights_only=True)
+    # Whatever a damaged or hostile file makes torch or zipfile raise is the same news to a user.
+    except Exception as error:
+        raise CheckpointError(f"{path}: {expected}, got {type(error).__name__}: {error}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: {expected}, got a file damaged at {damaged}")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: {expected}, got a foreign file")
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path}: expected version {VERSION}, got {state.get('version')}")
+    return state
+
+
+def _check_weights(
+    path: str | os.PathLike[str], what: str, module: nn.Module, state: Mapping[str, Any]
+) -> None:
+    wanted = module.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in wanted]
+    problems += [
+        f"{key}: expected shape {tuple(value.shape)}, got {tuple(state[key].shape)}"
+        for key, value in wanted.items()
+        if key in state and hasattr(value, "shape") and value.shape != state[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
+        raise CheckpointError(f"{path}: the {what} does not fit, {len(problems)} problems: {shown}")
+
+
+def _check_optimizer(
+    path: str | os.PathLike[str], optimizer: Optimizer, state: Mapping[str, Any]
+) -> None:
+    def sizes(groups: list[dict[str, Any]]) -> list[int]:
+        return [len(group["params"]) for group in groups]
+
+    wanted, got = sizes(optimizer.param_groups), sizes(state["param_groups"])
+    if wanted != got:
+        raise CheckpointError(
+            f"{path}: the optimizer does not fit: expected parameter groups of {wanted} tensors, "
+            f"got {got}"
+        )
+
+
+def _random_states() -> dict[str, Any]:
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random(states: Mapping[str, Any]) -> None:
+    random.setstate(states["python"])
+    keys, *rest = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"].cpu())
+    if len(states["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

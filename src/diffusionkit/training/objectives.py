@@ -1,0 +1,114 @@
+"""The score-matching objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_finite, check_reference, check_state, check_times
+from .._draws import Generators
+from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
+from .targets import DenoisingTarget
+from .times import UniformTimes
+from .weighting import SimpleWeighting
+
+
+class ScoreMatching:
+    r"""The weighted error of a model's noise prediction, one loss for each sample.
+
+    .. math::
+        \ell_i = w(t_i) \frac{1}{d} \|\hat\epsilon(x_i, t_i) - \epsilon_i\|^2, \quad
+        x = \alpha x_0 + \sigma \epsilon,
+
+    with w the weighting times the time sampler's weight, and the mean over the d dimensions of
+    a sample. The error is measured in the model's own parameterisation, which keeps every digit
+    at any noise level.
+
+    Args:
+        weighting: the weight of the noise-prediction error.
+        target: what the model is regressed on.
+        times: the law of the times.
+
+    Raises:
+        TypeError: if a part has the wrong type.
+
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
+
+    >>> from diffusionkit import EpsModel, VPSDE
+    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), VPSDE())
+    >>> ScoreMatching()(model, torch.randn(8, 3)).shape
+    torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting | None = None,
+        *,
+        target: TargetEstimator | None = None,
+        times: TimeSampler | None = None,
+    ) -> None:
+        """Keep the parts; the default is DDPM's simple loss in continuous time."""
+        self.weighting = SimpleWeighting() if weighting is None else weighting
+        self.target = DenoisingTarget() if target is None else target
+        self.times = UniformTimes() if times is None else times
+        for name, part, kind in (
+            ("weighting", self.weighting, Weighting),
+            ("target", self.target, TargetEstimator),
+            ("times", self.times, TimeSampler),
+        ):
+            if not isinstance(part, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(part).__name__}")
+
+    def __repr__(self) -> str:
+        return f"ScoreMatching({self.weighting}, target={self.target}, times={self.times})"
+
+    def __call__(
+        self,
+        model: ScoreModel,
+        x0: Tensor,
+        *,
+        reference: Tensor | None = None,
+        t: Tensor | None = None,
+        generator: Generators = None,
+        **cond: Any,
+    ) -> Tensor:
+        """Return the losses (B,) of data x0 (B, *D).
+
+        Args:
+            model: the score model; its SDE is the process.
+            x0: the data (B, *D).
+            reference: data the target may use (n, *D).
+            t: times (B,) to use instead of drawn ones, with weight 1.
+            generator: the source of times and noise.
+            cond: handed to the model and to the target.
+
+        Raises:
+            ValueError: if the batch is empty or not finite, or shapes, dtypes or devices of
+                data and reference do not match.
+            TypeError: if x0 is not a floating-point tensor, or model not a ScoreModel.
+        """
+        if not isinstance(model, ScoreModel):
+            raise TypeError(
+                f"model: expected a ScoreModel, got {type(model).__name__}; wrap the network, "
+                "not the score model: EpsModel(DistributedDataParallel(network), sde)"
+            )
+        check_state(x0, "x0")
+        check_finite(x0, "x0")
+        if reference is not None:
+            check_reference(reference, x0)
+        sde = model.sde
+        if t is None:
+            t, weight = self.times.sample(sde, len(x0), generator=generator, device=x0.device)
+        else:
+            check_times(t, sde.T, len(x0), x0)
+            weight = torch.ones_like(t)
+        sample = sde.perturb(x0, t, generator=generator)
+        target = self.target(sample, reference, **cond)
+        error = model.predict(sample.x, t, **cond).noise_error(target)
+        dtype = torch.promote_types(error.dtype, torch.float32)
+        loss = error.to(dtype).square().reshape(len(x0), -1).mean(1)
+        loss = loss * self.weighting(sde, t).to(loss.dtype)
+        self.times.update(t, loss.detach())
+        return loss * weight.to(loss.dtype)

@@ -1,0 +1,96 @@
+r"""Weights of the noise-prediction error at each time.
+
+With w on ||eps_hat - eps||^2, the weight on the score's error is w sigma^2 and that on the
+data's error w alpha^2 / sigma^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import check_positive
+from .._numerics import exact
+from ..interfaces import ForwardSDE, Weighting
+
+
+@dataclass(frozen=True)
+class SimpleWeighting(Weighting):
+    """Weight 1: every noise level counts the same, for the best-looking samples.
+
+    Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
+    """
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return ones (B,)."""
+        return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class LikelihoodWeighting(Weighting):
+    r"""Weight g^2 / sigma^2: the loss bounds the negative log-likelihood.
+
+    With it, half the weighted sum over dimensions, integrated over time, is the bound's path
+    term in nats.
+
+    Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
+    arXiv 2101.09258 (theorem 1).
+
+    >>> from diffusionkit import VESDE
+    >>> LikelihoodWeighting()(VESDE(), torch.tensor([0.1, 0.9]))  # 2 ln(sigma_max / sigma_min)
+    tensor([17.0344, 17.0344])
+    """
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return g(t)^2 / sigma(t)^2, (B,)."""
+        _, sigma = sde.marginal(exact(t))
+        return (sde.diffusion(exact(t)) / sigma).square().to(t.dtype)
+
+
+@dataclass(frozen=True)
+class EDMWeighting(Weighting):
+    r"""Weight (s^2 + sd^2) / sd^2, s = sigma / alpha: EDM's network has unit loss everywhere.
+
+    On the error of the data it is EDM's (s^2 + sd^2) / (s sd)^2.
+
+    Args:
+        sigma_data: sd, the standard deviation of the data.
+
+    Source: Karras et al., 2022, arXiv 2206.00364 (table 1).
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_positive(self.sigma_data, "sigma_data")
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return the weights (B,)."""
+        alpha, sigma = sde.marginal(exact(t))
+        return (1 + (sigma / alpha / self.sigma_data).square()).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class MinSNRWeighting(Weighting):
+    r"""Weight min(snr, gamma) / snr, snr = alpha^2 / sigma^2: less effort on tiny noise.
+
+    On the error of the data it is min(snr, gamma).
+
+    Args:
+        gamma: the signal-to-noise ratio above which the weight falls.
+
+    Source: Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023,
+    arXiv 2303.09556.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.gamma, "gamma")
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return the weights (B,)."""
+        alpha, sigma = sde.marginal(exact(t))
+        return (self.gamma * (sigma / alpha).square()).clamp_max(1.0).to(t.dtype)

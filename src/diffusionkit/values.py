@@ -1,0 +1,303 @@
+r"""The small frozen values the parts hand to one another: Perturbed, Prediction, Step.
+
+A coefficient is either a tensor of shape (B,), one number for each sample, or a plain float
+where the whole batch stands at one time. `expand` makes either ready to multiply a state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+Coefficient: TypeAlias = Tensor | float
+
+
+def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
+    """Shape a coefficient (B,) so that it multiplies a state (B, *D).
+
+    Args:
+        coefficient: tensor (B,), or a float, which is returned as it is.
+        like: the state (B, *D).
+
+    Returns:
+        Tensor (B, 1, ..., 1) in the state's dtype, at least float32; or the float.
+    """
+    if not isinstance(coefficient, Tensor):
+        return coefficient
+    dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
+    return coefficient.to(dtype).view(-1, *(1,) * (like.ndim - 1))
+
+
+def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Tensor:
+    """Return first * x + second * y for coefficients (B,) or floats, in the dtype of x."""
+    second = expand(second, y)
+    out = x * expand(first, x)
+    out = torch.add(out, y, alpha=second) if isinstance(second, float) else out.addcmul(y, second)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def add_noise(mean: Tensor, std: Coefficient, noise: Tensor) -> Tensor:
+    """Return mean + std * noise for a standard deviation (B,) or a float, in the dtype of mean."""
+    std = expand(std, mean)
+    if isinstance(std, float):
+        return torch.add(mean, noise, alpha=std)
+    out = torch.addcmul(mean, std, noise) if std.dtype == mean.dtype else mean + std * noise
+    return out if out.dtype == mean.dtype else out.to(mean.dtype)
+
+
+def _per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:
+    """Return the coefficient as a tensor (B,) in the dtype of x, at least float32."""
+    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+    if isinstance(coefficient, Tensor):
+        return coefficient.to(dtype)
+    return torch.full((x.shape[0],), coefficient, dtype=dtype, device=x.device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Perturbed:
+    r"""Data with noise: x = alpha x0 + sigma eps.
+
+    Args:
+        x0: the data (B, *D).
+        eps: the standard normal noise (B, *D).
+        x: the noisy data (B, *D).
+        t: the times (B,).
+        alpha: the scale of the data (B,).
+        sigma: the standard deviation of the noise (B,).
+    """
+
+    x0: Tensor
+    eps: Tensor
+    x: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """The outcome of a predictor's or corrector's step.
+
+    Args:
+        x: the new state (B, *D).
+        mean: the same update without the noise that was added last (B, *D).
+        state: whatever a predictor with memory wants back at its next step.
+    """
+
+    x: Tensor
+    mean: Tensor
+    state: Any = None
+
+
+class Prediction:
+    r"""What a model says of a noisy state: x = alpha x0 + sigma eps, solved for x0 and eps.
+
+    A prediction is a statement F = a x0 + b eps about one linear combination of data and
+    noise. With x = alpha x0 + sigma eps it determines both:
+
+    .. math::
+        x_0 = (b x - \sigma F) / \Delta, \quad \epsilon = (\alpha F - a x) / \Delta,
+        \quad \Delta = \alpha b - \sigma a.
+
+    The statement is kept as it was made, so that an error can be measured in it: at sigma =
+    1e-3 the difference of two noises that were computed from two x0 has lost three digits, the
+    difference of the two x0 has lost none.
+
+    Args:
+        x: the noisy state (B, *D).
+        x0: the predicted data (B, *D).
+        eps: the predicted noise (B, *D).
+        alpha: the scale of the data (B,).
+        sigma: the standard deviation of the noise (B,).
+        log_var: the logarithm of a learned transition variance (B, *D), or None.
+    """
+
+    __slots__ = ("_a", "_alpha", "_b", "_eps", "_log_var", "_output", "_sigma", "_x", "_x0")
+
+    _x: Tensor
+    _x0: Tensor | None
+    _eps: Tensor | None
+    _output: Tensor | None
+    _a: Coefficient
+    _b: Coefficient
+
+    def __init__(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        eps: Tensor,
+        alpha: Coefficient,
+        sigma: Coefficient,
+        log_var: Tensor | None = None,
+    ) -> None:
+        self._x, self._x0, self._eps = x, x0, eps
+        self._alpha, self._sigma, self._log_var = alpha, sigma, log_var
+        self._output, self._a, self._b = None, 0.0, 1.0
+
+    def __repr__(self) -> str:
+        return f"Prediction(x of shape {tuple(self._x.shape)}, {self._x.dtype})"
+
+    @classmethod
+    def from_output(
+        cls,
+        x: Tensor,
+        output: Tensor,
+        alpha: Coefficient,
+        sigma: Coefficient,
+        *,
+        a: Coefficient,
+        b: Coefficient,
+        log_var: Tensor | None = None,
+    ) -> Prediction:
+        """Build a prediction from the statement output = a x0 + b eps.
+
+        Args:
+            x: the noisy state (B, *D).
+            output: the value of the combination (B, *D).
+            alpha: the scale of the data (B,).
+            sigma: the standard deviation of the noise (B,).
+            a: the coefficient of x0, (B,) or a float.
+            b: the coefficient of eps, (B,) or a float.
+            log_var: the logarithm of a learned transition variance (B, *D), or None.
+        """
+        self = cls.__new__(cls)
+        self._x, self._x0, self._eps = x, None, None
+        self._alpha, self._sigma, self._log_var = alpha, sigma, log_var
+        self._output, self._a, self._b = output, a, b
+        return self
+
+    @classmethod
+    def from_eps(cls, x: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
+        """Build a prediction from the noise (B, *D)."""
+        return cls.from_output(x, eps, alpha, sigma, a=0.0, b=1.0)
+
+    @classmethod
+    def from_x0(cls, x: Tensor, x0: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
+        """Build a prediction from the data (B, *D)."""
+        return cls.from_output(x, x0, alpha, sigma, a=1.0, b=0.0)
+
+    @classmethod
+    def from_v(cls, x: Tensor, v: Tensor, alpha: Coefficient, sigma: Coefficient) -> Prediction:
+        """Build a prediction from v = alpha eps - sigma x0 (Salimans and Ho, 2022)."""
+        return cls.from_output(x, v, alpha, sigma, a=-sigma, b=alpha)
+
+    @classmethod
+    def from_score(
+        cls, x: Tensor, score: Tensor, alpha: Coefficient, sigma: Coefficient
+    ) -> Prediction:
+        """Build a prediction from the score, -eps / sigma (B, *D)."""
+        return cls.from_output(x, score, alpha, sigma, a=0.0, b=-1.0 / sigma)
+
+    @property
+    def x(self) -> Tensor:
+        """The noisy state (B, *D)."""
+        return self._x
+
+    @property
+    def log_var(self) -> Tensor | None:
+        """The logarithm of a learned transition variance (B, *D), or None."""
+        return self._log_var
+
+    @property
+    def alpha(self) -> Tensor:
+        """The scale of the data (B,)."""
+        return _per_sample(self._alpha, self._x)
+
+    @property
+    def sigma(self) -> Tensor:
+        """The standard deviation of the noise (B,)."""
+        return _per_sample(self._sigma, self._x)
+
+    @property
+    def x0(self) -> Tensor:
+        """The predicted data (B, *D)."""
+        if self._x0 is None:
+            known = _is(self._b, 0.0) and _is(self._a, 1.0)
+            self._x0 = self._output if known else self.combine(x=0.0, x0=1.0)
+        return cast(Tensor, self._x0)
+
+    @property
+    def eps(self) -> Tensor:
+        """The predicted noise (B, *D)."""
+        if self._eps is None:
+            self._eps = self._noise(1.0)
+        return self._eps
+
+    @property
+    def score(self) -> Tensor:
+        """The score -eps / sigma (B, *D), the gradient of log p_t."""
+        return self._noise(-1.0 / self._sigma)
+
+    @property
+    def v(self) -> Tensor:
+        """The velocity alpha eps - sigma x0 (B, *D) (Salimans and Ho, 2022)."""
+        return linear(self._alpha, self.eps, -self._sigma, self.x0)
+
+    def _noise(self, factor: Coefficient) -> Tensor:
+        """Return factor * eps in one pass over the state."""
+        if self._eps is not None:
+            return _scaled(factor, self._eps)
+        a, b, alpha = self._a, self._b, self._alpha
+        if _is(a, 0.0):
+            return _scaled(factor / b, cast(Tensor, self._output))
+        ratio = factor / (alpha * b - self._sigma * a)
+        return linear(-ratio * a, self._x, ratio * alpha, cast(Tensor, self._output))
+
+    def combine(self, *, x: Coefficient, x0: Coefficient) -> Tensor:
+        """Return x * (the noisy state) + x0 * (the predicted data), in one pass.
+
+        Every linear move of a sampler has this form. The two coefficients are first turned
+        into those of the noisy state and the model's own output, so that no prediction is
+        converted and nothing is rounded twice.
+
+        Args:
+            x: the coefficient of the noisy state, (B,) or a float.
+            x0: the coefficient of the predicted data, (B,) or a float.
+
+        Returns:
+            The combination (B, *D).
+        """
+        if self._output is None:
+            return linear(x, self._x, x0, cast(Tensor, self._x0))
+        if _is(self._b, 0.0):
+            return linear(x, self._x, x0 / self._a, self._output)
+        ratio = x0 / (self._alpha * self._b - self._sigma * self._a)
+        return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)
+
+    def noise_error(self, target: Prediction) -> Tensor:
+        r"""Return eps - target.eps (B, *D), measured in the model's own parameterisation.
+
+        .. math::
+            \hat\epsilon - \epsilon = \frac{\alpha}{\Delta} (F - a x_0 - b \epsilon)
+
+        holds for a target with the same noisy state, and keeps every digit at any sigma.
+
+        Args:
+            target: the data and noise to compare with.
+        """
+        if self._output is None:
+            return self.eps - target.eps
+        a, b, alpha = self._a, self._b, self._alpha
+        factor: Coefficient
+        if _is(a, 0.0):
+            wanted, factor = _scaled(b, target.eps), 1.0 / b
+        elif _is(b, 0.0):
+            wanted, factor = _scaled(a, target.x0), -alpha / (self._sigma * a)
+        else:
+            wanted = linear(a, target.x0, b, target.eps)
+            factor = alpha / (alpha * b - self._sigma * a)
+        return _scaled(factor, self._output - wanted)
+
+
+def _is(coefficient: Coefficient, value: float) -> bool:
+    return isinstance(coefficient, float) and coefficient == value
+
+
+def _scaled(factor: Coefficient, x: Tensor) -> Tensor:
+    if _is(factor, 1.0):
+        return x
+    out = x * expand(factor, x)
+    return out if out.dtype == x.dtype else out.to(x.dtype)

@@ -1,0 +1,41 @@
+"""Run a nox session on a machine that has only Python 3.11 or newer and git.
+
+    python3 tasks.py quickstart      train, sample and draw
+    python3 tasks.py tests           run the tests
+    python3 tasks.py lint types tests docs
+
+Makes .venv beside this file and installs nox into it, at the pinned version; nox does the rest.
+Arguments after `--` go to the session: python3 tasks.py quickstart -- --sde ve.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+
+
+def main(arguments: list[str]) -> int:
+    """Install nox where it is missing, and hand it the sessions."""
+    if sys.version_info < (3, 11):
+        sys.exit(f"expected Python 3.11 or newer, got {sys.version.split()[0]}")
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    sessions, rest = arguments[:split], arguments[split:]
+    if not sessions or any(name.startswith("-") for name in sessions):
+        print(__doc__)
+        return 2
+    nox = BIN / ("nox.exe" if os.name == "nt" else "nox")
+    if not nox.exists():
+        venv.create(VENV, with_pip=True, clear=VENV.exists())
+        pip = [str(BIN / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "nox"], check=True)
+    command = [str(nox), "-f", str(ROOT / "noxfile.py"), "-s", *sessions, *rest]
+    return subprocess.run(command, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
