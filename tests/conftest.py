@@ -1,0 +1,31 @@
+"""Processes and oracles that many tests share."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from diffusionkit import EDMSDE, VESDE, VPSDE, ForwardSDE, GaussianMixtureModel, SubVPSDE
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("suite")
+torch.set_num_threads(1)  # the tensors are small
+
+SDES = {
+    "vp": VPSDE(),
+    "subvp": SubVPSDE(),
+    "ve": VESDE(sigma_min=0.01, sigma_max=20.0),
+    "edm": EDMSDE(sigma_min=0.002, sigma_max=20.0),
+}
+
+
+@pytest.fixture(scope="session", params=SDES)
+def sde(request) -> ForwardSDE:
+    return SDES[request.param]
+
+
+@pytest.fixture(scope="session")
+def mixture(sde) -> GaussianMixtureModel:
+    """Two unlike Gaussians in the plane, of unequal weight."""
+    return GaussianMixtureModel(
+        sde, means=[[-1.0, 0.0], [1.0, 0.5]], stds=[0.2, 0.3], weights=[0.3, 0.7]
+    )

@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from diffusionkit import (
+    EDMSDE,
+    VPSDE,
+    EpsModel,
+    GaussianMixtureModel,
+    ProbabilityFlow,
+)
+
+# The probability flow in one dimension preserves quantiles: from sigma = 80 at 80 z down to
+# sigma = .002, for the mixture .3 N(-1, .2^2) + .7 N(.8, .4^2); 12 digits, by inverting its CDF.
+Z = [-2.0, -1, -0.5, -0.1, 0.1, 0.5, 1, 2]
+EXACT = [
+    -1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
+    0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523,
+]  # fmt: skip
+
+
+def column(values):
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
+def test_decode_preserves_quantiles(tolerance):
+    model = GaussianMixtureModel(EDMSDE(), [[-1.0], [0.8]], [0.2, 0.4], [0.3, 0.7])
+    flow = ProbabilityFlow(model, rtol=tolerance, atol=tolerance)
+    error = (flow.decode(80 * column(Z)) - column(EXACT)).abs().max()
+    assert float(error) < 20 * tolerance
+
+
+def test_encode_inverts_decode(mixture):
+    flow = ProbabilityFlow(mixture, rtol=1e-6, atol=1e-6)
+    x = mixture.sample(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = flow.encode(x)
+    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-3)
+    # The code of Gaussian-like data at T has about the prior's scale.
+    assert 0.3 < float(z.std()) / mixture.sde.prior_std < 3
+
+
+def test_one_gaussian_in_closed_form(sde):
+    """x_T = alpha m + (x - m_s) S_T / S_s, with S^2 = alpha^2 s^2 + sigma^2 at each end."""
+    model = GaussianMixtureModel(sde, [[0.7]], [0.4])
+    ends = torch.tensor([sde.t_min, sde.T], dtype=torch.float64)
+    alpha, sigma = sde.marginal(ends)
+    total = ((0.4 * alpha) ** 2 + sigma**2).sqrt()
+    x = column([-0.5, 0.7, 2.0])
+    expected = alpha[1] * 0.7 + (x - alpha[0] * 0.7) * total[1] / total[0]
+    flow = ProbabilityFlow(model, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(flow.encode(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_the_mixture(mixture):
+    x = ProbabilityFlow(mixture).sample((2000, 2), generator=torch.Generator().manual_seed(0))
+    right = x[:, 0] > 0
+    assert float(right.double().mean()) == pytest.approx(0.7, abs=0.041)
+    for rows, mean, std in ((right, [1.0, 0.5], 0.3), (~right, [-1.0, 0.0], 0.2)):
+        error = 4 * std / int(rows.sum()) ** 0.5 + 0.002
+        torch.testing.assert_close(x[rows].mean(0), torch.tensor(mean), rtol=0, atol=error)
+        assert float(x[rows].std(0).mean()) == pytest.approx(std, rel=0.06)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "rk4"])
+def test_evaluations_are_counted(method):
+    calls = 0
+
+    def network(x, label):
+        nonlocal calls
+        calls += 1
+        return torch.tanh(x)
+
+    options = {"step_size": 0.5} if method == "rk4" else None
+    flow = ProbabilityFlow(EpsModel(network, VPSDE()), method, options=options)
+    flow.decode(torch.ones(2, 3))
+    assert flow.nfe == calls
+    calls = 0
+    flow.sample((2, 3))
+    assert flow.nfe == calls
+
+
+def test_sample_is_denoised_and_decode_is_not(mixture):
+    z = mixture.sde.prior_sample((4, 2), generator=torch.Generator().manual_seed(0))
+    t_end = 0.3 * mixture.sde.T
+    flow = ProbabilityFlow(mixture, t_end=t_end)
+    decoded = flow.decode(z)
+    expected = mixture.predict(decoded, torch.full((4,), t_end)).x0
+    torch.testing.assert_close(flow.sample(z), expected)
+    torch.testing.assert_close(
+        ProbabilityFlow(mixture, t_end=t_end, denoise=False).sample(z), decoded
+    )
+
+
+def test_far_from_the_data_the_first_step_is_not_too_long():
+    """sub-VP at t = 1e-5 stands still in log sigma; torchdiffeq's own guess would overshoot T."""
+    from diffusionkit import SubVPSDE
+
+    model = GaussianMixtureModel(SubVPSDE(), [[-1.0], [1.0]], [0.2, 0.2])
+    assert torch.isfinite(ProbabilityFlow(model).encode(torch.tensor([[0.9]]))).all()
+
+
+def test_conditions_reach_the_model():
+    model = EpsModel(lambda x, label, shift: x * 0 + shift, VPSDE())
+    flow = ProbabilityFlow(model)
+    z = torch.ones(1, 2)
+    assert not torch.allclose(flow.decode(z, shift=0.0), flow.decode(z, shift=1.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": 0.0}, "rtol: expected a finite number > 0, got 0.0"),
+        ({"t_end": 0.0}, r"t_end: expected a time in \(0, T\)"),
+        ({"t_end": 2.0}, r"t_end: expected a time in \(0, T\)"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        ProbabilityFlow(EpsModel(lambda x, label: x, VPSDE()), **options)

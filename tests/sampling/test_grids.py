@@ -1,0 +1,86 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusionkit import (
+    DDIM,
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    KarrasGrid,
+    LogSNRGrid,
+    PCSampler,
+    QuadraticGrid,
+    UniformGrid,
+)
+
+GRIDS = [UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@given(steps=st.integers(1, 50))
+def test_grids_decrease_from_end_to_end(sde, grid, steps):
+    times = grid()(sde, steps)
+    assert times.shape == (steps + 1,)
+    assert times.dtype == torch.float64
+    assert float(times[0]) == sde.T
+    assert float(times[-1]) == sde.t_stop
+    assert (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_to_zero_appends_zero(sde, grid):
+    times = grid(to_zero=True)(sde, 5)
+    assert len(times) == 6
+    assert float(times[-1]) == 0.0
+    assert float(times[-2]) == sde.t_stop
+
+
+def test_where_samplers_stop_by_default():
+    """Song et al. 2021: 1e-3 for VP and sub-VP, 1e-5 for VE."""
+    assert VPSDE().t_stop == 1e-3
+    assert VESDE().t_stop == 1e-5
+    assert EDMSDE().t_stop == 0.002
+
+
+def test_spacings():
+    t = QuadraticGrid(t_end=0.04)(VPSDE(), 4)
+    torch.testing.assert_close(t, torch.tensor([1.0, 0.64, 0.36, 0.16, 0.04]).double())
+    t = UniformGrid(t_end=0.2)(VPSDE(), 4)
+    torch.testing.assert_close(t, torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2]).double())
+    t = LogSNRGrid(t_end=0.1)(EDMSDE(sigma_max=10.0), 2)
+    torch.testing.assert_close(t, torch.tensor([10.0, 1.0, 0.1]).double())
+
+
+def test_log_snr_is_equally_spaced(sde):
+    gaps = sde.log_snr(LogSNRGrid()(sde, 40)).diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps), rtol=1e-6, atol=0)
+
+
+# Karras et al. 2022, equation 5, N = 18, .002 to 80, rho = 7, independently computed.
+def test_karras_grid_of_the_paper():
+    t = KarrasGrid(to_zero=True)(EDMSDE(), 18)
+    expected = [80.0, 57.58598472124816, 40.78557379650796, 28.374584604156837, 19.35245298032522, 12.910082380757316, 8.400935309099822, 5.3151945217963785, 3.256821519765538, 1.9233398370400498, 1.0881706365452795, 0.5853481231945423, 0.29644228447915727, 0.13951646873101647, 0.05994731123547157, 0.02293451837233337, 0.007528019962784071, 0.002, 0.0]  # fmt: skip
+    torch.testing.assert_close(t, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
+
+
+def test_karras_grid_of_other_processes(sde):
+    """Equally spaced in (sigma / alpha)^(1 / rho)."""
+    alpha, sigma = sde.marginal(KarrasGrid(rho=3.0)(sde, 30))
+    gaps = (sigma / alpha).pow(1 / 3).diff()
+    torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps), rtol=1e-6, atol=0)
+
+
+def test_the_users_own_grid(mixture):
+    times = torch.tensor([0.9, 0.5, 0.1]) * mixture.sde.T
+    sampler = PCSampler(mixture, DDIM(), grid=times)
+    assert sampler.times.tolist() == times.double().tolist()
+    assert sum(1 for _ in sampler.iterate((1, 2))) == 4
+    sampler = PCSampler(mixture, DDIM(), steps=7, grid=lambda sde, n: UniformGrid()(sde, n))
+    assert len(sampler.times) == 8
+
+
+def test_a_rule_that_is_infinite_at_the_end_says_so():
+    with pytest.raises(ValueError, match="expected an end at which the rule is finite"):
+        LogSNRGrid(t_end=0.0)(VPSDE(), 5)

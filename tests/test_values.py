@@ -1,0 +1,126 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusionkit import Perturbed, Prediction, Step, expand
+
+
+def setup(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(3, 2, 4, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    alpha = torch.tensor([1.0, 0.6, 0.1], dtype=torch.float64)
+    sigma = torch.tensor([0.02, 0.8, 40.0], dtype=torch.float64)
+    x = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+    return x, x0, eps, alpha, sigma
+
+
+def statements(x, x0, eps, alpha, sigma):
+    """The same prediction, made in every way there is."""
+    a, s = expand(alpha, x), expand(sigma, x)
+    return {
+        "pair": Prediction(x, x0, eps, alpha, sigma),
+        "eps": Prediction.from_eps(x, eps, alpha, sigma),
+        "x0": Prediction.from_x0(x, x0, alpha, sigma),
+        "v": Prediction.from_v(x, a * eps - s * x0, alpha, sigma),
+        "score": Prediction.from_score(x, -eps / s, alpha, sigma),
+        "mixed": Prediction.from_output(x, 0.3 * x0 - 2.0 * eps, alpha, sigma, a=0.3, b=-2.0),
+    }
+
+
+KINDS = ["pair", "eps", "x0", "v", "score", "mixed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_statement_means_the_same(kind):
+    x, x0, eps, alpha, sigma = setup()
+    said = statements(x, x0, eps, alpha, sigma)[kind]
+    a, s = expand(alpha, x), expand(sigma, x)
+    torch.testing.assert_close(said.x0, x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(said.eps, eps, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(said.score, -eps / s, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(said.v, a * eps - s * x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(said.alpha, alpha)
+    torch.testing.assert_close(said.sigma, sigma)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_combine_is_the_linear_combination(kind):
+    x, x0, eps, alpha, sigma = setup()
+    said = statements(x, x0, eps, alpha, sigma)[kind]
+    c, d = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([3.0, 0.0, -0.7]).double()
+    expected = expand(c, x) * x + expand(d, x) * x0
+    torch.testing.assert_close(said.combine(x=c, x0=d), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(said.combine(x=0.5, x0=2.0), 0.5 * x + 2 * x0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_error_is_the_difference_of_the_noises(kind):
+    x, x0, eps, alpha, sigma = setup()
+    # Another prediction of the same state: its noise is off by .01.
+    other = Prediction.from_eps(x, eps - 0.01, alpha, sigma)
+    said = statements(x, x0, eps, alpha, sigma)[kind]
+    target = Prediction(x, other.x0, other.eps, alpha, sigma)
+    torch.testing.assert_close(
+        said.noise_error(target), torch.full_like(x, 0.01), rtol=1e-7, atol=1e-9
+    )
+
+
+@given(sigma=st.floats(1e-3, 1e3), kind=st.sampled_from(KINDS[1:5]))
+def test_noise_error_keeps_float32_digits_at_every_noise_level(sigma, kind):
+    """The difference of two noises that were computed from x0 has lost log10(1 / sigma) digits."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(1, 500, generator=g) for _ in range(2))
+    one, s = torch.ones(1), torch.tensor([sigma])
+    x = x0 + sigma * eps
+    value = {
+        "eps": eps * 1.01,
+        "x0": x0 * 1.01,
+        "v": 1.01 * (eps - sigma * x0),
+        "score": -1.01 * eps / sigma,
+    }[kind]
+    build = getattr(Prediction, f"from_{kind}")
+    got = build(x, value, one, s).noise_error(Prediction(x, x0, eps, one, s))
+    # In float64, from the float32 numbers the two sides were given.
+    x0, eps, value = x0.double(), eps.double(), value.double()
+    s64 = float(s)
+    expected = {
+        "eps": value - eps,
+        "x0": -(value - x0) / s64,
+        "v": (value - (eps - s64 * x0)) / (1 + s64**2),
+        "score": -s64 * value - eps,
+    }[kind]
+    error = (got.double() - expected).norm() / expected.norm()
+    assert float(error) < 1e-4
+
+
+def test_floats_stand_for_a_whole_batch():
+    x, x0, eps, _, _ = setup()
+    alpha, sigma = torch.full((3,), 0.6).double(), torch.full((3,), 0.8).double()
+    for build, value in ((Prediction.from_v, x0), (Prediction.from_eps, eps)):
+        one, many = build(x, value, 0.6, 0.8), build(x, value, alpha, sigma)
+        for name in ("x0", "eps", "score", "v", "alpha", "sigma"):
+            torch.testing.assert_close(
+                getattr(one, name), getattr(many, name), rtol=1e-7, atol=1e-7
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    x, x0, _eps, alpha, sigma = setup(dtype)
+    x = x.to(dtype)
+    said = Prediction.from_v(x, x0, alpha, sigma)
+    assert said.x0.dtype == said.eps.dtype == said.score.dtype == said.v.dtype == dtype
+    wide = dtype if dtype.itemsize >= 4 else torch.float32
+    assert said.alpha.dtype == said.sigma.dtype == wide
+
+
+def test_values_are_frozen():
+    x, x0, eps, alpha, sigma = setup()
+    for value, name in (
+        (Prediction(x, x0, eps, alpha, sigma), "x0"),
+        (Perturbed(x0, eps, x, alpha, alpha, sigma), "x"),
+        (Step(x, x), "mean"),
+    ):
+        with pytest.raises(AttributeError):
+            setattr(value, name, x)
