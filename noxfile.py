@@ -1,23 +1,21 @@
 """Every job of the project: lint, types, tests, slow, docs, quickstart, bench.
 
-The sessions that import the library share one environment, made from the pinned versions of
-constraints.txt.
+Each session makes an environment of its own under .nox, from the pinned versions of
+constraints.txt, and keeps it for the next time.
 """
 
 import nox
 
-nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests", "docs"]
 
-SHARED = ".nox/diffusionkit"
 PINNED = ("-c", "constraints.txt")
 
 
-def install(session: nox.Session) -> None:
-    """Install the library and everything its jobs use."""
-    session.install(*PINNED, "-e", ".[dev,docs]")
+def install(session: nox.Session, extra: str) -> None:
+    """Install the library with one of its extras."""
+    session.install(*PINNED, "-e", f".[{extra}]")
 
 
 @nox.session
@@ -28,45 +26,45 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session)
+    install(session, "dev")
     session.run("mypy")
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests, without the slow ones."""
-    install(session)
+    install(session, "dev")
     session.run("pytest", "-m", "not slow", *session.posargs)
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def slow(session: nox.Session) -> None:
     """Run the slow tests."""
-    install(session)
+    install(session, "dev")
     session.run("pytest", "-m", "slow", *session.posargs)
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and execute every snippet in it."""
-    install(session)
+    install(session, "docs")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "doctest", "docs", "docs/_build/doctest")
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def quickstart(session: nox.Session) -> None:
     """Train a score model on real digits, sample it and draw the result."""
-    install(session)
+    install(session, "examples")
     session.run("python", "examples/quickstart.py", *session.posargs)
 
 
-@nox.session(venv_location=SHARED)
+@nox.session
 def bench(session: nox.Session) -> None:
     """Run a benchmark by name, all of them by default."""
-    install(session)
+    install(session, "examples")
     for name in session.posargs or ["sampler_overhead"]:
         session.run("python", f"benchmarks/{name}.py")
