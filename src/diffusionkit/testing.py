@@ -49,7 +49,8 @@ class Report:
         if self.ok:
             return f"{self.subject}: {len(self.checks)} checks, no problems"
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
-        return f"{self.subject}: {len(self.problems)} problems{lines}"
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        return f"{self.subject}: {len(self.problems)} {noun}{lines}"
 
 
 Check = Callable[..., Iterator[str]]
@@ -341,8 +342,8 @@ def _repeatable(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator
 def _gradient(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator[str]:
     with torch.enable_grad():
         x = x.clone().requires_grad_()
-        eps = model.predict(x, t, **cond).x0
-        if not eps.requires_grad:
+        x0 = model.predict(x, t, **cond).x0
+        if not x0.requires_grad:
             yield "the prediction is not differentiable in x: likelihoods and guidance need it"
 
 

@@ -156,7 +156,7 @@ def test_a_sample_with_its_own_generator_does_not_depend_on_its_batch(sde, predi
 
 
 def test_large_samples_do_not_depend_on_their_batch_either():
-    """Above 32768 numbers torch sums a lone sample in another order."""
+    """Above 32768 numbers torch may split the sum over threads."""
     model = EpsModel(lambda x, label: torch.tanh(x), VPSDE())
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(), steps=3)
     threads = torch.get_num_threads()
@@ -336,3 +336,31 @@ def test_progress(mixture, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         PCSampler(mixture, DDIM(), steps=4, progress=True)((1, 2))
     assert "pip install tqdm" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [("correct", 1.0), ("predict", 1.0), ("correct", 0.6), ("predict", 0.6)]),
+        (
+            {"corrector_first": False},
+            [("predict", 1.0), ("correct", 0.6), ("predict", 0.6), ("correct", 0.2)],
+        ),
+    ],
+)
+def test_each_part_is_called_at_its_time(mixture, options, expected):
+    calls = []
+
+    class Predicting(Predictor):
+        def step(self, model, x, t, s, state=None, *, generator=None, **cond):
+            calls.append(("predict", float(t[0])))
+            return Step(x, x)
+
+    class Correcting(Corrector):
+        def step(self, model, x, t, *, generator=None, **cond):
+            calls.append(("correct", float(t[0])))
+            return Step(x, x)
+
+    grid = torch.tensor([1.0, 0.6, 0.2], dtype=torch.float64)
+    PCSampler(mixture, Predicting(), Correcting(), grid=grid, **options)((1, 2))
+    assert calls == expected

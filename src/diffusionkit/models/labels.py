@@ -53,12 +53,15 @@ class SigmaLabel:
         """Return sigma / alpha, (B,)."""
         alpha, sigma = sde.kernel(t)
         ratio = sigma / alpha
-        return ratio if isinstance(ratio, Tensor) else torch.full_like(t, ratio)
+        return ratio.to(t.dtype) if isinstance(ratio, Tensor) else torch.full_like(t, ratio)
 
 
 @dataclass(frozen=True)
 class LogSigmaLabel:
     """The logarithm of the noise-to-signal ratio, scaled: log(sigma) / 4 for EDM networks.
+
+    Args:
+        scale: the factor of log(sigma / alpha).
 
     >>> from diffusionkit import EDMSDE
     >>> LogSigmaLabel()(EDMSDE(), torch.tensor([1.0]))

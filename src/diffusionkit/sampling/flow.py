@@ -135,14 +135,17 @@ class ProbabilityFlow:
         sde, model = self.model.sde, CountedModel(self.model)
         low, high = min(start, end), max(start, end)
         span = -0.5 * sde.log_snr(torch.tensor([start, end], dtype=torch.float64))
+        ends = span.to(x.device, schedule_dtype(x.device))
         options = dict(self.options)
         if self.method in ADAPTIVE:
             # Near the data nothing moves in u, and torchdiffeq's own guess of a first step is
             # then far too long.
             options.setdefault("first_step", 0.02 * abs(float(span[1] - span[0])))
+            # Otherwise it steps past the end, where there is no time, and interpolates back.
+            options.setdefault("step_t", ends[1:])
 
         def velocity(u: Tensor, x: Tensor) -> Tensor:
-            u = u.detach().cpu().double().reshape(1).clamp(span.min(), span.max())
+            u = u.detach().cpu().double().reshape(1)
             clock = sde.time_at_log_snr(-2 * u).clamp(low, high)
             (t,) = instants(sde, clock, x.shape[0], x.device)
             _, sigma = (c.item() for c in sde.marginal(clock))
@@ -154,7 +157,7 @@ class ProbabilityFlow:
             path = torchdiffeq.odeint(
                 velocity,
                 x,
-                span.to(x.device, schedule_dtype(x.device)),
+                ends,
                 rtol=self.rtol,
                 atol=self.atol,
                 method=self.method,

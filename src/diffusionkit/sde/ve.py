@@ -86,7 +86,7 @@ def suggest_sigma_max(data: Tensor, *, block: int = 2048) -> float:
     """Return the largest Euclidean distance between two data points, VE's sigma_max.
 
     Exact, without a tensor of all pairs: points are taken in the order of their distance from
-    the mean, r, and as |x - y| <= r_x + r_y, most pairs need no look.
+    the mean, r, and as no distance is above r_x + r_y, most pairs need no look.
 
     Args:
         data: the data set (N, *D), N >= 2, in the units the model will see.

@@ -1,0 +1,74 @@
+"""Configuration of the documentation: sphinx, furo and myst; every snippet is a doctest."""
+
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+from diffusionkit import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+project = "diffusionkit"
+author = "The diffusionkit developers"
+copyright = author
+release = __version__
+
+extensions = [
+    "mathml",
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build", "tables"]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "diffusionkit"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_math_renderer = "mathml"
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "friendly"
+
+add_module_names = False
+default_role = "py:obj"
+autoclass_content = "class"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+python_maximum_signature_line_length = 88
+
+doctest_global_setup = """
+import torch
+from torch import nn
+from diffusionkit import *
+from diffusionkit.networks import MLP, DDPMpp
+from diffusionkit.testing import InconsistentError, Report, check_score_model, check_sde
+
+torch.manual_seed(0)
+torch.set_num_threads(1)  # the tensors are tiny
+"""
+
+
+def as_restructured_text(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Keep what docstrings say from being read as markup: (B, *D), **cond and `.step()`."""
+    for n, line in enumerate(lines):
+        line = re.sub(r"(?<![\\*])\*(?=D\b)", r"\\*", line)
+        line = re.sub(r"(?<![\\*])\*\*(?=cond\b)", r"\\*\\*", line)
+        lines[n] = re.sub(r"(?<!`)`(\.[^`]+)`(?!`)", r"``\1``", line)
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what this file adds."""
+    app.connect("autodoc-process-docstring", as_restructured_text)

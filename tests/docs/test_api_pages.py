@@ -1,0 +1,55 @@
+"""The API pages name every public object, and the README shows the program that is executed."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import diffusionkit
+import diffusionkit.networks
+import diffusionkit.testing
+
+ROOT = Path(__file__).resolve().parents[2]
+DIRECTIVE = re.compile(
+    r"^\.\. (?:currentmodule:: (?P<module>\S+)|auto(?:class|function|exception):: (?P<name>\S+))",
+    re.MULTILINE,
+)
+
+
+def documented() -> list[str]:
+    names = []
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        module = None
+        for match in DIRECTIVE.finditer(page.read_text(encoding="utf-8")):
+            if match["module"]:
+                module = match["module"]
+            else:
+                names.append(f"{module}.{match['name']}")
+    return names
+
+
+def public() -> list[str]:
+    modules = (diffusionkit, diffusionkit.networks, diffusionkit.testing)
+    return [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
+
+
+def test_every_public_name_is_on_an_api_page() -> None:
+    assert sorted(set(public()) - set(documented())) == []
+
+
+def test_every_name_on_an_api_page_is_public_and_there_once() -> None:
+    assert sorted(set(documented()) - set(public())) == []
+    assert [name for name, times in Counter(documented()).items() if times > 1] == []
+
+
+def test_readme_shows_the_program_that_the_documentation_executes() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert f"```{{testcode}}\n{program}```" in index
+
+
+def test_every_python_snippet_is_executed() -> None:
+    for page in sorted((ROOT / "docs").glob("**/*.md")):
+        if "_build" not in page.parts:
+            fences = re.findall(r"^```\{?([^\s}]*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert not {"python", "py", "pycon"} & set(fences), page
