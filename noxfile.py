@@ -51,8 +51,9 @@ def slow(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and execute every snippet in it."""
     install(session, "docs")
-    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
-    session.run("sphinx-build", "-W", "--keep-going", "-b", "doctest", "docs", "docs/_build/doctest")
+    for builder in ("html", "doctest"):
+        target = f"docs/_build/{builder}"
+        session.run("sphinx-build", "-W", "--keep-going", "-b", builder, "docs", target)
 
 
 @nox.session

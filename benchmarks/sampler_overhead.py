@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusionkit import EpsModel, Langevin, PCSampler, ReverseDiffusion, VPSDE
+from diffusionkit import VPSDE, EpsModel, Langevin, PCSampler, ReverseDiffusion
 
 Run = Callable[[], object]
 
@@ -86,7 +86,9 @@ def released(x: Tensor, steps: int) -> Run:
     return run
 
 
-def measure(runs: dict[str, Run], steps: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def measure(
+    runs: dict[str, Run], steps: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Return microseconds a step of each run, one figure a round, the runs taken in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 2):

@@ -14,8 +14,12 @@ from torch import Tensor
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of a tensor may be read without stalling a device or a compiler."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a tensor's values may be read without stalling a device, a compiler or a vmap."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def check_state(x: Tensor, name: str = "x") -> None:
@@ -96,18 +100,29 @@ def check_reference(reference: Tensor, x0: Tensor) -> None:
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape (B, *D) as a tuple, or raise if it is not one of positive integers."""
     sizes = tuple(shape)
-    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+    if not sizes or not all(type(n) is not bool and isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"shape: expected positive integers (B, *D), got {sizes}")
     return sizes
 
 
-def check_positive(value: float, name: str, *, zero: bool = False) -> None:
-    """Raise unless a number is finite and positive (or not negative, where zero is allowed)."""
+def check_part(part: object, kind: type, name: str) -> None:
+    """Raise unless a part is an instance of its interface."""
+    if not isinstance(part, kind):
+        got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {got}")
+
+
+def check_number(value: float, name: str) -> None:
+    """Raise unless a value is a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        kind = "finite number >= 0" if zero else "finite number > 0"
-        raise ValueError(f"{name}: expected a {kind}, got {value}")
+
+
+def check_positive(value: float, name: str) -> None:
+    """Raise unless a number is finite and positive."""
+    check_number(value, name)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
 
 def check_count(value: int, name: str, *, least: int = 1) -> None:

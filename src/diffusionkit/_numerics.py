@@ -53,7 +53,13 @@ def bisect(decreasing: Callable[[Tensor], Tensor], value: Tensor, T: float) -> T
     # 2^-80 T: absolute, so that t_min itself is found to full relative precision.
     for _ in range(80 if value.dtype == torch.float64 else 50):
         middle = 0.5 * (low + high)
-        above = decreasing(middle) > value
+        found = decreasing(middle)
+        if found.shape != value.shape:  # it would grow from one round to the next
+            raise ValueError(
+                f"expected one log-SNR for each time, shape {tuple(value.shape)}, "
+                f"got {tuple(found.shape)}"
+            )
+        above = found > value
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return 0.5 * (low + high)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _numerics
-from ._checks import check_shape
+from ._checks import check_part, check_shape
 from .interfaces import ForwardSDE, Prediction, ScoreModel
 from .values import expand
 
@@ -106,8 +106,7 @@ def check_sde(sde: ForwardSDE) -> Report:
     >>> print(check_sde(VPSDE()))
     VPSDE: 7 checks, no problems
     """
-    if not isinstance(sde, ForwardSDE):
-        raise TypeError(f"sde: expected a ForwardSDE, got {type(sde).__name__}")
+    check_part(sde, ForwardSDE, "sde")
     checks = (
         _end_points,
         _marginal,
@@ -139,7 +138,7 @@ def _end_points(sde: ForwardSDE) -> Iterator[str]:
 def _marginal(sde: ForwardSDE) -> Iterator[str]:
     for dtype in (torch.float32, torch.float64):
         t = _times(sde).to(dtype)
-        values = sde.marginal(t)
+        values: tuple[Tensor, ...] = sde.marginal(t)
         if len(values) != 2:
             yield f"expected alpha and sigma, got {len(values)} values"
             return
@@ -231,7 +230,8 @@ def _prior(sde: ForwardSDE) -> Iterator[str]:
         yield f"prior_sample: expected standard deviation {sde.prior_std:.6g}, got {z.std():.6g}"
     x = torch.tensor([[0.3, -0.7]], dtype=torch.float64) * sde.prior_std
     normal = torch.distributions.Normal(0.0, sde.prior_std)
-    if problem := _differ(sde.prior_log_prob(x), normal.log_prob(x).sum(1), 1e-6):
+    density = normal.log_prob(x).sum(1)  # type: ignore[no-untyped-call]
+    if problem := _differ(sde.prior_log_prob(x), density, 1e-6):
         yield f"prior_log_prob is not that of N(0, prior_std^2 I): {problem}"
 
 
@@ -262,8 +262,7 @@ def check_score_model(
     >>> print(check_score_model(model, (4, 1), exact=True))
     GaussianMixtureModel: 6 checks, no problems
     """
-    if not isinstance(model, ScoreModel):
-        raise TypeError(f"model: expected a ScoreModel, got {type(model).__name__}")
+    check_part(model, ScoreModel, "model")
     if not isinstance(getattr(model, "sde", None), ForwardSDE):
         raise TypeError("model.sde: expected a ForwardSDE: a score model owns its process")
     sizes = check_shape(shape)
@@ -295,7 +294,7 @@ Cond = dict[str, Any]
 
 def _prediction(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator[str]:
     with torch.no_grad():
-        said = model.predict(x, t, **cond)
+        said: Any = model.predict(x, t, **cond)
         if not isinstance(said, Prediction):
             yield f"expected predict to return a Prediction, got {type(said).__name__}"
             return
@@ -353,11 +352,13 @@ def _direction(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator[
         end = torch.full_like(t, sde.T)
         z = sde.prior_sample(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
         z = z.to(x.device)
-        cosine = torch.cosine_similarity(model(z, end, **cond).flatten(), -z.flatten(), dim=0)
-    if float(cosine) < -0.5:
+        score = model(z, end, **cond)
+        share = -float((score * z).sum() / z.square().sum()) * sde.prior_std**2
+    # 1 where the score is right, -1 where its sign is wrong, about 0 for an untrained network.
+    if share < -0.5:
         yield (
-            f"at T the score points away from the data, its cosine with -x is {float(cosine):.2f}:"
-            " is its sign reversed?"
+            "at T the score points away from the data: along -x it is "
+            f"{share:.2f} times what the prior's would be; is its sign reversed?"
         )
 
 

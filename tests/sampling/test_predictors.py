@@ -165,8 +165,10 @@ def test_ddim_at_one_is_the_ancestral_sampler(mixture):
 
 # Root-mean-square errors of Euler steps of the probability flow on Karras's grid, and the exact
 # solution by quantiles, computed independently: mixture .3 N(-1, .2^2) + .7 N(.8, .4^2).
-EXACT = [-1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
-         0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523]  # fmt: skip
+EXACT = [
+    -1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
+    0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_log_snr_and_its_inverse(sde, u):
         torch.testing.assert_close(process.time_at_log_snr(log_snr), t, rtol=1e-9, atol=0)
 
 
-# log-SNR at t: VP log(1 / expm1 B), sub-VP log(1 / (4 sinh^2(B / 2))), with 30 digits, B(.5) = 2.5375.
+# log(1 / expm1 B) for VP, log(1 / (4 sinh^2(B / 2))) for sub-VP, with 30 digits, B(.5) = 2.5375.
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("vp", -2.45513546882), ("subvp", -2.37277093764), ("ve", 0.6931471806)],

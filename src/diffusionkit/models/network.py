@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import check_state, check_times
+from .._checks import check_part, check_state, check_times
 from .._numerics import Instant, instant
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
@@ -34,8 +34,7 @@ class NetworkModel(ScoreModel):
         """Join the network and its process."""
         super().__init__()
         label = self._default_label() if label is None else label
-        if not isinstance(sde, ForwardSDE):
-            raise TypeError(f"sde: expected a ForwardSDE, got {type(sde).__name__}")
+        check_part(sde, ForwardSDE, "sde")
         for name, part in (("network", network), ("label", label)):
             if not callable(part):
                 raise TypeError(f"{name}: expected a callable, got {type(part).__name__}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_finite, check_state, check_times
+from .._checks import check_count, check_finite, check_part, check_state, check_times
 from .._draws import Generators, rand, randn
 from .._numerics import exact
 from ..interfaces import ForwardSDE, ScoreModel
@@ -54,6 +54,7 @@ class GaussianMixtureModel(ScoreModel):
     ) -> None:
         """Keep the mixture in float64."""
         super().__init__()
+        check_part(sde, ForwardSDE, "sde")
         self.sde = sde
         parts = [torch.as_tensor(part, dtype=torch.float64) for part in (means, stds)]
         m, s = parts
@@ -154,6 +155,7 @@ class EmpiricalModel(ScoreModel):
     def __init__(self, sde: ForwardSDE, data: Tensor, *, block: int = 8192) -> None:
         """Keep the data in float64."""
         super().__init__()
+        check_part(sde, ForwardSDE, "sde")
         check_state(data, "data")
         check_finite(data, "data")
         check_count(block, "block")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_positive
+from .._checks import check_count, check_positive, check_times
 from .._draws import Generators, randn_like
+from .._numerics import instant
 from ..interfaces import Corrector, ScoreModel, Step
 from ..values import add_noise
 
@@ -108,6 +109,8 @@ class AnnealedLangevin(Corrector):
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
         """Make the moves at times t (B,) from a state x (B, *D)."""
+        if instant(t, model.sde) is None:
+            check_times(t, model.sde.T, x.shape[0], x)
         alpha, sigma = model.sde.kernel(t)
         pull, mean = 2 * self.snr**2, x
         for _ in range(self.steps):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_positive, check_state
+from .._checks import check_finite, check_part, check_positive, check_state
 from .._draws import Generators
 from .._numerics import instants, schedule_dtype
 from ..interfaces import ScoreModel
@@ -70,8 +70,7 @@ class ProbabilityFlow:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep the model and the solver's settings."""
-        if not isinstance(model, ScoreModel):
-            raise TypeError(f"model: expected a ScoreModel, got {type(model).__name__}")
+        check_part(model, ScoreModel, "model")
         check_positive(rtol, "rtol")
         check_positive(atol, "atol")
         self.model = model

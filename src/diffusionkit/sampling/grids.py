@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_positive
+from .._checks import check_count, check_part, check_positive
 from ..interfaces import ForwardSDE
 
 Grid: TypeAlias = Callable[[ForwardSDE, int], Tensor]
@@ -151,6 +151,7 @@ def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Ten
         times = (UniformGrid() if grid is None else grid)(sde, steps)
     else:
         raise TypeError(f"grid: expected a callable or a tensor, got {type(grid).__name__}")
+    check_part(times, Tensor, "grid")
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"grid: expected at least two times (N + 1,), got {tuple(times.shape)}")
     if not bool((times.diff() < 0).all()):  # a NaN fails too

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from .._checks import check_count, check_part
 from .._draws import Generators
 from .._numerics import instant, instants
 from ..interfaces import Corrector, Predictor, ScoreModel, Step
@@ -90,13 +90,11 @@ class PCSampler:
         progress: Progress = False,
     ) -> None:
         """Keep the parts and resolve the grid."""
-        for name, part, kind in (
-            ("model", model, ScoreModel),
-            ("predictor", predictor, Predictor | None),
-            ("corrector", corrector, Corrector | None),
-        ):
-            if not isinstance(part, kind):
-                raise TypeError(f"{name}: expected {kind}, got {type(part).__name__}")
+        check_part(model, ScoreModel, "model")
+        if predictor is not None:
+            check_part(predictor, Predictor, "predictor")
+        if corrector is not None:
+            check_part(corrector, Corrector, "corrector")
         if predictor is None and corrector is None:
             raise ValueError("expected a predictor, a corrector or both, got neither")
         check_count(steps, "steps")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _numerics
-from .._checks import check_times, readable
+from .._checks import check_number, check_times, readable
 from .._draws import Generators, randn_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..values import Coefficient, add_noise
@@ -192,6 +192,7 @@ class DDIM(LinearPredictor):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        check_number(self.eta, "eta")
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
 

@@ -62,6 +62,7 @@ class EDMSDE(ForwardSDE):
         return torch.ones_like(t), t.clone()
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
+        check_times(t, self.T)
         return torch.zeros_like(t)
 
     def diffusion(self, t: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_positive, check_state, check_times, check_transition
+from .._checks import (
+    check_count,
+    check_finite,
+    check_positive,
+    check_state,
+    check_times,
+    check_transition,
+)
 from ..interfaces import ForwardSDE
 
 
@@ -64,6 +71,7 @@ class VESDE(ForwardSDE):
         return torch.ones_like(t), self.sigma_min * torch.exp(self._rate * t)
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
+        check_times(t, self.T)
         return torch.zeros_like(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
@@ -105,6 +113,7 @@ def suggest_sigma_max(data: Tensor, *, block: int = 2048) -> float:
     """
     check_state(data, "data")
     check_finite(data, "data")
+    check_count(block, "block")
     points = data.detach().flatten(1) if data.ndim > 1 else data.detach().unsqueeze(1)
     if len(points) < 2:
         raise ValueError(f"data: expected at least two points, got {len(points)}")

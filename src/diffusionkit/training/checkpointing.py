@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
-import tempfile
+import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import PicklingError, UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,18 @@ from .ema import EMA
 
 FORMAT = "diffusionkit.checkpoint"
 VERSION = 1
+
+_PARTS: dict[str, Any] = {
+    "step": int,
+    "model": dict,
+    "ema": dict | None,
+    "optimizer": dict | None,
+    "optimizer_type": str | None,
+    "stateful": dict,
+    "generators": dict,
+    "random": dict,
+    "extra": dict,
+}
 
 
 class CheckpointError(ValueError):
@@ -79,27 +92,28 @@ def save_checkpoint(
         "model": model.state_dict(),
         "ema": ema.state_dict() if ema is not None else None,
         "optimizer": optimizer.state_dict() if optimizer is not None else None,
+        "optimizer_type": type(optimizer).__name__ if optimizer is not None else None,
         "stateful": {name: part.state_dict() for name, part in (stateful or {}).items()},
         "generators": {name: g.get_state() for name, g in (generators or {}).items()},
         "random": _random_states(),
         "extra": dict(extra or {}),
     }
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
         try:
+            with open(temporary, "xb") as file:
+                torch.save(payload, file)
+                file.flush()
+                os.fsync(file.fileno())
             torch.load(temporary, map_location="meta", weights_only=True, mmap=True)
-        except UnpicklingError as error:
+        except (UnpicklingError, PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 "checkpoint: expected tensors, numbers, strings, lists and dictionaries only, "
                 f"got something that cannot be read back safely: {error}"
             ) from error
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -146,46 +160,62 @@ def load_checkpoint(
             raise CheckpointError(
                 f"{path}: expected {name} {missing}, got {sorted(state[name]) or 'none'}"
             )
-    _check_weights(path, "model", model, state["model"])
-    if ema is not None:
-        _check_weights(path, "ema", ema.model, state["ema"]["model"])
-    if optimizer is not None:
-        _check_optimizer(path, optimizer, state["optimizer"])
-
-    model.load_state_dict(state["model"])
-    if ema is not None:
-        ema.load_state_dict(state["ema"])
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    for name, part in stateful.items():
-        part.load_state_dict(state["stateful"][name])
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name].cpu())
-    if restore_random:
-        _restore_random(state["random"])
+    loads: list[tuple[Callable[[Any], Any], Any, Any]] = []
+    try:
+        _check_weights(path, "model", model, state["model"])
+        if ema is not None:
+            _check_weights(path, "ema", ema.model, state["ema"]["model"])
+        if optimizer is not None:
+            _check_optimizer(path, optimizer, state)
+            loads.append((optimizer.load_state_dict, optimizer.state_dict(), state["optimizer"]))
+        for name, part in stateful.items():
+            loads.append((part.load_state_dict, part.state_dict(), state["stateful"][name]))
+        for name, generator in generators.items():
+            after = state["generators"][name].cpu()
+            loads.append((generator.set_state, generator.get_state(), after))
+        if restore_random:
+            loads.append((_restore_random, _random_states(), state["random"]))
+        loads = [(load, copy.deepcopy(before), after) for load, before, after in loads]
+        for load, _, after in loads:
+            load(after)
+        # The weights come last: their check was complete.
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        model.load_state_dict(state["model"])
+    except CheckpointError:
+        raise
+    except Exception as error:
+        for load, before, _ in loads:
+            load(before)
+        raise CheckpointError(
+            f"{path}: expected states that fit the objects given, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
     return Checkpoint(step=state["step"], extra=state["extra"])
 
 
 def _read(path: str | os.PathLike[str], map_location: torch.device | str | None) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    expected = "expected a checkpoint written by save_checkpoint"
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: {expected}, got a truncated or foreign file")
+    expected = f"{path}: expected a checkpoint written by save_checkpoint"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged is None:
-            state = torch.load(path, map_location=map_location, weights_only=True)
+        state = None if damaged else torch.load(path, map_location, weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{expected}, got a truncated or foreign file: {error}") from error
     # Whatever a damaged or hostile file makes torch or zipfile raise is the same news to a user.
     except Exception as error:
-        raise CheckpointError(f"{path}: {expected}, got {type(error).__name__}: {error}") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path}: {expected}, got a file damaged at {damaged}")
+        raise CheckpointError(f"{expected}, got {type(error).__name__}: {error}") from error
+    if damaged:
+        raise CheckpointError(f"{expected}, got a file damaged at {damaged}")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: {expected}, got a foreign file")
+        raise CheckpointError(f"{expected}, got a foreign file")
     if state.get("version") != VERSION:
         raise CheckpointError(f"{path}: expected version {VERSION}, got {state.get('version')}")
+    odd = [k for k, kind in _PARTS.items() if k not in state or not isinstance(state[k], kind)]
+    if odd:
+        raise CheckpointError(f"{expected}, got one with missing or odd parts: {odd}")
     return state
 
 
@@ -208,15 +238,13 @@ def _check_weights(
 def _check_optimizer(
     path: str | os.PathLike[str], optimizer: Optimizer, state: Mapping[str, Any]
 ) -> None:
-    def sizes(groups: list[dict[str, Any]]) -> list[int]:
-        return [len(group["params"]) for group in groups]
+    def described(kind: str, groups: list[dict[str, Any]]) -> str:
+        return f"{kind} with groups of {[len(group['params']) for group in groups]} tensors"
 
-    wanted, got = sizes(optimizer.param_groups), sizes(state["param_groups"])
+    wanted = described(type(optimizer).__name__, optimizer.param_groups)
+    got = described(state["optimizer_type"], state["optimizer"]["param_groups"])
     if wanted != got:
-        raise CheckpointError(
-            f"{path}: the optimizer does not fit: expected parameter groups of {wanted} tensors, "
-            f"got {got}"
-        )
+        raise CheckpointError(f"{path}: the optimizer does not fit: expected {wanted}, got {got}")
 
 
 def _random_states() -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .._checks import check_number, check_part
+
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 
@@ -30,6 +32,7 @@ class EMA:
 
     Raises:
         ValueError: if decay is outside [0, 1).
+        TypeError: if model is not a Module.
 
     Source: Song et al., 2021, arXiv 2011.13456 (appendix H.1).
 
@@ -42,6 +45,8 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, *, warmup: bool = True) -> None:
         """Copy the model."""
+        check_part(model, nn.Module, "model")
+        check_number(decay, "decay")
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
         self.decay = decay
@@ -65,7 +70,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model; call after each optimiser step."""
+        """Move the average towards the model; call after each optimiser step.
+
+        Raises:
+            ValueError: if the model has other parameters than the one that was followed.
+        """
+        self._pairs(model)
         self.updates += 1
         self._averaged.update_parameters(model)
 
@@ -107,5 +117,6 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the averaged weights and the number of updates from `state_dict()`."""
+        updates = int(state["updates"])
         self.model.load_state_dict(state["model"])
-        self.updates = int(state["updates"])
+        self.updates = updates

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_reference, check_state, check_times
+from .._checks import check_finite, check_part, check_reference, check_state, check_times
 from .._draws import Generators
 from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
 from .targets import DenoisingTarget
@@ -53,13 +53,9 @@ class ScoreMatching:
         self.weighting = SimpleWeighting() if weighting is None else weighting
         self.target = DenoisingTarget() if target is None else target
         self.times = UniformTimes() if times is None else times
-        for name, part, kind in (
-            ("weighting", self.weighting, Weighting),
-            ("target", self.target, TargetEstimator),
-            ("times", self.times, TimeSampler),
-        ):
-            if not isinstance(part, kind):
-                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(part).__name__}")
+        check_part(self.weighting, Weighting, "weighting")
+        check_part(self.target, TargetEstimator, "target")
+        check_part(self.times, TimeSampler, "times")
 
     def __repr__(self) -> str:
         return f"ScoreMatching({self.weighting}, target={self.target}, times={self.times})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,8 +38,8 @@ class StepReport:
     """What became of an optimiser step.
 
     Args:
-        norm: the norm of all gradients before clipping.
-        skipped: whether the step was left out because the norm was not finite.
+        norm: the norm of the gradients before clipping.
+        skipped: whether the step was left out because a gradient was not finite.
     """
 
     norm: float
@@ -61,21 +62,26 @@ def clipped_step(
     Raises:
         ValueError: if max_norm is not positive, or no parameter has a gradient.
     """
-    if max_norm != float("inf"):
+    if max_norm != math.inf:
         check_positive(max_norm, "max_norm")
-    if parameters is None:
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-    chosen = [p for p in parameters if p.grad is not None]
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    chosen = [p for p in (every if parameters is None else parameters) if p.grad is not None]
     if not chosen:
         raise ValueError("expected gradients, got none: call loss.backward() first")
-    norm = torch.nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None])
-    value = float(norm)
-    finite = value == value and abs(value) != float("inf")
+    norm = whole = _norm(chosen)
+    if parameters is not None:
+        whole = _norm(every)
+    finite = math.isfinite(float(norm)) and math.isfinite(float(whole))
     if finite:
-        if max_norm != float("inf"):
+        if max_norm != math.inf:
             torch.nn.utils.clip_grads_with_norm_(chosen, max_norm, norm)
         optimizer.step()
     else:
-        logger.warning("skipped an optimiser step: the gradient's norm is %s", value)
+        logger.warning("skipped an optimiser step: the gradient's norm is %s", float(whole))
     optimizer.zero_grad(set_to_none=True)
-    return StepReport(norm=value, skipped=not finite)
+    return StepReport(norm=float(norm), skipped=not finite)
+
+
+def _norm(parameters: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients there are."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

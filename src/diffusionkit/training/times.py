@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_positive
+from .._checks import check_count, check_number, check_positive
 from .._draws import Generators, rand, randn
 from .._numerics import schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
@@ -92,6 +92,7 @@ class LogNormalTimes(TimeSampler):
     std: float = 1.2
 
     def __post_init__(self) -> None:
+        check_number(self.mean, "mean")
         if not math.isfinite(self.mean):
             raise ValueError(f"mean: expected a finite number, got {self.mean}")
         check_positive(self.std, "std")

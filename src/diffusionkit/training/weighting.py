@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_positive
+from .._checks import check_positive, check_times
 from .._numerics import exact
 from ..interfaces import ForwardSDE, Weighting
 
@@ -25,6 +25,7 @@ class SimpleWeighting(Weighting):
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return ones (B,)."""
+        check_times(t, sde.T)
         return torch.ones_like(t)
 
 
@@ -45,6 +46,7 @@ class LikelihoodWeighting(Weighting):
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return g(t)^2 / sigma(t)^2, (B,)."""
+        check_times(t, sde.T)
         _, sigma = sde.marginal(exact(t))
         return (sde.diffusion(exact(t)) / sigma).square().to(t.dtype)
 
@@ -68,6 +70,7 @@ class EDMWeighting(Weighting):
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return the weights (B,)."""
+        check_times(t, sde.T)
         alpha, sigma = sde.marginal(exact(t))
         return (1 + (sigma / alpha / self.sigma_data).square()).to(t.dtype)
 
@@ -92,5 +95,6 @@ class MinSNRWeighting(Weighting):
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return the weights (B,)."""
+        check_times(t, sde.T)
         alpha, sigma = sde.marginal(exact(t))
         return (self.gamma * (sigma / alpha).square()).clamp_max(1.0).to(t.dtype)

@@ -1,0 +1,106 @@
+"""The direction of the dependencies, and a few rules for every file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import diffusionkit
+
+ROOT = Path(diffusionkit.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# What each part may import, beside itself.
+PRIVATE = {"_checks", "_draws", "_numerics"}
+BASE = {*PRIVATE, "values", "interfaces"}
+CORE = {*BASE, "sde", "models"}
+MAY_IMPORT = {
+    "_checks": set(),
+    "_draws": {"_checks"},
+    "_numerics": {"_checks"},
+    "values": set(),
+    "interfaces": {*PRIVATE, "values"},
+    "sde": BASE,
+    "models": {*BASE, "sde"},
+    "training": CORE,
+    "sampling": CORE,
+    "likelihood": CORE,
+    "control": {*CORE, "training", "sampling", "likelihood"},
+    "testing": CORE,
+    "diagnostics": {*CORE, "training"},
+    "ops": set(),
+    "networks": {"ops"},
+    "checkpoints": {"networks", "ops"},
+    "metrics": set(),
+    "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
+}
+
+
+def part_of(path: Path) -> str:
+    """The folder or file directly in the package that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, path: Path) -> set[str]:
+    """The full names of all modules that a file imports, wherever in it."""
+    package = ["diffusionkit", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import part` names the part after `import`.
+            found |= {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def source(request) -> tuple[Path, ast.AST]:
+    return request.param, ast.parse(request.param.read_text())
+
+
+def test_dependencies_point_one_way(source) -> None:
+    path, tree = source
+    part = part_of(path)
+    own = {name.split(".")[1] for name in imports(tree, path) if name.startswith("diffusionkit.")}
+    top = {*MAY_IMPORT, *(part_of(other) for other in FILES)}
+    assert part in MAY_IMPORT, f"{part}: say in MAY_IMPORT where it belongs"
+    assert own & top <= MAY_IMPORT[part] | {part}
+
+
+def test_the_table_has_no_cycle() -> None:
+    """Every part can be put after all that it imports."""
+    placed: set[str] = set()
+    while ready := {p for p, needs in MAY_IMPORT.items() if needs <= placed} - placed:
+        placed |= ready
+    assert placed == set(MAY_IMPORT)
+
+
+def test_rules_for_every_file(source) -> None:
+    path, tree = source
+    assert len(path.read_text().splitlines()) <= 400
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert"
+        called = node.func if isinstance(node, ast.Call) else None
+        assert not (isinstance(called, ast.Name) and called.id == "print"), f"line {node.lineno}"
+    assert not any(name.split(".")[0] == "torchvision" for name in imports(tree, path))
+
+
+def test_networks_know_no_sde(source) -> None:
+    path, tree = source
+    if part_of(path) in ("ops", "networks", "metrics"):
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not names & {"ForwardSDE", "ScoreModel", "Prediction", "Perturbed"}
+
+
+def test_the_process_is_never_asked_for_its_class(source) -> None:
+    """No isinstance on an SDE's class outside its own file: only on the interface."""
+    path, tree = source
+    if part_of(path) == "sde":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+            names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+            assert not any(name.endswith("SDE") for name in names - {"ForwardSDE"})

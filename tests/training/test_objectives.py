@@ -1,0 +1,281 @@
+"""The score-matching objective."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from diffusionkit import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    DenoisingTarget,
+    EDMModel,
+    EpsModel,
+    GaussianMixtureModel,
+    LikelihoodWeighting,
+    RawScoreModel,
+    ScoreMatching,
+    StratifiedTimes,
+    SubVPSDE,
+    TargetEstimator,
+    TimeSampler,
+    UniformTimes,
+    VModel,
+    X0Model,
+)
+
+SDES = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(), "edm": EDMSDE()}
+MODELS = [EpsModel, X0Model, VModel, RawScoreModel, EDMModel]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def zero(x, label, **cond):
+    return torch.zeros_like(x)
+
+
+class Scale(nn.Module):
+    """One weight: the output is w x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, x, label):
+        return self.w * x
+
+
+class FixedTimes(TimeSampler):
+    """Always the same time, with the same weight; remembers what it was told."""
+
+    def __init__(self, time: float = 0.5, weight: float = 1.0) -> None:
+        self.time, self.weight, self.told = time, weight, []
+
+    def sample(self, sde, n, *, generator=None, device=None, dtype=None):
+        t = torch.full((n,), self.time, device=device, dtype=dtype or torch.float64)
+        return t, torch.full_like(t, self.weight)
+
+    def update(self, t, loss):
+        self.told.append((t, loss))
+
+
+class SpyTarget(TargetEstimator):
+    """Says what DenoisingTarget says, and remembers what it was given."""
+
+    def __call__(self, sample, reference=None, **cond):
+        self.given = (sample, reference, cond)
+        return DenoisingTarget()(sample)
+
+
+def test_loss_of_a_network_that_says_nothing_is_the_mean_square_of_the_noise() -> None:
+    x0, t = torch.randn(4, 3, 2), torch.tensor([0.1, 0.3, 0.5, 0.9])
+    eps = VPSDE().perturb(x0, t, generator=seeded()).eps
+    loss = ScoreMatching()(EpsModel(zero, VPSDE()), x0, t=t, generator=seeded())
+    torch.testing.assert_close(loss, eps.square().mean((1, 2)))
+
+
+def test_loss_carries_the_weight() -> None:
+    """On VE(.01, 50) the likelihood weight is 2 ln 5000 at every time."""
+    model, x0 = EpsModel(zero, VESDE()), torch.randn(4, 3, dtype=torch.float64)
+    plain = ScoreMatching()(model, x0, generator=seeded())
+    weighted = ScoreMatching(LikelihoodWeighting())(model, x0, generator=seeded())
+    torch.testing.assert_close(weighted / plain, torch.full_like(plain, 17.034386382832475))
+
+
+def test_loss_carries_the_weight_of_the_time_law() -> None:
+    model, x0 = EpsModel(zero, VPSDE()), torch.randn(4, 3, dtype=torch.float64)
+    one = ScoreMatching(times=FixedTimes())(model, x0, generator=seeded())
+    two = ScoreMatching(times=FixedTimes(weight=2.5))(model, x0, generator=seeded())
+    torch.testing.assert_close(two, 2.5 * one)
+
+
+@pytest.mark.parametrize("kind", [EpsModel, RawScoreModel])
+@pytest.mark.parametrize("name", SDES)
+def test_a_network_that_says_nothing_of_noise_has_loss_one(name, kind) -> None:
+    n = 200_000
+    loss = ScoreMatching()(kind(zero, SDES[name]), torch.randn(4, n // 4), generator=seeded())
+    assert float(loss.mean()) == pytest.approx(1.0, abs=4 * math.sqrt(2 / n))
+
+
+def test_a_network_that_says_nothing_of_the_data() -> None:
+    """eps_hat = x / sigma, so the error is alpha x0 / sigma whatever the noise was."""
+    x0 = torch.tensor([[1.0, 3.0]] * 2, dtype=torch.float64)  # mean square 5
+    t = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    loss = ScoreMatching()(X0Model(zero, EDMSDE()), x0, t=t)
+    assert loss.tolist() == pytest.approx([20.0, 0.3125], rel=1e-12)
+    # alpha^2 / sigma^2 of VP(.1, 20) at 1/2, computed with 40 digits, times 5
+    loss = ScoreMatching()(X0Model(zero, VPSDE()), x0[:1], t=t[:1])
+    assert loss.tolist() == pytest.approx([5 * 0.08585156444310038], rel=1e-12)
+
+
+def test_a_network_that_says_nothing_of_the_velocity(monkeypatch) -> None:
+    """With alpha = 1, sigma = 2: v = eps - 2 x0, and eps_hat - eps = -v / (alpha^2 + sigma^2)."""
+    eps = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    monkeypatch.setattr("diffusionkit.interfaces.randn_like", lambda x, generator: eps)
+    x0, t = torch.tensor([[3.0, 2.0]], dtype=torch.float64), torch.tensor([2.0])
+    loss = ScoreMatching()(VModel(zero, EDMSDE()), x0, t=t)
+    assert loss.tolist() == pytest.approx([1.0], rel=1e-12)  # v = (-5, -5), errors (1, 1)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_expected_loss_of_the_exact_model(name) -> None:
+    """Data from N(0, s^2): the best expected loss is alpha^2 s^2 / (alpha^2 s^2 + sigma^2).
+
+    The errors are normal, so the mean of n squares has relative standard error sqrt(2 / n).
+    """
+    sde, s, n = SDES[name], 0.6, 60_000
+    model = GaussianMixtureModel(sde, means=torch.zeros(1, n), stds=[s])
+    t = sde.time_at_log_snr(torch.tensor([5.0, 1.0, -2.0], dtype=torch.float64))
+    x0 = s * torch.randn(3, n, generator=seeded(), dtype=torch.float64)
+    loss = ScoreMatching()(model, x0, t=t, generator=seeded(1))
+    # s^2 snr / (1 + s^2 snr) for snr = e^5, e, e^-2 and s^2 = .36, computed with 40 digits
+    expected = torch.tensor([0.981627352571, 0.494587399557, 0.0464572711055], dtype=torch.float64)
+    assert float((loss / expected - 1).abs().max()) < 4 * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_models_of_one_denoiser_have_one_loss(kind) -> None:
+    """Each class is handed what it should say of the denoiser x0_hat = 0.3 x."""
+    sde, x0 = VPSDE(), torch.randn(5, 4, generator=seeded(), dtype=torch.float64)
+    t = torch.tensor([0.02, 0.1, 0.3, 0.6, 0.95], dtype=torch.float64)
+    alpha, sigma = (c.view(5, 1) for c in sde.marginal(t))
+    noisy = sde.perturb(x0, t, generator=seeded(1)).x
+    x0_hat = 0.3 * noisy
+    eps_hat = (noisy - alpha * x0_hat) / sigma
+    ratio, sd = sigma / alpha, 0.5
+    says = {
+        EpsModel: eps_hat,
+        X0Model: x0_hat,
+        VModel: alpha * eps_hat - sigma * x0_hat,
+        RawScoreModel: -eps_hat / sigma,
+        EDMModel: (x0_hat - sd**2 / (ratio**2 + sd**2) * noisy / alpha)
+        / (ratio * sd / (ratio**2 + sd**2).sqrt()),
+    }
+    model = kind(lambda x, label: says[kind], sde)
+    loss = ScoreMatching()(model, x0, t=t, generator=seeded(1))
+    eps = (noisy - alpha * x0) / sigma
+    torch.testing.assert_close(loss, (eps_hat - eps).square().mean(1), rtol=1e-9, atol=0)
+
+
+def test_gradient_is_that_of_the_loss() -> None:
+    """With eps_hat = w x: d loss / d w = 2 mean((w x - eps) x)."""
+    net, t = Scale(), torch.tensor([0.2, 0.7], dtype=torch.float64)
+    x0 = torch.randn(2, 3, dtype=torch.float64)
+    sample = VPSDE().perturb(x0, t, generator=seeded())
+    loss = ScoreMatching()(EpsModel(net, VPSDE()), x0, t=t, generator=seeded())
+    loss.sum().backward()
+    expected = 2 * ((0.5 * sample.x - sample.eps) * sample.x).mean(1).sum()
+    torch.testing.assert_close(net.w.grad, expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradient_reaches_every_parameter(kind) -> None:
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = kind(lambda x, label: net(x), VPSDE())
+    ScoreMatching()(model, torch.randn(6, 3), generator=seeded()).mean().backward()
+    for p in net.parameters():
+        assert bool(torch.isfinite(p.grad).all())
+        assert float(p.grad.abs().max()) > 0
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    kind=st.sampled_from(MODELS),
+    name=st.sampled_from(sorted(SDES)),
+)
+def test_one_finite_loss_for_each_sample_of_any_shape(shape, dtype, kind, name) -> None:
+    loss = ScoreMatching()(kind(zero, SDES[name]), torch.ones(shape, dtype=dtype))
+    assert loss.shape == (shape[0],)
+    assert loss.dtype == (dtype if dtype.itemsize > 2 else torch.float32)
+    if dtype != torch.float16:  # whose largest number is 65504
+        assert bool(torch.isfinite(loss).all())
+
+
+def test_conditions_reach_network_and_target() -> None:
+    seen, target, y = {}, SpyTarget(), torch.arange(4)
+
+    def network(x, label, **cond):
+        seen.update(cond)
+        return torch.zeros_like(x)
+
+    ScoreMatching(target=target)(EpsModel(network, VPSDE()), torch.randn(4, 2), y=y, scale=3)
+    assert seen["y"] is y
+    assert seen["scale"] == 3
+    assert target.given[2]["y"] is y
+
+
+def test_reference_reaches_the_target() -> None:
+    target, reference, x0 = SpyTarget(), torch.randn(9, 2), torch.randn(4, 2)
+    objective = ScoreMatching(target=target)
+    objective(EpsModel(zero, VPSDE()), x0, reference=reference)
+    assert target.given[1] is reference
+    assert target.given[0].x0 is x0
+    objective(EpsModel(zero, VPSDE()), x0)
+    assert target.given[1] is None
+
+
+def test_times_are_told_the_losses_without_their_own_weight() -> None:
+    times, net = FixedTimes(weight=3.0), Scale()
+    x0 = torch.randn(4, 2, dtype=torch.float64)
+    loss = ScoreMatching(LikelihoodWeighting(), times=times)(EpsModel(net, VESDE()), x0)
+    (told,) = times.told
+    assert torch.equal(told[0], torch.full((4,), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(told[1], loss.detach() / 3)
+    assert not told[1].requires_grad
+
+
+def test_given_times_have_weight_one_and_are_used() -> None:
+    target = SpyTarget()
+    t = torch.tensor([0.2, 0.4])
+    objective = ScoreMatching(target=target, times=FixedTimes(0.9, weight=7.0))
+    loss = objective(EpsModel(zero, VPSDE()), torch.randn(2, 50), t=t, generator=seeded())
+    assert target.given[0].t is t
+    torch.testing.assert_close(loss, target.given[0].eps.square().mean(1))
+
+
+def test_a_sample_with_its_own_generator_does_not_depend_on_the_batch() -> None:
+    target = SpyTarget()
+    objective = ScoreMatching(target=target, times=UniformTimes())
+    model, x0 = EpsModel(zero, VPSDE()), torch.randn(7, 6)
+    together = objective(model, x0, generator=[seeded(i) for i in range(7)])
+    t, x = target.given[0].t, target.given[0].x
+    for i in range(7):
+        alone = objective(model, x0[i : i + 1], generator=[seeded(i)])
+        assert torch.equal(target.given[0].t, t[i : i + 1])
+        assert torch.equal(target.given[0].x, x[i : i + 1])
+        assert torch.equal(alone, together[i : i + 1])
+
+
+def test_one_generator_decides_times_and_noise() -> None:
+    model, x0, objective = EpsModel(zero, VPSDE()), torch.randn(3, 2), ScoreMatching()
+    first, second, other = (objective(model, x0, generator=seeded(s)) for s in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    before = torch.get_rng_state()
+    objective(model, x0, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_stratified_times_make_the_mean_loss_vary_less() -> None:
+    """The loss of x0_hat = 0 is alpha^2 / sigma^2 x0^2: its spread comes from the times alone."""
+    sde, x0 = EDMSDE(sigma_min=1.0, sigma_max=3.0), torch.ones(16, 1)
+    model, spread = X0Model(zero, sde), []
+    for times in (UniformTimes(), StratifiedTimes()):
+        objective, g = ScoreMatching(times=times), seeded()
+        spread.append(torch.stack([objective(model, x0, generator=g).mean() for _ in range(100)]))
+    # The mean of 1 / sigma^2 over [1, 3] is 1/3.
+    assert float(spread[1].mean()) == pytest.approx(1 / 3, abs=0.005)
+    assert float(spread[1].std()) < 0.3 * float(spread[0].std())
+
+
+def test_defaults_are_the_simple_loss() -> None:
+    assert repr(ScoreMatching()) == (
+        "ScoreMatching(SimpleWeighting(), target=DenoisingTarget(), times=UniformTimes())"
+    )
