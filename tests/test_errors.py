@@ -346,8 +346,8 @@ for t_end in (0.0, 1.0, 2.0, -0.1, math.nan):
 for name in ("rtol", "atol"):
     bad(f"ProbabilityFlow-{name}", ValueError, rf"{name}: expected a finite number > 0, got 0",
         lambda name=name: ProbabilityFlow(MODEL, **{name: 0.0}))  # fmt: skip
-bad("ProbabilityFlow-method", ValueError, r'Invalid method "magic"\. Must be one of',
-    lambda: ProbabilityFlow(MODEL, method="magic").sample((3, 2)))  # fmt: skip
+bad("ProbabilityFlow-method", ValueError, r"method: expected one of \['dopri8', .*got 'magic'",
+    lambda: ProbabilityFlow(MODEL, method="magic"))  # fmt: skip
 
 # Grids.
 for name, (grid, match) in {

@@ -11,13 +11,14 @@ ROOT = Path(diffusionkit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
-PRIVATE = {"_checks", "_draws", "_numerics"}
+PRIVATE = {"_checks", "_draws", "_numerics", "_tally"}
 BASE = {*PRIVATE, "values", "interfaces"}
 CORE = {*BASE, "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
     "_draws": {"_checks"},
     "_numerics": {"_checks"},
+    "_tally": set(),
     "values": set(),
     "interfaces": {*PRIVATE, "values"},
     "sde": BASE,

@@ -29,7 +29,8 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
     """
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        keep = wanted and (t.requires_grad or marginal(t.detach())[1].requires_grad)
+        learned = any(c.requires_grad for c in marginal(t.detach()))
+        keep = wanted and (t.requires_grad or learned)
         # sigma often starts as sqrt(t): its derivative at 0 is infinite, g is not.
         at = t.clamp_min(1e-12 * T)
         at = at if at.requires_grad else at.clone().requires_grad_()
@@ -97,11 +98,41 @@ def instant(t: Tensor, sde: object) -> Instant | None:
     return known if known is not None and known.sde is sde else None
 
 
-def instants(sde: _SDE, grid: Tensor, batch: int, device: torch.device) -> Sequence[Tensor]:
-    """Return the times of a grid (N + 1,) as tensors (B,) that know their kernel."""
-    grid = grid.to(device, schedule_dtype(device))
-    columns = (values.tolist() for values in (grid, *sde.marginal(grid)))
-    times = grid.unsqueeze(1).expand(-1, batch).unbind(0)
+def noise_at(t: Tensor) -> float:
+    """Return sigma at a time of `instants`."""
+    known: Instant = t._instant  # type: ignore[attr-defined]
+    return known.sigma
+
+
+def home(sde: object) -> torch.device:
+    """Return the device a process computes on: that of its parameters, if it has any."""
+    if isinstance(sde, torch.nn.Module):
+        for tensor in (*sde.parameters(), *sde.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def instants(sde: _SDE, grid: Tensor, like: Tensor) -> Sequence[Tensor]:
+    """Return the times of a grid (N + 1,) as tensors (B,), fit for a state, that know their kernel.
+
+    They are in the state's dtype, at least float32, so that a part which multiplies by them
+    does not change it; what they know is exact.
+    """
+    here = home(sde)
+    grid = grid.to(here, schedule_dtype(here))
+    values = sde.marginal(grid)
+    for name, value in zip(("alpha", "sigma"), values, strict=True):
+        if not isinstance(value, Tensor) or value.shape != grid.shape:
+            raise ValueError(
+                f"marginal: expected {name} as a tensor of the shape of t, {tuple(grid.shape)}, "
+                f"got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            worst = float(grid[~torch.isfinite(value)][0])
+            raise ValueError(f"marginal: expected finite values, got {name}({worst:g}) that is not")
+    columns = (column.tolist() for column in (grid, *values))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    times = grid.to(like.device, dtype).unsqueeze(1).expand(-1, len(like)).unbind(0)
     for t, *known in zip(times, *columns, strict=True):
         t._instant = Instant(sde, *known)
     return times

@@ -2,7 +2,8 @@ r"""The whole contract: six interfaces, and the times a loss is taken at.
 
 B is the batch and D the shape of one sample, of any rank. Every public time is a tensor (B,).
 Randomness is explicit: `generator` is a torch.Generator, a sequence of B of them (then a sample
-does not depend on the batch it is drawn in), or None for torch's global state.
+does not depend on the batch it is drawn in, as far as the network's own arithmetic does not), or
+None for torch's global state.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from . import _numerics
 from ._checks import check_shape, check_state, check_times, check_transition
 from ._draws import Generators, randn, randn_like
+from ._tally import counted
 from .values import Coefficient, Perturbed, Prediction, Step, linear
 
 
@@ -51,7 +53,8 @@ class ForwardSDE(abc.ABC):
     @property
     def prior_std(self) -> float:
         """The standard deviation of the prior: sigma(T), unless overridden."""
-        return float(self.marginal(torch.tensor([self.T], dtype=torch.float64))[1])
+        last = torch.tensor([self.T], dtype=torch.float64, device=_numerics.home(self))
+        return float(self.marginal(last)[1].detach())
 
     @abc.abstractmethod
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +143,12 @@ class ScoreModel(nn.Module, abc.ABC):
     """
 
     sde: ForwardSDE
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Count the evaluations of every model, so that samplers can tell their number."""
+        super().__init_subclass__(**kwargs)
+        if "predict" in cls.__dict__:
+            cls.predict = counted(cls.predict)  # type: ignore[method-assign]
 
     @abc.abstractmethod
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:

@@ -39,13 +39,13 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def add_noise(mean: Tensor, std: Coefficient, noise: Tensor) -> Tensor:
-    """Return mean + std * noise for a standard deviation (B,) or a float, in the dtype of mean."""
-    std = expand(std, mean)
-    if isinstance(std, float):
-        return torch.add(mean, noise, alpha=std)
-    out = torch.addcmul(mean, std, noise) if std.dtype == mean.dtype else mean + std * noise
-    return out if out.dtype == mean.dtype else out.to(mean.dtype)
+def add(x: Tensor, factor: Coefficient, y: Tensor) -> Tensor:
+    """Return x + factor * y for a factor (B,) or a float, in the dtype of x."""
+    factor = expand(factor, x)
+    if isinstance(factor, float):
+        return torch.add(x, y, alpha=factor)
+    out = torch.addcmul(x, factor, y) if factor.dtype == x.dtype else x + factor * y
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def _per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:
@@ -264,7 +264,13 @@ class Prediction:
             return linear(x, self._x, x0, cast(Tensor, self._x0))
         if _is(self._b, 0.0):
             return linear(x, self._x, x0 / self._a, self._output)
-        ratio = x0 / (self._alpha * self._b - self._sigma * self._a)
+        delta = self._alpha * self._b - self._sigma * self._a
+        if _is(delta, 0.0):
+            raise ValueError(
+                "expected alpha > 0, got alpha = 0: a model of the noise or the score does not "
+                "determine the data there; start a little before, or predict x0 or v"
+            )
+        ratio = x0 / delta
         return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)
 
     def noise_error(self, target: Prediction) -> Tensor:

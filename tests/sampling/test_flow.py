@@ -2,10 +2,15 @@ import pytest
 import torch
 
 from diffusionkit import (
+    DDIM,
     EDMSDE,
     VPSDE,
+    Ancestral,
     EpsModel,
+    ForwardSDE,
     GaussianMixtureModel,
+    LogSNRGrid,
+    PCSampler,
     ProbabilityFlow,
 )
 
@@ -117,3 +122,74 @@ def test_conditions_reach_the_model():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         ProbabilityFlow(EpsModel(lambda x, label: x, VPSDE()), **options)
+
+
+FIXED = {
+    "euler": 0.5,
+    "midpoint": 0.05,
+    "heun2": 0.05,
+    "heun3": 0.01,
+    "rk4": 0.01,
+    "implicit_adams": 0.01,
+}
+
+
+@pytest.mark.parametrize("method", FIXED)
+def test_fixed_steps_have_a_sensible_default(method):
+    model = GaussianMixtureModel(EDMSDE(), [[-1.0], [0.8]], [0.2, 0.4], [0.3, 0.7])
+    flow = ProbabilityFlow(model, method)
+    error = (flow.decode(80 * column(Z)) - column(EXACT)).abs().max()
+    assert flow.nfe >= 100
+    assert float(error) < FIXED[method]
+
+
+def test_a_learned_schedule_samples():
+    class Learned(torch.nn.Module, ForwardSDE):
+        def __init__(self):
+            super().__init__()
+            self.rate = torch.nn.Parameter(torch.tensor(5.0, dtype=torch.float64))
+
+        def marginal(self, t):
+            return torch.exp(-self.rate * t), torch.sqrt(-torch.expm1(-2 * self.rate * t))
+
+    sde = Learned()
+    model = GaussianMixtureModel(sde, [[0.0]], [0.5])
+    assert sde.prior_std == pytest.approx(1.0, rel=1e-3)
+    for sampler in (
+        ProbabilityFlow(model).sample,
+        PCSampler(model, DDIM(), steps=200, grid=LogSNRGrid()),
+    ):
+        x = sampler((2000, 1), generator=torch.Generator().manual_seed(0))
+        assert not x.requires_grad
+        assert float(x.std()) == pytest.approx(0.5, rel=0.06)
+
+
+def test_zero_signal_at_the_end_is_an_error_in_words():
+    class Straight(ForwardSDE):
+        def marginal(self, t):
+            return 1 - t, t
+
+    sampler = PCSampler(EpsModel(lambda x, label: x, Straight()), Ancestral(), steps=5)
+    with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0: a model of the noise"):
+        sampler((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (lambda t: (1.0, t), "expected alpha as a tensor of the shape of t"),
+        (lambda t: (torch.ones_like(t), t / 0.0), "expected finite values, got sigma"),
+    ],
+)
+def test_a_wrong_marginal_is_named(values, message):
+    class Wrong(ForwardSDE):
+        prior_std = 1.0
+
+        def marginal(self, t):
+            return values(t)
+
+    flow = ProbabilityFlow(EpsModel(lambda x, label: x, VPSDE()))
+    flow.model.sde = Wrong()
+    sampler = PCSampler(flow.model, Ancestral(), steps=5)
+    with pytest.raises(ValueError, match=message):
+        sampler(torch.ones(2, 3))

@@ -82,7 +82,7 @@ def test_the_users_own_grid(mixture):
     times = torch.tensor([0.9, 0.5, 0.1]) * mixture.sde.T
     sampler = PCSampler(mixture, DDIM(), grid=times)
     assert sampler.times.tolist() == times.double().tolist()
-    assert sum(1 for _ in sampler.iterate((1, 2))) == 4
+    assert sum(1 for _ in sampler.iterate(torch.ones(1, 2))) == 4
     sampler = PCSampler(mixture, DDIM(), steps=7, grid=lambda sde, n: UniformGrid()(sde, n))
     assert len(sampler.times) == 8
 

@@ -20,8 +20,10 @@ from diffusionkit import (
     Langevin,
     LogSNRGrid,
     PCSampler,
+    Prediction,
     Predictor,
     ReverseDiffusion,
+    ScoreModel,
     Step,
     UniformGrid,
 )
@@ -302,7 +304,7 @@ def test_states_of_any_rank(shape):
 def test_predictor_memory_is_handed_on(mixture):
     class Remembering(Predictor):
         def step(self, model, x, t, s, state=None, *, generator=None, **cond):
-            return Step(x, x, (state or []) + [(float(t[0]), float(s[0]))])
+            return Step(x, x, [*(state or []), (float(t[0]), float(s[0]))])
 
     class Nothing(Corrector):
         def step(self, model, x, t, *, generator=None, **cond):
@@ -319,7 +321,7 @@ def test_predictor_memory_is_handed_on(mixture):
     sampler = PCSampler(mixture, Watching(), Nothing(), steps=3)
     sampler((1, 2))
     times = sampler.times.tolist()
-    assert seen == list(itertools.pairwise(times))
+    assert seen == list(itertools.pairwise(torch.tensor(times).tolist()))
 
 
 def test_progress(mixture, monkeypatch, caplog):
@@ -362,5 +364,135 @@ def test_each_part_is_called_at_its_time(mixture, options, expected):
             return Step(x, x)
 
     grid = torch.tensor([1.0, 0.6, 0.2], dtype=torch.float64)
-    PCSampler(mixture, Predicting(), Correcting(), grid=grid, **options)((1, 2))
+    PCSampler(mixture, Predicting(), Correcting(), grid=grid, **options)(torch.ones(1, 2).double())
     assert calls == expected
+
+
+def test_parts_get_the_users_own_model(mixture):
+    """A corrector may use more of its model than predict: here its density."""
+
+    class Climbing(Corrector):
+        def step(self, model, x, t, *, generator=None, **cond):
+            assert model is mixture
+            assert torch.isfinite(model.log_prob(x, t)).all()
+            return Step(x, x)
+
+    PCSampler(mixture, DDIM(), Climbing(), steps=2)((2, 2))
+
+
+def test_a_model_that_calls_others_counts_as_what_it_calls(mixture):
+    class Twice(ScoreModel):
+        def __init__(self):
+            super().__init__()
+            self.sde, self.inner = mixture.sde, mixture
+
+        def predict(self, x, t, **cond):
+            self.inner.predict(x, t)
+            return self.inner.predict(x, t)
+
+    sampler = PCSampler(Twice(), DDIM(), steps=5)
+    sampler((2, 2))
+    assert sampler.nfe == 12
+
+    class Nested(Corrector):
+        def step(self, model, x, t, *, generator=None, **cond):
+            inner = PCSampler(mixture, DDIM(), steps=3)
+            return Step(inner(x), x)
+
+    sampler = PCSampler(mixture, None, Nested(), steps=2, denoise=False)
+    sampler((2, 2))
+    assert sampler.nfe == 8
+
+
+def test_the_grid_follows_the_process():
+    """A schedule that has been trained since the sampler was made has another grid."""
+    model = GaussianMixtureModel(VPSDE(), [[0.0]], [1.0])
+    sampler = PCSampler(model, DDIM(), steps=20)
+    model.sde = VESDE()
+    assert sampler.times.tolist() == UniformGrid()(VESDE(), 20).tolist()
+    assert float(sampler((500, 1), generator=seeded()).std()) == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_model_whose_process_is_made_anew_each_time():
+    class Elusive(ScoreModel):
+        @property
+        def sde(self):
+            return VESDE(sigma_max=10.0)
+
+        def predict(self, x, t, **cond):
+            alpha, sigma = self.sde.marginal(t)
+            return Prediction.from_x0(x, torch.zeros_like(x), alpha, sigma)
+
+    sampler = PCSampler(Elusive(), ReverseDiffusion(), steps=20, grid=UniformGrid(t_end=0.5))
+    assert torch.equal(sampler((3, 2)), torch.zeros(3, 2))
+    assert sampler.nfe == 21
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: Step(x[:1], x), r"Wrong.step: expected a state of shape \(3, 2\)"),
+        (lambda x: Step(x.double(), x), "expected a state of .*float32.* got .*float64"),
+        (lambda x: x, "Wrong.step: expected a Step, got Tensor"),
+    ],
+)
+def test_what_a_part_returns_is_checked(mixture, wrong, message):
+    class Wrong(Predictor):
+        def step(self, model, x, t, s, state=None, *, generator=None, **cond):
+            return wrong(x)
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        PCSampler(mixture, Wrong(), steps=2)((3, 2))
+
+
+def test_a_part_written_with_plain_arithmetic_keeps_the_dtype():
+    """Times come in the state's dtype, so a textbook step does not turn it into float64."""
+
+    class Textbook(Predictor):
+        def step(self, model, x, t, s, state=None, *, generator=None, **cond):
+            dt, g = (t - s).view(-1, 1), model.sde.diffusion(t).view(-1, 1)
+            mean = x - (model.sde.drift(x, t) - g**2 * model(x, t)) * dt
+            return Step(mean + g * dt.sqrt() * torch.randn(x.shape, generator=generator), mean)
+
+    model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [0.5])
+    sampler, own = (PCSampler(model, p, steps=300) for p in (EulerMaruyama(), Textbook()))
+    x, y = (s((50, 2), generator=seeded()) for s in (sampler, own))
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3)
+
+
+def test_a_start_is_drawn_only_where_the_prior_is(mixture):
+    grid = torch.tensor([0.3, 0.1]) * mixture.sde.T
+    sampler = PCSampler(mixture, DDIM(), grid=grid)
+    with pytest.raises(ValueError, match="grid: expected to begin near T"):
+        sampler((2, 2))
+    assert sampler(torch.ones(2, 2)).shape == (2, 2)
+
+
+def test_modes_between_the_states_of_iterate_are_the_users():
+    model = EpsModel(nn.Module(), VPSDE())
+    model.network = Counting()
+    model.train()
+    runs = [PCSampler(model, DDIM(), steps=n).iterate((2, 3)) for n in (2, 4)]
+    for run in (*runs, *runs, *runs):
+        next(run)
+        assert model.training
+        assert torch.is_grad_enabled()
+    assert model.network.modes == {False}
+
+
+def test_langevin_in_half_precision():
+    """Its squared step is subnormal in float16 at small noise, so it is taken in float32."""
+    x = torch.randn(4, 64, generator=seeded())
+    t = torch.zeros(4)
+    for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        network = EpsModel(lambda x, label: torch.ones_like(x), VESDE(sigma_min=1e-3))
+        # 2^10 (x - mean) keeps the digits of the difference in this dtype.
+        start = torch.zeros_like(x, dtype=dtype)
+        half = Langevin().step(network, start, t, generator=[seeded(i) for i in range(4)])
+        noise = torch.stack([torch.randn(64, generator=seeded(i), dtype=dtype) for i in range(4)])
+        ratio = noise.double().norm(dim=1, keepdim=True) / (8 / 1e-3)
+        drift = -2 * (0.16 * ratio) ** 2 / 1e-3
+        expected = drift.expand(-1, 64)
+        error = (half.mean.double() - expected).abs().max() / expected.abs().max()
+        assert float(error) < tolerance

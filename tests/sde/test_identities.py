@@ -220,6 +220,28 @@ def test_learned_schedules_receive_gradients():
     assert not MarginalOnly(VPSDE()).diffusion(t).requires_grad
 
 
+def test_a_schedule_that_learns_alpha_alone_receives_gradients():
+    rate = torch.nn.Parameter(f64(1.5))
+
+    class Scaled(ForwardSDE):
+        def marginal(self, t):
+            return torch.exp(-rate * t), t
+
+    # f = -rate, g^2 = 2 t + 2 rate t^2
+    t = f64(0.5)
+    (gradient,) = torch.autograd.grad(Scaled().diffusion(t).square().sum(), rate)
+    assert float(gradient) == pytest.approx(2 * 0.25)
+    (gradient,) = torch.autograd.grad(Scaled().drift_coefficient(t).sum(), rate)
+    assert float(gradient) == pytest.approx(-1.0)
+
+
+def test_times_of_unreachable_log_snr_are_the_ends(sde):
+    for process in (sde, MarginalOnly(sde)):
+        t = process.time_at_log_snr(f64(-80.0, 80.0))
+        assert float(t[0]) == pytest.approx(sde.T, rel=1e-9)
+        assert 0.0 <= float(t[1]) <= 1e-6 * sde.T
+
+
 def test_sdes_compare_and_print_by_value():
     assert VPSDE(0.1, 10.0) == VPSDE(0.1, 10.0) != VPSDE()
     assert repr(VESDE()) == "VESDE(sigma_min=0.01, sigma_max=50.0)"

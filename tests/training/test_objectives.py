@@ -272,7 +272,7 @@ def test_stratified_times_make_the_mean_loss_vary_less() -> None:
         spread.append(torch.stack([objective(model, x0, generator=g).mean() for _ in range(100)]))
     # The mean of 1 / sigma^2 over [1, 3] is 1/3.
     assert float(spread[1].mean()) == pytest.approx(1 / 3, abs=0.005)
-    assert float(spread[1].std()) < 0.3 * float(spread[0].std())
+    assert float(spread[1].std()) < 0.5 * float(spread[0].std())
 
 
 def test_defaults_are_the_simple_loss() -> None:

@@ -6,10 +6,11 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._checks import check_part, check_state, check_times
-from .._numerics import Instant, instant
+from .._numerics import instant
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
 from .labels import Label, SigmaLabel, TimeLabel
@@ -63,26 +64,16 @@ class NetworkModel(ScoreModel):
             TypeError: if x or t is not a floating-point tensor.
         """
         check_state(x)
-        known = instant(t, self.sde)
-        if known is None:
+        if instant(t, self.sde) is None:
             check_times(t, self.sde.T, x.shape[0], x)
         alpha, sigma = self.sde.kernel(t)
-        label = self._label(x, t, known)
+        # A half-precision label could not tell a thousand times apart.
+        label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
         output = self.network(self.scale_input(x, alpha, sigma), label, **cond)
         if not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
         a, b = self.statement(alpha, sigma)
         return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
-
-    def _label(self, x: Tensor, t: Tensor, known: Instant | None) -> Tensor:
-        # Predictor and corrector ask at the same time.
-        if known is None:
-            return self.label(self.sde, t).to(x.dtype)
-        key = ("label", id(self.label), x.dtype)
-        label: Tensor | None = known.notes.get(key)
-        if label is None:
-            label = known.notes[key] = self.label(self.sde, t).to(x.dtype)
-        return label
 
     def _tensor(self, output: Any, x: Tensor) -> Tensor:
         if not isinstance(output, Tensor):

@@ -1,9 +1,10 @@
-"""What every sampler needs around its loop: counting, evaluation mode, a start, progress."""
+"""What every sampler needs around its loop: evaluation mode, a start, progress."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -12,28 +13,13 @@ from torch import Tensor, nn
 
 from .._checks import check_finite, check_shape, check_state
 from .._draws import Generators, check_generator
-from ..interfaces import Prediction, ScoreModel
+from .._numerics import home
+from ..interfaces import ScoreModel, Step
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
-
-
-class CountedModel(ScoreModel):
-    """A score model that counts its evaluations."""
-
-    def __init__(self, model: ScoreModel) -> None:
-        """Wrap a model."""
-        super().__init__()
-        self.sde = model.sde
-        self.evaluations = 0
-        self._predict = model.predict
-
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict, and count one."""
-        self.__dict__["evaluations"] += 1
-        return self._predict(x, t, **cond)
 
 
 @contextlib.contextmanager
@@ -51,13 +37,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def initial_state(
     model: ScoreModel,
     start: Sequence[int] | Tensor,
+    times: Tensor,
     generator: Generators,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Return the state to start from: the one given, or one drawn from the prior.
 
-    By default it is drawn on the device and in the dtype of the model's parameters.
+    By default it is drawn on the device and in the dtype of the model's parameters. The prior is
+    the law at T, so that times (N + 1,) which begin far from it need a state.
     """
     if isinstance(start, Tensor):
         check_state(start)
@@ -72,6 +60,12 @@ def initial_state(
         check_generator(generator, start.shape[0])
         return start
     shape = check_shape(start)
+    _, sigma = model.sde.marginal(times[:1].to(home(model.sde)))
+    if not math.isclose(sigma.item(), model.sde.prior_std, rel_tol=0.02):
+        raise ValueError(
+            f"grid: expected to begin near T = {model.sde.T:g}, where the noise is the prior's, "
+            f"got {float(times[0]):g}; hand in a state of that time instead of a shape"
+        )
     check_generator(generator, shape[0])
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     somewhere = parameter if parameter is not None else next(model.buffers(), None)
@@ -82,7 +76,21 @@ def initial_state(
     return model.sde.prior_sample(shape, generator=generator, device=device, dtype=dtype)
 
 
-def with_progress(items: Sequence[T], progress: Progress) -> Iterable[T]:
+def check_step(step: Step, x: Tensor, part: object) -> Step:
+    """Return what a part made of a state, or raise if it is not a Step of the same kind."""
+    name = type(part).__name__
+    if not isinstance(step, Step):
+        raise TypeError(f"{name}.step: expected a Step, got {type(step).__name__}")
+    got = step.x
+    if got.shape != x.shape or got.dtype != x.dtype or got.device != x.device:
+        raise ValueError(
+            f"{name}.step: expected a state of shape {tuple(x.shape)}, {x.dtype}, {x.device}, "
+            f"got {tuple(got.shape)}, {got.dtype}, {got.device}"
+        )
+    return step
+
+
+def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:
     """Show progress over items: with tqdm where it is installed, or with the user's wrapper."""
     if not progress:
         return items
@@ -93,5 +101,5 @@ def with_progress(items: Sequence[T], progress: Progress) -> Iterable[T]:
     except ImportError:
         logger.warning("progress=True shows a bar where tqdm is installed: pip install tqdm")
         return items
-    bar: Iterable[T] = tqdm(items, leave=False)
+    bar: Iterable[Item] = tqdm(items, leave=False)
     return bar

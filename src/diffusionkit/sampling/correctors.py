@@ -13,7 +13,7 @@ from .._checks import check_count, check_positive, check_times
 from .._draws import Generators, randn_like
 from .._numerics import instant
 from ..interfaces import Corrector, ScoreModel, Step
-from ..values import add_noise
+from ..values import add
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,17 @@ class Langevin(Corrector):
                 z, s = z.mean(), s.mean()
             # Where the score is 0 there is no scale to go by, and nothing is moved.
             ratio = torch.nan_to_num(z.div_(s).mul_(math.sqrt(2) * self.snr), posinf=0.0)
-            mean = torch.addcmul(x, ratio * ratio, score)
-            x = torch.addcmul(mean, ratio, noise, value=math.sqrt(2))
+            mean = add(x, ratio * ratio, score)
+            x = add(mean, ratio * math.sqrt(2), noise)
         return Step(x, mean)
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Return the norm of each sample, (B, 1, ..., 1)."""
+    """Return the norm of each sample (B,), in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if x.ndim == 1:
-        return x.abs()
-    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+        return x.abs().to(dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=dtype)
     return norm
 
 
@@ -115,5 +116,5 @@ class AnnealedLangevin(Corrector):
         pull, mean = 2 * self.snr**2, x
         for _ in range(self.steps):
             mean = model.predict(x, t, **cond).combine(x=1 - pull, x0=pull * alpha)
-            x = add_noise(mean, 2 * self.snr * sigma, randn_like(mean, generator))
+            x = add(mean, 2 * self.snr * sigma, randn_like(mean, generator))
         return Step(x, mean)

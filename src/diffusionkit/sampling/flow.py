@@ -11,12 +11,14 @@ from torch import Tensor
 
 from .._checks import check_finite, check_part, check_positive, check_state
 from .._draws import Generators
-from .._numerics import instants, schedule_dtype
+from .._numerics import home, instants, noise_at, schedule_dtype
+from .._tally import Tally
 from ..interfaces import ScoreModel
 from ..values import linear
-from ._run import CountedModel, evaluation_mode, initial_state
+from ._run import evaluation_mode, initial_state
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
 
 
 class ProbabilityFlow:
@@ -34,18 +36,21 @@ class ProbabilityFlow:
 
     Args:
         model: the score model.
-        method: a solver of torchdiffeq: "dopri5", "dopri8", "bosh3", "rk4" ...
+        method: a solver of torchdiffeq, with adaptive steps ("dopri5", "dopri8", "bosh3",
+            "fehlberg2", "adaptive_heun") or fixed ones ("euler", "midpoint", "heun2", "heun3",
+            "rk4", "implicit_adams").
         rtol: relative tolerance of an adaptive solver.
         atol: absolute tolerance, in units of the data.
         t_end: the time that stands for the data, the SDE's t_min by default.
         denoise: whether `sample` removes the noise left at t_end by Tweedie's formula.
-        options: further options of the solver, {"step_size": h} for fixed steps in u.
+        options: further options of the solver; {"step_size": h} sets fixed steps in u, of
+            which there are 100 by default.
 
     Attributes:
         nfe: how many times the model was evaluated in the last run.
 
     Raises:
-        ValueError: unless the tolerances are positive and 0 < t_end < T.
+        ValueError: unless the method is known, the tolerances are positive and 0 < t_end < T.
         TypeError: if model is not a ScoreModel.
 
     Source: Song et al., 2021, arXiv 2011.13456 (section 4.3).
@@ -71,6 +76,8 @@ class ProbabilityFlow:
     ) -> None:
         """Keep the model and the solver's settings."""
         check_part(model, ScoreModel, "model")
+        if method not in (*ADAPTIVE, *FIXED):
+            raise ValueError(f"method: expected one of {[*ADAPTIVE, *FIXED]}, got {method!r}")
         check_positive(rtol, "rtol")
         check_positive(atol, "atol")
         self.model = model
@@ -108,14 +115,16 @@ class ProbabilityFlow:
             dtype: the dtype of a drawn start, the model's by default.
             cond: handed to the model.
         """
-        z = initial_state(self.model, start, generator, device, dtype)
+        last = torch.tensor([self.model.sde.T])
+        z = initial_state(self.model, start, last, generator, device, dtype)
         x = self.decode(z, **cond)
         if not self.denoise:
             return x
-        (t,) = instants(self.model.sde, torch.tensor([self.t_end]), x.shape[0], x.device)
-        self.nfe += 1
-        with evaluation_mode(self.model):
-            return self.model.predict(x, t, **cond).x0
+        (t,) = instants(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
+        with evaluation_mode(self.model), Tally() as tally:
+            x = self.model.predict(x, t, **cond).x0
+        self.nfe += tally.evaluations
+        return x
 
     def encode(self, x: Tensor, **cond: Any) -> Tensor:
         """Return the latent code at T of data x (B, *D), taken to stand at t_end."""
@@ -131,37 +140,38 @@ class ProbabilityFlow:
         check_finite(x)
         # torchdiffeq imports scipy, which would double the time to import this library.
         torchdiffeq = importlib.import_module("torchdiffeq")
-        sde, model = self.model.sde, CountedModel(self.model)
+        sde, model = self.model.sde, self.model
         low, high = min(start, end), max(start, end)
-        span = -0.5 * sde.log_snr(torch.tensor([start, end], dtype=torch.float64))
-        ends = span.to(x.device, schedule_dtype(x.device))
-        options = dict(self.options)
+        clock = torch.tensor([start, end], dtype=torch.float64, device=home(sde))
+        span = -0.5 * sde.log_snr(clock).to(x.device, schedule_dtype(x.device))
+        options, length = dict(self.options), abs(float(span[1] - span[0]))
         if self.method in ADAPTIVE:
             # Near the data nothing moves in u, and torchdiffeq's own guess of a first step is
-            # then far too long.
-            options.setdefault("first_step", 0.02 * abs(float(span[1] - span[0])))
-            # Otherwise it steps past the end, where there is no time, and interpolates back.
-            options.setdefault("step_t", ends[1:])
+            # then far too long. Without step_t it steps past the end, where there is no time.
+            options.setdefault("first_step", 0.02 * length)
+            options.setdefault("step_t", span[1:])
+        elif not {"step_size", "grid_constructor"} & options.keys():
+            options["step_size"] = 0.01 * length
 
         def velocity(u: Tensor, x: Tensor) -> Tensor:
-            u = u.detach().cpu().double().reshape(1)
+            u = u.reshape(1).to(home(sde), torch.float64)
             clock = sde.time_at_log_snr(-2 * u).clamp(low, high)
-            (t,) = instants(sde, clock, x.shape[0], x.device)
-            _, sigma = (c.item() for c in sde.marginal(clock))
+            (t,) = instants(sde, clock, x)
+            sigma = noise_at(t)
             f, g = sde.drift_coefficient(clock).item(), sde.diffusion(clock).item()
             eps = model.predict(x, t, **cond).eps
             return linear(2 * f * sigma**2 / g**2, x, sigma, eps)
 
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), Tally() as tally:
             path = torchdiffeq.odeint(
                 velocity,
                 x,
-                ends,
+                span,
                 rtol=self.rtol,
                 atol=self.atol,
                 method=self.method,
-                options=options or None,
+                options=options,
             )
-        self.nfe = model.evaluations
+        self.nfe = tally.evaluations
         result: Tensor = path[-1]
         return result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_part, check_positive
+from .._numerics import home
 from ..interfaces import ForwardSDE
 
 Grid: TypeAlias = Callable[[ForwardSDE, int], Tensor]
@@ -48,9 +49,10 @@ class _SpacedGrid(abc.ABC):
         t_end = sde.t_stop if self.t_end is None else self.t_end
         if not 0.0 <= t_end < sde.T:
             raise ValueError(f"t_end: expected a time in [0, T) = [0, {sde.T:g}), got {t_end}")
-        ends = torch.tensor([sde.T, t_end], dtype=torch.float64)
-        u = torch.linspace(0, 1, steps + (0 if self.to_zero else 1), dtype=torch.float64)
-        times = self._spaced(sde, ends, u)
+        ends = torch.tensor([sde.T, t_end], dtype=torch.float64, device=home(sde))
+        points = steps + (0 if self.to_zero else 1)
+        u = torch.linspace(0, 1, points, dtype=torch.float64, device=ends.device)
+        times = self._spaced(sde, ends, u).detach()
         times[0], times[-1] = ends  # not the rounding of an inverse function
         if not bool((times.diff() < 0).all()):
             raise ValueError(
@@ -152,6 +154,7 @@ def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Ten
     else:
         raise TypeError(f"grid: expected a callable or a tensor, got {type(grid).__name__}")
     check_part(times, Tensor, "grid")
+    times = times.cpu()
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"grid: expected at least two times (N + 1,), got {tuple(times.shape)}")
     if not bool((times.diff() < 0).all()):  # a NaN fails too

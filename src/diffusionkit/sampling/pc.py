@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from .._checks import check_count, check_part
 from .._draws import Generators
-from .._numerics import instant, instants
+from .._numerics import instants, noise_at
+from .._tally import Tally
 from ..interfaces import Corrector, Predictor, ScoreModel, Step
-from ._run import CountedModel, Progress, evaluation_mode, initial_state, with_progress
+from ._run import Progress, check_step, evaluation_mode, initial_state, with_progress
 from .grids import Grid, resolve_grid
 
 
@@ -58,7 +58,8 @@ class PCSampler:
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
 
     Attributes:
-        nfe: how many times the model was evaluated in the last run.
+        nfe: how many times the model was evaluated in the last run; a model that calls others,
+            as guidance does, counts as what it calls.
 
     Raises:
         ValueError: if there is neither predictor nor corrector, steps < 1, or the grid is not
@@ -101,14 +102,21 @@ class PCSampler:
         self.model = model
         self.predictor = predictor
         self.corrector = corrector
-        self.times = resolve_grid(grid, model.sde, steps)
+        self.grid = grid
+        self.steps = steps
         self.corrector_first = corrector_first
         self.denoise = denoise
         self.progress = progress
         self.nfe = 0
+        resolve_grid(grid, model.sde, steps)  # what is wrong with it is said here
 
     def __repr__(self) -> str:
-        return f"PCSampler({self.predictor}, {self.corrector}, steps={len(self.times) - 1})"
+        return f"PCSampler({self.predictor}, {self.corrector}, steps={self.steps})"
+
+    @property
+    def times(self) -> Tensor:
+        """The decreasing times (N + 1,) of the grid, for the process as it is now."""
+        return resolve_grid(self.grid, self.model.sde, self.steps)
 
     def __call__(
         self,
@@ -129,10 +137,11 @@ class PCSampler:
             cond: handed to the model.
 
         Raises:
-            ValueError: if the state is not finite, or the generators do not match the batch.
+            ValueError: if the state is not finite, the generators do not match the batch, or a
+                start is to be drawn and the grid begins far from T, where the prior is.
         """
-        with torch.no_grad():
-            x = initial_state(self.model, start, generator, device, dtype)
+        with torch.no_grad(), evaluation_mode(self.model):
+            x = initial_state(self.model, start, self.times, generator, device, dtype)
             for state in self._run(x, generator, cond):  # noqa: B007 - the last one is wanted
                 pass
         return state.x
@@ -148,49 +157,53 @@ class PCSampler:
     ) -> Iterator[SamplerState]:
         """Yield the initial state, the state after each step, and the denoised result.
 
-        Takes the arguments of a call.
+        Takes the arguments of a call. Between two states your own code runs in its own gradient
+        mode, and with the model in its own training mode.
         """
-        x = initial_state(self.model, start, generator, device, dtype)
-        return torch.no_grad()(self._run)(x, generator, cond)
+        with torch.no_grad():
+            x = initial_state(self.model, start, self.times, generator, device, dtype)
+        return self._in_modes(self._run(x, generator, cond))
+
+    def _in_modes(self, run: Iterator[SamplerState]) -> Iterator[SamplerState]:
+        while True:
+            with torch.no_grad(), evaluation_mode(self.model):
+                state = next(run, None)
+            if state is None:
+                return
+            yield state
 
     def _run(
         self, x: Tensor, generator: Generators, cond: dict[str, Any]
     ) -> Iterator[SamplerState]:
-        sde, model = self.model.sde, CountedModel(self.model)
-        times = instants(sde, self.times, x.shape[0], x.device)
-        clock = self.times.tolist()
+        model, predictor, grid = self.model, self.predictor, self.times
+        times = instants(model.sde, grid, x)
+        clock, noise = grid.tolist(), [noise_at(t) for t in times]
+        correct_before = self.corrector_first and predictor is not None
+        if predictor is not None:
+            predictor.prepare(model.sde, times)
+        tally, memory, move, steps = Tally(), None, Step(x, x), len(times) - 1
         self.nfe = 0
-        correct_before = self.corrector_first and self.predictor is not None
-        if self.predictor is not None:
-            self.predictor.prepare(sde, times)
-        with evaluation_mode(self.model):
-            yield SamplerState(x, x, clock[0], 0, 0)
-            memory = None
-            for k, (t, s) in enumerate(with_progress(list(pairwise(times)), self.progress), 1):
+        yield SamplerState(x, x, clock[0], 0, 0)
+        for k in with_progress(range(1, steps + 1), self.progress):
+            t, s = times[k - 1], times[k]
+            with tally:
                 if correct_before:
-                    x = self._correct(model, x, t, generator, cond).x
-                move = Step(x, x)
-                if self.predictor is not None:
-                    move = self.predictor.step(model, x, t, s, memory, generator=generator, **cond)
-                    x, memory = move.x, move.state
-                if not correct_before and self._noise_at(s) > 0:
-                    move = self._correct(model, x, s, generator, cond)
-                    x = move.x
-                self.nfe = model.evaluations
-                yield SamplerState(x, move.mean, clock[k], k, self.nfe)
-            if self.denoise:
-                noisy = self._noise_at(times[-1]) > 0
-                x = model.predict(x, times[-1], **cond).x0 if noisy else move.mean
-                self.nfe = model.evaluations
-                yield SamplerState(x, x, clock[-1], k, self.nfe)
+                    move = self._correct(x, t, generator, cond)
+                if predictor is not None:
+                    step = predictor.step(model, move.x, t, s, memory, generator=generator, **cond)
+                    move, memory = check_step(step, x, predictor), step.state
+                if not correct_before and noise[k] > 0:
+                    move = self._correct(move.x, s, generator, cond)
+            x, self.nfe = move.x, tally.evaluations
+            yield SamplerState(x, move.mean, clock[k], k, self.nfe)
+        if self.denoise:
+            with tally:
+                x = model.predict(x, times[-1], **cond).x0 if noise[-1] > 0 else move.mean
+            self.nfe = tally.evaluations
+            yield SamplerState(x, x, clock[-1], steps, self.nfe)
 
-    def _correct(
-        self, model: ScoreModel, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]
-    ) -> Step:
+    def _correct(self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]) -> Step:
         if self.corrector is None:
             return Step(x, x)
-        return self.corrector.step(model, x, t, generator=generator, **cond)
-
-    def _noise_at(self, t: Tensor) -> float:
-        known = instant(t, self.model.sde)
-        return known.sigma if known is not None else 0.0
+        step = self.corrector.step(self.model, x, t, generator=generator, **cond)
+        return check_step(step, x, self.corrector)

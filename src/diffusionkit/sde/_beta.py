@@ -52,9 +52,10 @@ class LinearBetaSDE(ForwardSDE):
         return (t - s) * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s))
 
     def _time(self, integral: Tensor) -> Tensor:
-        """Return the time (B,) at which B(t) is the given integral."""
+        """Return the time (B,) within [0, T] at which B(t) is the given integral."""
         slope = self.beta_max - self.beta_min
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        root = torch.sqrt(self.beta_min**2 + 2 * slope * integral)
+        return (2 * integral / (self.beta_min + root)).clamp(0.0, self.T)
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
         return -0.5 * self.beta(t)

@@ -74,7 +74,7 @@ class EDMSDE(ForwardSDE):
         return -2 * torch.log(t)
 
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(-0.5 * log_snr)
+        return torch.exp(-0.5 * log_snr).clamp(0.0, self.T)
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_transition(s, t, self.T)

@@ -82,7 +82,7 @@ class VESDE(ForwardSDE):
         return -2 * (math.log(self.sigma_min) + self._rate * t)
 
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        return (-0.5 * log_snr - math.log(self.sigma_min)) / self._rate
+        return ((-0.5 * log_snr - math.log(self.sigma_min)) / self._rate).clamp(0.0, self.T)
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_transition(s, t, self.T)

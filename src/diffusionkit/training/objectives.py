@@ -96,7 +96,11 @@ class ScoreMatching:
             check_reference(reference, x0)
         sde = model.sde
         if t is None:
-            t, weight = self.times.sample(sde, len(x0), generator=generator, device=x0.device)
+            # In the data's dtype, so that a model which uses t itself is not surprised by float64.
+            dtype = torch.promote_types(x0.dtype, torch.float32)
+            t, weight = self.times.sample(
+                sde, len(x0), generator=generator, device=x0.device, dtype=dtype
+            )
         else:
             check_times(t, sde.T, len(x0), x0)
             weight = torch.ones_like(t)
