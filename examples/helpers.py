@@ -1,0 +1,41 @@
+"""What the examples share: how they read their options and leave their files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    figure.savefig(unfinished, dpi=150)
+    unfinished.replace(path)
+
+
+def count(text: str) -> int:
+    """Read a positive whole number from the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """Read a device that torch can use from the command line."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a device torch can use, got {text!r}"
+        ) from error
+
+
+def picture_path(text: str) -> Path:
+    """Read the name of a picture from the command line."""
+    if Path(text).suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"expected a .png, .pdf or .svg file, got {text!r}")
+    return Path(text)
