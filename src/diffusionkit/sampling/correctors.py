@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from .._checks import check_count, check_positive, check_times
 from .._draws import Generators, randn_like
 from .._numerics import instant
 from ..interfaces import Corrector, ScoreModel, Step
-from ..values import add
+from ..values import Coefficient, add, expand
 
 
 @dataclass(frozen=True)
@@ -57,27 +56,47 @@ class Langevin(Corrector):
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
         """Make the moves at times t (B,) from a state x (B, *D)."""
+        _, sigma = _kernel(model, x, t)
         mean = x
         for _ in range(self.steps):
-            score = model.predict(x, t, **cond).score
-            noise = randn_like(score, generator)
-            z, s = _norm(noise), _norm(score)
+            # In terms of eps = -sigma s, which most models predict as it is.
+            eps = model.predict(x, t, **cond).eps
+            noise = randn_like(eps, generator)
+            z, e = _norm(noise), _norm(eps)
             if self.norm == "batch":
-                z, s = z.mean(), s.mean()
+                z, e = z.mean(), e.mean()
             # Where the score is 0 there is no scale to go by, and nothing is moved.
-            ratio = torch.nan_to_num(z.div_(s).mul_(math.sqrt(2) * self.snr), posinf=0.0)
-            mean = add(x, ratio * ratio, score)
-            x = add(mean, ratio * math.sqrt(2), noise)
+            push = torch.nan_to_num(z / e, posinf=0.0)
+            pull, unit = push * push, sigma
+            if isinstance(unit, Tensor):
+                factor = expand(unit, x)
+                push, pull, unit = push * factor, pull * factor, 1.0
+            mean = _moved(x, pull, eps, -2 * self.snr**2 * unit)
+            x = _moved(mean, push, noise, 2 * self.snr * unit)
         return Step(x, mean)
 
 
+def _kernel(model: ScoreModel, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
+    if instant(t, model.sde) is None:
+        check_times(t, model.sde.T, x.shape[0], x)
+    return model.sde.kernel(t)
+
+
 def _norm(x: Tensor) -> Tensor:
-    """Return the norm of each sample (B,), in float32 at least."""
+    """Return the norm of each sample (B, 1, ..., 1), in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.ndim == 1:
         return x.abs().to(dtype)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=dtype)
+    dims = tuple(range(1, x.ndim))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     return norm
+
+
+def _moved(x: Tensor, factor: Tensor, along: Tensor, value: float) -> Tensor:
+    """Return x + value * factor * along, in the dtype of x."""
+    if factor.dtype == x.dtype:
+        return torch.addcmul(x, factor, along, value=value)
+    return (x + value * factor * along).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,9 +129,7 @@ class AnnealedLangevin(Corrector):
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
         """Make the moves at times t (B,) from a state x (B, *D)."""
-        if instant(t, model.sde) is None:
-            check_times(t, model.sde.T, x.shape[0], x)
-        alpha, sigma = model.sde.kernel(t)
+        alpha, sigma = _kernel(model, x, t)
         pull, mean = 2 * self.snr**2, x
         for _ in range(self.steps):
             mean = model.predict(x, t, **cond).combine(x=1 - pull, x0=pull * alpha)
