@@ -35,17 +35,24 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
     """Return first * x + second * y for coefficients (B,) or floats, in the dtype of x."""
     second = expand(second, y)
     out = x * expand(first, x)
-    out = torch.add(out, y, alpha=second) if isinstance(second, float) else out.addcmul(y, second)
+    # In place: for images, fresh memory costs more than the arithmetic.
+    out = out.add_(y, alpha=second) if isinstance(second, float) else out.addcmul_(y, second)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def add(x: Tensor, factor: Coefficient, y: Tensor) -> Tensor:
-    """Return x + factor * y for a factor (B,) or a float, in the dtype of x."""
-    factor = expand(factor, x)
-    if isinstance(factor, float):
-        return torch.add(x, y, alpha=factor)
-    out = torch.addcmul(x, factor, y) if factor.dtype == x.dtype else x + factor * y
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0) -> Tensor:
+    """Return mean + value * std * noise, in the dtype of mean.
+
+    The result takes the noise's memory where no gradient is recorded: hand in noise that nothing
+    else holds. The standard deviation is (B,), (B, 1, ..., 1) or a float.
+    """
+    out = None if torch.is_grad_enabled() else noise
+    if not isinstance(std, Tensor):
+        return torch.add(mean, noise, alpha=value * std, out=out)
+    factor = std if std.ndim == mean.ndim else cast(Tensor, expand(std, mean))
+    if factor.dtype == mean.dtype:
+        return torch.addcmul(mean, factor, noise, value=value, out=out)
+    return (mean + value * factor * noise).to(mean.dtype)
 
 
 def _per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .._checks import check_count, check_positive, check_times
 from .._draws import Generators, randn_like
 from .._numerics import instant
 from ..interfaces import Corrector, ScoreModel, Step
-from ..values import Coefficient, add, expand
+from ..values import Coefficient, add_noise, expand
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Langevin(Corrector):
                 factor = expand(unit, x)
                 push, pull, unit = push * factor, pull * factor, 1.0
             mean = _moved(x, pull, eps, -2 * self.snr**2 * unit)
-            x = _moved(mean, push, noise, 2 * self.snr * unit)
+            x = add_noise(mean, push, noise, 2 * self.snr * unit)
         return Step(x, mean)
 
 
@@ -133,5 +133,5 @@ class AnnealedLangevin(Corrector):
         pull, mean = 2 * self.snr**2, x
         for _ in range(self.steps):
             mean = model.predict(x, t, **cond).combine(x=1 - pull, x0=pull * alpha)
-            x = add(mean, 2 * self.snr * sigma, randn_like(mean, generator))
+            x = add_noise(mean, 2 * self.snr * sigma, randn_like(mean, generator))
         return Step(x, mean)

@@ -18,7 +18,7 @@ from .. import _numerics
 from .._checks import check_number, check_times, readable
 from .._draws import Generators, randn_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
-from ..values import Coefficient, add
+from ..values import Coefficient, add_noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class LinearPredictor(Predictor):
         mean = model.predict(x, t, **cond).combine(x=move.x, x0=move.x0)
         if move.std is None:
             return Step(mean, mean)
-        return Step(add(mean, move.std, randn_like(mean, generator)), mean)
+        return Step(add_noise(mean, move.std, randn_like(mean, generator)), mean)
 
 
 @dataclass(frozen=True)
