@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusionkit import Perturbed, Prediction, Step, expand
+from diffusionkit.values import add_noise
 
 
 def setup(dtype=torch.float64):
@@ -124,3 +125,15 @@ def test_values_are_frozen():
     ):
         with pytest.raises(AttributeError):
             setattr(value, name, x)
+
+
+@pytest.mark.parametrize("std", [0.5, torch.tensor([0.5, 0.5]), torch.full((2, 1), 0.5)])
+def test_add_noise(std):
+    mean, noise = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0], [2.0, 0.0]])
+    expected = torch.tensor([[2.0, 1.0], [5.0, 4.0]])  # mean + 2 * .5 * noise
+    kept = noise.clone()
+    assert torch.equal(add_noise(mean, std, noise, 2.0), expected)
+    assert torch.equal(noise, kept)  # where gradients are recorded it is left alone
+    assert torch.equal(add_noise(mean.requires_grad_(), std, noise, 2.0), expected)
+    with torch.no_grad():
+        assert torch.equal(add_noise(mean, std, noise, 2.0), expected)

@@ -496,3 +496,17 @@ def test_langevin_in_half_precision():
         expected = drift.expand(-1, 64)
         error = (half.mean.double() - expected).abs().max() / expected.abs().max()
         assert float(error) < tolerance
+
+
+@pytest.mark.parametrize("corrector", [Langevin(), Langevin(norm="batch"), AnnealedLangevin()])
+def test_the_sampler_takes_the_steps_the_corrector_takes(mixture, corrector):
+    """In a run the noise level is a float, by hand it is a tensor (B,)."""
+    grid = LogSNRGrid()(mixture.sde, 4)
+    x = mixture.sde.prior_sample((5, 2), generator=seeded()).double()
+    sampler = PCSampler(mixture, DDIM(), corrector, grid=grid, denoise=False)
+    fast = sampler(x, generator=seeded(1))
+    generator = seeded(1)
+    for t, s in itertools.pairwise(grid):
+        x = corrector.step(mixture, x, t.repeat(5), generator=generator).x
+        x = DDIM().step(mixture, x, t.repeat(5), s.repeat(5), generator=generator).x
+    torch.testing.assert_close(fast, x, rtol=1e-9, atol=1e-9)
