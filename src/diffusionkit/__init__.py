@@ -24,7 +24,9 @@ from .models import (
     LogSigmaLabel,
     NetworkModel,
     RawScoreModel,
+    ScaledScoreModel,
     SigmaLabel,
+    StepLabel,
     TimeLabel,
     VModel,
     X0Model,
@@ -46,7 +48,7 @@ from .sampling import (
     SamplerState,
     UniformGrid,
 )
-from .sde import EDMSDE, VESDE, VPSDE, SubVPSDE, suggest_sigma_max
+from .sde import EDMSDE, VESDE, VPSDE, DDPMChain, SubVPSDE, suggest_sigma_max
 from .training import (
     EMA,
     Checkpoint,
@@ -75,6 +77,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "DDIM",
+    "DDPMChain",
     "EDMSDE",
     "EMA",
     "VESDE",
@@ -110,11 +113,13 @@ __all__ = [
     "ProbabilityFlow",
     "QuadraticGrid",
     "RawScoreModel",
+    "ScaledScoreModel",
     "ReverseDiffusion",
     "SamplerState",
     "ScoreMatching",
     "ScoreModel",
     "SigmaLabel",
+    "StepLabel",
     "SimpleWeighting",
     "Step",
     "StepReport",

@@ -1,8 +1,15 @@
 """Score models: a network with its process, and exact oracles."""
 
 from .edm import EDMModel
-from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, TimeLabel
-from .network import EpsModel, NetworkModel, RawScoreModel, VModel, X0Model
+from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
+from .network import (
+    EpsModel,
+    NetworkModel,
+    RawScoreModel,
+    ScaledScoreModel,
+    VModel,
+    X0Model,
+)
 from .oracles import EmpiricalModel, GaussianMixtureModel
 
 __all__ = [
@@ -14,7 +21,9 @@ __all__ = [
     "LogSigmaLabel",
     "NetworkModel",
     "RawScoreModel",
+    "ScaledScoreModel",
     "SigmaLabel",
+    "StepLabel",
     "TimeLabel",
     "VModel",
     "X0Model",

@@ -31,6 +31,8 @@ class EDMModel(NetworkModel):
         sde: the forward process.
         sigma_data: sd, the standard deviation of the data.
         label: what the network is told about time, log(sigma / alpha) / 4 by default.
+        data_range: the range of the data, for whoever makes pictures of samples.
+        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
 
     Raises:
         ValueError: unless sigma_data is finite and positive.
@@ -53,9 +55,13 @@ class EDMModel(NetworkModel):
         sigma_data: float = 0.5,
         *,
         label: Label | None = None,
+        data_range: tuple[float, float] | None = None,
+        learned_variance: bool = False,
     ) -> None:
         """Join the network and its process."""
-        super().__init__(network, sde, label=label)
+        super().__init__(
+            network, sde, label=label, data_range=data_range, learned_variance=learned_variance
+        )
         check_positive(sigma_data, "sigma_data")
         self.sigma_data = sigma_data
 

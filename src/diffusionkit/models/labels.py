@@ -5,6 +5,7 @@ A label is any callable (sde, t) -> (B,). Networks know no SDE; they embed the l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .._checks import check_positive
+from .._checks import check_count, check_positive
 from ..interfaces import ForwardSDE
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
@@ -61,7 +62,8 @@ class LogSigmaLabel:
     """The logarithm of the noise-to-signal ratio, scaled: log(sigma) / 4 for EDM networks.
 
     Args:
-        scale: the factor of log(sigma / alpha).
+        scale: the factor of the logarithm.
+        reference: the ratio whose label is 0.
 
     >>> from diffusionkit import EDMSDE
     >>> LogSigmaLabel()(EDMSDE(), torch.tensor([1.0]))
@@ -69,13 +71,40 @@ class LogSigmaLabel:
     """
 
     scale: float = 0.25
+    reference: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self.scale, "scale")
+        check_positive(self.reference, "reference")
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return scale log(sigma / alpha), (B,)."""
-        return sde.log_snr(t) * (-0.5 * self.scale)
+        """Return scale log(sigma / (alpha reference)), (B,)."""
+        return sde.log_snr(t) * (-0.5 * self.scale) - self.scale * math.log(self.reference)
+
+
+@dataclass(frozen=True)
+class StepLabel:
+    """The step of a chain: i at t = (i + 1) / steps, between the steps what lies between.
+
+    Args:
+        steps: the number of steps.
+        scale: the factor of the step; improved DDPM tells its networks i * 1000 / steps.
+
+    >>> from diffusionkit import DDPMChain
+    >>> StepLabel(1000)(DDPMChain.linear(1000), torch.tensor([0.001, 0.5, 1.0]))
+    tensor([  0., 499., 999.])
+    """
+
+    steps: int
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count(self.steps, "steps")
+        check_positive(self.scale, "scale")
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return scale (t steps / T - 1), at least 0, (B,)."""
+        return (t * (self.steps / sde.T) - 1).clamp_min(0.0) * self.scale
 
 
 class IndexLabel:

@@ -13,7 +13,7 @@ from .._checks import check_part, check_state, check_times
 from .._numerics import instant
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
-from .labels import Label, SigmaLabel, TimeLabel
+from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
 
 
 class NetworkModel(ScoreModel):
@@ -24,13 +24,23 @@ class NetworkModel(ScoreModel):
             with the tensor in `.sample`, as diffusers' networks return, will do too.
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
+        data_range: the range of the data that the network was trained on, for whoever makes
+            pictures of samples; nothing here uses it.
+        learned_variance: whether the network's output is (B, 2 C, ...): first what is described
+            here, then what says the variance of a step, which no sampler uses yet.
 
     Raises:
         TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
     """
 
     def __init__(
-        self, network: Callable[..., Any], sde: ForwardSDE, *, label: Label | None = None
+        self,
+        network: Callable[..., Any],
+        sde: ForwardSDE,
+        *,
+        label: Label | None = None,
+        data_range: tuple[float, float] | None = None,
+        learned_variance: bool = False,
     ) -> None:
         """Join the network and its process."""
         super().__init__()
@@ -42,6 +52,8 @@ class NetworkModel(ScoreModel):
         self.network = network
         self.sde = sde
         self.label = label
+        self.data_range = data_range
+        self.learned_variance = learned_variance
 
     @staticmethod
     def _default_label() -> Label:
@@ -70,7 +82,7 @@ class NetworkModel(ScoreModel):
         # A half-precision label could not tell a thousand times apart.
         label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
         output = self.network(self.scale_input(x, alpha, sigma), label, **cond)
-        if not isinstance(output, Tensor) or output.shape != x.shape:
+        if not isinstance(output, Tensor) or output.shape != x.shape or self.learned_variance:
             output = self._tensor(output, x)
         a, b = self.statement(alpha, sigma)
         return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
@@ -83,6 +95,14 @@ class NetworkModel(ScoreModel):
                     f"network: expected a tensor of shape {tuple(x.shape)}, "
                     f"got {type(output).__name__}"
                 )
+        if self.learned_variance:
+            wide = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else x.shape
+            if output.shape != wide:
+                raise ValueError(
+                    f"network: expected an output of shape {tuple(wide)}, with a learned "
+                    f"variance, got {tuple(output.shape)}"
+                )
+            return output.narrow(1, 0, x.shape[1])
         if output.shape != x.shape:
             raise ValueError(
                 f"network: expected an output of shape {tuple(x.shape)}, got {tuple(output.shape)}"
@@ -99,6 +119,8 @@ class EpsModel(NetworkModel):
         network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
+        data_range: the range of the data, for whoever makes pictures of samples.
+        learned_variance: whether the network's output is twice as wide, the noise first.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
@@ -122,6 +144,8 @@ class X0Model(NetworkModel):
         network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
+        data_range: the range of the data, for whoever makes pictures of samples.
+        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
 
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
@@ -139,6 +163,8 @@ class VModel(NetworkModel):
         network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
+        data_range: the range of the data, for whoever makes pictures of samples.
+        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
 
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
@@ -157,6 +183,8 @@ class RawScoreModel(NetworkModel):
         network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
+        data_range: the range of the data, for whoever makes pictures of samples.
+        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
     """
@@ -167,3 +195,27 @@ class RawScoreModel(NetworkModel):
 
     def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
         return 0.0, -1.0 / sigma
+
+
+class ScaledScoreModel(NetworkModel):
+    r"""A network that predicts sigma times the score: F = sigma score = -eps.
+
+    The default label is log(sigma / (2 alpha)), with which this is EDM's VE preconditioning.
+
+    Args:
+        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        sde: the forward process.
+        label: what the network is told about time, a callable (sde, t) -> (B,).
+        data_range: the range of the data, for whoever makes pictures of samples.
+        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
+    2022, arXiv 2206.00364 (table 1).
+    """
+
+    @staticmethod
+    def _default_label() -> Label:
+        return LogSigmaLabel(1.0, reference=2.0)
+
+    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+        return 0.0, -1.0

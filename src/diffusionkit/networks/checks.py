@@ -1,5 +1,8 @@
 """Errors that name what a network expected and what came."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +37,62 @@ def check_dropout(dropout: float) -> None:
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not among the choices.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        choices: What it may be.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_layout(
+    dims: int, width: int, multipliers: Sequence[float], attention_levels: Sequence[int]
+) -> list[int]:
+    """Refuse a layout of a U-Net that cannot be built.
+
+    Args:
+        dims: Number of spatial dimensions.
+        width: Number of channels that the multipliers multiply.
+        multipliers: Channels of each level over `width`.
+        attention_levels: Indices of the levels with attention.
+
+    Returns:
+        The number of channels of each level.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If an argument is out of range.
+    """
+    check_positive(width=width)
+    if width < 4 or width % 2:  # an embedding has as many features
+        raise ValueError(f"width must be even and at least 4, got {width}")
+    if dims not in (1, 2, 3):
+        raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+    if not multipliers:
+        raise ValueError("multipliers must have one entry per level, got none")
+    for multiplier in multipliers:
+        if not isinstance(multiplier, int | float) or isinstance(multiplier, bool):
+            raise TypeError(f"multipliers must be numbers, got {multiplier!r}")
+        if not math.isfinite(multiplier) or int(width * multiplier) < 1:
+            raise ValueError(
+                f"multipliers must leave at least one of {width} channels, got {multiplier}"
+            )
+    for level in attention_levels:
+        if level not in range(len(multipliers)):
+            raise ValueError(
+                f"attention_levels must be in [0, {len(multipliers)}) for "
+                f"{len(multipliers)} multipliers, got {level}"
+            )
+    return [int(width * multiplier) for multiplier in multipliers]
 
 
 def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
@@ -121,3 +180,67 @@ def check_classes(x: Tensor, labels: Tensor | None, num_classes: int | None) -> 
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             raise ValueError(f"labels must be in [0, {num_classes}), got values {low} to {high}")
+
+
+def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -> None:
+    """Refuse condition vectors that do not go with the input or the network.
+
+    Args:
+        x: Input (B, ...).
+        condition: Condition vectors, expected to be (B, features), of the dtype and on the
+            device of x, or None.
+        features: Size of the vectors that the network takes, or None if it takes none.
+
+    Raises:
+        TypeError: If the dtype is wrong, or vectors are unexpected.
+        ValueError: If the shape or the device is wrong.
+    """
+    if condition is None:
+        return
+    if features is None:
+        raise TypeError(
+            "condition must be None for a network without one (condition_features=None), "
+            f"got a tensor of shape {tuple(condition.shape)}"
+        )
+    _check_beside(x, condition, "condition")
+    if condition.shape != (x.shape[0], features):
+        raise ValueError(
+            f"condition must have shape ({x.shape[0]}, {features}), got {tuple(condition.shape)}"
+        )
+
+
+def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> None:
+    r"""Refuse a low-resolution image that does not go with the input or the network.
+
+    Args:
+        x: Input (B, C, \*spatial).
+        low_res: Image, expected to be (B, channels, \*any spatial), of the dtype and on the device
+            of x; expected to be None if `channels` is None.
+        channels: Number of channels of the image that the network takes, or None.
+
+    Raises:
+        TypeError: If the dtype is wrong, or the image is missing or unexpected.
+        ValueError: If the shape or the device is wrong.
+    """
+    if channels is None:
+        if low_res is not None:
+            raise TypeError(
+                "low_res must be None for a network without one (low_res_channels=None), "
+                f"got a tensor of shape {tuple(low_res.shape)}"
+            )
+        return
+    if low_res is None:
+        raise TypeError(
+            f"low_res must be a tensor for a network with low_res_channels={channels}, got None"
+        )
+    _check_beside(x, low_res, "low_res")
+    if low_res.ndim != x.ndim or low_res.shape[:2] != (x.shape[0], channels) or 0 in low_res.shape:
+        expected = ", ".join([str(x.shape[0]), str(channels), *_SPATIAL[x.ndim - 2]])
+        raise ValueError(f"low_res must have shape ({expected}), got {tuple(low_res.shape)}")
+
+
+def _check_beside(x: Tensor, other: Tensor, name: str) -> None:
+    if other.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {other.device}")
+    if other.dtype != x.dtype:
+        raise TypeError(f"{name} must be {x.dtype} like x, got {other.dtype}")

@@ -1,21 +1,14 @@
 """DDPM++, the U-Net of the variance-preserving models of Song et al., 2021."""
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any, Literal, Self
 
-from diffusionkit.networks.blocks import (
-    ResidualBlock,
-    SelfAttention,
-    downsample_mean,
-    upsample_nearest,
-)
-from diffusionkit.networks.checks import check_dropout, check_positive
-from diffusionkit.networks.embeddings import PositionalEmbedding
-from diffusionkit.networks.unet import UNet
+from diffusionkit.networks.config import remembers
+from diffusionkit.networks.ncsnpp import Embedding, NCSNpp
 
 
-class DDPMpp(UNet):
-    r"""DDPM++: a U-Net of BigGAN residual blocks with a positional embedding of the label.
+class DDPMpp(NCSNpp):
+    r"""DDPM++: NCSN++ without filters, without an input branch and with a positional embedding.
 
     Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
     Close to zero at initialisation. The default arguments are the CIFAR-10 network (61,804,419
@@ -26,17 +19,15 @@ class DDPMpp(UNet):
 
     Args:
         channels: Number of input channels.
-        out_channels: Number of output channels; those of the input if None.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels of the first level, even and at least 4.
-        multipliers: Channels of each level over `width`; each level halves the resolution.
-        blocks: Number of residual blocks per level.
-        attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        dropout: Dropout probability within the residual blocks.
-        num_classes: Number of classes, or None for a network without classes.
+        embedding: What the embedding is made of, see `NCSNpp`.
+        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
+            and means.
+        progressive_input: How the input enters, see `NCSNpp`.
+        scale_by_sigma: Whether the output is divided by the noise level.
+        **options: The other options of `NCSNpp`, with its defaults.
 
     Raises:
-        TypeError: If a count is not an int.
+        TypeError: If a count is not an int or an option is unknown.
         ValueError: If an argument is out of range.
 
     Source:
@@ -53,39 +44,63 @@ class DDPMpp(UNet):
         torch.Size([4, 1, 8, 12])
     """
 
+    @remembers
     def __init__(
         self,
         channels: int = 3,
         *,
-        out_channels: int | None = None,
-        dims: int = 2,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 4,
-        attention_levels: Sequence[int] = (1,),
-        dropout: float = 0.1,
-        num_classes: int | None = None,
+        embedding: Embedding | None = "positional",
+        fir_kernel: Sequence[float] | None = None,
+        progressive_input: Literal["none", "input_skip", "residual"] = "none",
+        scale_by_sigma: bool = False,
+        **options: Any,
     ) -> None:
-        """Choose the parts and build the network."""
-        check_positive(width=width)
-        if width < 4 or width % 2:  # the positional embedding has as many features
-            raise ValueError(f"width must be even and at least 4, got {width}")
-        check_dropout(dropout)
-        embedding_width = 4 * width
-        block = partial(ResidualBlock, embedding_width=embedding_width, dims=dims, dropout=dropout)
+        """Build the network."""
         super().__init__(
             channels,
-            out_channels=channels if out_channels is None else out_channels,
-            dims=dims,
-            width=width,
-            multipliers=multipliers,
-            blocks=blocks,
-            attention_levels=attention_levels,
-            num_classes=num_classes,
-            label_features=PositionalEmbedding(width),
-            embedding_width=embedding_width,
-            block=block,
-            attention=SelfAttention,
-            down=lambda c: block(c, c, resample=downsample_mean),
-            up=lambda c: block(c, c, resample=upsample_nearest),
+            embedding=embedding,
+            fir_kernel=fir_kernel,
+            progressive_input=progressive_input,
+            scale_by_sigma=scale_by_sigma,
+            **options,
         )
+
+    @classmethod
+    def cifar10(cls, *, deep: bool = False, **options: Any) -> Self:
+        """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
+
+        Args:
+            deep: Whether to take 8 rather than 4 blocks per level.
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 61,804,419 parameters (106,632,579 if deep), label 999 t, output the
+            noise.
+        """
+        return cls(**{"blocks": 8 if deep else 4} | options)
+
+    @classmethod
+    def edm_cifar10(cls, **options: Any) -> Self:
+        """Build the "ddpmpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones, such as num_classes=10.
+
+        Returns:
+            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        """
+        published = {"multipliers": (2, 2, 2), "dropout": 0.13, "condition_features": 9}
+        return cls(**published | options)
+
+    @classmethod
+    def edm_image_64(cls, **options: Any) -> Self:
+        """Build the "ddpmpp" network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        """
+        published = {"multipliers": (1, 2, 2, 2), "attention_levels": (2,), "dropout": 0.05}
+        return cls.edm_cifar10(**published | options)

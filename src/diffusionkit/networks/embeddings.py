@@ -1,12 +1,13 @@
 """What a network makes of the label (time) and of the class it is given."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionkit.networks.layers import linear
+from diffusionkit.networks.layers import Style, linear
 
 
 def _as_float(label: Tensor) -> Tensor:
@@ -35,6 +36,7 @@ class PositionalEmbedding(nn.Module):
 
     Args:
         features: Even number d of features, at least 4.
+        endpoint: Whether 1e-4 itself is the last frequency, as above. If not, d/2 - 1 is d/2.
 
     Raises:
         ValueError: If `features` is odd or below 4.
@@ -42,14 +44,16 @@ class PositionalEmbedding(nn.Module):
     Source:
         A. Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762;
         in this form J. Ho et al., Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239.
+        https://arxiv.org/abs/2006.11239; without the end point P. Dhariwal and A. Nichol,
+        Diffusion Models Beat GANs on Image Synthesis, 2021, https://arxiv.org/abs/2105.05233.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, endpoint: bool = True) -> None:
         """Keep the number of features."""
         super().__init__()
         _check_features(features)
         self.features = features
+        self.endpoint = endpoint
 
     def forward(self, label: Tensor) -> Tensor:
         """Embed labels.
@@ -63,8 +67,57 @@ class PositionalEmbedding(nn.Module):
         label = _as_float(label)
         half = self.features // 2
         index = torch.arange(half, dtype=label.dtype, device=label.device)
-        angle = label[:, None] * torch.exp(index * (-math.log(1e4) / (half - 1)))
+        last = half - 1 if self.endpoint else half
+        angle = label[:, None] * torch.exp(index * (-math.log(1e4) / last))
         return _sines(angle)
+
+
+class FourierEmbedding(nn.Module):
+    r"""Sines and cosines of the label, or of its logarithm, at fixed random frequencies.
+
+    .. math:: e(l) = [\sin(2 \pi w_i u), \cos(2 \pi w_i u)]_i, \qquad
+        w_i \sim N(0, \mathrm{scale}^2), \quad u = \ln l \text{ or } l
+
+    all sines first. The frequencies are a parameter that is not trained: saved and loaded with
+    the network, averaged to itself, without a gradient.
+
+    Args:
+        features: Even number d of features, at least 4; there are d/2 frequencies.
+        scale: Standard deviation of the frequencies.
+        log: Whether the logarithm of the label is embedded: for labels that are a noise level.
+
+    Raises:
+        ValueError: If `features` is odd or below 4.
+
+    Source:
+        M. Tancik et al., Fourier Features Let Networks Learn High Frequency Functions in Low
+        Dimensional Domains, 2020, https://arxiv.org/abs/2006.10739; of log sigma Y. Song et al.,
+        2021, https://arxiv.org/abs/2011.13456.
+    """
+
+    def __init__(self, features: int, *, scale: float = 16.0, log: bool = True) -> None:
+        """Draw the frequencies."""
+        super().__init__()
+        _check_features(features)
+        self.log = log
+        self.frequencies = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Embed labels.
+
+        Args:
+            label: Labels (B,), positive where their logarithm is embedded.
+
+        Returns:
+            Features (B, features), float64 for float64 labels, else float32.
+        """
+        label = _as_float(label)
+        frequencies = self.frequencies.to(label.dtype)
+        # Angles reach hundreds, where rounding shows: products in the order of the networks that
+        # were published with the one and with the other.
+        if self.log:
+            return _sines(label.log()[:, None] * frequencies * 2 * math.pi)
+        return _sines(label[:, None] * (2 * math.pi * frequencies))
 
 
 class SignedLogEmbedding(nn.Module):
@@ -109,40 +162,109 @@ class SignedLogEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    r"""Embedding of a label and, if there are classes, of a class.
+    r"""Embedding of a label, of a class and of a vector, whichever the network is given.
 
-    .. math:: \mathrm{emb} = L_2(\mathrm{SiLU}(L_1(e(l)))) + E_{\mathrm{class}}
+    .. math:: \mathrm{emb} = \mathrm{SiLU}(L_2(\mathrm{SiLU}(L_1(e(l) + E_c + W v))) )
+
+    with the class embedding added there, or to the output of :math:`L_2` (`late_classes`).
 
     Args:
         label_features: Module that maps labels (B,) to features (B, features).
         features: Number of those features.
         width: Number of embedding channels.
         num_classes: Number of classes, or None for no classes.
+        condition_features: Size of the condition vector, or None for no condition.
+        late_classes: Whether the class embedding is added after both linear layers.
+        style: Whose initialiser and activation are taken, or None for fan-averaged and SiLU.
+
+    Source:
+        Late classes as P. Dhariwal and A. Nichol, 2021, https://arxiv.org/abs/2105.05233; early
+        ones and the vector as T. Karras et al., 2022, https://arxiv.org/abs/2206.00364.
     """
 
     def __init__(
-        self, label_features: nn.Module, features: int, width: int, num_classes: int | None
+        self,
+        label_features: nn.Module,
+        features: int,
+        width: int,
+        *,
+        num_classes: int | None = None,
+        condition_features: int | None = None,
+        late_classes: bool = False,
+        style: Style | None = None,
     ) -> None:
         """Build the layers."""
         super().__init__()
+        make = linear if style is None else style.linear
+        self.activation = F.silu if style is None else style.activation
         self.label_features = label_features
-        self.linear_1 = linear(features, width)
-        self.linear_2 = linear(width, width)
-        self.classes = None if num_classes is None else nn.Embedding(num_classes, width)
+        self.linear_1 = make(features, width)
+        self.linear_2 = make(width, width)
+        self.num_classes = num_classes
+        self.condition_features = condition_features
+        self.late_classes = late_classes
+        at = width if late_classes else features
+        self.classes = None if num_classes is None else nn.Embedding(num_classes, at)
+        self.condition: nn.Linear | None = None
+        if condition_features is not None:
+            self.condition = nn.Linear(condition_features, features, bias=False)
 
-    def forward(self, label: Tensor, labels: Tensor | None) -> Tensor:
-        """Embed labels and classes that have been checked already.
+    def forward(
+        self, label: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """Embed labels, classes and vectors that have been checked already.
 
         Args:
             label: Labels (B,).
             labels: Classes (B,), int64, or None for a network without classes.
+            condition: Vectors (B, condition_features), or None for vectors of zeros.
 
         Returns:
             Embedding (B, width).
         """
-        features: Tensor = self.label_features(label)
-        emb: Tensor = self.linear_1(features.to(self.linear_1.weight.dtype))
-        emb = self.linear_2(F.silu(emb))
+        features: Tensor = self.label_features(label).to(self.linear_1.weight.dtype)
+        classes = None
         if self.classes is not None and labels is not None:
-            emb = emb + self.classes(labels)
-        return emb
+            classes = self.classes(labels)
+        if classes is not None and not self.late_classes:
+            features = features + classes
+        if self.condition is not None and condition is not None:
+            features = features + self.condition(condition)
+        emb: Tensor = self.linear_2(self.activation(self.linear_1(features)))
+        if classes is not None and self.late_classes:
+            emb = emb + classes
+        return self.activation(emb)
+
+
+class SigmaTable(nn.Module):
+    """The noise level of a numbered label.
+
+    Args:
+        sigmas: Noise levels by number.
+
+    Raises:
+        ValueError: If a noise level is not positive and finite.
+    """
+
+    sigmas: Tensor
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        """Keep the table."""
+        super().__init__()
+        if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
+            raise ValueError(f"sigmas must be positive, finite numbers, got {list(sigmas)[:6]}")
+        # Part of the configuration, not of the state.
+        table = torch.tensor(sigmas, dtype=torch.float64)
+        self.register_buffer("sigmas", table, persistent=False)
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Look up noise levels.
+
+        Args:
+            label: Numbers (B,) of noise levels, which may be floating-point.
+
+        Returns:
+            Noise levels (B,), at least float32.
+        """
+        dtype = torch.promote_types(label.dtype, torch.float32)
+        return self.sigmas.to(dtype)[label.long()]

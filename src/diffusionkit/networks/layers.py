@@ -1,9 +1,13 @@
-"""Initialisation, convolution of any dimension, and normalisation."""
+"""Initialisation, and the layers that the blocks of one network have in common."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # A scale of exactly zero would make the variance-scaling bound zero and with it every gradient
 # that has to pass two such layers in a row.
@@ -14,6 +18,11 @@ _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
+
+
+Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_HALF_POWER = 1 / math.sqrt(2)
 
 
 @torch.no_grad()
@@ -37,6 +46,33 @@ def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
     return weight.uniform_(-bound, bound)
 
 
+@torch.no_grad()
+def fan_average_(layer: Layer, scale: float) -> None:
+    """Initialise as the networks of Ho et al. and Song et al.: fan-averaged weight, zero bias.
+
+    Args:
+        layer: Linear or convolutional layer, changed in place.
+        scale: Variance scale of the weight, see `variance_scaling_`.
+    """
+    variance_scaling_(layer.weight, scale)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def default_or_zero_(layer: Layer, scale: float) -> None:
+    """Initialise as the networks of Dhariwal and Nichol: torch's own law, or exact zeros.
+
+    Args:
+        layer: Linear or convolutional layer, changed in place.
+        scale: Zero for zeros; torch's own initialisation is kept otherwise.
+    """
+    if scale == 0:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 def linear(in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Linear:
     """Linear layer with variance-scaled weight and zero bias.
 
@@ -49,45 +85,104 @@ def linear(in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Lin
         The layer, mapping (..., in_features) to (..., out_features).
     """
     layer = nn.Linear(in_features, out_features)
-    variance_scaling_(layer.weight, scale)
-    nn.init.zeros_(layer.bias)
+    fan_average_(layer, scale)
     return layer
 
 
-def conv(
-    dims: int, in_channels: int, out_channels: int, kernel: int = 3, *, scale: float = 1.0
-) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    r"""Convolution that keeps the spatial size, with variance-scaled weight and zero bias.
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of one network have in common, and the layers made accordingly.
 
     Args:
         dims: Number of spatial dimensions, 1, 2 or 3.
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        kernel: Odd kernel size, the same along every dimension.
-        scale: Variance scale of the weight, see `variance_scaling_`.
-
-    Returns:
-        The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
+        embedding_width: Channels of the embedding that blocks are given, or None for none.
+        dropout: Dropout probability within residual blocks.
+        rescale: Whether sums of two branches are divided by sqrt(2).
+        adaptive_scale: Whether the embedding scales and shifts the second normalisation of a
+            residual block, rather than being added before it.
+        group_channels: Least number of channels per group of a normalisation.
+        eps: What normalisations add to the variance.
+        activation: Activation function of all layers.
+        initialise: Initialiser of a layer, given a scale: 0 where a branch is to start silent.
     """
-    layer = _CONV[dims](in_channels, out_channels, kernel, padding=kernel // 2)
-    variance_scaling_(layer.weight, scale)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
 
+    dims: int
+    embedding_width: int | None = None
+    dropout: float = 0.0
+    rescale: bool = True
+    adaptive_scale: bool = False
+    group_channels: int = 4
+    eps: float = 1e-6
+    activation: Callable[[Tensor], Tensor] = F.silu
+    initialise: Callable[[Layer, float], None] = fan_average_
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation with min(channels // 4, 32) groups and eps 1e-6.
+    def conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        scale: float = 1.0,
+    ) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        r"""Make a convolution; by default one that keeps the spatial size.
 
-    Where that number does not divide the channels, the next smaller one that does is taken.
+        Args:
+            in_channels: Number of input channels.
+            out_channels: Number of output channels.
+            kernel: Odd kernel size, the same along every dimension.
+            stride: Stride, the same along every dimension.
+            padding: Padding of both ends of every dimension; half the kernel by default.
+            scale: Scale given to the initialiser.
 
-    Args:
-        channels: Number of channels.
+        Returns:
+            The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
+        """
+        padding = kernel // 2 if padding is None else padding
+        layer = _CONV[self.dims](in_channels, out_channels, kernel, stride, padding)
+        self.initialise(layer, scale)
+        return layer
 
-    Returns:
-        The layer.
-    """
-    groups = max(1, min(channels // 4, 32))
-    while channels % groups:
-        groups -= 1
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    def linear(self, in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Linear:
+        """Make a linear layer.
+
+        Args:
+            in_features: Number of inputs.
+            out_features: Number of outputs.
+            scale: Scale given to the initialiser.
+
+        Returns:
+            The layer, mapping (..., in_features) to (..., out_features).
+        """
+        layer = nn.Linear(in_features, out_features)
+        self.initialise(layer, scale)
+        return layer
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        """Make a group normalisation of min(channels // group_channels, 32) groups.
+
+        Where that number does not divide the channels, the next smaller one that does is taken.
+
+        Args:
+            channels: Number of channels.
+
+        Returns:
+            The layer.
+        """
+        groups = max(1, min(channels // self.group_channels, 32))
+        while channels % groups:
+            groups -= 1
+        return nn.GroupNorm(groups, channels, eps=self.eps)
+
+    def join(self, x: Tensor, h: Tensor) -> Tensor:
+        """Add two branches, over sqrt(2) if so chosen.
+
+        Args:
+            x: Feature map.
+            h: Feature map of the same shape.
+
+        Returns:
+            x + h or (x + h) / sqrt(2).
+        """
+        return (x + h) * _HALF_POWER if self.rescale else x + h

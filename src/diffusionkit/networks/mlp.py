@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusionkit.networks.checks import check_classes, check_input, check_label, check_positive
+from diffusionkit.networks.config import remembers
 from diffusionkit.networks.embeddings import ConditionEmbedding, SignedLogEmbedding
 from diffusionkit.networks.layers import linear
 
@@ -21,7 +22,7 @@ class _ResidualLayer(nn.Module):
         self.linear_2 = linear(width, width, scale=0)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        scale, shift = self.modulation(F.silu(emb)).chunk(2, dim=1)
+        scale, shift = self.modulation(emb).chunk(2, dim=1)
         r: Tensor = self.linear_1(self.norm(h) * (1 + scale) + shift)
         r = self.linear_2(F.silu(r))
         return h + r
@@ -32,7 +33,7 @@ class MLP(nn.Module):
 
     .. math::
         h &\leftarrow h + L_2(\mathrm{SiLU}(L_1(\mathrm{LN}(h) \odot (1 + a) + b))), \qquad
-        (a, b) = L(\mathrm{SiLU}(\mathrm{emb}))
+        (a, b) = L(\mathrm{emb})
 
     for each of `depth` layers, between a linear input and a normalised, almost zero linear
     output. The embedding is of asinh(label), by sines of frequency 1/4 to 16: linear in the
@@ -63,6 +64,7 @@ class MLP(nn.Module):
         torch.Size([5, 2])
     """
 
+    @remembers
     def __init__(
         self,
         features: int,
@@ -83,7 +85,7 @@ class MLP(nn.Module):
         self.features = features
         self.num_classes = num_classes
         self.embedding = ConditionEmbedding(
-            SignedLogEmbedding(_LABEL_FEATURES), _LABEL_FEATURES, width, num_classes
+            SignedLogEmbedding(_LABEL_FEATURES), _LABEL_FEATURES, width, num_classes=num_classes
         )
         self.input = linear(features, width)
         self.layers = nn.ModuleList(_ResidualLayer(width) for _ in range(depth))

@@ -1,19 +1,26 @@
 """The skeleton that every U-Net of the library shares."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionkit.networks.blocks import DecoderLevel, EncoderLevel, Stage
 from diffusionkit.networks.checks import (
     check_classes,
+    check_condition,
     check_input,
     check_label,
+    check_low_res,
     check_positive,
 )
 from diffusionkit.networks.embeddings import ConditionEmbedding
-from diffusionkit.networks.layers import conv, group_norm
+from diffusionkit.networks.layers import Style
+from diffusionkit.networks.stages import DecoderLevel, EncoderLevel, Stage
+
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class UNet(nn.Module):
@@ -21,25 +28,39 @@ class UNet(nn.Module):
 
     The input convolution and every block and down-sampling of the encoder leave one skip; the
     decoder has one block more per level than the encoder and takes one skip per block. Attention
-    follows every encoder block at the chosen levels, the last decoder block at those levels, and
-    the first of the two middle blocks.
+    follows every encoder block at the chosen levels, the first of the two middle blocks, and the
+    last or every decoder block at those levels. Input and output branches, see
+    `diffusionkit.networks.pyramids`, run beside the levels.
 
     Args:
-        channels: Number of input channels.
-        out_channels: Number of output channels.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels after the input convolution.
-        multipliers: Channels of each level over `width`; each level halves the resolution.
+        channels: Number of channels of the input and, by default, of the output.
+        out_channels: Number of channels of the output.
+        low_res_channels: Number of channels of a low-resolution image that the network is given
+            beside its input, or None.
+        style: What the blocks have in common.
+        input_width: Number of channels after the input convolution.
+        widths: Number of channels of each level; each level halves the resolution.
         blocks: Number of blocks per level.
         attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        num_classes: Number of classes, or None for no classes.
-        label_features: Module that maps labels (B,) to features (B, width).
-        embedding_width: Number of channels of the embedding that blocks are given.
+        attend_all: Whether attention follows every decoder block of those levels, not the last.
+        embedding: Embedding of labels, classes and conditions, or None for none of them.
         block: Makes a block from its numbers of input and output channels.
-        attention: Makes an attention from its number of channels.
+        attention: Makes an attention from its number of channels and whether it is in the decoder;
+            None where there is none.
         down: Makes a down-sampling, a module of feature map and embedding, from its number of
             channels.
         up: Makes an up-sampling in the same way.
+        input_branch: Makes a step of the input branch from the numbers of channels of the branch
+            and of the features, or None.
+        output_branch: Makes a step of the output branch, from the number of channels of the
+            branch (None at first) and of the features, or None.
+        head: Makes what turns the last features into the output, from their number of channels;
+            None if the output branch is the output.
+        noise_level: Module that maps labels to noise levels by which the output is divided, or
+            None.
+        data_range: Range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: Whether activations within stages are computed again in the
+            backward pass instead of being kept.
 
     Raises:
         TypeError: If a count is not an int.
@@ -51,84 +72,156 @@ class UNet(nn.Module):
         channels: int,
         *,
         out_channels: int,
-        dims: int,
-        width: int,
-        multipliers: Sequence[int],
+        low_res_channels: int | None,
+        style: Style,
+        input_width: int,
+        widths: Sequence[int],
         blocks: int,
         attention_levels: Sequence[int],
-        num_classes: int | None,
-        label_features: nn.Module,
-        embedding_width: int,
+        attend_all: bool,
+        embedding: ConditionEmbedding | None,
         block: Callable[[int, int], nn.Module],
-        attention: Callable[[int], nn.Module],
+        attention: Callable[[int, bool], nn.Module | None],
         down: Callable[[int], nn.Module],
         up: Callable[[int], nn.Module],
+        input_branch: Callable[[int, int], nn.Module] | None = None,
+        output_branch: Callable[[int | None, int], nn.Module] | None = None,
+        head: Callable[[int], nn.Module] | None = None,
+        noise_level: nn.Module | None = None,
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        activation_checkpointing: bool = False,
     ) -> None:
         """Build the network from its parts."""
         super().__init__()
-        levels = len(multipliers)
-        _check_layout(channels, out_channels, dims, multipliers, blocks, attention_levels)
-        if num_classes is not None:
-            check_positive(num_classes=num_classes)
+        check_positive(channels=channels, out_channels=out_channels, blocks=blocks)
+        low, high = data_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"data_range must be finite and increasing, got {data_range}")
         self.channels = channels
-        self.dims = dims
-        self.num_classes = num_classes
-        self.factor = 2 ** (levels - 1)  # total down-sampling
+        self.low_res_channels = low_res_channels
+        self.dims = style.dims
+        self.factor = 2 ** (len(widths) - 1)  # total down-sampling
+        self.scale, self.shift = 2 / (high - low), -(high + low) / (high - low)
+        self.embedding = embedding
+        self.noise_level = noise_level
 
-        self.embedding = ConditionEmbedding(label_features, width, embedding_width, num_classes)
-        self.input = conv(dims, channels, width)
+        def stage(c: int, out: int, attend: bool, decoding: bool = False) -> Stage:
+            return Stage(
+                block(c, out),
+                attention(out, decoding) if attend else None,
+                recompute=activation_checkpointing,
+            )
 
-        c, skips = width, [width]
+        seen = channels + (low_res_channels or 0)
+        self.input = style.conv(seen, input_width)
+
+        c, skips, branch = input_width, [input_width], seen
         self.encoder, self.downs = nn.ModuleList(), nn.ModuleList()
-        for level, multiplier in enumerate(multipliers):
+        self.input_branch = nn.ModuleList() if input_branch else None
+        for level, width in enumerate(widths):
             if level > 0:
-                self.downs.append(down(c))
+                self.downs.append(Stage(down(c), recompute=activation_checkpointing))
+                if input_branch and self.input_branch is not None:
+                    step = input_branch(branch, c)
+                    self.input_branch.append(step)
+                    branch, c = step.branch_channels, step.out_channels
                 skips.append(c)
             stages = []
             for _ in range(blocks):
-                out = width * multiplier
-                stages.append(
-                    Stage(block(c, out), attention(out) if level in attention_levels else None)
-                )
-                skips.append(out)
-                c = out
+                stages.append(stage(c, width, level in attention_levels))
+                skips.append(width)
+                c = width
             self.encoder.append(EncoderLevel(stages))
 
-        self.middle = nn.ModuleList([Stage(block(c, c), attention(c)), Stage(block(c, c), None)])
+        self.middle = nn.ModuleList([stage(c, c, True), stage(c, c, False)])
 
+        above: int | None = None
         self.decoder, self.ups = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(levels)):
-            if level < levels - 1:
-                self.ups.append(up(c))
+        self.output_branch = nn.ModuleList() if output_branch else None
+        for level, width in reversed(list(enumerate(widths))):
+            if level < len(widths) - 1:
+                self.ups.append(Stage(up(c), recompute=activation_checkpointing))
             stages = []
             for i in range(blocks + 1):
-                out = width * multipliers[level]
-                attend = level in attention_levels and i == blocks
-                stages.append(
-                    Stage(block(c + skips.pop(), out), attention(out) if attend else None)
-                )
-                c = out
+                attend = level in attention_levels and (attend_all or i == blocks)
+                stages.append(stage(c + skips.pop(), width, attend, decoding=True))
+                c = width
             self.decoder.append(DecoderLevel(stages))
+            if output_branch and self.output_branch is not None:
+                self.output_branch.append(output_branch(above, c))
+                above = c
 
-        self.output_norm = group_norm(c)
-        self.output = conv(dims, c, out_channels, scale=0)
+        self.head = head(c) if head else None
 
-    def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        label: Tensor,
+        labels: Tensor | None = None,
+        *,
+        condition: Tensor | None = None,
+        low_res: Tensor | None = None,
+    ) -> Tensor:
         r"""Evaluate the network.
 
         Args:
             x: Input (B, channels, \*spatial), every size divisible by the total down-sampling
-                ``2 ** (len(multipliers) - 1)``.
+                ``2 ** (levels - 1)``.
             label: Time label (B,).
             labels: Class labels (B,), int64, if and only if the network has classes.
+            condition: Condition vectors (B, condition_features), for a network with a condition
+                only; None stands for zeros.
+            low_res: Image (B, low_res_channels, \*any spatial), if and only if the network takes
+                one; it is brought to the size of the input linearly.
 
         Returns:
             Output (B, out_channels, \*spatial).
 
         Raises:
-            TypeError: If a dtype is wrong, or class labels are missing or unexpected.
+            TypeError: If a dtype is wrong, or an argument is missing or unexpected.
             ValueError: If a shape, a device or a class label is wrong.
         """
+        self._check(x, label, labels, condition, low_res)
+        emb = None if self.embedding is None else self.embedding(label, labels, condition)
+        if (self.scale, self.shift) != (1.0, 0.0):
+            x = x * self.scale + self.shift
+        if low_res is not None:
+            mode = _INTERPOLATION[self.dims]
+            x = torch.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1)
+
+        h: Tensor = self.input(x)
+        skips, branch = [h], x
+        for level, encode in enumerate(self.encoder):
+            if level > 0:
+                h = self.downs[level - 1](h, emb)
+                if self.input_branch is not None:
+                    branch, h = self.input_branch[level - 1](branch, h)
+                skips.append(h)
+            skips += encode(h, emb)
+            h = skips[-1]
+        for stage in self.middle:
+            h = stage(h, emb)
+        out: Any = None
+        for level, decode in enumerate(self.decoder):
+            if level > 0:
+                h = self.ups[level - 1](h, emb)
+            h = decode(h, emb, skips)
+            if self.output_branch is not None:
+                out, h = self.output_branch[level](out, h)
+        result: Tensor = out if self.head is None else self.head(h)
+        if self.noise_level is not None:
+            level_of = self.noise_level(label).reshape(-1, *(1,) * self.dims, 1)
+            result = (result / level_of).to(result.dtype)
+        return result
+
+    def _check(
+        self,
+        x: Tensor,
+        label: Tensor,
+        labels: Tensor | None,
+        condition: Tensor | None,
+        low_res: Tensor | None,
+    ) -> None:
         check_input(x, self.channels, self.dims, self.input.weight)
         if any(size % self.factor for size in x.shape[2:]):
             raise ValueError(
@@ -136,45 +229,7 @@ class UNet(nn.Module):
                 f"got {tuple(x.shape[2:])}"
             )
         check_label(x, label)
-        check_classes(x, labels, self.num_classes)
-
-        emb = self.embedding(label, labels)
-        h: Tensor = self.input(x)
-        skips = [h]
-        for level, encode in enumerate(self.encoder):
-            if level > 0:
-                h = self.downs[level - 1](h, emb)
-                skips.append(h)
-            skips += encode(h, emb)
-            h = skips[-1]
-        for stage in self.middle:
-            h = stage(h, emb)
-        for level, decode in enumerate(self.decoder):
-            if level > 0:
-                h = self.ups[level - 1](h, emb)
-            h = decode(h, emb, skips)
-        h = self.output(F.silu(self.output_norm(h)))
-        return h
-
-
-def _check_layout(
-    channels: int,
-    out_channels: int,
-    dims: int,
-    multipliers: Sequence[int],
-    blocks: int,
-    attention_levels: Sequence[int],
-) -> None:
-    check_positive(channels=channels, out_channels=out_channels, blocks=blocks)
-    if dims not in (1, 2, 3):
-        raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
-    if not multipliers:
-        raise ValueError("multipliers must have one entry per level, got none")
-    for multiplier in multipliers:
-        check_positive(multipliers=multiplier)
-    for level in attention_levels:
-        if level not in range(len(multipliers)):
-            raise ValueError(
-                f"attention_levels must be in [0, {len(multipliers)}) for "
-                f"{len(multipliers)} multipliers, got {level}"
-            )
+        check_classes(x, labels, None if self.embedding is None else self.embedding.num_classes)
+        size = None if self.embedding is None else self.embedding.condition_features
+        check_condition(x, condition, size)
+        check_low_res(x, low_res, self.low_res_channels)

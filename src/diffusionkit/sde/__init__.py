@@ -1,8 +1,9 @@
 """Forward processes: dx = f(t) x dt + g(t) dw."""
 
+from .chain import DDPMChain
 from .edm import EDMSDE
 from .subvp import SubVPSDE
 from .ve import VESDE, suggest_sigma_max
 from .vp import VPSDE
 
-__all__ = ["EDMSDE", "VESDE", "VPSDE", "SubVPSDE", "suggest_sigma_max"]
+__all__ = ["DDPMChain", "EDMSDE", "VESDE", "VPSDE", "SubVPSDE", "suggest_sigma_max"]

@@ -1,6 +1,7 @@
 """What a training loop is made of: weightings, times, targets, objectives, averages, files."""
 
-from .checkpointing import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from .._files import CheckpointError
+from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .ema import EMA
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup

@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 import os
 import random
-import uuid
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from pickle import PicklingError, UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .._files import CheckpointError, atomic_write, check_torch, check_weights, read_torch
 from .ema import EMA
 
 FORMAT = "diffusionkit.checkpoint"
@@ -34,10 +32,6 @@ _PARTS: dict[str, Any] = {
     "random": dict,
     "extra": dict,
 }
-
-
-class CheckpointError(ValueError):
-    """A file is not a checkpoint that fits: it says what was expected and what came."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,6 @@ def save_checkpoint(
     Raises:
         ValueError: if extra holds something that could not be read back safely.
     """
-    target = Path(path)
     payload = {
         "format": FORMAT,
         "version": VERSION,
@@ -98,23 +91,18 @@ def save_checkpoint(
         "random": _random_states(),
         "extra": dict(extra or {}),
     }
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+
+    def write(file: BinaryIO) -> None:
         try:
-            with open(temporary, "xb") as file:
-                torch.save(payload, file)
-                file.flush()
-                os.fsync(file.fileno())
-            torch.load(temporary, map_location="meta", weights_only=True, mmap=True)
+            torch.save(payload, file)
+            check_torch(file)
         except (UnpicklingError, PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 "checkpoint: expected tensors, numbers, strings, lists and dictionaries only, "
                 f"got something that cannot be read back safely: {error}"
             ) from error
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    atomic_write(path, write)
 
 
 def load_checkpoint(
@@ -162,9 +150,9 @@ def load_checkpoint(
             )
     loads: list[tuple[Callable[[Any], Any], Any, Any]] = []
     try:
-        _check_weights(path, "model", model, state["model"])
+        check_weights(path, "model", model, state["model"])
         if ema is not None:
-            _check_weights(path, "ema", ema.model, state["ema"]["model"])
+            check_weights(path, "ema", ema.model, state["ema"]["model"])
         if optimizer is not None:
             _check_optimizer(path, optimizer, state)
             loads.append((optimizer.load_state_dict, optimizer.state_dict(), state["optimizer"]))
@@ -195,44 +183,16 @@ def load_checkpoint(
 
 
 def _read(path: str | os.PathLike[str], map_location: torch.device | str | None) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    expected = f"{path}: expected a checkpoint written by save_checkpoint"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location, weights_only=True)
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{expected}, got a truncated or foreign file: {error}") from error
-    # Whatever a damaged or hostile file makes torch or zipfile raise is the same news to a user.
-    except Exception as error:
-        raise CheckpointError(f"{expected}, got {type(error).__name__}: {error}") from error
-    if damaged:
-        raise CheckpointError(f"{expected}, got a file damaged at {damaged}")
+    expected = "a checkpoint written by save_checkpoint"
+    state = read_torch(path, expected=expected, map_location=map_location)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{expected}, got a foreign file")
+        raise CheckpointError(f"{path}: expected {expected}, got a foreign file")
     if state.get("version") != VERSION:
         raise CheckpointError(f"{path}: expected version {VERSION}, got {state.get('version')}")
     odd = [k for k, kind in _PARTS.items() if k not in state or not isinstance(state[k], kind)]
     if odd:
-        raise CheckpointError(f"{expected}, got one with missing or odd parts: {odd}")
+        raise CheckpointError(f"{path}: expected {expected}, got one with odd or missing: {odd}")
     return state
-
-
-def _check_weights(
-    path: str | os.PathLike[str], what: str, module: nn.Module, state: Mapping[str, Any]
-) -> None:
-    wanted = module.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in wanted]
-    problems += [
-        f"{key}: expected shape {tuple(value.shape)}, got {tuple(state[key].shape)}"
-        for key, value in wanted.items()
-        if key in state and hasattr(value, "shape") and value.shape != state[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
-        raise CheckpointError(f"{path}: the {what} does not fit, {len(problems)} problems: {shown}")
 
 
 def _check_optimizer(

@@ -1,0 +1,167 @@
+"""Network pickles of EDM, read without running the source code that they carry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pickle import UnpicklingError
+from reprlib import repr
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import PICKLE, CheckpointError, load_torch, opened
+from .._pickles import PLAIN_GLOBALS, Call, Node, check_view, run
+
+_VERSION = 6
+_MODULES = "torch.nn.modules."
+
+
+@dataclass(frozen=True)
+class EDMObject:
+    """An object of an EDM pickle, as data.
+
+    Args:
+        class_name: the name of its class, such as "EDMPrecond".
+        init_args: the positional arguments that it was made with.
+        init_kwargs: the named ones; those of a preconditioned network hold its `model_type` too.
+        state_dict: the parameters and buffers by torch's names; empty for what is no module.
+    """
+
+    class_name: str
+    init_args: tuple[Any, ...]
+    init_kwargs: dict[str, Any]
+    state_dict: dict[str, Tensor]
+
+
+class _Persistent(Node):
+    """An object whose class is in source code within the pickle, which is left unread."""
+
+
+def read_edm_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a network pickle that EDM's training wrote, without running code.
+
+    Such a pickle carries the source code of its classes and would run it when unpickled; here
+    the source is dropped and the objects come back as data.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The entries of the pickle: `ema` is an `EDMObject`, and so are `loss_fn` and
+        `augment_pipe` unless they are None; the others are plain values.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is truncated, damaged or foreign, has another version or
+            names anything that such pickles do not; no code is run.
+
+    Source:
+        Karras, Aittala, Aila, Laine (2022), Elucidating the Design Space of Diffusion-Based
+        Generative Models, https://arxiv.org/abs/2206.00364; its released code.
+    """
+    with opened(path, "a network pickle of EDM", PICKLE) as file:
+        data = run(file, _find)
+        if file.read(1):
+            raise UnpicklingError("expected the end of the file after the pickle, got more bytes")
+        if type(data) is not dict or not isinstance(data.get("ema"), _Persistent):
+            raise CheckpointError("a pickle with no network as its entry 'ema'")
+        return {key: _public(value) for key, value in data.items()}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, _Persistent):
+        state = value.state
+        args, kwargs = state.get("_init_args"), state.get("_init_kwargs")
+        if not isinstance(args, tuple | None) or not isinstance(kwargs, dict | None):
+            raise UnpicklingError(f"expected the arguments of {value.name}, got something else")
+        tensors = dict(_tensors(value, "")) if "_modules" in state else {}
+        return EDMObject(value.name, _public(args or ()), _public(kwargs or {}), tensors)
+    if isinstance(value, dict):
+        return {key: _public(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_public, value))
+    if isinstance(value, Node):
+        raise UnpicklingError(f"expected plain values, got an object of {value.name}")
+    return value
+
+
+def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    state = module.state if isinstance(module, Node) else None
+    if not isinstance(state, dict):
+        raise UnpicklingError(f"expected a module at {repr(prefix)}, got {type(module).__name__}")
+    hidden = state.get("_non_persistent_buffers_set", ())
+    buffers = {key: value for key, value in state["_buffers"].items() if key not in hidden}
+    for key, value in (*state["_parameters"].items(), *buffers.items()):
+        if value is not None:
+            if not isinstance(value, Tensor):
+                raise UnpicklingError(f"expected a tensor at {prefix}{key}, got something else")
+            yield f"{prefix}{key}", value
+    for key, child in state["_modules"].items():
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{key}.")
+
+
+def _find(name: str) -> Any:
+    if name.startswith(_MODULES):
+        return Call(partial(_module, name))
+    if name not in _GLOBALS:
+        raise UnpicklingError(f"the global {name}, which is not among the safe ones")
+    return _GLOBALS[name]
+
+
+def _module(name: str) -> Node:
+    return Node(name)
+
+
+def _persistent(meta: Any) -> _Persistent:
+    if type(meta) is not dict or meta.get("type") != "class":
+        raise UnpicklingError("expected the description of an object of a class, got another")
+    if meta.get("version") != _VERSION:
+        raise UnpicklingError(
+            f"expected persistence version {_VERSION}, got {repr(meta.get('version'))}"
+        )
+    name, state = meta.get("class_name"), meta.get("state")
+    if type(name) is not str or type(state) is not dict:
+        raise UnpicklingError("expected the name and the state of an object, got something else")
+    return _Persistent(name, (), state)
+
+
+def _storage(data: Any) -> Any:
+    if type(data) is not bytes:
+        raise UnpicklingError(f"expected the bytes of a storage, got {type(data).__name__}")
+    storage = load_torch(BytesIO(data))
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise UnpicklingError(f"expected a storage, got {type(storage).__name__}")
+    return storage
+
+
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any
+) -> Tensor:
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise UnpicklingError(f"expected the storage of a tensor, got {type(storage).__name__}")
+    numel = len(storage)
+    check_view(numel, offset, size, stride, limit=numel)
+    empty = torch.empty(0, dtype=storage.dtype)
+    return empty.set_(storage, offset, size, stride)
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise UnpicklingError(f"expected the tensor of a parameter, got {type(data).__name__}")
+    return data
+
+
+_GLOBALS: Mapping[str, Any] = {
+    **PLAIN_GLOBALS,
+    "dnnlib.util.EasyDict": Call(lambda: {}),
+    "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent),
+    "torch.storage._load_from_bytes": Call(_storage),
+    "torch._utils._rebuild_tensor_v2": Call(_tensor),
+    "torch._utils._rebuild_parameter": Call(_parameter),
+}

@@ -1,0 +1,290 @@
+"""The U-Net of Nichol and Dhariwal, 2021, and its successor ADM."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Self
+
+from torch import nn
+
+from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
+from diffusionkit.networks.checks import check_dropout, check_layout, check_positive
+from diffusionkit.networks.config import remembers
+from diffusionkit.networks.embeddings import ConditionEmbedding, PositionalEmbedding
+from diffusionkit.networks.layers import Style, default_or_zero_
+from diffusionkit.networks.pyramids import Head
+from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
+from diffusionkit.networks.unet import UNet
+
+
+class ADMUNet(UNet):
+    r"""The U-Net of improved DDPM and of ADM, with attention of several heads.
+
+    Maps :math:`(x, l) \mapsto F(x, l)`. Exactly zero at initialisation. With `learn_sigma` the
+    output has twice the channels: first the mean, then the variance. The label should be of the
+    order of a step index, up to 1000 whatever the number of steps.
+
+    Args:
+        channels: Number of input channels.
+        out_channels: Number of output channels; those of the input if None.
+        learn_sigma: Whether the output has twice as many channels, for a learned variance.
+        dims: Number of spatial dimensions, 1, 2 or 3.
+        width: Number of channels that the multipliers multiply, even and at least 4.
+        multipliers: Channels of each level over `width`; each level halves the resolution.
+        blocks: Number of residual blocks per level.
+        attention_levels: Indices of the levels with attention; 0 is the full resolution.
+        heads: Number of heads of each attention.
+        decoder_heads: Number of heads of each attention in the decoder; `heads` if None.
+        head_channels: Number of channels per head, instead of a number of heads, or None. A level
+            has as many heads as fit, and no attention where none does.
+        dropout: Dropout probability within the residual blocks.
+        num_classes: Number of classes, or None for a network without classes.
+        condition_features: Size of a condition vector, such as augmentation labels, or None.
+        low_res_channels: Number of channels of a low-resolution image that the network is given
+            beside its input, or None: for super-resolution.
+        scale_shift: Whether the embedding scales and shifts the second normalisation of a
+            residual block, rather than being added before it.
+        group_channels: Least number of channels per group of a normalisation; there are at most
+            32 groups.
+        resblock_updown: Whether residual blocks resample inside, rather than separate layers.
+        resample_with_conv: Whether those separate layers have a convolution.
+        data_range: Range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: Whether activations are computed again in the backward pass
+            instead of being kept: less memory, more time, the same gradient.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If an argument is out of range.
+
+    Source:
+        A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021,
+        https://arxiv.org/abs/2102.09672; P. Dhariwal, A. Nichol, Diffusion Models Beat GANs on
+        Image Synthesis, 2021, https://arxiv.org/abs/2105.05233.
+
+    Example:
+        >>> import torch
+        >>> from diffusionkit.networks import ADMUNet
+        >>> net = ADMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,))
+        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
+        torch.Size([4, 2, 8, 12])
+    """
+
+    @remembers
+    def __init__(
+        self,
+        channels: int = 3,
+        *,
+        out_channels: int | None = None,
+        learn_sigma: bool = True,
+        dims: int = 2,
+        width: int = 128,
+        multipliers: Sequence[float] = (1, 2, 2, 2),
+        blocks: int = 3,
+        attention_levels: Sequence[int] = (1, 2),
+        heads: int = 4,
+        decoder_heads: int | None = None,
+        head_channels: int | None = None,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        condition_features: int | None = None,
+        low_res_channels: int | None = None,
+        scale_shift: bool = True,
+        group_channels: int = 1,
+        resblock_updown: bool = False,
+        resample_with_conv: bool = True,
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """Choose the parts and build the network."""
+        widths = check_layout(dims, width, multipliers, attention_levels)
+        check_dropout(dropout)
+        decoder_heads = heads if decoder_heads is None else decoder_heads
+        check_positive(
+            heads=heads, decoder_heads=decoder_heads, group_channels=group_channels
+        )
+        if head_channels is not None:
+            check_positive(head_channels=head_channels)
+        out = (channels if out_channels is None else out_channels) * (2 if learn_sigma else 1)
+        style = Style(
+            dims,
+            embedding_width=4 * width,
+            dropout=dropout,
+            rescale=False,
+            adaptive_scale=scale_shift,
+            group_channels=group_channels,
+            eps=1e-5,
+            initialise=default_or_zero_,
+        )
+
+        def attention(c: int, decoding: bool) -> nn.Module | None:
+            count = decoder_heads if decoding else heads
+            if head_channels is not None:
+                count = c // head_channels
+            return SelfAttention(c, style, heads=count) if count else None
+
+        def down(c: int) -> nn.Module:
+            if resblock_updown:
+                return ResidualBlock(c, c, style, resample=Downsample())
+            return ConvDownsample(c, c, style, pad_front=1) if resample_with_conv else Downsample()
+
+        def up(c: int) -> nn.Module:
+            if resblock_updown:
+                return ResidualBlock(c, c, style, resample=Upsample())
+            return ConvUpsample(c, c, style) if resample_with_conv else Upsample()
+
+        super().__init__(
+            channels,
+            out_channels=out,
+            low_res_channels=low_res_channels,
+            style=style,
+            input_width=widths[0],
+            widths=widths,
+            blocks=blocks,
+            attention_levels=attention_levels,
+            attend_all=True,
+            embedding=ConditionEmbedding(
+                PositionalEmbedding(width, endpoint=False),
+                width,
+                4 * width,
+                num_classes=num_classes,
+                condition_features=condition_features,
+                late_classes=True,
+                style=style,
+            ),
+            block=partial(ResidualBlock, style=style),
+            attention=attention,
+            down=down,
+            up=up,
+            head=lambda c: Head(c, out, style),
+            data_range=data_range,
+            activation_checkpointing=activation_checkpointing,
+        )
+
+    @classmethod
+    def cifar10(cls, **options: Any) -> Self:
+        """Build the network of improved DDPM for CIFAR-10, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 52,546,438 parameters.
+        """
+        return cls(**{"dropout": 0.3} | options)
+
+    @classmethod
+    def improved_imagenet64(cls, *, large: bool = False, **options: Any) -> Self:
+        """Build the network of improved DDPM for ImageNet of 64 pixels, data in [-1, 1].
+
+        Args:
+            large: Whether to take the class-conditional one of 270 million parameters.
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network.
+        """
+        published = {"multipliers": (1, 2, 3, 4), "attention_levels": (2, 3)}
+        if large:
+            published |= {"width": 192, "num_classes": 1000}
+        return cls(**published | options)
+
+    @classmethod
+    def improved_lsun_256(cls, **options: Any) -> Self:
+        """Build the network of improved DDPM for LSUN of 256 pixels, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network.
+        """
+        published = {
+            "multipliers": (1, 1, 2, 2, 4, 4),
+            "blocks": 2,
+            "attention_levels": (4,),
+            "heads": 1,
+            "scale_shift": False,
+        }
+        return cls(**published | options)
+
+    @classmethod
+    def imagenet64(cls, **options: Any) -> Self:
+        """Build ADM for ImageNet of 64 pixels, class-conditional, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 295.90 million parameters.
+        """
+        published = {
+            "width": 192,
+            "multipliers": (1, 2, 3, 4),
+            "attention_levels": (1, 2, 3),
+            "head_channels": 64,
+            "dropout": 0.1,
+            "num_classes": 1000,
+            "resblock_updown": True,
+        }
+        return cls(**published | options)
+
+    @classmethod
+    def imagenet128(cls, **options: Any) -> Self:
+        """Build ADM for ImageNet of 128 pixels, class-conditional, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 421.53 million parameters.
+        """
+        published = {"multipliers": (1, 1, 2, 3, 4), "attention_levels": (2, 3, 4), "heads": 4}
+        return cls.imagenet256(**published | {"head_channels": None} | options)
+
+    @classmethod
+    def imagenet256(cls, **options: Any) -> Self:
+        """Build ADM for ImageNet of 256 pixels, class-conditional, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones, such as num_classes=None.
+
+        Returns:
+            The network: 553.84 million parameters.
+        """
+        published = {
+            "width": 256,
+            "multipliers": (1, 1, 2, 2, 4, 4),
+            "blocks": 2,
+            "attention_levels": (3, 4, 5),
+            "head_channels": 64,
+            "num_classes": 1000,
+            "resblock_updown": True,
+        }
+        return cls(**published | options)
+
+    @classmethod
+    def imagenet512(cls, **options: Any) -> Self:
+        """Build ADM for ImageNet of 512 pixels, class-conditional, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 559.00 million parameters.
+        """
+        published = {
+            "multipliers": (0.5, 1, 1, 2, 2, 4, 4),
+            "attention_levels": (4, 5, 6),
+        }
+        return cls.imagenet256(**published | options)
+
+    @classmethod
+    def edm_imagenet64(cls, **options: Any) -> Self:
+        """Build the network of Karras et al., 2022, for ImageNet of 64 pixels: ADM, one output.
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network, for `EDMModel`.
+        """
+        return cls.imagenet64(**{"learn_sigma": False, "group_channels": 4} | options)

@@ -1,0 +1,39 @@
+"""Networks that remember how they were built, so that a file can build them again."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+N = TypeVar("N")
+
+
+def remembers(
+    init: Callable[Concatenate[N, P], None],
+) -> Callable[Concatenate[N, P], None]:
+    """Let a constructor keep its arguments, defaults included, in ``self.config``.
+
+    A parameter ``**options`` is unfolded. Where a constructor calls another of this kind, the
+    arguments of the outer one win.
+
+    Args:
+        init: The ``__init__`` of a network.
+
+    Returns:
+        The same constructor, which sets ``config`` first.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def remembering(self: N, *args: P.args, **kwargs: P.kwargs) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments: dict[str, Any] = dict(list(bound.arguments.items())[1:])
+        arguments |= arguments.pop("options", {})
+        # Straight into the dictionary: the module is not initialised yet.
+        outer = self.__dict__.get("config", {})
+        self.__dict__["config"] = arguments | outer
+        init(self, *args, **kwargs)
+
+    return remembering

@@ -1,0 +1,105 @@
+"""The U-Net of Ho et al., 2020."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from diffusionkit.networks.config import remembers
+from diffusionkit.networks.ncsnpp import Embedding, NCSNpp
+
+
+class DDPMUNet(NCSNpp):
+    r"""The U-Net of DDPM: NCSN++ with plain residual blocks and separate resampling layers.
+
+    Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
+    Close to zero at initialisation. The default arguments are the CIFAR-10 network (35,218,947
+    parameters for 3 channels). The label should be of the order of a step index.
+
+    Args:
+        channels: Number of input channels.
+        blocks: Number of residual blocks per level.
+        embedding: What the embedding is made of, see `NCSNpp`.
+        resblock: The kind of residual blocks, see `NCSNpp`.
+        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
+            and strided convolutions.
+        progressive_input: How the input enters, see `NCSNpp`.
+        skip_rescale: Whether sums of two branches are divided by sqrt(2).
+        group_channels: Least number of channels per group of a normalisation; there are at most
+            32 groups.
+        scale_by_sigma: Whether the output is divided by the noise level.
+        **options: The other options of `NCSNpp`, with its defaults.
+
+    Raises:
+        TypeError: If a count is not an int or an option is unknown.
+        ValueError: If an argument is out of range.
+
+    Source:
+        J. Ho, A. Jain, P. Abbeel, Denoising Diffusion Probabilistic Models, 2020,
+        https://arxiv.org/abs/2006.11239.
+
+    Example:
+        >>> import torch
+        >>> from diffusionkit.networks import DDPMUNet
+        >>> net = DDPMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1)
+        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
+        torch.Size([4, 1, 8, 12])
+    """
+
+    @remembers
+    def __init__(
+        self,
+        channels: int = 3,
+        *,
+        blocks: int = 2,
+        embedding: Embedding | None = "positional",
+        resblock: Literal["biggan", "ddpm"] = "ddpm",
+        fir_kernel: Sequence[float] | None = None,
+        progressive_input: Literal["none", "input_skip", "residual"] = "none",
+        skip_rescale: bool = False,
+        group_channels: int = 1,
+        scale_by_sigma: bool = False,
+        **options: Any,
+    ) -> None:
+        """Build the network."""
+        super().__init__(
+            channels,
+            blocks=blocks,
+            embedding=embedding,
+            resblock=resblock,
+            fir_kernel=fir_kernel,
+            progressive_input=progressive_input,
+            skip_rescale=skip_rescale,
+            group_channels=group_channels,
+            scale_by_sigma=scale_by_sigma,
+            **options,
+        )
+
+    @classmethod
+    def cifar10(cls, **options: Any) -> Self:
+        """Build the network for CIFAR-10, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 35,218,947 parameters, label the step from 0 to 999, output the noise.
+        """
+        return cls(**options)
+
+    @classmethod
+    def celebahq_256(cls, **options: Any) -> Self:
+        """Build the network for CelebA-HQ and LSUN of 256 pixels, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network, label the step from 0 to 999, output the noise.
+        """
+        published = {
+            "multipliers": (1, 1, 2, 2, 4, 4),
+            "attention_levels": (4,),
+            "dropout": 0.0,
+        }
+        return cls(**published | options)
+
+    lsun_256 = celebahq_256

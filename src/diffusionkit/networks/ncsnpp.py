@@ -1,0 +1,362 @@
+"""NCSN++, the U-Net of which DDPM++ and DDPM are other choices of options."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
+from diffusionkit.networks.checks import check_choice, check_dropout, check_layout, check_positive
+from diffusionkit.networks.config import remembers
+from diffusionkit.networks.embeddings import (
+    ConditionEmbedding,
+    FourierEmbedding,
+    PositionalEmbedding,
+    SigmaTable,
+)
+from diffusionkit.networks.layers import Style
+from diffusionkit.networks.pyramids import Head, InputResidual, InputSkip, OutputResidual, OutputSkip
+from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
+from diffusionkit.networks.unet import UNet
+
+Embedding = Literal["fourier", "fourier_linear", "positional"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu": F.elu,
+    "leaky_relu": partial(F.leaky_relu, negative_slope=0.2),
+}
+
+
+class NCSNpp(UNet):
+    r"""NCSN++: the U-Net of Song et al., 2021, with every option of their tables.
+
+    Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
+    Close to zero at initialisation. The default arguments are the continuous CIFAR-10 network of
+    the variance-exploding process (62,758,915 parameters for 3 channels), whose label is the
+    noise level sigma and which divides its output by it; `DDPMpp` and `DDPMUNet` are the same
+    network with other defaults.
+
+    Args:
+        channels: Number of input channels.
+        out_channels: Number of output channels; those of the input if None.
+        dims: Number of spatial dimensions, 1, 2 or 3.
+        width: Number of channels of the first level, even and at least 4.
+        multipliers: Channels of each level over `width`; each level halves the resolution.
+        blocks: Number of residual blocks per level.
+        attention_levels: Indices of the levels with attention; 0 is the full resolution.
+        dropout: Dropout probability within the residual blocks.
+        num_classes: Number of classes, or None for a network without classes.
+        condition_features: Size of a condition vector, such as augmentation labels, or None.
+        low_res_channels: Number of channels of a low-resolution image that the network is given
+            beside its input, or None.
+        embedding: What the embedding is made of: "fourier" random Fourier features of the
+            logarithm of the label, which is sigma; "fourier_linear" those of the label itself;
+            "positional" sines and cosines of a label of the order of a step index; None for a
+            network that is not told the label.
+        fourier_scale: Standard deviation of the frequencies of the Fourier features.
+        resblock: "biggan" for residual blocks that resample inside, "ddpm" for separate layers
+            of up- and down-sampling.
+        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
+            and means.
+        resample_with_conv: Whether the separate layers of "ddpm" have a convolution.
+        progressive: How the output grows: "none" by the last level alone; "output_skip" as a sum
+            of up-sampled outputs of all levels; "residual" by a convolutional branch that
+            replaces the features.
+        progressive_input: How the input enters: "none" at the first level alone; "input_skip"
+            down-sampled and combined with the features of every level; "residual" by a
+            convolutional branch that replaces the features.
+        progressive_combine: How "input_skip" combines, "sum" or "cat".
+        skip_rescale: Whether sums of two branches are divided by sqrt(2).
+        adaptive_scale: Whether the embedding scales and shifts the second normalisation of a
+            residual block, rather than being added before it.
+        group_channels: Least number of channels per group of a normalisation; there are at most
+            32 groups.
+        activation: Activation function of all layers; "leaky_relu" with a slope of 0.2.
+        scale_by_sigma: Whether the output is divided by the noise level.
+        sigmas: Noise levels by number, where the label is a number and not the level itself.
+        data_range: Range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: Whether activations are computed again in the backward pass
+            instead of being kept: less memory, more time, the same gradient.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If an argument is out of range.
+
+    Source:
+        Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
+        Generative Modeling through Stochastic Differential Equations, 2021,
+        https://arxiv.org/abs/2011.13456.
+
+    Example:
+        >>> import torch
+        >>> from diffusionkit import RawScoreModel, VESDE
+        >>> from diffusionkit.networks import NCSNpp
+        >>> net = NCSNpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
+        >>> model = RawScoreModel(net, VESDE(sigma_max=50.0))
+        >>> model(torch.randn(4, 1, 8, 12), torch.rand(4)).shape
+        torch.Size([4, 1, 8, 12])
+    """
+
+    @remembers
+    def __init__(
+        self,
+        channels: int = 3,
+        *,
+        out_channels: int | None = None,
+        dims: int = 2,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 4,
+        attention_levels: Sequence[int] = (1,),
+        dropout: float = 0.1,
+        num_classes: int | None = None,
+        condition_features: int | None = None,
+        low_res_channels: int | None = None,
+        embedding: Embedding | None = "fourier",
+        fourier_scale: float = 16.0,
+        resblock: Literal["biggan", "ddpm"] = "biggan",
+        fir_kernel: Sequence[float] | None = (1, 3, 3, 1),
+        resample_with_conv: bool = True,
+        progressive: Literal["none", "output_skip", "residual"] = "none",
+        progressive_input: Literal["none", "input_skip", "residual"] = "residual",
+        progressive_combine: Literal["sum", "cat"] = "sum",
+        skip_rescale: bool = True,
+        adaptive_scale: bool = False,
+        group_channels: int = 4,
+        activation: Literal["silu", "relu", "elu", "leaky_relu"] = "silu",
+        scale_by_sigma: bool = True,
+        sigmas: Sequence[float] | None = None,
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """Choose the parts and build the network."""
+        widths = check_layout(dims, width, multipliers, attention_levels)
+        check_dropout(dropout)
+        check_positive(group_channels=group_channels)
+        check_choice("embedding", embedding, ("fourier", "fourier_linear", "positional", None))
+        check_choice("resblock", resblock, ("biggan", "ddpm"))
+        check_choice("activation", activation, tuple(_ACTIVATIONS))
+        check_choice("progressive", progressive, ("none", "output_skip", "residual"))
+        check_choice("progressive_input", progressive_input, ("none", "input_skip", "residual"))
+        check_choice("progressive_combine", progressive_combine, ("sum", "cat"))
+        if embedding is None and (num_classes is not None or condition_features is not None):
+            raise ValueError("classes and conditions need an embedding, got embedding=None")
+        out = channels if out_channels is None else out_channels
+        style = Style(
+            dims,
+            embedding_width=None if embedding is None else 4 * width,
+            dropout=dropout,
+            rescale=skip_rescale,
+            adaptive_scale=adaptive_scale,
+            group_channels=group_channels,
+            activation=_ACTIVATIONS[activation],
+        )
+
+        def block(c: int, out: int) -> nn.Module:
+            # Ho et al. initialise the 1x1 maps of their blocks as those of their attention.
+            scale = 0.1 if resblock == "ddpm" else 1.0
+            return ResidualBlock(c, out, style, shortcut_scale=scale)
+
+        def down(c: int) -> nn.Module:
+            if resblock == "biggan":
+                return ResidualBlock(c, c, style, resample=Downsample(fir_kernel), project=True)
+            if resample_with_conv:
+                return ConvDownsample(c, c, style, fir_kernel)
+            return Downsample(fir_kernel)
+
+        def up(c: int) -> nn.Module:
+            if resblock == "biggan":
+                return ResidualBlock(c, c, style, resample=Upsample(fir_kernel), project=True)
+            return ConvUpsample(c, c, style, fir_kernel) if resample_with_conv else Upsample(fir_kernel)
+
+        def input_branch(c: int, width: int) -> nn.Module:
+            if progressive_input == "residual":
+                return InputResidual(c, width, style, fir_kernel)
+            return InputSkip(c, width, style, fir_kernel, progressive_combine)
+
+        def output_branch(c: int | None, width: int) -> nn.Module:
+            if progressive == "residual":
+                return OutputResidual(c, width, style, fir_kernel)
+            return OutputSkip(width, out, style, fir_kernel)
+
+        super().__init__(
+            channels,
+            out_channels=out,
+            low_res_channels=low_res_channels,
+            style=style,
+            input_width=width,
+            widths=widths,
+            blocks=blocks,
+            attention_levels=attention_levels,
+            attend_all=False,
+            embedding=_embedding(
+                embedding, width, style, fourier_scale, num_classes, condition_features
+            ),
+            block=block,
+            attention=lambda c, decoding: SelfAttention(c, style),
+            down=down,
+            up=up,
+            input_branch=None if progressive_input == "none" else input_branch,
+            output_branch=None if progressive == "none" else output_branch,
+            head=None if progressive == "output_skip" else lambda c: Head(c, out, style),
+            noise_level=_noise_level(scale_by_sigma, sigmas),
+            data_range=data_range,
+            activation_checkpointing=activation_checkpointing,
+        )
+
+    @classmethod
+    def cifar10(cls, *, deep: bool = False, **options: Any) -> Self:
+        """Build the network for CIFAR-10 and the continuous VE process, data in [0, 1].
+
+        Args:
+            deep: Whether to take 8 rather than 4 blocks per level.
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 62,758,915 parameters (107,587,075 if deep), label sigma.
+        """
+        return cls(**{"blocks": 8 if deep else 4, "data_range": (0.0, 1.0)} | options)
+
+    @classmethod
+    def cifar10_vp(cls, *, deep: bool = False, **options: Any) -> Self:
+        """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
+
+        Args:
+            deep: Whether to take 8 rather than 4 blocks per level.
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 62,693,251 parameters if not deep, label 999 t, output the noise.
+        """
+        published = {"blocks": 8 if deep else 4, "embedding": "positional", "scale_by_sigma": False}
+        return cls(**published | options)
+
+    @classmethod
+    def cifar10_smld(cls, *, sigma_max: float = 50.0, **options: Any) -> Self:
+        """Build the network for CIFAR-10 or CelebA of 64 pixels and 1000 discrete VE levels.
+
+        Args:
+            sigma_max: Largest noise level, 50 for CIFAR-10 and 90 for CelebA.
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network, data in [0, 1], label the number of the level from the largest.
+        """
+        levels = torch.linspace(math.log(sigma_max), math.log(0.01), 1000, dtype=torch.float64)
+        published = {
+            "embedding": "positional",
+            "sigmas": tuple(levels.exp().tolist()),
+            "data_range": (0.0, 1.0),
+        }
+        return cls(**published | options)
+
+    @classmethod
+    def image_256(cls, **options: Any) -> Self:
+        """Build the network for CelebA-HQ, FFHQ and LSUN of 256 pixels and VE, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 65,574,549 parameters, label sigma.
+        """
+        published = {
+            "multipliers": (1, 1, 2, 2, 2, 2, 2),
+            "blocks": 2,
+            "attention_levels": (4,),
+            "dropout": 0.0,
+            "progressive": "output_skip",
+            "progressive_input": "input_skip",
+            "data_range": (0.0, 1.0),
+        }
+        return cls(**published | options)
+
+    celebahq_256 = ffhq_256 = lsun_256 = image_256
+
+    @classmethod
+    def image_1024(cls, **options: Any) -> Self:
+        """Build the network for CelebA-HQ and FFHQ of 1024 pixels and VE, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 105,785,896 parameters, label sigma.
+        """
+        published = {
+            "width": 16,
+            "multipliers": (1, 2, 4, 8, 16, 32, 32, 32),
+            "blocks": 1,
+            "attention_levels": (6,),
+        }
+        return cls.image_256(**published | options)
+
+    celebahq_1024 = ffhq_1024 = image_1024
+
+    @classmethod
+    def edm_cifar10(cls, **options: Any) -> Self:
+        """Build the "ncsnpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
+
+        Args:
+            **options: Options that differ from the published ones, such as num_classes=10.
+
+        Returns:
+            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        """
+        published = {
+            "multipliers": (2, 2, 2),
+            "dropout": 0.13,
+            "embedding": "fourier_linear",
+            "scale_by_sigma": False,
+            "condition_features": 9,
+        }
+        return cls(**published | options)
+
+    @classmethod
+    def edm_image_64(cls, **options: Any) -> Self:
+        """Build the "ncsnpp" network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        """
+        published = {"multipliers": (1, 2, 2, 2), "attention_levels": (2,), "dropout": 0.05}
+        return cls.edm_cifar10(**published | options)
+
+
+def _embedding(
+    kind: Embedding | None,
+    width: int,
+    style: Style,
+    fourier_scale: float,
+    num_classes: int | None,
+    condition_features: int | None,
+) -> ConditionEmbedding | None:
+    if kind is None:
+        return None
+    features = width if kind == "positional" else 2 * width
+    label_features: nn.Module = PositionalEmbedding(features)
+    if kind != "positional":
+        label_features = FourierEmbedding(features, scale=fourier_scale, log=kind == "fourier")
+    return ConditionEmbedding(
+        label_features,
+        features,
+        4 * width,
+        num_classes=num_classes,
+        condition_features=condition_features,
+        style=style,
+    )
+
+
+def _noise_level(scale_by_sigma: bool, sigmas: Sequence[float] | None) -> nn.Module | None:
+    if not scale_by_sigma:
+        return None
+    return nn.Identity() if sigmas is None else SigmaTable(sigmas)

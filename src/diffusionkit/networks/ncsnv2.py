@@ -1,0 +1,246 @@
+"""NCSNv2, the RefineNet of Song and Ermon, 2020."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusionkit.networks.checks import (
+    check_choice,
+    check_classes,
+    check_input,
+    check_label,
+    check_positive,
+)
+from diffusionkit.networks.config import remembers
+from diffusionkit.networks.embeddings import SigmaTable
+from diffusionkit.networks.refine import (
+    ACTIVATIONS,
+    DilatedBlock,
+    InstanceNormPlus,
+    Refinement,
+    conv,
+)
+
+Levels: TypeAlias = Sequence[tuple[int, int]]
+
+LEVELS_64 = ((1, 1), (2, 1), (2, 2), (2, 4))
+LEVELS_128 = ((1, 1), (2, 1), (2, 1), (4, 2), (4, 4))
+LEVELS_256 = ((1, 1), (2, 1), (2, 1), (2, 1), (4, 2), (4, 4))
+
+
+class NCSNv2(nn.Module):
+    r"""NCSNv2: a RefineNet that is told the noise level by nothing but a division.
+
+    .. math:: (x, i) \mapsto F(x) / \sigma_i
+
+    with F of the shape of x and i the number of the noise level. The default levels are those
+    of images of up to 64 pixels.
+
+    Every level has two residual blocks. Level 0 has the full resolution; a level below it
+    halves the resolution if its dilation is 1 and keeps it, with dilated convolutions, if not.
+    From the lowest level up, a refinement block joins each level to what was refined below.
+
+    Args:
+        channels: Number of input and output channels.
+        sigmas: Noise levels by number, from the largest to the smallest in the papers.
+        dims: Number of spatial dimensions, 1, 2 or 3.
+        width: Number of channels that the multipliers multiply, at least 2.
+        levels: One row (multiplier, dilation) per level: channels over `width`, and dilation of
+            the convolutions.
+        activation: "elu", "relu", "lrelu" (of slope 0.2) or "swish".
+        data_range: Range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: Whether activations within levels and refinement blocks are
+            computed again in the backward pass instead of being kept: less memory, more time,
+            the same gradient.
+
+    Raises:
+        TypeError: If a count is not an int or a row of `levels` not a pair.
+        ValueError: If an argument is out of range.
+
+    Source:
+        Y. Song, S. Ermon, Improved Techniques for Training Score-Based Generative Models, 2020,
+        https://arxiv.org/abs/2006.09011.
+
+    Example:
+        >>> import torch
+        >>> from diffusionkit.networks import NCSNv2
+        >>> net = NCSNv2(channels=1, sigmas=(10.0, 1.0, 0.1), width=4)
+        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 1, 2, 2])).shape
+        torch.Size([4, 1, 8, 12])
+    """
+
+    @remembers
+    def __init__(
+        self,
+        channels: int = 3,
+        *,
+        sigmas: Sequence[float],
+        dims: int = 2,
+        width: int = 128,
+        levels: Levels = LEVELS_64,
+        activation: Literal["elu", "relu", "lrelu", "swish"] = "elu",
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """Build the network."""
+        super().__init__()
+        check_positive(channels=channels, width=width)
+        if width < 2:  # the normalisation takes a variance over channels
+            raise ValueError(f"width must be at least 2, got {width}")
+        check_choice("dims", dims, (1, 2, 3))
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        _check_levels(levels)
+        low, high = data_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"data_range must be finite and increasing, got {data_range}")
+        self.channels = channels
+        self.dims = dims
+        self.factor = 2 ** sum(dilation == 1 for _, dilation in levels[1:])  # total down-sampling
+        self.scale, self.shift = 2 / (high - low), -(high + low) / (high - low)
+        self.recompute = activation_checkpointing
+        self.noise_level = SigmaTable(sigmas)
+        self.activation = act = ACTIVATIONS[activation]
+
+        widths = [width * multiplier for multiplier, _ in levels]
+        self.input = conv(dims, channels, widths[0])
+        self.levels = nn.ModuleList()
+        for i, (_, dilation) in enumerate(levels):
+            above, c = widths[max(i - 1, 0)], widths[i]
+            first = DilatedBlock(above, c, dims, act, dilation=dilation, first=i > 0)
+            second = DilatedBlock(c, c, dims, act, dilation=dilation)
+            self.levels.append(nn.Sequential(first, second))
+        self.refinements = nn.ModuleList()  # from the lowest level up
+        below: list[int] = []
+        for i in reversed(range(len(levels))):
+            out = widths[max(i - 1, 0)] if below else widths[i]
+            units = 1 if i > 0 else 3
+            self.refinements.append(Refinement([widths[i], *below], out, dims, act, units))
+            below = [out]
+        self.norm = InstanceNormPlus(widths[0])
+        self.output = conv(dims, widths[0], channels)
+
+    def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None) -> Tensor:
+        r"""Evaluate the network.
+
+        Args:
+            x: Input (B, channels, \*spatial), every size divisible by the total down-sampling,
+                2 for the default levels.
+            label: Number (B,) of the noise level, below the number of noise levels.
+            labels: None: the network has no classes.
+
+        Returns:
+            Output (B, channels, \*spatial).
+
+        Raises:
+            TypeError: If a dtype is wrong or labels are given.
+            ValueError: If a shape or a device is wrong.
+        """
+        check_input(x, self.channels, self.dims, self.input.weight)
+        if any(size % self.factor for size in x.shape[2:]):
+            raise ValueError(
+                f"every spatial size of x must be divisible by {self.factor}, "
+                f"got {tuple(x.shape[2:])}"
+            )
+        check_label(x, label)
+        check_classes(x, labels, None)
+        if (self.scale, self.shift) != (1.0, 0.0):
+            x = x * self.scale + self.shift
+
+        h: Tensor = self.input(x)
+        features = []
+        for level in self.levels:
+            h = self._run(level, h)
+            features.append(h)
+        refined: Tensor | None = None
+        for refine in self.refinements:
+            refined = self._run(refine, features.pop(), refined)
+        h = self.output(self.activation(self.norm(refined)))
+        sigma: Tensor = self.noise_level(label).reshape(-1, *(1,) * self.dims, 1)
+        return (h / sigma).to(h.dtype)
+
+    def _run(self, part: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            h: Tensor = checkpoint(part, *inputs, use_reentrant=False)
+            return h
+        h = part(*inputs)
+        return h
+
+    @classmethod
+    def cifar10(cls, **options: Any) -> Self:
+        """Build the network for CIFAR-10, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 29,694,083 parameters, 232 noise levels from 50 to 0.01.
+        """
+        return cls(**_published(232, 50.0) | options)
+
+    @classmethod
+    def celeba_64(cls, **options: Any) -> Self:
+        """Build the network for CelebA of 64 pixels, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 29,694,083 parameters, 500 noise levels from 90 to 0.01.
+        """
+        return cls(**_published(500, 90.0) | options)
+
+    @classmethod
+    def church_96(cls, **options: Any) -> Self:
+        """Build the network for LSUN churches of 96 pixels, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 83,445,379 parameters, 788 noise levels from 140 to 0.01.
+        """
+        return cls(**_published(788, 140.0, LEVELS_128) | options)
+
+    @classmethod
+    def bedroom_128(cls, **options: Any) -> Self:
+        """Build the network for LSUN bedrooms and towers of 128 pixels, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 83,445,379 parameters, 1086 noise levels from 190 to 0.01.
+        """
+        return cls(**_published(1086, 190.0, LEVELS_128) | options)
+
+    tower_128 = bedroom_128
+
+    @classmethod
+    def ffhq_256(cls, **options: Any) -> Self:
+        """Build the network for FFHQ of 256 pixels, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 94,132,611 parameters, 2311 noise levels from 348 to 0.01.
+        """
+        return cls(**_published(2311, 348.0, LEVELS_256) | options)
+
+
+def _published(count: int, sigma_max: float, levels: Levels = LEVELS_64) -> dict[str, Any]:
+    steps = torch.linspace(math.log(sigma_max), math.log(0.01), count, dtype=torch.float64)
+    return {"sigmas": tuple(steps.exp().tolist()), "levels": levels, "data_range": (0.0, 1.0)}
+
+
+def _check_levels(levels: Levels) -> None:
+    if not levels:
+        raise ValueError("levels must have one row (multiplier, dilation) per level, got none")
+    for row in levels:
+        if not isinstance(row, Sequence) or len(row) != 2:
+            raise TypeError(f"levels must be rows (multiplier, dilation), got {row!r}")
+        check_positive(multiplier=row[0], dilation=row[1])

@@ -1,0 +1,296 @@
+"""The parts of NCSNv2: its normalisation, its residual block and its refinement block."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+_MEAN_POOL: dict[int, Callable[[int], nn.Module]] = {
+    1: nn.AvgPool1d,
+    2: nn.AvgPool2d,
+    3: nn.AvgPool3d,
+}
+_MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "elu": F.elu,
+    "relu": F.relu,
+    "lrelu": partial(F.leaky_relu, negative_slope=0.2),
+    "swish": F.silu,
+}
+
+
+def conv(
+    dims: int,
+    in_channels: int,
+    out_channels: int,
+    kernel: int = 3,
+    *,
+    dilation: int = 1,
+    bias: bool = True,
+) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    r"""Make a convolution that keeps the spatial size, with torch's own initialisation.
+
+    Args:
+        dims: Number of spatial dimensions.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel: Odd kernel size, the same along every dimension.
+        dilation: Distance between the entries of the kernel.
+        bias: Whether there is a bias.
+
+    Returns:
+        The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
+    """
+    padding = dilation * (kernel // 2)
+    return _CONV[dims](
+        in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=bias
+    )
+
+
+class InstanceNormPlus(nn.Module):
+    r"""Instance normalisation that keeps what it takes out: how the channels' means differ.
+
+    .. math::
+        \mathrm{out}_c = \gamma_c \Big(\frac{x_c - \mu_c}{\sqrt{v_c + \epsilon}}
+            + \alpha_c \frac{\mu_c - m}{\sqrt{s^2 + \epsilon}}\Big) + \beta_c
+
+    where :math:`\mu_c, v_c` are mean and variance over the positions of one channel of one
+    sample, m and s^2 mean and unbiased variance of the :math:`\mu_c` over the channels, and
+    :math:`\epsilon = 10^{-5}`.
+
+    Args:
+        channels: Number of channels, at least 2.
+
+    Source:
+        Y. Song, S. Ermon, Generative Modeling by Estimating Gradients of the Data Distribution,
+        2019, https://arxiv.org/abs/1907.05600, appendix A.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, channels: int) -> None:
+        """Draw the parameters."""
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
+        self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Normalise.
+
+        Args:
+            x: Feature map (B, channels, \*spatial).
+
+        Returns:
+            Feature map of the same shape.
+        """
+        # Half precision would lose how means differ that are nearly the same.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean = x.flatten(2).mean(2, dtype=dtype)
+        var, centre = torch.var_mean(mean, dim=1, keepdim=True)
+        mean = (mean - centre) * (var + self.eps).rsqrt() * (self.alpha * self.gamma)
+        # Not torch.nn.functional's, which refuses a batch of one with one position.
+        h = torch.group_norm(x, x.shape[1], self.gamma, self.beta, self.eps)
+        return (h + mean.reshape(mean.shape + (1,) * (x.ndim - 2))).to(x.dtype)
+
+
+class DilatedBlock(nn.Module):
+    r"""Residual block of two convolutions, which may be dilated instead of down-sampling.
+
+    .. math::
+        h &= \mathrm{conv}_2(a(\mathrm{norm}_2(\mathrm{conv}_1(a(\mathrm{norm}_1(x)))))) \\
+        \mathrm{out} &= x + h
+            \quad\text{or, first of its level,}\quad \mathrm{shortcut}(p(x)) + p(h)
+
+    with the activation a. The first block of a level that is not dilated takes means p over 2
+    neighbours per dimension, and its shortcut is a 1x1 convolution. That of a dilated level
+    keeps the size, p being the identity, and its shortcut is a dilated convolution.
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels; for a block that is not the first, the same.
+        dims: Number of spatial dimensions.
+        activation: The activation.
+        dilation: Dilation of the convolutions.
+        first: Whether the block is the first of a level below another one.
+
+    Source:
+        F. Yu, V. Koltun, T. Funkhouser, Dilated Residual Networks, 2017,
+        https://arxiv.org/abs/1705.09914, as used by Song and Ermon, 2019 and 2020.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dims: int,
+        activation: Activation,
+        *,
+        dilation: int = 1,
+        first: bool = False,
+    ) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.activation = activation
+        self.pools = first and dilation == 1
+        self.norm_1 = InstanceNormPlus(in_channels)
+        self.conv_1 = conv(dims, in_channels, in_channels, dilation=dilation)
+        self.norm_2 = InstanceNormPlus(in_channels)
+        self.conv_2 = conv(dims, in_channels, out_channels, dilation=dilation)
+        self.pool = _MEAN_POOL[dims](2) if self.pools else nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
+        if first:
+            kernel = 1 if self.pools else 3
+            self.shortcut = conv(dims, in_channels, out_channels, kernel, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Apply the block.
+
+        Args:
+            x: Feature map (B, in_channels, \*spatial), of even sizes where it is halved.
+
+        Returns:
+            Feature map (B, out_channels, \*spatial) or (B, out_channels, \*(spatial / 2)).
+        """
+        h = self.conv_1(self.activation(self.norm_1(x)))
+        h = self.conv_2(self.activation(self.norm_2(h)))
+        # A mean and a 1x1 convolution commute; this order is the cheaper one.
+        out: Tensor = self.shortcut(self.pool(x)) + self.pool(h)
+        return out
+
+
+class ResidualUnit(nn.Module):
+    r"""Residual convolution unit: ``x + conv_2(a(conv_1(a(x))))``, without biases.
+
+    Args:
+        channels: Number of channels.
+        dims: Number of spatial dimensions.
+        activation: The activation a.
+    """
+
+    def __init__(self, channels: int, dims: int, activation: Activation) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.activation = activation
+        self.conv_1 = conv(dims, channels, channels, bias=False)
+        self.conv_2 = conv(dims, channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Apply the unit.
+
+        Args:
+            x: Feature map (B, channels, \*spatial).
+
+        Returns:
+            Feature map of the same shape.
+        """
+        h: Tensor = self.conv_2(self.activation(self.conv_1(self.activation(x))))
+        return x + h
+
+
+class ChainedPooling(nn.Module):
+    r"""Chained residual pooling: context from windows that grow along a chain.
+
+    .. math:: p_0 = a(x), \qquad p_i = \mathrm{conv}_i(\mathrm{maxpool}_5(p_{i-1})), \qquad
+        \mathrm{out} = p_0 + p_1 + p_2
+
+    Args:
+        channels: Number of channels.
+        dims: Number of spatial dimensions.
+        activation: The activation a.
+    """
+
+    def __init__(self, channels: int, dims: int, activation: Activation) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.activation = activation
+        self.pool = _MAX_POOL[dims](5, stride=1, padding=2)
+        self.convs = nn.ModuleList([conv(dims, channels, channels, bias=False) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Apply the chain.
+
+        Args:
+            x: Feature map (B, channels, \*spatial).
+
+        Returns:
+            Feature map of the same shape.
+        """
+        out = path = self.activation(x)
+        for layer in self.convs:
+            path = layer(self.pool(path))
+            out = out + path
+        return out
+
+
+class Refinement(nn.Module):
+    r"""Refinement block: joins the features of one level to what was refined below it.
+
+    Two residual units adapt each input. Both inputs are convolved to `out_channels` and added,
+    the lower one interpolated linearly to the size of the level with the corners kept in place.
+    Chained residual pooling and further residual units follow.
+
+    Args:
+        channels: Number of channels of each input: the level's, then, except for the lowest
+            level, those of what was refined below.
+        out_channels: Number of output channels; for the lowest level, its own.
+        dims: Number of spatial dimensions.
+        activation: The activation.
+        units: Number of residual units at the end.
+
+    Source:
+        G. Lin, A. Milan, C. Shen, I. Reid, RefineNet: Multi-Path Refinement Networks for
+        High-Resolution Semantic Segmentation, 2017, https://arxiv.org/abs/1611.06612.
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        out_channels: int,
+        dims: int,
+        activation: Activation,
+        units: int,
+    ) -> None:
+        """Build the layers."""
+        super().__init__()
+
+        def residual_units(c: int, count: int) -> nn.Sequential:
+            return nn.Sequential(*(ResidualUnit(c, dims, activation) for _ in range(count)))
+
+        self.mode = _INTERPOLATION[dims]
+        self.adapt = nn.ModuleList([residual_units(c, 2) for c in channels])
+        fused = channels if len(channels) > 1 else []
+        self.fuse = nn.ModuleList([conv(dims, c, out_channels) for c in fused])
+        self.pooling = ChainedPooling(out_channels, dims, activation)
+        self.units = residual_units(out_channels, units)
+
+    def forward(self, x: Tensor, below: Tensor | None = None) -> Tensor:
+        r"""Apply the block.
+
+        Args:
+            x: Feature map (B, channels[0], \*spatial) of the level.
+            below: Refined feature map (B, channels[1], \*any spatial), or None.
+
+        Returns:
+            Feature map (B, out_channels, \*spatial).
+        """
+        h: Tensor = self.adapt[0](x)
+        if below is not None:
+            below = self.fuse[1](self.adapt[1](below))
+            if below.shape[2:] != x.shape[2:]:
+                below = F.interpolate(below, x.shape[2:], mode=self.mode, align_corners=True)
+            h = self.fuse[0](h) + below
+        out: Tensor = self.units(self.pooling(h))
+        return out

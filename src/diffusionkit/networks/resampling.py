@@ -1,0 +1,156 @@
+"""Resampling of feature maps by two: parameterless functions, and layers with a convolution."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusionkit.networks.layers import Style
+from diffusionkit.ops import (
+    fir_conv_downsample,
+    fir_conv_upsample,
+    fir_downsample,
+    fir_upsample,
+)
+
+_AVG_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
+    1: F.avg_pool1d,
+    2: F.avg_pool2d,
+    3: F.avg_pool3d,
+}
+
+
+class Upsample(nn.Module):
+    r"""Double every spatial size, by an FIR filter or by repeating each entry.
+
+    Args:
+        fir_kernel: One-dimensional FIR kernel, or None to repeat entries.
+    """
+
+    def __init__(self, fir_kernel: Sequence[float] | None = None) -> None:
+        """Keep the kernel."""
+        super().__init__()
+        self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        r"""Double every spatial size.
+
+        Args:
+            x: Feature map (B, C, \*spatial) of 1 to 3 spatial dimensions.
+            emb: Not used; there so that the layer can take a block's place.
+
+        Returns:
+            Feature map (B, C, \*(2 spatial)).
+        """
+        if self.fir_kernel is None:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return fir_upsample(x, self.fir_kernel)
+
+
+class Downsample(nn.Module):
+    r"""Halve every spatial size, by an FIR filter or by averaging neighbours.
+
+    Args:
+        fir_kernel: One-dimensional FIR kernel, or None to average 2 neighbours per dimension.
+    """
+
+    def __init__(self, fir_kernel: Sequence[float] | None = None) -> None:
+        """Keep the kernel."""
+        super().__init__()
+        self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        r"""Halve every spatial size.
+
+        Args:
+            x: Feature map (B, C, \*spatial) of 1 to 3 spatial dimensions, of even sizes.
+            emb: Not used; there so that the layer can take a block's place.
+
+        Returns:
+            Feature map (B, C, \*(spatial / 2)).
+        """
+        if self.fir_kernel is None:
+            return _AVG_POOL[x.ndim - 2](x, 2)
+        return fir_downsample(x, self.fir_kernel)
+
+
+class ConvUpsample(nn.Module):
+    """Up-sampling by two with a 3-tap convolution after it.
+
+    With an FIR kernel the order is the other way round, as in StyleGAN2: a transposed
+    convolution, then the filter.
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        style: What the network's blocks have in common.
+        fir_kernel: One-dimensional FIR kernel, or None to repeat entries.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: Style,
+        fir_kernel: Sequence[float] | None = None,
+    ) -> None:
+        """Make the convolution."""
+        super().__init__()
+        self.conv = style.conv(in_channels, out_channels)
+        self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        r"""Double every spatial size.
+
+        Args:
+            x: Feature map (B, in_channels, \*spatial).
+            emb: Not used; there so that the layer can take a block's place.
+
+        Returns:
+            Feature map (B, out_channels, \*(2 spatial)).
+        """
+        if self.fir_kernel is None:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return fir_conv_upsample(x, self.conv.weight, self.conv.bias, self.fir_kernel)
+
+
+class ConvDownsample(nn.Module):
+    """Down-sampling by two through a 3-tap convolution of stride two.
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        style: What the network's blocks have in common.
+        fir_kernel: One-dimensional FIR kernel of a filter before the convolution, or None.
+        pad_front: Zeros put before the first entry of every dimension where there is no filter;
+            one always follows the last. Ho et al. put none, Dhariwal and Nichol one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: Style,
+        fir_kernel: Sequence[float] | None = None,
+        pad_front: int = 0,
+    ) -> None:
+        """Make the convolution."""
+        super().__init__()
+        self.conv = style.conv(in_channels, out_channels, stride=2, padding=pad_front)
+        self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
+        # Of a padding at both ends, the last zero is never met by a stride of two.
+        self.pads = (0, 1) * style.dims if pad_front == 0 else ()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        r"""Halve every spatial size.
+
+        Args:
+            x: Feature map (B, in_channels, \*spatial), of even sizes.
+            emb: Not used; there so that the layer can take a block's place.
+
+        Returns:
+            Feature map (B, out_channels, \*(spatial / 2)).
+        """
+        if self.fir_kernel is None:
+            return self.conv(F.pad(x, self.pads) if self.pads else x)
+        return fir_conv_downsample(x, self.conv.weight, self.conv.bias, self.fir_kernel)

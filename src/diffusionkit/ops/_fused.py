@@ -1,0 +1,128 @@
+"""When the fused kernel may be used, and its derivatives.
+
+Plain torch is right everywhere; the kernel only where it cannot go wrong unnoticed.
+"""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from diffusionkit.ops import _plain
+from diffusionkit.ops._plan import Line, Plan
+
+_LOG = logging.getLogger(__name__)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_TAPS = 8  # the kernel is unrolled
+_MOST_INDEX = 2**30  # rows and columns are counted in 32 bits, elements in 64
+
+
+def suits(x: Tensor, taps: tuple[float, ...], up: int, pads: Sequence[tuple[int, int]]) -> bool:
+    """Whether the fused kernel may filter x with these numbers."""
+    if not x.is_cuda or x.ndim > 4 or _hidden(x):
+        return False
+    longest = max(
+        n * up + abs(before) + abs(after)
+        for n, (before, after) in zip(x.shape[2:], pads, strict=True)
+    )
+    return (
+        x.dtype in _DTYPES
+        and len(taps) <= _MOST_TAPS
+        and 0 < x.shape[0] * x.shape[1] * longest < _MOST_INDEX
+        and torch.cuda.get_device_capability(x.device) >= (7, 5)
+        and _triton_launches()
+    )
+
+
+def _hidden(x: Tensor) -> bool:
+    """Whether x stands for something else, or something looks on that would not see the kernel.
+
+    That are compilers, which make kernels of their own; torch.func, whose tensors have no storage
+    and which asks for functions of another form; and dispatch modes, which for instance record
+    operations or count them.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or not torch._C._has_storage(x)
+        or torch._C._are_functorch_transforms_active()
+        or is_in_torch_dispatch_mode()
+    )
+
+
+def plan(
+    x: Tensor,
+    taps: tuple[float, ...],
+    gain: float,
+    up: int,
+    down: int,
+    pads: Sequence[tuple[int, int]],
+) -> Plan:
+    """What the kernel has to do.
+
+    Args:
+        x: Input (B, C, *spatial) with one or two spatial dimensions.
+        taps: The kernel, for each dimension.
+        gain: Factor of the output.
+        up: Upsampling factor.
+        down: Downsampling factor.
+        pads: Zeros before and after, for each dimension.
+
+    Returns:
+        The plan; a signal is an image of one row.
+    """
+    lines = [
+        Line(taps, up, down, before, n, (n * up + before + after - len(taps)) // down + 1)
+        for n, (before, after) in zip(x.shape[2:], pads, strict=True)
+    ]
+    vertical = lines[0] if len(lines) == 2 else Line((1.0,), 1, 1, 0, 1, 1)
+    return Plan(vertical, lines[-1], gain)
+
+
+def upfirdn(x: Tensor, plan: Plan) -> Tensor:
+    """Run the kernel, any number of times differentiable."""
+    if _hidden(x):  # as a backward pass can be whose forward pass was not
+        lines = (plan.vertical, plan.horizontal)[4 - x.ndim :]
+        taps, up, down = lines[0][:3]
+        pads = [(line.before, line.after()) for line in lines]
+        return _plain.upfirdn(x, taps, plan.gain, up, down, pads)
+    y: Tensor = _Upfirdn.apply(x, plan)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Upfirdn(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
+        from diffusionkit.ops._triton import launch
+
+        ctx.plan = plan
+        return launch(x, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return upfirdn(gradients[0], ctx.plan.adjoint()), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return upfirdn(tangents[0], ctx.plan)
+
+
+@functools.cache
+def _triton_launches() -> bool:
+    """Whether Triton is installed and finds all that it needs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from diffusionkit.ops._triton import load_driver
+
+        load_driver()
+    except Exception as error:  # of many kinds, none of which is a reason to fail
+        _LOG.warning("FIR resampling uses plain torch, as Triton cannot launch kernels: %s", error)
+        return False
+    return True

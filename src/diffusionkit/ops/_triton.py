@@ -1,0 +1,161 @@
+"""The fused kernel: padding, upsampling, filter, downsampling and gain in one pass.
+
+Importing this file imports Triton.
+"""
+# Triton brings no types, and its compiler takes no other annotation than constexpr.
+# mypy: allow-incomplete-defs, allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="import-untyped,import-not-found,assignment"
+# ruff: noqa: ANN001
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from diffusionkit.ops._plan import Plan
+
+# Outputs per program, cells of a program in one row, and rows of outputs in a cell.
+_OUTPUTS, _CELLS, _ROWS = 2048, 64, 4
+
+
+@triton.jit
+def upfirdn_kernel(
+    x_pointer,
+    y_pointer,
+    gain,
+    planes,
+    columns,
+    height,
+    width,
+    out_height,
+    out_width,
+    inner,
+    SUMS_H: tl.constexpr,
+    SUMS_W: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+) -> None:
+    """Filter images laid out as (planes, height, width, inner).
+
+    The outputs are cut into cells of `len(SUMS_H)` by `len(SUMS_W)`, on whose weights and place
+    among the inputs the compiler can count: cells differ only by how often they are STEP_H and
+    STEP_W samples on. The outputs of a cell share loads and sums of rows. A program works on
+    BLOCK_H rows of cells, of all planes one after the other, by BLOCK_W columns, which count
+    cells and inner indices.
+    """
+    blocks = tl.cdiv(columns, BLOCK_W)
+    block = tl.program_id(0) % blocks
+    row = tl.program_id(0) // blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = block * BLOCK_W + tl.arange(0, BLOCK_W)
+    rows = tl.cdiv(out_height, len(SUMS_H))  # of cells in a plane
+    plane = row // rows
+    cell_h, cell_w = row % rows, column // inner
+    inside_h, inside_w = plane < planes, column < columns
+    # Rows are few enough for 32 bits, pixels need not be.
+    stride = width.to(tl.int64) * inner
+    out_stride = out_width.to(tl.int64) * inner
+    from_h, from_w = cell_h * STEP_H, cell_w * STEP_W
+    start_h = (plane * height + from_h).to(tl.int64) * stride
+    start_w = from_w * inner + column % inner
+    tile = x_pointer + start_h[:, None] + start_w[None, :]
+
+    outputs = ()
+    for a in tl.static_range(len(SUMS_H)):
+        for b in tl.static_range(len(SUMS_W)):
+            total = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
+            for i in tl.static_range(len(SUMS_H[a][1])):
+                at_h = from_h + (SUMS_H[a][0] + i)
+                mask_h = inside_h & (at_h >= 0) & (at_h < height)
+                line = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
+                for j in tl.static_range(len(SUMS_W[b][1])):
+                    at_w = from_w + (SUMS_W[b][0] + j)
+                    mask_w = inside_w & (at_w >= 0) & (at_w < width)
+                    offset = (SUMS_H[a][0] + i) * stride + (SUMS_W[b][0] + j) * inner
+                    mask = mask_h[:, None] & mask_w[None, :]
+                    value = tl.load(tile + offset, mask=mask, other=0.0)
+                    line += SUMS_W[b][1][j] * value.to(tl.float32)
+                total += SUMS_H[a][1][i] * line
+            # Nothing is stored before all is loaded, else nothing could be shared.
+            outputs += ((total * gain).to(y_pointer.dtype.element_ty),)
+
+    for a in tl.static_range(len(SUMS_H)):
+        out_h = cell_h * len(SUMS_H) + a
+        mask_h = inside_h & (out_h < out_height)
+        target = y_pointer + ((plane * out_height + out_h).to(tl.int64) * out_stride)[:, None]
+        if len(SUMS_W) == 2 and not CHANNELS_LAST:
+            # Neighbours in memory are stored together.
+            out_w = block * (2 * BLOCK_W) + tl.arange(0, 2 * BLOCK_W)
+            mask = mask_h[:, None] & (out_w < out_width)[None, :]
+            pairs = tl.interleave(outputs[2 * a], outputs[2 * a + 1])
+            tl.store(target + out_w[None, :], pairs, mask=mask)
+        else:
+            for b in tl.static_range(len(SUMS_W)):
+                out_w = cell_w * len(SUMS_W) + b
+                mask_w = inside_w & (out_w < out_width)
+                offset = (out_w * inner + column % inner)[None, :]
+                mask = mask_h[:, None] & mask_w[None, :]
+                tl.store(target + offset, outputs[a * len(SUMS_W) + b], mask=mask)
+
+
+def launch(x: Tensor, plan: Plan) -> Tensor:
+    r"""Run the kernel.
+
+    Args:
+        x: Input (B, C, \*spatial) with one or two spatial dimensions, not empty.
+        plan: What to do along them; a signal is an image of one row.
+
+    Returns:
+        Output (B, C, \*filtered) with the dtype and memory format of x.
+    """
+    h, w, gain = plan
+    last = (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    x = x.contiguous(memory_format=memory_format)
+    shape = (*x.shape[:2], *(h.outputs, w.outputs)[4 - x.ndim :])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+    inner = x.shape[1] if last else 1
+    planes = x.shape[0] * x.shape[1] // inner
+    count = h.up * max(1, min(_ROWS, h.outputs) // h.up)
+    rows, columns = planes * triton.cdiv(h.outputs, count), triton.cdiv(w.outputs, w.up) * inner
+    block_w = min(triton.next_power_of_2(columns), _CELLS)
+    block_h = max(1, triton.next_power_of_2(_OUTPUTS // (count * w.up * block_w)))
+    block_h = min(triton.next_power_of_2(rows), block_h)
+    grid = (triton.cdiv(rows, block_h) * triton.cdiv(columns, block_w),)
+    with torch.cuda.device_of(x):
+        upfirdn_kernel[grid](
+            x,
+            y,
+            gain,
+            planes,
+            columns,
+            h.inputs,
+            w.inputs,
+            h.outputs,
+            w.outputs,
+            inner,
+            SUMS_H=h.sums(count),
+            SUMS_W=w.sums(w.up),
+            STEP_H=count // h.up * h.down,
+            STEP_W=w.down,
+            BLOCK_H=block_h,
+            BLOCK_W=block_w,
+            CHANNELS_LAST=last,
+            enable_fp_fusion=True,  # left open, Triton warns
+        )
+    return y
+
+
+def load_driver() -> None:
+    """Load what launches kernels; where it is not cached it takes a compiler of C to build it.
+
+    Raises:
+        Exception: Of a kind that depends on what is missing.
+    """
+    driver.active.utils  # noqa: B018

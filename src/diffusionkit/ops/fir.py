@@ -1,0 +1,248 @@
+"""Up- and downsampling by a finite impulse response (FIR) filter.
+
+All of it is one operation, `upfirdn`: insert zeros, pad, filter, keep every so-manieth sample.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffusionkit.ops import _fused, _plain, checks
+from diffusionkit.ops._plain import CONV, CONV_TRANSPOSE, Pairs
+from diffusionkit.ops.checks import Padding, Taps
+
+
+def upfirdn(
+    x: Tensor,
+    kernel: Sequence[float] | Tensor,
+    *,
+    up: int = 1,
+    down: int = 1,
+    padding: Padding = (0, 0),
+) -> Tensor:
+    r"""Upsample with zeros, pad, filter and downsample.
+
+    .. math:: y_i = \sum_j k_j \, u_{i d + K - 1 - p_0 - j}, \qquad u_{m f} = x_m
+
+    in each spatial dimension, where u is zero elsewhere, f is `up`, d is `down`, K is the length
+    of the kernel and :math:`p_0, p_1` are the paddings. After each sample there are f - 1 zeros,
+    after the last too, so y has :math:`\lfloor (n f + p_0 + p_1 - K) / d \rfloor + 1` samples.
+
+    Args:
+        x: Input (B, C, \*spatial) with one to three spatial dimensions.
+        kernel: The taps k, not normalised here: numbers or a tensor with one dimension, used
+            along every spatial dimension; or a tensor with as many dimensions as there are
+            spatial ones. A tensor must be on the device of x; gradients flow to it.
+        up: Upsampling factor f.
+        down: Downsampling factor d.
+        padding: :math:`(p_0, p_1)`, or one such pair per spatial dimension; negative numbers
+            crop.
+
+    Returns:
+        Output (B, C, \*filtered) with the dtype, also under autocast, and the memory format of x.
+
+    Raises:
+        TypeError: If x is no floating-point tensor or a number is not of the right kind.
+        ValueError: If a shape or number is wrong or nothing would be left of x.
+    """
+    dims = checks.check_signal(x)
+    taps = checks.check_kernel(kernel, x)
+    checks.check_integer(least=1, up=up, down=down)
+    return _filter(x, taps, 1.0, up, down, checks.check_padding(padding, dims))
+
+
+def fir_upsample(
+    x: Tensor,
+    kernel: Sequence[float] | Tensor = (1, 3, 3, 1),
+    *,
+    factor: int = 2,
+    gain: float = 1.0,
+) -> Tensor:
+    r"""Upsample by an integer factor with a filter of sum `gain` times factor^dims.
+
+    `upfirdn` with up = f and, for :math:`p = K - f`, the paddings
+    :math:`(\lfloor (p + 1) / 2 \rfloor + f - 1, \lfloor p / 2 \rfloor)`. The kernel [1, 1] repeats
+    every pixel, [1, 3, 3, 1] interpolates linearly between pixels, with zeros around x.
+
+    Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020),
+    https://arxiv.org/abs/1912.04958.
+
+    Args:
+        x: Input (B, C, \*spatial) with one to three spatial dimensions.
+        kernel: The taps, as in `upfirdn`; they are divided by their sum.
+        factor: Upsampling factor f, at most K: else pixels would be left that no tap reaches.
+        gain: What a constant is multiplied with.
+
+    Returns:
+        Output (B, C, \*(f spatial)) with the dtype and memory format of x.
+
+    Raises:
+        TypeError: If x is no floating-point tensor or a number is not of the right kind.
+        ValueError: If a shape or number is wrong or the taps have sum zero.
+    """
+    dims = checks.check_signal(x)
+    taps = checks.normalise(checks.check_kernel(kernel, x))
+    checks.check_integer(least=1, factor=factor)
+    checks.check_finite("gain", gain)
+    sizes = _sizes(taps, dims)
+    if min(sizes) < factor:
+        raise ValueError(f"kernel must have at least factor = {factor} taps, got {min(sizes)}")
+    pads = [((p + 1) // 2 + factor - 1, p // 2) for p in (size - factor for size in sizes)]
+    return _filter(x, taps, gain * factor**dims, factor, 1, pads)
+
+
+def fir_downsample(
+    x: Tensor,
+    kernel: Sequence[float] | Tensor = (1, 3, 3, 1),
+    *,
+    factor: int = 2,
+    gain: float = 1.0,
+) -> Tensor:
+    r"""Downsample by an integer factor with a filter of sum `gain`.
+
+    `upfirdn` with down = f and, for :math:`p = K - f`, the paddings
+    :math:`(\lfloor (p + 1) / 2 \rfloor, \lfloor p / 2 \rfloor)`. The kernel [1, 1] takes means of
+    blocks of pixels; a kernel shorter than f skips pixels.
+
+    Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020),
+    https://arxiv.org/abs/1912.04958.
+
+    Args:
+        x: Input (B, C, \*spatial) with one to three spatial dimensions, each of at least f pixels.
+        kernel: The taps, as in `upfirdn`; they are divided by their sum.
+        factor: Downsampling factor f.
+        gain: What a constant is multiplied with.
+
+    Returns:
+        Output (B, C, \*(spatial // f)) with the dtype and memory format of x.
+
+    Raises:
+        TypeError: If x is no floating-point tensor or a number is not of the right kind.
+        ValueError: If a shape or number is wrong or the taps have sum zero.
+    """
+    dims = checks.check_signal(x)
+    taps = checks.normalise(checks.check_kernel(kernel, x))
+    checks.check_integer(least=1, factor=factor)
+    checks.check_finite("gain", gain)
+    pads = [((p + 1) // 2, p // 2) for p in (size - factor for size in _sizes(taps, dims))]
+    return _filter(x, taps, gain, 1, factor, pads)
+
+
+def fir_conv_downsample(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kernel: Sequence[float] | Tensor = (1, 3, 3, 1),
+    *,
+    factor: int = 2,
+    gain: float = 1.0,
+) -> Tensor:
+    r"""Filter, then convolve with a stride of the factor.
+
+    The filter is `upfirdn` with, for :math:`p = K - f + k - 1`, the paddings
+    :math:`(\lfloor (p + 1) / 2 \rfloor, \lfloor p / 2 \rfloor)`; the convolution pads nothing.
+
+    Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020),
+    https://arxiv.org/abs/1912.04958.
+
+    Args:
+        x: Input (B, C, \*spatial) with one to three spatial dimensions, each of at least f pixels.
+        weight: Weight (out, C, \*k) of the convolution, as in torch. Under autocast the
+            convolution, not the filter, runs in the dtype of autocast.
+        bias: Bias (out,), added at the end.
+        kernel: The taps, as in `upfirdn`; they are divided by their sum.
+        factor: Downsampling factor f.
+        gain: What the filter multiplies a constant with.
+
+    Returns:
+        Output (B, out, \*(spatial // f)).
+
+    Raises:
+        TypeError: If a tensor is not floating-point, their dtypes differ without autocast, or a
+            number is not of the right kind.
+        ValueError: If a shape or number is wrong or the taps have sum zero.
+    """
+    dims = checks.check_signal(x)
+    checks.check_weight(weight, bias, x)
+    taps = checks.normalise(checks.check_kernel(kernel, x))
+    checks.check_integer(least=1, factor=factor)
+    checks.check_finite("gain", gain)
+    if min(x.shape[2:]) < factor:
+        raise ValueError(f"nothing is left of {min(x.shape[2:])} samples downsampled by {factor}")
+    sizes = zip(_sizes(taps, dims), weight.shape[2:], strict=True)
+    pads = [((p + 1) // 2, p // 2) for p in (size - factor + k - 1 for size, k in sizes)]
+    y = _filter(x, taps, gain, 1, 1, pads)
+    return CONV[dims](y, weight, bias, stride=factor)
+
+
+def fir_conv_upsample(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    kernel: Sequence[float] | Tensor = (1, 3, 3, 1),
+    *,
+    factor: int = 2,
+    gain: float = 1.0,
+) -> Tensor:
+    r"""Insert zeros, convolve, then filter.
+
+    Between the samples come f - 1 zeros, around them k - 1, so that (n - 1) f + k samples are left
+    by the convolution; the filter is `upfirdn` with, for :math:`p = K - f - (k - 1)`, the paddings
+    :math:`(\lfloor (p + 1) / 2 \rfloor + f - 1, \lfloor p / 2 \rfloor + f - 1)`.
+
+    Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (2020),
+    https://arxiv.org/abs/1912.04958.
+
+    Args:
+        x: Input (B, C, \*spatial) with one to three spatial dimensions.
+        weight: Weight (out, C, \*k) of the convolution, as in torch. Under autocast the
+            convolution runs in the dtype of autocast, and the filter in what it returns.
+        bias: Bias (out,), added at the end.
+        kernel: The taps, as in `upfirdn`; they are divided by their sum.
+        factor: Upsampling factor f.
+        gain: What the filter multiplies a constant with, beside factor^dims for the zeros.
+
+    Returns:
+        Output (B, out, \*(f spatial)).
+
+    Raises:
+        TypeError: If a tensor is not floating-point, their dtypes differ without autocast, or a
+            number is not of the right kind.
+        ValueError: If a shape or number is wrong or the taps have sum zero.
+    """
+    dims = checks.check_signal(x)
+    checks.check_weight(weight, bias, x)
+    taps = checks.normalise(checks.check_kernel(kernel, x))
+    checks.check_integer(least=1, factor=factor)
+    checks.check_finite("gain", gain)
+    sizes = zip(_sizes(taps, dims), weight.shape[2:], strict=True)
+    pads = [
+        ((p + 1) // 2 + factor - 1, p // 2 + factor - 1)
+        for p in (size - factor - k + 1 for size, k in sizes)
+    ]
+    # A transposed convolution turns its kernel round; torch wants (C, out, *k).
+    weight = weight.transpose(0, 1).flip(tuple(range(2, 2 + dims)))
+    y = CONV_TRANSPOSE[dims](x, weight, stride=factor)
+    y = _filter(y, taps, gain * factor**dims, 1, 1, pads)
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * dims)
+
+
+def _sizes(taps: Taps, dims: int) -> tuple[int, ...]:
+    """Number of taps along each spatial dimension."""
+    return tuple(taps.shape) if isinstance(taps, Tensor) else (len(taps),) * dims
+
+
+def _filter(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs) -> Tensor:
+    """`upfirdn` of checked arguments with the taps times a gain."""
+    dims = x.ndim - 2
+    sizes = _sizes(taps, dims)
+    for n, size, (before, after) in zip(x.shape[2:], sizes, pads, strict=True):
+        kept = n * up + min(before, 0) + min(after, 0)
+        if kept < 1 or n * up + before + after < size:
+            raise ValueError(
+                f"nothing is left of {n} samples upsampled by {up}, padded by "
+                f"({before}, {after}) and filtered with {size} taps"
+            )
+    if isinstance(taps, tuple) and _fused.suits(x, taps, up, pads):
+        return _fused.upfirdn(x, _fused.plan(x, taps, gain, up, down, pads))
+    return _plain.upfirdn(x, taps, gain, up, down, pads)

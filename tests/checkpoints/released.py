@@ -1,0 +1,91 @@
+"""Files as released code writes them: its layouts with weights by formula, and its outputs.
+
+Each case in data/*.json has the names and shapes of a small network of the released code, and
+values of its output at `inputs` when its tensors are those of `weights`. A layout is a list of
+prefixes, each with the part that carries it: "enc.0=c" stands for the tensors of part c with
+"enc.0." before their names.
+"""
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATA = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("data/*")}
+
+
+def names(family: str) -> list[str]:
+    """The cases of a family of files that have an output."""
+    return [name for name in DATA[family]["cases"] if not name.startswith("golden")]
+
+
+def shapes(family: str, case: str) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for item in DATA[family]["cases"][case]["layout"].split():
+        prefix, part = item.split("=")
+        for name, shape in DATA[family]["parts"][part].items():
+            found[f"{prefix}.{name}".rstrip(".")] = tuple(shape)
+    return found
+
+
+def weights(
+    wanted: dict[str, tuple[int, ...]], phase: float = 1.0, amplitude: float = 0.15
+) -> dict[str, Tensor]:
+    return {name: _weight(name, shape, phase, amplitude) for name, shape in wanted.items()}
+
+
+def _weight(name: str, shape: tuple[int, ...], phase: float, amplitude: float) -> Tensor:
+    i = np.arange(math.prod(shape), dtype=np.float64)
+    values = amplitude * np.sin(phase + 0.37 * i + zlib.crc32(name.encode()) % 1000)
+    if len(shape) == 1 and name.endswith("weight"):  # of a normalisation
+        values += 1
+    return torch.from_numpy(values.reshape(shape)).float()
+
+
+def inputs(*shape: int) -> Tensor:
+    i = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (1.2 * torch.sin(1.7 * i + 0.003 * i * i)).view(shape).float()
+
+
+def assert_released(output: Tensor, expected: list[list[float]], tolerance: float = 1e-5) -> None:
+    """Compare values of each sample with the released ones, relative to the largest of them."""
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    rows = output.detach().double().flatten(1)
+    assert len(rows) == len(wanted)
+    at = np.linspace(0, rows.shape[1] - 1, wanted.shape[1]).astype(int)
+    error = (rows[:, at] - wanted).abs().amax(1) / wanted.abs().amax(1)
+    assert float(error.max()) < tolerance, error.tolist()
+
+
+def score_sde_config(case: str) -> dict[str, Any]:
+    """The configuration of a case: the base with what the case changes."""
+    data = DATA["score_sde"]
+    changes = data["cases"][case]["config"]
+    return {section: base | changes.get(section, {}) for section, base in data["base"].items()}
+
+
+def score_sde_content(case: str, prefix: str = "module.") -> dict[str, Any]:
+    """What score_sde saves of a network: its weights, and averages with another phase."""
+    wanted = shapes("score_sde", case)
+    model = score_sde_config(case)["model"]
+    levels = np.linspace(
+        np.log(model["sigma_max"]), np.log(model["sigma_min"]), model["num_scales"]
+    )
+    state = {"sigmas": torch.tensor(np.exp(levels))} | weights(wanted)
+    trained = {name: shape for name, shape in wanted.items() if name != "all_modules.0.W"}
+    return {
+        # A warm-up leaves a learning rate of numpy.
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(2e-4), "params": [0]}]},
+        "model": {f"{prefix}{name}": tensor for name, tensor in state.items()},
+        "ema": {
+            "decay": 0.999,
+            "num_updates": 3,
+            "shadow_params": list(weights(trained, phase=2.0).values()),
+        },
+        "step": 3,
+    }

@@ -1,0 +1,200 @@
+"""The fused kernel on the CPU, by Triton's interpreter; `test_fused.py` runs this file.
+
+The interpreter must be chosen before Triton is imported, hence in a process of its own.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from direct import direct
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from diffusionkit.ops import (
+    _fused,
+    _plain,
+    fir_conv_downsample,
+    fir_conv_upsample,
+    fir_downsample,
+    fir_upsample,
+    upfirdn,
+)
+
+TAPS = (1.0, 2.0, 5.0, 3.0)
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+# up, down, pads; the last is cropped on both sides.
+RATES = [(2, 1, (2, 1)), (1, 2, (1, 1)), (1, 1, (2, 2)), (3, 2, (-1, 4)), (2, 3, (-2, -1))]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bound(x: Tensor, kernel: Tensor, up: int, down: int, pads: list) -> float:
+    """A few roundings in float32 of the largest sum of magnitudes."""
+    return 4e-7 * direct(x.abs(), kernel.abs(), up, down, pads).max().item()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    dims = draw(st.integers(1, 2))
+    pair = st.tuples(st.integers(-2, 5), st.integers(-2, 5))
+    return {
+        "spatial": draw(st.lists(st.integers(1, 9), min_size=dims, max_size=dims)),
+        "taps": draw(st.integers(1, 5)),
+        "up": draw(st.integers(1, 3)),
+        "down": draw(st.integers(1, 3)),
+        "pads": draw(st.lists(pair, min_size=dims, max_size=dims)),
+        "last": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+# More than a block of rows and of columns, in both memory formats and in one dimension.
+WIDE = {"spatial": [3, 70], "taps": 4, "up": 2, "down": 1, "pads": [(2, 1)] * 2, "seed": 0}
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(cases())
+@example({**WIDE, "last": False})
+@example({**WIDE, "last": True})
+@example({**WIDE, "last": False, "up": 1, "down": 2})
+@example({**WIDE, "last": False, "spatial": [300], "pads": [(2, 1)]})
+@example({**WIDE, "last": False, "spatial": [150, 2], "up": 1, "pads": [(2, 2)] * 2})
+def test_the_kernel_equals_the_definition_and_its_adjoint(case: dict) -> None:
+    up, down, pads = case["up"], case["down"], case["pads"]
+    for n, (before, after) in zip(case["spatial"], pads, strict=True):
+        assume(n * up + before + after >= case["taps"])
+        assume(n * up + min(before, 0) + min(after, 0) > 0)
+    x = normal(1, 2, *case["spatial"], seed=case["seed"])
+    if case["last"] and x.ndim == 4:
+        x = x.to(memory_format=torch.channels_last)
+    kernel = normal(case["taps"], seed=case["seed"] + 1)
+    plan = _fused.plan(x, tuple(kernel.tolist()), 0.5, up, down, pads)
+    y = _fused.upfirdn(x, plan)
+    expected = 0.5 * direct(x, kernel, up, down, pads)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=bound(x, kernel, up, down, pads))
+    assert y.is_contiguous(memory_format=torch.channels_last) or not x.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    g = normal(*y.shape, seed=2)
+    back = _fused.upfirdn(g, plan.adjoint())
+    assert back.shape == x.shape
+    torch.testing.assert_close((back * x).double().sum(), (g * y).double().sum(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    x, kernel = normal(2, 3, 9, 7).to(dtype), torch.tensor(TAPS)
+    y = _fused.upfirdn(x, _fused.plan(x, TAPS, 1.0, 2, 1, [(2, 1)] * 2))
+    assert y.dtype == dtype
+    expected = direct(x, kernel, 2, 1, [(2, 1)] * 2).to(dtype)
+    torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def both(x: Tensor, rate: tuple) -> tuple:
+    """The fused and the plain operation of some input."""
+    up, down, pad = rate
+    pads = [pad] * (x.ndim - 2)
+    plan = _fused.plan(x, TAPS, 0.1, up, down, pads)
+    return (
+        lambda x: _fused.upfirdn(x, plan),
+        lambda x: _plain.upfirdn(x, TAPS, 0.1, up, down, pads),
+    )
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("spatial", [(7,), (5, 6)])
+def test_first_and_second_derivatives(spatial: tuple[int, ...], rate: tuple) -> None:
+    x, t = normal(2, 2, *spatial).requires_grad_(), normal(2, 2, *spatial, seed=1)
+    results = []
+    for f in both(x, rate):
+        (gradient,) = torch.autograd.grad((f(x) ** 4).sum(), x, create_graph=True)
+        (product,) = torch.autograd.grad((gradient * t).sum(), x)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.detach(), t)
+            forward = forward_ad.unpack_dual(f(dual) ** 2).tangent
+        results.append((gradient, product, forward))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("spatial", [(7,), (5, 6)])
+def test_a_backward_pass_under_vmap(spatial: tuple[int, ...], rate: tuple) -> None:
+    """It takes plain torch, which must know the adjoint's paddings."""
+    x = normal(2, 2, *spatial).requires_grad_()
+    results = []
+    for f in both(x, rate):
+        y = f(x)
+        g = normal(3, *y.shape, seed=1)
+        (batched,) = torch.autograd.grad(y, x, g, retain_graph=True, is_grads_batched=True)
+        mapped = torch.func.vmap(lambda g, y=y: torch.autograd.grad(y, x, g)[0])(g)
+        torch.testing.assert_close(mapped, batched)
+        results.append(batched)
+    torch.testing.assert_close(*results)
+
+
+def test_strided_and_expanded_inputs() -> None:
+    wide = normal(2, 6, 5, 8)
+    for x in (wide[:, ::2], wide[..., ::2], wide.transpose(2, 3), wide[:1].expand(3, 6, 5, 8)):
+        fused, plain = both(x, RATES[0])
+        torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_infinite_pixels_stay_local() -> None:
+    x = torch.zeros(1, 1, 9, 9)
+    x[..., 4, 4] = torch.inf
+    y = _fused.upfirdn(x, _fused.plan(x, (1.0, 2.0, 1.0), 1.0, 2, 1, [(1, 1)] * 2))
+    assert int(torch.isfinite(y).sum()) == y.numel() - 9
+    assert not torch.isnan(y).any()
+
+
+def test_the_public_functions_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = normal(2, 3, 6, 8), normal(4, 3, 3, 3, seed=1), normal(4, seed=2)
+    calls = {
+        "up": lambda: fir_upsample(x, TAPS, gain=0.5),
+        "down": lambda: fir_downsample(x, TAPS, factor=3, gain=0.5),
+        "general": lambda: upfirdn(x, TAPS, up=3, down=2, padding=((1, 2), (3, 0))),
+        "conv_down": lambda: fir_conv_downsample(x, weight, bias, TAPS, gain=0.5),
+        "conv_up": lambda: fir_conv_upsample(x, weight, bias, TAPS, gain=0.5),
+    }
+    expected = {name: call() for name, call in calls.items()}
+    plans = []
+    fused = _fused.upfirdn
+    monkeypatch.setattr(_fused, "suits", lambda x, taps, up, pads: True)
+    monkeypatch.setattr(_fused, "upfirdn", lambda x, plan: plans.append(plan) or fused(x, plan))
+    for number, (name, call) in enumerate(calls.items(), 1):
+        torch.testing.assert_close(call(), expected[name], rtol=1e-5, atol=1e-5)
+        assert len(plans) == number
+    # Numbers in a tensor would have to be waited for.
+    fir_upsample(x, torch.tensor(TAPS))
+    assert len(plans) == len(calls)
+
+
+def test_what_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(taps: tuple[float, ...] = TAPS, **changes: object) -> bool:
+        shape = changes.pop("shape", (2, 3, 8, 8))
+        given = {"is_cuda": True, "ndim": len(shape), "dtype": torch.float32, "device": "cuda"}
+        x = SimpleNamespace(shape=shape, **{**given, **changes})
+        return _fused.suits(x, taps, 2, [(2, 1)] * (len(shape) - 2))
+
+    monkeypatch.setattr(_fused, "_triton_launches", lambda: True)
+    monkeypatch.setattr(_fused, "_hidden", lambda x: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert ask()
+    assert ask(dtype=torch.bfloat16, shape=(2, 3, 8))
+    assert not ask(is_cuda=False)
+    assert not ask(shape=(2, 3, 8, 8, 8))
+    assert not ask(shape=(0, 3, 8, 8))
+    assert not ask(shape=(2**12, 2**10, 2**7, 2**7))
+    assert not ask(dtype=torch.float64)
+    assert not ask(TAPS * 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert not ask()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_fused, "_triton_launches", lambda: False)
+    assert not ask()

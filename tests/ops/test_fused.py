@@ -1,0 +1,166 @@
+"""The fused kernel without a GPU: interpreted, compiled, and refused where it would go wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffusionkit
+from diffusionkit.ops import _fused
+from diffusionkit.ops._plan import Line
+
+HERE = Path(__file__).parent
+X = torch.zeros(1, 1, 4, 4)
+
+
+def test_numbers_by_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="the fused kernel needs Triton")
+    source = str(Path(diffusionkit.__file__).parents[1])
+    path = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted.py"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(number, marks=pytest.mark.slow) for number in (75, 80, 100))]
+)
+@pytest.mark.parametrize(
+    ("dtype", "up", "down", "last"),
+    [("fp32", 2, 1, False), ("fp16", 1, 2, False), ("bf16", 2, 1, True)],
+)
+def test_compiles_as_launched(monkeypatch, tmp_path, capability, dtype, up, down, last) -> None:
+    pytest.importorskip("triton", reason="the fused kernel needs Triton")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffusionkit.ops import _triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, launches = _triton.upfirdn_kernel, []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *values, **options: launches.append((grid, values, options))
+
+    monkeypatch.setattr(_triton, "upfirdn_kernel", Recorder())
+    x = torch.zeros(2, 16, 32, 32)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    plan = _fused.plan(x, (0.25, 0.75, 0.75, 0.25), 1.0, up, down, [(2 // down, 1)] * 2)
+    y = _triton.launch(x, plan)
+    assert y.shape == (2, 16, 32 * up // down, 32 * up // down)
+    ((grid, values, options),) = launches
+
+    names = kernel.arg_names
+    values = dict(zip(names, values, strict=False))
+    fusion = options.pop("enable_fp_fusion")
+    # Each output once: 2048 a program.
+    assert grid == (y.numel() // 2048,)
+    constants = {**options, **({} if last else {"inner": values["inner"]})}
+    assert last or values["inner"] == 1
+    signature = {name: "constexpr" if name in constants else "i32" for name in names}
+    signature |= {"x_pointer": f"*{dtype}", "y_pointer": f"*{dtype}", "gain": "fp32"}
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(names)
+        if name.endswith("pointer") or (name not in constants and values[name] % 16 == 0)
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": fusion},
+    )
+    assert f".target sm_{capability}" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"].startswith(b"\x7fELF")
+    assert "f64" not in compiled.asm["ptx"]
+    # Each thread stores neighbours together.
+    assert last or "st.global.v" in compiled.asm["ptx"]
+
+
+def test_sums_hand_computed() -> None:
+    # Upsampled by 2 with (2, 1) zeros around: windows on 0 0 x0 0 x1 0 ...
+    assert Line((1.0, 2.0, 3.0, 4.0), 2, 1, 2, 5, 10).sums(4) == (
+        (-1, (4.0, 2.0)),
+        (0, (3.0, 1.0)),
+        (0, (4.0, 2.0)),
+        (1, (3.0, 1.0)),
+    )
+    assert Line((1.0, 2.0, 3.0), 1, 2, 1, 6, 3).sums(2) == (
+        (-1, (3.0, 2.0, 1.0)),
+        (1, (3.0, 2.0, 1.0)),
+    )
+    # A tap too few: every third output is zero.
+    assert Line((1.0, 2.0), 3, 1, 0, 2, 5).sums(3) == ((0, (2.0,)), (1, ()), (1, (1.0,)))
+
+
+def test_the_transpose_of_the_transpose() -> None:
+    line = Line((1.0, 2.0, 3.0), 2, 3, 4, 10, 8)
+    assert line.adjoint() == Line((3.0, 2.0, 1.0), 3, 2, -2, 8, 10)
+    assert line.adjoint().adjoint() == line
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's forward mode
+def test_what_the_kernel_would_not_see() -> None:
+    assert not _fused._hidden(X)
+    assert not _fused._hidden(torch.nn.Parameter(X))
+    seen = []
+
+    def note(x):
+        seen.append(_fused._hidden(x))
+        return x
+
+    torch.func.vmap(note)(X)
+    torch.func.jvp(note, (X,), (X,))
+    torch.func.grad(lambda x: note(x).sum())(X)
+    with FlopCounterMode(display=False):
+        note(X)
+    note(X.as_subclass(type("Subclass", (torch.Tensor,), {})))
+    assert seen == [True] * 5
+    compiled = torch.compile(lambda x: x + _fused._hidden(x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), X + 1)
+
+
+def test_plain_torch_without_triton(monkeypatch, caplog) -> None:
+    _fused._triton_launches.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not _fused._triton_launches()
+    assert not caplog.records
+    _fused._triton_launches.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton can launch kernels")
+def test_plain_torch_where_triton_cannot_launch(caplog) -> None:
+    pytest.importorskip("triton", reason="says so where it is installed")
+    _fused._triton_launches.cache_clear()
+    assert not _fused._triton_launches()
+    assert not _fused._triton_launches()
+    (record,) = caplog.records
+    assert "uses plain torch" in record.getMessage()
+    _fused._triton_launches.cache_clear()
+
+
+def test_triton_is_not_imported_before_it_is_needed() -> None:
+    program = (
+        "import sys, torch; before = 'triton' in sys.modules; import diffusionkit.ops as ops;"
+        "ops.fir_upsample(torch.zeros(1, 1, 4, 4)); print(before or 'triton' not in sys.modules)"
+    )
+    source = str(Path(diffusionkit.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "True"

@@ -1,0 +1,85 @@
+"""The fused kernel against plain torch on a GPU."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from diffusionkit.ops import _fused, _plain, fir_downsample, fir_upsample, upfirdn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+TAPS = (1.0, 2.0, 5.0, 3.0)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to("cuda", dtype)
+
+
+@pytest.fixture(autouse=True)
+def fused_is_used() -> None:
+    if not _fused.suits(normal(1, 1, 4, 4), TAPS, 1, [(0, 0)] * 2):
+        pytest.skip("Triton is not installed or cannot launch kernels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 1000), (2, 3, 33, 70), (4, 256, 8, 8), (2, 3, 1, 300)])
+@pytest.mark.parametrize("last", [False, True])
+def test_values_and_gradients(dtype, shape, last) -> None:
+    x = normal(*shape, dtype=dtype)
+    if last and x.ndim == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    for up, down, pads in ((2, 1, (2, 1)), (1, 2, (1, 1)), (1, 1, (2, 2)), (3, 2, (-1, 4))):
+        pads = [pads if n > 1 else (4, 4) for n in shape[2:]]
+        y = upfirdn(x, TAPS, up=up, down=down, padding=pads)
+        expected = _plain.upfirdn(x.double(), TAPS, 1.0, up, down, pads)
+        tolerance = {"rtol": 1.01 * torch.finfo(dtype).eps, "atol": 2e-5}
+        torch.testing.assert_close(y.double(), expected, **tolerance)
+        assert y.stride() == torch.empty_like(expected).stride()
+        g = torch.randn_like(y)
+        (got,) = torch.autograd.grad(y, x, g)
+        (want,) = torch.autograd.grad(expected, x, g.double())
+        torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_one_launch_forward_and_one_backward() -> None:
+    x = normal(4, 64, 32, 32).requires_grad_()
+    for resample in (fir_upsample, fir_downsample):
+        y = resample(x)
+        g = torch.randn_like(y)
+        torch.autograd.grad(resample(x), x, g)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            torch.autograd.grad(resample(x), x, g)
+            torch.cuda.synchronize()
+        kernels = [event for event in profiler.events() if "upfirdn_kernel" in event.name]
+        assert len(kernels) == 2
+        assert not [event.name for event in profiler.events() if "Memcpy" in event.name]
+
+
+def test_the_plain_path_waits_for_nothing() -> None:
+    x = normal(2, 3, 8, 8, dtype=torch.float64)  # which the kernel is refused
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fir_upsample(x)
+        fir_downsample(x, torch.ones(2, 2, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_transforms_and_compilation_take_plain_torch() -> None:
+    x, t = normal(2, 3, 8, 8), normal(2, 3, 8, 8).flip(0)
+    torch.testing.assert_close(torch.func.jvp(fir_upsample, (x,), (t,))[1], fir_upsample(t))
+    torch.testing.assert_close(torch.func.vmap(fir_upsample)(x[None])[0], fir_upsample(x))
+    compiled = torch.compile(fir_upsample, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), fir_upsample(x))
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of memory")
+    x = torch.zeros(1, 2**13, 2**9, 2**9, device="cuda", dtype=torch.float16)
+    x[0, -1] = 1.0
+    y = fir_downsample(fir_upsample(x, [1, 1]), [1, 1])
+    assert torch.equal(y[0, -1], x[0, -1])
+    assert not y[0, :-1].any()
