@@ -71,16 +71,23 @@ def backward(resample: Resample, x: Tensor) -> Run:
 
 
 def measure(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Return milliseconds of each run, one figure a round, the runs taken in turn."""
+    """Return milliseconds of each run, one figure a round, the runs taken in turn.
+
+    A figure is the mean of three calls after one more, which finds its memory as the other run
+    left it: returned to the system, page by page.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 2):
+    for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if round_ >= 2:  # two rounds to warm up
-                times[name].append((time.perf_counter() - start) * 1e3)
+            start = time.perf_counter()
+            for _ in range(3):
+                run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append((time.perf_counter() - start) / 3 * 1e3)
     return times
 
 
@@ -111,17 +118,16 @@ def launches(run: Run) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    return sum(
-        event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ()
-    )
+    return sum(event.device_type.name == "CUDA" for event in profiler.events() or ())
 
 
 def device_milliseconds(run: Run, rounds: int) -> float:
     """Median over rounds of the time of a run on the device."""
     run()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(20):
             run()
@@ -141,7 +147,7 @@ def bandwidth(rounds: int, device: torch.device) -> None:
         x = torch.randn(64, 128, 64, 64, device=device, dtype=dtype)
         source = torch.randn(2**28 // x.itemsize, device=device, dtype=dtype)
         target = torch.empty_like(source)
-        rate = 2 * source.nbytes / device_milliseconds(lambda: target.copy_(source), rounds)
+        rate = 2 * source.nbytes / device_milliseconds(partial(target.copy_, source), rounds)
         for name, ours in OURS.items():
             moved = x.nbytes + ours(x).nbytes
             for label, make, passes in (
@@ -155,7 +161,6 @@ def bandwidth(rounds: int, device: torch.device) -> None:
                     f"| {dtype}, {name}, {label} | {fused / 1e6:.0f} | {fused / rate:.0%} "
                     f"| {other / 1e6:.0f} | {counts} |"
                 )
-        del source, target
 
 
 def main() -> None:

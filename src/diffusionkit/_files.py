@@ -260,8 +260,8 @@ def _storage(
 ) -> tuple[str, _Storage]:
     if kind != "storage" or not isinstance(storage_type, _StorageType) or type(key) is not str:
         raise UnpicklingError(f"expected a storage, got {repr(kind)} {repr(storage_type)}")
-    if type(location) is not str or type(numel) is not int or numel < 0:
-        raise UnpicklingError(f"expected a storage's location and size, got {repr(numel)}")
+    if type(numel) is not int or numel < 0:
+        raise UnpicklingError(f"expected the size of a storage, got {repr(numel)}")
     return key, _Storage(storage_type.dtype, numel)
 
 
@@ -303,7 +303,7 @@ class _Globals:
         return _Storage(dtype, numel)
 
     def _parameter(self, data: Any, requires_grad: Any, hooks: Any) -> _Storage:
-        if not isinstance(data, _Storage) or type(requires_grad) is not bool:
+        if not isinstance(data, _Storage):
             raise UnpicklingError(f"expected a tensor, got {type(data).__name__}")
         if type(hooks) is not OrderedDict or hooks:
             raise UnpicklingError("expected a tensor without hooks, got hooks")

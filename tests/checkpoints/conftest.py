@@ -143,7 +143,14 @@ def torch_content() -> dict[str, Any]:
         "ema": {"decay": 0.999, "num_updates": 3, "shadow_params": list(network.parameters())},
         "step": 3,
         "numbers": numbers,
-        "views": [base, base[3:9:2], base.view(4, 6).T, torch.ones(1).expand(5), base[:0]],
+        "views": [
+            base,
+            base[3:9:2],
+            base.view(4, 6).T,
+            torch.ones(1).expand(5),
+            base[:0],
+            torch.ones(5, 0),
+        ],
         "dtypes": [
             torch.ones(2, dtype=dtype)
             for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.complex64)

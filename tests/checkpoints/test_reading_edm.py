@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +109,31 @@ def test_numbers_of_numpy_1(read, pickled, edm_content) -> None:
     assert b"numpy.core.multiarray" in renamed
     weight = read(renamed)["ema"].init_kwargs["init"]["init_weight"]
     assert weight == np.sqrt(0.2)
+
+
+def test_what_is_none_has_no_name_and_modules_are_no_arguments(refused, read, pickled) -> None:
+    network = nn.Linear(2, 3)
+    network._init_args, network._init_kwargs = (), {"act": [nn.SiLU()]}
+    network.register_module("absent", None)
+    holder = type("Holder", (nn.Linear,), {"__reduce__": _reduce})
+    network.__class__ = holder
+    refused(pickled({"ema": network}), "expected plain values, got an object of torch.nn.modules")
+    network._init_kwargs = {}
+    assert list(read(pickled({"ema": network}))["ema"].state_dict) == ["weight", "bias"]
+
+
+def _reduce(self):
+    meta = {"type": "class", "version": 6, "module_src": "", "class_name": "N", "state": vars(self)}
+    return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
+
+
+def test_the_standard_library_runs_what_these_readers_refuse(refused, tmp_path) -> None:
+    """The trap is real."""
+    attack = b"\x80\x02cos\nsystem\nX\x0c\0\0\0touch victim\x85R."
+    refused(attack, "the global os.system")
+    code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"
+    subprocess.run([sys.executable, "-c", code], input=attack, cwd=tmp_path, check=True)
+    assert (tmp_path / "victim").exists()
 
 
 def test_another_version(refused, pickled, edm_content) -> None:

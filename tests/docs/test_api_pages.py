@@ -5,7 +5,9 @@ from collections import Counter
 from pathlib import Path
 
 import diffusionkit
+import diffusionkit.checkpoints
 import diffusionkit.networks
+import diffusionkit.ops
 import diffusionkit.testing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +30,13 @@ def documented() -> list[str]:
 
 
 def public() -> list[str]:
-    modules = (diffusionkit, diffusionkit.networks, diffusionkit.testing)
+    modules = (
+        diffusionkit,
+        diffusionkit.checkpoints,
+        diffusionkit.networks,
+        diffusionkit.ops,
+        diffusionkit.testing,
+    )
     return [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
 
 

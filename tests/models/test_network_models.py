@@ -14,13 +14,14 @@ from diffusionkit import (
     LogSigmaLabel,
     NetworkModel,
     RawScoreModel,
+    ScaledScoreModel,
     SigmaLabel,
     TimeLabel,
     VModel,
     X0Model,
 )
 
-MODELS = [EpsModel, X0Model, VModel, RawScoreModel, EDMModel]
+MODELS = [EpsModel, X0Model, VModel, RawScoreModel, ScaledScoreModel, EDMModel]
 
 
 class Recorder(nn.Module):

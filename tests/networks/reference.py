@@ -240,7 +240,7 @@ class Reference:
             return (grown if pyramid is None else doubled(pyramid, self.fir) + grown), h
         if kind == "residual":
             if pyramid is None:
-                return self.head(f"{name}.start", h), h
+                return self.head(f"{name}.head", h), h
             h = self.join(self.conv_up(f"{name}.up.conv", pyramid), h)
             return h, h
         return None, h

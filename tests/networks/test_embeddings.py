@@ -4,17 +4,31 @@ import math
 
 import pytest
 import torch
+from tiny import fill
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from diffusionkit import EMA
+from diffusionkit.networks import NCSNpp
 from diffusionkit.networks.embeddings import (
     ConditionEmbedding,
+    FourierEmbedding,
     PositionalEmbedding,
+    SigmaTable,
     SignedLogEmbedding,
 )
+from diffusionkit.networks.layers import Style
+
+EMBEDDINGS = [PositionalEmbedding, SignedLogEmbedding, FourierEmbedding]
+
+
+def double(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_positional_hand_computed() -> None:
     # Three frequencies: 1, 1e-2, 1e-4.
-    got = PositionalEmbedding(6)(torch.tensor([0.0, 100.0], dtype=torch.float64))
+    got = PositionalEmbedding(6)(double([0.0, 100.0]))
     expected = [
         [0.0, 0.0, 0.0, 1.0, 1.0, 1.0],
         [
@@ -26,16 +40,99 @@ def test_positional_hand_computed() -> None:
             0.9999500004166653,  # cos 0.01
         ],
     ]
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(got, double(expected))
+
+
+def test_positional_without_end_point() -> None:
+    # Published values of Nichol and Dhariwal's form, frequencies 1, 0.1, 0.01 and 1e-3; they have
+    # the cosines first.
+    published = [
+        [
+            0.5403023058681398,
+            0.9950041652780258,
+            0.9999500004166653,
+            0.9999995000000417,
+            0.8414709848078965,
+            0.09983341664682813,
+            0.00999983333416666,
+            0.000999999833333341,
+        ],
+        [
+            0.47360903707997776,
+            0.994201526214487,
+            -0.8026372907761774,
+            0.9688505404429625,
+            -0.880735192890676,
+            -0.10753290321006277,
+            0.5964674169269248,
+            0.24764617962605356,
+        ],
+    ]
+    got = PositionalEmbedding(8, endpoint=False)(double([1.0, 250.25]))
+    torch.testing.assert_close(got.roll(4, 1), double(published), rtol=1e-11, atol=1e-12)
+
+
+def test_fourier_hand_computed() -> None:
+    frequencies = torch.tensor([0.25, -1.0, 3.0])
+    for log, label in ((True, math.exp(1 / 3)), (False, 1 / 3)):
+        embedding = FourierEmbedding(6, log=log)
+        with torch.no_grad():
+            embedding.frequencies.copy_(frequencies)
+        # Angles pi / 6, -2 pi / 3 and 2 pi.
+        root = math.sqrt(3) / 2
+        expected = double([[0.5, -root, 0.0, root, -0.5, 1.0]])
+        torch.testing.assert_close(embedding(double([label])), expected, rtol=0, atol=1e-14)
+
+
+def test_fourier_frequencies_are_drawn_at_their_scale() -> None:
+    torch.manual_seed(0)
+    for scale in (16.0, 0.5):
+        drawn = FourierEmbedding(20_000, scale=scale).frequencies
+        assert drawn.std().item() == pytest.approx(scale, rel=0.03)
+        assert abs(drawn.mean().item()) < 5 * scale / 100
+    assert FourierEmbedding(20_000).frequencies.std().item() == pytest.approx(16, rel=0.03)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+def test_fourier_scale_out_of_range(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+        FourierEmbedding(8, scale=scale)
+
+
+def test_fourier_frequencies_are_kept_but_not_trained() -> None:
+    torch.manual_seed(0)
+    net = NCSNpp(1, width=4, multipliers=(1,), blocks=1, attention_levels=())
+    name = "embedding.label_features.frequencies"
+    frequencies = net.get_parameter(name)
+    before = frequencies.clone()
+    assert not frequencies.requires_grad
+    assert torch.equal(net.state_dict()[name], frequencies)
+    ema = EMA(net, decay=0.9)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        x, sigma = torch.randn(2, 1, 4, 4), torch.rand(2) + 0.5
+        optimizer.zero_grad()
+        (net(x, sigma) - x).square().mean().backward()
+        optimizer.step()
+        ema.update(net)
+    assert frequencies.grad is None
+    assert torch.equal(frequencies, before)
+    averaged = ema.model.get_parameter(name)
+    torch.testing.assert_close(averaged, before, rtol=1e-7, atol=0)
+    other = NCSNpp(1, width=4, multipliers=(1,), blocks=1, attention_levels=())
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.get_parameter(name), before)
+    assert net.double().get_parameter(name).dtype == torch.float64
+    assert net.to("meta").get_parameter(name).is_meta
 
 
 def test_signed_log_hand_computed() -> None:
     # Three frequencies: 1/4, 2, 16; label sinh(1/2).
-    label = torch.tensor([math.sinh(0.5), -math.sinh(0.5)], dtype=torch.float64)
+    label = double([math.sinh(0.5), -math.sinh(0.5)])
     sines = [0.12467473338522769, 0.8414709848078965, 0.9893582466233818]  # of 1/8, 1, 8
     cosines = [0.992197667229329, 0.5403023058681398, -0.14550003380861354]
     got = SignedLogEmbedding(6)(label)
-    expected = torch.tensor([sines + cosines, [-s for s in sines] + cosines], dtype=torch.float64)
+    expected = double([sines + cosines, [-s for s in sines] + cosines])
     torch.testing.assert_close(got, expected)
 
 
@@ -45,39 +142,94 @@ def test_signed_log_separates_labels_of_every_magnitude(labels: tuple[float, flo
     assert (e[0] - e[1]).norm() > 0.2
 
 
-@pytest.mark.parametrize("embedding", [PositionalEmbedding, SignedLogEmbedding])
-def test_half_precision_labels_are_embedded_in_float32(
-    embedding: type[PositionalEmbedding] | type[SignedLogEmbedding],
-) -> None:
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_half_precision_labels_are_embedded_in_float32(kind: type[nn.Module]) -> None:
     label = torch.tensor([896.0], dtype=torch.bfloat16)  # exact in bfloat16
-    got = embedding(16)(label)
+    embedding = kind(16)
+    got = embedding(label)
     assert got.dtype == torch.float32
-    assert torch.equal(got, embedding(16)(label.float()))
-    assert embedding(16)(torch.tensor([3])).dtype == torch.float32
-    assert embedding(16)(label.double()).dtype == torch.float64
+    assert torch.equal(got, embedding(label.float()))
+    assert embedding(torch.tensor([3])).dtype == torch.float32
+    assert embedding(label.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("embedding", [PositionalEmbedding, SignedLogEmbedding])
+@pytest.mark.parametrize("kind", EMBEDDINGS)
 @pytest.mark.parametrize("features", [2, 5])
-def test_features_out_of_range(
-    embedding: type[PositionalEmbedding] | type[SignedLogEmbedding], features: int
-) -> None:
+def test_features_out_of_range(kind: type[nn.Module], features: int) -> None:
     with pytest.raises(ValueError, match=f"even and at least 4, got {features}"):
-        embedding(features)
+        kind(features)
 
 
-def test_condition_embedding_formula() -> None:
-    torch.manual_seed(0)
-    net = ConditionEmbedding(PositionalEmbedding(4), 4, 6, num_classes=3).double()
-    for p in net.parameters():
-        torch.nn.init.normal_(p)
-    label = torch.tensor([1.5, 20.0], dtype=torch.float64)
-    labels = torch.tensor([2, 0])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("activation", [F.silu, F.relu])
+def test_condition_embedding_formula(late: bool, activation) -> None:
+    net = ConditionEmbedding(
+        PositionalEmbedding(4),
+        4,
+        6,
+        num_classes=3,
+        condition_features=2,
+        late_classes=late,
+        style=None if activation is F.silu else Style(1, activation=activation),
+    ).double()
+    fill(net, 1.0)
+    label, labels = double([1.5, 20.0]), torch.tensor([2, 0])
+    condition = double([[0.5, -1.0], [2.0, 0.25]])
     w = dict(net.named_parameters())
-    frequency = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    frequency = double([1.0, 1e-4])
     e = torch.cat([torch.sin(label[:, None] * frequency), torch.cos(label[:, None] * frequency)], 1)
-    hidden = e @ w["linear_1.weight"].T + w["linear_1.bias"]
-    hidden = hidden / (1 + torch.exp(-hidden))
+    e = e + condition @ w["condition.weight"].T
+    classes = w["classes.weight"][[2, 0]]
+    assert classes.shape[1] == (6 if late else 4)
+    if not late:
+        e = e + classes
+    hidden = activation(e @ w["linear_1.weight"].T + w["linear_1.bias"])
     expected = hidden @ w["linear_2.weight"].T + w["linear_2.bias"]
-    expected = expected + w["classes.weight"][[2, 0]]
-    torch.testing.assert_close(net(label, labels), expected)
+    if late:
+        expected = expected + classes
+    got = net(label, labels, condition)
+    torch.testing.assert_close(got, activation(expected))
+    without = net(label, labels)
+    torch.testing.assert_close(net(label, labels, torch.zeros_like(condition)), without)
+    assert (got - without).abs().max() > 1e-3
+
+
+def test_condition_embedding_is_initialised_by_its_style() -> None:
+    scales = []
+    style = Style(1, initialise=lambda layer, scale: scales.append(scale))
+    ConditionEmbedding(PositionalEmbedding(4), 4, 6, style=style)
+    assert scales == [1.0, 1.0]
+    net = ConditionEmbedding(PositionalEmbedding(4), 4, 6)
+    assert not net.linear_1.bias.any()
+    assert not net.linear_2.bias.any()
+
+
+@pytest.mark.parametrize("name", ["num_classes", "condition_features"])
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_condition_embedding_errors(name: str, value: float, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"{name} must be .*got {value}"):
+        ConditionEmbedding(PositionalEmbedding(4), 4, 6, **{name: value})
+
+
+def test_sigma_table() -> None:
+    table = SigmaTable((50.0, 1 / 3, 0.01))
+    expected = double([0.01, 50.0, 1 / 3])
+    for dtype in (torch.int64, torch.float32, torch.bfloat16, torch.float64):
+        assert torch.equal(table(torch.tensor([2, 0, 1], dtype=dtype)), expected)
+    assert torch.equal(table.half()(torch.tensor([2, 0, 1])), expected)  # keeps its precision
+    assert not table.state_dict()
+    assert table.to("meta").sigmas.is_meta
+    assert torch.equal(table.to_empty(device="cpu")(torch.tensor([2, 0, 1])), expected)
+
+
+@pytest.mark.parametrize(("label", "low", "high"), [(3.0, 0.0, 3.0), (-1.0, -1.0, 0.0)])
+def test_number_out_of_range(label: float, low: float, high: float) -> None:
+    message = rf"label must be the number .* in \[0, 3\), got values {low} to {high}"
+    with pytest.raises(ValueError, match=message):
+        SigmaTable((3.0, 2.0, 1.0))(torch.tensor([0.0, label]))
+
+
+@pytest.mark.parametrize("sigmas", [(), (1.0, 0.0), (-1.0,), (1.0, math.inf), (math.nan, 1.0)])
+def test_sigmas_out_of_range(sigmas: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="sigmas must be positive, finite numbers, got"):
+        SigmaTable(sigmas)

@@ -42,14 +42,14 @@ RELEASED = [
         (48.24929163302676, 24268.018543110506),
     ),
     (
-        {"channels": 2, "activation": "lrelu", "data_range": UNIT},
+        {"channels": 2, "activation": "leaky_relu", "data_range": UNIT},
         (6, 4),
         (0.00436522405677, -0.0012505726059, -0.000316436848852),
         (1.48089312539, -1.51639283644, 1.43233702871),
         (0.3906498065861372, 122.73334000710607),
     ),
     (
-        {"channels": 1, "activation": "swish", "data_range": UNIT},
+        {"channels": 1, "activation": "silu", "data_range": UNIT},
         (4, 8),
         (0.0340495949506, 0.0129000395004, 0.00647465484138),
         (-0.154796872379, 0.822571967154, -4.68482513733),
@@ -187,7 +187,7 @@ def test_shapes_and_gradients_to_every_parameter(
 
 
 def test_config_builds_the_same_network() -> None:
-    net = small(3, levels=((1, 1), (2, 2)), activation="swish", dims=1)
+    net = small(3, levels=((1, 1), (2, 2)), activation="silu", dims=1)
     again = NCSNv2(**net.config)
     again.load_state_dict(net.state_dict())
     x = torch.randn(2, 3, 5)
@@ -274,7 +274,7 @@ def test_bad_input(arguments: tuple[Tensor, ...], error: type[Exception], match:
         ({"width": 4.0}, TypeError, "width must be an int, got 4.0"),
         ({"width": 1}, ValueError, "width must be at least 2, got 1"),
         ({"dims": 4}, ValueError, "dims must be one of 1, 2, 3, got 4"),
-        ({"activation": "gelu"}, ValueError, "activation must be one of 'elu', .* got 'gelu'"),
+        ({"activation": "gelu"}, ValueError, "activation must be one of 'silu', .* got 'gelu'"),
         ({"levels": ()}, ValueError, "levels must have one row .* got none"),
         ({"levels": (1, 2, 2)}, TypeError, r"levels must be rows \(multiplier, dilation\), got 1"),
         ({"levels": ((1, 1, 1),)}, TypeError, r"levels must be rows .* got \(1, 1, 1\)"),

@@ -209,6 +209,8 @@ def test_a_tensor_kernel_equals_the_numbers() -> None:
         assert torch.equal(fir_upsample(x, kernel), fir_upsample(x))
         square = torch.outer(kernel, kernel)
         assert torch.equal(fir_downsample(x, square), fir_downsample(x))
+    kernel = torch.tensor([0.1, 0.3], dtype=torch.float16)  # whose products are not exact in it
+    assert torch.equal(upfirdn(x, kernel), upfirdn(x, kernel.tolist()))
 
 
 def test_a_kernel_shorter_than_the_factor_skips_pixels() -> None:

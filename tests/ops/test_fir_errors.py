@@ -45,6 +45,7 @@ def test_input(function, x, error, message) -> None:
         ([[1, 1], [1, 1]], TypeError, r"kernel must be a number, got \[1, 1\]"),
         ([1.0, float("nan")], ValueError, "kernel must be finite, got nan"),
         ([1.0, float("inf")], ValueError, "kernel must be finite, got inf"),
+        ([1.0, float("-inf")], ValueError, "kernel must be finite, got -inf"),
         (torch.ones(0), ValueError, r"kernel must have a tap, got shape \(0,\)"),
         (torch.tensor(1.0), ValueError, r"1 or 2 dimensions, got shape \(\)"),
         (torch.ones(2, 2, 2), ValueError, r"1 or 2 dimensions, got shape \(2, 2, 2\)"),

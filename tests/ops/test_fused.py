@@ -36,10 +36,20 @@ def test_numbers_by_the_interpreter() -> None:
     "capability", [90, *(pytest.param(number, marks=pytest.mark.slow) for number in (75, 80, 100))]
 )
 @pytest.mark.parametrize(
-    ("dtype", "up", "down", "last"),
-    [("fp32", 2, 1, False), ("fp16", 1, 2, False), ("bf16", 2, 1, True)],
+    ("dtype", "up", "down", "last", "shape"),
+    [
+        ("fp32", 2, 1, False, (2, 16, 32, 32)),
+        ("fp16", 1, 2, False, (2, 16, 32, 32)),
+        ("bf16", 2, 1, True, (2, 16, 32, 32)),
+        ("fp32", 1, 2, False, (2, 16, 1024)),
+        # Arguments that are 1 are constants of the kernel.
+        ("fp32", 1, 2, False, (16, 128, 2, 2)),
+        ("fp32", 2, 1, False, (1, 1024, 1, 1)),
+    ],
 )
-def test_compiles_as_launched(monkeypatch, tmp_path, capability, dtype, up, down, last) -> None:
+def test_compiles_as_launched(
+    monkeypatch, tmp_path, capability, dtype, up, down, last, shape
+) -> None:
     pytest.importorskip("triton", reason="the fused kernel needs Triton")
     import triton
     from triton.backends.compiler import GPUTarget
@@ -55,20 +65,21 @@ def test_compiles_as_launched(monkeypatch, tmp_path, capability, dtype, up, down
             return lambda *values, **options: launches.append((grid, values, options))
 
     monkeypatch.setattr(_triton, "upfirdn_kernel", Recorder())
-    x = torch.zeros(2, 16, 32, 32)
+    x = torch.zeros(shape)
     x = x.to(memory_format=torch.channels_last) if last else x
-    plan = _fused.plan(x, (0.25, 0.75, 0.75, 0.25), 1.0, up, down, [(2 // down, 1)] * 2)
+    pads = [(2 // down, 1)] * (x.ndim - 2)
+    plan = _fused.plan(x, (0.25, 0.75, 0.75, 0.25), 1.0, up, down, pads)
     y = _triton.launch(x, plan)
-    assert y.shape == (2, 16, 32 * up // down, 32 * up // down)
-    ((grid, values, options),) = launches
+    assert y.shape == (*shape[:2], *(n * up // down for n in shape[2:]))
+    (((programs,), values, options),) = launches
+    # A program has 2048 outputs, fewer where cells reach beyond the image.
+    assert y.numel() // 2048 <= programs <= y.numel() // 512
 
     names = kernel.arg_names
     values = dict(zip(names, values, strict=False))
     fusion = options.pop("enable_fp_fusion")
-    # Each output once: 2048 a program.
-    assert grid == (y.numel() // 2048,)
-    constants = {**options, **({} if last else {"inner": values["inner"]})}
-    assert last or values["inner"] == 1
+    constants = {**options, **{name: 1 for name, n in values.items() if type(n) is int and n == 1}}
+    assert last or "inner" in constants
     signature = {name: "constexpr" if name in constants else "i32" for name in names}
     signature |= {"x_pointer": f"*{dtype}", "y_pointer": f"*{dtype}", "gain": "fp32"}
     aligned = {
@@ -85,23 +96,24 @@ def test_compiles_as_launched(monkeypatch, tmp_path, capability, dtype, up, down
     assert compiled.asm["cubin"].startswith(b"\x7fELF")
     assert "f64" not in compiled.asm["ptx"]
     # Each thread stores neighbours together.
-    assert last or "st.global.v" in compiled.asm["ptx"]
+    assert last or shape[-1] < 32 or "st.global.v" in compiled.asm["ptx"]
 
 
 def test_sums_hand_computed() -> None:
     # Upsampled by 2 with (2, 1) zeros around: windows on 0 0 x0 0 x1 0 ...
-    assert Line((1.0, 2.0, 3.0, 4.0), 2, 1, 2, 5, 10).sums(4) == (
-        (-1, (4.0, 2.0)),
-        (0, (3.0, 1.0)),
-        (0, (4.0, 2.0)),
-        (1, (3.0, 1.0)),
-    )
-    assert Line((1.0, 2.0, 3.0), 1, 2, 1, 6, 3).sums(2) == (
-        (-1, (3.0, 2.0, 1.0)),
-        (1, (3.0, 2.0, 1.0)),
-    )
+    line = Line((1.0, 2.0, 3.0, 4.0), 2, 1, 2, 5, 10)
+    assert line.sums(4) == ((-1, 0, 0, 1), ((4.0, 2.0), (3.0, 1.0)) * 2)
+    line = Line((1.0, 2.0, 3.0), 1, 2, 1, 6, 3)
+    assert line.sums(2) == ((-1, 1), ((3.0, 2.0, 1.0),) * 2)
     # A tap too few: every third output is zero.
-    assert Line((1.0, 2.0), 3, 1, 0, 2, 5).sums(3) == ((0, (2.0,)), (1, ()), (1, (1.0,)))
+    line = Line((1.0, 2.0), 3, 1, 0, 2, 5)
+    assert line.sums(3) == ((0, 1, 1), ((2.0,), (), (1.0,)))
+
+
+def test_plans_hold_floats() -> None:
+    vertical, horizontal, gain = _fused.plan(X[0], (1, 2), 3, 1, 1, [(1, 0)])
+    assert repr((gain, vertical.taps)) == "(3.0, (1.0,))"
+    assert repr(tuple(horizontal)) == "((1.0, 2.0), 1, 1, 1, 4, 4)"
 
 
 def test_the_transpose_of_the_transpose() -> None:
@@ -121,12 +133,13 @@ def test_what_the_kernel_would_not_see() -> None:
         return x
 
     torch.func.vmap(note)(X)
+    torch.func.vmap(lambda x: x + note(X))(X)  # as it would a tensor from outside
     torch.func.jvp(note, (X,), (X,))
     torch.func.grad(lambda x: note(x).sum())(X)
     with FlopCounterMode(display=False):
         note(X)
     note(X.as_subclass(type("Subclass", (torch.Tensor,), {})))
-    assert seen == [True] * 5
+    assert seen == [True] * 6
     compiled = torch.compile(lambda x: x + _fused._hidden(x), backend="eager", fullgraph=True)
     assert torch.equal(compiled(X), X + 1)
 

@@ -26,16 +26,16 @@ def fused_is_used() -> None:
 @pytest.mark.parametrize("last", [False, True])
 def test_values_and_gradients(dtype, shape, last) -> None:
     x = normal(*shape, dtype=dtype)
-    if last and x.ndim == 4:
-        x = x.to(memory_format=torch.channels_last)
-    x.requires_grad_()
+    memory_format = torch.channels_last if last and x.ndim == 4 else torch.contiguous_format
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
     for up, down, pads in ((2, 1, (2, 1)), (1, 2, (1, 1)), (1, 1, (2, 2)), (3, 2, (-1, 4))):
         pads = [pads if n > 1 else (4, 4) for n in shape[2:]]
         y = upfirdn(x, TAPS, up=up, down=down, padding=pads)
         expected = _plain.upfirdn(x.double(), TAPS, 1.0, up, down, pads)
-        tolerance = {"rtol": 1.01 * torch.finfo(dtype).eps, "atol": 2e-5}
+        # float32 sums up to 16 products of taps that sum to 121.
+        tolerance = {"rtol": 1.01 * torch.finfo(dtype).eps, "atol": 2e-4}
         torch.testing.assert_close(y.double(), expected, **tolerance)
-        assert y.stride() == torch.empty_like(expected).stride()
+        assert y.is_contiguous(memory_format=memory_format)
         g = torch.randn_like(y)
         (got,) = torch.autograd.grad(y, x, g)
         (want,) = torch.autograd.grad(expected, x, g.double())
@@ -76,8 +76,8 @@ def test_transforms_and_compilation_take_plain_torch() -> None:
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GiB of memory")
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("needs 32 GiB of memory")
     x = torch.zeros(1, 2**13, 2**9, 2**9, device="cuda", dtype=torch.float16)
     x[0, -1] = 1.0
     y = fir_downsample(fir_upsample(x, [1, 1]), [1, 1])

@@ -19,7 +19,7 @@ from diffusionkit.checkpoints._score_sde_settings import (
 )
 from diffusionkit.networks import DDPMUNet, NCSNpp, NCSNv2
 from diffusionkit.networks.ncsnv2 import LEVELS_64, LEVELS_128, LEVELS_256
-from diffusionkit.sde import SubVPSDE, VPSDE
+from diffusionkit.sde import VPSDE, SubVPSDE
 
 _ACTIVATIONS = {"swish": "silu", "lrelu": "leaky_relu", "elu": "elu", "relu": "relu"}
 

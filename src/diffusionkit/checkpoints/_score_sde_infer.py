@@ -70,6 +70,8 @@ def infer_options(path: object, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         CheckpointError: If the tensors are of no network of this kind.
     """
     try:
+        if any(tensor.numel() == 0 for tensor in tensors.values()):
+            raise ValueError("a tensor without elements")
         return _Reader(_modules(tensors)).options()
     except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
@@ -86,7 +88,10 @@ class _Reader:
         self.at = 0
         blocks = [module for module in modules if module.is_block]
         self.biggan = not any("NIN_0.W" in module for module in blocks)
-        self.found: dict[str, Any] = {"resblock": "biggan" if self.biggan else "ddpm"}
+        self.found: dict[str, Any] = {
+            "resblock": "biggan" if self.biggan else "ddpm",
+            "progressive_input": "none",
+        }
         for module in modules:
             if "Conv2d_0.weight" in module:
                 self.found["fir_kernel"] = FIR
@@ -142,7 +147,6 @@ class _Reader:
 
     def input_branch(self, c: int) -> int:
         module = self.modules[self.at]
-        self.found.setdefault("progressive_input", "none")
         if module.is_block or not {"Conv_0.weight", "Conv2d_0.weight"} & set(module.shapes):
             return c
         self.at += 1

@@ -1,5 +1,7 @@
 """The names of score_sde's tensors: modules numbered in the order of the forward pass."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from diffusionkit.checkpoints._transfer import Source, rename
 from diffusionkit.networks import NCSNpp
 from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
 from diffusionkit.networks.embeddings import FourierEmbedding
-from diffusionkit.networks.pyramids import Head, InputSkip, OutputSkip
+from diffusionkit.networks.pyramids import Head, InputSkip, OutputSkip, OutputStart
 from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample
 from diffusionkit.networks.stages import Stage
 
@@ -21,11 +23,11 @@ _BLOCK = {
 
 def _rows(*weights: Tensor) -> Tensor:
     # Their matrices act from the right.
-    return torch.cat([weight.t() for weight in weights])
+    return torch.stack([weight.t() for weight in weights]).flatten(0, 1)
 
 
 def _joined(*biases: Tensor) -> Tensor:
-    return torch.cat(biases)
+    return torch.stack(biases).flatten()
 
 
 class _Walk:
@@ -107,7 +109,7 @@ def score_sde_sources(network: NCSNpp, first: int = 0) -> dict[str, Source]:
     Returns:
         Sources by the names of our tensors.
     """
-    walk = _Walk(network, first)
+    walk, net = _Walk(network, first), cast(Any, network)
     embedding = network.embedding
     if embedding is not None:
         if isinstance(embedding.label_features, FourierEmbedding):
@@ -115,33 +117,31 @@ def score_sde_sources(network: NCSNpp, first: int = 0) -> dict[str, Source]:
             walk.sources[name] = Source((f"{walk.next()}.W",))
         walk.plain(embedding.linear_1)
         walk.plain(embedding.linear_2)
-    walk.plain(network.input)
-    for level, encoder in enumerate(network.encoder):
+    walk.plain(net.input)
+    for level, encoder in enumerate(net.encoder):
         if level > 0:
-            walk.stage(network.downs[level - 1])
-            if network.input_branch is not None:
-                step = network.input_branch[level - 1]
+            walk.stage(net.downs[level - 1])
+            if net.input_branch is not None:
+                step = net.input_branch[level - 1]
                 if isinstance(step, InputSkip):
                     walk.plain(step.conv, "Conv_0")
                 else:
                     walk.resampling(step.down)
         for stage in encoder.stages:
             walk.stage(stage)
-    for stage in network.middle:
+    for stage in net.middle:
         walk.stage(stage)
-    for level, decoder in enumerate(network.decoder):
+    for level, decoder in enumerate(net.decoder):
         if level > 0:
-            walk.stage(network.ups[level - 1])
+            walk.stage(net.ups[level - 1])
         for stage in decoder.stages:
             walk.stage(stage)
-        if network.output_branch is not None:
-            step = network.output_branch[level]
-            if isinstance(step, OutputSkip):
+        if net.output_branch is not None:
+            step = net.output_branch[level]
+            if isinstance(step, OutputSkip | OutputStart):
                 walk.head(step.head)
-            elif step.start is not None:
-                walk.head(step.start)
             else:
                 walk.resampling(step.up)
-    if network.head is not None:
-        walk.head(network.head)
+    if net.head is not None:
+        walk.head(net.head)
     return walk.sources

@@ -23,11 +23,14 @@ class Setting:
         sde: The process that the network was trained for.
         kind: The kind of model: what the network predicts.
         label: What the network is told about time; that of the kind if None.
+        sigmas: The noise levels by number, or the largest and the smallest; None if they do not
+            matter.
     """
 
     sde: ForwardSDE
     kind: type[NetworkModel] = EpsModel
     label: Label | None = None
+    sigmas: tuple[float, ...] | None = None
 
     def model(self, network: nn.Module, data_range: tuple[float, float]) -> NetworkModel:
         """Make the score model of a network for data of a range."""
@@ -36,12 +39,14 @@ class Setting:
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Setting:
     """VE with times between the levels: the network is told sigma."""
-    return Setting(VESDE(sigma_min, sigma_max), RawScoreModel, SigmaLabel())
+    sde = VESDE(sigma_min, sigma_max)
+    return Setting(sde, RawScoreModel, SigmaLabel(), (sigma_max, sigma_min))
 
 
 def smld(sigmas: list[float]) -> Setting:
     """VE with numbered levels, the largest first: the network is told the number."""
-    return Setting(VESDE(sigmas[-1], sigmas[0]), RawScoreModel, IndexLabel(sigmas))
+    sde = VESDE(sigmas[-1], sigmas[0])
+    return Setting(sde, RawScoreModel, IndexLabel(sigmas), tuple(sigmas))
 
 
 def ddpm(steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Setting:
@@ -79,7 +84,7 @@ PUBLISHED: dict[str, Configured] = {
     "ve/cifar10_ncsnpp_continuous": _ve(NCSNpp.cifar10, 50.0),
     "ve/cifar10_ncsnpp_deep_continuous": _ve(partial(NCSNpp.cifar10, deep=True), 50.0),
     "ve/cifar10_ddpm": _smld(_ddpm_on_smld, 50.0),
-    "ve/celeba_ncsnpp": _smld(NCSNpp.cifar10_smld, 90.0),
+    "ve/celeba_ncsnpp": _smld(NCSNpp.celeba_64_smld, 90.0),
     "ve/bedroom_ncsnpp_continuous": _ve(NCSNpp.lsun_256, 378.0),
     "ve/church_ncsnpp_continuous": _ve(NCSNpp.lsun_256, 380.0),
     "ve/celebahq_256_ncsnpp_continuous": _ve(NCSNpp.celebahq_256, 348.0),

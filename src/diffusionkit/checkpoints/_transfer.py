@@ -1,8 +1,8 @@
 """Foreign tensors into our networks: every tensor accounted for, or an error that lists them."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def rename(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, Source
 
 
 def transfer(
-    path: str | Path,
+    path: str | os.PathLike[str],
     network: nn.Module,
     sources: Mapping[str, Source],
     tensors: Mapping[str, Tensor],
@@ -64,7 +64,9 @@ def transfer(
     Raises:
         CheckpointError: If tensors are missing, extra or misshapen; it lists them.
     """
-    problems, state, used = [], {}, set()
+    problems: list[str] = []
+    state: dict[str, Tensor] = {}
+    used: set[str] = set()
     for name, wanted in network.state_dict().items():
         source = sources.get(name)
         if source is None:
@@ -83,6 +85,10 @@ def transfer(
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
             problems.append(
                 f"{', '.join(source.keys)}: expected what makes {tuple(wanted.shape)}, got {shapes}"
+            )
+        elif not made.is_floating_point():
+            problems.append(
+                f"{', '.join(source.keys)}: expected floating-point numbers, got {made.dtype}"
             )
         elif not made.isfinite().all():
             problems.append(f"{', '.join(source.keys)}: expected finite numbers, got others")

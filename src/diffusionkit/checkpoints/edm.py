@@ -58,8 +58,8 @@ def load_edm(path: str | os.PathLike[str]) -> NetworkModel:
     ema: EDMObject = read_edm_pickle(path)["ema"]
     try:
         network, rules = _network(path, ema)
-        make = _MODELS[ema.class_name]
-    except KeyError as error:
+        model = _MODELS[ema.class_name](network, ema.init_kwargs)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: expected a known network of EDM, got {error}") from error
     tensors = {
         name.removeprefix("model."): tensor
@@ -67,7 +67,7 @@ def load_edm(path: str | os.PathLike[str]) -> NetworkModel:
         if not name.endswith("resample_filter") and name != "u"
     }
     transfer(path, network, rules, tensors)
-    return make(network, ema.init_kwargs).eval()
+    return model.eval()
 
 
 def _edm(network: torch.nn.Module, options: Mapping[str, Any]) -> NetworkModel:
@@ -122,9 +122,7 @@ def _network(
         "width": given.get("model_channels", 128 if song else 192),
         "multipliers": multipliers,
         "blocks": given.get("num_blocks", 4 if song else 3),
-        "attention_levels": tuple(
-            i for i in range(len(multipliers)) if size >> i in attended
-        ),
+        "attention_levels": tuple(i for i in range(len(multipliers)) if size >> i in attended),
         "dropout": given.get("dropout", 0.1),
         "num_classes": given.get("label_dim", 0) or None,
         "condition_features": given.get("augment_dim", 0) or None,
@@ -146,8 +144,8 @@ def _song(given: Mapping[str, Any], options: dict[str, Any]) -> NCSNpp:
     if noise != {"positional": 1, "fourier": 2}[embedding]:
         raise KeyError(f"channel_mult_noise {noise} with a {embedding} embedding")
     kernel = tuple(given.get("resample_filter", (1, 1)))
-    branches = {"standard": "none", "skip": "input_skip", "residual": "residual"}
-    outputs = {"standard": "none", "skip": "output_skip"}
+    branches: Any = {"standard": "none", "skip": "input_skip", "residual": "residual"}
+    outputs: Any = {"standard": "none", "skip": "output_skip"}
     return NCSNpp(
         **options,
         embedding="positional" if embedding == "positional" else "fourier_linear",
@@ -175,14 +173,16 @@ def _sources(network: NCSNpp | ADMUNet, size: int, song: bool) -> dict[str, Sour
             **rename("", "", {"head.norm": "out_norm", "head.conv": "out_conv"}),
         }
 
+    net: Any = network
+
     def stage(ours: str, theirs: str) -> None:
         sources.update(rename(f"{ours}.block.", f"{theirs}.", _BLOCK))
-        attention = network.get_submodule(ours).attention
+        attention = net.get_submodule(ours).attention
         if attention is not None:
             sources.update(_attention(f"{ours}.attention", theirs, attention.heads))
 
-    last = len(network.encoder) - 1
-    for level, encoder in enumerate(network.encoder):
+    last = len(net.encoder) - 1
+    for level, encoder in enumerate(net.encoder):
         res = f"{size >> level}x{size >> level}"
         if level > 0:
             stage(f"downs.{level - 1}", f"enc.{res}_down")
@@ -193,7 +193,7 @@ def _sources(network: NCSNpp | ADMUNet, size: int, song: bool) -> dict[str, Sour
             stage(f"encoder.{level}.stages.{b}", f"enc.{res}_block{b}")
     for i in range(2):
         stage(f"middle.{i}", f"dec.{size >> last}x{size >> last}_in{i}")
-    for i, decoder in enumerate(network.decoder):
+    for i, decoder in enumerate(net.decoder):
         res = f"{size >> (last - i)}x{size >> (last - i)}"
         if i > 0:
             stage(f"ups.{i - 1}", f"dec.{res}_up")

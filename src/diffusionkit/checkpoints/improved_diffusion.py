@@ -135,6 +135,8 @@ def _infer(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], learn_sigma: bool | None
 ) -> dict[str, Any]:
     try:
+        if any(tensor.numel() == 0 for tensor in tensors.values()):
+            raise ValueError("a tensor without elements")
         return _options({key: tuple(t.shape) for key, t in tensors.items()}, learn_sigma)
     except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
@@ -213,8 +215,10 @@ def _sources(network: ADMUNet, order: str) -> dict[str, Source]:
         **rename("", "", {"head.norm": "out.0", "head.conv": "out.2"}),
     }
 
+    net: Any = network
+
     def layer(ours: str, theirs: str) -> None:
-        module = network.get_submodule(ours)
+        module = net.get_submodule(ours)
         if isinstance(module, ResidualBlock):
             names = _BLOCK
         else:
@@ -223,13 +227,13 @@ def _sources(network: ADMUNet, order: str) -> dict[str, Source]:
 
     def stage(ours: str, theirs: str) -> bool:
         layer(f"{ours}.block", f"{theirs}.0")
-        attention = network.get_submodule(ours).attention
+        attention = net.get_submodule(ours).attention
         if attention is not None:
             sources.update(_attention(f"{ours}.attention", f"{theirs}.1", attention.heads, order))
         return attention is not None
 
     i = 1
-    for level, encoder in enumerate(network.encoder):
+    for level, encoder in enumerate(net.encoder):
         if level > 0:
             layer(f"downs.{level - 1}.block", f"input_blocks.{i}.0")
             i += 1
@@ -237,14 +241,14 @@ def _sources(network: ADMUNet, order: str) -> dict[str, Source]:
             stage(f"encoder.{level}.stages.{b}", f"input_blocks.{i}")
             i += 1
     layer("middle.0.block", "middle_block.0")
-    middle = network.get_submodule("middle.0.attention")
+    middle = net.get_submodule("middle.0.attention")
     sources.update(_attention("middle.0.attention", "middle_block.1", middle.heads, order))
     layer("middle.1.block", "middle_block.2")
     j = 0
-    for level, decoder in enumerate(network.decoder):
+    for level, decoder in enumerate(net.decoder):
         for b in range(len(decoder.stages)):
             attends = stage(f"decoder.{level}.stages.{b}", f"output_blocks.{j}")
-            if b == len(decoder.stages) - 1 and level < len(network.ups):
+            if b == len(decoder.stages) - 1 and level < len(net.ups):
                 layer(f"ups.{level}.block", f"output_blocks.{j}.{1 + attends}")
             j += 1
     return sources

@@ -95,7 +95,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{path}: expected {_EXPECTED}, got a foreign file")
     if about.get("version") != str(_VERSION):
         raise CheckpointError(f"{path}: expected version {_VERSION}, got {about.get('version')!r}")
-    kind = _CLASSES.get(about.get("network", ""))
+    kind = _CLASSES.get(str(about.get("network")))
     if kind is None:
         raise CheckpointError(
             f"{path}: expected one of {', '.join(_CLASSES)}, got {about.get('network')!r}"
@@ -112,6 +112,8 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
             f"{path}: expected a configuration of {kind.__name__}, got {error}"
         ) from error
     dtypes = {value.dtype for value in state.values()}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise CheckpointError(f"{path}: expected floating-point weights, got {dtypes}")
     if len(dtypes) == 1:
         network.to(dtypes.pop())
     assign(path, "network", network, state)

@@ -1,11 +1,13 @@
 """Checkpoints of score_sde, the code of Song et al., 2021, in PyTorch."""
 
+import itertools
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffusionkit._files import CheckpointError, read_torch
@@ -58,17 +60,21 @@ def load_score_sde(
         Equations, 2021, https://arxiv.org/abs/2011.13456.
     """
     tensors = _read(path, ema)
-    # To 12 digits: the file has them by way of logarithms.
-    levels = tensors.pop("sigmas", torch.tensor([50.0, 0.01]))
-    sigmas = [float(f"{sigma:.12g}") for sigma in levels.flatten().tolist()]
+    sigmas = _levels(path, tensors.pop("sigmas", None))
     if isinstance(network, nn.Module):
         setting = _guess(network, sigmas)
     elif network is None:
-        network = _infer(path, tensors, sigmas)
+        try:
+            network = _infer(path, tensors, sigmas)
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: expected {_EXPECTED}, got {error}") from error
         setting = _guess(network, sigmas)
     else:
         make, setting = configured(network)
         network = make()
+    _check_levels(path, setting.sigmas, sigmas)
     sources = _sources(network, tensors)
     transfer(path, network, sources, tensors)
     return setting.model(network, network.config["data_range"]).eval()
@@ -79,7 +85,7 @@ def _read(path: str | os.PathLike[str], ema: bool) -> dict[str, Tensor]:
     wanted = ("model", "ema") if ema else ("model",)
     if not isinstance(data, Mapping) or any(key not in data for key in wanted):
         keys = list(data) if isinstance(data, Mapping) else type(data).__name__
-        raise CheckpointError(f"{path}: expected {_EXPECTED}, got {str(keys):.200}")
+        raise CheckpointError(f"{path}: expected {_EXPECTED}, got {keys!s:.200}")
     model = data["model"]
     tensors_only = isinstance(model, Mapping) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in model.items()
@@ -87,6 +93,8 @@ def _read(path: str | os.PathLike[str], ema: bool) -> dict[str, Tensor]:
     if not tensors_only or not model:
         raise CheckpointError(f"{path}: expected tensors by name under 'model', got something else")
     tensors = {key.removeprefix("module."): value for key, value in model.items()}
+    if len(tensors) < len(model):
+        raise CheckpointError(f"{path}: expected names with or without 'module.', got one as both")
     return _averaged(path, data["ema"], tensors) if ema else tensors
 
 
@@ -112,6 +120,31 @@ def _averaged(
                 f"got {tuple(shadow.shape)}"
             )
     return tensors | dict(zip(names, shadows, strict=True))
+
+
+def _levels(path: str | os.PathLike[str], sigmas: Tensor | None) -> list[float]:
+    # To 12 digits: the file has them by way of logarithms.
+    given = [] if sigmas is None or sigmas.is_complex() else sigmas.flatten().tolist()
+    levels = [float(f"{sigma:.12g}") for sigma in given]
+    if len(levels) < 2 or not all(a > b for a, b in itertools.pairwise((math.inf, *levels, 0.0))):
+        raise CheckpointError(
+            f"{path}: expected sigmas, decreasing noise levels, got {len(levels)}: {levels[:6]}"
+        )
+    return levels
+
+
+def _check_levels(
+    path: str | os.PathLike[str], wanted: Sequence[float] | None, sigmas: Sequence[float]
+) -> None:
+    """Refuse a file of other noise levels than the setting's, numbered or only bounded."""
+    if wanted is None:
+        return
+    got = sigmas if len(wanted) > 2 else (sigmas[0], sigmas[-1])
+    if len(wanted) != len(got) or not all(map(partial(math.isclose, rel_tol=1e-6), wanted, got)):
+        raise CheckpointError(
+            f"{path}: sigmas: expected {wanted[0]:g} ... {wanted[-1]:g}, {len(wanted)} levels, "
+            f"got {got[0]:g} ... {got[-1]:g}, {len(got)} levels"
+        )
 
 
 def _infer(
@@ -155,7 +188,7 @@ def _guess(network: nn.Module, sigmas: list[float]) -> Setting:
     return Setting(VPSDE())
 
 
-def _sources(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Source]:
+def _sources(network: NCSNpp | NCSNv2, tensors: dict[str, Tensor]) -> dict[str, Source]:
     if isinstance(network, NCSNv2):
         return {ours: Source((theirs,)) for ours, theirs in ncsnv2_keys(network).items()}
     if network.embedding is not None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import nn
 
 from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
-from diffusionkit.networks.checks import check_dropout, check_layout, check_positive
+from diffusionkit.networks.checks import check_dropout, check_layout, check_optional, check_positive
 from diffusionkit.networks.config import remembers
 from diffusionkit.networks.embeddings import ConditionEmbedding, PositionalEmbedding
 from diffusionkit.networks.layers import Style, default_or_zero_
@@ -98,11 +98,8 @@ class ADMUNet(UNet):
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         decoder_heads = heads if decoder_heads is None else decoder_heads
-        check_positive(
-            heads=heads, decoder_heads=decoder_heads, group_channels=group_channels
-        )
-        if head_channels is not None:
-            check_positive(head_channels=head_channels)
+        check_positive(heads=heads, decoder_heads=decoder_heads, group_channels=group_channels)
+        check_optional(head_channels=head_channels)
         out = (channels if out_channels is None else out_channels) * (2 if learn_sigma else 1)
         style = Style(
             dims,
@@ -182,7 +179,7 @@ class ADMUNet(UNet):
         Returns:
             The network.
         """
-        published = {"multipliers": (1, 2, 3, 4), "attention_levels": (2, 3)}
+        published: dict[str, Any] = {"multipliers": (1, 2, 3, 4), "attention_levels": (2, 3)}
         if large:
             published |= {"width": 192, "num_classes": 1000}
         return cls(**published | options)
@@ -197,7 +194,7 @@ class ADMUNet(UNet):
         Returns:
             The network.
         """
-        published = {
+        published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 2, 4, 4),
             "blocks": 2,
             "attention_levels": (4,),
@@ -216,7 +213,7 @@ class ADMUNet(UNet):
         Returns:
             The network: 295.90 million parameters.
         """
-        published = {
+        published: dict[str, Any] = {
             "width": 192,
             "multipliers": (1, 2, 3, 4),
             "attention_levels": (1, 2, 3),
@@ -237,7 +234,11 @@ class ADMUNet(UNet):
         Returns:
             The network: 421.53 million parameters.
         """
-        published = {"multipliers": (1, 1, 2, 3, 4), "attention_levels": (2, 3, 4), "heads": 4}
+        published: dict[str, Any] = {
+            "multipliers": (1, 1, 2, 3, 4),
+            "attention_levels": (2, 3, 4),
+            "heads": 4,
+        }
         return cls.imagenet256(**published | {"head_channels": None} | options)
 
     @classmethod
@@ -250,7 +251,7 @@ class ADMUNet(UNet):
         Returns:
             The network: 553.84 million parameters.
         """
-        published = {
+        published: dict[str, Any] = {
             "width": 256,
             "multipliers": (1, 1, 2, 2, 4, 4),
             "blocks": 2,
@@ -271,7 +272,7 @@ class ADMUNet(UNet):
         Returns:
             The network: 559.00 million parameters.
         """
-        published = {
+        published: dict[str, Any] = {
             "multipliers": (0.5, 1, 1, 2, 2, 4, 4),
             "attention_levels": (4, 5, 6),
         }

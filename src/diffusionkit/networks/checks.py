@@ -26,6 +26,35 @@ def check_positive(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_optional(**values: int | None) -> None:
+    """Refuse counts that are neither positive integers nor None.
+
+    Args:
+        **values: The counts by name.
+
+    Raises:
+        TypeError: If one is not an int.
+        ValueError: If one is below 1.
+    """
+    check_positive(**{name: value for name, value in values.items() if value is not None})
+
+
+def check_fir_kernel(kernel: Sequence[float] | None) -> None:
+    """Refuse FIR taps that cannot resample by two.
+
+    Args:
+        kernel: The taps, or None for none.
+
+    Raises:
+        ValueError: If there are fewer than two, one is not finite or their sum is zero.
+    """
+    if kernel is None:
+        return
+    total = sum(kernel)
+    if len(kernel) < 2 or not math.isfinite(total) or total == 0:
+        raise ValueError(f"fir_kernel must be at least two taps of nonzero sum, got {kernel}")
+
+
 def check_dropout(dropout: float) -> None:
     """Refuse a dropout probability outside [0, 1).
 
@@ -72,7 +101,7 @@ def check_layout(
         TypeError: If a count is not an int.
         ValueError: If an argument is out of range.
     """
-    check_positive(width=width)
+    check_positive(dims=dims, width=width)
     if width < 4 or width % 2:  # an embedding has as many features
         raise ValueError(f"width must be even and at least 4, got {width}")
     if dims not in (1, 2, 3):
@@ -93,6 +122,40 @@ def check_layout(
                 f"{len(multipliers)} multipliers, got {level}"
             )
     return [int(width * multiplier) for multiplier in multipliers]
+
+
+def check_data_range(data_range: tuple[float, float]) -> tuple[float, float]:
+    """Refuse a range of the data that is none.
+
+    Args:
+        data_range: Smallest and largest value of the data.
+
+    Returns:
+        Scale and shift of the affine map that takes the range to [-1, 1].
+
+    Raises:
+        ValueError: If the range is not finite and increasing.
+    """
+    low, high = data_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"data_range must be finite and increasing, got {data_range}")
+    return 2 / (high - low), -(high + low) / (high - low)
+
+
+def check_divisible(x: Tensor, factor: int) -> None:
+    """Refuse an input whose spatial sizes cannot be halved as often as the network does.
+
+    Args:
+        x: Input (B, C, ...).
+        factor: Total down-sampling.
+
+    Raises:
+        ValueError: If a spatial size is not divisible by it.
+    """
+    if any(size % factor for size in x.shape[2:]):
+        raise ValueError(
+            f"every spatial size of x must be divisible by {factor}, got {tuple(x.shape[2:])}"
+        )
 
 
 def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
@@ -141,6 +204,27 @@ def check_label(x: Tensor, label: Tensor) -> None:
         raise TypeError(f"label must be real, got {label.dtype}")
     if label.device != x.device:
         raise ValueError(f"label must be on {x.device} like x, got {label.device}")
+
+
+def check_number(label: Tensor, count: int) -> None:
+    """Refuse a label that is not the number of an entry of a table.
+
+    The values are read on the CPU only: elsewhere it would wait for the device.
+
+    Args:
+        label: Label (B,).
+        count: Number of entries.
+
+    Raises:
+        ValueError: If a label is outside [0, count).
+    """
+    if label.device.type == "cpu" and not torch.compiler.is_compiling() and len(label):
+        low, high = label.min().item(), label.max().item()
+        if not (low >= 0 and high < count):
+            raise ValueError(
+                f"label must be the number of a noise level, in [0, {count}), "
+                f"got values {low} to {high}"
+            )
 
 
 def check_classes(x: Tensor, labels: Tensor | None, num_classes: int | None) -> None:

@@ -3,15 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
-P = ParamSpec("P")
-N = TypeVar("N")
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
-def remembers(
-    init: Callable[Concatenate[N, P], None],
-) -> Callable[Concatenate[N, P], None]:
+def remembers(init: Init) -> Init:
     """Let a constructor keep its arguments, defaults included, in ``self.config``.
 
     A parameter ``**options`` is unfolded. Where a constructor calls another of this kind, the
@@ -26,7 +23,7 @@ def remembers(
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def remembering(self: N, *args: P.args, **kwargs: P.kwargs) -> None:
+    def remembering(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         arguments: dict[str, Any] = dict(list(bound.arguments.items())[1:])
@@ -36,4 +33,4 @@ def remembers(
         self.__dict__["config"] = arguments | outer
         init(self, *args, **kwargs)
 
-    return remembering
+    return cast(Init, remembering)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from diffusionkit.networks.config import remembers
-from diffusionkit.networks.ncsnpp import Embedding, NCSNpp
+from diffusionkit.networks.embeddings import LabelEmbedding
+from diffusionkit.networks.ncsnpp import NCSNpp
 
 
 class DDPMUNet(NCSNpp):
@@ -50,7 +51,7 @@ class DDPMUNet(NCSNpp):
         channels: int = 3,
         *,
         blocks: int = 2,
-        embedding: Embedding | None = "positional",
+        embedding: LabelEmbedding | None = "positional",
         resblock: Literal["biggan", "ddpm"] = "ddpm",
         fir_kernel: Sequence[float] | None = None,
         progressive_input: Literal["none", "input_skip", "residual"] = "none",
@@ -87,7 +88,7 @@ class DDPMUNet(NCSNpp):
 
     @classmethod
     def celebahq_256(cls, **options: Any) -> Self:
-        """Build the network for CelebA-HQ and LSUN of 256 pixels, data in [-1, 1].
+        """Build the network for CelebA-HQ of 256 pixels, data in [-1, 1].
 
         Args:
             **options: Options that differ from the published ones.
@@ -95,11 +96,14 @@ class DDPMUNet(NCSNpp):
         Returns:
             The network, label the step from 0 to 999, output the noise.
         """
-        published = {
+        published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 2, 4, 4),
             "attention_levels": (4,),
             "dropout": 0.0,
         }
         return cls(**published | options)
 
-    lsun_256 = celebahq_256
+    @classmethod
+    def lsun_256(cls, **options: Any) -> Self:
+        """Build the network for LSUN of 256 pixels: that of `celebahq_256`."""
+        return cls.celebahq_256(**options)

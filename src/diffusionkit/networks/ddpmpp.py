@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from diffusionkit.networks.config import remembers
-from diffusionkit.networks.ncsnpp import Embedding, NCSNpp
+from diffusionkit.networks.embeddings import LabelEmbedding
+from diffusionkit.networks.ncsnpp import NCSNpp
 
 
 class DDPMpp(NCSNpp):
@@ -49,7 +50,7 @@ class DDPMpp(NCSNpp):
         self,
         channels: int = 3,
         *,
-        embedding: Embedding | None = "positional",
+        embedding: LabelEmbedding | None = "positional",
         fir_kernel: Sequence[float] | None = None,
         progressive_input: Literal["none", "input_skip", "residual"] = "none",
         scale_by_sigma: bool = False,
@@ -89,7 +90,11 @@ class DDPMpp(NCSNpp):
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
         """
-        published = {"multipliers": (2, 2, 2), "dropout": 0.13, "condition_features": 9}
+        published: dict[str, Any] = {
+            "multipliers": (2, 2, 2),
+            "dropout": 0.13,
+            "condition_features": 9,
+        }
         return cls(**published | options)
 
     @classmethod
@@ -102,5 +107,9 @@ class DDPMpp(NCSNpp):
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
         """
-        published = {"multipliers": (1, 2, 2, 2), "attention_levels": (2,), "dropout": 0.05}
+        published: dict[str, Any] = {
+            "multipliers": (1, 2, 2, 2),
+            "attention_levels": (2,),
+            "dropout": 0.05,
+        }
         return cls.edm_cifar10(**published | options)

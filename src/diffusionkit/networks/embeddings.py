@@ -1,13 +1,17 @@
 """What a network makes of the label (time) and of the class it is given."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusionkit.networks.checks import check_number, check_optional
 from diffusionkit.networks.layers import Style, linear
+
+LabelEmbedding = Literal["fourier", "fourier_linear", "positional"]
 
 
 def _as_float(label: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ class FourierEmbedding(nn.Module):
         log: Whether the logarithm of the label is embedded: for labels that are a noise level.
 
     Raises:
-        ValueError: If `features` is odd or below 4.
+        ValueError: If `features` is odd or below 4, or the scale is not positive and finite.
 
     Source:
         M. Tancik et al., Fourier Features Let Networks Learn High Frequency Functions in Low
@@ -99,6 +103,8 @@ class FourierEmbedding(nn.Module):
         """Draw the frequencies."""
         super().__init__()
         _check_features(features)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {scale}")
         self.log = log
         self.frequencies = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
 
@@ -177,6 +183,10 @@ class ConditionEmbedding(nn.Module):
         late_classes: Whether the class embedding is added after both linear layers.
         style: Whose initialiser and activation are taken, or None for fan-averaged and SiLU.
 
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If a count is below 1.
+
     Source:
         Late classes as P. Dhariwal and A. Nichol, 2021, https://arxiv.org/abs/2105.05233; early
         ones and the vector as T. Karras et al., 2022, https://arxiv.org/abs/2206.00364.
@@ -195,6 +205,7 @@ class ConditionEmbedding(nn.Module):
     ) -> None:
         """Build the layers."""
         super().__init__()
+        check_optional(num_classes=num_classes, condition_features=condition_features)
         make = linear if style is None else style.linear
         self.activation = F.silu if style is None else style.activation
         self.label_features = label_features
@@ -253,9 +264,19 @@ class SigmaTable(nn.Module):
         super().__init__()
         if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
             raise ValueError(f"sigmas must be positive, finite numbers, got {list(sigmas)[:6]}")
+        self.values = tuple(sigmas)
         # Part of the configuration, not of the state.
-        table = torch.tensor(sigmas, dtype=torch.float64)
-        self.register_buffer("sigmas", table, persistent=False)
+        self.register_buffer("sigmas", self._table(torch.device("cpu")), persistent=False)
+
+    def _table(self, device: torch.device) -> Tensor:
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        return torch.tensor(self.values, dtype=exact, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Noise levels move with the network; its precision is not theirs.
+        device = fn(self.sigmas.new_empty(0, dtype=torch.float32)).device
+        self.sigmas = self._table(device)
+        return self
 
     def forward(self, label: Tensor) -> Tensor:
         """Look up noise levels.
@@ -264,7 +285,47 @@ class SigmaTable(nn.Module):
             label: Numbers (B,) of noise levels, which may be floating-point.
 
         Returns:
-            Noise levels (B,), at least float32.
+            Noise levels (B,).
+
+        Raises:
+            ValueError: If a label is out of range, on the CPU.
         """
-        dtype = torch.promote_types(label.dtype, torch.float32)
-        return self.sigmas.to(dtype)[label.long()]
+        check_number(label, len(self.values))
+        return self.sigmas[label.long()]
+
+
+def make_embedding(
+    kind: LabelEmbedding | None,
+    width: int,
+    style: Style,
+    fourier_scale: float,
+    num_classes: int | None,
+    condition_features: int | None,
+) -> ConditionEmbedding | None:
+    """Make the embedding of the networks of Song et al., with all classes and conditions early.
+
+    Args:
+        kind: What it is made of: "fourier", "fourier_linear" or "positional"; None for none.
+        width: Width of the network; the embedding has four times as many channels.
+        style: Whose initialiser and activation are taken.
+        fourier_scale: Standard deviation of the frequencies of Fourier features.
+        num_classes: Number of classes, or None.
+        condition_features: Size of the condition vector, or None.
+
+    Returns:
+        The embedding, or None.
+    """
+    if kind is None:
+        return None
+    features = width if kind == "positional" else 2 * width
+    label_features: nn.Module = PositionalEmbedding(features)
+    if kind != "positional":
+        label_features = FourierEmbedding(features, scale=fourier_scale, log=kind == "fourier")
+    return ConditionEmbedding(
+        label_features,
+        features,
+        4 * width,
+        num_classes=num_classes,
+        condition_features=condition_features,
+        style=style,
+    )

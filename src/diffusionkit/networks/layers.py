@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -21,6 +22,13 @@ _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu": F.elu,
+    "leaky_relu": partial(F.leaky_relu, negative_slope=0.2),
+}
 
 _HALF_POWER = 1 / math.sqrt(2)
 
@@ -186,3 +194,17 @@ class Style:
             x + h or (x + h) / sqrt(2).
         """
         return (x + h) * _HALF_POWER if self.rescale else x + h
+
+
+def over_level(h: Tensor, level: Tensor) -> Tensor:
+    r"""Divide a network's output by noise levels, which half precision could not hold.
+
+    Args:
+        h: Output (B, C, \*spatial).
+        level: Noise levels (B,).
+
+    Returns:
+        h / level, in the dtype of h.
+    """
+    level = level.to(torch.promote_types(h.dtype, torch.float32))
+    return (h / level.reshape(-1, *(1,) * (h.ndim - 1))).to(h.dtype)

@@ -1,5 +1,7 @@
 """A residual multi-layer perceptron for vectors."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,6 +66,8 @@ class MLP(nn.Module):
         torch.Size([5, 2])
     """
 
+    config: dict[str, Any]
+
     @remembers
     def __init__(
         self,
@@ -80,8 +84,6 @@ class MLP(nn.Module):
         check_positive(features=features, out_features=out_features, width=width, depth=depth)
         if width < 2:  # normalising a single unit leaves nothing of it
             raise ValueError(f"width must be at least 2, got {width}")
-        if num_classes is not None:
-            check_positive(num_classes=num_classes)
         self.features = features
         self.num_classes = num_classes
         self.embedding = ConditionEmbedding(

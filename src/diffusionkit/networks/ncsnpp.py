@@ -1,36 +1,35 @@
 """NCSN++, the U-Net of which DDPM++ and DDPM are other choices of options."""
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
-from diffusionkit.networks.checks import check_choice, check_dropout, check_layout, check_positive
+from diffusionkit.networks.checks import (
+    check_choice,
+    check_dropout,
+    check_fir_kernel,
+    check_layout,
+    check_positive,
+)
 from diffusionkit.networks.config import remembers
 from diffusionkit.networks.embeddings import (
-    ConditionEmbedding,
-    FourierEmbedding,
-    PositionalEmbedding,
+    LabelEmbedding,
     SigmaTable,
+    make_embedding,
 )
-from diffusionkit.networks.layers import Style
-from diffusionkit.networks.pyramids import Head, InputResidual, InputSkip, OutputResidual, OutputSkip
+from diffusionkit.networks.layers import ACTIVATIONS, Style
+from diffusionkit.networks.pyramids import (
+    Head,
+    InputResidual,
+    InputSkip,
+    OutputResidual,
+    OutputSkip,
+    OutputStart,
+)
 from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
 from diffusionkit.networks.unet import UNet
-
-Embedding = Literal["fourier", "fourier_linear", "positional"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "elu": F.elu,
-    "leaky_relu": partial(F.leaky_relu, negative_slope=0.2),
-}
 
 
 class NCSNpp(UNet):
@@ -118,7 +117,7 @@ class NCSNpp(UNet):
         num_classes: int | None = None,
         condition_features: int | None = None,
         low_res_channels: int | None = None,
-        embedding: Embedding | None = "fourier",
+        embedding: LabelEmbedding | None = "fourier",
         fourier_scale: float = 16.0,
         resblock: Literal["biggan", "ddpm"] = "biggan",
         fir_kernel: Sequence[float] | None = (1, 3, 3, 1),
@@ -139,9 +138,10 @@ class NCSNpp(UNet):
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         check_positive(group_channels=group_channels)
+        check_fir_kernel(fir_kernel)
         check_choice("embedding", embedding, ("fourier", "fourier_linear", "positional", None))
         check_choice("resblock", resblock, ("biggan", "ddpm"))
-        check_choice("activation", activation, tuple(_ACTIVATIONS))
+        check_choice("activation", activation, tuple(ACTIVATIONS))
         check_choice("progressive", progressive, ("none", "output_skip", "residual"))
         check_choice("progressive_input", progressive_input, ("none", "input_skip", "residual"))
         check_choice("progressive_combine", progressive_combine, ("sum", "cat"))
@@ -155,7 +155,7 @@ class NCSNpp(UNet):
             rescale=skip_rescale,
             adaptive_scale=adaptive_scale,
             group_channels=group_channels,
-            activation=_ACTIVATIONS[activation],
+            activation=ACTIVATIONS[activation],
         )
 
         def block(c: int, out: int) -> nn.Module:
@@ -173,7 +173,9 @@ class NCSNpp(UNet):
         def up(c: int) -> nn.Module:
             if resblock == "biggan":
                 return ResidualBlock(c, c, style, resample=Upsample(fir_kernel), project=True)
-            return ConvUpsample(c, c, style, fir_kernel) if resample_with_conv else Upsample(fir_kernel)
+            if resample_with_conv:
+                return ConvUpsample(c, c, style, fir_kernel)
+            return Upsample(fir_kernel)
 
         def input_branch(c: int, width: int) -> nn.Module:
             if progressive_input == "residual":
@@ -181,10 +183,13 @@ class NCSNpp(UNet):
             return InputSkip(c, width, style, fir_kernel, progressive_combine)
 
         def output_branch(c: int | None, width: int) -> nn.Module:
-            if progressive == "residual":
-                return OutputResidual(c, width, style, fir_kernel)
-            return OutputSkip(width, out, style, fir_kernel)
+            if progressive == "output_skip":
+                return OutputSkip(width, out, style, fir_kernel)
+            if c is None:
+                return OutputStart(width, style)
+            return OutputResidual(c, width, style, fir_kernel)
 
+        noise_level = nn.Identity() if sigmas is None else SigmaTable(sigmas)
         super().__init__(
             channels,
             out_channels=out,
@@ -195,7 +200,7 @@ class NCSNpp(UNet):
             blocks=blocks,
             attention_levels=attention_levels,
             attend_all=False,
-            embedding=_embedding(
+            embedding=make_embedding(
                 embedding, width, style, fourier_scale, num_classes, condition_features
             ),
             block=block,
@@ -205,7 +210,7 @@ class NCSNpp(UNet):
             input_branch=None if progressive_input == "none" else input_branch,
             output_branch=None if progressive == "none" else output_branch,
             head=None if progressive == "output_skip" else lambda c: Head(c, out, style),
-            noise_level=_noise_level(scale_by_sigma, sigmas),
+            noise_level=noise_level if scale_by_sigma else None,
             data_range=data_range,
             activation_checkpointing=activation_checkpointing,
         )
@@ -221,7 +226,8 @@ class NCSNpp(UNet):
         Returns:
             The network: 62,758,915 parameters (107,587,075 if deep), label sigma.
         """
-        return cls(**{"blocks": 8 if deep else 4, "data_range": (0.0, 1.0)} | options)
+        published: dict[str, Any] = {"blocks": 8 if deep else 4, "data_range": (0.0, 1.0)}
+        return cls(**published | options)
 
     @classmethod
     def cifar10_vp(cls, *, deep: bool = False, **options: Any) -> Self:
@@ -234,31 +240,46 @@ class NCSNpp(UNet):
         Returns:
             The network: 62,693,251 parameters if not deep, label 999 t, output the noise.
         """
-        published = {"blocks": 8 if deep else 4, "embedding": "positional", "scale_by_sigma": False}
+        published: dict[str, Any] = {
+            "blocks": 8 if deep else 4,
+            "embedding": "positional",
+            "scale_by_sigma": False,
+        }
         return cls(**published | options)
 
     @classmethod
     def cifar10_smld(cls, *, sigma_max: float = 50.0, **options: Any) -> Self:
-        """Build the network for CIFAR-10 or CelebA of 64 pixels and 1000 discrete VE levels.
+        """Build the network for CIFAR-10 and 1000 discrete VE levels, data in [0, 1].
 
         Args:
-            sigma_max: Largest noise level, 50 for CIFAR-10 and 90 for CelebA.
+            sigma_max: Largest noise level.
             **options: Options that differ from the published ones.
 
         Returns:
-            The network, data in [0, 1], label the number of the level from the largest.
+            The network: 62,693,251 parameters, label the number of the level from the largest.
         """
-        levels = torch.linspace(math.log(sigma_max), math.log(0.01), 1000, dtype=torch.float64)
-        published = {
+        published: dict[str, Any] = {
             "embedding": "positional",
-            "sigmas": tuple(levels.exp().tolist()),
+            "sigmas": tuple(sigma_max * (0.01 / sigma_max) ** (i / 999) for i in range(1000)),
             "data_range": (0.0, 1.0),
         }
         return cls(**published | options)
 
     @classmethod
-    def image_256(cls, **options: Any) -> Self:
-        """Build the network for CelebA-HQ, FFHQ and LSUN of 256 pixels and VE, data in [0, 1].
+    def celeba_64_smld(cls, **options: Any) -> Self:
+        """Build the network for CelebA of 64 pixels and 1000 discrete VE levels, data in [0, 1].
+
+        Args:
+            **options: Options that differ from the published ones.
+
+        Returns:
+            The network: 62,693,251 parameters, label the number of the level from the largest.
+        """
+        return cls.cifar10_smld(sigma_max=90.0, **{"attention_levels": (2,)} | options)
+
+    @classmethod
+    def celebahq_256(cls, **options: Any) -> Self:
+        """Build the network for CelebA-HQ of 256 pixels and VE, data in [0, 1].
 
         Args:
             **options: Options that differ from the published ones.
@@ -266,7 +287,7 @@ class NCSNpp(UNet):
         Returns:
             The network: 65,574,549 parameters, label sigma.
         """
-        published = {
+        published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 2, 2, 2, 2),
             "blocks": 2,
             "attention_levels": (4,),
@@ -277,11 +298,19 @@ class NCSNpp(UNet):
         }
         return cls(**published | options)
 
-    celebahq_256 = ffhq_256 = lsun_256 = image_256
+    @classmethod
+    def ffhq_256(cls, **options: Any) -> Self:
+        """Build the network for FFHQ of 256 pixels: that of `celebahq_256`."""
+        return cls.celebahq_256(**options)
 
     @classmethod
-    def image_1024(cls, **options: Any) -> Self:
-        """Build the network for CelebA-HQ and FFHQ of 1024 pixels and VE, data in [0, 1].
+    def lsun_256(cls, **options: Any) -> Self:
+        """Build the network for LSUN of 256 pixels: that of `celebahq_256`."""
+        return cls.celebahq_256(**options)
+
+    @classmethod
+    def celebahq_1024(cls, **options: Any) -> Self:
+        """Build the network for CelebA-HQ of 1024 pixels and VE, data in [0, 1].
 
         Args:
             **options: Options that differ from the published ones.
@@ -289,15 +318,18 @@ class NCSNpp(UNet):
         Returns:
             The network: 105,785,896 parameters, label sigma.
         """
-        published = {
+        published: dict[str, Any] = {
             "width": 16,
             "multipliers": (1, 2, 4, 8, 16, 32, 32, 32),
             "blocks": 1,
             "attention_levels": (6,),
         }
-        return cls.image_256(**published | options)
+        return cls.celebahq_256(**published | options)
 
-    celebahq_1024 = ffhq_1024 = image_1024
+    @classmethod
+    def ffhq_1024(cls, **options: Any) -> Self:
+        """Build the network for FFHQ of 1024 pixels: that of `celebahq_1024`."""
+        return cls.celebahq_1024(**options)
 
     @classmethod
     def edm_cifar10(cls, **options: Any) -> Self:
@@ -309,7 +341,7 @@ class NCSNpp(UNet):
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
         """
-        published = {
+        published: dict[str, Any] = {
             "multipliers": (2, 2, 2),
             "dropout": 0.13,
             "embedding": "fourier_linear",
@@ -328,35 +360,9 @@ class NCSNpp(UNet):
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
         """
-        published = {"multipliers": (1, 2, 2, 2), "attention_levels": (2,), "dropout": 0.05}
+        published: dict[str, Any] = {
+            "multipliers": (1, 2, 2, 2),
+            "attention_levels": (2,),
+            "dropout": 0.05,
+        }
         return cls.edm_cifar10(**published | options)
-
-
-def _embedding(
-    kind: Embedding | None,
-    width: int,
-    style: Style,
-    fourier_scale: float,
-    num_classes: int | None,
-    condition_features: int | None,
-) -> ConditionEmbedding | None:
-    if kind is None:
-        return None
-    features = width if kind == "positional" else 2 * width
-    label_features: nn.Module = PositionalEmbedding(features)
-    if kind != "positional":
-        label_features = FourierEmbedding(features, scale=fourier_scale, log=kind == "fourier")
-    return ConditionEmbedding(
-        label_features,
-        features,
-        4 * width,
-        num_classes=num_classes,
-        condition_features=condition_features,
-        style=style,
-    )
-
-
-def _noise_level(scale_by_sigma: bool, sigmas: Sequence[float] | None) -> nn.Module | None:
-    if not scale_by_sigma:
-        return None
-    return nn.Identity() if sigmas is None else SigmaTable(sigmas)

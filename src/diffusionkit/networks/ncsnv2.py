@@ -11,14 +11,16 @@ from torch.utils.checkpoint import checkpoint
 from diffusionkit.networks.checks import (
     check_choice,
     check_classes,
+    check_data_range,
+    check_divisible,
     check_input,
     check_label,
     check_positive,
 )
 from diffusionkit.networks.config import remembers
 from diffusionkit.networks.embeddings import SigmaTable
+from diffusionkit.networks.layers import ACTIVATIONS, over_level
 from diffusionkit.networks.refine import (
-    ACTIVATIONS,
     DilatedBlock,
     InstanceNormPlus,
     Refinement,
@@ -51,7 +53,7 @@ class NCSNv2(nn.Module):
         width: Number of channels that the multipliers multiply, at least 2.
         levels: One row (multiplier, dilation) per level: channels over `width`, and dilation of
             the convolutions.
-        activation: "elu", "relu", "lrelu" (of slope 0.2) or "swish".
+        activation: Activation function of all layers; "leaky_relu" with a slope of 0.2.
         data_range: Range of the data, which is mapped to [-1, 1] first.
         activation_checkpointing: Whether activations within levels and refinement blocks are
             computed again in the backward pass instead of being kept: less memory, more time,
@@ -73,6 +75,8 @@ class NCSNv2(nn.Module):
         torch.Size([4, 1, 8, 12])
     """
 
+    config: dict[str, Any]
+
     @remembers
     def __init__(
         self,
@@ -82,7 +86,7 @@ class NCSNv2(nn.Module):
         dims: int = 2,
         width: int = 128,
         levels: Levels = LEVELS_64,
-        activation: Literal["elu", "relu", "lrelu", "swish"] = "elu",
+        activation: Literal["silu", "relu", "elu", "leaky_relu"] = "elu",
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
@@ -94,13 +98,10 @@ class NCSNv2(nn.Module):
         check_choice("dims", dims, (1, 2, 3))
         check_choice("activation", activation, tuple(ACTIVATIONS))
         _check_levels(levels)
-        low, high = data_range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"data_range must be finite and increasing, got {data_range}")
         self.channels = channels
         self.dims = dims
         self.factor = 2 ** sum(dilation == 1 for _, dilation in levels[1:])  # total down-sampling
-        self.scale, self.shift = 2 / (high - low), -(high + low) / (high - low)
+        self.scale, self.shift = check_data_range(data_range)
         self.recompute = activation_checkpointing
         self.noise_level = SigmaTable(sigmas)
         self.activation = act = ACTIVATIONS[activation]
@@ -140,11 +141,7 @@ class NCSNv2(nn.Module):
             ValueError: If a shape or a device is wrong.
         """
         check_input(x, self.channels, self.dims, self.input.weight)
-        if any(size % self.factor for size in x.shape[2:]):
-            raise ValueError(
-                f"every spatial size of x must be divisible by {self.factor}, "
-                f"got {tuple(x.shape[2:])}"
-            )
+        check_divisible(x, self.factor)
         check_label(x, label)
         check_classes(x, labels, None)
         if (self.scale, self.shift) != (1.0, 0.0):
@@ -159,8 +156,7 @@ class NCSNv2(nn.Module):
         for refine in self.refinements:
             refined = self._run(refine, features.pop(), refined)
         h = self.output(self.activation(self.norm(refined)))
-        sigma: Tensor = self.noise_level(label).reshape(-1, *(1,) * self.dims, 1)
-        return (h / sigma).to(h.dtype)
+        return over_level(h, self.noise_level(label))
 
     def _run(self, part: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -207,7 +203,7 @@ class NCSNv2(nn.Module):
 
     @classmethod
     def bedroom_128(cls, **options: Any) -> Self:
-        """Build the network for LSUN bedrooms and towers of 128 pixels, data in [0, 1].
+        """Build the network for LSUN bedrooms of 128 pixels, data in [0, 1].
 
         Args:
             **options: Options that differ from the published ones.
@@ -217,7 +213,10 @@ class NCSNv2(nn.Module):
         """
         return cls(**_published(1086, 190.0, LEVELS_128) | options)
 
-    tower_128 = bedroom_128
+    @classmethod
+    def tower_128(cls, **options: Any) -> Self:
+        """Build the network for LSUN towers of 128 pixels: that of `bedroom_128`."""
+        return cls.bedroom_128(**options)
 
     @classmethod
     def ffhq_256(cls, **options: Any) -> Self:

@@ -155,41 +155,59 @@ class OutputSkip(nn.Module):
         return out if pyramid is None else self.up(pyramid) + out, h
 
 
+class OutputStart(nn.Module):
+    """The convolutional branch of the output starts as a head of the coarsest features.
+
+    Args:
+        width: Number of channels of the features and of the branch.
+        style: What the network's blocks have in common.
+    """
+
+    def __init__(self, width: int, style: Style) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.head = Head(width, width, style, scale=1.0)
+
+    def forward(self, pyramid: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Start the branch.
+
+        Args:
+            pyramid: None.
+            h: Features (B, width, \*spatial).
+
+        Returns:
+            The branch (B, width, \*spatial), and the features as they are.
+        """
+        return self.head(h), h
+
+
 class OutputResidual(nn.Module):
     """The up-sampling convolution of the branch is joined to the features and replaces them.
 
     Args:
-        channels: Number of channels of the branch below, or None at the coarsest resolution,
-            where a head of the features starts the branch.
+        channels: Number of channels of the branch below.
         width: Number of channels of the features.
         style: What the network's blocks have in common.
         fir_kernel: One-dimensional FIR kernel of the up-sampling, or None to repeat entries.
     """
 
     def __init__(
-        self,
-        channels: int | None,
-        width: int,
-        style: Style,
-        fir_kernel: Sequence[float] | None,
+        self, channels: int, width: int, style: Style, fir_kernel: Sequence[float] | None
     ) -> None:
         """Build the layers."""
         super().__init__()
         self.style = style
-        self.start = Head(width, width, style, scale=1.0) if channels is None else None
-        self.up = None if channels is None else ConvUpsample(channels, width, style, fir_kernel)
+        self.up = ConvUpsample(channels, width, style, fir_kernel)
 
-    def forward(self, pyramid: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         r"""Go up one resolution.
 
         Args:
-            pyramid: The branch at the resolution below, or None at the coarsest.
+            pyramid: The branch at the resolution below (B, channels, \*(spatial / 2)).
             h: Features (B, width, \*spatial).
 
         Returns:
-            The branch at this resolution, and the features, which it is from here on.
+            The branch at this resolution, twice: it is the features from here on.
         """
-        if self.start is not None:
-            return self.start(h), h
         pyramid = self.style.join(self.up(pyramid), h)
         return pyramid, pyramid

@@ -1,7 +1,6 @@
 """The parts of NCSNv2: its normalisation, its residual block and its refinement block."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -22,13 +21,6 @@ _MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
-
-ACTIVATIONS: dict[str, Activation] = {
-    "elu": F.elu,
-    "relu": F.relu,
-    "lrelu": partial(F.leaky_relu, negative_slope=0.2),
-    "swish": F.silu,
-}
 
 
 def conv(

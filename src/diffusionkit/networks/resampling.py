@@ -110,7 +110,8 @@ class ConvUpsample(nn.Module):
             Feature map (B, out_channels, \*(2 spatial)).
         """
         if self.fir_kernel is None:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            h: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return h
         return fir_conv_upsample(x, self.conv.weight, self.conv.bias, self.fir_kernel)
 
 
@@ -152,5 +153,6 @@ class ConvDownsample(nn.Module):
             Feature map (B, out_channels, \*(spatial / 2)).
         """
         if self.fir_kernel is None:
-            return self.conv(F.pad(x, self.pads) if self.pads else x)
+            h: Tensor = self.conv(F.pad(x, self.pads) if self.pads else x)
+            return h
         return fir_conv_downsample(x, self.conv.weight, self.conv.bias, self.fir_kernel)

@@ -1,6 +1,5 @@
 """The skeleton that every U-Net of the library shares."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +10,16 @@ from torch.nn import functional as F
 from diffusionkit.networks.checks import (
     check_classes,
     check_condition,
+    check_data_range,
+    check_divisible,
     check_input,
     check_label,
     check_low_res,
+    check_optional,
     check_positive,
 )
 from diffusionkit.networks.embeddings import ConditionEmbedding
-from diffusionkit.networks.layers import Style
+from diffusionkit.networks.layers import Style, over_level
 from diffusionkit.networks.stages import DecoderLevel, EncoderLevel, Stage
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -67,6 +69,8 @@ class UNet(nn.Module):
         ValueError: If an argument is out of range.
     """
 
+    config: dict[str, Any]
+
     def __init__(
         self,
         channels: int,
@@ -94,14 +98,12 @@ class UNet(nn.Module):
         """Build the network from its parts."""
         super().__init__()
         check_positive(channels=channels, out_channels=out_channels, blocks=blocks)
-        low, high = data_range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"data_range must be finite and increasing, got {data_range}")
+        check_optional(low_res_channels=low_res_channels)
         self.channels = channels
         self.low_res_channels = low_res_channels
         self.dims = style.dims
         self.factor = 2 ** (len(widths) - 1)  # total down-sampling
-        self.scale, self.shift = 2 / (high - low), -(high + low) / (high - low)
+        self.scale, self.shift = check_data_range(data_range)
         self.embedding = embedding
         self.noise_level = noise_level
 
@@ -122,7 +124,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.downs.append(Stage(down(c), recompute=activation_checkpointing))
                 if input_branch and self.input_branch is not None:
-                    step = input_branch(branch, c)
+                    step: Any = input_branch(branch, c)
                     self.input_branch.append(step)
                     branch, c = step.branch_channels, step.out_channels
                 skips.append(c)
@@ -210,8 +212,7 @@ class UNet(nn.Module):
                 out, h = self.output_branch[level](out, h)
         result: Tensor = out if self.head is None else self.head(h)
         if self.noise_level is not None:
-            level_of = self.noise_level(label).reshape(-1, *(1,) * self.dims, 1)
-            result = (result / level_of).to(result.dtype)
+            result = over_level(result, self.noise_level(label))
         return result
 
     def _check(
@@ -223,11 +224,7 @@ class UNet(nn.Module):
         low_res: Tensor | None,
     ) -> None:
         check_input(x, self.channels, self.dims, self.input.weight)
-        if any(size % self.factor for size in x.shape[2:]):
-            raise ValueError(
-                f"every spatial size of x must be divisible by {self.factor}, "
-                f"got {tuple(x.shape[2:])}"
-            )
+        check_divisible(x, self.factor)
         check_label(x, label)
         check_classes(x, labels, None if self.embedding is None else self.embedding.num_classes)
         size = None if self.embedding is None else self.embedding.condition_features

@@ -77,12 +77,13 @@ def plan(
     Returns:
         The plan; a signal is an image of one row.
     """
+    taps = tuple(map(float, taps))  # integers would make kernels of their own
     lines = [
         Line(taps, up, down, before, n, (n * up + before + after - len(taps)) // down + 1)
         for n, (before, after) in zip(x.shape[2:], pads, strict=True)
     ]
     vertical = lines[0] if len(lines) == 2 else Line((1.0,), 1, 1, 0, 1, 1)
-    return Plan(vertical, lines[-1], gain)
+    return Plan(vertical, lines[-1], float(gain))
 
 
 def upfirdn(x: Tensor, plan: Plan) -> Tensor:

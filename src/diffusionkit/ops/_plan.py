@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-Sums = tuple[tuple[int, tuple[float, ...]], ...]
-
 
 class Line(NamedTuple):
     """`upfirdn` along one dimension.
@@ -34,7 +32,7 @@ class Line(NamedTuple):
         before = len(self.taps) - 1 - self.before
         return Line(self.taps[::-1], self.down, self.up, before, self.outputs, self.inputs)
 
-    def sums(self, count: int) -> Sums:
+    def sums(self, count: int) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
         """The first outputs as weighted sums of samples.
 
         The next `count` outputs are the same sums, `count * down / up` samples on.
@@ -43,15 +41,16 @@ class Line(NamedTuple):
             count: Number of outputs, a multiple of `up`.
 
         Returns:
-            For each output the index of a sample, negative before the first one, and the weights
-            of this and the following samples. The zeros between samples need no weight.
+            For each output the index of a sample, negative before the first one; and for each
+            the weights of this and the following samples. Zeros between samples need no weight.
         """
-        sums = []
-        for output in range(count):
-            start = output * self.down - self.before  # of the window, on the upsampled signal
-            first = -(-start // self.up)
-            sums.append((first, self.taps[::-1][first * self.up - start :: self.up]))
-        return tuple(sums)
+        starts = [output * self.down - self.before for output in range(count)]  # of the windows
+        first = [-(-start // self.up) for start in starts]
+        weights = [
+            self.taps[::-1][sample * self.up - start :: self.up]
+            for sample, start in zip(first, starts, strict=True)
+        ]
+        return tuple(first), tuple(weights)
 
 
 class Plan(NamedTuple):

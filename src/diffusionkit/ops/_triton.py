@@ -31,8 +31,10 @@ def upfirdn_kernel(
     out_height,
     out_width,
     inner,
-    SUMS_H: tl.constexpr,
-    SUMS_W: tl.constexpr,
+    FIRST_H: tl.constexpr,
+    FIRST_W: tl.constexpr,
+    WEIGHTS_H: tl.constexpr,
+    WEIGHTS_W: tl.constexpr,
     STEP_H: tl.constexpr,
     STEP_W: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -41,7 +43,7 @@ def upfirdn_kernel(
 ) -> None:
     """Filter images laid out as (planes, height, width, inner).
 
-    The outputs are cut into cells of `len(SUMS_H)` by `len(SUMS_W)`, on whose weights and place
+    The outputs are cut into cells of `len(FIRST_H)` by `len(FIRST_W)`, on whose weights and place
     among the inputs the compiler can count: cells differ only by how often they are STEP_H and
     STEP_W samples on. The outputs of a cell share loads and sums of rows. A program works on
     BLOCK_H rows of cells, of all planes one after the other, by BLOCK_W columns, which count
@@ -51,54 +53,54 @@ def upfirdn_kernel(
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-    rows = tl.cdiv(out_height, len(SUMS_H))  # of cells in a plane
+    rows = tl.cdiv(out_height, len(FIRST_H))  # of cells in a plane
     plane = row // rows
     cell_h, cell_w = row % rows, column // inner
-    inside_h, inside_w = plane < planes, column < columns
-    # Rows are few enough for 32 bits, pixels need not be.
-    stride = width.to(tl.int64) * inner
-    out_stride = out_width.to(tl.int64) * inner
+    inside = plane < planes
+    # Rows are few enough for 32 bits, pixels need not be. (A width of 1 is no tensor here.)
+    stride = tl.cast(width, tl.int64) * inner
+    out_stride = tl.cast(out_width, tl.int64) * inner
     from_h, from_w = cell_h * STEP_H, cell_w * STEP_W
     start_h = (plane * height + from_h).to(tl.int64) * stride
     start_w = from_w * inner + column % inner
     tile = x_pointer + start_h[:, None] + start_w[None, :]
 
     outputs = ()
-    for a in tl.static_range(len(SUMS_H)):
-        for b in tl.static_range(len(SUMS_W)):
+    for a in tl.static_range(len(FIRST_H)):
+        for b in tl.static_range(len(FIRST_W)):
             total = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
-            for i in tl.static_range(len(SUMS_H[a][1])):
-                at_h = from_h + (SUMS_H[a][0] + i)
-                mask_h = inside_h & (at_h >= 0) & (at_h < height)
+            for i in tl.static_range(len(WEIGHTS_H[a])):
+                at_h = from_h + (FIRST_H[a] + i)
+                mask_h = inside & (at_h >= 0) & (at_h < height)
                 line = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
-                for j in tl.static_range(len(SUMS_W[b][1])):
-                    at_w = from_w + (SUMS_W[b][0] + j)
-                    mask_w = inside_w & (at_w >= 0) & (at_w < width)
-                    offset = (SUMS_H[a][0] + i) * stride + (SUMS_W[b][0] + j) * inner
+                for j in tl.static_range(len(WEIGHTS_W[b])):
+                    at_w = from_w + (FIRST_W[b] + j)
+                    mask_w = (at_w >= 0) & (at_w < width)
+                    offset = (FIRST_H[a] + i) * stride + (FIRST_W[b] + j) * inner
                     mask = mask_h[:, None] & mask_w[None, :]
                     value = tl.load(tile + offset, mask=mask, other=0.0)
-                    line += SUMS_W[b][1][j] * value.to(tl.float32)
-                total += SUMS_H[a][1][i] * line
+                    line += WEIGHTS_W[b][j] * value.to(tl.float32)
+                total += WEIGHTS_H[a][i] * line
             # Nothing is stored before all is loaded, else nothing could be shared.
             outputs += ((total * gain).to(y_pointer.dtype.element_ty),)
 
-    for a in tl.static_range(len(SUMS_H)):
-        out_h = cell_h * len(SUMS_H) + a
-        mask_h = inside_h & (out_h < out_height)
+    for a in tl.static_range(len(FIRST_H)):
+        out_h = cell_h * len(FIRST_H) + a
+        mask_h = inside & (out_h < out_height)
         target = y_pointer + ((plane * out_height + out_h).to(tl.int64) * out_stride)[:, None]
-        if len(SUMS_W) == 2 and not CHANNELS_LAST:
+        if len(FIRST_W) == 2 and not CHANNELS_LAST:
             # Neighbours in memory are stored together.
             out_w = block * (2 * BLOCK_W) + tl.arange(0, 2 * BLOCK_W)
             mask = mask_h[:, None] & (out_w < out_width)[None, :]
             pairs = tl.interleave(outputs[2 * a], outputs[2 * a + 1])
             tl.store(target + out_w[None, :], pairs, mask=mask)
         else:
-            for b in tl.static_range(len(SUMS_W)):
-                out_w = cell_w * len(SUMS_W) + b
-                mask_w = inside_w & (out_w < out_width)
+            for b in tl.static_range(len(FIRST_W)):
+                out_w = cell_w * len(FIRST_W) + b
+                mask_w = out_w < out_width
                 offset = (out_w * inner + column % inner)[None, :]
                 mask = mask_h[:, None] & mask_w[None, :]
-                tl.store(target + offset, outputs[a * len(SUMS_W) + b], mask=mask)
+                tl.store(target + offset, outputs[a * len(FIRST_W) + b], mask=mask)
 
 
 def launch(x: Tensor, plan: Plan) -> Tensor:
@@ -123,6 +125,7 @@ def launch(x: Tensor, plan: Plan) -> Tensor:
     inner = x.shape[1] if last else 1
     planes = x.shape[0] * x.shape[1] // inner
     count = h.up * max(1, min(_ROWS, h.outputs) // h.up)
+    (first_h, weights_h), (first_w, weights_w) = h.sums(count), w.sums(w.up)
     rows, columns = planes * triton.cdiv(h.outputs, count), triton.cdiv(w.outputs, w.up) * inner
     block_w = min(triton.next_power_of_2(columns), _CELLS)
     block_h = max(1, triton.next_power_of_2(_OUTPUTS // (count * w.up * block_w)))
@@ -140,8 +143,10 @@ def launch(x: Tensor, plan: Plan) -> Tensor:
             h.outputs,
             w.outputs,
             inner,
-            SUMS_H=h.sums(count),
-            SUMS_W=w.sums(w.up),
+            FIRST_H=first_h,
+            FIRST_W=first_w,
+            WEIGHTS_H=weights_h,
+            WEIGHTS_W=weights_w,
             STEP_H=count // h.up * h.down,
             STEP_W=w.down,
             BLOCK_H=block_h,

@@ -6,4 +6,4 @@ from .subvp import SubVPSDE
 from .ve import VESDE, suggest_sigma_max
 from .vp import VPSDE
 
-__all__ = ["DDPMChain", "EDMSDE", "VESDE", "VPSDE", "SubVPSDE", "suggest_sigma_max"]
+__all__ = ["EDMSDE", "VESDE", "VPSDE", "DDPMChain", "SubVPSDE", "suggest_sigma_max"]

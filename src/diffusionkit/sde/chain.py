@@ -28,7 +28,7 @@ class DDPMChain(ForwardSDE):
         betas: the variances beta_0 ... beta_{N-1} that the steps add.
 
     Raises:
-        ValueError: unless there are some, all strictly between 0 and 1.
+        ValueError: unless there are at least two, all strictly between 0 and 1.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
@@ -41,10 +41,10 @@ class DDPMChain(ForwardSDE):
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         """Tabulate log(alpha)."""
-        table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().flatten()
-        if not len(table) or not ((table > 0) & (table < 1)).all():
+        table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().flatten().clone()
+        if len(table) < 2 or not ((table > 0) & (table < 1)).all():
             raise ValueError(
-                "betas: expected numbers strictly between 0 and 1, "
+                "betas: expected at least two numbers strictly between 0 and 1, "
                 f"got {table[:6].tolist()} ... of {len(table)}"
             )
         self.betas = table
@@ -114,7 +114,10 @@ class DDPMChain(ForwardSDE):
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_transition(s, t, self.T)
-        log_scale = self._at(t) - self._at(s)
+        # Within a step a difference of times keeps the digits that one of logarithms loses.
+        within = self._split(s)[0] == self._split(t)[0]
+        short, long = self.drift_coefficient(t) * (t - s), self._at(t) - self._at(s)
+        log_scale = torch.where(within, short, long)
         return torch.exp(log_scale), torch.sqrt(-torch.expm1(2 * log_scale))
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
@@ -128,10 +131,10 @@ class DDPMChain(ForwardSDE):
         return self._log_alpha.to(like.device, like.dtype)
 
     def _split(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the number of the step before each time, and how far it is past it."""
+        """Return the number of the step that leads to each time, and how far it is into it."""
         check_times(t, self.T)
         position = t * self.steps
-        below = position.detach().floor().long().clamp(0, self.steps - 1)
+        below = (position.detach().ceil() - 1).long().clamp(0, self.steps - 1)
         return below, position - below
 
     def _at(self, t: Tensor) -> Tensor:

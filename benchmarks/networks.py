@@ -1,0 +1,306 @@
+"""CIFAR-10 NCSN++ beside a plain re-expression of the released forward pass.
+
+Times, in turn within one run: the forward pass and the full training step (loss, backward, clip,
+Adam, average) of ours and of the released operations on the same weights; the rate of ours
+against that of a bare 3x3 convolution of 256 channels; bfloat16 autocast, channels_last and
+torch.compile. Prints medians and ratios paired by round, then the peak memory of a training step
+with and without activation checkpointing.
+
+    python benchmarks/networks.py [--rounds 9] [--threads 2] [--batch 4] [--device cpu] [--compile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusionkit import EMA, VESDE, RawScoreModel, ScoreMatching, clipped_step
+from diffusionkit.networks import NCSNpp
+
+Run = Callable[[], object]
+FLOPS = 87.05e9 / 4  # of a forward pass of one image
+TAPS = (1.0, 3.0, 3.0, 1.0)
+
+
+def native_fir(x: Tensor, up: int, down: int, pads: tuple[int, int], gain: float) -> Tensor:
+    """Zeros, padding, a convolution of single-channel images, and only then a slice."""
+    taps = torch.tensor(TAPS, dtype=x.dtype, device=x.device) / sum(TAPS)
+    kernel = torch.outer(taps, taps) * gain
+    b, c, h, w = x.shape
+    y = F.pad(x.reshape(-1, h, 1, w, 1, 1), [0, 0, 0, up - 1, 0, 0, 0, up - 1])
+    y = F.pad(y.reshape(-1, 1, h * up, w * up), [*pads, *pads])
+    y = F.conv2d(y, torch.flip(kernel, [0, 1]).view(1, 1, 4, 4))
+    y = y.permute(0, 2, 3, 1)[:, ::down, ::down, :]
+    return y.reshape(b, c, y.shape[1], y.shape[2])
+
+
+class Released(nn.Module):
+    """The operations of the released network, written anew, on the weights of one of ours."""
+
+    def __init__(self, network: NCSNpp) -> None:
+        """Keep the network whose weights are used."""
+        super().__init__()
+        self.net: Any = network
+
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Mix channels, which takes them to the last place and back."""
+        y = torch.einsum("abcd,de->abce", x.permute(0, 2, 3, 1), weight.t()) + bias
+        return y.permute(0, 3, 1, 2)
+
+    def attention(self, layer: Any, x: Tensor) -> Tensor:
+        """All weights of all pairs of positions, one after the other."""
+        b, c, height, width = x.shape
+        h = layer.norm(x)
+        weights, biases = layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)
+        q, k, v = (self.dense(h, w, bias) for w, bias in zip(weights, biases, strict=True))
+        p = torch.einsum("bchw,bcij->bhwij", q, k) * int(c) ** (-0.5)
+        p = F.softmax(p.reshape(b, height, width, height * width), dim=-1)
+        p = p.reshape(b, height, width, height, width)
+        h = torch.einsum("bhwij,bcij->bchw", p, v)
+        h = self.dense(h, layer.out.weight, layer.out.bias)
+        return (x + h) / np.sqrt(2.0)
+
+    def block(self, layer: Any, x: Tensor, emb: Tensor, resample: str = "") -> Tensor:
+        """A BigGAN block."""
+        h = F.silu(layer.norm_1(x))
+        if resample == "up":
+            h, x = (native_fir(a, 2, 1, (2, 1), 4.0) for a in (h, x))
+        elif resample == "down":
+            h, x = (native_fir(a, 1, 2, (1, 1), 1.0) for a in (h, x))
+        h = layer.conv_1(h)
+        h += layer.embedding(F.silu(emb))[:, :, None, None]
+        h = F.silu(layer.norm_2(h))
+        h = layer.conv_2(layer.dropout(h))
+        return (layer.shortcut(x) + h) / np.sqrt(2.0)
+
+    def stage(self, stage: Any, x: Tensor, emb: Tensor, resample: str = "") -> Tensor:
+        """A block and perhaps an attention."""
+        h = self.block(stage.block, x, emb, resample)
+        return h if stage.attention is None else self.attention(stage.attention, h)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Evaluate the network."""
+        net = self.net
+        frequencies = net.embedding.label_features.frequencies
+        angle = torch.log(sigma)[:, None] * frequencies[None, :] * 2 * np.pi
+        emb = net.embedding.linear_1(torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1))
+        emb = net.embedding.linear_2(F.silu(emb))
+        branch = x = 2 * x - 1.0
+        skips = [net.input(x)]
+        for level, encoder in enumerate(net.encoder):
+            if level > 0:
+                h = self.stage(net.downs[level - 1], skips[-1], emb, "down")
+                conv = net.input_branch[level - 1].down.conv
+                branch = native_fir(branch, 1, 1, (2, 2), 1.0)
+                branch = F.conv2d(branch, conv.weight, stride=2) + conv.bias.reshape(1, -1, 1, 1)
+                branch = (branch + h) / np.sqrt(2.0)
+                skips.append(branch)
+            for stage in encoder.stages:
+                skips.append(self.stage(stage, skips[-1], emb))
+        h = skips[-1]
+        for stage in net.middle:
+            h = self.stage(stage, h, emb)
+        for level, decoder in enumerate(net.decoder):
+            if level > 0:
+                h = self.stage(net.ups[level - 1], h, emb, "up")
+            for stage in decoder.stages:
+                h = self.stage(stage, torch.cat([h, skips.pop()], dim=1), emb)
+        out: Tensor = net.head.conv(F.silu(net.head.norm(h)))
+        return out / sigma.reshape(-1, 1, 1, 1)
+
+
+def released_step(network: NCSNpp, x: Tensor) -> Run:
+    """The released training step: its loss, clipping, Adam and average, tensor by tensor."""
+    net = Released(network).train()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=2e-4, foreach=False, fused=False)
+    shadows = [p.clone().detach() for p in trained]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        t = torch.rand(x.shape[0], device=x.device) * (1 - 1e-5) + 1e-5
+        z = torch.randn_like(x)
+        std = 0.01 * (50 / 0.01) ** t
+        score = net(x + std[:, None, None, None] * z, std)
+        losses = torch.square(score * std[:, None, None, None] + z)
+        loss = torch.mean(0.5 * torch.sum(losses.reshape(losses.shape[0], -1), dim=-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0, foreach=False)
+        optimizer.step()
+        with torch.no_grad():
+            for shadow, parameter in zip(shadows, trained, strict=True):
+                shadow.sub_((1 - 0.999) * (shadow - parameter))
+
+    return step
+
+
+def our_step(network: NCSNpp, x: Tensor) -> Run:
+    """The same step with the parts of the library."""
+    model = RawScoreModel(network, VESDE(0.01, 50.0)).train()
+    objective = ScoreMatching()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=2e-4, fused=True)
+    ema = EMA(model, decay=0.999)
+
+    def step() -> None:
+        objective(model, x).mean().backward()
+        clipped_step(optimizer)
+        ema.update(model)
+
+    return step
+
+
+def evaluated(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor) -> Run:
+    """A forward pass, nothing recorded."""
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return network(x, sigma)
+
+    return run
+
+
+def in_bfloat16(run: Run, device: str) -> Run:
+    """A run under autocast."""
+
+    def cast() -> object:
+        with torch.autocast(device, torch.bfloat16):
+            return run()
+
+    return cast
+
+
+def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
+    """Return milliseconds of each run, one figure a round, the runs taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 2):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_ >= 2:  # two rounds to warm up
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def show(times: dict[str, list[float]], yardstick: str) -> None:
+    """Print medians, and how many times faster than the yardstick each is."""
+    print(f"\n| run | ms | times faster than {yardstick} |\n|---|---|---|")
+    for name, values in times.items():
+        ratio = statistics.median(b / a for a, b in zip(values, times[yardstick], strict=True))
+        print(f"| {name} | {statistics.median(values):.0f} | {ratio:.2f} |")
+
+
+def rate(times: dict[str, list[float]], batch: int, conv_flops: float) -> float:
+    """Return the rate of our forward pass over that of the bare convolution."""
+    pairs = zip(times["ours"], times["bare convolution"], strict=True)
+    return statistics.median(FLOPS * batch / a / (conv_flops / b) for a, b in pairs)
+
+
+def peak(recompute: bool, batch: int, threads: int) -> float:
+    """Return the peak memory of a process that takes one training step, in MiB."""
+    command = [sys.executable, __file__, "--peak", str(int(recompute)), "--batch", str(batch)]
+    command += ["--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def take_step(recompute: bool, batch: int) -> None:
+    """Take forward and backward of one step, and print the peak memory in MiB."""
+    network = NCSNpp.cifar10(activation_checkpointing=recompute)
+    model = RawScoreModel(network, VESDE(0.01, 50.0))
+    ScoreMatching()(model, torch.rand(batch, 3, 32, 32)).mean().backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def forwards(batch: int, device: str, compiled: bool, rounds: int) -> None:
+    """Measure and print the forward passes."""
+    torch.manual_seed(0)
+    network = NCSNpp.cifar10().to(device).eval()
+    for parameter in network.parameters():  # of a size at which every part matters
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    x, sigma = torch.rand(batch, 3, 32, 32, device=device), torch.logspace(-1, 1.5, batch)
+    sigma = sigma.to(device)
+    last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(256, 256, 3, padding=1, device=device)
+    h, repeats = torch.randn(batch, 256, 16, 16, device=device), 20
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(repeats):
+            conv(h)
+
+    runs = {
+        "released": evaluated(Released(network), x, sigma),
+        "ours": evaluated(network, x, sigma),
+        "ours, channels_last": evaluated(last, x_last, sigma),
+        "bare convolution": bare,
+    }
+    if compiled:
+        runs["ours, compiled"] = evaluated(torch.compile(network, fullgraph=True), x, sigma)
+        runs["ours, channels_last, compiled"] = evaluated(
+            torch.compile(last, fullgraph=True), x_last, sigma
+        )
+    for name in [name for name in runs if name.startswith("ours")]:
+        runs[f"{name}, bfloat16"] = in_bfloat16(runs[name], device)
+    outputs = {name: run() for name, run in runs.items()}
+    show(times := measure(runs, rounds, device), "released")
+    conv_flops = repeats * 2 * h.numel() * 256 * 9
+    print(f"\nrate of our forward over the convolution's: {rate(times, batch, conv_flops):.0%}")
+    want = outputs["released"]
+    for name, got in outputs.items():
+        if isinstance(want, Tensor) and isinstance(got, Tensor):
+            error = (got.float() - want).norm() / want.norm()
+            print(f"output of {name} against the released: {float(error):.1e}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="NCSN++ for CIFAR-10, ours and the released one.")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    batch, device = arguments.batch, arguments.device
+    if arguments.peak is not None:
+        take_step(bool(arguments.peak), batch)
+        return
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {device}, batch {batch};")
+    print(f"medians of {arguments.rounds} rounds, ratios paired by round")
+    forwards(batch, device, arguments.compile, arguments.rounds)
+
+    x = torch.rand(batch, 3, 32, 32, device=device)
+    network = NCSNpp.cifar10().to(device)
+    steps = {
+        "released step": released_step(copy.deepcopy(network), x),
+        "our step": our_step(network, x),
+    }
+    show(measure(steps, math.ceil(arguments.rounds / 2), device), "released step")
+    if device == "cpu":
+        print("\npeak memory of a process that takes forward and backward of a step, MiB")
+        for recompute in (False, True):
+            name = "with" if recompute else "without"
+            memory = peak(recompute, 4 * batch, arguments.threads)
+            print(f"batch {4 * batch}, {name} activation checkpointing: {memory:.0f}")
+
+
+if __name__ == "__main__":
+    main()

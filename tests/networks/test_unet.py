@@ -1,0 +1,254 @@
+"""What holds for every U-Net."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import CLASSES, FAMILIES, TINY, arguments, fill, tiny
+from torch import nn
+
+kinds = pytest.mark.parametrize("kind", FAMILIES)
+classes = pytest.mark.parametrize("kind", CLASSES)
+
+
+@classes
+@pytest.mark.parametrize(("dims", "spatial"), [(1, (12,)), (2, (4, 8)), (3, (4, 8, 12))])
+def test_shapes_in_every_dimension(kind: str, dims: int, spatial: tuple[int, ...]) -> None:
+    net = tiny(kind, dims=dims, multipliers=(1, 2, 2), attention_levels=(1, 2), out_channels=5)
+    out = net(**arguments(net, *spatial, batch=3))
+    assert out.shape == (3, 10 if kind == "ADMUNet" else 5, *spatial)
+    assert out.isfinite().all()
+    assert net.dims == dims
+
+
+@classes
+@pytest.mark.parametrize("channels", [1, 5, 7])
+def test_odd_numbers_of_channels(kind: str, channels: int) -> None:
+    options = {"learn_sigma": False} if kind == "ADMUNet" else {}
+    net = tiny(kind, channels=channels, width=6, multipliers=(1, 3), **options)
+    given = arguments(net)
+    out = net(**given)
+    assert out.shape == given["x"].shape == (2, channels, 4, 6)
+    assert out.std() > 0.01
+
+
+@kinds
+def test_starts_near_zero(kind: str) -> None:
+    cls, options = FAMILIES[kind]
+    torch.manual_seed(0)
+    net = cls(**TINY | options)
+    out = net(**arguments(net, dtype=torch.float32))
+    assert out.abs().max() < 1e-3
+    assert bool(out.any()) == ("ADM" not in kind)  # there it is zero exactly
+
+
+@kinds
+def test_samples_do_not_mix(kind: str) -> None:
+    net = tiny(kind)
+    given = arguments(net, batch=3)
+    together = net(**given)
+    for i in range(3):
+        alone = net(**{name: value[i : i + 1] for name, value in given.items()})
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+
+
+@kinds
+def test_everything_given_matters(kind: str) -> None:
+    net = tiny(kind)
+    given = arguments(net)
+    out = net(**given)
+    for name, value in given.items():
+        if name == "label" and kind == "separate FIR":
+            continue  # it is not told the label
+        changed = net(**given | {name: value.flip(0)})
+        assert (changed - out).abs().flatten(1).amax(1).min() > 1e-4, name
+
+
+def test_without_an_embedding_the_label_plays_no_part() -> None:
+    net = tiny("separate FIR")
+    given = arguments(net)
+    assert torch.equal(net(**given), net(given["x"], torch.tensor([999, 0])))
+
+
+@pytest.mark.parametrize("kind", ["everything", "ADM updown"])
+def test_no_condition_is_a_condition_of_zeros(kind: str) -> None:
+    net = tiny(kind)
+    given = arguments(net)
+    zeros = net(**given | {"condition": torch.zeros_like(given["condition"])})
+    torch.testing.assert_close(net(**given | {"condition": None}), zeros)
+
+
+@classes
+def test_data_range_is_mapped_to_the_one_of_the_papers(kind: str) -> None:
+    plain, net = tiny(kind), tiny(kind, data_range=(-1.0, 4.0))
+    given = arguments(net)
+    moved = given | {"x": (given["x"] + 1) * 2.5 - 1}
+    torch.testing.assert_close(net(**moved), plain(**given))
+
+
+@kinds
+def test_gradient_reaches_every_trained_parameter(kind: str) -> None:
+    cls, options = FAMILIES[kind]
+    torch.manual_seed(0)
+    net = cls(**TINY | options).double()
+    if "ADM" in kind:  # starts with exact zeros
+        fill(net)
+    net(**arguments(net)).pow(2).sum().backward()
+    trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+    assert [n for n, p in trained if p.grad is None or not p.grad.any()] == []
+    fourier = net.config.get("embedding", "positional") in ("fourier", "fourier_linear")
+    assert len(list(net.parameters())) - len(trained) == fourier
+
+
+@kinds
+def test_state_dict_round_trip(kind: str) -> None:
+    net = tiny(kind)
+    other = type(net)(**net.config).double().eval()
+    given = arguments(net)
+    assert not torch.equal(net(**given), other(**given))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(net(**given), other(**given))
+
+
+@classes
+def test_dropout_acts_in_training_only(kind: str) -> None:
+    net = tiny(kind, dropout=0.5)
+    given = arguments(net)
+    assert torch.equal(net(**given), net(**given))
+    net.train()
+    assert not torch.equal(net(**given), net(**given))
+    probabilities = {m.p for m in net.modules() if isinstance(m, nn.Dropout)}
+    assert probabilities == {0.5}
+    # In every residual block of the network.
+    count = sum(isinstance(m, nn.Dropout) for m in net.modules())
+    assert count == sum(name.endswith("conv_1") for name, _ in net.named_modules())
+
+
+@classes
+def test_no_dropout_draws_nothing(kind: str) -> None:
+    net = tiny(kind, dropout=0.0).train()
+    given = arguments(net)
+    state = torch.get_rng_state()
+    net(**given)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@classes
+def test_integer_labels(kind: str) -> None:
+    net = tiny(kind)
+    given = arguments(net)
+    label = torch.tensor([3, 700])
+    torch.testing.assert_close(
+        net(**given | {"label": label}), net(**given | {"label": label.double()}),
+        rtol=1e-4, atol=1e-4,  # integers are embedded in float32
+    )  # fmt: skip
+
+
+def test_input_is_left_as_it_was() -> None:
+    for kind in FAMILIES:
+        net = tiny(kind)
+        given = arguments(net)
+        before = {name: value.clone() for name, value in given.items()}
+        net(**given)
+        assert all(torch.equal(given[name], before[name]) for name in given)
+
+
+X, T = torch.zeros(2, 2, 4, 4), torch.ones(2)
+
+
+def plain(options: dict[str, Any] | None = None) -> Any:
+    cls, _ = FAMILIES["NCSNpp"]
+    return cls(**TINY | (options or {}))
+
+
+@pytest.mark.parametrize(
+    ("x", "label", "error", "message"),
+    [
+        (X[:, :1], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 1, 4, 4\)"),
+        (X[0], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 4, 4\)"),
+        (X[:0], T[:0], ValueError, r"must not be empty, got shape \(0, 2, 4, 4\)"),
+        (X[..., :0], T, ValueError, r"must not be empty, got shape \(2, 2, 4, 0\)"),
+        (X[..., :3], T, ValueError, r"divisible by 2, got \(4, 3\)"),
+        (X[:, :, :1], T, ValueError, r"divisible by 2, got \(1, 4\)"),
+        (X.double(), T, TypeError, "torch.float32 like the network, got torch.float64"),
+        (X.to(torch.uint8), T, TypeError, "torch.float32 like the network, got torch.uint8"),
+        (X.to("meta"), T, ValueError, "x must be on cpu like the network, got meta"),
+        (X, T[0], ValueError, r"label must have shape \(2,\), got \(\)"),
+        (X, T[:, None], ValueError, r"label must have shape \(2,\), got \(2, 1\)"),
+        (X, T[:1], ValueError, r"label must have shape \(2,\), got \(1,\)"),
+        (X, T.bool(), TypeError, "label must be real, got torch.bool"),
+        (X, T.to(torch.complex64), TypeError, "label must be real, got torch.complex64"),
+        (X, T.to("meta"), ValueError, "label must be on cpu like x, got meta"),
+    ],
+)
+def test_input_errors(x, label, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plain()(x, label)
+
+
+def test_shapes_are_named_in_every_dimension() -> None:
+    for dims, letters in ((1, "L"), (3, "D, H, W")):
+        with pytest.raises(ValueError, match=rf"\(B, 2, {letters}\), got \(2, 2, 4, 4\)"):
+            plain({"dims": dims})(X, T)
+    with pytest.raises(ValueError, match=r"divisible by 4, got \(4, 6\)"):
+        plain({"multipliers": (1, 1, 1)})(torch.zeros(2, 2, 4, 6), T)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "labels", "error", "message"),
+    [
+        (None, torch.tensor([0, 1]), TypeError, r"num_classes=None.*got a tensor of shape \(2,\)"),
+        (3, None, TypeError, "num_classes=3, got None"),
+        (3, torch.tensor([0.0, 1.0]), TypeError, "torch.int64, got torch.float32"),
+        (3, torch.tensor([0, 1], dtype=torch.int32), TypeError, "torch.int64, got torch.int32"),
+        (3, torch.tensor([0]), ValueError, r"labels must have shape \(2,\), got \(1,\)"),
+        (3, torch.tensor([0, 3]), ValueError, r"in \[0, 3\), got values 0 to 3"),
+        (3, torch.tensor([-1, 2]), ValueError, r"in \[0, 3\), got values -1 to 2"),
+        (3, torch.tensor([0, 1], device="meta"), ValueError, "labels must be on cpu .* got meta"),
+    ],
+)
+def test_class_errors(num_classes, labels, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plain({"num_classes": num_classes})(X, T, labels)
+    if num_classes is None:
+        with pytest.raises(error, match=message):
+            plain({"embedding": None})(X, T, labels)
+
+
+C = torch.zeros(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("features", "condition", "error", "message"),
+    [
+        (None, C, TypeError, r"condition_features=None.*got a tensor of shape \(2, 5\)"),
+        (5, C[:1], ValueError, r"condition must have shape \(2, 5\), got \(1, 5\)"),
+        (5, C[:, :4], ValueError, r"condition must have shape \(2, 5\), got \(2, 4\)"),
+        (5, C.double(), TypeError, "condition must be torch.float32 like x, got torch.float64"),
+        (5, C.to("meta"), ValueError, "condition must be on cpu like x, got meta"),
+    ],
+)
+def test_condition_errors(features, condition, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plain({"condition_features": features})(X, T, condition=condition)
+
+
+L = torch.zeros(2, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "low_res", "error", "message"),
+    [
+        (None, L, TypeError, r"low_res_channels=None.*got a tensor of shape \(2, 1, 2, 2\)"),
+        (1, None, TypeError, "low_res_channels=1, got None"),
+        (1, L[:1], ValueError, r"low_res must have shape \(2, 1, H, W\), got \(1, 1, 2, 2\)"),
+        (3, L, ValueError, r"low_res must have shape \(2, 3, H, W\), got \(2, 1, 2, 2\)"),
+        (1, L[..., 0], ValueError, r"low_res must have shape .*got \(2, 1, 2\)"),
+        (1, L[..., :0], ValueError, r"low_res must have shape .*got \(2, 1, 2, 0\)"),
+        (1, L.double(), TypeError, "low_res must be torch.float32 like x, got torch.float64"),
+        (1, L.to("meta"), ValueError, "low_res must be on cpu like x, got meta"),
+    ],
+)
+def test_low_resolution_errors(channels, low_res, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plain({"low_res_channels": channels})(X, T, low_res=low_res)
