@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,16 +184,23 @@ def in_bfloat16(run: Run, device: str) -> Run:
 
 
 def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
-    """Return milliseconds of each run, one figure a round, the runs taken in turn."""
+    """Return milliseconds of each run, one figure a round, the runs taken in turn.
+
+    A figure is the mean of two calls after one more, which finds its memory as the other runs
+    left it: a loop of training or sampling does not change its network at every step.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 2):
+    for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if round_ >= 2:  # two rounds to warm up
-                times[name].append((time.perf_counter() - start) * 1e3)
+            start = time.perf_counter()
+            run()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / 2 * 1e3)
     return times
 
 
@@ -211,11 +218,32 @@ def rate(times: dict[str, list[float]], batch: int, conv_flops: float) -> float:
     return statistics.median(FLOPS * batch / a / (conv_flops / b) for a, b in pairs)
 
 
-def peak(recompute: bool, batch: int, threads: int) -> float:
-    """Return the peak memory of a process that takes one training step, in MiB."""
-    command = [sys.executable, __file__, "--peak", str(int(recompute)), "--batch", str(batch)]
-    command += ["--threads", str(threads)]
+def in_process(*options: object) -> float:
+    """Run this script with options in a process of its own, and return the number it prints."""
+    command = [sys.executable, __file__, *map(str, options)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def time_step(name: str, batch: int, device: str) -> None:
+    """Print the milliseconds of a training step, the median of five after two more."""
+    torch.manual_seed(0)
+    network = NCSNpp.cifar10().to(device)
+    x = torch.rand(batch, 3, 32, 32, device=device)
+    run = our_step(network, x) if name == "ours" else released_step(network, x)
+    run()
+    print(statistics.median(measure({name: run}, 3, device)[name]))
+
+
+def steps(rounds: int, *options: object) -> None:
+    """Measure and print the training steps, each in processes of its own, in turn.
+
+    A process that trains has one network and one optimiser, and its memory looks accordingly.
+    """
+    times: dict[str, list[float]] = {"released step": [], "our step": []}
+    for _ in range(rounds):
+        for name, kind in (("released step", "released"), ("our step", "ours")):
+            times[name].append(in_process("--step", kind, *options))
+    show(times, "released step")
 
 
 def take_step(recompute: bool, batch: int) -> None:
@@ -223,7 +251,8 @@ def take_step(recompute: bool, batch: int) -> None:
     network = NCSNpp.cifar10(activation_checkpointing=recompute)
     model = RawScoreModel(network, VESDE(0.01, 50.0))
     ScoreMatching()(model, torch.rand(batch, 3, 32, 32)).mean().backward()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    status = Path("/proc/self/status").read_text()  # getrusage would inherit the parent's peak
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def forwards(batch: int, device: str, compiled: bool, rounds: int) -> None:
@@ -277,28 +306,26 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("ours", "released"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batch, device = arguments.batch, arguments.device
     if arguments.peak is not None:
         take_step(bool(arguments.peak), batch)
         return
+    if arguments.step is not None:
+        time_step(arguments.step, batch, device)
+        return
     print(f"torch {torch.__version__}, {arguments.threads} threads, {device}, batch {batch};")
     print(f"medians of {arguments.rounds} rounds, ratios paired by round")
     forwards(batch, device, arguments.compile, arguments.rounds)
-
-    x = torch.rand(batch, 3, 32, 32, device=device)
-    network = NCSNpp.cifar10().to(device)
-    steps = {
-        "released step": released_step(copy.deepcopy(network), x),
-        "our step": our_step(network, x),
-    }
-    show(measure(steps, math.ceil(arguments.rounds / 2), device), "released step")
+    options = ("--threads", arguments.threads, "--device", device)
+    steps(math.ceil(arguments.rounds / 3), "--batch", batch, *options)
     if device == "cpu":
         print("\npeak memory of a process that takes forward and backward of a step, MiB")
         for recompute in (False, True):
             name = "with" if recompute else "without"
-            memory = peak(recompute, 4 * batch, arguments.threads)
+            memory = in_process("--peak", int(recompute), "--batch", 4 * batch, *options)
             print(f"batch {4 * batch}, {name} activation checkpointing: {memory:.0f}")
 
 

@@ -53,8 +53,9 @@ def test_every_class_is_here() -> None:
     assert set(MAKES) == set(networks.__all__)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    ("ending", "dtype"), [("pt", torch.float32), ("safetensors", torch.float64)], ids=str
+)
 @pytest.mark.parametrize("name", MAKES)
 def test_a_network_comes_back(tmp_path, name, ending, dtype) -> None:
     network, path = randomised(name, dtype), tmp_path / f"network.{ending}"

@@ -62,8 +62,7 @@ def test_scores_are_those_of_the_released_code(given, case) -> None:
     assert type(model.network) is kinds.get(name, NCSNv2)
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("prefix", ["module.", ""], ids=["parallel", "bare"])
+@pytest.mark.parametrize(("prefix", "legacy"), [("module.", False), ("", True)])
 @pytest.mark.parametrize("case", ["ve_skip_cat", "ncsnv2_64", "vp_ddpm"])
 def test_real_files_of_last_and_averaged_weights(tmp_path, case, prefix, legacy) -> None:
     path, config = tmp_path / "checkpoint_8.pth", score_sde_config(case)

@@ -54,9 +54,9 @@ _FIR = (1, 3, 3, 1)
 _SONG = {"activation": "silu", "group_channels": 4, "skip_rescale": True}
 _VE = {**_SONG, "data_range": _UNIT, "scale_by_sigma": True, "fir_kernel": _FIR}
 _VP = {**_SONG, "data_range": _SIGNED, "scale_by_sigma": False, "fir_kernel": None}
-_HO = {**_VP, "group_channels": 1, "skip_rescale": False}
+_HO = {**_VP, "skip_rescale": False}
 _EDM_64 = {"attention_levels": (2,), "dropout": 0.05}
-_ADM = {"head_channels": 64, "dropout": 0.0, "data_range": _SIGNED, "group_channels": 1}
+_ADM = {"head_channels": 64, "dropout": 0.0, "data_range": _SIGNED, "group_channels": 4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ncsnpp": {**_VE, "attention_levels": (1,), "dropout": 0.1, "fourier_scale": 16},
     "ncsnpp deep": {**_VE, "attention_levels": (1,), "dropout": 0.1, "fourier_scale": 16},
@@ -82,7 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adm 128": {**_ADM, "attention_levels": (2, 3, 4), "head_channels": None, "heads": 4},
     "adm 256": {**_ADM, "attention_levels": (3, 4, 5)},
     "adm 512": {**_ADM, "attention_levels": (4, 5, 6)},
-    "adm edm 64": {**_ADM, "attention_levels": (1, 2, 3), "dropout": 0.1, "group_channels": 4},
+    "adm edm 64": {**_ADM, "attention_levels": (1, 2, 3), "dropout": 0.1},
 }
 # The same network under another name.
 ALIASES: list[tuple[Callable[[], UNet], str]] = [

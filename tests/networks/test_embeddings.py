@@ -233,3 +233,13 @@ def test_number_out_of_range(label: float, low: float, high: float) -> None:
 def test_sigmas_out_of_range(sigmas: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="sigmas must be positive, finite numbers, got"):
         SigmaTable(sigmas)
+
+
+def test_frequencies_keep_their_precision_in_half_precision() -> None:
+    torch.manual_seed(0)
+    embedding = FourierEmbedding(64)
+    exact, label = embedding.frequencies.clone(), torch.tensor([0.02, 50.0])
+    expected = embedding(label)
+    assert torch.equal(embedding.bfloat16().half().frequencies, exact)
+    assert torch.equal(embedding(label), expected)
+    assert embedding.double().frequencies.dtype == torch.float64

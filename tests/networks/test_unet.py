@@ -252,3 +252,12 @@ L = torch.zeros(2, 1, 2, 2)
 def test_low_resolution_errors(channels, low_res, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         plain({"low_res_channels": channels})(X, T, low_res=low_res)
+
+
+@classes
+def test_narrow_networks_hear_their_label(kind: str) -> None:
+    """A normalisation of one channel would take away what the embedding adds to it."""
+    net = tiny(kind, **({"scale_shift": False} if kind == "ADMUNet" else {}))
+    given = arguments(net)
+    other = given | {"label": given["label"] * 0.7}
+    assert (net(**given) - net(**other)).abs().max() > 1e-3

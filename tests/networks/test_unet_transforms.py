@@ -50,7 +50,7 @@ def test_compiles_in_one_graph_with_its_gradient(kind: str) -> None:
 
 
 @slow
-@kinds
+@some
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of inductor itself
 def test_compiles_with_inductor(kind: str) -> None:
     torch.compiler.reset()
@@ -191,7 +191,9 @@ def test_functional_gradient(kind: str) -> None:
         torch.testing.assert_close(value, net.get_parameter(name).grad)
 
 
-@pytest.mark.parametrize("kind", ["NCSNpp", "DDPMUNet", "skips", "separate FIR"])
+@pytest.mark.parametrize(
+    "kind", ["NCSNpp", "DDPMpp", "DDPMUNet", "skips", "separate FIR", "residuals"]
+)
 def test_gradients_of_every_sample(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)

@@ -132,7 +132,7 @@ def _network(
     if song:
         network: NCSNpp | ADMUNet = _song(given, options)
     else:
-        options |= {"head_channels": 64, "group_channels": 4, "resblock_updown": True}
+        options |= {"head_channels": 64, "resblock_updown": True}
         network = ADMUNet(**options, learn_sigma=iddpm)
     return network, _sources(network, size, song)
 

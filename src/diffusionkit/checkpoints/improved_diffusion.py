@@ -96,6 +96,7 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
     given = _DEFAULTS | _checked(flags, _flags_of(read))
     network = ADMUNet(
         **read,
+        group_channels=1,  # always 32 groups
         heads=given["num_heads"],
         decoder_heads=None if given["num_heads_upsample"] == -1 else given["num_heads_upsample"],
         head_channels=None if given["num_head_channels"] == -1 else given["num_head_channels"],

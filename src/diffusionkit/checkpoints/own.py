@@ -114,8 +114,8 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     dtypes = {value.dtype for value in state.values()}
     if not all(dtype.is_floating_point for dtype in dtypes):
         raise CheckpointError(f"{path}: expected floating-point weights, got {dtypes}")
-    if len(dtypes) == 1:
-        network.to(dtypes.pop())
+    # Of a network in half precision some tensors stay in float32, by themselves.
+    network.to(min(dtypes, key=lambda dtype: dtype.itemsize))
     assign(path, "network", network, state)
     return network
 

@@ -36,8 +36,8 @@ def load_score_sde(
 
     A file holds weights alone. What leaves no trace in them - sub-VP or VP, numbered steps or
     all times, the FIR filter where it has no convolution, the division by sigma - is taken from
-    the configuration; without one the published combination that fits is assumed, and where
-    there are several a warning is logged.
+    the configuration; without one what most published networks of its kind have is assumed, and
+    a warning that says so is logged.
 
     Args:
         path: The file.
@@ -162,15 +162,14 @@ def _infer(
         "scale_by_sigma": fourier,
         "data_range": (0.0, 1.0) if fourier else (-1.0, 1.0),
     }
-    if not fourier:
-        left_open = {key: value for key, value in assumed.items() if key not in options}
-        _LOG.warning(
-            "%s: the file does not say for which process its network was trained; assumed VP at "
-            "all times and %s. To be sure pass the configuration, by name if it is a published "
-            "one, such as 'subvp/cifar10_ddpmpp_continuous'",
-            path,
-            left_open,
-        )
+    _LOG.warning(
+        "%s: the file does not say for which process its network was trained; assumed %s at all "
+        "times and %s. To be sure pass the configuration, by name if it is a published one, such "
+        "as 've/cifar10_ncsnpp_continuous'",
+        path,
+        "VE" if fourier else "VP",
+        {key: value for key, value in assumed.items() if key not in options},
+    )
     return NCSNpp(**assumed | options)
 
 

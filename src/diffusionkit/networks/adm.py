@@ -44,12 +44,13 @@ class ADMUNet(UNet):
         scale_shift: Whether the embedding scales and shifts the second normalisation of a
             residual block, rather than being added before it.
         group_channels: Least number of channels per group of a normalisation; there are at most
-            32 groups.
+            32 groups. With groups of one channel and no scale the label would have no effect.
         resblock_updown: Whether residual blocks resample inside, rather than separate layers.
         resample_with_conv: Whether those separate layers have a convolution.
         data_range: Range of the data, which is mapped to [-1, 1] first.
         activation_checkpointing: Whether activations are computed again in the backward pass
-            instead of being kept: less memory, more time, the same gradient.
+            instead of being kept: less memory, more time, the same gradient. Not under
+            ``torch.func`` transforms.
 
     Raises:
         TypeError: If a count is not an int.
@@ -88,7 +89,7 @@ class ADMUNet(UNet):
         condition_features: int | None = None,
         low_res_channels: int | None = None,
         scale_shift: bool = True,
-        group_channels: int = 1,
+        group_channels: int = 4,
         resblock_updown: bool = False,
         resample_with_conv: bool = True,
         data_range: tuple[float, float] = (-1.0, 1.0),
@@ -288,4 +289,4 @@ class ADMUNet(UNet):
         Returns:
             The network, for `EDMModel`.
         """
-        return cls.imagenet64(**{"learn_sigma": False, "group_channels": 4} | options)
+        return cls.imagenet64(**{"learn_sigma": False} | options)

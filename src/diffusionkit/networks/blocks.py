@@ -139,7 +139,7 @@ class SelfAttention(nn.Module):
         Returns:
             Feature map of the same shape.
         """
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.out(h).transpose(1, 2).reshape(x.shape)

@@ -187,6 +187,15 @@ def _autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values may be asked for: not if it would wait for a device or break a graph."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def check_label(x: Tensor, label: Tensor) -> None:
     """Refuse a label (time) that does not go with the input.
 
@@ -218,7 +227,7 @@ def check_number(label: Tensor, count: int) -> None:
     Raises:
         ValueError: If a label is outside [0, count).
     """
-    if label.device.type == "cpu" and not torch.compiler.is_compiling() and len(label):
+    if _readable(label) and len(label):
         low, high = label.min().item(), label.max().item()
         if not (low >= 0 and high < count):
             raise ValueError(
@@ -259,8 +268,7 @@ def check_classes(x: Tensor, labels: Tensor | None, num_classes: int | None) -> 
         raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
     if labels.device != x.device:
         raise ValueError(f"labels must be on {x.device} like x, got {labels.device}")
-    # A compiled graph cannot branch on values; its embedding checks the range itself.
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _readable(labels):
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             raise ValueError(f"labels must be in [0, {num_classes}), got values {low} to {high}")

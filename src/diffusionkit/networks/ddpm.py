@@ -24,8 +24,6 @@ class DDPMUNet(NCSNpp):
             and strided convolutions.
         progressive_input: How the input enters, see `NCSNpp`.
         skip_rescale: Whether sums of two branches are divided by sqrt(2).
-        group_channels: Least number of channels per group of a normalisation; there are at most
-            32 groups.
         scale_by_sigma: Whether the output is divided by the noise level.
         **options: The other options of `NCSNpp`, with its defaults.
 
@@ -56,7 +54,6 @@ class DDPMUNet(NCSNpp):
         fir_kernel: Sequence[float] | None = None,
         progressive_input: Literal["none", "input_skip", "residual"] = "none",
         skip_rescale: bool = False,
-        group_channels: int = 1,
         scale_by_sigma: bool = False,
         **options: Any,
     ) -> None:
@@ -69,7 +66,6 @@ class DDPMUNet(NCSNpp):
             fir_kernel=fir_kernel,
             progressive_input=progressive_input,
             skip_rescale=skip_rescale,
-            group_channels=group_channels,
             scale_by_sigma=scale_by_sigma,
             **options,
         )

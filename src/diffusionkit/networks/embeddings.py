@@ -83,7 +83,8 @@ class FourierEmbedding(nn.Module):
         w_i \sim N(0, \mathrm{scale}^2), \quad u = \ln l \text{ or } l
 
     all sines first. The frequencies are a parameter that is not trained: saved and loaded with
-    the network, averaged to itself, without a gradient.
+    the network, averaged to itself, without a gradient. They stay in float32 where the network
+    goes to half precision.
 
     Args:
         features: Even number d of features, at least 4; there are d/2 frequencies.
@@ -107,6 +108,14 @@ class FourierEmbedding(nn.Module):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.log = log
         self.frequencies = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Half precision could not hold frequencies: angles would be off by whole radians.
+        exact = self.frequencies.data
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype.itemsize < exact.dtype.itemsize < 8:
+            self.frequencies.data = exact.to(self.frequencies.device)
+        return self
 
     def forward(self, label: Tensor) -> Tensor:
         """Embed labels.

@@ -193,7 +193,8 @@ class Style:
         Returns:
             x + h or (x + h) / sqrt(2).
         """
-        return (x + h) * _HALF_POWER if self.rescale else x + h
+        total = x + h
+        return total.mul_(_HALF_POWER) if self.rescale else total
 
 
 def over_level(h: Tensor, level: Tensor) -> Tensor:

@@ -75,13 +75,14 @@ class NCSNpp(UNet):
         adaptive_scale: Whether the embedding scales and shifts the second normalisation of a
             residual block, rather than being added before it.
         group_channels: Least number of channels per group of a normalisation; there are at most
-            32 groups.
+            32 groups. With groups of one channel and no scale the label would have no effect.
         activation: Activation function of all layers; "leaky_relu" with a slope of 0.2.
         scale_by_sigma: Whether the output is divided by the noise level.
         sigmas: Noise levels by number, where the label is a number and not the level itself.
         data_range: Range of the data, which is mapped to [-1, 1] first.
         activation_checkpointing: Whether activations are computed again in the backward pass
-            instead of being kept: less memory, more time, the same gradient.
+            instead of being kept: less memory, more time, the same gradient. Not under
+            ``torch.func`` transforms.
 
     Raises:
         TypeError: If a count is not an int.

@@ -57,7 +57,7 @@ class NCSNv2(nn.Module):
         data_range: Range of the data, which is mapped to [-1, 1] first.
         activation_checkpointing: Whether activations within levels and refinement blocks are
             computed again in the backward pass instead of being kept: less memory, more time,
-            the same gradient.
+            the same gradient. Not under ``torch.func`` transforms.
 
     Raises:
         TypeError: If a count is not an int or a row of `levels` not a pair.
@@ -232,7 +232,9 @@ class NCSNv2(nn.Module):
 
 
 def _published(count: int, sigma_max: float, levels: Levels = LEVELS_64) -> dict[str, Any]:
-    steps = torch.linspace(math.log(sigma_max), math.log(0.01), count, dtype=torch.float64)
+    steps = torch.linspace(
+        math.log(sigma_max), math.log(0.01), count, dtype=torch.float64, device="cpu"
+    )
     return {"sigmas": tuple(steps.exp().tolist()), "levels": levels, "data_range": (0.0, 1.0)}
 
 
