@@ -71,7 +71,8 @@ class Released(nn.Module):
         p = p.reshape(b, height, width, height, width)
         h = torch.einsum("bhwij,bcij->bchw", p, v)
         h = self.dense(h, layer.out.weight, layer.out.bias)
-        return (x + h) / np.sqrt(2.0)
+        joined: Tensor = (x + h) / np.sqrt(2.0)
+        return joined
 
     def block(self, layer: Any, x: Tensor, emb: Tensor, resample: str = "") -> Tensor:
         """A BigGAN block."""
@@ -84,7 +85,8 @@ class Released(nn.Module):
         h += layer.embedding(F.silu(emb))[:, :, None, None]
         h = F.silu(layer.norm_2(h))
         h = layer.conv_2(layer.dropout(h))
-        return (layer.shortcut(x) + h) / np.sqrt(2.0)
+        joined: Tensor = (layer.shortcut(x) + h) / np.sqrt(2.0)
+        return joined
 
     def stage(self, stage: Any, x: Tensor, emb: Tensor, resample: str = "") -> Tensor:
         """A block and perhaps an attention."""
@@ -137,7 +139,7 @@ def released_step(network: NCSNpp, x: Tensor) -> Run:
         score = net(x + std[:, None, None, None] * z, std)
         losses = torch.square(score * std[:, None, None, None] + z)
         loss = torch.mean(0.5 * torch.sum(losses.reshape(losses.shape[0], -1), dim=-1))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0, foreach=False)
         optimizer.step()
         with torch.no_grad():
@@ -156,7 +158,7 @@ def our_step(network: NCSNpp, x: Tensor) -> Run:
     ema = EMA(model, decay=0.999)
 
     def step() -> None:
-        objective(model, x).mean().backward()
+        objective(model, x).mean().backward()  # type: ignore[no-untyped-call]
         clipped_step(optimizer)
         ema.update(model)
 
@@ -250,7 +252,8 @@ def take_step(recompute: bool, batch: int) -> None:
     """Take forward and backward of one step, and print the peak memory in MiB."""
     network = NCSNpp.cifar10(activation_checkpointing=recompute)
     model = RawScoreModel(network, VESDE(0.01, 50.0))
-    ScoreMatching()(model, torch.rand(batch, 3, 32, 32)).mean().backward()
+    loss = ScoreMatching()(model, torch.rand(batch, 3, 32, 32)).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
     status = Path("/proc/self/status").read_text()  # getrusage would inherit the parent's peak
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 

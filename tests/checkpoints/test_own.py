@@ -81,8 +81,10 @@ def test_half_precision_comes_back(tmp_path, ending, dtype) -> None:
     save_network(tmp_path / f"half.{ending}", network)
     back = load_network(tmp_path / f"half.{ending}")
     for key, value in network.state_dict().items():
-        assert back.state_dict()[key].dtype == dtype
+        assert back.state_dict()[key].dtype == value.dtype
         assert torch.equal(back.state_dict()[key], value)
+    assert back.input.weight.dtype == dtype
+    assert back.embedding.label_features.frequencies.dtype == torch.float32
 
 
 def test_weights_in_other_memory_layouts(tmp_path) -> None:

@@ -9,17 +9,19 @@ from tiny import TINY, arguments, tiny
 
 from diffusionkit.networks import DDPMUNet
 
-THREE: dict[str, Any] = {"multipliers": (1, 1, 2), "blocks": 2, "attention_levels": (1,)}
+# Groups of one channel each would undo what the embedding adds.
+PAIRS = {"group_channels": 2}
+THREE = {**PAIRS, "multipliers": (1, 1, 2), "blocks": 2, "attention_levels": (1,)}
 CASES: dict[str, dict[str, Any]] = {
     "default": {"width": 64, "multipliers": (1, 1.5)},  # 32 groups at both levels
     "three levels": THREE,
     "without convolution": {**THREE, "resample_with_conv": False},
     "unconditional": {"embedding": None},
-    "on noise levels": {"sigmas": (20.0, 1.0, 0.1), "scale_by_sigma": True},
-    "classes": {"num_classes": 3, "condition_features": 2, "low_res_channels": 1},
-    "biggan": {"resblock": "biggan", "fir_kernel": (1, 3, 3, 1)},
+    "on noise levels": {**PAIRS, "sigmas": (20.0, 1.0, 0.1), "scale_by_sigma": True},
+    "classes": {**PAIRS, "num_classes": 3, "condition_features": 2, "low_res_channels": 1},
+    "biggan": {**PAIRS, "resblock": "biggan", "fir_kernel": (1, 3, 3, 1)},
     "branches": {"progressive_input": "residual", "progressive": "residual", **THREE},
-    "rescaled": {"skip_rescale": True, "group_channels": 1},
+    "rescaled": {"skip_rescale": True, "group_channels": 4},
 }
 
 
@@ -31,7 +33,7 @@ def test_against_a_second_implementation(case: str) -> None:
 
 @pytest.mark.parametrize("spatial", [(6,), (4, 2, 6)])
 def test_other_dimensions_against_a_second_implementation(spatial: tuple[int, ...]) -> None:
-    net = tiny(DDPMUNet, dims=len(spatial))
+    net = tiny(DDPMUNet, dims=len(spatial), **PAIRS)
     check_against_reference(net, **arguments(net, *spatial))
 
 
@@ -47,3 +49,16 @@ def test_shortcuts_start_as_small_as_attention() -> None:
 def test_unknown_option() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'learn_sigma'"):
         DDPMUNet(**TINY, learn_sigma=True)
+
+
+@pytest.mark.parametrize(("options", "told"), [({}, 1), (PAIRS, 0), ({"embedding": None}, 0)])
+def test_says_where_the_label_is_not_heard(caplog, options: dict[str, Any], told: int) -> None:
+    net = tiny(DDPMUNet, **options)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == told
+    assert all("do not hear the label, at levels of [8, 16] channels" in m for m in messages)
+    if options == PAIRS or not options:
+        given = arguments(net)
+        other = given | {"label": given["label"] * 0.7}
+        change = (net(**given) - net(**other)).abs().max()
+        assert change < 1e-12 if told else change > 1e-3

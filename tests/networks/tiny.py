@@ -21,7 +21,7 @@ EVERYTHING: dict[str, Any] = {"num_classes": 3, "condition_features": 5, "low_re
 CLASSES: dict[str, tuple[type[UNet], dict[str, Any]]] = {
     "NCSNpp": (NCSNpp, {}),
     "DDPMpp": (DDPMpp, {"num_classes": 3}),
-    "DDPMUNet": (DDPMUNet, {}),
+    "DDPMUNet": (DDPMUNet, {"group_channels": 2}),  # of one channel, a norm undoes the label
     "ADMUNet": (ADMUNet, {"num_classes": 3, "heads": 2}),
 }
 FAMILIES = CLASSES | {

@@ -96,7 +96,7 @@ def configured(config: Any) -> Configured:
         "sigmas": tuple(sigmas) if scaled and embedding == "positional" else None,
     }
     if kind == "ddpm":
-        return partial(DDPMUNet, **options, group_channels=1), setting
+        return partial(DDPMUNet, **options), setting
     kernel = tuple(model.get("fir_kernel", (1, 3, 3, 1)))
     options |= {
         "fir_kernel": kernel if model.get("fir", False) else None,

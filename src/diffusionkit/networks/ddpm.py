@@ -24,6 +24,8 @@ class DDPMUNet(NCSNpp):
             and strided convolutions.
         progressive_input: How the input enters, see `NCSNpp`.
         skip_rescale: Whether sums of two branches are divided by sqrt(2).
+        group_channels: Least number of channels per group of a normalisation; there are at most
+            32 groups. Below a width of 64 take 4: groups of one channel do not hear the label.
         scale_by_sigma: Whether the output is divided by the noise level.
         **options: The other options of `NCSNpp`, with its defaults.
 
@@ -54,6 +56,7 @@ class DDPMUNet(NCSNpp):
         fir_kernel: Sequence[float] | None = None,
         progressive_input: Literal["none", "input_skip", "residual"] = "none",
         skip_rescale: bool = False,
+        group_channels: int = 1,
         scale_by_sigma: bool = False,
         **options: Any,
     ) -> None:
@@ -66,6 +69,7 @@ class DDPMUNet(NCSNpp):
             fir_kernel=fir_kernel,
             progressive_input=progressive_input,
             skip_rescale=skip_rescale,
+            group_channels=group_channels,
             scale_by_sigma=scale_by_sigma,
             **options,
         )

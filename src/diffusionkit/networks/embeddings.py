@@ -112,7 +112,7 @@ class FourierEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Half precision could not hold frequencies: angles would be off by whole radians.
         exact = self.frequencies.data
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.frequencies.dtype.itemsize < exact.dtype.itemsize < 8:
             self.frequencies.data = exact.to(self.frequencies.device)
         return self

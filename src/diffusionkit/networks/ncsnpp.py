@@ -1,5 +1,6 @@
 """NCSN++, the U-Net of which DDPM++ and DDPM are other choices of options."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -30,6 +31,8 @@ from diffusionkit.networks.pyramids import (
 )
 from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
 from diffusionkit.networks.unet import UNet
+
+_LOG = logging.getLogger(__name__)
 
 
 class NCSNpp(UNet):
@@ -158,6 +161,14 @@ class NCSNpp(UNet):
             group_channels=group_channels,
             activation=ACTIVATIONS[activation],
         )
+
+        deaf = [c for c in widths if style.norm(c).num_groups == c]
+        if embedding is not None and not adaptive_scale and deaf:
+            _LOG.warning(
+                "groups of one channel do not hear the label, at levels of %s channels: "
+                "group_channels=4 would make them larger",
+                deaf,
+            )
 
         def block(c: int, out: int) -> nn.Module:
             # Ho et al. initialise the 1x1 maps of their blocks as those of their attention.
