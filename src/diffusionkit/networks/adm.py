@@ -19,9 +19,9 @@ from diffusionkit.networks.unet import UNet
 class ADMUNet(UNet):
     r"""The U-Net of improved DDPM and of ADM, with attention of several heads.
 
-    Maps :math:`(x, l) \mapsto F(x, l)`. Exactly zero at initialisation. With `learn_sigma` the
-    output has twice the channels: first the mean, then the variance. The label should be of the
-    order of a step index, up to 1000 whatever the number of steps.
+    Maps :math:`(x, l) \mapsto F(x, l)`. Exactly zero at initialisation.
+    With `learn_sigma` the output has twice the channels: first the mean, then the variance. The
+    label should be of the order of a step index, up to 1000 whatever the number of steps.
 
     Args:
         channels: Number of input channels.
@@ -50,7 +50,7 @@ class ADMUNet(UNet):
         data_range: Range of the data, which is mapped to [-1, 1] first.
         activation_checkpointing: Whether activations are computed again in the backward pass
             instead of being kept: less memory, more time, the same gradient. Not under
-            ``torch.func`` transforms.
+            transforms of torch.func.
 
     Raises:
         TypeError: If a count is not an int.

@@ -85,7 +85,7 @@ class NCSNpp(UNet):
         data_range: Range of the data, which is mapped to [-1, 1] first.
         activation_checkpointing: Whether activations are computed again in the backward pass
             instead of being kept: less memory, more time, the same gradient. Not under
-            ``torch.func`` transforms.
+            transforms of torch.func.
 
     Raises:
         TypeError: If a count is not an int.

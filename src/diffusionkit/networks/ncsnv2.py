@@ -57,7 +57,7 @@ class NCSNv2(nn.Module):
         data_range: Range of the data, which is mapped to [-1, 1] first.
         activation_checkpointing: Whether activations within levels and refinement blocks are
             computed again in the backward pass instead of being kept: less memory, more time,
-            the same gradient. Not under ``torch.func`` transforms.
+            the same gradient. Not under transforms of torch.func.
 
     Raises:
         TypeError: If a count is not an int or a row of `levels` not a pair.
