@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusionkit.networks.dropout import Dropout
 from diffusionkit.networks.layers import Style
 
 
@@ -58,7 +59,7 @@ class ResidualBlock(nn.Module):
             features = 2 * out_channels if style.adaptive_scale else out_channels
             self.embedding = style.linear(style.embedding_width, features)
         self.norm_2 = style.norm(out_channels)
-        self.dropout = nn.Dropout(style.dropout)
+        self.dropout = Dropout(style.dropout)
         self.conv_2 = style.conv(out_channels, out_channels, scale=0)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels or project:

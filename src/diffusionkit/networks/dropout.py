@@ -1,0 +1,31 @@
+"""Dropout that does not wait for its random numbers."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_LEVELS = 2**16
+
+
+class Dropout(nn.Dropout):
+    r"""Set each feature to zero with probability p while training, and scale up the others.
+
+    .. math:: y = x m / (1 - p), \qquad m \in \{0, 1\}, \quad P(m = 0) = p
+
+    On the CPU torch draws a number for each feature one after the other, which took three percent
+    of a training step of NCSN++. Here one number decides on four features, 16 bits for each, and
+    p is rounded to the nearest of their :math:`2^{16}` levels. Elsewhere, and in compiled code,
+    torch's own dropout is taken. The draws come from torch's global generator.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply dropout to a tensor of any shape."""
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.p)
+        dropped = min(round(self.p * _LEVELS), _LEVELS - 1)
+        quarters = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), device=x.device)
+        keep = quarters.view(torch.int16)[: x.numel()] >= dropped - _LEVELS // 2
+        scale = _LEVELS / (_LEVELS - dropped)
+        return x * keep.to(x.dtype).mul_(scale).view(x.shape)
