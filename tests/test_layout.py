@@ -11,13 +11,14 @@ ROOT = Path(diffusionkit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
-PRIVATE = {"_checks", "_draws", "_numerics", "_tally"}
+PRIVATE = {"_checks", "_draws", "_numerics", "_run", "_tally"}
 BASE = {*PRIVATE, "values", "interfaces"}
 CORE = {*BASE, "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
     "_draws": {"_checks"},
     "_numerics": {"_checks"},
+    "_run": set(),
     "_tally": set(),
     "_pickles": set(),
     "_files": {"_pickles"},

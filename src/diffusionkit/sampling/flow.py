@@ -12,10 +12,11 @@ from torch import Tensor
 from .._checks import check_finite, check_part, check_positive, check_state
 from .._draws import Generators
 from .._numerics import home, instants, noise_at, schedule_dtype
+from .._run import evaluation_mode
 from .._tally import Tally
 from ..interfaces import ScoreModel
 from ..values import linear
-from ._run import evaluation_mode, initial_state
+from ._start import initial_state
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")

@@ -12,9 +12,10 @@ from torch import Tensor
 from .._checks import check_count, check_part
 from .._draws import Generators
 from .._numerics import instants, noise_at
+from .._run import Progress, evaluation_mode, with_progress
 from .._tally import Tally
 from ..interfaces import Corrector, Predictor, ScoreModel, Step
-from ._run import Progress, check_step, evaluation_mode, initial_state, with_progress
+from ._start import check_step, initial_state
 from .grids import Grid, resolve_grid
 
 

@@ -1,37 +1,17 @@
-"""What every sampler needs around its loop: evaluation mode, a start, progress."""
+"""The state a sampler starts from, and what its parts may make of it."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_finite, check_shape, check_state
 from .._draws import Generators, check_generator
 from .._numerics import home
 from ..interfaces import ScoreModel, Step
-
-logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and each module back to its own mode at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def initial_state(
@@ -88,18 +68,3 @@ def check_step(step: Step, x: Tensor, part: object) -> Step:
             f"got {tuple(got.shape)}, {got.dtype}, {got.device}"
         )
     return step
-
-
-def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:
-    """Show progress over items: with tqdm where it is installed, or with the user's wrapper."""
-    if not progress:
-        return items
-    if callable(progress):
-        return progress(items)
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        logger.warning("progress=True shows a bar where tqdm is installed: pip install tqdm")
-        return items
-    bar: Iterable[Item] = tqdm(items, leave=False)
-    return bar
