@@ -1,0 +1,1 @@
+"""Likelihoods: exact ones by the probability flow, bounds, dequantization, bits per dimension."""
