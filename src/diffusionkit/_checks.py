@@ -64,6 +64,13 @@ def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | No
             )
 
 
+def check_t_min(t_min: float, T: float) -> None:
+    """Raise unless the smallest time is a number in [0, T)."""
+    check_number(t_min, "t_min")
+    if not 0.0 <= t_min < T:
+        raise ValueError(f"t_min: expected a time in [0, T) = [0, {T:g}), got {t_min}")
+
+
 def check_transition(s: Tensor, t: Tensor, T: float) -> None:
     """Raise unless s and t are times (B,) within [0, T] with s <= t."""
     check_times(s, T)

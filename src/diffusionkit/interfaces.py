@@ -178,7 +178,14 @@ class TargetEstimator(abc.ABC):
 
 
 class TimeSampler(abc.ABC):
-    """The law of the times a loss is taken at."""
+    """The law of the times a loss is taken at.
+
+    Attributes:
+        unbiased: whether E[weight h(t)] is the mean of h over [t_min, T]; a law that defines the
+            objective by itself, as EDM's log-normal, returns weights of one instead.
+    """
+
+    unbiased: bool = True
 
     @abc.abstractmethod
     def sample(
@@ -190,10 +197,7 @@ class TimeSampler(abc.ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw times (n,) and weights (n,), E[weight h(t)] = mean of h over [t_min, T].
-
-        A law that defines the objective by itself, as EDM's log-normal, returns ones.
-        """
+        """Draw times (n,) and weights (n,), E[weight h(t)] = mean of h over [t_min, T]."""
 
     def update(self, t: Tensor, loss: Tensor) -> None:  # noqa: B027 - adaptive samplers override
         """Learn from the losses (n,) found at times (n,)."""

@@ -246,4 +246,4 @@ def test_times_of_unreachable_log_snr_are_the_ends(sde):
 
 def test_sdes_compare_and_print_by_value():
     assert VPSDE(0.1, 10.0) == VPSDE(0.1, 10.0) != VPSDE()
-    assert repr(VESDE()) == "VESDE(sigma_min=0.01, sigma_max=50.0)"
+    assert repr(VESDE()) == "VESDE(sigma_min=0.01, sigma_max=50.0, t_min=1e-05)"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .._checks import check_positive, check_times, check_transition
+from .._checks import check_positive, check_t_min, check_times, check_transition
 from ..interfaces import ForwardSDE
 
 
@@ -22,19 +22,23 @@ class LinearBetaSDE(ForwardSDE):
 
     beta_min: float = 0.1
     beta_max: float = 20.0
+    t_min: float = field(default=1e-5, kw_only=True)
 
     T = 1.0
-    t_min = 1e-5
-    t_stop = 1e-3
     prior_std = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self.beta_min, "beta_min")
         check_positive(self.beta_max, "beta_max")
+        check_t_min(self.t_min, self.T)
         if self.beta_min > self.beta_max:
             raise ValueError(
                 f"expected beta_min <= beta_max, got {self.beta_min} and {self.beta_max}"
             )
+
+    @property
+    def t_stop(self) -> float:
+        return max(1e-3, self.t_min)
 
     def beta(self, t: Tensor) -> Tensor:
         """Return the rate of forgetting at times t (B,), (B,)."""

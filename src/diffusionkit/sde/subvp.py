@@ -24,9 +24,10 @@ class SubVPSDE(LinearBetaSDE):
     Args:
         beta_min: the rate of forgetting at t = 0.
         beta_max: the rate of forgetting at t = 1.
+        t_min: the smallest time for training and likelihood.
 
     Raises:
-        ValueError: unless 0 < beta_min <= beta_max.
+        ValueError: unless 0 < beta_min <= beta_max and 0 <= t_min < 1.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._checks import (
     check_finite,
     check_positive,
     check_state,
+    check_t_min,
     check_times,
     check_transition,
 )
@@ -34,6 +35,7 @@ class VESDE(ForwardSDE):
     Args:
         sigma_min: the noise at t = 0, in units of the data.
         sigma_max: the noise at t = 1, about the largest distance between two data points.
+        t_min: the smallest time for training and likelihood.
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max.
@@ -46,11 +48,12 @@ class VESDE(ForwardSDE):
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
+    t_min: float = field(default=1e-5, kw_only=True)
 
     T = 1.0
-    t_min = 1e-5
 
     def __post_init__(self) -> None:
+        check_t_min(self.t_min, self.T)
         check_positive(self.sigma_min, "sigma_min")
         check_positive(self.sigma_max, "sigma_max")
         if self.sigma_min >= self.sigma_max:

@@ -6,7 +6,7 @@ from .ema import EMA
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .targets import DenoisingTarget
-from .times import LogNormalTimes, StratifiedTimes, UniformTimes
+from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
 from .weighting import EDMWeighting, LikelihoodWeighting, MinSNRWeighting, SimpleWeighting
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "DenoisingTarget",
     "EDMWeighting",
+    "ImportanceTimes",
     "LikelihoodWeighting",
     "LogNormalTimes",
     "MinSNRWeighting",

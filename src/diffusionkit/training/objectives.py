@@ -12,7 +12,7 @@ from .._draws import Generators
 from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
 from .targets import DenoisingTarget
 from .times import UniformTimes
-from .weighting import SimpleWeighting
+from .weighting import LikelihoodWeighting, SimpleWeighting
 
 
 class ScoreMatching:
@@ -59,6 +59,46 @@ class ScoreMatching:
 
     def __repr__(self) -> str:
         return f"ScoreMatching({self.weighting}, target={self.target}, times={self.times})"
+
+    def nats(
+        self,
+        model: ScoreModel,
+        x0: Tensor,
+        *,
+        reference: Tensor | None = None,
+        generator: Generators = None,
+        **cond: Any,
+    ) -> Tensor:
+        r"""Return the likelihood-weighted losses of data x0 (B, *D) in nats, (B,).
+
+        .. math::
+            \tfrac12 \int_{t_{min}}^T g^2
+            \|s_\theta - \nabla \log p(x_t | x_0)\|^2 \, dt
+            = \tfrac{d}{2} (T - t_{min}) \, E[\ell]
+
+        an unbiased estimate of the term that training can lower in the bound on -log p of the SDE
+        model. `NELBO` has the bound as a whole.
+
+        Raises:
+            TypeError: unless the weighting is `LikelihoodWeighting`.
+            ValueError: if the times define an objective of their own, and as the losses do.
+
+        Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
+        arXiv 2101.09258 (theorems 1 and 3).
+        """
+        if not isinstance(self.weighting, LikelihoodWeighting):
+            raise TypeError(
+                "nats: expected the weighting LikelihoodWeighting(), with which the loss is one "
+                f"of likelihood, got {self.weighting}"
+            )
+        if not self.times.unbiased:
+            raise ValueError(
+                "nats: expected times whose weighted mean is that of uniform ones, such as "
+                f"ImportanceTimes(), got {self.times}"
+            )
+        loss = self(model, x0, reference=reference, generator=generator, **cond)
+        sde = model.sde
+        return 0.5 * (sde.T - sde.t_min) * x0[0].numel() * loss
 
     def __call__(
         self,
