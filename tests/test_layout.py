@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What each part may import, beside itself.
 PRIVATE = {"_checks", "_draws", "_numerics", "_run", "_tally"}
 BASE = {*PRIVATE, "values", "interfaces"}
-CORE = {*BASE, "sde", "models"}
+CORE = {*BASE, "_ode", "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
     "_draws": {"_checks"},
@@ -22,13 +22,14 @@ MAY_IMPORT = {
     "_tally": set(),
     "_pickles": set(),
     "_files": {"_pickles"},
+    "_ode": BASE,
     "values": set(),
     "interfaces": {*PRIVATE, "values"},
     "sde": BASE,
     "models": {*BASE, "sde"},
     "training": {*CORE, "_files"},
     "sampling": CORE,
-    "likelihood": CORE,
+    "likelihood": {*CORE, "_files"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
     "diagnostics": {*CORE, "training"},

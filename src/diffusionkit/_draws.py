@@ -65,11 +65,12 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
 
 
 def rand(
-    n: int,
+    shape: int | Sequence[int],
     *,
     generator: Generators = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Draw n numbers uniform on [0, 1)."""
-    return _draw(torch.rand, (n,), generator, device, dtype)
+    """Draw numbers uniform on [0, 1), n of them or a shape (B, *D)."""
+    sizes = (shape,) if isinstance(shape, int) else shape
+    return _draw(torch.rand, sizes, generator, device, dtype)

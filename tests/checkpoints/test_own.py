@@ -50,7 +50,7 @@ def randomised(name, dtype=torch.float32):
 
 
 def test_every_class_is_here() -> None:
-    assert set(MAKES) == set(networks.__all__)
+    assert set(MAKES) == set(networks.__all__) - {"FourierFeatures"}  # a wrapper
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from diffusionkit.checkpoints._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"
 _VERSION = 1
-_CLASSES: dict[str, type[nn.Module]] = {name: getattr(networks, name) for name in networks.__all__}
+# A wrapper is not a network of its own: what it wraps is saved.
+_CLASSES: dict[str, type[nn.Module]] = {
+    name: getattr(networks, name) for name in networks.__all__ if name != "FourierFeatures"
+}
 _EXPECTED = "a network written by save_network"
 
 

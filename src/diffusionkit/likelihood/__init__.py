@@ -1,1 +1,32 @@
 """Likelihoods: exact ones by the probability flow, bounds, dequantization, bits per dimension."""
+
+from .bits import bits_per_dim
+from .bound import NELBO, Bound
+from .decoder import LevelDecoder
+from .dequantization import Dequantized, Dequantizer, UniformDequantizer
+from .divergence import Divergence, ExactDivergence, Hutchinson
+from .evaluate import BitsPerDim, evaluate_bits_per_dim
+from .ode import ODELikelihood, ODELogLikelihood
+from .variational import VariationalDequantizer
+from .vdm import DiscreteBound, DiscreteNELBO, backward_with_schedule
+
+__all__ = [
+    "NELBO",
+    "BitsPerDim",
+    "Bound",
+    "Dequantized",
+    "Dequantizer",
+    "DiscreteBound",
+    "DiscreteNELBO",
+    "Divergence",
+    "ExactDivergence",
+    "Hutchinson",
+    "LevelDecoder",
+    "ODELikelihood",
+    "ODELogLikelihood",
+    "UniformDequantizer",
+    "VariationalDequantizer",
+    "backward_with_schedule",
+    "bits_per_dim",
+    "evaluate_bits_per_dim",
+]

@@ -1,0 +1,161 @@
+"""The probability flow of any linear SDE, solved in its angle."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ._checks import check_positive
+from ._numerics import home, instants, schedule_dtype
+from ._run import bare_networks, evaluation_mode
+from ._tally import Tally
+from .interfaces import ForwardSDE, ScoreModel
+
+ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
+
+Evaluate: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def angles(sde: ForwardSDE, start: float, end: float) -> Tensor:
+    """Return theta = atan(sigma / alpha) at two times, (2,).
+
+    Raises:
+        ValueError: if sigma = 0 at one of them.
+    """
+    here = home(sde)
+    times = torch.tensor([start, end], dtype=schedule_dtype(here), device=here)
+    alpha, sigma = (c.detach() for c in sde.marginal(times))
+    for t, value in zip((start, end), sigma.tolist(), strict=True):
+        if not value > 0.0:
+            raise ValueError(
+                f"expected a time with sigma > 0, got t = {t:g}, where sigma = {value:g} and the "
+                f"probability flow is singular; pass a later one, such as t_min = {sde.t_min:g} "
+                "of the process"
+            )
+    return torch.atan2(sigma, alpha)
+
+
+@dataclass(frozen=True)
+class Solver:
+    r"""A solver of torchdiffeq, applied to the probability flow of any linear SDE.
+
+    With r^2 = alpha^2 + sigma^2, z = x / r, tan(theta) = sigma / alpha and the predicted
+    velocity v = alpha eps - sigma x0,
+
+    .. math::
+        \frac{dz}{d\theta} = \frac{v(x, t)}{r}, \quad
+        \nabla_z \cdot \frac{dz}{d\theta} = \nabla_x \cdot v,
+
+    the same equation for every process, which only maps theta to t.
+
+    Args:
+        method: the solver's name.
+        rtol: relative tolerance of an adaptive solver.
+        atol: absolute tolerance.
+        options: further options of torchdiffeq's.
+
+    Raises:
+        ValueError: unless the method is known and the tolerances are positive.
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.method not in (*ADAPTIVE, *FIXED):
+            raise ValueError(f"method: expected one of {[*ADAPTIVE, *FIXED]}, got {self.method!r}")
+        check_positive(self.rtol, "rtol")
+        check_positive(self.atol, "atol")
+
+    def __call__(
+        self,
+        model: ScoreModel,
+        evaluate: Evaluate,
+        x: Tensor,
+        start: float,
+        end: float,
+        totals: tuple[Tensor, ...] = (),
+        dtype: torch.dtype | None = None,
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """Follow the flow from one time to another.
+
+        Args:
+            model: the score model, switched to evaluation while it runs.
+            evaluate: maps (x (B, *D), t (B,)) to the model's v and the rates d total / d theta.
+            x: the state at `start` (B, *D).
+            start: the time to start from.
+            end: the time to end at.
+            totals: what to integrate along the path, at its start.
+            dtype: the dtype of the states that `evaluate` sees, that of x by default.
+
+        Returns:
+            The state at `end` and the totals, in float64 where the device has it, and the number
+            of evaluations.
+
+        Raises:
+            ValueError: if the flow is singular at one end, or an evaluation is not finite.
+        """
+        # torchdiffeq imports scipy, which would double the time to import this library.
+        torchdiffeq = importlib.import_module("torchdiffeq")
+        sde, low, high = model.sde, min(start, end), max(start, end)
+        # torchdiffeq keeps time in the dtype of the state, and float32 does not resolve an angle
+        # near pi / 2.
+        state_dtype, dtype = schedule_dtype(x.device), dtype or x.dtype
+        clock = angles(sde, start, end).to(x.device, state_dtype)
+        options, length = dict(self.options), abs(float(clock[1] - clock[0]))
+        if self.method in ADAPTIVE:
+            # Near the data little moves, and torchdiffeq's own guess of a first step is
+            # then far too long. Without step_t it steps past the end, where there is no time.
+            options.setdefault("first_step", 0.02 * length)
+            options.setdefault("step_t", clock[1:])
+        elif not {"step_size", "grid_constructor"} & options.keys():
+            options["step_size"] = 0.01 * length
+
+        def velocity(theta: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            here = home(sde)
+            log_snr = -2 * math.log(math.tan(min(theta.item(), 0.5 * math.pi)))
+            value = torch.tensor([log_snr], dtype=schedule_dtype(here), device=here)
+            time = sde.time_at_log_snr(value).clamp(low, high)
+            z = state[0]
+            (t,) = instants(sde, time, z.new_empty(len(z), dtype=dtype))
+            alpha, sigma = sde.kernel(t)
+            r = math.hypot(float(alpha), float(sigma))
+            rates = [y.to(state_dtype) for y in evaluate((r * z).to(dtype), t)]
+            for rate in rates:
+                if not bool(torch.isfinite(rate).all()):
+                    raise ValueError(
+                        "model: expected finite predictions and derivatives, got NaN or "
+                        f"infinity at t = {time.item():g}"
+                    )
+            return rates[0] / r, *rates[1:]
+
+        first, last = radii(sde, start, end)
+        with evaluation_mode(model), bare_networks(model), Tally() as tally:
+            z, *sums = torchdiffeq.odeint(
+                velocity,
+                (x.to(state_dtype) / first, *totals),
+                clock,
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.method,
+                options=options,
+            )
+        return (z[-1] * last, *(total[-1] for total in sums)), tally.evaluations
+
+
+def radii(sde: ForwardSDE, *times: float) -> list[float]:
+    """Return r = sqrt(alpha^2 + sigma^2) at some times."""
+    here = home(sde)
+    alpha, sigma = sde.marginal(torch.tensor(times, dtype=schedule_dtype(here), device=here))
+    radii: list[float] = torch.hypot(alpha, sigma).tolist()
+    return radii

@@ -1,0 +1,215 @@
+"""The bound on the likelihood of the SDE model, term by term."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_finite, check_part, check_state, check_t_min, readable
+from .._draws import Generators, check_generator, rand
+from .._numerics import exact, home, schedule_dtype
+from ..interfaces import ForwardSDE, ScoreModel
+from ..values import Prediction
+from .divergence import Divergence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """An upper bound on -log p(x) under the SDE model, and its terms, in nats.
+
+    Args:
+        nats: the bound, the sum of the terms (B,).
+        prior: the expected -log of the prior at x_T (B,), exact.
+        path: the score-matching integral (B,), estimated.
+        drift: minus the integral of the divergence of the drift (B,), exact.
+        smallest_time: what the step from t_min to the data costs (B,), estimated.
+        stderr: the standard error of the bound over its own draws (B,), None for one draw.
+        t_min: where the path ends and the last step begins.
+    """
+
+    nats: Tensor
+    prior: Tensor
+    path: Tensor
+    drift: Tensor
+    smallest_time: Tensor
+    stderr: Tensor | None
+    t_min: float
+
+
+class NELBO:
+    r"""The negative evidence lower bound: -log p_SDE(x) <= NELBO(x), one for each sample.
+
+    The SDE model starts from the prior at T, runs the reverse-time SDE with the model's score
+    down to t_min, and ends with a Gaussian step around the denoised state. Its bound is
+
+    .. math::
+        -E \log \pi(x_T)
+        + \tfrac12 \int_{t_{min}}^T g^2 E \left[\|s_\theta - \nabla \log p(x_t | x)\|^2
+        - \|\nabla \log p(x_t | x)\|^2\right] dt
+        - d \int_{t_{min}}^T f \, dt
+        + E\left[-\log N(x; \hat x_0, \tfrac{\sigma^2}{\alpha^2} I)\right] - H[N(0, \sigma^2 I)]
+
+    with the last two at t_min. Times are uniform in the log-SNR, one in each of as many strata as
+    there are draws; all that has a closed form is exact. It says nothing of the likelihood under
+    the probability-flow ODE, which is another model of the same score: see `ODELikelihood`.
+
+    In the denoising form gradients flow to the data and to the parameters, so that the bound
+    serves as an objective too. The model stays in the mode it is in: call `model.eval()` first
+    where dropout matters, as `evaluate_bits_per_dim` does.
+
+    Args:
+        model: the score model.
+        samples: how many times and noises are drawn for each sample. A tenth as many, at least
+            two, are drawn for the step from t_min; one if this is one.
+        divergence: if given, the path is measured by the score's own divergence, as in sliced
+            score matching, without gradients, instead of in the denoising form.
+        t_min: where the path ends, the SDE's t_min by default.
+
+    Raises:
+        ValueError: unless samples >= 1 and 0 <= t_min < T, with noise at t_min.
+        TypeError: if a part has the wrong type.
+
+    Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
+    arXiv 2101.09258 (theorem 3, appendix B).
+
+    >>> from diffusionkit import GaussianMixtureModel, VPSDE
+    >>> model = GaussianMixtureModel(VPSDE(), means=[[0.0]], stds=[1.0])
+    >>> bound = NELBO(model, samples=4)(torch.zeros(2, 1))
+    >>> bound.nats.shape, bound.stderr.shape
+    (torch.Size([2]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        *,
+        samples: int = 1,
+        divergence: Divergence | None = None,
+        t_min: float | None = None,
+    ) -> None:
+        """Keep the model and the number of draws."""
+        check_part(model, ScoreModel, "model")
+        check_count(samples, "samples")
+        if divergence is not None:
+            check_part(divergence, Divergence, "divergence")
+        self.model = model
+        self.samples = samples
+        self.divergence = divergence
+        self.t_min = model.sde.t_min if t_min is None else t_min
+        check_t_min(self.t_min, model.sde.T)
+
+    def __repr__(self) -> str:
+        return f"NELBO(samples={self.samples}, divergence={self.divergence}, t_min={self.t_min})"
+
+    def __call__(self, x: Tensor, *, generator: Generators = None, **cond: Any) -> Bound:
+        """Return the bound for data x (B, *D).
+
+        Args:
+            x: the data (B, *D).
+            generator: the source of times and noise: one, one for each sample, or None.
+            cond: handed to the model.
+
+        Raises:
+            ValueError: if x is empty or not finite, there is no noise at t_min, or the model's
+                prediction is not finite (the time is named; on the CPU only).
+            TypeError: if x is not a floating-point tensor.
+        """
+        check_state(x)
+        check_finite(x)
+        check_generator(generator, len(x))
+        sde, d = self.model.sde, x[0].numel()
+        alphas, sigmas, log_snr = self._ends(sde, x.device)
+        first, z = log_snr[0], log_snr[0] - log_snr[1]
+        squares = exact(x).reshape(len(x), -1).square().sum(1)
+        spread = sde.prior_std**2
+        prior = (alphas[1] ** 2 * squares + d * sigmas[1] ** 2) / (2 * spread)
+        prior = prior + 0.5 * d * math.log(2 * math.pi * spread)
+        drift = torch.full_like(prior, d * (math.log(alphas[0]) - math.log(alphas[1])))
+
+        paths = []
+        for k in range(self.samples):
+            u = rand(len(x), generator=generator, device=x.device, dtype=schedule_dtype(x.device))
+            u = (k + u) / self.samples
+            t = sde.time_at_log_snr(first - z * u).clamp(self.t_min, sde.T)
+            paths.append(0.5 * z * self._integrand(x, t, generator, cond))
+        last = torch.full((len(x),), self.t_min, dtype=u.dtype, device=x.device)
+        draws = min(self.samples, max(2, math.ceil(self.samples / 10)))
+        steps = [self._error(x, last, generator, cond) for _ in range(draws)]
+        path, small = torch.stack(paths), 0.5 * (torch.stack(steps) - d)
+        smallest_time = small.mean(0) - d * math.log(alphas[0])
+        path_mean = path.mean(0)
+        return Bound(
+            nats=prior + path_mean + drift + smallest_time,
+            prior=prior,
+            path=path_mean,
+            drift=drift,
+            smallest_time=smallest_time,
+            stderr=_stderr(path.detach(), small.detach()) if self.samples > 1 else None,
+            t_min=self.t_min,
+        )
+
+    def _ends(
+        self, sde: ForwardSDE, device: torch.device
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Return alpha, sigma and the log-SNR at t_min and at T."""
+        at = torch.tensor([self.t_min, sde.T], dtype=schedule_dtype(device), device=home(sde))
+        with torch.no_grad():
+            alphas, sigmas = sde.marginal(at)
+            log_snr = sde.log_snr(at)
+        if not bool(torch.isfinite(log_snr).all()):
+            raise ValueError(
+                f"t_min: expected a time with noise, got {self.t_min:g}, where sigma is "
+                f"{float(sigmas[0]):g} and the bound infinite"
+            )
+        return alphas.tolist(), sigmas.tolist(), log_snr.tolist()
+
+    def _integrand(
+        self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]
+    ) -> Tensor:
+        """Return sigma^2 times the square brackets of the formula (B,)."""
+        if self.divergence is None:
+            # The noise's own square is d on average: exact, not drawn.
+            return self._error(x, t, generator, cond) - x[0].numel()
+        sample = self.model.sde.perturb(x, t, generator=generator)
+        state = self.divergence.start(sample.x, generator)
+
+        def noise(y: Tensor) -> Tensor:
+            return self.model.predict(y, t, **cond).eps
+
+        eps, divergence = self.divergence(noise, sample.x, state)
+        _check(eps, t)
+        square = exact(eps).reshape(len(x), -1).square().sum(1)
+        return square - 2 * exact(sample.sigma) * exact(divergence).mean(0)
+
+    def _error(self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]) -> Tensor:
+        """Return the squared error of the predicted noise (B,), in float64."""
+        sample = self.model.sde.perturb(x, t, generator=generator)
+        truth = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
+        error = self.model.predict(sample.x, t, **cond).noise_error(truth)
+        _check(error, t)
+        return exact(error).reshape(len(x), -1).square().sum(1)
+
+
+def _check(value: Tensor, t: Tensor) -> None:
+    """Raise if the model's answer is not finite, and say when that was."""
+    if readable(value):
+        bad = ~torch.isfinite(value.detach()).reshape(len(t), -1).all(1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"model: expected a finite prediction, got NaN or infinity at t = {t[bad][0]:g}"
+            )
+
+
+def _stderr(path: Tensor, small: Tensor) -> Tensor:
+    """Return the standard error of the sum of two means over draws (k, B) and (m, B).
+
+    The path's draws lie in neighbouring strata: half the square of a difference of neighbours is
+    their variance, and a little more where the integrand changes from one stratum to the next.
+    """
+    k, m = len(path), len(small)
+    variance = path.diff(dim=0).square().mean(0) / (2 * k)
+    return torch.sqrt(variance + small.var(0) / m)

@@ -1,0 +1,225 @@
+"""Bits per dimension of a whole data set: repeated, resumable, shared out over processes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from .._checks import check_count, check_part
+from .._files import atomic_write, read_torch
+from .._run import Progress, evaluation_mode, with_progress
+from .bits import bits_per_dim
+from .dequantization import Dequantizer
+
+
+class Data(Sized, Protocol):
+    """A map-style data set: items (*D) by their number."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return one item."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BitsPerDim:
+    """Bits per dimension of a data set.
+
+    Args:
+        mean: the mean over the data and the draws.
+        stderr: its standard error: how far another test set of the same size would take it. The
+            noise of the draws is in it.
+        draw_stderr: the part of it that more draws would take away, None for one draw.
+        bits: bits per dimension of each item and draw (N, draws), in float64.
+    """
+
+    mean: float
+    stderr: float
+    draw_stderr: float | None
+    bits: Tensor
+
+    def __str__(self) -> str:
+        """Return the mean and its standard error as one writes them."""
+        return f"{self.mean:.4f} +- {self.stderr:.4f} bits/dim"
+
+
+def evaluate_bits_per_dim(
+    likelihood: Callable[..., Any],
+    data: Tensor | Data,
+    *,
+    dequantizer: Dequantizer | None = None,
+    draws: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    cond: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+    path: str | Path | None = None,
+    progress: Progress = True,
+) -> BitsPerDim:
+    r"""Return bits per dimension of a whole data set, every item counted.
+
+    .. math::
+        \frac{1}{d \ln 2} E\left[-\log p(x) + \log q(x | \mathrm{image})\right]
+
+    with x drawn by the dequantizer. Each item and draw has random numbers of its own, which
+    depend on the seed and its number alone. Where torch.distributed is initialised, the batches
+    are shared out over the processes, and each of them returns the same result, to the last bit,
+    as one process would. Networks are in evaluation mode, and no gradient is recorded.
+
+    Args:
+        likelihood: `NELBO`, `ODELikelihood`, or any callable (x, *, generator, **cond) whose result
+            has `.nats` (B,), the negative log-likelihood or a bound on it.
+        data: a tensor (N, *D) or a map-style data set of tensors (*D); whole numbers for a
+            dequantizer.
+        dequantizer: draws x from an image. None for data that are continuous, whose number is a
+            density and may be negative, and for likelihoods of images themselves.
+        draws: how many times every item is dequantized and measured.
+        batch_size: how many items are measured at once.
+        seed: of everything that is random.
+        cond: what is handed to the likelihood, tensors (N, ...), cut into batches with the data.
+        device: where the batches go, the likelihood's model's device by default.
+        path: a file that keeps what is done; with it a run that was stopped goes on. With several
+            processes each writes its own, named after it, in the same folder.
+        progress: whether to show progress, or a wrapper of the batches that does.
+
+    Raises:
+        ValueError: if the data set is empty, cond has another length, or path belongs to a run with
+            other settings.
+        TypeError: if a part has the wrong type, or data have no length.
+
+    >>> from diffusionkit import NELBO, GaussianMixtureModel, UniformDequantizer, VPSDE
+    >>> model = GaussianMixtureModel(VPSDE(), means=torch.zeros(1, 2), stds=[0.5])
+    >>> images = torch.randint(0, 4, (10, 2))
+    >>> result = evaluate_bits_per_dim(
+    ...     NELBO(model), images, dequantizer=UniformDequantizer(levels=4), progress=False)
+    >>> result.bits.shape
+    torch.Size([10, 1])
+    """
+    if not callable(likelihood):
+        raise TypeError(f"likelihood: expected a callable, got {type(likelihood).__name__}")
+    if not isinstance(data, Sized):
+        raise TypeError(f"data: expected a data set with a length, got {type(data).__name__}")
+    if dequantizer is not None:
+        check_part(dequantizer, Dequantizer, "dequantizer")
+    for name, value in (("draws", draws), ("batch_size", batch_size)):
+        check_count(value, name)
+    n, cond = len(data), dict(cond or {})
+    if n == 0:
+        raise ValueError("data: expected at least one item, got none")
+    for name, entries in cond.items():
+        if len(entries) != n:
+            raise ValueError(f"cond: expected {n} entries of {name}, got {len(entries)}")
+    modules = [m for m in (getattr(likelihood, "model", None), dequantizer) if m is not None]
+    device = _device(modules) if device is None else torch.device(device)
+    settings = {"n": n, "draws": draws, "batch_size": batch_size, "seed": seed}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _shared() else (0, 1)
+    file = None if path is None else _own_file(Path(path), rank, world)
+    nats = torch.full((n, draws), math.nan, dtype=torch.float64)
+    if path is not None:
+        _resume(nats, Path(path), settings)
+    if _shared():
+        dist.barrier()  # before anybody writes what others still have to read
+
+    batches = [
+        (draw, rows)
+        for number, (draw, rows) in enumerate(
+            (draw, range(start, min(start + batch_size, n)))
+            for draw in range(draws)
+            for start in range(0, n, batch_size)
+        )
+        if number % world == rank and bool(nats[list(rows), draw].isnan().any())
+    ]
+    with _evaluating(modules):
+        for draw, rows in with_progress(batches, progress if rank == 0 else False):
+            index = list(rows)
+            x = torch.stack([torch.as_tensor(data[i]) for i in index]).to(device)
+            generators = [_generator(seed, draw, i) for i in index]
+            extra = {name: value[index].to(device) for name, value in cond.items()}
+            density: Tensor | float = 0.0
+            if dequantizer is not None:
+                drawn = dequantizer(x, generator=generators)
+                x, density = drawn.x, drawn.log_prob
+            found = (likelihood(x, generator=generators, **extra).nats + density).cpu().double()
+            if bool(found.isnan().any()):
+                raise ValueError(
+                    f"likelihood: expected numbers, got NaN for items {rows.start} to {rows.stop}"
+                )
+            nats[index, draw] = found
+            if file is not None:
+                atomic_write(file, partial(torch.save, {"settings": settings, "nats": nats}))
+    nats = _merge(nats)
+    dims = torch.as_tensor(data[0]).numel()
+    bits = bits_per_dim(nats, dims)
+    return _summary(bits)
+
+
+def _summary(bits: Tensor) -> BitsPerDim:
+    n, draws = bits.shape
+    items = bits.mean(1)
+    return BitsPerDim(
+        mean=float(items.mean()),
+        stderr=float(items.std() / math.sqrt(n)) if n > 1 else math.nan,
+        draw_stderr=float((bits.var(1).mean() / (n * draws)).sqrt()) if draws > 1 else None,
+        bits=bits,
+    )
+
+
+def _generator(seed: int, draw: int, index: int) -> torch.Generator:
+    """Return the random numbers of one draw of one item."""
+    (state,) = np.random.SeedSequence([seed, draw, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))
+
+
+def _device(modules: list[nn.Module]) -> torch.device:
+    """Return the device of the first tensor of the modules."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for module in modules:
+            stack.enter_context(evaluation_mode(module))
+        yield
+
+
+def _shared() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _own_file(path: Path, rank: int, world: int) -> Path:
+    return path if world == 1 else path.with_name(f"{path.name}.{rank}")
+
+
+def _resume(nats: Tensor, path: Path, settings: dict[str, int]) -> None:
+    """Fill in what any process of an earlier run has kept."""
+    for file in (path, *sorted(path.parent.glob(f"{path.name}.[0-9]*"))):
+        if not file.exists():
+            continue
+        kept = read_torch(file)
+        if not isinstance(kept, dict) or kept.get("settings") != settings:
+            found = kept.get("settings") if isinstance(kept, dict) else type(kept).__name__
+            raise ValueError(f"path: expected a run with {settings} in {file}, got {found}")
+        nats.copy_(torch.where(nats.isnan(), kept["nats"], nats))
+
+
+def _merge(nats: Tensor) -> Tensor:
+    """Return what all processes found."""
+    if not _shared():
+        return nats
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, nats)
+    for other in everyone:
+        nats = torch.where(nats.isnan(), other, nats)
+    return nats

@@ -1,0 +1,199 @@
+"""The variational bound on the probability of discrete data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_part, readable
+from .._draws import Generators, rand
+from .._numerics import exact, schedule_dtype
+from ..interfaces import ForwardSDE, ScoreModel
+from ..values import Prediction
+from .decoder import LevelDecoder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DiscreteBound:
+    """An estimate of a bound on -log P(images), term by term.
+
+    Args:
+        reconstruction: what reading the levels off the least noisy state costs (B,), nats.
+        prior: the divergence of the noisiest state from the prior (B,), nats.
+        diffusion: what the way from one to the other costs (B,), nats.
+    """
+
+    reconstruction: Tensor
+    prior: Tensor
+    diffusion: Tensor
+
+    @property
+    def nats(self) -> Tensor:
+        """The bound, the sum of the terms (B,), nats."""
+        return self.reconstruction + self.prior + self.diffusion
+
+
+class DiscreteNELBO:
+    r"""The variational bound on -log P(images) of integers: no dequantizer, no offset.
+
+    .. math::
+        -\log P(k) \le E[-\log p(k \mid z_0)] + KL(q(z_1 \mid x) \,\|\, N(0, \pi^2 I))
+        + \tfrac12 \int \frac{g^2}{\sigma^2} E\|\epsilon - \hat\epsilon\|^2\, dt
+
+    for data x at the centres of the levels k, z_0 the state at t_min and z_1 that at T. With
+    `steps` the process is the chain of so many equal steps of time, and the last term
+
+    .. math::
+        \tfrac{N}{2} E[\mathrm{expm1}(\mathrm{log\,snr}_s - \mathrm{log\,snr}_t)
+        \|\epsilon - \hat\epsilon\|^2], \quad t - s = (T - t_{min}) / N.
+
+    Each call looks at one time for each sample. From one generator, or none, they are spread
+    evenly over the batch, u_i = (u_0 + i / B) mod 1, which lowers the variance of the mean; with
+    one generator for each sample they are independent. Differentiable: for training and for
+    evaluation. Any process will do whose noise at t_min is below the width of a level.
+
+    Args:
+        model: the score model; its SDE is the process.
+        decoder: reads the levels off the least noisy state.
+        steps: the number N of steps, or None for continuous time.
+
+    Raises:
+        TypeError: if a part has the wrong type.
+        ValueError: if steps < 1.
+
+    Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (equations 11 to
+    19, appendix I.1).
+
+    >>> from diffusionkit import EpsModel, LogSigmaLabel, LogSNRSDE
+    >>> model = EpsModel(lambda x, label: x, LogSNRSDE(), label=LogSigmaLabel())
+    >>> DiscreteNELBO(model)(torch.randint(256, (4, 3, 8, 8))).nats.shape
+    torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        decoder: LevelDecoder | None = None,
+        *,
+        steps: int | None = None,
+    ) -> None:
+        """Keep the parts; the decoder is by default that of 256 levels in [-1, 1]."""
+        check_part(model, ScoreModel, "model")
+        self.model = model
+        self.decoder = LevelDecoder() if decoder is None else decoder
+        check_part(self.decoder, LevelDecoder, "decoder")
+        if steps is not None:
+            check_count(steps, "steps")
+        self.steps = steps
+
+    def __repr__(self) -> str:
+        return f"DiscreteNELBO({type(self.model).__name__}, {self.decoder}, steps={self.steps})"
+
+    def __call__(
+        self, images: Tensor, *, generator: Generators = None, **cond: Any
+    ) -> DiscreteBound:
+        """Return the terms of the bound, each (B,), for images (B, *D).
+
+        Args:
+            images: integers 0 ... levels - 1, (B, *D), of any integer dtype.
+            generator: the source of times and noise.
+            cond: handed to the model.
+
+        Raises:
+            TypeError: if images are not integers.
+            ValueError: if a value is no level, or the model's error is not finite (read on the
+                CPU only).
+        """
+        kind = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
+        x = self.decoder.encode(images, dtype=torch.promote_types(kind, torch.float32))
+        sde = self.model.sde
+        first = x.new_full((len(x),), sde.t_min)
+        least = sde.perturb(x, first, generator=generator)
+        read = self.decoder.log_prob(images, least.x, least.alpha, least.sigma)
+        return DiscreteBound(-read, _prior(sde, x), self._diffusion(x, generator, cond))
+
+    def _diffusion(self, x: Tensor, generator: Generators, cond: dict[str, Any]) -> Tensor:
+        sde = self.model.sde
+        t, weight = self._times(sde, x, generator)
+        sample = sde.perturb(x, t, generator=generator)
+        target = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
+        error = self.model.predict(sample.x, t, **cond).noise_error(target)
+        squares = exact(error).square().reshape(len(x), -1).sum(1)
+        if readable(squares) and not bool(torch.isfinite(squares).all()):
+            worst = float(t[~torch.isfinite(squares)][0])
+            raise ValueError(f"model: expected a finite prediction, got none at t = {worst:g}")
+        return 0.5 * weight * squares
+
+    def _times(self, sde: ForwardSDE, x: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+        """Return times (B,) and the weights of half the squared error at them (B,)."""
+        n, dtype = len(x), schedule_dtype(x.device)
+        shared = generator is None or isinstance(generator, torch.Generator)
+        u = rand(1 if shared else n, generator=generator, device=x.device, dtype=dtype)
+        if shared:
+            u = (u + torch.arange(n, device=x.device, dtype=dtype) / n) % 1.0
+        span = sde.T - sde.t_min
+        if self.steps is None:
+            t = sde.t_min + span * u
+            weight = span * (sde.diffusion(t) / sde.marginal(t)[1]).square()
+        else:
+            step = torch.floor(u * self.steps)
+            s, t = (sde.t_min + span * (step + i) / self.steps for i in (0, 1))
+            weight = self.steps * torch.expm1(sde.log_snr(s) - sde.log_snr(t))
+        return t.to(x.dtype), weight
+
+
+def _prior(sde: ForwardSDE, x: Tensor) -> Tensor:
+    r"""Return KL(N(alpha_T x, sigma_T^2 I) || N(0, prior_std^2 I)), (B,).
+
+    .. math::
+        \tfrac12 \sum (r + \alpha^2 x^2 / \pi^2 - 1 - \log r), \quad r = \sigma^2 / \pi^2
+    """
+    alpha, sigma = sde.marginal(exact(x.new_full((len(x),), sde.T)))
+    squares = exact(x).reshape(len(x), -1).square()
+    ratio = (sigma / sde.prior_std).square()
+    shift = (alpha / sde.prior_std).square() * squares.sum(1)
+    return 0.5 * (squares.shape[1] * (ratio - 1 - torch.log(ratio)) + shift)
+
+
+def backward_with_schedule(
+    loss: Tensor, diffusion: Tensor, interior: Iterable[torch.nn.Parameter]
+) -> None:
+    r"""Backpropagate a loss, but for a schedule's interior the second moment of its estimate.
+
+    Everything else gets the gradient of `loss`, the interior
+
+    .. math::
+        \nabla_\eta \tfrac1B \sum_i \ell_i^2,
+
+    that of the variance of the diffusion terms, as their mean does not depend on it in
+    continuous time. (In a chain of steps it does: there use `loss.backward()`.) It costs another
+    backward pass, to the state only. Hand both in per dimension, so that no gradient is huge:
+
+    >>> from diffusionkit import EpsModel, LearnedSDE, LogSigmaLabel
+    >>> from diffusionkit.networks import MLP
+    >>> model = EpsModel(MLP(2), LearnedSDE(), label=LogSigmaLabel())
+    >>> bound = DiscreteNELBO(model)(torch.randint(256, (8, 2)))
+    >>> backward_with_schedule(bound.nats.mean() / 2, bound.diffusion / 2, model.sde.interior())
+
+    Args:
+        loss: the loss, a scalar.
+        diffusion: the diffusion terms (B,), in the same units.
+        interior: the parameters of the schedule between its end points.
+
+    Raises:
+        RuntimeError: if a parameter of the interior did not take part in the diffusion terms.
+
+    Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
+    """
+    parameters = list(interior)
+    gradients = torch.autograd.grad(diffusion.square().mean(), parameters, retain_graph=True)
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None  # or the loss would be added to it in place
+    loss.backward()  # type: ignore[no-untyped-call]
+    for p, old, new in zip(parameters, before, gradients, strict=True):
+        p.grad = new if old is None else old + new
