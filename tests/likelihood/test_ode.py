@@ -181,8 +181,15 @@ def test_a_learned_process_does_not_decide_the_dtype():
         def marginal(self, t):
             return torch.exp(-self.rate * t), torch.sqrt(-torch.expm1(-2 * self.rate * t))
 
-    model = EpsModel(lambda x, label: torch.tanh(x), Learned())
+    seen = set()
+
+    def network(x, label):
+        seen.add(x.dtype)
+        return torch.tanh(x)
+
+    model = EpsModel(network, Learned())
     result = ODELikelihood(model)(torch.ones(2, 3))
+    assert seen == {torch.float32}
     assert torch.isfinite(result.log_prob).all()
     assert not result.log_prob.requires_grad
     assert model.sde.rate.grad is None

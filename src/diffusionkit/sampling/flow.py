@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_part, check_positive, check_state
+from .._checks import check_finite, check_part, check_state
 from .._draws import Generators
-from .._numerics import home, instants, noise_at, schedule_dtype
-from .._run import evaluation_mode
+from .._numerics import instants
+from .._ode import Solver
+from .._run import bare_networks, evaluation_mode
 from .._tally import Tally
 from ..interfaces import ScoreModel
-from ..values import linear
 from ._start import initial_state
-
-ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
-FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
 
 
 class ProbabilityFlow:
@@ -28,13 +24,14 @@ class ProbabilityFlow:
     .. math::
         \frac{dx}{dt} = f x - \tfrac12 g^2 \nabla \log p_t(x)
 
-    It is solved in the time u = log(sigma / alpha), in which it reads
+    It is solved for z = x / r, r^2 = alpha^2 + sigma^2, in the angle theta = atan(sigma / alpha):
 
     .. math::
-        \frac{dx}{du} = \frac{2 f \sigma^2}{g^2} x + \sigma \hat\epsilon(x, t),
+        \frac{dz}{d\theta} = \frac{v(x, t)}{r}, \quad v = \alpha \hat\epsilon - \sigma \hat x_0,
 
-    smooth at both ends. At equal tolerance and a similar number of evaluations, decoding was about
-    ten times as accurate as in t with VP, sub-VP and EDM mixtures; for VE the two are the same.
+    the same equation for every process, regular at both ends. On mixtures in the plane, at
+    tolerance 1e-5 and about equal errors, it took 43 to 73 evaluations with VP, sub-VP, VE and
+    EDM, and 79 to 133 in log(sigma / alpha).
 
     Args:
         model: the score model.
@@ -45,7 +42,7 @@ class ProbabilityFlow:
         atol: absolute tolerance, in units of the data.
         t_end: the time that stands for the data, the SDE's t_min by default.
         denoise: whether `sample` removes the noise left at t_end by Tweedie's formula.
-        options: further options of the solver; {"step_size": h} sets fixed steps in u, of
+        options: further options of the solver; {"step_size": h} sets fixed steps in theta, of
             which there are 100 by default.
 
     Attributes:
@@ -78,25 +75,19 @@ class ProbabilityFlow:
     ) -> None:
         """Keep the model and the solver's settings."""
         check_part(model, ScoreModel, "model")
-        if method not in (*ADAPTIVE, *FIXED):
-            raise ValueError(f"method: expected one of {[*ADAPTIVE, *FIXED]}, got {method!r}")
-        check_positive(rtol, "rtol")
-        check_positive(atol, "atol")
+        self.solver = Solver(method, rtol, atol, dict(options or {}))
         self.model = model
-        self.method = method
-        self.rtol = rtol
-        self.atol = atol
         self.t_end = model.sde.t_min if t_end is None else t_end
         if not 0.0 < self.t_end < model.sde.T:
             raise ValueError(
                 f"t_end: expected a time in (0, T) = (0, {model.sde.T:g}), got {t_end}"
             )
         self.denoise = denoise
-        self.options = dict(options or {})
         self.nfe = 0
 
     def __repr__(self) -> str:
-        return f"ProbabilityFlow(method={self.method!r}, rtol={self.rtol}, atol={self.atol})"
+        solver = self.solver
+        return f"ProbabilityFlow({solver.method!r}, rtol={solver.rtol}, atol={solver.atol})"
 
     @torch.no_grad()
     def sample(
@@ -123,7 +114,7 @@ class ProbabilityFlow:
         if not self.denoise:
             return x
         (t,) = instants(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
-        with evaluation_mode(self.model), Tally() as tally:
+        with evaluation_mode(self.model), bare_networks(self.model), Tally() as tally:
             x = self.model.predict(x, t, **cond).x0
         self.nfe += tally.evaluations
         return x
@@ -140,40 +131,9 @@ class ProbabilityFlow:
     def _solve(self, x: Tensor, start: float, end: float, cond: Mapping[str, Any]) -> Tensor:
         check_state(x)
         check_finite(x)
-        # torchdiffeq imports scipy, which would double the time to import this library.
-        torchdiffeq = importlib.import_module("torchdiffeq")
-        sde, model = self.model.sde, self.model
-        low, high = min(start, end), max(start, end)
-        clock = torch.tensor([start, end], dtype=torch.float64, device=home(sde))
-        span = -0.5 * sde.log_snr(clock).to(x.device, schedule_dtype(x.device))
-        options, length = dict(self.options), abs(float(span[1] - span[0]))
-        if self.method in ADAPTIVE:
-            # Near the data nothing moves in u, and torchdiffeq's own guess of a first step is
-            # then far too long. Without step_t it steps past the end, where there is no time.
-            options.setdefault("first_step", 0.02 * length)
-            options.setdefault("step_t", span[1:])
-        elif not {"step_size", "grid_constructor"} & options.keys():
-            options["step_size"] = 0.01 * length
 
-        def velocity(u: Tensor, x: Tensor) -> Tensor:
-            u = u.reshape(1).to(home(sde), torch.float64)
-            clock = sde.time_at_log_snr(-2 * u).clamp(low, high)
-            (t,) = instants(sde, clock, x)
-            sigma = noise_at(t)
-            f, g = sde.drift_coefficient(clock).item(), sde.diffusion(clock).item()
-            eps = model.predict(x, t, **cond).eps
-            return linear(2 * f * sigma**2 / g**2, x, sigma, eps)
+        def evaluate(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+            return (self.model.predict(x, t, **cond).v,)
 
-        with evaluation_mode(self.model), Tally() as tally:
-            path = torchdiffeq.odeint(
-                velocity,
-                x,
-                span,
-                rtol=self.rtol,
-                atol=self.atol,
-                method=self.method,
-                options=options,
-            )
-        self.nfe = tally.evaluations
-        result: Tensor = path[-1]
-        return result
+        (end_state,), self.nfe = self.solver(self.model, evaluate, x, start, end)
+        return end_state.to(x.dtype)
