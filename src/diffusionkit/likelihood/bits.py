@@ -26,7 +26,7 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
         ValueError: unless the number of dimensions is positive.
         TypeError: if nats is not a tensor, as a result that still has to be asked for `.nats`.
 
-    >>> import torch
+    >>> import math, torch
     >>> bits_per_dim(torch.tensor([64 * math.log(16)]), (1, 8, 8))
     tensor([4.])
     """

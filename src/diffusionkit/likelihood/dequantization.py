@@ -168,6 +168,7 @@ class UniformDequantizer(Dequantizer):
 
     Source: Theis et al., A Note on the Evaluation of Generative Models, 2016, arXiv 1511.01844.
 
+    >>> import math
     >>> dequantizer = UniformDequantizer(levels=256, low=-1.0, high=1.0)
     >>> images = torch.tensor([[0, 128, 255]])
     >>> drawn = dequantizer(images)

@@ -77,7 +77,7 @@ def evaluate_bits_per_dim(
     Args:
         likelihood: `NELBO`, `ODELikelihood`, or any callable (x, *, generator, **cond) whose result
             has `.nats` (B,), the negative log-likelihood or a bound on it.
-        data: a tensor (N, *D) or a map-style data set of tensors (*D); whole numbers for a
+        data: a tensor (N, \*D) or a map-style data set of tensors (\*D); whole numbers for a
             dequantizer.
         dequantizer: draws x from an image. None for data that are continuous, whose number is a
             density and may be negative, and for likelihoods of images themselves.

@@ -59,7 +59,7 @@ class VariationalDequantizer(Dequantizer):
     dequantizer, with the sigmoid from one that costs 0.28 bits per dimension more.
 
     Args:
-        channels: the number C of channels of images (B, C, *spatial).
+        channels: the number C of channels of images (B, C, \*spatial).
         dims: the number of spatial dimensions: 2 for images, 1 for series, 3 for volumes, 0 for
             vectors (B, C).
         levels: the number of values an integer can take, 0..levels-1.
