@@ -75,8 +75,8 @@ def evaluate_bits_per_dim(
     as one process would. Networks are in evaluation mode, and no gradient is recorded.
 
     Args:
-        likelihood: `NELBO`, `ODELikelihood`, or any callable (x, *, generator, **cond) whose result
-            has `.nats` (B,), the negative log-likelihood or a bound on it.
+        likelihood: `NELBO`, `ODELikelihood`, or any callable of x, generator= and conditions whose
+            result has `.nats` (B,), the negative log-likelihood or a bound on it.
         data: a tensor (N, \*D) or a map-style data set of tensors (\*D); whole numbers for a
             dequantizer.
         dequantizer: draws x from an image. None for data that are continuous, whose number is a
