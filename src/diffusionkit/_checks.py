@@ -42,6 +42,21 @@ def check_finite(x: Tensor, name: str = "x") -> None:
             raise ValueError(f"{name}: expected finite values, got {bad} that are NaN or infinite")
 
 
+def check_range(x: Tensor, model: object) -> None:
+    """Raise if x lies outside the range of data that a model states (read on the CPU only)."""
+    stated = getattr(model, "data_range", None)
+    if stated is None or not readable(x):
+        return
+    low, high = stated
+    slack = 1e-3 * (high - low)
+    first, last = (end.item() for end in x.detach().aminmax())
+    if first < low - slack or last > high + slack:
+        raise ValueError(
+            f"x: expected data within the model's range [{low:g}, {high:g}], "
+            f"got values from {first:g} to {last:g}"
+        )
+
+
 def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | None = None) -> None:
     """Raise unless t is a floating-point tensor (B,) on the state's device, within [0, T]."""
     if not isinstance(t, Tensor):

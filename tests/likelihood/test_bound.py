@@ -175,6 +175,14 @@ def test_what_is_not_finite_is_named_with_its_time() -> None:
             NELBO(model, divergence=divergence)(torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("likelihood", [NELBO, ODELikelihood])
+def test_data_outside_the_models_range(likelihood) -> None:
+    model = EpsModel(lambda x, label: x, VPSDE(), data_range=(-1.0, 1.0))
+    likelihood(model)(torch.tensor([[-1.0], [1.0]]))
+    with pytest.raises(ValueError, match=r"range \[-1, 1\], got values from -1 to 255"):
+        likelihood(model)(torch.tensor([[-1.0], [255.0]]))
+
+
 def test_bad_input() -> None:
     model = GaussianMixtureModel(VPSDE(), torch.zeros(1, 3), [0.5])
     with pytest.raises(TypeError, match="model: expected a ScoreModel"):

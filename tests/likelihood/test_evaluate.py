@@ -220,6 +220,9 @@ def test_bad_input() -> None:
         evaluate(Counting(), images(), draws=0)
     with pytest.raises(TypeError, match="integer"):
         evaluate(Counting(), images().float())
+    model = EpsModel(lambda x, label: x, VPSDE(), data_range=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"range of the model's data, \(0.0, 1.0\), got \(-1"):
+        evaluate(NELBO(model), images())
     nan = lambda x, **_: SimpleNamespace(nats=torch.full((len(x),), torch.nan))  # noqa: E731
     with pytest.raises(ValueError, match="NaN for items 0 to 4"):
         evaluate(nan, images(), batch_size=4)

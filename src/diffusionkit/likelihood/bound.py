@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_finite, check_part, check_state, check_t_min, readable
+from .._checks import (
+    check_count,
+    check_finite,
+    check_part,
+    check_range,
+    check_state,
+    check_t_min,
+    readable,
+)
 from .._draws import Generators, check_generator, rand
 from .._numerics import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
@@ -114,12 +122,13 @@ class NELBO:
             cond: handed to the model.
 
         Raises:
-            ValueError: if x is empty or not finite, there is no noise at t_min, or the model's
+            ValueError: if x is empty, not finite or outside the model's data_range, there is no noise at t_min, or the model's
                 prediction is not finite (the time is named; on the CPU only).
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
         check_finite(x)
+        check_range(x, self.model)
         check_generator(generator, len(x))
         sde, d = self.model.sde, x[0].numel()
         alphas, sigmas, log_snr = self._ends(sde, x.device)

@@ -91,8 +91,8 @@ def evaluate_bits_per_dim(
         progress: whether to show progress, or a wrapper of the batches that does.
 
     Raises:
-        ValueError: if the data set is empty, cond has another length, or path belongs to a run with
-            other settings.
+        ValueError: if the data set is empty, cond has another length, the dequantizer has another range
+            than the model's data, or path belongs to a run with other settings.
         TypeError: if a part has the wrong type, or data have no length.
 
     >>> from diffusionkit import NELBO, GaussianMixtureModel, UniformDequantizer, VPSDE
@@ -109,6 +109,12 @@ def evaluate_bits_per_dim(
         raise TypeError(f"data: expected a data set with a length, got {type(data).__name__}")
     if dequantizer is not None:
         check_part(dequantizer, Dequantizer, "dequantizer")
+        stated = getattr(getattr(likelihood, "model", None), "data_range", None)
+        if stated is not None and tuple(stated) != (dequantizer.low, dequantizer.high):
+            raise ValueError(
+                f"dequantizer: expected the range of the model's data, {stated}, "
+                f"got {(dequantizer.low, dequantizer.high)}"
+            )
     for name, value in (("draws", draws), ("batch_size", batch_size)):
         check_count(value, name)
     n, cond = len(data), dict(cond or {})

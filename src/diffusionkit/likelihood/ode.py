@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_finite, check_number, check_part, check_state
+from .._checks import check_finite, check_number, check_part, check_range, check_state
 from .._draws import Generators
 from .._numerics import schedule_dtype
 from .._ode import Solver, angles, radii
@@ -132,11 +132,12 @@ class ODELikelihood:
             cond: handed to the model.
 
         Raises:
-            ValueError: if x is not finite, or the model's prediction is not, naming the time.
+            ValueError: if x is not finite or outside the model's data_range, or the model's prediction is not, naming the time.
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
         check_finite(x)
+        check_range(x, self.model)
         # Tensors made in inference mode could not be differentiated, not even by x.
         with torch.inference_mode(False), torch.no_grad():
             cond = {name: _ordinary(value) for name, value in cond.items()}

@@ -24,8 +24,8 @@ class NetworkModel(ScoreModel):
             with the tensor in `.sample`, as diffusers' networks return, will do too.
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
-        data_range: the range of the data that the network was trained on, for whoever makes
-            pictures of samples; nothing here uses it.
+        data_range: the range of the data that the network was trained on. Likelihoods refuse
+            data outside it, and whoever makes pictures of samples will want it.
         learned_variance: whether the network's output is (B, 2 C, ...): first what is described
             here, then what says the variance of a step, which no sampler uses yet.
 
