@@ -122,8 +122,9 @@ class NELBO:
             cond: handed to the model.
 
         Raises:
-            ValueError: if x is empty, not finite or outside the model's data_range, there is no noise at t_min, or the model's
-                prediction is not finite (the time is named; on the CPU only).
+            ValueError: if x is empty, not finite or outside the model's data_range, there is no
+                noise at t_min, or the model's prediction is not finite (the time is named; on the
+                CPU only).
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)

@@ -91,8 +91,8 @@ def evaluate_bits_per_dim(
         progress: whether to show progress, or a wrapper of the batches that does.
 
     Raises:
-        ValueError: if the data set is empty, cond has another length, the dequantizer has another range
-            than the model's data, or path belongs to a run with other settings.
+        ValueError: if the data set is empty, cond has another length, the dequantizer has another
+            range than the model's data, or path belongs to a run with other settings.
         TypeError: if a part has the wrong type, or data have no length.
 
     >>> from diffusionkit import NELBO, GaussianMixtureModel, UniformDequantizer, VPSDE

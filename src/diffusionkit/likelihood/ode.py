@@ -132,7 +132,8 @@ class ODELikelihood:
             cond: handed to the model.
 
         Raises:
-            ValueError: if x is not finite or outside the model's data_range, or the model's prediction is not, naming the time.
+            ValueError: if x is not finite or outside the model's data_range, or the model's
+                prediction is not finite, naming the time.
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
