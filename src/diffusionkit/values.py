@@ -120,9 +120,22 @@ class Prediction:
         alpha: the scale of the data (B,).
         sigma: the standard deviation of the noise (B,).
         log_var: the logarithm of a learned transition variance (B, *D), or None.
+        log_var_fraction: where a learned log-variance lies between that of the posterior, 0, and
+            that of the forward step, 1, (B, *D), or None: one statement for steps of any length.
     """
 
-    __slots__ = ("_a", "_alpha", "_b", "_eps", "_log_var", "_output", "_sigma", "_x", "_x0")
+    __slots__ = (
+        "_a",
+        "_alpha",
+        "_b",
+        "_eps",
+        "_log_var",
+        "_log_var_fraction",
+        "_output",
+        "_sigma",
+        "_x",
+        "_x0",
+    )
 
     _x: Tensor
     _x0: Tensor | None
@@ -139,9 +152,11 @@ class Prediction:
         alpha: Coefficient,
         sigma: Coefficient,
         log_var: Tensor | None = None,
+        log_var_fraction: Tensor | None = None,
     ) -> None:
         self._x, self._x0, self._eps = x, x0, eps
-        self._alpha, self._sigma, self._log_var = alpha, sigma, log_var
+        self._alpha, self._sigma = alpha, sigma
+        self._log_var, self._log_var_fraction = log_var, log_var_fraction
         self._output, self._a, self._b = None, 0.0, 1.0
 
     def __repr__(self) -> str:
@@ -158,6 +173,7 @@ class Prediction:
         a: Coefficient,
         b: Coefficient,
         log_var: Tensor | None = None,
+        log_var_fraction: Tensor | None = None,
     ) -> Prediction:
         """Build a prediction from the statement output = a x0 + b eps.
 
@@ -169,10 +185,13 @@ class Prediction:
             a: the coefficient of x0, (B,) or a float.
             b: the coefficient of eps, (B,) or a float.
             log_var: the logarithm of a learned transition variance (B, *D), or None.
+            log_var_fraction: where it lies between the posterior's and the forward step's
+                (B, *D), or None.
         """
         self = cls.__new__(cls)
         self._x, self._x0, self._eps = x, None, None
-        self._alpha, self._sigma, self._log_var = alpha, sigma, log_var
+        self._alpha, self._sigma = alpha, sigma
+        self._log_var, self._log_var_fraction = log_var, log_var_fraction
         self._output, self._a, self._b = output, a, b
         return self
 
@@ -207,6 +226,11 @@ class Prediction:
     def log_var(self) -> Tensor | None:
         """The logarithm of a learned transition variance (B, *D), or None."""
         return self._log_var
+
+    @property
+    def log_var_fraction(self) -> Tensor | None:
+        """Where a learned log-variance lies from the posterior's to the forward step's, or None."""
+        return self._log_var_fraction
 
     @property
     def alpha(self) -> Tensor:

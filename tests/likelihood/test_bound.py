@@ -171,7 +171,7 @@ def test_conditions_reach_the_model() -> None:
 def test_what_is_not_finite_is_named_with_its_time() -> None:
     model = EpsModel(lambda x, label: x * torch.nan, VPSDE())
     for divergence in (None, Hutchinson()):
-        with pytest.raises(ValueError, match="NaN or infinity at t = 0"):
+        with pytest.raises(ValueError, match="NaN or infinity at t = "):
             NELBO(model, divergence=divergence)(torch.ones(2, 3))
 
 

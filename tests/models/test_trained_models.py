@@ -94,43 +94,10 @@ def test_scaled_scores_where_data_shrink() -> None:
     torch.testing.assert_close(said.x0, (x + sigma * output) / alpha, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_of_a_learned_variance_the_first_half_counts(kind) -> None:
-    x, t = torch.randn(2, 3, 4, 4).double(), f64(0.3, 0.7)
-    first = torch.randn(2, 3, 4, 4).double()
-    wide = torch.cat([first, torch.full_like(first, torch.nan)], dim=1)
-    plain = kind(lambda x, label: first, VPSDE()).predict(x, t)
-    half = kind(lambda x, label: wide, VPSDE(), learned_variance=True).predict(x, t)
-    assert torch.equal(half.x0, plain.x0)
-    assert torch.equal(half.eps, plain.eps)
-
-
-def test_of_a_learned_variance_output_objects_too() -> None:
-    class Output:
-        sample = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-
-    model = EpsModel(lambda x, label: Output(), VPSDE(), learned_variance=True)
-    assert model.predict(torch.ones(1, 2), torch.tensor([0.5])).eps.tolist() == [[1.0, 2.0]]
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 9, 4, 4), (2, 6, 4, 2), (1, 6, 4, 4)], ids=str)
-def test_outputs_without_a_learned_variance(shape) -> None:
-    model = EpsModel(lambda x, label: torch.zeros(shape), VPSDE(), learned_variance=True)
-    match = r"expected an output of shape \(2, 6, 4, 4\), with a learned variance, got"
-    with pytest.raises(ValueError, match=match):
-        model.predict(torch.zeros(2, 3, 4, 4), torch.tensor([0.3, 0.7]))
-
-
 def test_wide_outputs_that_nobody_announced() -> None:
     model = EpsModel(lambda x, label: torch.zeros(2, 6, 4, 4), VPSDE())
     with pytest.raises(ValueError, match=r"expected an output of shape \(2, 3, 4, 4\), got"):
         model.predict(torch.zeros(2, 3, 4, 4), torch.tensor([0.3, 0.7]))
-
-
-def test_learned_variance_of_what_has_no_channels() -> None:
-    model = EpsModel(lambda x, label: torch.zeros(4), VPSDE(), learned_variance=True)
-    with pytest.raises(ValueError, match="expected"):
-        model.predict(torch.zeros(2), torch.tensor([0.3, 0.7]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,4 +105,3 @@ def test_the_range_of_the_data_is_kept(kind) -> None:
     model = kind(torch.nn.Identity(), VPSDE(), data_range=(0.0, 1.0))
     assert model.data_range == (0.0, 1.0)
     assert kind(torch.nn.Identity(), VPSDE()).data_range is None
-    assert kind(torch.nn.Identity(), VPSDE()).learned_variance is False

@@ -221,14 +221,15 @@ def test_samplers_go_through_its_steps_to_the_first() -> None:
         ([], r"\[\] \.\.\. of 0"),
         ([0.1], r"\[0\.1\] \.\.\. of 1"),
         ([0.1, 0.0], r"\[0\.1, 0\.0\] \.\.\. of 2"),
-        ([0.1, 1.0], r"\[0\.1, 1\.0\] \.\.\. of 2"),
+        ([1.0, 0.1], r"\[1\.0, 0\.1\] \.\.\. of 2"),
+        ([0.1, 1.1], r"\[0\.1, 1\.1\] \.\.\. of 2"),
         ([-0.1, 0.5], r"\[-0\.1, 0\.5\] \.\.\. of 2"),
         ([0.1, math.nan], r"\[0\.1, nan\] \.\.\. of 2"),
         ([0.1] * 8 + [2.0], r"of 9"),
     ],
 )
 def test_betas_that_make_no_chain(betas, got) -> None:
-    match = f"betas: expected at least two numbers strictly between 0 and 1, got.*{got}"
+    match = rf"betas: expected at least two .* between 0 and 1 \(the last may be 1\), got.*{got}"
     with pytest.raises(ValueError, match=match):
         DDPMChain(betas)
 
@@ -237,12 +238,19 @@ def test_betas_that_make_no_chain(betas, got) -> None:
     ("make", "match"),
     [
         (lambda: DDPMChain.linear(0), "steps"),
-        (lambda: DDPMChain.linear(10), "betas: expected"),  # the last would be 2
+        (lambda: DDPMChain.linear(20), "steps: expected more than 20, so that .*, got 20"),
         (lambda: DDPMChain.linear(beta_min=0.0), "beta_min"),
         (lambda: DDPMChain.linear(beta_max=math.inf), "beta_max"),
         (lambda: DDPMChain.cosine(-1), "steps"),
         (lambda: DDPMChain.cosine(s=0.0), "s: expected"),
-        (lambda: DDPMChain.cosine(max_beta=1.5), "betas: expected"),
+        (lambda: DDPMChain.cosine(max_beta=1.0), "max_beta: expected a number below 1, got 1"),
+        (lambda: DDPMChain.cosine(max_beta=0.0), "max_beta: expected"),
+        (lambda: DDPMChain.from_alphas_bar([0.9, 0.9]), "alphas_bar: expected .* decreasing"),
+        (lambda: DDPMChain.from_alphas_bar([1.0, 0.9]), "alphas_bar: expected"),
+        (lambda: DDPMChain.from_alphas_bar([0.9, -0.1]), "alphas_bar: expected"),
+        (lambda: DDPMChain.from_alphas_bar([0.9, math.nan]), "alphas_bar: expected"),
+        (lambda: DDPMChain.from_alphas_bar([0.9, 0.0, 0.0]), "alphas_bar: expected"),
+        (lambda: DDPMChain.from_alphas_bar([0.9]), r"alphas_bar: expected .* of 1"),
     ],
 )
 def test_schedules_that_are_none(make, match) -> None:

@@ -92,7 +92,7 @@ def _iddpm(network: torch.nn.Module, options: Mapping[str, Any]) -> NetworkModel
     )
     ratios = torch.exp(-0.5 * chain.log_snr(torch.arange(1, steps + 1).double() / steps))
     label = IndexLabel(ratios)
-    return EpsModel(network, chain, label=label, data_range=_RANGE, learned_variance=True)
+    return EpsModel(network, chain, label=label, data_range=_RANGE, variance="learned_range")
 
 
 _MODELS: dict[str, Callable[[torch.nn.Module, Mapping[str, Any]], NetworkModel]] = {

@@ -39,6 +39,7 @@ _DEFAULTS: dict[str, Any] = {
     "noise_schedule": "linear",
     "rescale_timesteps": True,
     "predict_xstart": False,
+    "sigma_small": False,
 }
 # Flags of training and sampling, and those that the tensors answer.
 _WITHOUT_EFFECT = {
@@ -47,7 +48,6 @@ _WITHOUT_EFFECT = {
     "image_size",
     "large_size",
     "rescale_learned_sigmas",
-    "sigma_small",
     "small_size",
     "timestep_respacing",
     "use_checkpoint",
@@ -66,8 +66,8 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
     is taken from the flags that the network was trained with, under their released names:
     ``num_heads``, ``num_heads_upsample``, ``num_head_channels``, ``use_new_attention_order``,
     ``dropout``, ``diffusion_steps``, ``noise_schedule`` ("linear" or "cosine"),
-    ``rescale_timesteps`` and ``predict_xstart``, with their released defaults. The other flags
-    may be given too; they must agree with the file.
+    ``rescale_timesteps``, ``predict_xstart`` and ``sigma_small``, with their released defaults.
+    The other flags may be given too; they must agree with the file.
 
     Args:
         path: The file.
@@ -105,12 +105,13 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
     order = _NEW_ORDER if given["use_new_attention_order"] else _LEGACY_ORDER
     transfer(path, network, _sources(network, order), tensors)
     steps = given["diffusion_steps"]
+    fixed = "fixed_small" if given["sigma_small"] else "fixed_large"
     return (X0Model if given["predict_xstart"] else EpsModel)(
         network,
         _chain(given["noise_schedule"], steps),
         label=StepLabel(steps, scale=1000 / steps if given["rescale_timesteps"] else 1.0),
         data_range=(-1.0, 1.0),
-        learned_variance=read["learn_sigma"],
+        variance="learned_range" if read["learn_sigma"] else fixed,
     ).eval()
 
 

@@ -2,6 +2,7 @@
 
 from .bits import bits_per_dim
 from .bound import NELBO, Bound
+from .chain import ChainBound, ChainNELBO
 from .decoder import LevelDecoder
 from .dequantization import Dequantized, Dequantizer, UniformDequantizer
 from .divergence import Divergence, ExactDivergence, Hutchinson
@@ -14,6 +15,8 @@ __all__ = [
     "NELBO",
     "BitsPerDim",
     "Bound",
+    "ChainBound",
+    "ChainNELBO",
     "Dequantized",
     "Dequantizer",
     "DiscreteBound",

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_state, readable
+from .._levels import Levels
 from ..values import expand
-from .levels import Levels
 
 _BLOCK = 2**22  # numbers held at once: 16 MB in float32
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from .._checks import check_state, readable
 from .._draws import Generators, rand
+from .._levels import Levels
 from .._numerics import exact, schedule_dtype
-from .levels import Levels
 
 
 @dataclass(frozen=True, slots=True, eq=False)

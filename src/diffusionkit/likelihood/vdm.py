@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import check_count, check_part, readable
 from .._draws import Generators, rand
 from .._numerics import exact, schedule_dtype
+from .._variational import prior_kl
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction
 from .decoder import LevelDecoder
@@ -114,7 +115,7 @@ class DiscreteNELBO:
         first = x.new_full((len(x),), sde.t_min)
         least = sde.perturb(x, first, generator=generator)
         read = self.decoder.log_prob(images, least.x, least.alpha, least.sigma)
-        return DiscreteBound(-read, _prior(sde, x), self._diffusion(x, generator, cond))
+        return DiscreteBound(-read, prior_kl(sde, x), self._diffusion(x, generator, cond))
 
     def _diffusion(self, x: Tensor, generator: Generators, cond: dict[str, Any]) -> Tensor:
         sde = self.model.sde
@@ -144,19 +145,6 @@ class DiscreteNELBO:
             s, t = (sde.t_min + span * (step + i) / self.steps for i in (0, 1))
             weight = self.steps * torch.expm1(sde.log_snr(s) - sde.log_snr(t))
         return t.to(x.dtype), weight
-
-
-def _prior(sde: ForwardSDE, x: Tensor) -> Tensor:
-    r"""Return KL(N(alpha_T x, sigma_T^2 I) || N(0, prior_std^2 I)), (B,).
-
-    .. math::
-        \tfrac12 \sum (r + \alpha^2 x^2 / \pi^2 - 1 - \log r), \quad r = \sigma^2 / \pi^2
-    """
-    alpha, sigma = sde.marginal(exact(x.new_full((len(x),), sde.T)))
-    squares = exact(x).reshape(len(x), -1).square()
-    ratio = (sigma / sde.prior_std).square()
-    shift = (alpha / sde.prior_std).square() * squares.sum(1)
-    return 0.5 * (squares.shape[1] * (ratio - 1 - torch.log(ratio)) + shift)
 
 
 def backward_with_schedule(

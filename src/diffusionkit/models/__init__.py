@@ -1,5 +1,6 @@
 """Score models: a network with its process, and exact oracles."""
 
+from .denoised import Clip, DenoisedModel, DynamicThreshold
 from .edm import EDMModel
 from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
 from .network import (
@@ -11,8 +12,12 @@ from .network import (
     X0Model,
 )
 from .oracles import EmpiricalModel, GaussianMixtureModel
+from .process import OnProcess
 
 __all__ = [
+    "Clip",
+    "DenoisedModel",
+    "DynamicThreshold",
     "EDMModel",
     "EmpiricalModel",
     "EpsModel",
@@ -20,6 +25,7 @@ __all__ = [
     "IndexLabel",
     "LogSigmaLabel",
     "NetworkModel",
+    "OnProcess",
     "RawScoreModel",
     "ScaledScoreModel",
     "SigmaLabel",

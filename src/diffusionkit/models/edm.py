@@ -32,7 +32,7 @@ class EDMModel(NetworkModel):
         sigma_data: sd, the standard deviation of the data.
         label: what the network is told about time, log(sigma / alpha) / 4 by default.
         data_range: the range of the data, for whoever makes pictures of samples.
-        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
+        variance: what the network says of a step's variance, see `NetworkModel`.
 
     Raises:
         ValueError: unless sigma_data is finite and positive.
@@ -56,12 +56,10 @@ class EDMModel(NetworkModel):
         *,
         label: Label | None = None,
         data_range: tuple[float, float] | None = None,
-        learned_variance: bool = False,
+        variance: str | None = None,
     ) -> None:
         """Join the network and its process."""
-        super().__init__(
-            network, sde, label=label, data_range=data_range, learned_variance=learned_variance
-        )
+        super().__init__(network, sde, label=label, data_range=data_range, variance=variance)
         check_positive(sigma_data, "sigma_data")
         self.sigma_data = sigma_data
 

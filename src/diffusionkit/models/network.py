@@ -15,9 +15,24 @@ from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
 from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
 
+_LEARNED = ("learned_range", "learned")
+_VARIANCES = (*_LEARNED, "fixed_small", "fixed_large")
+
 
 class NetworkModel(ScoreModel):
-    """A network whose output F states a x0 + b eps; subclasses say which a and b.
+    r"""A network whose output F states a x0 + b eps; subclasses say which a and b.
+
+    The variance of the model's steps may be learned with it. The output is then (B, 2 C, ...):
+    first C channels of what is described here, then as many v, which say
+
+    .. math::
+        \log \mathrm{var} = u \log v_{forward} + (1 - u) \log v_{posterior}, \quad
+        u = (v + 1) / 2,
+
+    with "learned_range", of a step of any length, or log var = v itself with "learned", of the
+    steps that the network was trained on. Without learning it is v_posterior, which None and
+    "fixed_small" mean, or v_forward, "fixed_large". Who takes steps reads it off the prediction
+    and off the model's `variance`.
 
     Args:
         network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D). An output object
@@ -26,11 +41,13 @@ class NetworkModel(ScoreModel):
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data that the network was trained on. Likelihoods refuse
             data outside it, and whoever makes pictures of samples will want it.
-        learned_variance: whether the network's output is (B, 2 C, ...): first what is described
-            here, then what says the variance of a step, which no sampler uses yet.
+        variance: "learned_range", "learned", "fixed_small", "fixed_large" or None.
 
     Raises:
         TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
+        ValueError: if there is no such variance.
+
+    Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.1).
     """
 
     def __init__(
@@ -40,7 +57,7 @@ class NetworkModel(ScoreModel):
         *,
         label: Label | None = None,
         data_range: tuple[float, float] | None = None,
-        learned_variance: bool = False,
+        variance: str | None = None,
     ) -> None:
         """Join the network and its process."""
         super().__init__()
@@ -49,11 +66,15 @@ class NetworkModel(ScoreModel):
         for name, part in (("network", network), ("label", label)):
             if not callable(part):
                 raise TypeError(f"{name}: expected a callable, got {type(part).__name__}")
+        if variance is not None and variance not in _VARIANCES:
+            raise ValueError(
+                f"variance: expected one of {', '.join(_VARIANCES)}, or None, got {variance!r}"
+            )
         self.network = network
         self.sde = sde
         self.label = label
         self.data_range = data_range
-        self.learned_variance = learned_variance
+        self.variance = variance
 
     @staticmethod
     def _default_label() -> Label:
@@ -82,10 +103,15 @@ class NetworkModel(ScoreModel):
         # A half-precision label could not tell a thousand times apart.
         label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
         output = self.network(self.scale_input(x, alpha, sigma), label, **cond)
-        if not isinstance(output, Tensor) or output.shape != x.shape or self.learned_variance:
+        learned = self.variance in _LEARNED
+        if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
         a, b = self.statement(alpha, sigma)
-        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
+        if not learned:
+            return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
+        output, v = output.chunk(2, 1)
+        said = {"log_var": v} if self.variance == "learned" else {"log_var_fraction": (v + 1) / 2}
+        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b, **said)
 
     def _tensor(self, output: Any, x: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
@@ -95,17 +121,15 @@ class NetworkModel(ScoreModel):
                     f"network: expected a tensor of shape {tuple(x.shape)}, "
                     f"got {type(output).__name__}"
                 )
-        if self.learned_variance:
-            wide = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else x.shape
-            if output.shape != wide:
-                raise ValueError(
-                    f"network: expected an output of shape {tuple(wide)}, with a learned "
-                    f"variance, got {tuple(output.shape)}"
-                )
-            return output.narrow(1, 0, x.shape[1])
-        if output.shape != x.shape:
+        shape, learned = tuple(x.shape), ""
+        if self.variance in _LEARNED:
+            if x.ndim < 2:
+                raise ValueError(f"x: expected channels (B, C, ...), with a learned variance, "
+                                 f"got shape {shape}")  # fmt: skip
+            shape, learned = (len(x), 2 * x.shape[1], *x.shape[2:]), ", with a learned variance"
+        if output.shape != shape:
             raise ValueError(
-                f"network: expected an output of shape {tuple(x.shape)}, got {tuple(output.shape)}"
+                f"network: expected an output of shape {shape}{learned}, got {tuple(output.shape)}"
             )
         return output
 
@@ -120,7 +144,7 @@ class EpsModel(NetworkModel):
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
-        learned_variance: whether the network's output is twice as wide, the noise first.
+        variance: what the network says of a step's variance, see `NetworkModel`.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
@@ -145,7 +169,7 @@ class X0Model(NetworkModel):
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
-        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
+        variance: what the network says of a step's variance, see `NetworkModel`.
 
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
@@ -164,7 +188,7 @@ class VModel(NetworkModel):
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
-        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
+        variance: what the network says of a step's variance, see `NetworkModel`.
 
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
@@ -184,7 +208,7 @@ class RawScoreModel(NetworkModel):
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
-        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
+        variance: what the network says of a step's variance, see `NetworkModel`.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
     """
@@ -207,7 +231,7 @@ class ScaledScoreModel(NetworkModel):
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
-        learned_variance: whether the network's output is twice as wide, see `NetworkModel`.
+        variance: what the network says of a step's variance, see `NetworkModel`.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (table 1).

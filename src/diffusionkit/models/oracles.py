@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import check_count, check_finite, check_part, check_state, check_times
 from .._draws import Generators, rand, randn
 from .._numerics import exact
+from .._posterior import softmax_mean
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction, expand
 
@@ -173,18 +174,13 @@ class EmpiricalModel(ScoreModel):
             raise ValueError(f"x: expected shape (B, *{tuple(self.data.shape[1:])}), "
                              f"got {tuple(x.shape)}")  # fmt: skip
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
-        query, total = exact(x).flatten(1), None
-        for rows in torch.split(self.data.flatten(1), self.block):
-            # The part of the squared distance that depends on i, over sigma^2.
-            log = alpha * (query @ rows.T - 0.5 * alpha * rows.square().sum(1)) / sigma**2
-            part = torch.logsumexp(log, 1, keepdim=True)
-            mean = torch.softmax(log, 1) @ rows
-            if total is None:
-                total, x0 = part, mean
-            else:
-                both = torch.logaddexp(total, part)
-                x0 = torch.exp(total - both) * x0 + torch.exp(part - both) * mean
-                total = both
+        query = exact(x).flatten(1)
+        # The part of the squared distance that depends on i, over sigma^2.
+        parts = (
+            (alpha * (query @ rows.T - 0.5 * alpha * rows.square().sum(1)) / sigma**2, rows)
+            for rows in torch.split(self.data.flatten(1), self.block)
+        )
+        x0 = softmax_mean(parts)
         eps = (query - alpha * x0) / sigma
         eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, x0))
         return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))

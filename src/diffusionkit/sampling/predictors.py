@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .. import _numerics
 from .._checks import check_number, check_times, readable
 from .._draws import Generators, randn_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
-from ..values import Coefficient, add_noise
+from ..values import Coefficient, Prediction, add_noise, expand
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,18 @@ class LinearPredictor(Predictor):
     ) -> Step:
         """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
         move = self._move(model.sde, t, s, x)
-        mean = model.predict(x, t, **cond).combine(x=move.x, x0=move.x0)
-        if move.std is None:
+        said = model.predict(x, t, **cond)
+        mean, std = said.combine(x=move.x, x0=move.x0), self._std(move, said, model.sde, t, s)
+        del said  # its memory is the noise's
+        if std is None:
             return Step(mean, mean)
-        return Step(add_noise(mean, move.std, randn_like(mean, generator)), mean)
+        return Step(add_noise(mean, std, randn_like(mean, generator)), mean)
+
+    def _std(
+        self, move: Move, said: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
+    ) -> Coefficient | None:
+        """Return the standard deviation of the noise, (B,), (B, *D) or a float; None for none."""
+        return move.std
 
 
 @dataclass(frozen=True)
@@ -146,20 +154,25 @@ class Ancestral(LinearPredictor):
     Args:
         variance: "posterior" is v sigma_s^2 / sigma_t^2, right for data at a point and at the
             limit of small steps for all data; "forward" is v, right for data from N(0, I), and
-            what the SDE paper uses with VP.
+            what the SDE paper uses with VP; "model" is the variance that the model has learned.
+            A learned fraction lies between the logarithms of the posterior's and the forward
+            variance of the very step that is taken, on any grid. No noise is added where none
+            is left, at sigma_s = 0.
 
     Raises:
-        ValueError: if variance is neither.
+        ValueError: if variance is none of them, or "model" and the model states none.
 
     Source: Ho et al., 2020, arXiv 2006.11239; Song et al., 2021, arXiv 2011.13456
-    (appendix F).
+    (appendix F); Nichol and Dhariwal, 2021, arXiv 2102.09672 (learned variances).
     """
 
     variance: str = "posterior"
 
     def __post_init__(self) -> None:
-        if self.variance not in ("posterior", "forward"):
-            raise ValueError(f'variance: expected "posterior" or "forward", got {self.variance!r}')
+        if self.variance not in ("posterior", "forward", "model"):
+            raise ValueError(
+                f'variance: expected "posterior", "forward" or "model", got {self.variance!r}'
+            )
 
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
         """Return the coefficients of moves from times t (n,) to s (n,)."""
@@ -168,6 +181,32 @@ class Ancestral(LinearPredictor):
         kept, gone = (sigma_s / sigma_t).square(), (std / sigma_t).square()
         noise = std * sigma_s / sigma_t if self.variance == "posterior" else std
         return Move(scale * kept, alpha_s * gone, noise)
+
+    def _std(
+        self, move: Move, said: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
+    ) -> Coefficient | None:
+        if self.variance != "model":
+            return move.std
+        (_, sigma_s), (_, sigma_t) = sde.kernel(s), sde.kernel(t)
+        later, here, forward = (_broadcast(c, said.x) for c in (sigma_s, sigma_t, move.std))
+        log_var = said.log_var
+        if said.log_var_fraction is not None:
+            # Finite at sigma_s = 0, where no noise is added.
+            down = torch.log((later / here).clamp_min(torch.finfo(here.dtype).tiny))
+            log_var = 2 * torch.log(forward) + 2 * (1 - said.log_var_fraction) * down
+        if log_var is None:
+            raise ValueError(
+                "model: expected one that states a variance, such as "
+                "EpsModel(..., variance='learned_range'), got none"
+            )
+        return torch.exp(0.5 * log_var) * (later > 0)
+
+
+def _broadcast(coefficient: Coefficient | None, like: Tensor) -> Tensor:
+    """Return a coefficient, (B,) or a float, as a tensor that multiplies a state (B, *D)."""
+    dtype = _numerics.schedule_dtype(like.device)
+    known = torch.as_tensor(coefficient, dtype=dtype, device=like.device)
+    return cast(Tensor, expand(known, like))
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .._checks import check_count, check_positive, check_times, check_transition
-from ..interfaces import ForwardSDE
+from .._checks import check_count, check_positive
+from ._chain import Chain
 
 
-class DDPMChain(ForwardSDE):
+class DDPMChain(Chain):
     r"""The chain x_k = sqrt(1 - beta_k) x_{k-1} + sqrt(beta_k) z of DDPM, on [0, 1].
 
     .. math::
@@ -24,11 +24,17 @@ class DDPMChain(ForwardSDE):
     kernel and transitions are there the table's. Samplers stop at the first step, where the
     last mean of the chain is the prediction of the data. The prior is N(0, I).
 
+    The last beta may be 1: then alpha(1) = 0, nothing is left of the data, and within the last
+    step alpha itself is linear. Drift and diffusion are infinite at t = 1, all else but the
+    log-SNR is finite, and a model must say the data or the velocity: the noise alone does not
+    tell the data there.
+
     Args:
         betas: the variances beta_0 ... beta_{N-1} that the steps add.
 
     Raises:
-        ValueError: unless there are at least two, all strictly between 0 and 1.
+        ValueError: unless there are at least two, all strictly between 0 and 1 but for the last,
+            which may be 1.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
@@ -40,16 +46,38 @@ class DDPMChain(ForwardSDE):
     prior_std = 1.0
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
-        """Tabulate log(alpha)."""
+        """Tabulate -log(alpha)."""
         table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().flatten().clone()
-        if len(table) < 2 or not ((table > 0) & (table < 1)).all():
+        inner, last = table[:-1], table[-1:]
+        if len(table) < 2 or not ((inner > 0) & (inner < 1)).all() or not 0 < last <= 1:
             raise ValueError(
-                "betas: expected at least two numbers strictly between 0 and 1, "
-                f"got {table[:6].tolist()} ... of {len(table)}"
+                "betas: expected at least two numbers strictly between 0 and 1 (the last may be "
+                f"1), got {table[:6].tolist()} ... of {len(table)}"
             )
         self.betas = table
-        self.steps = len(table)
-        self._log_alpha = torch.cat([torch.zeros(1).double(), 0.5 * torch.log1p(-table).cumsum(0)])
+        super().__init__(-0.5 * torch.log1p(-table))
+
+    @classmethod
+    def from_alphas_bar(cls, alphas_bar: Sequence[float] | Tensor) -> DDPMChain:
+        """Make the chain whose alpha^2 is a table.
+
+        Args:
+            alphas_bar: alpha^2 at the steps, strictly decreasing within (0, 1); the last may be 0.
+
+        Raises:
+            ValueError: unless they are so.
+
+        >>> DDPMChain.from_alphas_bar([0.9, 0.45, 0.09]).betas
+        tensor([0.1000, 0.5000, 0.8000], dtype=torch.float64)
+        """
+        table = torch.as_tensor(alphas_bar, dtype=torch.float64).detach().cpu().flatten()
+        before = torch.cat([table.new_ones(1), table[:-1]])
+        if len(table) < 2 or not (table < before).all() or not (table >= 0).all():
+            raise ValueError(
+                "alphas_bar: expected at least two numbers, strictly decreasing, below 1 and not "
+                f"below 0, got {table[:6].tolist()} ... of {len(table)}"
+            )
+        return cls((before - table) / before)
 
     @classmethod
     def linear(
@@ -65,6 +93,11 @@ class DDPMChain(ForwardSDE):
         check_count(steps, "steps")
         check_positive(beta_min, "beta_min")
         check_positive(beta_max, "beta_max")
+        if steps <= max(beta_min, beta_max):
+            raise ValueError(
+                f"steps: expected more than {max(beta_min, beta_max):g}, so that every beta is "
+                f"below 1, got {steps}"
+            )
         return cls(torch.linspace(beta_min, beta_max, steps, dtype=torch.float64) / steps)
 
     @classmethod
@@ -78,66 +111,74 @@ class DDPMChain(ForwardSDE):
         Args:
             steps: the number N of steps.
             s: the offset, which keeps the first betas from vanishing.
-            max_beta: the largest beta.
+            max_beta: the largest beta, below 1. A chain that ends in 1 is `zero_terminal_snr`'s.
 
         Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672.
         """
         check_count(steps, "steps")
         check_positive(s, "s")
-        u = torch.arange(steps + 1, dtype=torch.float64) / steps
-        alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2).square()
-        return cls((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp_max(max_beta))
+        check_positive(max_beta, "max_beta")
+        if max_beta >= 1:
+            raise ValueError(f"max_beta: expected a number below 1, got {max_beta}")
+        # With c = pi/2 - angle, alpha-bar is sin(c)^2, and a difference of squares of sines
+        # is a product: no digit of a small beta is lost.
+        c = torch.arange(steps, -1, -1, dtype=torch.float64) * (math.pi / 2 / (1 + s) / steps)
+        fall = math.sin(math.pi / 2 / (1 + s) / steps) * torch.sin(c[1:] + c[:-1])
+        return cls((fall / torch.sin(c[:-1]).square()).clamp_max(max_beta))
+
+    def zero_terminal_snr(self) -> DDPMChain:
+        r"""Return this chain rescaled so that nothing of the data is left at its end.
+
+        .. math::
+            \alpha_i' = (\alpha_i - \alpha_{N-1}) \frac{\alpha_0}{\alpha_0 - \alpha_{N-1}}
+
+        Source: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2023,
+        arXiv 2305.08891 (algorithm 1).
+
+        >>> DDPMChain.linear(1000).zero_terminal_snr()
+        DDPMChain(1000 steps, betas 0.0001 ... 1)
+        """
+        alpha = torch.exp(-self._sums[1:])
+        first, last = alpha[0], alpha[-1]
+        return self.from_alphas_bar(((alpha - last) * (first / (first - last))).square())
 
     def __repr__(self) -> str:
         first, last = self.betas[0], self.betas[-1]
         return f"DDPMChain({self.steps} steps, betas {first:.3g} ... {last:.3g})"
 
-    @property
-    def t_min(self) -> float:  # type: ignore[override]
-        """The time of the first step."""
-        return 1 / self.steps
-
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha = self._at(t)
-        return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+        decay = self._sum(t)
+        return torch.exp(-decay), torch.sqrt(-torch.expm1(-2 * decay))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        log_alpha = 2 * self._at(t)
-        return log_alpha - torch.log(-torch.expm1(log_alpha))
+        decay = 2 * self._sum(t)
+        return -decay - torch.log(-torch.expm1(-decay))
 
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        falling = -self._table(log_snr)
-        value = -0.5 * logsigmoid(log_snr)
-        above = torch.searchsorted(falling, value.detach()).clamp(1, self.steps)
-        low, high = falling[above - 1], falling[above]
-        return ((above - 1 + (value - low) / (high - low)) / self.steps).clamp(0.0, self.T)
+        return self._time_at(-0.5 * logsigmoid(log_snr))
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        check_transition(s, t, self.T)
-        # Within a step a difference of times keeps the digits that one of logarithms loses.
-        within = self._split(s)[0] == self._split(t)[0]
-        short, long = self.drift_coefficient(t) * (t - s), self._at(t) - self._at(s)
-        log_scale = torch.where(within, short, long)
-        return torch.exp(log_scale), torch.sqrt(-torch.expm1(2 * log_scale))
+        decay = self._added(s, t)
+        return torch.exp(-decay), torch.sqrt(-torch.expm1(-2 * decay))
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
-        table, (below, _) = self._table(t), self._split(t)
-        return (table[below + 1] - table[below]) * self.steps
+        below, past = self._split(t)
+        rate = self._increments.to(t.device, t.dtype)[below]
+        return -self.steps * torch.where(torch.isinf(rate), 1 / (1 - past), rate)
 
     def diffusion(self, t: Tensor) -> Tensor:
         return torch.sqrt(-2 * self.drift_coefficient(t))
 
-    def _table(self, like: Tensor) -> Tensor:
-        return self._log_alpha.to(like.device, like.dtype)
+    def _part(self, step: Tensor, past: Tensor, share: Tensor) -> Tensor:
+        if self.betas[-1] < 1:
+            return super()._part(step, past, share)
+        # The last step ends at alpha = 0: alpha is linear in it, and the others stay clear of it.
+        last = step == self.steps - 1
+        some = torch.where(last & (share > 0), share / (1 - past), torch.zeros_like(share))
+        linear = super()._part(torch.where(last, 0, step), past, share)
+        return torch.where(last, -torch.log1p(-some), linear)
 
-    def _split(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the number of the step that leads to each time, and how far it is into it."""
-        check_times(t, self.T)
-        position = t * self.steps
-        below = (position.detach().ceil() - 1).long().clamp(0, self.steps - 1)
-        return below, position - below
-
-    def _at(self, t: Tensor) -> Tensor:
-        table, (below, past) = self._table(t), self._split(t)
-        low, high = table[below], table[below + 1]
-        return low + past * (high - low)
+    def _share(self, step: Tensor, part: Tensor) -> Tensor:
+        linear = super()._share(step, part)
+        rate = self._increments.to(part.device, part.dtype)[step]
+        return torch.where(torch.isinf(rate), -torch.expm1(-part), linear)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number, readable
+from ._checks import check_count, check_number, readable
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""The variational bound on the probability of discrete data under a chain, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_part, readable
+from .._draws import Generators, check_generator
+from .._numerics import exact, schedule_dtype
+from .._run import Progress, with_progress
+from .._variational import GaussianDecoder, chain_length, prior_kl, step_nats
+from ..interfaces import ScoreModel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChainBound:
+    """An estimate of a bound on -log P(images) under a chain, step by step.
+
+    Args:
+        prior: the divergence of the noisiest state from the prior (B,), nats, exact.
+        terms: what each step costs (B, T), nats: first the reading of the levels off the least
+            noisy state, then the divergences of the steps that lead there, the last from x_T.
+    """
+
+    prior: Tensor
+    terms: Tensor
+
+    @property
+    def nats(self) -> Tensor:
+        """The bound, the sum of the terms and the prior's (B,), nats."""
+        return self.prior + self.terms.sum(1)
+
+
+class ChainNELBO:
+    r"""The variational bound on -log P(images) of integers under a chain of T steps.
+
+    .. math::
+        -\log P(k) \le KL(q(x_T | x_0) \,\|\, N(0, \pi^2 I))
+        + \sum_{i=1}^{T-1} E\left[KL(q(x_i | x_{i+1}, x_0) \,\|\, p(x_i | x_{i+1}))\right]
+        + E\left[-\log p(x_0 | x_1)\right]
+
+    for data x_0 at the levels k, with one draw of the noise for each step and the variance of the
+    steps that the model says it has. Every step is looked at, in evaluation, without gradients;
+    the model stays in the mode it is in. `evaluate_bits_per_dim` sums up a data set.
+
+    Args:
+        model: the score model; its SDE is a chain.
+        decoder: the likelihood of the data in the first step, of 256 levels in [-1, 1] by
+            default.
+        clip: whether the predicted data are kept within the decoder's range, as published
+            numbers have it.
+        steps_at_once: how many steps go through the network together. With one generator for
+            each image the result does not depend on it.
+        progress: whether to show progress over the steps, or a wrapper of them that does.
+
+    Raises:
+        TypeError: if a part has the wrong type, or the model's process is no chain.
+        ValueError: if steps_at_once < 1.
+
+    Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
+    (equation 5); Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672.
+
+    >>> from diffusionkit import DDPMChain, EpsModel
+    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), DDPMChain.cosine(10))
+    >>> ChainNELBO(model)(torch.randint(256, (4, 3, 8, 8))).terms.shape
+    torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        decoder: GaussianDecoder | None = None,
+        *,
+        clip: bool = True,
+        steps_at_once: int = 1,
+        progress: Progress = False,
+    ) -> None:
+        """Keep the parts."""
+        chain_length(model)
+        self.model = model
+        self.decoder = GaussianDecoder() if decoder is None else decoder
+        check_part(self.decoder, GaussianDecoder, "decoder")
+        check_count(steps_at_once, "steps_at_once")
+        self.clip = clip
+        self.steps_at_once = steps_at_once
+        self.progress = progress
+
+    def __repr__(self) -> str:
+        return f"ChainNELBO({type(self.model).__name__}, {self.decoder}, clip={self.clip})"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, *, generator: Generators = None, **cond: Any) -> ChainBound:
+        """Return the terms of the bound for images (B, *D).
+
+        Args:
+            images: integers 0 ... levels - 1, (B, *D), of any integer dtype.
+            generator: the source of noise: one, one for each image, or None.
+            cond: handed to the model, tensors (B, ...) repeated for each step.
+
+        Raises:
+            TypeError: if images are not integers.
+            ValueError: if a value is no level, or the model's prediction is not finite (read on
+                the CPU only).
+        """
+        kind = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
+        x = self.decoder.encode(images, dtype=torch.promote_types(kind, torch.float32))
+        check_generator(generator, len(x))
+        count = chain_length(self.model)
+        starts = range(0, count, self.steps_at_once)
+        terms = [
+            self._terms(x, range(i, min(i + self.steps_at_once, count)), generator, cond)
+            for i in with_progress(starts, self.progress)
+        ]
+        return ChainBound(prior_kl(self.model.sde, x), torch.cat(terms).T.contiguous())
+
+    def _terms(
+        self, x: Tensor, steps: range, generator: Generators, cond: dict[str, Any]
+    ) -> Tensor:
+        """Return what steps cost, (steps, B)."""
+        n, many = len(x), len(steps)
+
+        def repeat(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
+                return value
+            return value.repeat(many, *(1,) * (value.ndim - 1))
+
+        if generator is not None and not isinstance(generator, torch.Generator):
+            generator = list(generator) * many
+        device = x.device
+        step = torch.tensor(steps, device=device).repeat_interleave(n)
+        t = (step + 1).to(schedule_dtype(device)) / chain_length(self.model)
+        sample = self.model.sde.perturb(repeat(x), t, generator=generator)
+        said = self.model.predict(
+            sample.x, t.to(x.dtype), **{name: repeat(value) for name, value in cond.items()}
+        )
+        nats = step_nats(self.model, said, sample.x0, step, self.decoder, clip=self.clip)
+        if readable(nats) and not bool(torch.isfinite(nats).all()):
+            worst = int(step[~torch.isfinite(nats)][0])
+            raise ValueError(f"model: expected a finite prediction, got none at step {worst}")
+        return exact(nats).view(many, n)

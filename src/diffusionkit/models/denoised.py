@@ -1,0 +1,157 @@
+"""A model whose predicted data are changed on the way: clipped, thresholded, or as you like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_number, check_part
+from ..interfaces import ScoreModel
+from ..values import Prediction
+
+
+class DenoisedModel(ScoreModel):
+    r"""A model with a function of its predicted data in their place.
+
+    .. math::
+        \hat x_0' = f(\hat x_0), \quad \hat\epsilon' = (x - \alpha \hat x_0') / \sigma
+
+    The noise, the score and every sampler's step follow the changed data; the model's variance
+    and range of data stay as they are. With `Clip` this is the released samplers' clip_denoised,
+    with a function of yours their denoised_fn.
+
+    Args:
+        model: the score model.
+        fn: maps predicted data (B, *D) to data of the same shape and dtype.
+
+    Raises:
+        TypeError: if model is not a ScoreModel or fn not callable.
+
+    Source: Ho et al., 2020, arXiv 2006.11239; Nichol and Dhariwal, 2021, arXiv 2102.09672 (their
+    code).
+
+    >>> from diffusionkit import EpsModel, VPSDE
+    >>> model = DenoisedModel(EpsModel(lambda x, label: 0 * x, VPSDE()), Clip(-1.0, 1.0))
+    >>> model.predict(torch.tensor([[3.0, -0.1]]), torch.tensor([0.01])).x0
+    tensor([[ 1.0000, -0.1001]])
+    """
+
+    def __init__(self, model: ScoreModel, fn: Callable[[Tensor], Tensor]) -> None:
+        """Join the model and the function."""
+        super().__init__()
+        check_part(model, ScoreModel, "model")
+        if not callable(fn):
+            raise TypeError(f"fn: expected a callable, got {type(fn).__name__}")
+        self.model = model
+        self.sde = model.sde
+        self.fn = fn
+        self.data_range = getattr(model, "data_range", None)
+        self.variance = getattr(model, "variance", None)
+
+    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """Predict data and noise of a state x (B, *D) at times t (B,).
+
+        Raises:
+            ValueError: if the function returns another shape or dtype than it was given.
+        """
+        said = self.model.predict(x, t, **cond)
+        x0 = self.fn(said.x0)
+        if x0.shape != x.shape or x0.dtype != said.x0.dtype:
+            raise ValueError(
+                f"fn: expected data of shape {tuple(x.shape)}, {said.x0.dtype}, "
+                f"got {tuple(x0.shape)}, {x0.dtype}"
+            )
+        alpha, sigma = self.sde.kernel(t)
+        return Prediction.from_output(
+            x,
+            x0,
+            alpha,
+            sigma,
+            a=1.0,
+            b=0.0,
+            log_var=said.log_var,
+            log_var_fraction=said.log_var_fraction,
+        )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Static thresholding: data beyond the ends of a range are put there.
+
+    Args:
+        low: the lower end.
+        high: the upper end.
+
+    Raises:
+        ValueError: unless low < high.
+
+    >>> Clip()(torch.tensor([-3.0, 0.5]))
+    tensor([-1.0000,  0.5000])
+    """
+
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self.low, "low")
+        check_number(self.high, "high")
+        if not self.low < self.high:
+            raise ValueError(f"expected low < high, got {self.low} and {self.high}")
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Return the data within the range."""
+        return x0.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    r"""Dynamic thresholding: each sample is shrunk until a share of it lies in the range.
+
+    .. math::
+        x_0' = c + h \frac{\mathrm{clip}(z, -s, s)}{s}, \quad z = \frac{x_0 - c}{h}, \quad
+        s = \max(1, \mathrm{quantile}_q |z|),
+
+    with c the centre of the range and h half its width, s one number for each sample. Against
+    the saturation that strong guidance brings.
+
+    Args:
+        quantile: the share q of a sample's values.
+        low: the lower end of the range.
+        high: the upper end of the range.
+
+    Raises:
+        ValueError: unless 0 < quantile <= 1 and low < high, both finite.
+
+    Source: Saharia et al., Photorealistic Text-to-Image Diffusion Models with Deep Language
+    Understanding, 2022, arXiv 2205.11487 (section 2.3).
+
+    >>> DynamicThreshold(quantile=0.5)(torch.tensor([[-8.0, 2.0, 1.0]]))
+    tensor([[-1.0000,  1.0000,  0.5000]])
+    """
+
+    quantile: float = 0.995
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("quantile", "low", "high"):
+            check_number(getattr(self, name), name)
+        if not 0.0 < self.quantile <= 1.0:
+            raise ValueError(f"quantile: expected a number in (0, 1], got {self.quantile}")
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
+            raise ValueError(f"expected finite low < high, got {self.low} and {self.high}")
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Return the data (B, *D) within the range."""
+        centre, half = 0.5 * (self.low + self.high), 0.5 * (self.high - self.low)
+        z = (x0 - centre) / half
+        rows = z.reshape(len(z), -1).abs().to(torch.promote_types(z.dtype, torch.float32))
+        # Row by row: torch.quantile takes no more than 2^24 numbers.
+        size = torch.stack([torch.quantile(row, self.quantile) for row in rows]).clamp_min(1.0)
+        size = size.to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
+        return centre + half * (z.clamp(-size, size) / size)

@@ -1,0 +1,85 @@
+"""A model of one process, used in another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_part, check_state, check_times
+from .._numerics import exact, home, instant, schedule_dtype
+from ..interfaces import ForwardSDE, ScoreModel
+from ..values import Prediction, expand
+
+
+class OnProcess(ScoreModel):
+    r"""A model of one process as a model of another: the same data and noise, scaled and timed.
+
+    Two processes with the same noise-to-signal ratio hold the same noisy data up to a scale:
+
+    .. math::
+        x' = \frac{\alpha'(t')}{\alpha(t)} x, \quad
+        \frac{\sigma'(t')}{\alpha'(t')} = \frac{\sigma(t)}{\alpha(t)},
+
+    and the data and the noise that the model predicts from x' at t' are those of x at t. So a
+    network that was trained on one process is sampled, or its likelihood taken, on any other, and
+    EDM's VP and iDDPM preconditionings are `OnProcess(EpsModel(network, VPSDE()), EDMSDE())` and
+    the same with a `DDPMChain`. Below the smallest noise that the model's own process has, it is
+    asked at that.
+
+    Args:
+        model: the score model of its own process.
+        sde: the process to use it in.
+
+    Raises:
+        ValueError: if sde has, between its t_min and T, noise that the model's process has not.
+        TypeError: if a part has the wrong type.
+
+    Source: Karras et al., 2022, arXiv 2206.00364 (appendix C).
+
+    >>> from diffusionkit import EDMSDE, EpsModel, VPSDE
+    >>> model = OnProcess(EpsModel(lambda x, label: x, VPSDE()), EDMSDE())
+    >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).eps  # what the network saw
+    tensor([[0.7071, 0.7071]])
+    """
+
+    def __init__(self, model: ScoreModel, sde: ForwardSDE) -> None:
+        """Join the model and the process."""
+        super().__init__()
+        check_part(model, ScoreModel, "model")
+        check_part(sde, ForwardSDE, "sde")
+        self.model = model
+        self.sde = sde
+        (most, least), (most_known, least_known) = _range(sde, sde.t_min), _range(model.sde, 0.0)
+        if least < least_known - 1e-6 or most > most_known + 1e-6:
+            known, wanted = (
+                [f"{math.exp(-0.5 * value):.4g}" for value in pair]
+                for pair in ((most_known, least_known), (most, least))
+            )
+            raise ValueError(
+                f"sde: expected a sigma / alpha that the model's process has, "
+                f"{' to '.join(known)}, got {' to '.join(wanted)}"
+            )
+
+    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        """Predict data and noise of a state x (B, *D) at times t (B,)."""
+        check_state(x)
+        if instant(t, self.sde) is None:
+            check_times(t, self.sde.T, x.shape[0], x)
+        alpha, sigma = self.sde.kernel(t)
+        inner = self.model.sde.time_at_log_snr(self.sde.log_snr(exact(t)))
+        scale = expand(self.model.sde.marginal(inner)[0] / alpha, x)
+        said = self.model.predict((x * scale).to(x.dtype), inner, **cond)
+        fraction = said.log_var_fraction  # which no scale changes
+        return Prediction(x, said.x0, said.eps, alpha, sigma, log_var_fraction=fraction)
+
+
+@torch.no_grad()
+def _range(sde: ForwardSDE, first: float) -> list[float]:
+    """Return the log-SNR at a first time and at T."""
+    device = home(sde)
+    ends = torch.tensor([first, sde.T], dtype=schedule_dtype(device), device=device)
+    values: list[float] = sde.log_snr(ends).tolist()
+    return values

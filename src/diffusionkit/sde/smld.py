@@ -1,0 +1,96 @@
+"""SMLD's table of noise levels as a process in continuous time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_positive
+from ._chain import Chain
+
+
+class SMLDChain(Chain):
+    r"""The noise levels of SMLD as a chain: x_k = x_{k-1} + sqrt(sigma_k^2 - sigma_{k-1}^2) z.
+
+    .. math::
+        \alpha = 1, \quad \sigma\!\left(\tfrac{i + 1}{N}\right) = \sigma_i, \quad \sigma(0) = 0,
+
+    with sigma^2 linear in between: step i, counted from 0, sits at t = (i + 1) / N, and kernel
+    and transitions are there the table's. It is VE as its papers discretise it, but for the first
+    level, which takes a step of its own. The prior is N(0, sigma_{N-1}^2 I).
+
+    Args:
+        sigmas: the levels sigma_0 ... sigma_{N-1}, from the least noise to the most.
+
+    Raises:
+        ValueError: unless there are at least two, positive and strictly increasing.
+
+    Source: Song and Ermon, 2019, arXiv 1907.05600; Song et al., 2021, arXiv 2011.13456
+    (appendix B).
+
+    >>> SMLDChain([0.1, 1.0, 10.0]).marginal(torch.tensor([1 / 3, 1.0]))[1]
+    tensor([ 0.1000, 10.0000])
+    """
+
+    def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
+        """Tabulate sigma^2."""
+        table = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu().flatten().clone()
+        before = torch.cat([table.new_zeros(1), table[:-1]])
+        if len(table) < 2 or not (table > before).all() or not torch.isfinite(table).all():
+            falling = len(table) > 1 and bool((table.diff() < 0).all())
+            raise ValueError(
+                "sigmas: expected at least two positive numbers, strictly increasing, "
+                f"got {table[:6].tolist()} ... of {len(table)}"
+                + ("; hand them in the other way round" if falling else "")
+            )
+        self.sigmas = table
+        super().__init__((table - before) * (table + before))
+
+    @classmethod
+    def geometric(
+        cls, steps: int = 1000, *, sigma_min: float = 0.01, sigma_max: float = 50.0
+    ) -> SMLDChain:
+        """Make the chain of levels in geometric progression, from sigma_min to sigma_max.
+
+        Args:
+            steps: the number of levels.
+            sigma_min: the first level.
+            sigma_max: the last level.
+        """
+        check_count(steps, "steps")
+        check_positive(sigma_min, "sigma_min")
+        check_positive(sigma_max, "sigma_max")
+        ends = math.log(sigma_min), math.log(sigma_max)
+        return cls(torch.exp(torch.linspace(*ends, steps, dtype=torch.float64)))
+
+    def __repr__(self) -> str:
+        first, last = self.sigmas[0], self.sigmas[-1]
+        return f"SMLDChain({self.steps} steps, sigmas {first:.3g} ... {last:.3g})"
+
+    @property
+    def prior_std(self) -> float:
+        """The last level."""
+        return float(self.sigmas[-1])
+
+    def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), torch.sqrt(self._sum(t))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -torch.log(self._sum(t))
+
+    def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
+        return self._time_at(torch.exp(-log_snr))
+
+    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), torch.sqrt(self._added(s, t))
+
+    def drift_coefficient(self, t: Tensor) -> Tensor:
+        self._split(t)  # what is no time is said
+        return torch.zeros_like(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        rates = self._increments.to(t.device, t.dtype)
+        return torch.sqrt(self.steps * rates[self._split(t)[0]])

@@ -1,0 +1,182 @@
+"""Laws of the times of a chain: its steps, and no time between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_number
+from .._draws import Generators, rand
+from .._numerics import schedule_dtype
+from ..interfaces import ForwardSDE, TimeSampler
+from ._gather import gathered
+
+
+def _steps(sde: ForwardSDE, law: TimeSampler) -> int:
+    steps = getattr(sde, "steps", None)
+    if not isinstance(steps, int):
+        raise TypeError(
+            f"{type(law).__name__}: expected a chain of steps, such as DDPMChain, got {sde}"
+        )
+    return steps
+
+
+@dataclass(frozen=True)
+class DiscreteTimes(TimeSampler):
+    r"""Independent times, uniform over the N steps t = (i + 1) / N of a chain; weight 1.
+
+    The expectation is the mean over the table, as DDPM trains, not the integral over [t_min, T].
+
+    Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
+
+    >>> from diffusionkit import DDPMChain
+    >>> t, weight = DiscreteTimes().sample(DDPMChain([0.5, 0.5]), 100)
+    >>> t.unique().tolist()
+    [0.5, 1.0]
+    """
+
+    unbiased = False
+
+    def sample(
+        self,
+        sde: ForwardSDE,
+        n: int,
+        *,
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw times (n,) and weights (n,)."""
+        check_count(n, "n")
+        steps, exactly = _steps(sde, self), schedule_dtype(device)
+        u = rand(n, generator=generator, device=device, dtype=exactly)
+        t = ((u * steps).floor().clamp_max(steps - 1) + 1) * (sde.T / steps)
+        return t.to(dtype or exactly), torch.ones_like(t, dtype=dtype or exactly)
+
+
+class LossSecondMomentTimes(TimeSampler):
+    r"""Steps of a chain drawn as often as their losses are large; the weights undo it.
+
+    .. math::
+        p_i = (1 - u) \frac{m_i}{\sum_j m_j} + \frac{u}{N}, \quad
+        m_i = \sqrt{\mathrm{mean}(\ell_i^2)}, \quad \text{weight } \frac{1}{N p_i},
+
+    with the mean over the last losses of step i. Until every step has had as many, the law is
+    uniform. The expectation is that of `DiscreteTimes`, the mean over the table.
+
+    Objectives hand in their losses through `update`, before the weight of the time is applied.
+    Where torch.distributed is initialised, each process learns from the losses of all, so that
+    all of them draw from the same law; they must call it equally often. Losses that are not
+    finite are left out, and so are those that come before the first draw, whose chain is not
+    known. The history is a part of training: `state_dict` saves it, `load_state_dict` resumes.
+
+    Args:
+        history: how many of the last losses of each step count.
+        uniform: the share u of the uniform law, which bounds the weights by 1 / u.
+
+    Raises:
+        ValueError: unless history >= 1 and 0 < uniform <= 1.
+
+    Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.3).
+
+    >>> from diffusionkit import DDPMChain
+    >>> times, chain = LossSecondMomentTimes(history=1), DDPMChain([0.5, 0.5])
+    >>> t, weight = times.sample(chain, 3)
+    >>> times.update(torch.tensor([0.5, 1.0]), torch.tensor([3.0, 1.0]))
+    >>> times.probabilities
+    tensor([0.7498, 0.2503], dtype=torch.float64)
+    """
+
+    unbiased = False
+
+    def __init__(self, history: int = 10, uniform: float = 1e-3) -> None:
+        """Start without losses."""
+        check_count(history, "history")
+        check_number(uniform, "uniform")
+        if not 0.0 < uniform <= 1.0:
+            raise ValueError(f"uniform: expected a number in (0, 1], got {uniform}")
+        self.history = history
+        self.uniform = uniform
+        self._T = 1.0
+        self._losses = torch.zeros((0, history), dtype=torch.float64)
+        self._counts = torch.zeros(0, dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        return f"LossSecondMomentTimes(history={self.history}, uniform={self.uniform})"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The probabilities of the steps (N,), in float64; of none before the first draw."""
+        steps = len(self._counts)
+        if bool((self._counts < self.history).any()):
+            return torch.full((steps,), 1 / steps, dtype=torch.float64)
+        size = self._losses.square().mean(1).sqrt()
+        share = size / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
+        p = (1 - self.uniform) * share + self.uniform / max(steps, 1)
+        return p / p.sum()
+
+    def sample(
+        self,
+        sde: ForwardSDE,
+        n: int,
+        *,
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw times (n,) and weights (n,).
+
+        Raises:
+            TypeError: if the process has no steps.
+            ValueError: if it has another number of them than the one learned from.
+        """
+        check_count(n, "n")
+        steps, exactly = _steps(sde, self), schedule_dtype(device)
+        if len(self._counts) == 0:
+            self._losses = torch.zeros((steps, self.history), dtype=torch.float64)
+            self._counts = torch.zeros(steps, dtype=torch.int64)
+        if len(self._counts) != steps:
+            raise ValueError(
+                f"sde: expected the {len(self._counts)} steps that losses were learned for, "
+                f"got {steps}"
+            )
+        self._T = sde.T
+        p = self.probabilities.to(device, exactly)
+        u = rand(n, generator=generator, device=device, dtype=exactly)
+        i = torch.searchsorted(p.cumsum(0), u, right=True).clamp_max(steps - 1)
+        t, weight = (i + 1) * (sde.T / steps), 1 / (steps * p[i])
+        return t.to(dtype or exactly), weight.to(dtype or exactly)
+
+    @torch.no_grad()
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Keep the losses (n,) found at times (n,), the oldest of a step making room."""
+        dtype = torch.promote_types(loss.dtype, torch.float32)  # a half cannot number the steps
+        pairs = gathered(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
+        steps = len(self._counts)
+        for time, value in pairs[torch.isfinite(pairs).all(1)].tolist():
+            i = round(time * steps / self._T) - 1
+            if 0 <= i < steps:
+                self._losses[i, int(self._counts[i]) % self.history] = value
+                self._counts[i] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses (N, history) and how many each step has had (N,)."""
+        return {"losses": self._losses.clone(), "counts": self._counts.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a history where `state_dict` left it.
+
+        Raises:
+            ValueError: if it is not one of so many losses for each step.
+        """
+        losses, counts = state["losses"], state["counts"]
+        if losses.ndim != 2 or losses.shape != (len(counts), self.history):
+            raise ValueError(
+                f"losses: expected shape ({len(counts)}, {self.history}), got {tuple(losses.shape)}"
+            )
+        self._losses = losses.to("cpu", torch.float64, copy=True)
+        self._counts = counts.to("cpu", torch.int64, copy=True)

@@ -1,0 +1,191 @@
+"""The variational bound of a chain of steps as an objective, alone and beside the simple loss."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    check_finite,
+    check_part,
+    check_positive,
+    check_state,
+    check_times,
+    readable,
+)
+from .._draws import Generators
+from .._variational import GaussianDecoder, chain_length, step_nats
+from ..interfaces import Perturbed, ScoreModel, TimeSampler
+from ..values import Prediction
+from .discrete_times import DiscreteTimes
+
+
+class _ChainObjective(abc.ABC):
+    """A loss at one step of the chain for each sample."""
+
+    def __init__(
+        self, *, decoder: GaussianDecoder | None = None, times: TimeSampler | None = None
+    ) -> None:
+        self.decoder = GaussianDecoder() if decoder is None else decoder
+        self.times = DiscreteTimes() if times is None else times
+        check_part(self.decoder, GaussianDecoder, "decoder")
+        check_part(self.times, TimeSampler, "times")
+
+    def __call__(
+        self,
+        model: ScoreModel,
+        x0: Tensor,
+        *,
+        t: Tensor | None = None,
+        generator: Generators = None,
+        **cond: Any,
+    ) -> Tensor:
+        """Return the losses (B,) of data x0 (B, *D).
+
+        Args:
+            model: the score model; its SDE is a chain of steps.
+            x0: the data (B, *D), on the decoder's levels.
+            t: times (B,) of steps to use instead of drawn ones, with weight 1.
+            generator: the source of times and noise.
+            cond: handed to the model.
+
+        Raises:
+            ValueError: if the batch is empty or not finite, data lie between levels, or times
+                between steps.
+            TypeError: if x0 is not a floating-point tensor, or the model's process is no chain.
+        """
+        count = chain_length(model)
+        check_state(x0, "x0")
+        check_finite(x0, "x0")
+        self.decoder.check(x0)
+        sde = model.sde
+        if t is None:
+            dtype = torch.promote_types(x0.dtype, torch.float32)
+            t, weight = self.times.sample(
+                sde, len(x0), generator=generator, device=x0.device, dtype=dtype
+            )
+        else:
+            check_times(t, sde.T, len(x0), x0)
+            weight = torch.ones_like(t)
+        point = (t * count).round()
+        if readable(t) and not bool(
+            ((point - t * count).abs() < 0.01).all() and (point >= 1).all()
+        ):
+            raise ValueError(
+                f"t: expected times of steps, 1 / {count}, 2 / {count} ... 1, got {t.tolist()[:4]}"
+            )
+        sample = sde.perturb(x0, t, generator=generator)
+        said = model.predict(sample.x, t, **cond)
+        loss = self._loss(model, sample, said, point.long() - 1)
+        self.times.update(t, loss.detach())
+        return loss * weight.to(loss.dtype)
+
+    @abc.abstractmethod
+    def _loss(self, model: ScoreModel, sample: Perturbed, said: Prediction, step: Tensor) -> Tensor:
+        """Return the losses (B,) of what a model says of noisy data at steps (B,)."""
+
+    def _bits(
+        self,
+        model: ScoreModel,
+        sample: Perturbed,
+        said: Prediction,
+        step: Tensor,
+        *,
+        detach_mean: bool = False,
+    ) -> Tensor:
+        """Return T times what the steps cost (B,): the mean over steps is the sum of them."""
+        nats = step_nats(model, said, sample.x0, step, self.decoder, detach_mean=detach_mean)
+        return nats * (chain_length(model) / (sample.x0[0].numel() * math.log(2)))
+
+
+class VLB(_ChainObjective):
+    r"""The variational bound of a chain of T steps, in bits per dimension, one step a sample.
+
+    .. math::
+        \ell = \frac{T}{d \ln 2} L_i, \quad
+        L_0 = -\log p(x_0 | x_1), \quad
+        L_i = KL(q(x_i | x_{i+1}, x_0) \,\|\, p(x_i | x_{i+1})),
+
+    with i uniform over the steps, numbered from 0, so that the mean of the losses is the sum over
+    all steps: the bound but for the prior's share, in which nothing is learned. The factor T is
+    that sum's, here and in `Hybrid`, and there is no other scale. The chain's own steps are
+    meant: training on fewer is training on the chain of those.
+
+    Args:
+        decoder: the likelihood of the data in the first step, of 256 levels in [-1, 1] by
+            default.
+        times: the law of the steps, `DiscreteTimes` by default.
+
+    Raises:
+        TypeError: if a part has the wrong type.
+
+    Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (equations 4 to 7).
+
+    >>> from diffusionkit import DDPMChain, EpsModel
+    >>> model = EpsModel(lambda x, label: torch.cat([x, x], 1), DDPMChain.cosine(100),
+    ...                  variance="learned_range")
+    >>> x0 = GaussianDecoder().encode(torch.randint(256, (4, 3, 8, 8)))
+    >>> VLB()(model, x0).shape
+    torch.Size([4])
+    """
+
+    def __repr__(self) -> str:
+        return f"VLB(decoder={self.decoder}, times={self.times})"
+
+    def _loss(self, model: ScoreModel, sample: Perturbed, said: Prediction, step: Tensor) -> Tensor:
+        return self._bits(model, sample, said, step)
+
+
+class Hybrid(_ChainObjective):
+    r"""The simple loss for the mean and the variational bound for the variance.
+
+    .. math::
+        \ell = \frac1d \|\hat\epsilon - \epsilon\|^2 + \lambda \, \ell_{VLB}
+
+    with the mean detached in the loss of `VLB`, so that what predicts the mean learns from the
+    simple loss alone and what predicts the variance from the bound alone. The bound is the sum
+    over all T steps in bits per dimension, so that lambda means the same whatever T is.
+
+    Args:
+        vlb_weight: lambda.
+        decoder: the likelihood of the data in the first step, of 256 levels in [-1, 1] by
+            default.
+        times: the law of the steps, `DiscreteTimes` by default.
+
+    Raises:
+        TypeError: if a part has the wrong type.
+        ValueError: unless vlb_weight is finite and positive; when called, if the model's variance
+            is not learned.
+
+    Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (equation 16).
+    """
+
+    def __init__(
+        self,
+        vlb_weight: float = 1e-3,
+        *,
+        decoder: GaussianDecoder | None = None,
+        times: TimeSampler | None = None,
+    ) -> None:
+        """Keep the parts."""
+        super().__init__(decoder=decoder, times=times)
+        check_positive(vlb_weight, "vlb_weight")
+        self.vlb_weight = vlb_weight
+
+    def __repr__(self) -> str:
+        return f"Hybrid({self.vlb_weight}, decoder={self.decoder}, times={self.times})"
+
+    def _loss(self, model: ScoreModel, sample: Perturbed, said: Prediction, step: Tensor) -> Tensor:
+        if said.log_var is None and said.log_var_fraction is None:
+            raise ValueError(
+                "model: expected a learned variance, as of EpsModel(..., "
+                'variance="learned_range"), got none; without it the loss is ScoreMatching()'
+            )
+        target = Prediction.from_eps(sample.x, sample.eps, sample.alpha, sample.sigma)
+        bits = self._bits(model, sample, said, step, detach_mean=True)
+        error = said.noise_error(target).to(bits.dtype)
+        return error.square().reshape(len(error), -1).mean(1) + self.vlb_weight * bits

@@ -1,0 +1,92 @@
+"""A model of one process, used in another."""
+
+import pytest
+import torch
+
+from diffusionkit import (
+    DDIM,
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    EDMModel,
+    EpsModel,
+    GaussianMixtureModel,
+    LogSNRGrid,
+    PCSampler,
+)
+from diffusionkit.models.process import OnProcess
+from diffusionkit.testing import check_score_model
+
+MIXTURE = {"means": [[-1.0, 0.0], [1.0, 0.5]], "stds": [0.2, 0.3], "weights": [0.3, 0.7]}
+
+
+@pytest.mark.parametrize(
+    "other", [EDMSDE(sigma_min=0.02, sigma_max=15.0), VPSDE(0.1, 10.0, t_min=0.01)], ids=str
+)
+def test_the_exact_model_stays_exact(sde, other):
+    """The score of a mixture is known on both processes."""
+    moved = OnProcess(GaussianMixtureModel(sde, **MIXTURE), other)
+    exact = GaussianMixtureModel(other, **MIXTURE)
+    x = 3 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = other.time_at_log_snr(torch.linspace(7.0, -4.9, 50, dtype=torch.float64))
+    ours, theirs = moved.predict(x, t), exact.predict(x, t)
+    torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(ours.eps, theirs.eps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved(x, t), exact(x, t), rtol=1e-6, atol=1e-6)
+
+
+def test_it_keeps_the_contract():
+    moved = OnProcess(GaussianMixtureModel(VPSDE(), **MIXTURE), EDMSDE())
+    check_score_model(moved, (4, 2), exact=True)
+
+
+def test_ddim_does_not_see_the_process():
+    """The same noise-to-signal ratios give the same samples, up to nothing."""
+    model = GaussianMixtureModel(VPSDE(), **MIXTURE)
+    ratio = LogSNRGrid(t_end=0.01)(EDMSDE(sigma_max=152.0), 30)
+    times = VPSDE().time_at_log_snr(-2 * torch.log(ratio))
+    alpha, _ = VPSDE().marginal(times)
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = PCSampler(model, DDIM(), grid=times)
+    moved = PCSampler(OnProcess(model, EDMSDE(sigma_max=152.0)), DDIM(), grid=ratio)
+    start = VPSDE().perturb(z, times[:1].expand(20), generator=torch.Generator().manual_seed(1)).x
+    torch.testing.assert_close(own(start), moved(start / alpha[0]), rtol=1e-7, atol=1e-7)
+    assert own.nfe == moved.nfe == 31
+
+
+def test_dtypes_and_conditions():
+    def network(x, label, *, labels):
+        assert labels == "cat"
+        assert x.dtype == torch.float32
+        assert label.dtype == torch.float32
+        return x
+
+    moved = OnProcess(EDMModel(network, EDMSDE(sigma_max=160.0)), VPSDE())
+    said = moved.predict(torch.ones(3, 2), torch.full((3,), 0.5), labels="cat")
+    assert said.x0.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "message"),
+    [
+        (VPSDE(), EDMSDE(sigma_max=200.0), r"has, 0 to 152\.2, got 0\.002 to 200"),
+        (VESDE(0.01, 50.0), EDMSDE(sigma_max=40.0), r"has, 0\.01 to 50, got 0\.002 to 40"),
+    ],
+)
+def test_noise_that_the_model_does_not_know(own, other, message):
+    with pytest.raises(ValueError, match=message):
+        OnProcess(EpsModel(lambda x, label: x, own), other)
+
+
+def test_bad_input():
+    moved = OnProcess(EpsModel(lambda x, label: x, VPSDE()), EDMSDE())
+    with pytest.raises(ValueError, match=r"t: expected times within \[0, T\] = \[0, 80\]"):
+        moved.predict(torch.ones(1, 2), torch.tensor([81.0]))
+    with pytest.raises(ValueError, match=r"one time for each sample, shape \(1,\), got \(2,\)"):
+        moved.predict(torch.ones(1, 2), torch.tensor([1.0, 2.0]))
+    with pytest.raises(TypeError, match="x: expected a tensor"):
+        moved.predict(3, torch.tensor([1.0]))
+    with pytest.raises(TypeError, match="model: expected a ScoreModel, got function"):
+        OnProcess(lambda x, t: x, EDMSDE())
+    with pytest.raises(TypeError, match="sde: expected a ForwardSDE, got float"):
+        OnProcess(moved, 80.0)
