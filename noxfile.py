@@ -67,5 +67,5 @@ def quickstart(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run a benchmark by name, all of them by default."""
     install(session, "examples")
-    for name in session.posargs or ["sampler_overhead", "fir", "networks", "likelihood"]:
+    for name in session.posargs or ["sampler_overhead", "fir", "networks", "likelihood", "stf"]:
         session.run("python", f"benchmarks/{name}.py")

@@ -63,6 +63,12 @@ OBJECTIVES = {
     "LW": ScoreMatching(LikelihoodWeighting(), times=StratifiedTimes()),
     "LW + IS": ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes()),
 }
+# VE's likelihood weight is a constant, and its uniform times are uniform in the log-SNR.
+TRAININGS = {
+    "VP": OBJECTIVES,
+    "sub-VP": OBJECTIVES,
+    "VE": {"all the same": OBJECTIVES["LW + IS"]},
+}
 
 
 class Images(NamedTuple):
@@ -186,10 +192,10 @@ def rows(images: Images, args: argparse.Namespace) -> Iterator[str]:
     yield "| process | training | dequantization | bound | ODE |\n|---|---|---|---|---|"
     uniform = UniformDequantizer(images.levels)
     for process, sde in PROCESSES.items():
-        for name, objective in OBJECTIVES.items():
+        for name, objective in TRAININGS[process].items():
             models = [train(images, sde, objective, args.train_steps, s) for s in range(args.seeds)]
             kinds: dict[str, list[Dequantizer]] = {"uniform": [uniform] * len(models)}
-            if name == "LW + IS":
+            if objective is OBJECTIVES["LW + IS"]:
                 learned = [fit_dequantizer(images, m, args.train_steps // 3) for m in models]
                 kinds["variational"] = learned
             for kind, dequantizers in kinds.items():

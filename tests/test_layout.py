@@ -12,17 +12,20 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {"_checks", "_draws", "_numerics", "_run", "_tally"}
-BASE = {*PRIVATE, "values", "interfaces"}
-CORE = {*BASE, "_ode", "sde", "models"}
+BASE = {*PRIVATE, "_posterior", "values", "interfaces"}
+CORE = {*BASE, "_levels", "_ode", "_variational", "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
     "_draws": {"_checks"},
     "_numerics": {"_checks"},
+    "_posterior": set(),
     "_run": set(),
     "_tally": set(),
     "_pickles": set(),
     "_files": {"_pickles"},
+    "_levels": {"_checks"},
     "_ode": BASE,
+    "_variational": {*BASE, "_levels"},
     "values": set(),
     "interfaces": {*PRIVATE, "values"},
     "sde": BASE,

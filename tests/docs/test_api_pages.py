@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusionkit
 import diffusionkit.checkpoints
+import diffusionkit.diagnostics
 import diffusionkit.networks
 import diffusionkit.ops
 import diffusionkit.testing
@@ -33,6 +34,7 @@ def public() -> list[str]:
     modules = (
         diffusionkit,
         diffusionkit.checkpoints,
+        diffusionkit.diagnostics,
         diffusionkit.networks,
         diffusionkit.ops,
         diffusionkit.testing,

@@ -1,8 +1,10 @@
 """Samplers: predictors and correctors on a grid of times, and the probability flow."""
 
 from .correctors import AnnealedLangevin, Langevin
+from .encode import ddim_encode
 from .flow import ProbabilityFlow
-from .grids import KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .heun import Euler, Heun
 from .pc import PCSampler, SamplerState
 from .predictors import (
     DDIM,
@@ -17,7 +19,10 @@ __all__ = [
     "DDIM",
     "Ancestral",
     "AnnealedLangevin",
+    "ChainGrid",
+    "Euler",
     "EulerMaruyama",
+    "Heun",
     "KarrasGrid",
     "Langevin",
     "LinearPredictor",
@@ -29,4 +34,5 @@ __all__ = [
     "ReverseDiffusion",
     "SamplerState",
     "UniformGrid",
+    "ddim_encode",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._checks import check_count, check_part, check_positive
 from .._numerics import home
 from ..interfaces import ForwardSDE
+from ..sde import Chain
 
 Grid: TypeAlias = Callable[[ForwardSDE, int], Tensor]
 
@@ -137,6 +138,56 @@ class KarrasGrid(_SpacedGrid):
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
         root = torch.exp(-0.5 / self.rho * sde.log_snr(ends))
         return sde.time_at_log_snr(-2 * self.rho * torch.log(root[0] + u * (root[1] - root[0])))
+
+
+@dataclass(frozen=True)
+class ChainGrid:
+    """The noise levels of a discrete chain, every so many of its steps, on any process.
+
+    On the chain itself these are its own steps, as improved DDPM takes a part of them. With the
+    cosine chain they are EDM's iDDPM discretisation. Levels that the process does not have between
+    T and its t_stop are left out.
+
+    Args:
+        chain: the chain.
+        to_zero: whether the last of the steps goes on from the chain's last level to 0.
+
+    Source: Nichol and Dhariwal, 2021, arXiv 2102.09672; Karras et al., 2022, arXiv 2206.00364
+    (table 1).
+
+    >>> from diffusionkit import DDPMChain, EDMSDE
+    >>> grid = ChainGrid(DDPMChain.cosine(1000), to_zero=True)
+    >>> [round(s, 4) for s in grid(EDMSDE(sigma_max=81.0), 4).tolist()]
+    [80.2037, 1.7195, 0.5834, 0.0064, 0.0]
+    """
+
+    chain: Chain
+    to_zero: bool = False
+
+    def __post_init__(self) -> None:
+        check_part(self.chain, Chain, "chain")
+
+    def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
+        """Return decreasing times (steps + 1,) in float64.
+
+        Raises:
+            ValueError: unless steps >= 1 and the process has as many of the chain's levels.
+        """
+        check_count(steps, "steps", least=2 if self.to_zero else 1)
+        ends = torch.tensor([sde.T, sde.t_stop], dtype=torch.float64, device=home(sde))
+        low, high = sde.log_snr(ends).detach()
+        k = torch.arange(self.chain.steps, 0, -1, dtype=torch.float64, device=home(sde))
+        levels = self.chain.log_snr(k / self.chain.steps)
+        levels = levels[(levels >= low) & (levels <= high)]
+        points = steps + (0 if self.to_zero else 1)
+        if len(levels) < points:
+            raise ValueError(
+                f"steps: expected at most {len(levels) - points + steps}, one for each level of "
+                f"the chain that the process has, got {steps}"
+            )
+        index = (torch.arange(points) * ((len(levels) - 1) / (points - 1))).round().long()
+        times = sde.time_at_log_snr(levels[index.to(levels.device)]).detach()
+        return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
 
 
 def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Tensor:

@@ -2,30 +2,45 @@
 
 from .._files import CheckpointError
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
+from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
+from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
+from .references import ReferenceBatches
+from .stable import StableTarget
 from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
+from .variational import VLB, Hybrid
 from .weighting import EDMWeighting, LikelihoodWeighting, MinSNRWeighting, SimpleWeighting
 
 __all__ = [
     "EMA",
+    "VLB",
     "Checkpoint",
     "CheckpointError",
     "DenoisingTarget",
+    "DiscreteTimes",
     "EDMWeighting",
+    "Hybrid",
     "ImportanceTimes",
     "LikelihoodWeighting",
     "LogNormalTimes",
+    "LossSecondMomentTimes",
     "MinSNRWeighting",
+    "PowerEMA",
+    "ReferenceBatches",
     "ScoreMatching",
     "SimpleWeighting",
+    "StableTarget",
     "StepReport",
     "StratifiedTimes",
     "UniformTimes",
     "clipped_step",
     "linear_warmup",
     "load_checkpoint",
+    "power_coefficients",
+    "power_exponent",
+    "reconstruct_ema",
     "save_checkpoint",
 ]

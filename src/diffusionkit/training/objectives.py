@@ -66,6 +66,7 @@ class ScoreMatching:
         x0: Tensor,
         *,
         reference: Tensor | None = None,
+        reference_labels: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
     ) -> Tensor:
@@ -96,7 +97,14 @@ class ScoreMatching:
                 "nats: expected times whose weighted mean is that of uniform ones, such as "
                 f"ImportanceTimes(), got {self.times}"
             )
-        loss = self(model, x0, reference=reference, generator=generator, **cond)
+        loss = self(
+            model,
+            x0,
+            reference=reference,
+            reference_labels=reference_labels,
+            generator=generator,
+            **cond,
+        )
         sde = model.sde
         return 0.5 * (sde.T - sde.t_min) * x0[0].numel() * loss
 
@@ -106,6 +114,7 @@ class ScoreMatching:
         x0: Tensor,
         *,
         reference: Tensor | None = None,
+        reference_labels: Tensor | None = None,
         t: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
@@ -116,6 +125,7 @@ class ScoreMatching:
             model: the score model; its SDE is the process.
             x0: the data (B, *D).
             reference: data the target may use (n, *D).
+            reference_labels: their classes (n,), for the target alone.
             t: times (B,) to use instead of drawn ones, with weight 1.
             generator: the source of times and noise.
             cond: handed to the model and to the target.
@@ -145,7 +155,8 @@ class ScoreMatching:
             check_times(t, sde.T, len(x0), x0)
             weight = torch.ones_like(t)
         sample = sde.perturb(x0, t, generator=generator)
-        target = self.target(sample, reference, **cond)
+        known = {} if reference_labels is None else {"reference_labels": reference_labels}
+        target = self.target(sample, reference, **known, **cond)
         error = model.predict(sample.x, t, **cond).noise_error(target)
         dtype = torch.promote_types(error.dtype, torch.float32)
         loss = error.to(dtype).square().reshape(len(x0), -1).mean(1)

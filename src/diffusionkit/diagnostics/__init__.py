@@ -1,0 +1,14 @@
+"""How noisy targets and gradients are, by noise level, with standard errors."""
+
+from .estimates import Estimate, plot_variances
+from .gradients import gradient_variance
+from .targets import dsm_variance, posterior_divergence, stf_variance
+
+__all__ = [
+    "Estimate",
+    "dsm_variance",
+    "gradient_variance",
+    "plot_variances",
+    "posterior_divergence",
+    "stf_variance",
+]

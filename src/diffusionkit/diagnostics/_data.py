@@ -1,0 +1,75 @@
+"""Data gathered and drawn from, and what the averages over them need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_finite, check_part, check_state, check_times
+from .._draws import rand
+from .._numerics import exact, home, schedule_dtype
+from ..interfaces import ForwardSDE
+
+
+def gathered(data: Tensor | Iterable[Any]) -> Tensor:
+    """Return all data as one tensor (N, *D)."""
+    if not isinstance(data, Tensor):
+        if isinstance(data, Sized) and hasattr(data, "__getitem__"):
+            parts = [_first(data[i])[None] for i in range(len(data))]
+        elif isinstance(data, Iterable):
+            parts = [_first(batch) for batch in data]
+        else:
+            raise TypeError("data: expected a tensor, a data set or a loader of batches, "
+                            f"got {type(data).__name__}")  # fmt: skip
+        if not parts:
+            raise ValueError("data: expected at least one item, got none")
+        data = torch.cat(parts)
+    check_state(data, "data")
+    check_finite(data, "data")
+    if data.ndim < 2:
+        raise ValueError(f"data: expected shape (N, *D), got {tuple(data.shape)}")
+    return data.detach()
+
+
+def _first(item: Any) -> Tensor:
+    return torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item)
+
+
+def kernel(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma at times (K,), on the CPU."""
+    check_part(sde, ForwardSDE, "sde")
+    check_times(t, sde.T)
+    with torch.no_grad():
+        alpha, sigma = (c.cpu() for c in sde.marginal(exact(t).to(home(sde))))
+    if len(t) == 0 or not bool((sigma > 0).all() and (alpha > 0).all()):
+        raise ValueError("t: expected at least one time, with alpha > 0 and sigma > 0 at each, "
+                         f"got alpha = {alpha.tolist()}, sigma = {sigma.tolist()}")  # fmt: skip
+    return alpha, sigma
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise unless `generator` is one generator, or None."""
+    if generator is not None:
+        check_part(generator, torch.Generator, "generator")
+
+
+def draw_index(
+    n: int, shape: Sequence[int], generator: torch.Generator | None, like: Tensor
+) -> Tensor:
+    """Draw numbers below n, of a shape, on the device of `like`."""
+    u = rand(shape, generator=generator, device=like.device, dtype=schedule_dtype(like.device))
+    return (u * n).long().clamp_max(n - 1)
+
+
+def draw_rows(data: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """Draw rows of the data (N, *D), of a shape, with replacement."""
+    return data[draw_index(len(data), shape, generator, data)]
+
+
+def mean_and_error(found: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of rows (K, samples) and their standard errors, (K,)."""
+    return found.mean(1), found.std(1) / math.sqrt(found.shape[1])

@@ -1,0 +1,70 @@
+"""Quantities with standard errors over the noise level, and their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """A quantity at several noise levels, for `plot_variances`.
+
+    Args:
+        t: the times (K,).
+        noise: sigma / alpha at these times (K,).
+        value: the estimates (K,), in float64.
+        stderr: their standard errors (K,).
+        quantity: what the values are, such as "variance (score)".
+        label: the name in a legend.
+    """
+
+    t: Tensor
+    noise: Tensor
+    value: Tensor
+    stderr: Tensor
+    quantity: str
+    label: str
+
+
+def plot_variances(results: Estimate | Sequence[Estimate], ax: Axes | None = None) -> Axes:
+    """Plot estimates over sigma / alpha, both axes logarithmic, with two standard errors around.
+
+    Args:
+        results: one or several estimates of the same quantity.
+        ax: where to plot, in a new figure by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if there is nothing to plot, or the quantities differ.
+        ImportError: if matplotlib is not installed.
+    """
+    results = [results] if isinstance(results, Estimate) else list(results)
+    quantities = sorted({result.quantity for result in results})
+    if len(quantities) != 1:
+        raise ValueError(f"results: expected estimates of the same quantity, got {quantities}")
+    if ax is None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot_variances needs matplotlib: pip install matplotlib") from error
+        ax = Figure(layout="constrained").subplots()
+    for result in results:
+        order = result.noise.argsort()
+        noise, value, stderr = (
+            y[order].cpu().numpy() for y in (result.noise, result.value, result.stderr)
+        )
+        (line,) = ax.plot(noise, value, label=result.label)
+        low = (value - 2 * stderr).clip(min=value / 100)  # a logarithmic axis has no zero
+        ax.fill_between(noise, low, value + 2 * stderr, color=line.get_color(), alpha=0.25, lw=0)
+    ax.set(xscale="log", yscale="log", xlabel="sigma / alpha", ylabel=quantities[0])
+    ax.legend()
+    return ax

@@ -1,0 +1,225 @@
+r"""Solvers of the probability flow in the process's own time: Euler, and Heun with churn.
+
+A schedule, a scaling and a discretisation are here a process and a grid, so that one predictor is
+every row of EDM's ablation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _numerics
+from .._checks import check_number, check_positive, check_times, readable
+from .._draws import Generators, randn_like
+from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..values import Coefficient, linear
+from .predictors import LinearPredictor, Move
+
+_MAX_CHURN = math.sqrt(2) - 1  # no more new noise in a step than there is already
+
+
+def _slope(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p and q, each (n,), of the probability flow dx/dt = p x + q (predicted data)."""
+    alpha, sigma = sde.marginal(t)
+    pull = 0.5 * (sde.diffusion(t) / sigma).square()
+    return sde.drift_coefficient(t) + pull, -pull * alpha
+
+
+@dataclass(frozen=True)
+class Euler(LinearPredictor):
+    r"""One Euler step of the probability flow in the process's own time.
+
+    .. math::
+        x_s = x_t + (s - t) (f x_t - \tfrac12 g^2 \nabla \log p_t)
+
+    Order 1. In sigma / alpha as the time, Euler is `DDIM`; with an `EDMSDE` the two are the same.
+
+    Source: Song et al., 2021, arXiv 2011.13456 (section 4.3).
+    """
+
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+        """Return the coefficients of moves from times t (n,) to s (n,)."""
+        p, q = _slope(sde, t)
+        return Move(1 + (s - t) * p, (s - t) * q, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stages:
+    """A step: x' = lift x + noise z at `start`, x'' at `middle`, and the sum of both stages.
+
+    The pairs are the coefficients of the state and the predicted data: of x'', and of what each
+    stage adds to the result. Without `second` the first stage is the whole step.
+    """
+
+    lift: Coefficient
+    noise: float
+    start: Tensor
+    middle: Tensor
+    inner: tuple[Coefficient, Coefficient]
+    first: tuple[Coefficient, Coefficient]
+    second: tuple[Coefficient, Coefficient] | None
+
+
+@dataclass(frozen=True)
+class Heun(Predictor):
+    r"""A step of second order along the probability flow, with or without new noise: EDM's sampler.
+
+    .. math::
+        d = f x - \tfrac12 g^2 \nabla \log p, \quad
+        x' = \hat x + \alpha h\, d(\hat x, \hat t), \quad
+        x_s = \hat x + h \left(\left(1 - \tfrac{1}{2 \alpha}\right) d(\hat x, \hat t)
+              + \tfrac{1}{2 \alpha} d(x', \hat t + \alpha h)\right), \quad h = s - \hat t
+
+    in the process's own time: an `EDMSDE` gives EDM's algorithm, `VPSDE` its VP column, a process
+    of yours any other. Two evaluations a step; one, an Euler step, where the second stage would
+    stand at a time without noise: `KarrasGrid(to_zero=True)` takes 2 N - 1 for N steps of Heun's
+    method. A midpoint has noise, and so a second stage, in the last step too.
+
+    Churn first adds noise. With r = sigma / alpha and N steps,
+
+    .. math::
+        \hat r = (1 + \gamma) r, \quad
+        \gamma = \min(\mathrm{churn} / N, \sqrt 2 - 1) \text{ if } r \in [s_{min}, s_{max}], \quad
+        \hat x = \tfrac{\hat\alpha}{\alpha} x
+                 + \hat\alpha \sqrt{\hat r^2 - r^2}\; s_{noise}\, z.
+
+    The noise is not raised beyond that of T, where no model is defined. A sampler tells how many
+    steps there are; a step of your own loop has no churn to give.
+
+    Args:
+        alpha: where the second stage stands: 1 is Heun's method, 1/2 the midpoint rule, 2/3
+            Ralston's. Above 1 it may fall below time 0; the step is then an Euler step.
+        churn: the amount of new noise, over all steps; 0 is deterministic.
+        s_min: the smallest sigma / alpha at which noise is added.
+        s_max: the largest.
+        s_noise: the standard deviation of the new noise; a little above 1 makes up for the detail
+            that a network's denoising loses.
+
+    Raises:
+        ValueError: unless alpha and s_noise are positive, churn >= 0 and 0 <= s_min <= s_max; in
+            `step`, if there is churn and the step is not one of a sampler's.
+        TypeError: if one of them is not a number.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
+    2022, arXiv 2206.00364 (algorithms 1 to 3).
+
+    >>> from diffusionkit import EDMSDE, GaussianMixtureModel, KarrasGrid, PCSampler
+    >>> model = GaussianMixtureModel(EDMSDE(), means=[[-0.5], [0.5]], stds=[0.1, 0.1])
+    >>> sampler = PCSampler(model, Heun(), grid=KarrasGrid(to_zero=True), steps=18)
+    >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([4, 1])
+    >>> sampler.nfe
+    35
+    """
+
+    alpha: float = 1.0
+    churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.alpha, "alpha")
+        check_positive(self.s_noise, "s_noise")
+        for name in ("churn", "s_min", "s_max"):
+            check_number(getattr(self, name), name)
+        if not 0.0 <= self.churn < math.inf:
+            raise ValueError(f"churn: expected a finite number >= 0, got {self.churn}")
+        if not 0.0 <= self.s_min <= self.s_max:
+            raise ValueError(f"expected 0 <= s_min <= s_max, got {self.s_min} and {self.s_max}")
+
+    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
+        """Compute the stages of all steps at once, and leave them with the times."""
+        known = [_numerics.instant(t, sde) for t in times]
+        instants = [one for one in known if one is not None]
+        if len(instants) < len(times):
+            return
+        grid = torch.tensor([one.time for one in instants], dtype=torch.float64)
+        grid = grid.to(times[0].device, _numerics.schedule_dtype(times[0].device))
+        t, s = grid[:-1], grid[1:]
+        lift, noise, t = self._churned(sde, t, min(self.churn / len(t), _MAX_CHURN))
+        middle, *columns = self._stages(sde, t, s)
+        rows = zip(*(column.tolist() for column in (lift, noise, *columns)), strict=True)
+        starts, middles = (_numerics.instants(sde, at, times[0]) for at in (t, middle))
+        for k, (scale, std, corrected, *c) in enumerate(rows):
+            second = (c[4], c[5]) if corrected else None
+            instants[k].notes[id(self), instants[k + 1].time] = _Stages(
+                scale, std, starts[k], middles[k], (c[0], c[1]), (c[2], c[3]), second
+            )
+
+    def _churned(self, sde: ForwardSDE, t: Tensor, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scale and standard deviation of the move to more noise, and its time, (n,)."""
+        alpha, sigma = sde.marginal(t)
+        ratio = sigma / alpha
+        some = (self.s_min <= ratio) & (ratio <= self.s_max) & (rate > 0)
+        # Within [0, T]. Times without new noise stay what they are, not an inverse's rounding.
+        raised = sde.time_at_log_snr(-2 * torch.log(ratio * (1 + rate)))
+        t = torch.where(some, raised, t)
+        alpha_hat, sigma_hat = sde.marginal(t)
+        new = ((sigma_hat / alpha_hat).square() - ratio.square()).clamp_min(0.0)
+        noise = torch.where(some, alpha_hat * torch.sqrt(new) * self.s_noise, 0.0)
+        return alpha_hat / alpha, noise, t
+
+    def _stages(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """Return the middle times, whether there is a second stage, and three pairs, each (n,)."""
+        h = s - t
+        middle = (1 - self.alpha) * t + self.alpha * s  # s itself where alpha = 1
+        corrected = (middle >= 0) & (sde.marginal(middle.clamp_min(0.0))[1] > 0)
+        middle = torch.where(corrected, middle, t)
+        share = torch.where(corrected, h / (2 * self.alpha), 0.0)
+        (p, q), (p_middle, q_middle) = _slope(sde, t), _slope(sde, middle)
+        return (
+            middle, corrected,
+            1 + self.alpha * h * p, self.alpha * h * q,
+            1 + (h - share) * p, (h - share) * q,
+            share * p_middle, share * q_middle,
+        )  # fmt: skip
+
+    def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
+        here, there = _numerics.instant(t, sde), _numerics.instant(s, sde)
+        if here is not None and there is not None:
+            known: _Stages | None = here.notes.get((id(self), there.time))
+            if known is not None:
+                return known
+        if self.churn > 0:
+            raise ValueError(
+                f"churn: expected a step of a sampler, which says how many there are, got "
+                f"churn = {self.churn} in a step alone; use PCSampler or churn = 0"
+            )
+        check_times(t, sde.T, x.shape[0], x)
+        check_times(s, sde.T, x.shape[0], x)
+        if readable(t) and not bool((s < t).all()):
+            raise ValueError(f"expected s < t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}")
+        t = _numerics.exact(t)
+        middle, corrected, *c = self._stages(sde, t, _numerics.exact(s))
+        second = (c[4], c[5]) if bool(corrected.any()) else None
+        return _Stages(1.0, 0.0, t, middle, (c[0], c[1]), (c[2], c[3]), second)
+
+    def step(
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        state: Any = None,
+        *,
+        generator: Generators = None,
+        **cond: Any,
+    ) -> Step:
+        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
+        stages = self._between(model.sde, t, s, x)
+        if stages.noise > 0:
+            x = linear(stages.lift, x, stages.noise, randn_like(x, generator))
+        said = model.predict(x, stages.start, **cond)
+        moved = said.combine(x=stages.first[0], x0=stages.first[1])
+        if stages.second is not None:
+            inner = said.combine(x=stages.inner[0], x0=stages.inner[1])
+            said = model.predict(inner, stages.middle, **cond)
+            moved = moved + said.combine(x=stages.second[0], x0=stages.second[1])
+        return Step(moved, moved)

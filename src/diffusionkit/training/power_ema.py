@@ -1,0 +1,290 @@
+"""Averages of weights with a power function as profile, of any length, even after training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_count, check_number
+from .._files import CheckpointError, atomic_write, read_torch
+from .ema import EMA, Tensors
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "diffusionkit.power_ema"
+VERSION = 1
+
+_PARTS: dict[str, Any] = {"updates": int, "sigma_rel": float, "averaged": list, "model": dict}
+_UNIFORM = 1 / math.sqrt(12)
+
+
+def power_exponent(sigma_rel: float) -> float:
+    r"""Return the exponent of the profile with a given relative standard deviation.
+
+    .. math::
+        \sigma_{rel}^2 = \frac{\gamma + 1}{(\gamma + 2)^2 (\gamma + 3)}
+
+    Args:
+        sigma_rel: the standard deviation of the profile t^gamma on [0, 1].
+
+    Raises:
+        ValueError: unless 0 < sigma_rel < 12^(-1/2) = 0.2887, that of a constant profile.
+        TypeError: if it is not a number.
+
+    Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
+    2024, arXiv 2312.02696 (section 3.1).
+
+    >>> round(power_exponent(0.10), 4)
+    6.9372
+    """
+    check_number(sigma_rel, "sigma_rel")
+    if not 0.0 < sigma_rel < _UNIFORM:
+        raise ValueError(f"sigma_rel: expected a number in (0, {_UNIFORM:.4f}), got {sigma_rel}")
+    # With y = gamma + 7/3 it is y^3 - 3 p y = 2 q, of three real roots; the largest is wanted.
+    rate = sigma_rel**-2
+    p = (rate + 1 / 3) / 3
+    q = -1 / 27 - 2 * rate / 3
+    return 2 * math.sqrt(p) * math.cos(math.acos(q / p**1.5) / 3) - 7 / 3
+
+
+class _PowerAverage(EMA):
+    """One average, of one length."""
+
+    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
+        super().__init__(model)
+        self.exponent = power_exponent(sigma_rel)
+
+    def _average(self, average: Tensors, current: Tensors, _: Tensor | int) -> None:
+        keep = (1 - 1 / self.updates) ** (self.exponent + 1)
+        torch._foreach_lerp_(average, current, 1.0 - keep)
+
+
+class PowerEMA:
+    r"""Averages of a model's weights over a share of the training so far.
+
+    .. math::
+        \bar\theta_t = \beta_t \bar\theta_{t-1} + (1 - \beta_t) \theta_t, \quad
+        \beta_t = (1 - 1/t)^{\gamma + 1}
+
+    at update t = 1, 2, ... weighs the weights at time s by s^gamma: the profile grows with the
+    training, and the initial weights are gone from the first update on. Its length is told by
+    sigma_rel, the standard deviation over t. Two lengths, saved now and then, let `reconstruct_ema`
+    build any other when the training is over.
+
+    Args:
+        model: the model to follow.
+        sigma_rels: the lengths, each in (0, 0.2887).
+
+    Attributes:
+        averages: the `EMA` of each length, with `model` and `applied`.
+
+    Raises:
+        ValueError: if there are no lengths, two are equal or one is out of range.
+        TypeError: if model is not a Module, or a length is not a number.
+
+    Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
+    2024, arXiv 2312.02696 (sections 3.1 and 3.2).
+
+    >>> model = nn.Linear(1, 1)
+    >>> ema = PowerEMA(model, sigma_rels=(0.05, 0.10))
+    >>> ema.update(model)
+    >>> with ema.averages[0.05].applied(model):
+    ...     y = model(torch.ones(1, 1))
+    """
+
+    def __init__(self, model: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
+        """Copy the model, once for each length."""
+        if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
+            raise ValueError(f"sigma_rels: expected different numbers, got {sigma_rels}")
+        self.averages: Mapping[float, EMA] = {s: _PowerAverage(model, s) for s in sigma_rels}
+
+    @property
+    def updates(self) -> int:
+        """How many updates there were."""
+        return next(iter(self.averages.values())).updates
+
+    def update(self, model: nn.Module) -> None:
+        """Move the averages towards the model; call after each optimiser step.
+
+        Raises:
+            ValueError: if the model has other parameters than the one that was followed.
+        """
+        for average in self.averages.values():
+            average.update(model)
+
+    def state_dict(self) -> dict[float, Any]:
+        """Return the state of each average."""
+        return {sigma_rel: average.state_dict() for sigma_rel, average in self.averages.items()}
+
+    def load_state_dict(self, state: Mapping[float, Any]) -> None:
+        """Take the averages from `state_dict()`.
+
+        Raises:
+            ValueError: if it is of other lengths.
+        """
+        if set(state) != set(self.averages):
+            raise ValueError(
+                f"state: expected the lengths {sorted(self.averages)}, got {sorted(state)}"
+            )
+        for sigma_rel, average in self.averages.items():
+            average.load_state_dict(state[sigma_rel])
+
+    def save(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    ) -> list[Path]:
+        """Write a snapshot of each average to a folder, whole or not at all.
+
+        Args:
+            folder: the folder, made if there is none.
+            dtype: what the weights are stored in, their own by default; torch.float16 halves the
+                files.
+
+        Returns:
+            The files, named after the update and the length.
+
+        Raises:
+            ValueError: if there was no update yet.
+        """
+        check_count(self.updates, "updates")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        paths = []
+        for sigma_rel, average in self.averages.items():
+            averaged = [n for n, _ in average.model.named_parameters(remove_duplicate=False)]
+            weights = average.model.state_dict()
+            weights |= {name: weights[name].to(dtype or weights[name].dtype) for name in averaged}
+            content = {
+                "format": FORMAT, "version": VERSION, "updates": self.updates,
+                "sigma_rel": float(sigma_rel), "averaged": averaged, "model": dict(weights),
+            }  # fmt: skip
+            paths.append(Path(folder) / f"{self.updates:09d}-{sigma_rel:g}.pt")
+            atomic_write(paths[-1], partial(torch.save, content))
+        return paths
+
+
+def power_coefficients(
+    snapshots: Sequence[tuple[int, float]], wanted: tuple[int, float]
+) -> tuple[Tensor, float]:
+    r"""Return the combination of averages that comes closest to another one.
+
+    Least squares between the profiles, p_i(s) = (gamma_i + 1) s^gamma_i / t_i^(gamma_i + 1) on
+    [0, t_i]:
+
+    .. math::
+        A c = b, \quad A_{ij} = \langle p_i, p_j \rangle, \quad b_i = \langle p_i, p \rangle,
+        \quad \langle p_i, p_j \rangle = \frac{(\gamma_i + 1)(\gamma_j + 1)}
+        {\gamma_i + \gamma_j + 1} \frac{m^{\gamma_i + \gamma_j + 1}}
+        {t_i^{\gamma_i + 1} t_j^{\gamma_j + 1}}, \quad m = \min(t_i, t_j),
+
+    then c is divided by its sum.
+
+    Args:
+        snapshots: the update and the sigma_rel of each average, all different.
+        wanted: the update and the sigma_rel of the one that is wanted.
+
+    Returns:
+        The coefficients (n,), and the distance of the best fit's profile from the wanted one,
+        relative to its norm.
+
+    Raises:
+        ValueError: if two snapshots are equal, an update is < 1 or a sigma_rel is out of range.
+        TypeError: if one of them is not a number.
+
+    Source: Karras et al., 2024, arXiv 2312.02696 (appendix C).
+    """
+    if len(set(snapshots)) < len(snapshots):
+        raise ValueError(f"snapshots: expected different ones, got {sorted(snapshots)}")
+    rows = [*snapshots, wanted]
+    for updates, _ in rows:
+        check_count(updates, "updates")
+    t = torch.tensor([float(updates) for updates, _ in rows], dtype=torch.float64)
+    power = torch.tensor([power_exponent(s) + 1 for _, s in rows], dtype=torch.float64)
+    both, least = power.unsqueeze(1) + power, torch.minimum(t.unsqueeze(1), t)
+    share = (least / t) ** power  # of each column's profile; its transpose is each row's
+    gram = power.unsqueeze(1) * power / (both - 1) * share * share.t() / least
+    a, b, norm = gram[:-1, :-1], gram[:-1, -1], gram[-1, -1]
+    c = torch.linalg.solve(a, b)
+    error = float((1 - c @ b / norm).clamp_min(0.0).sqrt())
+    return c / c.sum(), error
+
+
+def reconstruct_ema(
+    snapshots: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    sigma_rel: float,
+    *,
+    updates: int | None = None,
+) -> dict[str, Tensor]:
+    """Return the weights that `PowerEMA` of another length would have, from saved snapshots.
+
+    The files are read twice, and never held in memory together. What is not averaged, the
+    buffers, comes from the last snapshot. A fit that is off by more than 10% is logged: save more
+    often, or ask for a length nearer to the saved ones.
+
+    Args:
+        snapshots: the folder of `PowerEMA.save`, or its files; those after `updates` are left out.
+        sigma_rel: the length that is wanted.
+        updates: the update at which it is wanted, that of the last snapshot by default.
+
+    Returns:
+        A state dict, for `model.load_state_dict`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if a file is damaged, not a snapshot, or one of another model.
+        ValueError: if fewer than two snapshots are left, or sigma_rel is out of range.
+    """
+    if isinstance(snapshots, (str, os.PathLike)):
+        snapshots = sorted(Path(snapshots).glob("*.pt"))
+    found = {_position(path): path for path in snapshots}
+    last = max((at for at, _ in found), default=0) if updates is None else updates
+    used = sorted(key for key in found if key[0] <= last)
+    if len(used) < 2:
+        raise ValueError(
+            f"snapshots: expected at least two up to update {last}, got {len(used)} of {len(found)}"
+        )
+    coefficients, error = power_coefficients(used, (last, sigma_rel))
+    if error > 0.1:
+        logger.warning("the fit to sigma_rel = %g is off by %.0f%%", sigma_rel, 100 * error)
+    total: dict[str, Tensor] = {}
+    layouts: list[dict[str, Any]] = []
+    for key, coefficient in zip(used, coefficients.tolist(), strict=True):
+        content = _read(found[key])
+        weights, averaged = content["model"], content["averaged"]
+        layouts.append({n: (n in averaged, getattr(v, "shape", v)) for n, v in weights.items()})
+        if layouts[-1] != layouts[0]:
+            raise CheckpointError(f"{found[key]}: expected the tensors of {found[used[0]]}")
+        for name in averaged:
+            exact = torch.promote_types(weights[name].dtype, torch.float64)
+            part = weights[name].to(exact) * coefficient
+            total[name] = total[name].add_(part) if name in total else part
+    return {
+        name: total[name].to(torch.promote_types(value.dtype, torch.float32))
+        if name in total
+        else value
+        for name, value in weights.items()
+    }
+
+
+def _position(path: str | os.PathLike[str]) -> tuple[int, float]:
+    content = _read(path)
+    return content["updates"], content["sigma_rel"]
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    expected = "a snapshot written by PowerEMA.save"
+    content = read_torch(path, expected=expected)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected {expected}, got a foreign file")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path}: expected version {VERSION}, got {content.get('version')}")
+    odd = [k for k, kind in _PARTS.items() if not isinstance(content.get(k), kind)]
+    if odd or not set(content["averaged"]) <= set(content["model"]):
+        raise CheckpointError(f"{path}: expected {expected}, got one with odd or missing: {odd}")
+    return content

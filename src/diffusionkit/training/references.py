@@ -1,0 +1,146 @@
+"""Batches within reference batches, for targets that use references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+
+from .._checks import check_count
+
+
+class ReferenceBatches:
+    r"""Batches of a data set, each with reference data that contain it.
+
+    An epoch goes through a shuffled order of the data with a window of `reference_size` items.
+    The batch is the oldest of them, which then leave it as new ones come, until the order ends
+    and the batch moves through the last window. So an epoch loads no item twice, nor
+    uses it in two batches, and no window has it twice.
+
+    The batch and the window stand at fixed places of a uniformly random order: whatever items
+    the window holds, the batch is any of them with equal probability. That is all that a
+    `StableTarget` needs to be unbiased, step by step.
+
+    The first step of an epoch loads a whole window, the last ones load nothing; worker processes
+    even this out. An item is loaded, and augmented, once for batch and reference alike. Both are
+    parts of one memory, used again in later steps: do not change them in place.
+
+    Args:
+        dataset: a map-style data set of tensors (*D), or of tuples with labels and the like; a
+            tensor (N, *D) is one.
+        batch_size: the size B of the batches.
+        reference_size: the size n of the references, of one process.
+        seed: of the order; one seed and epoch give the same batches again.
+        rank: which share of the data to take, by default this process's in torch.distributed.
+        world_size: the number of shares.
+        loader: options of torch.utils.data.DataLoader, such as num_workers, pin_memory and
+            collate_fn.
+
+    Raises:
+        ValueError: if sizes do not fit: batch_size <= reference_size <= the process's share.
+        TypeError: if the data set has no length, or a size is not an integer.
+
+    >>> data = torch.randn(100, 3)
+    >>> for batch, reference in ReferenceBatches(data, batch_size=8, reference_size=32):
+    ...     pass
+    >>> batch.shape, reference.shape
+    (torch.Size([8, 3]), torch.Size([32, 3]))
+
+    With labels, it is `for (batch, labels), (reference, reference_labels) in ...`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        reference_size: int,
+        *,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **loader: Any,
+    ) -> None:
+        """Keep the sizes; nothing is loaded yet."""
+        if not isinstance(dataset, Sized):
+            raise TypeError(
+                "dataset: expected a map-style data set with a length, "
+                f"got {type(dataset).__name__}"
+            )
+        shared = dist.is_available() and dist.is_initialized()
+        if world_size is None:
+            world_size = dist.get_world_size() if shared else 1
+        if rank is None:
+            rank = dist.get_rank() if shared else 0
+        check_count(batch_size, "batch_size")
+        check_count(reference_size, "reference_size")
+        check_count(world_size, "world_size")
+        check_count(rank, "rank", least=0)
+        check_count(seed, "seed", least=0)
+        share = len(dataset) // world_size
+        if not batch_size <= reference_size <= share:
+            raise ValueError(
+                f"expected batch_size <= reference_size <= {share}, the items of each process, "
+                f"got batch_size={batch_size} and reference_size={reference_size}"
+            )
+        if rank >= world_size:
+            raise ValueError(f"rank: expected a number below {world_size}, got {rank}")
+        self.dataset: Any = dataset
+        self.batch_size, self.reference_size = batch_size, reference_size
+        self.seed, self.rank, self.world_size, self.loader = seed, rank, world_size, loader
+        self.epoch, self._share = 0, share
+
+    def __len__(self) -> int:
+        """Return the number of steps of an epoch."""
+        return self._share // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the next epoch, for a run that goes on; otherwise they follow one another."""
+        check_count(epoch, "epoch", least=0)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Go through the next epoch in (batch, reference), each made as the data set's items."""
+        epoch, size = self.epoch, self.batch_size
+        self.epoch += 1
+        everyone = torch.randperm(len(self.dataset), generator=self._generator(epoch))
+        order = everyone[self.rank :: self.world_size][: self._share].tolist()
+        starts = range(self.reference_size, self._share, size)
+        new = [order[: self.reference_size], *(order[start : start + size] for start in starts)]
+        pieces = iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=new,
+                generator=self._generator(epoch, self.rank),
+                **self.loader,
+            )
+        )
+        piece = next(pieces)
+        pool, single, first = _tensors(piece), isinstance(piece, Tensor), 0
+        for begin in range(0, len(self) * size, size):
+            if first < min(begin, self._share - self.reference_size):
+                piece = _tensors(next(pieces))
+                gone = len(piece[0])
+                first += gone
+                pool = [torch.cat([x[gone:], y]) for x, y in zip(pool, piece, strict=True)]
+            batch = [x[begin - first : begin - first + size] for x in pool]
+            yield (batch[0], pool[0]) if single else (tuple(batch), tuple(pool))
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        (state,) = np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state))
+
+
+def _tensors(piece: Any) -> list[Tensor]:
+    parts = list(piece) if isinstance(piece, (tuple, list)) else [piece]
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                "dataset: expected items of tensors or tuples of tensors and numbers, "
+                f"got {type(part).__name__}"
+            )
+    return parts

@@ -1,0 +1,139 @@
+"""Batches within references: what they hold, how often it is loaded, and their law."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from diffusionkit import VPSDE, EpsModel, ScoreMatching
+from diffusionkit.training.references import ReferenceBatches
+from diffusionkit.training.stable import StableTarget
+
+
+class Counting:
+    """Items that are their own number, and how often each was loaded."""
+
+    def __init__(self, n: int) -> None:
+        self.loaded = [0] * n
+
+    def __len__(self) -> int:
+        return len(self.loaded)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        self.loaded[i] += 1
+        return torch.tensor([float(i)])
+
+
+def numbers(pairs) -> list[tuple[list[float], list[float]]]:
+    return [(batch.flatten().tolist(), pool.flatten().tolist()) for batch, pool in pairs]
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "reference"),
+    [(40, 4, 16), (43, 4, 16), (43, 4, 18), (40, 8, 8), (20, 6, 20), (41, 8, 9)],
+)
+def test_an_epoch(n, batch, reference) -> None:
+    data = Counting(n)
+    loader = ReferenceBatches(data, batch, reference)
+    steps = numbers(loader)
+    assert len(steps) == len(loader) == n // batch
+    for part, pool in steps:
+        assert len(part) == batch
+        assert len(pool) == reference == len(set(pool))
+        assert set(part) <= set(pool)
+    seen = list(itertools.chain.from_iterable(part for part, _ in steps))
+    assert len(seen) == len(set(seen))
+    assert max(data.loaded) == 1
+    # Windows roll: each shares all but a batch with the one before.
+    for (_, before), (_, after) in itertools.pairwise(steps):
+        assert len(set(after) - set(before)) <= batch
+
+
+def test_only_what_a_step_needs_is_loaded() -> None:
+    data = Counting(40)
+    pairs = iter(ReferenceBatches(data, 4, 16))
+    assert sum(data.loaded) == 0
+    loads = []
+    for _ in pairs:
+        loads.append(sum(data.loaded))
+    assert loads == [16, 20, 24, 28, 32, 36, 40, 40, 40, 40]
+
+
+def test_one_seed_one_order() -> None:
+    make = lambda seed=0: ReferenceBatches(torch.arange(30.0)[:, None], 5, 10, seed=seed)  # noqa: E731
+    state = torch.get_rng_state()
+    loader = make()
+    first, second = numbers(loader), numbers(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first != second
+    assert numbers(make()) == first
+    assert numbers(make(1)) != first
+    again = make()
+    again.set_epoch(1)
+    assert numbers(again) == second
+
+
+def test_ranks_share_the_data() -> None:
+    data = torch.arange(43.0)[:, None]
+    shares = []
+    for rank in range(4):
+        steps = numbers(ReferenceBatches(data, 3, 6, rank=rank, world_size=4))
+        assert len(steps) == 3
+        shares.append({x for _, pool in steps for x in pool})
+    assert [len(share) for share in shares] == [10, 10, 10, 10]
+    assert len(set.union(*shares)) == 40
+
+
+def test_labels_go_with_their_items() -> None:
+    x = torch.arange(24.0)[:, None]
+    labels = x.flatten().long() % 3
+    for data in (TensorDataset(x, labels), list(zip(x, labels.tolist(), strict=True))):
+        for (batch, told), (pool, classes) in ReferenceBatches(data, 4, 12):
+            assert torch.equal(batch.flatten() % 3, told.float())
+            assert torch.equal(pool.flatten() % 3, classes.float())
+            model = EpsModel(lambda x, label, labels: torch.zeros_like(x), VPSDE())
+            objective = ScoreMatching(target=StableTarget())
+            loss = objective(model, batch, labels=told, reference=pool, reference_labels=classes)
+            assert loss.shape == (4,)
+
+
+def test_given_the_window_any_item_is_as_likely_in_the_batch() -> None:
+    """Of five items three are seen; the batch is one of them, in each step of an epoch."""
+    loader = ReferenceBatches(torch.arange(5.0)[:, None], 1, 3)
+    counts: list[dict] = [{} for _ in range(5)]
+    for _ in range(1500):
+        for count, (batch, pool) in zip(counts, numbers(loader), strict=True):
+            key = (tuple(sorted(pool)), batch[0])
+            count[key] = count.get(key, 0) + 1
+    for count in counts:
+        assert len(count) == 30
+        # Each of ten windows with each of its three items: 50 +- 7, the largest of 150.
+        assert min(count.values()) > 50 - 4 * 7
+        assert max(count.values()) < 50 + 4 * 7
+
+
+@pytest.mark.slow
+def test_workers_load_the_same() -> None:
+    data = torch.arange(30.0)[:, None]
+    options = {"num_workers": 2, "multiprocessing_context": "spawn"}
+    helped = ReferenceBatches(data, 5, 10, **options)
+    assert numbers(helped) == numbers(ReferenceBatches(data, 5, 10))
+
+
+def test_what_does_not_fit() -> None:
+    data = torch.zeros(20, 3)
+    for batch, reference in ((8, 4), (4, 21), (0, 4)):
+        with pytest.raises(ValueError, match="expected"):
+            ReferenceBatches(data, batch, reference)
+    with pytest.raises(ValueError, match="reference_size <= 10, the items of each process"):
+        ReferenceBatches(data, 4, 11, rank=0, world_size=2)
+    with pytest.raises(ValueError, match="rank: expected a number below 2, got 2"):
+        ReferenceBatches(data, 4, 8, rank=2, world_size=2)
+    with pytest.raises(TypeError, match="with a length, got generator"):
+        ReferenceBatches((x for x in data), 4, 8)
+    with pytest.raises(TypeError, match="batch_size: expected an integer"):
+        ReferenceBatches(data, 4.0, 8)
+    named = [{"x": torch.zeros(3)} for _ in range(20)]
+    with pytest.raises(TypeError, match="tuples of tensors and numbers, got dict"):
+        next(iter(ReferenceBatches(named, 4, 8)))
