@@ -74,6 +74,7 @@ def dsm_variance(
     Models, 2023, arXiv 2302.00670 (equation 4).
 
     >>> from diffusionkit import VESDE
+    >>> from diffusionkit.diagnostics import dsm_variance
     >>> found = dsm_variance(VESDE(), torch.tensor([[-1.0], [1.0]]), torch.tensor([1.0]))
     >>> bool(0.999 < found.value * found.noise**4 <= 1)  # far out, the data's own variance
     True
@@ -148,7 +149,8 @@ def posterior_divergence(
     bounds the variance of the stable target,
     V_STF <= (V_DSM + sqrt(3) d sqrt(D) / sigma^2) / (n - 1) + O(1 / n^2). It is heavy-tailed: where
     the posterior is narrow, few noisy states decide, and the standard error is itself too small.
-    The total variation, E_x (1/2) sum_k |w_k - 1/N|, tells the phases as well and is at most 1.
+    The total variation, half the summed distance of the weights from 1/N, tells the phases as
+    well and is at most 1.
 
     Args:
         sde: the forward process.

@@ -42,8 +42,8 @@ class StableTarget(TargetEstimator):
 
     Computed in float64, by differences up to 16 dimensions and by matrix products beyond them, in
     blocks of the reference, so that memory does not grow with n B D. Products round logits by
-    about 1e-16 |x|^2 alpha^2 / sigma^2, with |x| a datum's distance from their mean. No
-    gradient flows through it.
+    about 1e-16 (r alpha / sigma)^2, with r a datum's distance from their mean. No gradient flows
+    through it.
 
     Args:
         source: "inside" where the batch is part of the reference; "added" where it is not, and
