@@ -334,7 +334,7 @@ for eta in (-0.1, 1.5, math.nan):
     bad(f"DDIM-{eta}", ValueError, rf"eta: expected a number in \[0, 1\], got {eta}",
         lambda eta=eta: DDIM(eta=eta))  # fmt: skip
 bad("DDIM-type", TypeError, r"eta: expected a number, got str", lambda: DDIM(eta="0"))
-bad("Ancestral-variance", ValueError, r'expected "posterior", "forward" or "model", got \'learned\'',
+bad("Ancestral-variance", ValueError, r'"posterior", "forward" or "model", got \'learned\'',
     lambda: Ancestral(variance="learned"))  # fmt: skip
 bad("Langevin-norm", ValueError, r'norm: expected "sample" or "batch", got \'layer\'',
     lambda: Langevin(norm="layer"))  # fmt: skip
