@@ -96,6 +96,14 @@ def check_transition(s: Tensor, t: Tensor, T: float) -> None:
         )
 
 
+def check_move(s: Tensor, t: Tensor, T: float, x: Tensor) -> None:
+    """Raise unless s and t are times (B,) of a state x, within [0, T], with s < t."""
+    check_times(t, T, x.shape[0], x)
+    check_times(s, T, x.shape[0], x)
+    if readable(t) and not bool((s < t).all()):
+        raise ValueError(f"expected s < t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}")
+
+
 def check_same(x: Tensor, like: Tensor, name: str, like_name: str) -> None:
     """Raise unless x has the shape, dtype and device of another tensor."""
     for what, got, expected in (

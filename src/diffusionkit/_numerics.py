@@ -98,6 +98,15 @@ def instant(t: Tensor, sde: object) -> Instant | None:
     return known if known is not None and known.sde is sde else None
 
 
+def tabulated(sde: object, times: Sequence[Tensor]) -> tuple[list[Instant], Tensor] | None:
+    """Return what is known of the times of a grid, and the grid (N + 1,); None if one is not."""
+    known = [one for one in (instant(t, sde) for t in times) if one is not None]
+    if len(known) < len(times):
+        return None
+    grid = torch.tensor([one.time for one in known], dtype=torch.float64)
+    return known, grid.to(times[0].device, schedule_dtype(times[0].device))
+
+
 def noise_at(t: Tensor) -> float:
     """Return sigma at a time of `instants`."""
     known: Instant = t._instant  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from diffusionkit import (
     EDMSDE,
     VESDE,
     VPSDE,
+    DDPMChain,
     EDMModel,
     EpsModel,
     GaussianMixtureModel,
@@ -90,3 +91,13 @@ def test_bad_input():
         OnProcess(lambda x, t: x, EDMSDE())
     with pytest.raises(TypeError, match="sde: expected a ForwardSDE, got float"):
         OnProcess(moved, 80.0)
+
+
+def test_a_learned_variance_survives():
+    """A fraction between two variances is the same number on every scale."""
+    chain = DDPMChain.cosine(100)
+    model = EpsModel(lambda x, label: torch.cat([x, 0.5 * torch.ones_like(x)], 1), chain,
+                     variance="learned_range")  # fmt: skip
+    x, t = torch.randn(3, 2, 4), torch.full((3,), 2.0)
+    fraction = OnProcess(model, EDMSDE()).predict(x, t).log_var_fraction
+    torch.testing.assert_close(fraction, torch.full_like(x, 0.75))

@@ -8,10 +8,12 @@ from diffusionkit import (
     EDMSDE,
     VESDE,
     VPSDE,
+    ChainGrid,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
     QuadraticGrid,
+    SMLDChain,
     UniformGrid,
 )
 
@@ -90,3 +92,9 @@ def test_the_users_own_grid(mixture):
 def test_a_rule_that_is_infinite_at_the_end_says_so():
     with pytest.raises(ValueError, match="expected an end at which the rule is finite"):
         LogSNRGrid(t_end=0.0)(VPSDE(), 5)
+
+
+def test_the_levels_of_any_chain_are_a_grid() -> None:
+    chain = SMLDChain.geometric(10, sigma_min=0.01, sigma_max=50.0)
+    times = ChainGrid(chain)(EDMSDE(sigma_max=60.0), 9)
+    assert torch.allclose(times, chain.marginal(chain.respaced(10))[1])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_finite, check_number, check_part, check_range, check_state
+from .._checks import check_finite, check_part, check_range, check_state, check_t_min
 from .._draws import Generators
 from .._numerics import schedule_dtype
 from .._ode import Solver, angles, radii
@@ -113,11 +113,7 @@ class ODELikelihood:
         check_part(self.divergence, Divergence, "divergence")
         self.solver = Solver(method, rtol, atol, dict(options or {}))
         self.t_min = model.sde.t_min if t_min is None else t_min
-        check_number(self.t_min, "t_min")
-        if not 0.0 <= self.t_min < model.sde.T:
-            raise ValueError(
-                f"t_min: expected a time in [0, T) = [0, {model.sde.T:g}), got {self.t_min}"
-            )
+        check_t_min(self.t_min, model.sde.T)
         angles(model.sde, self.t_min, model.sde.T)
 
     def __repr__(self) -> str:

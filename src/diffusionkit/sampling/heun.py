@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _numerics
-from .._checks import check_number, check_positive, check_times, readable
+from .._checks import check_move, check_number, check_positive
 from .._draws import Generators, randn_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..values import Coefficient, linear
@@ -136,12 +136,10 @@ class Heun(Predictor):
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the stages of all steps at once, and leave them with the times."""
-        known = [_numerics.instant(t, sde) for t in times]
-        instants = [one for one in known if one is not None]
-        if len(instants) < len(times):
+        table = _numerics.tabulated(sde, times)
+        if table is None:
             return
-        grid = torch.tensor([one.time for one in instants], dtype=torch.float64)
-        grid = grid.to(times[0].device, _numerics.schedule_dtype(times[0].device))
+        instants, grid = table
         t, s = grid[:-1], grid[1:]
         lift, noise, t = self._churned(sde, t, min(self.churn / len(t), _MAX_CHURN))
         middle, *columns = self._stages(sde, t, s)
@@ -192,10 +190,7 @@ class Heun(Predictor):
                 f"churn: expected a step of a sampler, which says how many there are, got "
                 f"churn = {self.churn} in a step alone; use PCSampler or churn = 0"
             )
-        check_times(t, sde.T, x.shape[0], x)
-        check_times(s, sde.T, x.shape[0], x)
-        if readable(t) and not bool((s < t).all()):
-            raise ValueError(f"expected s < t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}")
+        check_move(s, t, sde.T, x)
         t = _numerics.exact(t)
         middle, corrected, *c = self._stages(sde, t, _numerics.exact(s))
         second = (c[4], c[5]) if bool(corrected.any()) else None

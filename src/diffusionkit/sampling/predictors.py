@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _numerics
-from .._checks import check_number, check_times, readable
+from .._checks import check_move, check_number
 from .._draws import Generators, randn_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..values import Coefficient, Prediction, add_noise, expand
@@ -45,12 +45,10 @@ class LinearPredictor(Predictor):
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the coefficients of all moves at once, and leave them with the times."""
-        known = [_numerics.instant(t, sde) for t in times]
-        instants = [one for one in known if one is not None]
-        if len(instants) < len(times):
+        table = _numerics.tabulated(sde, times)
+        if table is None:
             return
-        grid = torch.tensor([one.time for one in instants], dtype=torch.float64)
-        grid = grid.to(times[0].device, _numerics.schedule_dtype(times[0].device))
+        instants, grid = table
         move = self.coefficients(sde, grid[:-1], grid[1:])
         columns = [
             c.tolist() if isinstance(c, Tensor) else [c] * (len(grid) - 1)
@@ -65,10 +63,7 @@ class LinearPredictor(Predictor):
             move: Move | None = here.notes.get((id(self), there.time))
             if move is not None:
                 return move
-        check_times(t, sde.T, x.shape[0], x)
-        check_times(s, sde.T, x.shape[0], x)
-        if readable(t) and not bool((s < t).all()):
-            raise ValueError(f"expected s < t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}")
+        check_move(s, t, sde.T, x)
         return self.coefficients(sde, _numerics.exact(t), _numerics.exact(s))
 
     def step(
