@@ -59,3 +59,10 @@ def test_bad_levels() -> None:
     for low, high in ((1.0, 1.0), (1.0, -1.0), (-math.inf, 0.0), (0.0, math.nan)):
         with pytest.raises(ValueError, match="finite low < high"):
             Levels(4, low, high)
+
+
+def test_every_integer_dtype_is_read() -> None:
+    for dtype in (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64):
+        Levels(4).check(torch.tensor([[0, 3]], dtype=dtype))
+        with pytest.raises(ValueError, match="got 0 to 4"):
+            Levels(4).check(torch.tensor([[0, 4]], dtype=dtype))
