@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from helpers import count
+from helpers import count, write
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -227,10 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in rows(DATA[args.data](), args):
         print(line, flush=True)
         lines.append(line)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text("\n".join(lines) + "\n")
-    unfinished.replace(path)
+    write("\n".join(lines) + "\n", path)
     print(f"\n{time.perf_counter() - start:.0f} s, table {path}")
 
 

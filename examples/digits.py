@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from helpers import energy_distance
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -77,8 +78,7 @@ class Quality:
         The means are over all pairs, so it is never negative, and it is above 0 even for two
         sets of images from the same law.
         """
-        across, within = _distances(images, self.test), _distances(images, images)
-        return float(2 * across.mean() - within.mean() - _distances(self.test, self.test).mean())
+        return energy_distance(torch.tensor(images / 16), torch.tensor(self.test / 16))
 
     def near_training(self, images: Pixels) -> float:
         """Return the share of images closer to a training digit than half the test digits are."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -15,6 +16,24 @@ def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_name(f".unfinished-{path.name}")
     figure.savefig(unfinished, dpi=150)
     unfinished.replace(path)
+
+
+def write(text: str, path: Path) -> None:
+    """Write a text whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs of rows of x (n, d) and y (m, d).
+
+    It is never negative, and above 0 even for two sets from the same law.
+    """
+    x, y = x.double(), y.double()
+    within = torch.cdist(x, x).mean() + torch.cdist(y, y).mean()
+    return float(2 * torch.cdist(x, y).mean() - within)
 
 
 def count(text: str) -> int:

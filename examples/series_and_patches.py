@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from helpers import count, device, picture_path, save
+from helpers import count, device, energy_distance, picture_path, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
@@ -156,12 +156,6 @@ def amplitudes(x: Tensor) -> Tensor:
     axes = tuple(range(2, x.dim()))
     spectrum: Tensor = torch.fft.rfftn(x.double(), dim=axes, norm="ortho")
     return spectrum.abs().flatten(1)
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs of rows."""
-    across, within = torch.cdist(x, y), (torch.cdist(x, x), torch.cdist(y, y))
-    return float(2 * across.mean() - within[0].mean() - within[1].mean())
 
 
 def nearest(x: Tensor, data: Tensor) -> Tensor:

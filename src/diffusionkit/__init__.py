@@ -32,10 +32,12 @@ from .likelihood import (
     LevelDecoder,
     ODELikelihood,
     ODELogLikelihood,
+    StepBits,
     UniformDequantizer,
     VariationalDequantizer,
     backward_with_schedule,
     bits_per_dim,
+    bits_per_step,
     evaluate_bits_per_dim,
 )
 from .models import (
@@ -209,6 +211,7 @@ __all__ = [
     "SimpleWeighting",
     "StableTarget",
     "Step",
+    "StepBits",
     "StepLabel",
     "StepReport",
     "StratifiedTimes",
@@ -225,6 +228,7 @@ __all__ = [
     "X0Model",
     "backward_with_schedule",
     "bits_per_dim",
+    "bits_per_step",
     "clipped_step",
     "ddim_encode",
     "evaluate_bits_per_dim",

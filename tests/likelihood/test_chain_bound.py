@@ -7,7 +7,7 @@ import torch
 
 from diffusionkit import VPSDE, DDPMChain, EpsModel, evaluate_bits_per_dim
 from diffusionkit._variational import GaussianDecoder
-from diffusionkit.likelihood.chain import ChainNELBO
+from diffusionkit.likelihood.chain import ChainBound, ChainNELBO, bits_per_step
 
 LN2 = math.log(2)
 IMAGE = torch.tensor([[0, 255, 100, 17]])  # -1, 1, -0.2157, -0.8667
@@ -226,3 +226,47 @@ def test_states_are_in_the_precision_of_the_model_or_single(held, seen) -> None:
     dtypes: set[torch.dtype] = set()
     ChainNELBO(EpsModel(Network(1, 1, dtype=held), DDPMChain.cosine(10)))(IMAGE)
     assert dtypes == {seen}
+
+
+def test_bits_per_step_of_a_data_set() -> None:
+    """Batches of any size give the plain mean and standard error of all images together."""
+    generator = torch.Generator().manual_seed(1)
+    terms = 5.0 + 1e-3 * torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    prior = torch.rand(7, generator=generator, dtype=torch.float64)
+    parts = [ChainBound(prior[:1], terms[:1]), ChainBound(prior[1:], terms[1:])]
+    for bounds in (parts, iter(parts), ChainBound(prior, terms)):
+        found = bits_per_step(bounds, dims=10)
+        rows = torch.cat([prior[:, None], terms], 1).numpy() / (10 * LN2)
+        mean, stderr = rows.mean(0), rows.std(0, ddof=1) / math.sqrt(7)
+        assert [float(found.prior), *found.terms.tolist()] == pytest.approx(mean, rel=1e-14)
+        assert [float(found.prior_stderr), *found.terms_stderr.tolist()] == pytest.approx(
+            stderr, rel=1e-10
+        )
+
+
+def test_bits_per_step_of_a_gaussian_model() -> None:
+    bound = ChainNELBO(
+        Gaussian(DDPMChain.cosine(50)), GaussianDecoder(cdf="tanh"), clip=False, steps_at_once=10
+    )
+    generator = torch.Generator().manual_seed(2)
+    batches = (bound(IMAGE.expand(n, -1), generator=generator) for n in (1000, 3000))
+    found = bits_per_step(batches, dims=4)
+    exact = torch.tensor(TOY, dtype=torch.float64)
+    assert ((found.terms - exact).abs() < 4 * found.terms_stderr + 1e-12).all()
+    assert float(found.prior_stderr) < 1e-12  # the image is always the same
+
+
+def test_bits_per_step_refuses() -> None:
+    one = ChainBound(torch.zeros(1), torch.zeros(1, 3))
+    other = ChainBound(torch.zeros(1), torch.zeros(1, 4))
+    for bounds, message in (
+        ([one], "two images at least, got 1"),
+        ([], "two images at least, got 0"),
+        ([one, other], "expected 3 steps in all, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bits_per_step(bounds, dims=4)
+    with pytest.raises(ValueError, match="dims: expected an integer >= 1, got 0"):
+        bits_per_step([one, one], dims=0)
+    with pytest.raises(TypeError, match="expected a ChainBound, got Tensor"):
+        bits_per_step([torch.zeros(2)], dims=4)

@@ -2,7 +2,7 @@
 
 from .bits import bits_per_dim
 from .bound import NELBO, Bound
-from .chain import ChainBound, ChainNELBO
+from .chain import ChainBound, ChainNELBO, StepBits, bits_per_step
 from .decoder import LevelDecoder
 from .dequantization import Dequantized, Dequantizer, UniformDequantizer
 from .divergence import Divergence, ExactDivergence, Hutchinson
@@ -27,9 +27,11 @@ __all__ = [
     "LevelDecoder",
     "ODELikelihood",
     "ODELogLikelihood",
+    "StepBits",
     "UniformDequantizer",
     "VariationalDequantizer",
     "backward_with_schedule",
     "bits_per_dim",
+    "bits_per_step",
     "evaluate_bits_per_dim",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,71 @@ class ChainBound:
     def nats(self) -> Tensor:
         """The bound, the sum of the terms and the prior's (B,), nats."""
         return self.prior + self.terms.sum(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepBits:
+    """What a data set costs step by step, bits per dimension, float64 on the CPU.
+
+    Args:
+        prior: the mean of the prior's share, a scalar.
+        prior_stderr: its standard error over the images, a scalar.
+        terms: the means of the steps' shares (T,), the reading of the levels first.
+        terms_stderr: their standard errors (T,).
+    """
+
+    prior: Tensor
+    prior_stderr: Tensor
+    terms: Tensor
+    terms_stderr: Tensor
+
+
+def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> StepBits:
+    r"""Return the mean over images of every term of their bounds, and its standard error.
+
+    .. math::
+        \bar b_i = \frac{1}{N d \ln 2} \sum_n \ell_{n i}, \quad
+        \mathrm{stderr}_i = \sqrt{\frac{1}{N (N - 1)} \sum_n (b_{n i} - \bar b_i)^2}
+
+    Batches are taken one after the other, so that a data set of any size needs the memory of one.
+
+    Args:
+        bounds: what `ChainNELBO` returned, for one batch or for several.
+        dims: the dimension d of an image.
+
+    Raises:
+        ValueError: if dims < 1, there are fewer than two images, or the numbers of steps differ.
+        TypeError: if something else than a ChainBound comes.
+
+    Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (figure 2).
+
+    >>> from diffusionkit import DDPMChain, EpsModel
+    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), DDPMChain.cosine(10))
+    >>> images = torch.randint(256, (8, 4))
+    >>> bits_per_step((ChainNELBO(model)(some) for some in images.split(4)), dims=4).terms.shape
+    torch.Size([10])
+    """
+    check_count(dims, "dims")
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for bound in [bounds] if isinstance(bounds, ChainBound) else bounds:
+        check_part(bound, ChainBound, "bounds")
+        rows = torch.cat([bound.prior.unsqueeze(1), bound.terms], 1).cpu().double()
+        if count and rows.shape[1:] != mean.shape:
+            raise ValueError(
+                f"bounds: expected {len(mean) - 1} steps in all, got {rows.shape[1] - 1}"
+            )
+        # Chan's merging: sums of squares about zero would lose the digits of a small spread.
+        there, n = rows.mean(0), len(rows)
+        gap = there - mean
+        squares = (
+            squares + (rows - there).square().sum(0) + gap.square() * (count * n / (count + n))
+        )
+        mean, count = mean + gap * (n / (count + n)), count + n
+    if count < 2:
+        raise ValueError(f"bounds: expected those of two images at least, got {count}")
+    unit = dims * math.log(2)
+    bits, stderr = mean / unit, torch.sqrt(squares / (count * (count - 1))) / unit
+    return StepBits(bits[0], stderr[0], bits[1:], stderr[1:])
 
 
 class ChainNELBO:

@@ -1,0 +1,73 @@
+"""The example that compares schedules, objectives and variances."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module("improved_ddpm")
+    for name in ("improved_ddpm", "bits_per_dim", "helpers"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def small(example, monkeypatch):
+    images = example.DATA["digits"]()
+    images = images._replace(train=images.train[:100], test=images.test[:8])
+    monkeypatch.setitem(example.DATA, "digits", lambda: images)
+    return images
+
+
+def test_the_table(example, small, tmp_path, capsys):
+    path = tmp_path / "somewhere" / "table.md"
+    example.main(
+        ["--seeds", "2", "--train-steps", "3", "--chain-steps", "30", "--samples", "6",
+         "--objectives", "simple", "VLB, importance sampled", "--output", str(path)]
+    )  # fmt: skip
+    lines = path.read_text().splitlines()
+    assert lines[0].endswith("| bits/dim | 10 | 25 | 30 steps |")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:-2]]
+    assert [row[:3] for row in cells] == [
+        [schedule, *rest]
+        for schedule in ("linear", "cosine")
+        for rest in (
+            ["simple", "fixed_large"],
+            ["simple", "fixed_small"],
+            ["simple", "DDIM"],
+            ["VLB, importance sampled", "learned_range"],
+            ["VLB, importance sampled", "DDIM"],
+        )
+    ]
+    for row in cells:
+        assert (row[3] == "") == (row[2] == "DDIM")
+        assert row[3] == "" or 2 < float(row[3].split(" ± ")[0]) < 20
+        assert all(re.fullmatch(r"\d+ ± \d+", cell) for cell in row[4:])
+        assert len(row) == 7
+    picture = path.with_suffix(".png")
+    assert sorted(path.parent.iterdir()) == [path, picture]
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert str(picture) in capsys.readouterr().out
+
+
+def test_samples_of_the_ideal_model_are_as_close_as_data(example, small):
+    """The energy distance of a model that knows the test images by heart is nearly nothing."""
+    from diffusionkit import DDIM, EmpiricalModel, GaussianDecoder
+
+    chain = example.CHAINS["cosine"](200)
+    data = GaussianDecoder(levels=17).encode(small.test)
+    found = example.energies(EmpiricalModel(chain, data), chain, DDIM(), small, 400, seed=0)
+    assert len(found) == 5  # 10, 25, 50, 100 and all
+    assert all(energy < 0.05 for energy in found)
+    assert example.energy_distance(data[:4], data) > 0.1
