@@ -107,13 +107,21 @@ def train(images: Images, schedule: str, name: str, args: argparse.Namespace, se
     return network
 
 
+def numbers_of_steps(chain_steps: int) -> list[int]:
+    """Return the numbers of steps that samplers take, all of the chain's last."""
+    return [*(few for few in FEW if few < chain_steps), chain_steps]
+
+
 def energies(
     model: ScoreModel, chain: DDPMChain, predictor: Predictor, images: Images, n: int, seed: int
 ) -> list[float]:
-    """Return the energy distance of samples by the number of steps, all of the chain's last."""
-    decoder, found = GaussianDecoder(levels=images.levels), []
+    """Return the energy distance of samples by the number of steps."""
+    decoder = GaussianDecoder(levels=images.levels)
+    found: list[float] = []
     real = decoder.encode(images.test)
-    for steps in (*(few for few in FEW if few < chain.steps), chain.steps):
+    for steps in numbers_of_steps(chain.steps):
+        if predictor == DDIM() and found and steps == chain.steps:
+            break  # it has long converged
         sampler = PCSampler(
             DenoisedModel(model, Clip()), predictor, grid=chain.respaced(str(steps)),
             progress=lambda items: tqdm(items, desc="sampling", leave=False),
@@ -152,11 +160,9 @@ def rows(
     images: Images, args: argparse.Namespace, found: dict[tuple[str, str, str], list[Row]]
 ) -> Iterator[str]:
     """Train and measure everything, and yield the lines of the table as they come."""
-    few = [str(steps) for steps in FEW if steps < args.chain_steps]
-    yield "| schedule | objective | variance | bits/dim | " + " | ".join(
-        [*few, f"{args.chain_steps} steps |"]
-    )
-    yield "|---" * (5 + len(few)) + "|"
+    columns = [f"{steps} steps" for steps in numbers_of_steps(args.chain_steps)]
+    yield f"| schedule | objective | variance | bits/dim | {' | '.join(columns)} |"
+    yield "|---" * (4 + len(columns)) + "|"
     for schedule in CHAINS:
         for name in args.objectives:
             for seed in range(args.seeds):
@@ -164,10 +170,11 @@ def rows(
                 for variance, row in measured(network, schedule, name, images, args, seed):
                     found.setdefault((schedule, name, variance), []).append(row)
             for key in [key for key in found if key[:2] == (schedule, name)]:
-                columns = zip(*(row.energy for row in found[key]), strict=True)
                 bits = "" if key[2] == "DDIM" else cell([row.bits for row in found[key]])
-                numbers = " | ".join(mean_and_error(column) for column in columns)
-                yield f"| {' | '.join(key)} | {bits} | {numbers} |"
+                energy = zip(*(row.energy for row in found[key]), strict=True)
+                cells = [bits, *(mean_and_error(column) for column in energy)]
+                cells += [""] * (1 + len(columns) - len(cells))
+                yield f"| {' | '.join([*key, *cells])} |"
     yield (
         f"\nBits per dimension of {len(images.test)} test images and energy distances, in "
         f"thousandths, of {args.samples} samples to them: mean over {args.seeds} seeds and its "
@@ -188,7 +195,6 @@ def draw(
     found: dict[tuple[str, str, str], list[Row]], args: argparse.Namespace, least: float
 ) -> Figure:
     """Draw bits per dimension, and energy distance against the number of steps."""
-    steps = [*(few for few in FEW if few < args.chain_steps), args.chain_steps]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     bounds = {key: rows for key, rows in found.items() if key[2] != "DDIM"}
@@ -205,6 +211,7 @@ def draw(
             y = torch.tensor([row.energy for row in some], dtype=torch.float64)
             error = y.std(0) / math.sqrt(len(y)) if len(y) > 1 else torch.zeros_like(y[0])
             style = "--" if key[2] == "DDIM" else "-"
+            steps = numbers_of_steps(args.chain_steps)[: y.shape[1]]
             right.errorbar(steps, y.mean(0), error, label=", ".join(key[1:]), linestyle=style)
     right.axhline(least, color="grey", linestyle=":", label="training images")
     right.set(xscale="log", yscale="log", xlabel="steps", ylabel="energy distance, cosine chain")

@@ -80,6 +80,7 @@ from .sampling import (
     SamplerState,
     UniformGrid,
     ddim_encode,
+    slerp,
 )
 from .sde import (
     EDMSDE,
@@ -239,5 +240,6 @@ __all__ = [
     "power_exponent",
     "reconstruct_ema",
     "save_checkpoint",
+    "slerp",
     "suggest_sigma_max",
 ]

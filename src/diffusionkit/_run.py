@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 logger = logging.getLogger(__name__)
@@ -63,3 +63,13 @@ def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:
         return items
     bar: Iterable[Item] = tqdm(items, leave=False)
     return bar
+
+
+def repeated(value: Any, n: int, times: int) -> Any:
+    """Return what belongs to a batch of n, a tensor (n, ...), for that batch put `times` in a row.
+
+    Anything else belongs to all, and is returned as it is.
+    """
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
+        return value
+    return value.repeat(times, *(1,) * (value.ndim - 1))

@@ -37,7 +37,7 @@ def test_the_table(example, small, tmp_path, capsys):
          "--objectives", "simple", "VLB, importance sampled", "--output", str(path)]
     )  # fmt: skip
     lines = path.read_text().splitlines()
-    assert lines[0].endswith("| bits/dim | 10 | 25 | 30 steps |")
+    assert lines[0].endswith("| bits/dim | 10 steps | 25 steps | 30 steps |")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:-2]]
     assert [row[:3] for row in cells] == [
         [schedule, *rest]
@@ -53,7 +53,8 @@ def test_the_table(example, small, tmp_path, capsys):
     for row in cells:
         assert (row[3] == "") == (row[2] == "DDIM")
         assert row[3] == "" or 2 < float(row[3].split(" ± ")[0]) < 20
-        assert all(re.fullmatch(r"\d+ ± \d+", cell) for cell in row[4:])
+        assert all(re.fullmatch(r"\d+ ± \d+", cell) for cell in row[4:-1])
+        assert (row[-1] == "") == (row[2] == "DDIM")
         assert len(row) == 7
     picture = path.with_suffix(".png")
     assert sorted(path.parent.iterdir()) == [path, picture]
@@ -67,7 +68,8 @@ def test_samples_of_the_ideal_model_are_as_close_as_data(example, small):
 
     chain = example.CHAINS["cosine"](200)
     data = GaussianDecoder(levels=17).encode(small.test)
-    found = example.energies(EmpiricalModel(chain, data), chain, DDIM(), small, 400, seed=0)
+    found = example.energies(EmpiricalModel(chain, data), chain, DDIM(0.5), small, 400, seed=0)
     assert len(found) == 5  # 10, 25, 50, 100 and all
+    assert len(example.energies(EmpiricalModel(chain, data), chain, DDIM(), small, 4, seed=0)) == 4
     assert all(energy < 0.05 for energy in found)
     assert example.energy_distance(data[:4], data) > 0.1

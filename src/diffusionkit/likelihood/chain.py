@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import check_count, check_part, readable
 from .._draws import Generators, check_generator
 from .._numerics import exact, schedule_dtype
-from .._run import Progress, with_progress
+from .._run import Progress, repeated, with_progress
 from .._variational import GaussianDecoder, chain_length, prior_kl, step_nats
 from ..interfaces import ScoreModel
 
@@ -91,10 +91,9 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> StepB
         # Chan's merging: sums of squares about zero would lose the digits of a small spread.
         there, n = rows.mean(0), len(rows)
         gap = there - mean
-        squares = (
-            squares + (rows - there).square().sum(0) + gap.square() * (count * n / (count + n))
-        )
-        mean, count = mean + gap * (n / (count + n)), count + n
+        share = n / (count + n)
+        squares = squares + (rows - there).square().sum(0) + gap.square() * (count * share)
+        mean, count = mean + gap * share, count + n
     if count < 2:
         raise ValueError(f"bounds: expected those of two images at least, got {count}")
     unit = dims * math.log(2)
@@ -189,20 +188,14 @@ class ChainNELBO:
     ) -> Tensor:
         """Return what steps cost, (steps, B)."""
         n, many = len(x), len(steps)
-
-        def repeat(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
-                return value
-            return value.repeat(many, *(1,) * (value.ndim - 1))
-
         if generator is not None and not isinstance(generator, torch.Generator):
             generator = list(generator) * many
         device = x.device
         step = torch.tensor(steps, device=device).repeat_interleave(n)
         t = (step + 1).to(schedule_dtype(device)) / chain_length(self.model)
-        sample = self.model.sde.perturb(repeat(x), t, generator=generator)
+        sample = self.model.sde.perturb(repeated(x, n, many), t, generator=generator)
         said = self.model.predict(
-            sample.x, t.to(x.dtype), **{name: repeat(value) for name, value in cond.items()}
+            sample.x, t.to(x.dtype), **{k: repeated(value, n, many) for k, value in cond.items()}
         )
         nats = step_nats(self.model, said, sample.x0, step, self.decoder, clip=self.clip)
         if readable(nats) and not bool(torch.isfinite(nats).all()):

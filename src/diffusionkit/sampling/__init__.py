@@ -5,6 +5,7 @@ from .encode import ddim_encode
 from .flow import ProbabilityFlow
 from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
 from .heun import Euler, Heun
+from .latent import slerp
 from .pc import PCSampler, SamplerState
 from .predictors import (
     DDIM,
@@ -35,4 +36,5 @@ __all__ = [
     "SamplerState",
     "UniformGrid",
     "ddim_encode",
+    "slerp",
 ]

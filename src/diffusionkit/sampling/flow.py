@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_part, check_state
+from .._checks import check_count, check_finite, check_part, check_positive, check_same, check_state
 from .._draws import Generators
 from .._numerics import instants
 from .._ode import Solver
-from .._run import bare_networks, evaluation_mode
+from .._run import bare_networks, evaluation_mode, repeated
 from .._tally import Tally
 from ..interfaces import ScoreModel
 from ._start import initial_state
+from .latent import slerp
 
 
 class ProbabilityFlow:
@@ -94,6 +95,7 @@ class ProbabilityFlow:
         self,
         start: Sequence[int] | Tensor,
         *,
+        temperature: float = 1.0,
         generator: Generators = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -103,14 +105,20 @@ class ProbabilityFlow:
 
         Args:
             start: the shape (B, *D) of a draw from the prior, or the state at T to start from.
+            temperature: what the state at T is multiplied with: below 1, samples are more typical
+                and less diverse.
             generator: the source of randomness: one generator, one for each sample, or None.
             device: where a drawn start is made, the model's device by default.
             dtype: the dtype of a drawn start, the model's by default.
             cond: handed to the model.
+
+        Raises:
+            ValueError: if the state is not finite, or temperature not finite and positive.
         """
+        check_positive(temperature, "temperature")
         last = torch.tensor([self.model.sde.T])
         z = initial_state(self.model, start, last, generator, device, dtype)
-        x = self.decode(z, **cond)
+        x = self.decode(z * temperature, **cond)
         if not self.denoise:
             return x
         (t,) = instants(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
@@ -126,6 +134,29 @@ class ProbabilityFlow:
     def decode(self, z: Tensor, **cond: Any) -> Tensor:
         """Return the data (B, *D) of a latent code z (B, *D): the inverse of `encode`."""
         return self._solve(z, self.model.sde.T, self.t_end, cond)
+
+    def interpolate(self, x: Tensor, y: Tensor, steps: int = 8, **cond: Any) -> Tensor:
+        """Return data (steps, B, *D) on the way from x to y (B, *D): both ends, and between them.
+
+        The latent codes of both are joined by `slerp`, in even steps, and decoded, all with the
+        same conditions.
+
+        Raises:
+            ValueError: if x and y do not match, or steps < 2.
+        """
+        check_count(steps, "steps", least=2)
+        check_same(y, x, "y", "x")
+        n = len(x)
+        twice, often = (
+            {name: repeated(value, n, times) for name, value in cond.items()}
+            for times in (2, steps)
+        )
+        codes = self.encode(torch.cat([x, y]), **twice)
+        used = self.nfe
+        path = [slerp(codes[:n], codes[n:], k / (steps - 1)) for k in range(steps)]
+        points = self.decode(torch.cat(path), **often)
+        self.nfe += used
+        return points.view(steps, *x.shape)
 
     @torch.no_grad()
     def _solve(self, x: Tensor, start: float, end: float, cond: Mapping[str, Any]) -> Tensor:
