@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "ops": set(),
     "networks": {"ops"},
     "checkpoints": {*CORE, "networks", "ops", "_files", "_pickles"},
-    "metrics": set(),
+    "metrics": {"_checks", "_draws", "_files", "_run"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +66,24 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     return _draw(torch.randn, x.shape, generator, x.device, x.dtype)
 
 
+class NoisePath(Sequence[torch.Generator], abc.ABC):
+    """Generators, one for each sample, that also know the noise of a move between two times."""
+
+    @abc.abstractmethod
+    def increment(self, x: Tensor, sde: Any, t: Tensor, s: Tensor) -> Tensor:
+        """Return the noise of a move from times t (B,) to s (B,), standard normal, like x."""
+
+
+def increment_like(x: Tensor, generator: Generators, sde: Any, t: Tensor, s: Tensor) -> Tensor:
+    """Return the standard normal noise of a predictor's move from times t (B,) to s (B,), like x.
+
+    New noise, unless `generator` is a path: then its increment over the move.
+    """
+    if isinstance(generator, NoisePath):
+        return generator.increment(x, sde, t, s)
+    return randn_like(x, generator)
+
+
 def rand(
     shape: int | Sequence[int],
     *,
@@ -74,3 +94,12 @@ def rand(
     """Draw numbers uniform on [0, 1), n of them or a shape (B, *D)."""
     sizes = (shape,) if isinstance(shape, int) else shape
     return _draw(torch.rand, sizes, generator, device, dtype)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """Return a generator whose numbers are those of a tuple of whole numbers >= 0, and no other's.
+
+    Seeds that are sums or products of such numbers would meet.
+    """
+    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))

@@ -15,15 +15,20 @@ _current: ContextVar[Tally | None] = ContextVar("tally", default=None)
 class Tally:
     """Counts the evaluations made inside `with tally:`, which may be entered many times.
 
+    Args:
+        keep: whether the last prediction is kept, which keeps its memory too.
+
     Attributes:
         evaluations: the number of evaluations so far.
+        last: the last prediction, if it is kept.
     """
 
-    __slots__ = ("_before", "_token", "evaluations")
+    __slots__ = ("_before", "_token", "evaluations", "keep", "last")
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
         """Start at none."""
         self.evaluations = 0
+        self.keep, self.last = keep, None
 
     def __enter__(self) -> Tally:
         self._before = self.evaluations
@@ -52,6 +57,8 @@ def counted(predict: Callable[..., Any]) -> Callable[..., Any]:
         prediction = predict(*args, **cond)
         if tally.evaluations == before:
             tally.evaluations += 1
+        if tally.keep:
+            tally.last = prediction
         return prediction
 
     return wrapper

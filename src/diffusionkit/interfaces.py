@@ -1,4 +1,4 @@
-r"""The whole contract: six interfaces, and the times a loss is taken at.
+r"""The whole contract: seven interfaces, and the times a loss is taken at.
 
 B is the batch and D the shape of one sample, of any rank. Every public time is a tensor (B,).
 Randomness is explicit: `generator` is a torch.Generator, a sequence of B of them (then a sample
@@ -237,7 +237,21 @@ class Corrector(abc.ABC):
         """Move a state x (B, *D) at times t (B,)."""
 
 
+class Constraint(abc.ABC):
+    """What is known of the data, and how a state is made to agree with it at any noise."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Tensor, alpha: Coefficient, sigma: Coefficient, *, generator: Generators = None
+    ) -> Tensor:
+        """Return a state x (B, *D) with its known part drawn anew from p(x_t | x_0).
+
+        At sigma = 0 nothing is drawn: a mean gets its alpha, data get alpha = 1.
+        """
+
+
 __all__ = [
+    "Constraint",
     "Corrector",
     "ForwardSDE",
     "Generators",

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import diffusionkit
 import diffusionkit.checkpoints
+import diffusionkit.control
 import diffusionkit.diagnostics
+import diffusionkit.metrics
 import diffusionkit.networks
 import diffusionkit.ops
 import diffusionkit.testing
@@ -34,12 +36,20 @@ def public() -> list[str]:
     modules = (
         diffusionkit,
         diffusionkit.checkpoints,
+        diffusionkit.control,
         diffusionkit.diagnostics,
+        diffusionkit.metrics,
         diffusionkit.networks,
         diffusionkit.ops,
         diffusionkit.testing,
     )
-    return [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
+    # What is exported from the package itself is not told twice.
+    return [
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name in module.__all__
+        if module is diffusionkit or getattr(diffusionkit, name, None) is not getattr(module, name)
+    ]
 
 
 def test_every_public_name_is_on_an_api_page() -> None:

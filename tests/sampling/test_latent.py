@@ -136,7 +136,7 @@ def test_conditions_of_an_interpolation():
     alone = [
         flow.interpolate(
             x[i : i + 1], y[i : i + 1], steps=3, mean=mean[i : i + 1], name="a", table=torch.ones(5)
-        )  # fmt: skip
+        )
         for i in range(2)
     ]
     both = flow.interpolate(x, y, steps=3, mean=mean, table=torch.ones(()))

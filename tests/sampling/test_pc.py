@@ -1,6 +1,7 @@
 import itertools
 import logging
 import sys
+import weakref
 
 import pytest
 import torch
@@ -247,6 +248,46 @@ def test_iterate_yields_every_state(mixture):
     assert torch.equal(states[-1].x, sampler((3, 2), generator=seeded()))
     start = mixture.sde.prior_sample((3, 2), generator=seeded())
     assert torch.equal(states[0].x, start)
+
+
+@pytest.mark.parametrize("predictor", [None, DDIM(), Ancestral()], ids=str)
+@pytest.mark.parametrize("corrector", [None, CORRECTORS["langevin"]], ids=["p", "pc"])
+def test_states_say_what_the_model_thinks_of_the_data(mixture, predictor, corrector):
+    if predictor is None and corrector is None:
+        pytest.skip("nothing moves")
+
+    class Watched(ScoreModel):
+        def __init__(self):
+            super().__init__()
+            self.sde, self.said = mixture.sde, []
+
+        def predict(self, x, t, **cond):
+            self.said.append(mixture.predict(x, t).x0)
+            return mixture.predict(x, t)
+
+    model = Watched()
+    states = PCSampler(model, predictor, corrector, steps=4).iterate((3, 2), generator=seeded())
+    assert next(states).x0 is None
+    for state in states:
+        assert torch.equal(state.x0, model.said[-1])
+
+
+def test_a_plain_run_keeps_no_predictions():
+    kept = []
+
+    class Counted(ScoreModel):
+        def __init__(self):
+            super().__init__()
+            self.sde = VPSDE()
+
+        def predict(self, x, t, **cond):
+            assert all(one() is None for one in kept)
+            said = Prediction.from_x0(x, 0 * x, *self.sde.kernel(t))
+            kept.append(weakref.ref(said.x0))
+            return said
+
+    PCSampler(Counted(), DDIM(), steps=4)((3, 2))
+    assert len(kept) == 5
 
 
 def test_no_gradients_and_evaluation_mode():

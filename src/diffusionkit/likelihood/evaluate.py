@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._checks import check_count, check_part
+from .._draws import seeded
 from .._files import atomic_write, read_torch
 from .._run import Progress, evaluation_mode, with_progress
 from .bits import bits_per_dim
@@ -147,7 +147,7 @@ def evaluate_bits_per_dim(
         for draw, rows in with_progress(batches, progress if rank == 0 else False):
             index = list(rows)
             x = torch.stack([torch.as_tensor(data[i]) for i in index]).to(device)
-            generators = [_generator(seed, draw, i) for i in index]
+            generators = [seeded(seed, draw, i) for i in index]
             extra = {name: value[index].to(device) for name, value in cond.items()}
             density: Tensor | float = 0.0
             if dequantizer is not None:
@@ -176,12 +176,6 @@ def _summary(bits: Tensor) -> BitsPerDim:
         draw_stderr=float((bits.var(1).mean() / (n * draws)).sqrt()) if draws > 1 else None,
         bits=bits,
     )
-
-
-def _generator(seed: int, draw: int, index: int) -> torch.Generator:
-    """Return the random numbers of one draw of one item."""
-    (state,) = np.random.SeedSequence([seed, draw, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))
 
 
 def _device(modules: list[nn.Module]) -> torch.device:

@@ -1,7 +1,12 @@
 """Samplers: predictors and correctors on a grid of times, and the probability flow."""
 
+from .adams import DEIS, LMS
+from .adaptive import AdaptiveSDE
+from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
+from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
+from .exponential import ExponentialAdams, MultistepPredictor
 from .flow import ProbabilityFlow
 from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
 from .heun import Euler, Heun
@@ -15,25 +20,41 @@ from .predictors import (
     Move,
     ReverseDiffusion,
 )
+from .stochastic_heun import StochasticHeun
+from .travel import TimeTravel
+from .unipc import UniPC
 
 __all__ = [
     "DDIM",
+    "DEIS",
+    "LMS",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "BrownianPath",
     "ChainGrid",
+    "DPMSolver2M",
+    "DPMSolver2MSDE",
+    "DPMSolver2S",
+    "DPMSolver3M",
     "Euler",
     "EulerMaruyama",
+    "ExponentialAdams",
     "Heun",
     "KarrasGrid",
     "Langevin",
     "LinearPredictor",
     "LogSNRGrid",
     "Move",
+    "MultistepPredictor",
     "PCSampler",
     "ProbabilityFlow",
     "QuadraticGrid",
     "ReverseDiffusion",
     "SamplerState",
+    "StochasticHeun",
+    "TimeTravel",
+    "UniPC",
     "UniformGrid",
     "ddim_encode",
     "slerp",

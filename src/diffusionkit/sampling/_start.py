@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_shape, check_state
+from .._checks import check_finite, check_number, check_shape, check_state
 from .._draws import Generators, check_generator
 from .._numerics import home
-from ..interfaces import ScoreModel, Step
+from ..interfaces import ForwardSDE, ScoreModel, Step
 
 
 def initial_state(
@@ -54,6 +54,22 @@ def initial_state(
     if dtype is None and parameter is not None:
         dtype = parameter.dtype
     return model.sde.prior_sample(shape, generator=generator, device=device, dtype=dtype)
+
+
+def noised_data(
+    sde: ForwardSDE, x0: Tensor, t: float, times: Tensor, generator: Generators
+) -> tuple[Tensor, int]:
+    """Return data noised to the first of times (N + 1,) that is at most t, and which it is."""
+    check_number(t, "t")
+    check_state(x0, "x0")
+    check_finite(x0, "x0")
+    if not float(times[-2]) <= t <= sde.T:  # a NaN fails too
+        raise ValueError(
+            f"t: expected a time from which a step of the grid is left, at least "
+            f"{float(times[-2]):g}, and at most T = {sde.T:g}, got {t}"
+        )
+    first = int((times > t).sum())
+    return sde.perturb(x0, times[first].to(x0.device).expand(len(x0)), generator=generator).x, first
 
 
 def check_step(step: Step, x: Tensor, part: object) -> Step:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_part
-from .._draws import Generators
+from .._draws import Generators, NoisePath
 from .._numerics import instants, noise_at
 from .._run import Progress, evaluation_mode, with_progress
 from .._tally import Tally
-from ..interfaces import Corrector, Predictor, ScoreModel, Step
-from ._start import check_step, initial_state
+from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
+from ._start import check_step, initial_state, noised_data
 from .grids import Grid, resolve_grid
+from .travel import TimeTravel, travel_back
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,8 +28,9 @@ class SamplerState:
         x: the state (B, *D).
         mean: the state without the noise that was added last (B, *D).
         t: the time it stands at.
-        step: how many steps have been taken.
+        step: which point of the grid that is, from 0 at its beginning.
         nfe: how many times the model has been evaluated.
+        said: what the model said last on the way here; None at the start.
     """
 
     x: Tensor
@@ -36,6 +38,12 @@ class SamplerState:
     t: float
     step: int
     nfe: int
+    said: Prediction | None = None
+
+    @property
+    def x0(self) -> Tensor | None:
+        """The model's last estimate of the data (B, *D), computed when it is read."""
+        return None if self.said is None else self.said.x0
 
 
 class PCSampler:
@@ -56,6 +64,9 @@ class PCSampler:
         corrector_first: whether the corrector runs before the predictor.
         denoise: whether the last noise is removed, at the cost of one evaluation. Where the grid
             ends at a time without noise, the last step's mean is returned instead.
+        constraint: what is known of the data. It is put into the initial state, into the state
+            and the mean after every move, and into the result.
+        travel: how often stretches of the grid are sampled again; None is once.
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
 
     Attributes:
@@ -63,8 +74,8 @@ class PCSampler:
             as guidance does, counts as what it calls.
 
     Raises:
-        ValueError: if there is neither predictor nor corrector, steps < 1, or the grid is not
-            decreasing within [0, T].
+        ValueError: if there is neither predictor nor corrector, steps < 1, the grid is not
+            decreasing within [0, T], or a jump of the travel is longer than the grid.
         TypeError: if a part has the wrong type.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
@@ -89,14 +100,20 @@ class PCSampler:
         grid: Grid | Tensor | None = None,
         corrector_first: bool = True,
         denoise: bool = True,
+        constraint: Constraint | None = None,
+        travel: TimeTravel | None = None,
         progress: Progress = False,
     ) -> None:
         """Keep the parts and resolve the grid."""
         check_part(model, ScoreModel, "model")
-        if predictor is not None:
-            check_part(predictor, Predictor, "predictor")
-        if corrector is not None:
-            check_part(corrector, Corrector, "corrector")
+        for name, part, kind in (
+            ("predictor", predictor, Predictor),
+            ("corrector", corrector, Corrector),
+            ("constraint", constraint, Constraint),
+            ("travel", travel, TimeTravel),
+        ):
+            if part is not None:
+                check_part(part, kind, name)
         if predictor is None and corrector is None:
             raise ValueError("expected a predictor, a corrector or both, got neither")
         check_count(steps, "steps")
@@ -107,9 +124,15 @@ class PCSampler:
         self.steps = steps
         self.corrector_first = corrector_first
         self.denoise = denoise
+        self.constraint = constraint
+        self.travel = travel
         self.progress = progress
         self.nfe = 0
-        resolve_grid(grid, model.sde, steps)  # what is wrong with it is said here
+        length = len(resolve_grid(grid, model.sde, steps)) - 1  # what is wrong is said here
+        if travel is not None and travel.jump > length:
+            raise ValueError(
+                f"travel: expected a jump of at most the grid's {length} steps, got {travel.jump}"
+            )
 
     def __repr__(self) -> str:
         return f"PCSampler({self.predictor}, {self.corrector}, steps={self.steps})"
@@ -147,6 +170,31 @@ class PCSampler:
                 pass
         return state.x
 
+    def edit(self, x0: Tensor, t: float, *, generator: Generators = None, **cond: Any) -> Tensor:
+        """Return data x0 (B, *D) noised to about a time t, and sampled from there: SDEdit.
+
+        Late times keep little of the data, early ones almost all of them. The run begins at the
+        first time of the grid that is at most t; with a constraint, masked parts stay as they are.
+
+        Args:
+            x0: the data to change, a sketch or a photograph.
+            t: the time to begin at.
+            generator: the source of randomness: one generator, one for each sample, or None.
+            cond: handed to the model.
+
+        Raises:
+            ValueError: if no step of the grid begins within (0, t], or x0 is not finite.
+            TypeError: if t is not a number.
+
+        Source: Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic
+        Differential Equations, 2022, arXiv 2108.01073 (algorithm 1).
+        """
+        with torch.no_grad(), evaluation_mode(self.model):
+            x, first = noised_data(self.model.sde, x0, t, self.times, generator)
+            for state in self._run(x, generator, cond, first=first):  # noqa: B007 - as in a call
+                pass
+        return state.x
+
     def iterate(
         self,
         start: Sequence[int] | Tensor,
@@ -163,7 +211,7 @@ class PCSampler:
         """
         with torch.no_grad():
             x = initial_state(self.model, start, self.times, generator, device, dtype)
-        return self._in_modes(self._run(x, generator, cond))
+        return self._in_modes(self._run(x, generator, cond, watched=True))
 
     def _in_modes(self, run: Iterator[SamplerState]) -> Iterator[SamplerState]:
         while True:
@@ -174,37 +222,86 @@ class PCSampler:
             yield state
 
     def _run(
-        self, x: Tensor, generator: Generators, cond: dict[str, Any]
+        self,
+        x: Tensor,
+        generator: Generators,
+        cond: dict[str, Any],
+        *,
+        first: int = 0,
+        watched: bool = False,
     ) -> Iterator[SamplerState]:
-        model, predictor, grid = self.model, self.predictor, self.times
-        times = instants(model.sde, grid, x)
-        clock, noise = grid.tolist(), [noise_at(t) for t in times]
-        correct_before = self.corrector_first and predictor is not None
-        if predictor is not None:
-            predictor.prepare(model.sde, times)
-        tally, memory, move, steps = Tally(), None, Step(x, x), len(times) - 1
-        self.nfe = 0
-        yield SamplerState(x, x, clock[0], 0, 0)
-        for k in with_progress(range(1, steps + 1), self.progress):
-            t, s = times[k - 1], times[k]
+        model, grid = self.model, self.times
+        times, steps = instants(model.sde, grid, x), len(grid) - 1
+        clock = grid.tolist()
+        if self.predictor is not None:
+            self.predictor.prepare(model.sde, times)
+        travel = self._travel(generator) or TimeTravel(jump=steps, repeats=1)
+        tally, memory = Tally(keep=watched), None
+        move = self._constrained(Step(x, x), times[first], generator)
+        x, self.nfe = move.x, 0
+        yield SamplerState(x, move.mean, clock[first], first, 0)
+        for i, j in with_progress(travel.moves(first, steps), self.progress):
             with tally:
-                if correct_before:
-                    move = self._correct(x, t, generator, cond)
-                if predictor is not None:
-                    step = predictor.step(model, move.x, t, s, memory, generator=generator, **cond)
-                    move, memory = check_step(step, x, predictor), step.state
-                if not correct_before and noise[k] > 0:
-                    move = self._correct(move.x, s, generator, cond)
+                if i < j:
+                    move, memory = self._onward(x, times[i], times[j], memory, generator, cond)
+                else:
+                    move = travel_back(x, model.sde, grid[i], grid[j], generator=generator)
+                    move, memory = self._constrained(move, times[j], generator), None
             x, self.nfe = move.x, tally.evaluations
-            yield SamplerState(x, move.mean, clock[k], k, self.nfe)
+            yield SamplerState(x, move.mean, clock[j], j, self.nfe, tally.last)
         if self.denoise:
             with tally:
-                x = model.predict(x, times[-1], **cond).x0 if noise[-1] > 0 else move.mean
+                held = noise_at(times[-1]) > 0
+                x = model.predict(x, times[-1], **cond).x0 if held else move.mean
+            x = x if self.constraint is None else self.constraint(x, 1.0, 0.0)
             self.nfe = tally.evaluations
-            yield SamplerState(x, x, clock[-1], steps, self.nfe)
+            yield SamplerState(x, x, clock[-1], steps, self.nfe, tally.last)
 
-    def _correct(self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]) -> Step:
-        if self.corrector is None:
-            return Step(x, x)
-        step = self.corrector.step(self.model, x, t, generator=generator, **cond)
-        return check_step(step, x, self.corrector)
+    def _travel(self, generator: Generators) -> TimeTravel | None:
+        if self.travel is not None and isinstance(generator, NoisePath):
+            raise ValueError(
+                "generator: expected generators where stretches are sampled again, got a path, "
+                "whose noise would be the same each time"
+            )
+        return self.travel
+
+    def _onward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Any,
+        generator: Generators,
+        cond: dict[str, Any],
+    ) -> tuple[Step, Any]:
+        """Correct and predict, in the order asked for, from a time t to an earlier one s."""
+        predictor, corrector, move = self.predictor, self.corrector, Step(x, x)
+        before = self.corrector_first and predictor is not None
+        if corrector is not None and before:
+            move = self._correct(corrector, x, t, generator, cond)
+        if predictor is not None:
+            step = predictor.step(self.model, move.x, t, s, memory, generator=generator, **cond)
+            memory = check_step(step, x, predictor).state
+            move = self._constrained(step, s, generator)
+        if corrector is not None and not before and noise_at(s) > 0:
+            move = self._correct(corrector, move.x, s, generator, cond)
+        return move, memory
+
+    def _correct(
+        self,
+        corrector: Corrector,
+        x: Tensor,
+        t: Tensor,
+        generator: Generators,
+        cond: dict[str, Any],
+    ) -> Step:
+        step = corrector.step(self.model, x, t, generator=generator, **cond)
+        return self._constrained(check_step(step, x, corrector), t, generator)
+
+    def _constrained(self, move: Step, t: Tensor, generator: Generators) -> Step:
+        """Return a move to a time with what is known put into its state and its mean."""
+        if self.constraint is None:
+            return move
+        alpha, sigma = self.model.sde.kernel(t)
+        x = self.constraint(move.x, alpha, sigma, generator=generator)
+        return Step(x, self.constraint(move.mean, alpha, 0.0))

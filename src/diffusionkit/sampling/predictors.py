@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _numerics
 from .._checks import check_move, check_number
-from .._draws import Generators, randn_like
+from .._draws import Generators, increment_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..values import Coefficient, Prediction, add_noise, expand
 
@@ -84,7 +84,8 @@ class LinearPredictor(Predictor):
         del said  # its memory is the noise's
         if std is None:
             return Step(mean, mean)
-        return Step(add_noise(mean, std, randn_like(mean, generator)), mean)
+        noise = increment_like(mean, generator, model.sde, t, s)
+        return Step(add_noise(mean, std, noise), mean)
 
     def _std(
         self, move: Move, said: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor

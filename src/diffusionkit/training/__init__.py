@@ -2,6 +2,7 @@
 
 from .._files import CheckpointError
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
+from .conditions import drop_conditions
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA
 from .objectives import ScoreMatching
@@ -37,6 +38,7 @@ __all__ = [
     "StratifiedTimes",
     "UniformTimes",
     "clipped_step",
+    "drop_conditions",
     "linear_warmup",
     "load_checkpoint",
     "power_coefficients",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 from .._checks import check_count
+from .._draws import seeded
 
 
 class ReferenceBatches:
@@ -107,7 +107,7 @@ class ReferenceBatches:
         """Go through the next epoch in (batch, reference), each made as the data set's items."""
         epoch, size = self.epoch, self.batch_size
         self.epoch += 1
-        everyone = torch.randperm(len(self.dataset), generator=self._generator(epoch))
+        everyone = torch.randperm(len(self.dataset), generator=seeded(self.seed, epoch))
         order = everyone[self.rank :: self.world_size][: self._share].tolist()
         starts = range(self.reference_size, self._share, size)
         new = [order[: self.reference_size], *(order[start : start + size] for start in starts)]
@@ -115,7 +115,7 @@ class ReferenceBatches:
             DataLoader(
                 self.dataset,
                 batch_sampler=new,
-                generator=self._generator(epoch, self.rank),
+                generator=seeded(self.seed, epoch, self.rank),
                 **self.loader,
             )
         )
@@ -129,10 +129,6 @@ class ReferenceBatches:
                 pool = [torch.cat([x[gone:], y]) for x, y in zip(pool, piece, strict=True)]
             batch = [x[begin - first : begin - first + size] for x in pool]
             yield (batch[0], pool[0]) if single else (tuple(batch), tuple(pool))
-
-    def _generator(self, *numbers: int) -> torch.Generator:
-        (state,) = np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state))
 
 
 def _tensors(piece: Any) -> list[Tensor]:

@@ -1,0 +1,108 @@
+"""Features of images, by any callable or by the standard Inception network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_count
+from .._run import Progress, evaluation_mode, with_progress
+
+Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
+
+
+def extract_features(
+    images: Tensor | Iterable[Tensor],
+    extractor: Callable[[Tensor], Features],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: Progress = True,
+) -> Features:
+    r"""Return the features of images, on the CPU, without gradients.
+
+    Args:
+        images: a tensor (N, \*D), cut into batches, or batches that come one after another: a data
+            loader's, or `load_shards`'.
+        extractor: maps images (B, \*D) to features (B, d), or to a tuple of such, as
+            `inception_features` does. A module is in evaluation mode meanwhile.
+        batch_size: the size of the batches of a tensor.
+        device: where the batches go, by default that of a module's first parameter.
+        progress: whether to show progress, or a wrapper of the batches that does.
+
+    Raises:
+        ValueError: if there are no images, or the features are not one row for each of them.
+        TypeError: if a batch is not a tensor, or the extractor is not callable.
+
+    >>> images = torch.randn(10, 3, 8, 8)
+    >>> extract_features(images, lambda x: x.mean((2, 3)), progress=False).shape
+    torch.Size([10, 3])
+    """
+    if not callable(extractor):
+        raise TypeError(f"extractor: expected a callable, got {type(extractor).__name__}")
+    check_count(batch_size, "batch_size")
+    module = extractor if isinstance(extractor, nn.Module) else None
+    if device is None and module is not None:
+        device = next((p.device for p in module.parameters()), None)
+    batches: Any = torch.split(images, batch_size) if isinstance(images, Tensor) else images
+    found: list[tuple[Tensor, ...]] = []
+    single = True
+    with torch.no_grad(), evaluation_mode(module) if module is not None else nullcontext():
+        for batch in with_progress(batches, progress):
+            if not isinstance(batch, Tensor):
+                raise TypeError(f"images: expected batches of tensors, got {type(batch).__name__}")
+            features = extractor(batch if device is None else batch.to(device))
+            single = isinstance(features, Tensor)
+            parts = (features,) if isinstance(features, Tensor) else features
+            for part in parts:
+                if part.ndim != 2 or len(part) != len(batch):
+                    raise ValueError(
+                        f"extractor: expected features ({len(batch)}, d) for as many images, "
+                        f"got {tuple(part.shape)}"
+                    )
+            found.append(tuple(part.cpu() for part in parts))
+    if not found:
+        raise ValueError("images: expected at least one batch, got none")
+    whole = tuple(torch.cat(column) for column in zip(*found, strict=True))
+    return cast(Features, whole[0] if single else whole)
+
+
+class _Inception(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (B, 2048) and logits (B, 1008)."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                "images: expected uint8 (B, 3, H, W) from 0 to 255 (see to_uint8; one channel is "
+                f"repeated by .repeat(1, 3, 1, 1)), got {images.dtype} {tuple(images.shape)}"
+            )
+        features, logits = self.network(images)
+        return features, logits
+
+
+def inception_features() -> nn.Module:
+    """Return the network of published FID, KID, Inception score, precision and recall.
+
+    It is torch-fidelity's copy of the 2015 Inception network, which resizes images as the
+    original does; that package downloads its weights at the first use. Images (B, 3, H, W), uint8
+    from 0 to 255, become features (B, 2048) for the distances and for precision and recall, and
+    logits (B, 1008) for `InceptionScore`.
+
+    Raises:
+        ImportError: if torch-fidelity is not installed.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ImportError(
+            "inception_features needs torch-fidelity: pip install 'diffusionkit-torch[inception]'"
+        ) from error
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    return _Inception(network).eval()

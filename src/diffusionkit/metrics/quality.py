@@ -1,0 +1,92 @@
+"""All numbers of the quality of samples at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .._checks import check_count
+from ._features import check_pair
+from .frechet import frechet_distance
+from .inception_score import InceptionScore, Score
+from .kernel import KernelDistance, kernel_distance
+from .neighbors import PrecisionRecall, precision_recall
+
+
+@dataclass(frozen=True, slots=True)
+class SampleQuality:
+    """The quality of samples; `dataclasses.asdict` makes it a dictionary for a log.
+
+    Args:
+        frechet: the Frechet distance.
+        kernel: the kernel distance and its standard error.
+        neighbors: precision, recall, density and coverage.
+        inception_score: the score and its deviation over the splits, None without logits.
+        real: the number of real samples.
+        fake: the number of generated ones.
+    """
+
+    frechet: float
+    kernel: KernelDistance
+    neighbors: PrecisionRecall
+    inception_score: Score | None
+    real: int
+    fake: int
+
+    def __str__(self) -> str:
+        """Return one line for each number."""
+        rows = [
+            ("Frechet distance", f"{self.frechet:.4f}"),
+            ("kernel distance", f"{self.kernel.value:.6f} +- {self.kernel.stderr:.6f}"),
+            *((name, f"{value:.4f}") for name, value in self.neighbors._asdict().items()),
+        ]
+        if self.inception_score is not None:
+            mean, std = self.inception_score
+            rows.append(("Inception score", f"{mean:.4f} +- {std:.4f}"))
+        rows.append(("samples", f"{self.fake} against {self.real} real ones"))
+        return "\n".join(f"{name:<17}{value}" for name, value in rows)
+
+
+def evaluate_samples(
+    real: Tensor, fake: Tensor, *, k: int = 3, logits: Tensor | None = None, splits: int = 10
+) -> SampleQuality:
+    """Return all numbers of the quality of samples.
+
+    Args:
+        real: features (m, d) of real samples, as `extract_features` returns them; `gather` puts
+            those of several processes together.
+        fake: features (n, d) of generated samples.
+        k: which neighbour `precision_recall` takes.
+        logits: of a classifier of the generated samples (n, C), for the `InceptionScore`.
+        splits: the parts of which the score has a standard deviation.
+
+    Raises:
+        ValueError: if a set has fewer than k + 1 rows, or fewer logits than splits, shapes do not
+            fit, or values are not finite.
+        TypeError: if features or logits are not floating-point tensors.
+
+    >>> x, y = torch.randn(2, 500, 8)
+    >>> quality = evaluate_samples(x, y + 0.1)
+    >>> 0 < quality.frechet < 1 and quality.neighbors.recall > 0.8
+    True
+    """
+    check_count(k, "k")
+    check_pair(real, fake, least=k + 1)
+    score = None
+    if logits is not None:
+        scores = InceptionScore(splits)
+        scores.update(logits=logits)
+        if len(logits) != len(fake):
+            raise ValueError(
+                f"logits: expected {len(fake)} rows as fake's features, got {len(logits)}"
+            )
+        score = scores.compute()
+    return SampleQuality(
+        frechet=frechet_distance(real, fake),
+        kernel=kernel_distance(real, fake),
+        neighbors=precision_recall(real, fake, k=k),
+        inception_score=score,
+        real=len(real),
+        fake=len(fake),
+    )

@@ -1,0 +1,99 @@
+"""Adams and Bashforth's rule in noise prediction: DEIS, and LMS in sigma / alpha."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count
+from ..interfaces import ForwardSDE
+from .exponential import ExponentialAdams
+
+
+@dataclass(frozen=True)
+class _NoiseAdams(ExponentialAdams):
+    """The polynomial through the last `order` predictions of the noise, integrated exactly."""
+
+    of_data = False
+    order: int = 4
+
+    def __post_init__(self) -> None:
+        check_count(self.order, "order", least=2)
+        if self.order > 4:
+            raise ValueError(f"order: expected 2, 3 or 4, got {self.order}")
+
+    @property
+    def memory(self) -> int:
+        """How many earlier predictions are used."""
+        return self.order - 1
+
+
+@dataclass(frozen=True)
+class DEIS(_NoiseAdams):
+    r"""Diffusion exponential integrator: the polynomial through the last predictions of the noise.
+
+    .. math::
+        \frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t} + \sum_j \epsilon^{(j)}
+        \int_{\rho_t}^{\rho_s} \ell_j\, d\rho, \qquad \rho = \sigma / \alpha,
+
+    with the Lagrange polynomials of the last `order` times: of l = log(alpha / sigma), or of the
+    process's own time, the paper's tAB. With polynomials of rho itself it is `LMS`, and so is
+    tAB where time is rho, as in an `EDMSDE`. One evaluation a step.
+
+    Args:
+        order: how many predictions are used, the new one among them: 2, 3 or 4. The paper counts
+            from 0: its tAB3 is order 4.
+        variable: "log_snr", best on grids even in log-SNR or denser near the data; or "time",
+            best on grids even in time.
+
+    Raises:
+        ValueError: if order is not 2, 3 or 4, or variable is neither; in `prepare`, if the grid
+            has one step.
+        TypeError: if order is not an integer.
+
+    Source: Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator, 2023,
+    arXiv 2204.13902.
+    """
+
+    order: int = 3
+    variable: str = "log_snr"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variable not in ("log_snr", "time"):
+            raise ValueError(f'variable: expected "log_snr" or "time", got {self.variable!r}')
+
+    def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
+        """Return what the polynomials are polynomials in, at half log-SNRs l of any shape."""
+        if self.variable == "log_snr":
+            return l
+        return sde.time_at_log_snr(2 * l.flatten()).view_as(l)
+
+
+@dataclass(frozen=True)
+class LMS(_NoiseAdams):
+    r"""The linear multistep method in rho = sigma / alpha, on grids of any spacing.
+
+    .. math::
+        \frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t} + \sum_j \epsilon^{(j)}
+        \int_{\rho_t}^{\rho_s} \ell_j(\rho)\, d\rho
+
+    Adams and Bashforth's formula for dx/drho = eps with the Lagrange polynomials of the last
+    `order` values of rho; the rhoAB of DEIS. One evaluation a step.
+
+    Args:
+        order: how many predictions are used, the new one among them: 2, 3 or 4.
+
+    Raises:
+        ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
+        TypeError: if order is not an integer.
+
+    Source: Crowson, k-diffusion, 2022 (in data of unit scale); Zhang and Chen, 2023,
+    arXiv 2204.13902 (rhoAB).
+    """
+
+    def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
+        """Return rho at half log-SNRs l of any shape."""
+        return torch.exp(-l)

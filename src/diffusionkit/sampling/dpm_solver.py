@@ -1,0 +1,234 @@
+"""DPM-Solver++: solvers in data prediction, multistep and single-step, with and without noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .. import _numerics
+from .._checks import check_move, check_number
+from .._draws import Generators
+from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..values import Coefficient, linear
+from .exponential import ExponentialAdams, ExponentialMidpoint
+from .predictors import DDIM
+
+
+@dataclass(frozen=True)
+class DPMSolver2M(ExponentialMidpoint):
+    r"""DPM-Solver++(2M): second order for one evaluation a step.
+
+    .. math::
+        x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h}) \left(x_0
+              + \frac{h}{2 h_1} (x_0 - x_0^{(1)})\right), \quad h = l_s - l_t
+
+    with l = log(alpha / sigma), and the last step's predicted data and length h_1.
+
+    Raises:
+        ValueError: in `prepare`, if the grid has one step.
+
+    Source: Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
+    Models, 2022, arXiv 2211.01095 (algorithm 2).
+
+    >>> from diffusionkit import GaussianMixtureModel, LogSNRGrid, PCSampler, VPSDE
+    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.1, 0.1])
+    >>> sampler = PCSampler(model, DPMSolver2M(), grid=LogSNRGrid(), steps=20)
+    >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([4, 1])
+    >>> sampler.nfe
+    21
+    """
+
+    memory = 1
+
+
+@dataclass(frozen=True)
+class DPMSolver3M(ExponentialAdams):
+    r"""DPM-Solver++(3M): the parabola through the last three predictions of the data.
+
+    .. math::
+        x_s = \frac{\sigma_s}{\sigma_t} x_t + \sigma_s \int_{l_t}^{l_s} e^l
+              \left(x_0 + \delta_1 (l - l_t) + \delta_2 (l - l_t)^2\right) dl
+
+    The released solvers lose a factor 2 in the quadratic term and are of second order; below some
+    30 steps their error may be the smaller one. Where the flow starts at T, there is next to no
+    curvature in the steps at which the memory fills.
+
+    Args:
+        form: "exact" is of third order, "published" has half of delta_2 in the quadratic term.
+
+    Raises:
+        ValueError: if form is neither; in `prepare`, if the grid has one step.
+
+    Source: Lu et al., 2022, arXiv 2211.01095, and its released code (3M).
+    """
+
+    form: str = "exact"
+    memory = 2
+
+    def __post_init__(self) -> None:
+        if self.form not in ("exact", "published"):
+            raise ValueError(f'form: expected "exact" or "published", got {self.form!r}')
+
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        """Return the integrals of Lagrange polynomials over n steps, (m, n)."""
+        found = super().integrals(sde, nodes, end)
+        if self.form == "exact" or len(nodes) < 3:
+            return found
+        h = end - nodes[0]
+        back, shares = self.weighted(h)
+        square = (shares * (h - back).square()).sum(0)
+        a, b, c = nodes
+        leading = torch.stack([(a - b) * (a - c), (b - a) * (b - c), (c - a) * (c - b)])
+        return found - 0.5 * square / leading
+
+
+@dataclass(frozen=True)
+class DPMSolver2MSDE(ExponentialMidpoint):
+    r"""DPM-Solver++(2M) for the reverse SDE: one evaluation and new noise in every step.
+
+    .. math::
+        x_s = \frac{\sigma_s}{\sigma_t} e^{-\eta h} x_t + \alpha_s (1 - e^{-(1 + \eta) h})
+              \left(x_0 + \frac{h}{2 h_1} (x_0 - x_0^{(1)})\right)
+              + \sigma_s \sqrt{1 - e^{-2 \eta h}}\, z
+
+    The step of first order, the first and any to a time without noise, is at eta = 1 the
+    `Ancestral` sampler's.
+
+    Args:
+        eta: how much noise is added: 1 is the reverse SDE, 0 the probability flow (`DPMSolver2M`).
+        solver: "midpoint" is the formula above; "heun" integrates the line through both
+            predictions exactly.
+
+    Raises:
+        ValueError: if eta is negative or not finite, or solver is neither; in `prepare`, if the
+            grid has one step.
+        TypeError: if eta is not a number.
+
+    Source: Lu et al., 2022, arXiv 2211.01095 (SDE solvers); Crowson, k-diffusion, 2022 ("heun").
+    """
+
+    eta: float = 1.0
+    solver: str = "midpoint"
+    memory = 1
+
+    def __post_init__(self) -> None:
+        check_number(self.eta, "eta")
+        if not 0.0 <= self.eta < math.inf:
+            raise ValueError(f"eta: expected a finite number >= 0, got {self.eta}")
+        if self.solver not in ("midpoint", "heun"):
+            raise ValueError(f'solver: expected "midpoint" or "heun", got {self.solver!r}')
+
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        """Return the integrals of Lagrange polynomials over n steps, (m, n)."""
+        rule = ExponentialMidpoint if self.solver == "midpoint" else ExponentialAdams
+        return rule.integrals(self, sde, nodes, end)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stages:
+    """A step: x' at `middle`, then the sum of the state and of both predictions of the data.
+
+    The pair holds the coefficients of the state and the predicted data. Without `second` the
+    first stage is the whole step.
+    """
+
+    middle: Tensor
+    inner: tuple[Coefficient, Coefficient]
+    first: tuple[Coefficient, Coefficient]
+    second: Coefficient | None
+
+
+@dataclass(frozen=True)
+class DPMSolver2S(Predictor):
+    r"""DPM-Solver++(2S): second order from two evaluations a step, without memory.
+
+    .. math::
+        x' = \frac{\sigma_m}{\sigma_t} x_t + \alpha_m (1 - e^{-r h}) x_0, \qquad
+        x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h})
+              \left(\left(1 - \tfrac{1}{2r}\right) x_0 + \tfrac{1}{2r} x_0'\right)
+
+    with the time m at l_m = l_t + r h, l = log(alpha / sigma), h = l_s - l_t. A step to a time
+    without noise takes one evaluation and is of first order. Against a multistep solver: twice
+    the evaluations, but nothing is carried from step to step, so that correctors, constraints
+    and jumps in time between steps do it no harm.
+
+    Args:
+        r: where the second stage stands on the way in l, in (0, 1].
+
+    Raises:
+        ValueError: if r is outside (0, 1].
+        TypeError: if it is not a number.
+
+    Source: Lu et al., 2022, arXiv 2211.01095 (algorithm 1).
+    """
+
+    r: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number(self.r, "r")
+        if not 0.0 < self.r <= 1.0:
+            raise ValueError(f"r: expected a number in (0, 1], got {self.r}")
+
+    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
+        """Compute the stages of all steps at once, and leave them with the times."""
+        table = _numerics.tabulated(sde, times)
+        if table is None:
+            return
+        instants, grid = table
+        middle, *columns = self._stages(sde, grid[:-1], grid[1:])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        middles = _numerics.instants(sde, middle, times[0])
+        for here, there, at, (corrected, *c) in zip(
+            instants, instants[1:], middles, rows, strict=False
+        ):
+            second = c[4] if corrected else None
+            here.notes[id(self), there.time] = _Stages(at, (c[0], c[1]), (c[2], c[3]), second)
+
+    def _stages(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """Return middle times, whether there is a second stage, and the coefficients, each (n,)."""
+        here, there = sde.log_snr(t), sde.log_snr(s)
+        corrected = torch.isfinite(here) & torch.isfinite(there)
+        middle = sde.time_at_log_snr(torch.where(corrected, here + self.r * (there - here), 0.0))
+        middle = torch.where(corrected, middle, t)
+        moves = (DDIM().coefficients(sde, t, at) for at in (middle, s))
+        inner, first = (cast(tuple[Tensor, Tensor], (move.x, move.x0)) for move in moves)
+        second = torch.where(corrected, first[1] / (2 * self.r), 0.0)
+        return middle, corrected, *inner, first[0], first[1] - second, second
+
+    def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
+        here, there = _numerics.instant(t, sde), _numerics.instant(s, sde)
+        if here is not None and there is not None:
+            known: _Stages | None = here.notes.get((id(self), there.time))
+            if known is not None:
+                return known
+        check_move(s, t, sde.T, x)
+        middle, corrected, *c = self._stages(sde, _numerics.exact(t), _numerics.exact(s))
+        second = c[4] if bool(corrected.any()) else None
+        return _Stages(middle, (c[0], c[1]), (c[2], c[3]), second)
+
+    def step(
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        state: Any = None,
+        *,
+        generator: Generators = None,
+        **cond: Any,
+    ) -> Step:
+        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
+        stages = self._between(model.sde, t, s, x)
+        said = model.predict(x, t, **cond)
+        moved = said.combine(x=stages.first[0], x0=stages.first[1])
+        if stages.second is not None:
+            inner = said.combine(x=stages.inner[0], x0=stages.inner[1])
+            middle = model.predict(inner, stages.middle, **cond)
+            moved = linear(1.0, moved, stages.second, middle.x0)
+        return Step(moved, moved)

@@ -1,0 +1,340 @@
+import math
+
+import pytest
+import torch
+from gaussian_oracle import Classes, GaussianOracle, states
+
+from diffusionkit import (
+    DDIM,
+    EDMSDE,
+    VPSDE,
+    Ancestral,
+    DDPMChain,
+    EpsModel,
+    GaussianMixtureModel,
+    Langevin,
+    LogSNRGrid,
+    PCSampler,
+    ProbabilityFlow,
+    ReverseDiffusion,
+    X0Model,
+)
+from diffusionkit.control.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    GradientGuidance,
+)
+from diffusionkit.testing import check_score_model
+
+
+@pytest.fixture
+def plain():
+    return GaussianMixtureModel(VPSDE(), [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.3])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, -1.0])
+def test_the_true_classifier_gives_the_tilted_score(sde, scale) -> None:
+    classes = Classes(sde)
+    x, t = states(sde, 12)
+    y = torch.arange(12) % 2
+    guided = ClassifierGuidance(classes.model, classes.classifier, scale)
+    base, wanted = classes.model(x, t), classes.score(x, t, y)
+    said = guided.predict(x, t, y=y)
+    tilted = base + scale * (wanted - base)
+    torch.testing.assert_close(said.score, tilted, rtol=1e-9, atol=1e-9)
+    alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
+    torch.testing.assert_close(said.eps, -sigma * tilted, rtol=1e-10, atol=1e-10)
+    x0 = (x + sigma**2 * tilted) / alpha
+    torch.testing.assert_close(said.x0, x0, rtol=1e-10, atol=1e-8)
+
+
+def test_data_and_noise_keep_their_digits(sde) -> None:
+    """At the smallest sigma and the smallest alpha, in float32, as the float64 ones."""
+    classes = Classes(sde)
+    guided = ClassifierGuidance(classes.model, lambda x, t: torch.cat([x, -x], 1), 2.0)
+    t = torch.tensor([max(sde.t_min, sde.t_stop), sde.T], dtype=torch.float64)
+    alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
+    x = (alpha * torch.tensor([0.7, -0.4]) + 0.3 * sigma).float()
+    y = torch.tensor([0, 0])
+    said, exact = (guided.predict(state, t, y=y) for state in (x, x.double()))
+    torch.testing.assert_close(said.x0.double(), exact.x0, rtol=3e-6, atol=0)
+    torch.testing.assert_close(said.eps.double(), exact.eps, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "corrector"),
+    [(DDIM(), None), (Ancestral(), None), (ReverseDiffusion(), Langevin(snr=0.1, norm="batch"))],
+    ids=["ddim", "ancestral", "pc"],
+)
+def test_samples_are_of_the_class_asked_for(sde, predictor, corrector) -> None:
+    """Means, spread and the weights within a class."""
+    classes = Classes(sde)
+    guided = ClassifierGuidance(classes.model, classes.classifier)
+    n = 1500
+    y = torch.arange(2 * n) // n
+    steps = 200 if corrector is None else 80
+    sampler = PCSampler(guided, predictor, corrector, steps=steps, grid=LogSNRGrid())
+    z = torch.randn(n, 2, generator=seeded(1), dtype=torch.float64)
+    z = torch.stack([z, -z], 1).view(2 * n, 2)  # a mean of zero in either class
+    x = sampler(z * sde.prior_std, generator=seeded(), y=y)
+    assert sampler.nfe == (steps + 1 if corrector is None else 2 * steps + 1)
+    nearest = torch.cdist(x, classes.means).argmin(1)
+    assert (nearest[:n] < 2).double().mean() > 0.995
+    share = (nearest[:n] == 0).double().mean()
+    assert float(share) == pytest.approx(2 / 7, abs=0.04)
+    torch.testing.assert_close(x[n:].mean(0), classes.means[2], rtol=0, atol=0.04)
+    assert float(x[n:].std(0).mean()) == pytest.approx(0.4, rel=0.06)
+    for k in (0, 1):
+        part = x[:n][nearest[:n] == k]
+        torch.testing.assert_close(part.mean(0), classes.means[k], rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "gradient"])
+def test_every_gradient_mode_gives_the_same(mixture, kind) -> None:
+    x, t = states(mixture.sde, 4)
+    y = torch.tensor([0, 1, 0, 1])
+    guided, cond = {
+        "classifier": (ClassifierGuidance(mixture, lambda x, t: x**3 * t[:, None]), {"y": y}),
+        "gradient": (GradientGuidance(mixture, lambda x0: -(x0**4).sum(1)), {}),
+    }[kind]
+    wanted = guided.predict(x, t, **cond)
+    with torch.no_grad():
+        plain = guided.predict(x, t, **cond)
+    with torch.inference_mode():
+        inner = {name: value.clone() for name, value in cond.items()}
+        inferred = guided.predict(x.clone(), t.clone(), **inner)
+        sampled = PCSampler(guided, DDIM(), steps=5)(x * 1.0, **inner)
+    for said in (plain, inferred):
+        assert not said.x0.requires_grad
+        assert not said.eps.requires_grad
+        assert torch.equal(said.x0, wanted.x0)
+        assert torch.equal(said.eps, wanted.eps)
+    assert torch.equal(sampled, PCSampler(guided, DDIM(), steps=5)(x * 1.0, **cond))
+
+
+def test_a_sampler_s_times_are_known_in_inference_mode() -> None:
+    """In float32 a time alone is not exact enough to give the same bits."""
+    guided = GradientGuidance(
+        EpsModel(lambda x, label: torch.tanh(x), VPSDE()), lambda x0: -(x0**2).sum(1)
+    )
+    runs = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            runs.append(PCSampler(guided, DDIM(), steps=7)((3, 2), generator=seeded()))
+    assert torch.equal(*runs)
+
+
+def test_guidance_can_be_differentiated() -> None:
+    """By the state, as likelihoods do, through the gradient itself."""
+    sde = VPSDE()
+    classes = Classes(sde)
+    x, t = states(sde, 3)
+    y = torch.tensor([0, 0, 1])
+    for guided, cond in (
+        (ClassifierGuidance(classes.model, classes.classifier, 1.5), {"y": y}),
+        (GradientGuidance(classes.model, lambda x0: -(x0**2).sum(1)), {}),
+    ):
+        function = lambda x, guided=guided, cond=cond: guided(x, t, **cond)  # noqa: E731
+        torch.autograd.gradcheck(function, x.clone().requires_grad_())
+    assert not x.requires_grad
+
+
+def test_the_likelihood_of_a_class() -> None:
+    """Of the guided flow, the density of the class."""
+    classes = Classes(VPSDE())
+    guided = ClassifierGuidance(classes.model, classes.classifier)
+    x = torch.tensor([[-0.5, -0.9], [0.7, 0.0]], dtype=torch.float64)
+    y = torch.tensor([0, 1])
+    flow = ProbabilityFlow(guided)
+    back = flow.decode(flow.encode(x, y=y), y=y)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-2)
+
+
+def test_training_through_guidance_reaches_the_parameters() -> None:
+    net = torch.nn.Linear(2, 2).double()
+    classifier = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()).double()
+    guided = ClassifierGuidance(
+        X0Model(lambda x, label: net(x), VPSDE()), lambda x, t: classifier(x)
+    )
+    x, t = states(VPSDE(), 2)
+    guided(x, t, y=torch.tensor([0, 2])).square().sum().backward()
+    assert net.weight.grad.abs().sum() > 0
+    assert classifier[0].weight.grad.abs().sum() > 0
+
+
+def test_a_classifier_is_put_in_evaluation_mode_and_gets_no_gradient() -> None:
+    modes = []
+
+    class Watched(torch.nn.Linear):
+        def forward(self, x, t):
+            modes.append(self.training)
+            return super().forward(x)
+
+    classifier = Watched(2, 2)
+    model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [1.0])
+    guided = ClassifierGuidance(model, classifier)
+    PCSampler(guided, DDIM(), steps=3)((4, 2), y=torch.tensor([0, 1, 1, 0]))
+    assert modes == [False] * 4
+    assert classifier.training
+    assert classifier.weight.grad is None
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), EDMSDE(), DDPMChain.cosine(100)], ids=repr)
+def test_guided_models_keep_the_contract(sde) -> None:
+    classes = Classes(sde)
+    y = torch.tensor([0, 1, 1, 0])
+    guided = ClassifierGuidance(classes.model, classes.classifier)
+    assert check_score_model(guided, (4, 2), exact=True, y=y).ok
+    gradient = GradientGuidance(classes.model, lambda x0: -(x0**2).sum(1), 0.5)
+    assert check_score_model(gradient, (4, 2), exact=True).ok
+
+
+def test_what_the_model_states_is_handed_on(mixture) -> None:
+    both = lambda x, label, shift=0.0: torch.cat([x + shift, 0.3 * x], 1)  # noqa: E731
+    x, t = states(mixture.sde, 2)
+    inner = EpsModel(both, mixture.sde, variance="learned_range", data_range=(0.0, 1.0))
+    for guided, cond in (
+        (ClassifierGuidance(inner, lambda x, t: x), {"y": torch.tensor([0, 1])}),
+        (GradientGuidance(inner, lambda x0: -(x0**2).sum(1)), {}),
+        (ClassifierFreeGuidance(inner, 2.0), {"shift": 1.0}),
+    ):
+        assert (guided.variance, guided.data_range) == ("learned_range", (0.0, 1.0))
+        with torch.no_grad():
+            said = guided.predict(x, t, **cond)
+        assert torch.equal(said.log_var_fraction, (0.3 * x + 1) / 2)
+        assert not said.log_var_fraction.requires_grad
+        assert said.log_var is None
+        PCSampler(guided, Ancestral(variance="model"), steps=3)((2, 2), **cond)
+
+
+def test_conditions_reach_the_model_and_labels_do_not(mixture) -> None:
+    def network(x, label, shift):
+        return x + shift
+
+    x, t = states(mixture.sde, 2)
+    model = X0Model(network, mixture.sde)
+    guided = ClassifierGuidance(model, lambda x, t: 0 * x)
+    assert torch.equal(guided.predict(x, t, y=torch.tensor([0, 1]), shift=1.0).x0, x + 1)
+    gradient = GradientGuidance(model, lambda x0: 0 * x0.sum(1))
+    assert torch.equal(gradient.predict(x, t, shift=2.0).x0, x + 2)
+
+
+def dawson_from(low, x):
+    """The integral of exp(u^2 - x^2) over u from low to x: Dawson's function, for low = 0."""
+    u = torch.linspace(low, x, 10001, dtype=torch.float64)
+    return torch.trapezoid(torch.exp(u**2 - x**2), u)
+
+
+def test_the_bias_of_gradient_guidance(sde) -> None:
+    """The closed forms of the docstring, which are not those of the posterior."""
+    y, n = 1.3, 2000
+    model = GaussianOracle(sde, [0.0], [[1.0]])
+    r = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
+
+    def sampled(predictor, start, steps, copies):
+        precision = r.repeat_interleave(copies) ** 2
+        guided = GradientGuidance(model, lambda x0: -0.5 * precision * (y - x0[:, 0]) ** 2)
+        sampler = PCSampler(guided, predictor, steps=steps, grid=LogSNRGrid())
+        return sampler(start, generator=seeded()).view(3, copies)
+
+    def close(got, wanted, tolerance):
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=0)
+
+    # The flow is affine: where it takes 0 is the mean.
+    ends = torch.tensor([[0.0], [sde.prior_std]], dtype=torch.float64).repeat(3, 1)
+    mean, above = sampled(DDIM(), ends, 500, 2).unbind(1)
+    alpha, sigma = sde.marginal(torch.tensor([sde.T], dtype=torch.float64))
+    first = float(alpha / (alpha**2 + sigma**2).sqrt())  # 0, if T were infinite
+    dawson = torch.stack([dawson_from(first * k, k) for k in (r / math.sqrt(2)).tolist()])
+    close(mean, y * math.sqrt(2) * r * dawson, 0.02)
+    close(above - mean, torch.exp(-(r**2) / 2), 0.03)
+
+    noise = torch.randn(3 * n, 1, generator=seeded(1), dtype=torch.float64)
+    x = sampled(Ancestral(), noise * sde.prior_std, 300, n)
+    close(x.mean(1), y * -torch.expm1(-(r**2)), 0.08)
+    close(x.var(1), -torch.expm1(-2 * r**2) / (2 * r**2), 0.08)
+
+
+def test_the_scale_of_gradient_guidance(mixture) -> None:
+    x, t = states(mixture.sde, 5)
+    log_likelihood = lambda x0: -(x0**4).sum(1)  # noqa: E731
+    base = mixture(x, t)
+    one, three = (GradientGuidance(mixture, log_likelihood, s)(x, t) for s in (1.0, 3.0))
+    torch.testing.assert_close(three - base, 3 * (one - base))
+    at = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(log_likelihood(mixture.predict(at, t).x0).sum(), at)
+    torch.testing.assert_close((one - base).detach(), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda m: ClassifierGuidance(lambda x, t: x, lambda x, t: x), TypeError, "model: expe"),
+        (lambda m: ClassifierGuidance(m, None), TypeError, "classifier: expected a callable"),
+        (lambda m: ClassifierGuidance(m, m, math.nan), ValueError, "scale: expected a finite"),
+        (lambda m: ClassifierGuidance(m, m, math.inf), ValueError, "scale: .* got inf"),
+        (lambda m: ClassifierGuidance(m, m, True), TypeError, "scale: expected a number, got bool"),
+        (lambda m: GradientGuidance(None, m), TypeError, "model: expected a ScoreModel"),
+        (lambda m: GradientGuidance(m, 3), TypeError, "log_likelihood: expected a callable"),
+        (lambda m: GradientGuidance(m, m, -math.inf), ValueError, "scale: .* got -inf"),
+    ],
+)
+def test_bad_parts(plain, make, error, match) -> None:
+    with pytest.raises(error, match=match):
+        make(plain)
+
+
+GOOD = torch.tensor([0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("classifier", "y", "error", "match"),
+    [
+        (lambda x, t: x, None, TypeError, r"y: expected a tensor of labels \(3,\), got NoneType"),
+        (lambda x, t: x, [0, 1, 0], TypeError, "y: expected a tensor of labels"),
+        (lambda x, t: x, torch.tensor([0, 1]), ValueError, r"y: .* shape \(3,\), got \(2,\)"),
+        (lambda x, t: x, GOOD.view(3, 1), ValueError, r"y: .* got \(3, 1\)"),
+        (lambda x, t: x, GOOD.double(), TypeError, "y: expected integer labels, got torch.float64"),
+        (lambda x, t: x, GOOD.bool(), TypeError, "y: expected integer labels, got torch.bool"),
+        (lambda x, t: x, GOOD + 1, ValueError, r"y: expected labels in \[0, 2\), .* got 1 to 2"),
+        (lambda x, t: x, -GOOD, ValueError, r"y: expected labels in \[0, 2\), .* got -1 to 0"),
+        (lambda x, t: x[:, 0], GOOD, ValueError, r"logits of shape \(3, K\), got \(3,\)"),
+        (lambda x, t: x[:2], GOOD, ValueError, r"logits of shape \(3, K\), got \(2, 2\)"),
+        (lambda x, t: None, GOOD, ValueError, r"logits of shape \(3, K\), got NoneType"),
+        (lambda x, t: x.detach(), GOOD, ValueError, "classifier: expected a differentiable"),
+    ],
+)  # fmt: skip
+def test_bad_labels_and_classifiers(plain, classifier, y, error, match) -> None:
+    x, t = states(plain.sde, 3)
+    with pytest.raises(error, match=match):
+        ClassifierGuidance(plain, classifier).predict(x, t, y=y)
+
+
+@pytest.mark.parametrize(
+    ("log_likelihood", "match"),
+    [
+        (lambda x0: x0, r"log_likelihood: expected one number .* \(3,\), got \(3, 2\)"),
+        (lambda x0: x0.sum(), r"log_likelihood: .* got \(\)"),
+        (lambda x0: 1.0, "log_likelihood: .* got float"),
+        (lambda x0: x0.detach().sum(1), "log_likelihood: expected a differentiable function"),
+        (lambda x0: torch.ones(3, requires_grad=True) * 2, "log_likelihood: expected a differen"),
+    ],
+)
+def test_bad_likelihoods(plain, log_likelihood, match) -> None:
+    x, t = states(plain.sde, 3)
+    with pytest.raises(ValueError, match=match):
+        GradientGuidance(plain, log_likelihood).predict(x, t)
+
+
+def test_no_data_left_to_guide() -> None:
+    sde = DDPMChain.linear(100).zero_terminal_snr()
+    model = X0Model(lambda x, label: x, sde)
+    x, t = torch.zeros(2, 2), torch.ones(2)
+    with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
+        ClassifierGuidance(model, lambda x, t: x).predict(x, t, y=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
+        PCSampler(GradientGuidance(model, lambda x0: x0.sum(1)), DDIM(), steps=2)((2, 2))

@@ -1,0 +1,151 @@
+"""Samples in files: seeds, processes, runs that stop, and rounding."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from diffusionkit.metrics import load_shards, sample_to_shards, to_uint8
+
+
+def draw(n: int, generators: list[torch.Generator]) -> torch.Tensor:
+    assert len(generators) == n
+    return torch.stack([2 * torch.rand(3, 4, 4, generator=g) - 1 for g in generators])
+
+
+def sample(folder, **options) -> torch.Tensor:
+    sample_to_shards(draw, 21, folder, **{"batch_size": 5, "progress": False} | options)
+    return torch.cat(list(load_shards(folder)))
+
+
+def test_sample_depends_on_the_seed_and_its_number_alone(tmp_path) -> None:
+    whole = sample(tmp_path / "a")
+    assert whole.shape == (21, 3, 4, 4)
+    assert whole.dtype == torch.uint8
+    assert len({row.numpy().tobytes() for row in whole}) == 21
+    assert torch.equal(sample(tmp_path / "b", batch_size=8), whole)
+    assert not torch.equal(sample(tmp_path / "c", seed=1), whole)
+    for rank in (2, 0, 1):
+        arguments = {"batch_size": 4, "rank": rank, "world_size": 3, "progress": False}
+        sample_to_shards(draw, 21, tmp_path / "d", **arguments)
+        assert len(list((tmp_path / "d").glob("*.npy"))) == {2: 2, 0: 4, 1: 6}[rank]
+    assert torch.equal(torch.cat(list(load_shards(tmp_path / "d"))), whole)
+    sample_to_shards(draw, 8, tmp_path / "e", batch_size=8, progress=False)
+    assert torch.equal(torch.cat(list(load_shards(tmp_path / "e"))), whole[:8])
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path) -> None:
+    whole, calls = sample(tmp_path / "whole"), []
+
+    def stopped(n, generators):
+        calls.append(n)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(n, generators)
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        sample_to_shards(stopped, 21, folder, batch_size=5, progress=False)
+    with pytest.raises(ValueError, match=r"expected 5 files, 3 are missing .* first 00000010\.npy"):
+        load_shards(folder)
+    done = sorted(folder.glob("*.npy"))
+    times = [file.stat().st_mtime_ns for file in done]
+    done[1].write_bytes(done[1].read_bytes()[:-1])  # as a copy that was cut short
+    (folder / "00000010.npy").write_bytes(b"")
+    shown = []
+    arguments = {"batch_size": 5, "progress": lambda items: shown.extend(items) or items}
+    sample_to_shards(stopped, 21, folder, **arguments)
+    assert calls == [5, 5, 5, 5, 5, 5, 1]
+    assert len(shown) == 4
+    assert done[0].stat().st_mtime_ns == times[0]
+    assert torch.equal(torch.cat(list(load_shards(folder))), whole)
+    assert {file.suffix for file in folder.iterdir()} == {".npy", ".json"}
+
+
+def test_other_settings_are_refused(tmp_path) -> None:
+    about = {"checkpoint": "a.pt", "grid": (1, 2)}
+    whole = sample(tmp_path, settings=about)
+    assert torch.equal(sample(tmp_path, settings=about), whole)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert kept["settings"] == {"checkpoint": "a.pt", "grid": [1, 2]}
+    for other in (
+        {"seed": 1},
+        {"batch_size": 4},
+        {"data_range": (0.0, 1.0)},
+        {"settings": {"checkpoint": "b.pt"}},
+        {"settings": None},
+    ):
+        with pytest.raises(ValueError, match="expected samples of the settings"):
+            sample(tmp_path, **{"settings": about} | other)
+    with pytest.raises(ValueError, match="expected samples of the settings"):
+        sample_to_shards(draw, 22, tmp_path, batch_size=5, settings=about)
+    assert torch.equal(torch.cat(list(load_shards(tmp_path))), whole)
+
+
+def test_samples_need_not_be_images(tmp_path) -> None:
+    def flat(n, generators):
+        assert not torch.is_grad_enabled()
+        return torch.full((n, 2), 0.5)
+
+    sample_to_shards(flat, 3, tmp_path, data_range=(0.0, 1.0), progress=False)
+    assert torch.equal(*load_shards(tmp_path), torch.full((3, 2), 128, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-3.0, 0.5)])
+def test_all_levels_come_back(low, high, dtype) -> None:
+    levels = torch.arange(256)
+    ends = low + (high - low) * levels.to(dtype) / 255
+    centres = low + (high - low) * (levels.to(dtype) + 0.5) / 256
+    for x in (ends, centres, ends + 0.49 * (high - low) / 255):
+        assert torch.equal(to_uint8(x, (low, high)), levels.to(torch.uint8))
+    assert to_uint8(torch.tensor([low - 9, high + 9]), (low, high)).tolist() == [0, 255]
+
+
+def test_reduced_precision() -> None:
+    """bfloat16 has 8 bits: it is widened before it is scaled, so only the input is rounded."""
+    x = torch.linspace(-1, 1, 200).bfloat16()
+    assert torch.equal(to_uint8(x), to_uint8(x.double()))
+
+
+def test_bad_samples(tmp_path) -> None:
+    x = torch.zeros(4, 3, 2, 2)
+    x[1, 0, 0, 0], x[2] = math.nan, math.inf
+    with pytest.raises(ValueError, match="got 2 of 4 with NaN or infinity"):
+        to_uint8(x.contiguous(memory_format=torch.channels_last))
+    with pytest.raises(TypeError, match="floating-point"):
+        to_uint8(x.int())
+    for wrong in ((1.0, 1.0), (1.0, -1.0), (0.0, math.inf), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match="finite low < high"):
+            to_uint8(x, wrong)
+    for number, (found, error, said) in enumerate(
+        [
+            (x, ValueError, "2 of 4 with NaN"),
+            (x[:3], ValueError, r"expected 4 samples \(4, \*D\), got \(3, 3, 2, 2\)"),
+            ([x], ValueError, "got list"),
+            (x.long(), TypeError, "floating-point"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        with pytest.raises(error, match=said):
+            sample_to_shards(lambda n, g, found=found: found, 4, folder, progress=False)
+        assert list(folder.glob("*.npy")) == []
+
+
+def test_bad_numbers(tmp_path) -> None:
+    for options, said in (
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
+        ({"seed": -1}, "seed: expected an integer >= 0"),
+        ({"rank": 2, "world_size": 2}, "rank: expected a number below 2, got 2"),
+        ({"rank": -1}, "rank: expected an integer >= 0"),
+        ({"data_range": (1.0, 0.0)}, "finite low < high"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sample_to_shards(draw, 4, tmp_path / "none", **options)
+    with pytest.raises(ValueError, match="count: expected an integer >= 1"):
+        sample_to_shards(draw, 0, tmp_path / "none")
+    with pytest.raises(TypeError, match="draw: expected a callable"):
+        sample_to_shards(None, 4, tmp_path / "none")
+    with pytest.raises(FileNotFoundError):
+        load_shards(tmp_path / "none")

@@ -1,0 +1,292 @@
+"""Multistep solvers, on data whose probability flow is known."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffusionkit import (
+    DDIM,
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    ForwardSDE,
+    GaussianMixtureModel,
+    KarrasGrid,
+    LogSNRGrid,
+    PCSampler,
+    SubVPSDE,
+    UniformGrid,
+)
+from diffusionkit.sampling.adams import DEIS, LMS
+from diffusionkit.sampling.dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver3M
+from diffusionkit.sampling.unipc import UniPC
+
+# A mixture on the line and its flow from 80 to .002 and to 0: the flow keeps quantiles.
+MIXTURE = {"means": [[-1.0], [0.8]], "stds": [0.2, 0.4], "weights": [0.3, 0.7]}
+Z = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0], dtype=torch.float64).unsqueeze(1)
+AT_SIGMA_MIN = [
+    -1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
+    0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523,
+]  # fmt: skip
+AT_ZERO = [
+    -1.2875209290661334, -0.9868180353910213, -0.12202563868394595, 0.5004659560005499,
+    0.6358488559567478, 0.8579349900321945, 1.0984481562452975, 1.536669779593259,
+]  # fmt: skip
+# Root mean square errors of an independent solver: after N steps at .002 on a Karras grid, at 0
+# after N - 1 steps of it and one, and at .002 on a grid even in log(sigma).
+ERRORS = {
+    ("2m", 8): (0.19359490783053915, 0.2216571863391684, 0.09373507654347772),
+    ("2m", 64): (0.0024505241320425942, 0.0025157473212403373, 0.0011883245215490688),
+    ("3m", 8): (0.19649015438670972, 0.43015313120620124, 0.06325308332435518),
+    ("3m", 64): (0.0013483451880381583, 0.0014108141653533062, 0.0011360533696797338),
+    ("3m published", 8): (0.17812807990422877, 0.383837208249828, 0.08515195071650662),
+    ("3m published", 64): (0.0015620238261798178, 0.0016186278166838673, 0.001210934908281227),
+}
+SOLVERS = {
+    "2m": DPMSolver2M(),
+    "3m": DPMSolver3M(),
+    "3m published": DPMSolver3M("published"),
+    "2m sde": DPMSolver2MSDE(0.0, "heun"),
+    "unipc 2": UniPC(),
+    "unipc 2 B1": UniPC(variant="B1"),
+    "unipc 3": UniPC(3),
+    "deis 2": DEIS(2),
+    "deis 3": DEIS(),
+    "deis 4": DEIS(4),
+    "deis time": DEIS(4, "time"),
+    "lms 3": LMS(3),
+    "lms 4": LMS(),
+}
+
+
+@pytest.fixture(params=SOLVERS)
+def solver(request):
+    return SOLVERS[request.param]
+
+
+def mixture(sde):
+    return GaussianMixtureModel(sde, **MIXTURE)
+
+
+def run(predictor, grid, steps=None, sde=None, start=80 * Z):
+    """The states after a run without the last denoise, and the number of evaluations."""
+    model = mixture(sde or EDMSDE())
+    sampler = PCSampler(model, predictor, grid=grid, steps=steps or 1, denoise=False)
+    return sampler(start).squeeze(1), sampler.nfe
+
+
+def rms(x, exact):
+    return float((x - torch.tensor(exact, dtype=torch.float64)).square().mean().sqrt())
+
+
+def levels(steps, sde=None):
+    """Times of levels even in log(sigma / alpha), from 80 to .002."""
+    l = torch.linspace(-math.log(80), -math.log(0.002), steps + 1, dtype=torch.float64)
+    return (sde or EDMSDE()).time_at_log_snr(2 * l)
+
+
+@pytest.mark.parametrize(("name", "steps"), ERRORS)
+def test_errors_of_an_independent_solver(name, steps):
+    grids = (KarrasGrid(), KarrasGrid(to_zero=True), LogSNRGrid())
+    ends = (AT_SIGMA_MIN, AT_ZERO, AT_SIGMA_MIN)
+    found = [rms(run(SOLVERS[name], g, steps)[0], e) for g, e in zip(grids, ends, strict=True)]
+    assert found == pytest.approx(ERRORS[name, steps], rel=1e-10)
+
+
+# What the released codes make of the first three states in 12 steps: UniPC's on a VP process to
+# t = .01 on a grid even in log-SNR, k-diffusion's LMS on EDM's.
+@pytest.mark.parametrize(
+    ("predictor", "expected"),
+    [
+        (UniPC(2, "B1"), [-1.3191833739964482, -1.0106792230297812, -0.20612116126696145]),
+        (UniPC(3, "B1"), [-1.2886663208316844, -0.9446391630503773, -0.16325545729021163]),
+        (UniPC(2, "B2"), [-1.303970314230662, -0.9959528137716116, -0.10876384341672023]),
+        (UniPC(3, "B2"), [-1.2886628610245545, -0.944636203106326, -0.16322821596477854]),
+        (LMS(4), [-1.2398608810560825, -0.9482218111769339, -0.011962892827668195]),
+    ],
+)
+def test_released_codes(predictor, expected):
+    if isinstance(predictor, LMS):
+        x, nfe = run(predictor, KarrasGrid(), 12)
+    else:
+        sde = VPSDE()
+        start = Z * sde.marginal(torch.ones(1, dtype=torch.float64))[1]
+        x, nfe = run(predictor, LogSNRGrid(t_end=0.01), 12, sde, start)
+    assert x[:3].tolist() == pytest.approx(expected, abs=1e-12)
+    assert nfe == 12
+
+
+# UniPC's corrector adds one to its order. The fourth order is seen before the errors of the first
+# steps are, which are of lower order and small where the noise hides the data.
+@pytest.mark.parametrize(
+    ("name", "steps", "order"),
+    [
+        ("2m", 320, 2),
+        ("2m sde", 320, 2),
+        ("3m", 320, 3),
+        ("3m published", 640, 2),
+        ("unipc 2", 320, 3),
+        ("unipc 2 B1", 320, 3),
+        ("unipc 3", 320, 4),
+        ("deis 2", 320, 2),
+        ("deis 3", 320, 3),
+        ("deis 4", 160, 4),
+        ("lms 3", 320, 3),
+        ("lms 4", 160, 4),
+    ],
+)
+def test_order(name, steps, order):
+    coarse, fine = (rms(run(SOLVERS[name], levels(n))[0], AT_SIGMA_MIN) for n in (steps, 2 * steps))
+    assert fine < 1e-4
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_order_in_the_time_of_a_process(order):
+    """To the same level as above, in the time of a VP process."""
+    sde, errors = VPSDE(), []
+    for steps in (320, 640):
+        times = levels(steps, sde)
+        alpha, sigma = sde.marginal(times[[0, -1]])
+        x, _ = run(DEIS(order, "time"), times, sde=sde, start=Z * sigma[0])
+        errors.append(rms(x / alpha[1], AT_SIGMA_MIN))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    "sde", [VPSDE(), SubVPSDE(), VESDE(sigma_min=0.002, sigma_max=80.0)], ids=["vp", "subvp", "ve"]
+)
+@pytest.mark.parametrize("name", [n for n in SOLVERS if n != "deis time"])
+def test_all_processes_are_one_equation(sde, name):
+    """In x / alpha and sigma / alpha, each is EDM's."""
+    times = levels(10, sde)
+    alpha, sigma = sde.marginal(times[[0, -1]])
+    x, _ = run(SOLVERS[name], times, sde=sde, start=Z * sigma[0])
+    torch.testing.assert_close(
+        x / alpha[1], run(SOLVERS[name], levels(10))[0], rtol=1e-6, atol=1e-8
+    )
+
+
+def test_tab_is_lms_where_time_is_the_noise():
+    tab, lms = (run(p, KarrasGrid(), 9)[0] for p in (DEIS(4, "time"), LMS(4)))
+    torch.testing.assert_close(tab, lms, rtol=1e-9, atol=1e-12)
+
+
+def test_ten_times_the_accuracy_of_ddim():
+    """At 20 evaluations; DDIM's error is .08."""
+    for sde in (EDMSDE(), VPSDE()):
+        errors = []
+        for predictor in (DDIM(), DEIS(3)):
+            times = levels(20, sde)
+            alpha, sigma = sde.marginal(times[[0, -1]])
+            x, nfe = run(predictor, times, sde=sde, start=Z * sigma[0])
+            assert nfe == 20
+            errors.append(rms(x / alpha[1], AT_SIGMA_MIN))
+        assert errors[0] > 10 * errors[1]
+
+
+def test_each_sample_has_its_own_times(sde, solver):
+    """Rows that end without noise beside others that do not, in a loop of one's own."""
+    model = mixture(sde)
+    times = sde.T * torch.tensor(
+        [[0.9, 0.7, 0.4, 0.3, 0.0], [0.8, 0.75, 0.5, 0.1, 0.05], [0.5, 0.4, 0.33, 0.2, 0.19]],
+        dtype=torch.float64,
+    )
+    x = start = torch.tensor([[0.4], [-0.9], [1.2]], dtype=torch.float64)
+    state = None
+    for t, s in itertools.pairwise(times.T):
+        step = solver.step(model, x, t, s, state)
+        x, state = step.x, step.state
+        assert len(state) <= solver.memory
+    for i in range(3):
+        alone = PCSampler(model, solver, grid=times[i], denoise=False)(start[i : i + 1])
+        torch.testing.assert_close(x[i : i + 1], alone, rtol=1e-8, atol=1e-9)
+
+
+def test_the_step_to_no_noise_is_the_prediction(solver):
+    """With the memory full, in float32."""
+    model = mixture(EDMSDE())
+    sampler = PCSampler(model, solver, grid=KarrasGrid(to_zero=True), steps=8)
+    *_, before, _, last = sampler.iterate((80 * Z).float())
+    assert before.step == 7
+    if not isinstance(solver, UniPC):  # which corrects the state first
+        x0 = model.predict(before.x, torch.full((8,), before.t)).x0
+        torch.testing.assert_close(last.x, x0, rtol=1e-4, atol=1e-5)
+    assert last.x.dtype == torch.float32
+    double = run(solver, KarrasGrid(to_zero=True), 8)[0]
+    torch.testing.assert_close(last.x.squeeze(1).double(), double, rtol=1e-3, atol=1e-3)
+
+
+class FromNothing(ForwardSDE):
+    """A process that ends with no data at all, at a log-SNR of minus infinity."""
+
+    def marginal(self, t):
+        return 1 - t, t
+
+    def time_at_log_snr(self, log_snr):
+        return torch.sigmoid(-0.5 * log_snr)
+
+
+def test_a_start_without_data(solver):
+    """What the data's law has below it is what the normal law has below -2."""
+    x, _ = run(solver, UniformGrid(t_end=1e-3), 100, FromNothing(), Z)
+    assert float(x[0] / 0.999) == pytest.approx(-1.2867335345, abs=0.02)
+    assert torch.isfinite(x).all()
+
+
+def test_without_memory_a_step_is_ddims(solver):
+    """A run whose memory is lost half way is two runs."""
+    times = levels(8)
+
+    class Forgetful(type(solver)):
+        def step(self, model, x, t, s, state=None, **kwargs):
+            return super().step(
+                model, x, t, s, None if float(t[0]) == times[3] else state, **kwargs
+            )
+
+    settings = {name: getattr(solver, name) for name in solver.__dataclass_fields__}
+    found, _ = run(Forgetful(**settings), times)
+    half, _ = run(solver, times[:4])
+    rest, _ = run(solver, times[3:], start=half.unsqueeze(1))
+    torch.testing.assert_close(found, rest, rtol=1e-12, atol=1e-13)
+    t, s = times[2].expand(8), times[3].expand(8)
+    model = mixture(EDMSDE())
+    first, ddim = (p.step(model, Z, t, s).x for p in (solver, DDIM()))
+    torch.testing.assert_close(first, ddim, rtol=1e-12, atol=1e-13)
+
+
+def test_a_grid_of_one_step_is_refused(solver):
+    sampler = PCSampler(mixture(EDMSDE()), solver, grid=torch.tensor([1.0, 0.5]))
+    with pytest.raises(ValueError, match=r"grid: expected at least 2 steps for \w+.*, got 1"):
+        sampler(torch.ones(2, 1))
+
+
+def test_bad_times_and_states(solver):
+    model, x = mixture(EDMSDE()), torch.ones(2, 1)
+    t = torch.tensor([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"expected s < t, got s = \[0.5, 3.0\]"):
+        solver.step(model, x, t, torch.tensor([0.5, 3.0]))
+    state = solver.step(model, x, t, t / 2).state
+    with pytest.raises(ValueError, match=r"state: expected one of a step that began above t"):
+        solver.step(model, x, t, t / 2, state)
+    solver.prepare(EDMSDE(), [t, t / 2, t / 4])  # times without a known process are left alone
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: DPMSolver3M("fixed"), ValueError, 'form: expected "exact" or "published", got'),
+        (lambda: UniPC(4), ValueError, "order: expected 2 or 3, got 4"),
+        (lambda: UniPC(1), ValueError, "order: expected an integer >= 2, got 1"),
+        (lambda: UniPC(variant="bh1"), ValueError, 'variant: expected "B1" or "B2", got \'bh1\''),
+        (lambda: DEIS(5), ValueError, "order: expected 2, 3 or 4, got 5"),
+        (lambda: DEIS(variable="rho"), ValueError, 'variable: expected "log_snr" or "time", got'),
+        (lambda: LMS(1), ValueError, "order: expected an integer >= 2, got 1"),
+        (lambda: LMS(2.0), TypeError, "order: expected an integer, got float"),
+    ],
+)
+def test_bad_settings(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

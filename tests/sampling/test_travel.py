@@ -1,0 +1,162 @@
+"""Time travel: the order of the moves, the law of going back, and what a run makes of it."""
+
+import itertools
+
+import pytest
+import torch
+
+from diffusionkit import (
+    DDIM,
+    VPSDE,
+    Ancestral,
+    AnnealedLangevin,
+    GaussianMixtureModel,
+    KarrasGrid,
+    LogSNRGrid,
+    PCSampler,
+    Predictor,
+    ReverseDiffusion,
+    Step,
+)
+from diffusionkit._draws import NoisePath
+from diffusionkit.sampling.heun import Heun
+from diffusionkit.sampling.travel import TimeTravel, travel_back
+
+DOUBLE = torch.float64
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def path(travel, first, last):
+    moves = travel.moves(first, last)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(moves))
+    return [moves[0][0], *(to for _, to in moves)]
+
+
+@pytest.mark.parametrize(
+    ("jump", "repeats", "ends", "expected"),
+    [
+        (1, 1, (0, 3), [0, 1, 2, 3]),
+        (3, 2, (0, 3), [0, 1, 2, 3, 0, 1, 2, 3]),
+        (2, 2, (0, 5), [0, 1, 2, 0, 1, 2, 3, 4, 2, 3, 4, 5, 4, 5]),
+        (2, 3, (3, 5), [3, 4, 5, 3, 4, 5, 3, 4, 5]),
+        (9, 2, (0, 2), [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_moves(jump, repeats, ends, expected):
+    assert path(TimeTravel(jump, repeats), *ends) == expected
+
+
+@pytest.mark.parametrize("later", [0.3, 1.0])
+@pytest.mark.parametrize("sooner", [0.0, 0.2])
+def test_going_back_is_the_forward_process(sde, sooner, later):
+    """x_t = (alpha_t / alpha_s) x_s + noise, so that alpha_s x0 + sigma_s z goes to that of t."""
+    s, t = (torch.tensor(part * sde.T, dtype=DOUBLE) for part in (sooner, later))
+    x = torch.randn(5, 3, generator=seeded(1), dtype=DOUBLE)
+    z = torch.randn((5, 3), generator=seeded(), dtype=DOUBLE)
+    step = travel_back(x, sde, s, t, generator=seeded())
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = (sde.marginal(u.view(1)) for u in (s, t))
+    ratio = alpha_t / alpha_s
+    std = torch.sqrt(sigma_t**2 - (ratio * sigma_s) ** 2)
+    torch.testing.assert_close(step.mean, ratio * x, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(step.x, ratio * x + std * z, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("predictor", [Ancestral(), ReverseDiffusion(), DDIM(), Heun()], ids=str)
+@pytest.mark.parametrize("grid", [LogSNRGrid(), KarrasGrid(to_zero=True)], ids=str)
+def test_the_law_stays_as_it_is(predictor, grid):
+    model = GaussianMixtureModel(VPSDE(), [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.3], [0.3, 0.7])
+    sampler = PCSampler(model, predictor, steps=140, grid=grid, travel=TimeTravel(15, 2))
+    x = sampler((2000, 2), generator=seeded(), dtype=DOUBLE)
+    right = x[:, 0] > 0
+    assert float(right.double().mean()) == pytest.approx(0.7, abs=0.05)
+    for rows, mean, std in ((right, [1.0, 0.5], 0.3), (~right, [-1.0, 0.0], 0.2)):
+        wanted = torch.tensor(mean, dtype=DOUBLE)
+        torch.testing.assert_close(x[rows].mean(0), wanted, rtol=0, atol=0.04)
+        assert float(x[rows].std(0).mean()) == pytest.approx(std, rel=0.08)
+
+
+class Remembering(Predictor):
+    def __init__(self):
+        self.seen = []
+
+    def step(self, model, x, t, s, state=None, *, generator=None, **cond):
+        self.seen.append((round(float(t[0]), 6), round(float(s[0]), 6), state))
+        model.predict(x, t)
+        return Step(x, x, (state or 0) + 1)
+
+
+@pytest.mark.parametrize("corrector", [None, AnnealedLangevin()])
+def test_memory_is_lost_and_everything_counted(mixture, corrector):
+    shown = []
+
+    def wrapper(items):
+        shown.append(len(items))
+        return items
+
+    predictor = Remembering()
+    times = torch.tensor([0.8, 0.6, 0.4, 0.2], dtype=DOUBLE) * mixture.sde.T
+    sampler = PCSampler(
+        mixture, predictor, corrector, grid=times, travel=TimeTravel(2, 2), progress=wrapper
+    )
+    states = list(sampler.iterate(torch.ones(1, 2, dtype=DOUBLE), generator=seeded()))
+    visited = [0, 1, 2, 0, 1, 2, 3, 2, 3]
+    assert [s.step for s in states] == [*visited, 3]
+    assert [s.t for s in states] == [float(times[k]) for k in (*visited, 3)]
+    calls = 1 if corrector is None else 2
+    assert [s.nfe for s in states] == [n * calls for n in (0, 1, 2, 2, 3, 4, 5, 5, 6)] + [
+        6 * calls + 1
+    ]
+    assert shown == [8]
+    clock = [round(float(t), 6) for t in times]
+    expected = [(0, 1, None), (1, 2, 1), (0, 1, None), (1, 2, 1), (2, 3, 2), (2, 3, None)]
+    assert predictor.seen == [(clock[i], clock[j], memory) for i, j, memory in expected]
+
+
+def test_states_gone_back_say_their_mean():
+    model = GaussianMixtureModel(VPSDE(), [[0.0]], [1.0])
+    sampler = PCSampler(model, DDIM(), steps=4, travel=TimeTravel(2, 2))
+    states = list(sampler.iterate((50, 1), generator=seeded()))
+    before, back = states[2], states[3]
+    (a,), (b,) = (VPSDE().marginal(torch.tensor([u.t]))[0].tolist() for u in (before, back))
+    torch.testing.assert_close(back.mean, before.x * (b / a))
+    assert float((back.x - back.mean).std()) > 0.1
+
+
+class Path(NoisePath):
+    def __init__(self, generators):
+        self.generators = generators
+
+    def __len__(self):
+        return len(self.generators)
+
+    def __getitem__(self, i):
+        return self.generators[i]
+
+    def increment(self, x, sde, t, s):
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda m: TimeTravel(0), ValueError, "jump: expected an integer >= 1, got 0"),
+        (lambda m: TimeTravel(repeats=0), ValueError, "repeats: expected an integer >= 1"),
+        (lambda m: TimeTravel(2.0), TypeError, "jump: expected an integer, got float"),
+        (lambda m: PCSampler(m, DDIM(), travel=10), TypeError, "travel: expected a TimeTravel"),
+        (lambda m: PCSampler(m, DDIM(), steps=9, travel=TimeTravel()), ValueError,
+         "at most the grid's 9 steps, got 10"),
+        (lambda m: PCSampler(m, DDIM(), travel=TimeTravel())(
+            (1, 2), generator=Path([seeded()])), ValueError, "generator: expected generators"),
+    ],
+)  # fmt: skip
+def test_bad_input(mixture, make, error, match):
+    with pytest.raises(error, match=match):
+        make(mixture)
+
+
+def test_a_path_serves_where_nothing_is_repeated(mixture):
+    sampler = PCSampler(mixture, Ancestral(), steps=3)
+    assert sampler((1, 2), generator=Path([seeded()])).shape == (1, 2)
