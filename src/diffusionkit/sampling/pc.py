@@ -75,7 +75,8 @@ class PCSampler:
 
     Raises:
         ValueError: if there is neither predictor nor corrector, steps < 1, the grid is not
-            decreasing within [0, T], or a jump of the travel is longer than the grid.
+            decreasing within [0, T] or too short for the predictor, or a jump of the travel is
+            longer than the grid.
         TypeError: if a part has the wrong type.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
@@ -104,7 +105,7 @@ class PCSampler:
         travel: TimeTravel | None = None,
         progress: Progress = False,
     ) -> None:
-        """Keep the parts and resolve the grid."""
+        """Keep the parts, and try the grid."""
         check_part(model, ScoreModel, "model")
         for name, part, kind in (
             ("predictor", predictor, Predictor),
@@ -128,7 +129,11 @@ class PCSampler:
         self.travel = travel
         self.progress = progress
         self.nfe = 0
-        length = len(resolve_grid(grid, model.sde, steps)) - 1  # what is wrong is said here
+        times = resolve_grid(grid, model.sde, steps)  # what is wrong with it is said here
+        length = len(times) - 1
+        if predictor is not None:
+            with torch.no_grad():  # and here what the predictor cannot do with it
+                predictor.prepare(model.sde, instants(model.sde, times, times.new_empty(1)))
         if travel is not None and travel.jump > length:
             raise ValueError(
                 f"travel: expected a jump of at most the grid's {length} steps, got {travel.jump}"

@@ -1,0 +1,164 @@
+"""Guidance, constraints, correctors, time travel and predictors in every combination.
+
+The data are Gaussian with independent coordinates, so that whatever is asked for has a known law:
+each combination must come to it, within what the number of samples and of steps allows.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from diffusionkit import (
+    DDIM,
+    DEIS,
+    LMS,
+    VESDE,
+    VPSDE,
+    AdaptiveSDE,
+    Ancestral,
+    AnnealedLangevin,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    DPMSolver2M,
+    DPMSolver2MSDE,
+    DPMSolver2S,
+    DPMSolver3M,
+    Euler,
+    EulerMaruyama,
+    GaussianMixtureModel,
+    Heun,
+    Inpainting,
+    Langevin,
+    LinearGaussianGuidance,
+    LogSNRGrid,
+    PCSampler,
+    ReverseDiffusion,
+    StochasticHeun,
+    SubVPSDE,
+    TimeTravel,
+    UniPC,
+)
+from diffusionkit.interfaces import ScoreModel
+
+STD = 0.5
+HERE, THERE = torch.tensor([0.5, -0.5, 1.0]), torch.tensor([-1.0, 0.5, 0.0])
+KNOWN = torch.tensor([0.8, 0.0, 0.0])
+N, STEPS = 1000, 40
+PROCESSES = {"VE": VESDE(sigma_max=20.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
+
+
+class OfClass(ScoreModel):
+    """Gaussian data around HERE for label 1, around THERE for label 0."""
+
+    def __init__(self, sde):
+        super().__init__()
+        self.sde = sde
+        self.parts = [gaussian(sde, mean) for mean in (THERE, HERE)]
+
+    def predict(self, x, t, *, labels):
+        (label,) = labels.unique().tolist()
+        return self.parts[label].predict(x, t)
+
+
+def gaussian(sde, mean):
+    return GaussianMixtureModel(sde, mean[None], [STD])
+
+
+def unguided(sde):
+    return gaussian(sde, HERE), {}, HERE, [STD] * 3
+
+
+def by_classifier(sde):
+    """The exact classifier of two components makes one of them."""
+    model = GaussianMixtureModel(sde, torch.stack([THERE, HERE]), [STD, STD])
+    parts = [gaussian(sde, mean) for mean in (THERE, HERE)]
+
+    def classifier(x, t):
+        return torch.stack([part.log_prob(x, t) for part in parts], 1)
+
+    return ClassifierGuidance(model, classifier), {"y": torch.ones(N).long()}, HERE, [STD] * 3
+
+
+def classifier_free(sde):
+    """Two scores of the same slope: the mean goes as far beyond one as from the other to it."""
+    guided = ClassifierFreeGuidance(OfClass(sde), 2.0, null={"labels": 0})
+    return guided, {"labels": torch.ones(N).long()}, 2 * HERE - THERE, [STD] * 3
+
+
+def by_measurement(sde):
+    """The last coordinate measured as 0 with noise as large as its spread."""
+    guided = LinearGaussianGuidance(gaussian(sde, HERE), lambda x: x[:, 2:], torch.zeros(1, 1), STD)
+    mean = HERE * torch.tensor([1.0, 1.0, 0.5])
+    return guided, {}, mean, [STD, STD, STD / 2**0.5]
+
+
+GUIDANCE = {
+    "unguided": unguided,
+    "classifier": by_classifier,
+    "classifier-free": classifier_free,
+    "measurement": by_measurement,
+}
+PREDICTORS = {
+    str(predictor): predictor
+    for predictor in (
+        EulerMaruyama(), ReverseDiffusion(), Ancestral(), Ancestral("forward"), DDIM(), DDIM(0.5),
+        Euler(), Heun(), Heun(churn=10.0), StochasticHeun(), AdaptiveSDE(rtol=0.3, atol=0.1),
+        DPMSolver2M(), DPMSolver2S(), DPMSolver3M(), DPMSolver3M(form="published"),
+        DPMSolver2MSDE(), UniPC(order=2), UniPC(order=3), DEIS(order=3), DEIS(order=4),
+        DEIS(order=3, variable="time"), LMS(order=4),
+    )
+}  # fmt: skip
+CORRECTORS = {
+    "no corrector": None,
+    "annealed": AnnealedLangevin(),
+    "langevin": Langevin(0.1, norm="batch"),
+}
+CONSTRAINTS = {"free": None, "inpainting": Inpainting(KNOWN, torch.tensor([1, 0, 0]))}
+TRAVELS = {"once": None, "travel": TimeTravel(jump=5, repeats=2)}
+
+
+def check(process, predictor, guidance, corrector, constraint, travel):
+    sde = PROCESSES[process]
+    model, cond, mean, std = GUIDANCE[guidance](sde)
+    adaptive = isinstance(PREDICTORS[predictor], AdaptiveSDE)
+    sampler = PCSampler(
+        model, PREDICTORS[predictor], CORRECTORS[corrector], grid=LogSNRGrid(),
+        steps=STEPS // 8 if adaptive else STEPS,
+        constraint=CONSTRAINTS[constraint], travel=TRAVELS[travel],
+    )  # fmt: skip
+    x = sampler((N, 3), generator=torch.Generator().manual_seed(0), **cond)
+    free = slice(0 if constraint == "free" else 1, 3)
+    if constraint != "free":
+        assert (x[:, 0] == KNOWN[0]).all()
+    # Four standard errors are .06 of the mean and .09 of the deviation; the rest is the steps'.
+    off = (x.mean(0) - mean)[free].abs()
+    assert off.max() < 0.12, off
+    ratio = (x.std(0) / torch.tensor(std))[free]
+    assert 0.85 < ratio.min() <= ratio.max() < 1.15, ratio
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_all_at_once(predictor, guidance):
+    check("VP", predictor, guidance, "annealed", "inpainting", "travel")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_every_combination(process, predictor, guidance):
+    for corrector, constraint, travel in itertools.product(CORRECTORS, CONSTRAINTS, TRAVELS):
+        check(process, predictor, guidance, corrector, constraint, travel)
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_a_grid_of_one_step(predictor):
+    """Refused in the constructor, with the reason, by what remembers earlier steps."""
+    model = gaussian(VPSDE(), HERE)
+    if hasattr(PREDICTORS[predictor], "memory"):
+        with pytest.raises(ValueError, match=r"grid: expected at least 2 steps for \w+, which rem"):
+            PCSampler(model, PREDICTORS[predictor], steps=1)
+    else:
+        assert PCSampler(model, PREDICTORS[predictor], steps=1)((2, 3)).isfinite().all()
