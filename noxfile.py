@@ -67,5 +67,6 @@ def quickstart(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run a benchmark by name, all of them by default."""
     install(session, "examples")
-    for name in session.posargs or ["sampler_overhead", "fir", "networks", "likelihood", "stf"]:
+    every = ["sampler_overhead", "fir", "networks", "likelihood", "stf", "metrics"]
+    for name in session.posargs or every:
         session.run("python", f"benchmarks/{name}.py")

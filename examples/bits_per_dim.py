@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from helpers import count, write
+from helpers import count, fit, write
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -27,7 +27,6 @@ from torch.distributions import MultivariateNormal
 from tqdm import tqdm
 
 from diffusionkit import (
-    EMA,
     NELBO,
     VESDE,
     VPSDE,
@@ -110,18 +109,12 @@ def train(
     dequantizer = UniformDequantizer(images.levels)
     spread = float(dequantizer(images.train).x.std())
     model = EDMModel(MLP(SIZE * SIZE, width=192, depth=4), sde, sigma_data=spread)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    ema = EMA(model, decay=EMA_DECAY)
-    for _ in tqdm(range(steps), desc="training", unit="step", leave=False):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(images.train), (BATCH,))
-        objective(model, dequantizer(images.train[rows]).x).mean().backward()  # type: ignore[no-untyped-call]
-        clipped_step(optimizer)
-        schedule.step()
-        ema.update(model)
-    model.load_state_dict(ema.model.state_dict())
+        return objective(model, dequantizer(images.train[rows]).x)
+
+    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY)
     return model
 
 

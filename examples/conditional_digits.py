@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from digits import Digits, Pixels, Quality, load, pixels
-from helpers import count, picture_path, save
+from helpers import count, fit, picture_path, save
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusionkit import (
-    EMA,
     Ancestral,
     ClassifierFreeGuidance,
     Clip,
@@ -36,7 +35,6 @@ from diffusionkit import (
     Hybrid,
     PCSampler,
     ScoreModel,
-    clipped_step,
     drop_conditions,
 )
 from diffusionkit.metrics import precision_recall
@@ -65,20 +63,13 @@ def train(data: Digits, steps: int, seed: int) -> ScoreModel:
     )
     model = EpsModel(network, DDPMChain.cosine(1000), variance="learned_range")
     objective = Hybrid(decoder=GaussianDecoder(LEVELS))
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    ema = EMA(model, decay=EMA_DECAY)
-    for _ in tqdm(range(steps), desc="training", unit="step"):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(data.train), (BATCH,), generator=generator)
         labels = drop_conditions(data.labels[rows], NULL, DROPPED, generator=generator)
-        loss = objective(model, data.train[rows], labels=labels, generator=generator)
-        loss.mean().backward()  # type: ignore[no-untyped-call]
-        clipped_step(optimizer)
-        schedule.step()
-        ema.update(model)
-    model.load_state_dict(ema.model.state_dict())
+        return objective(model, data.train[rows], labels=labels, generator=generator)
+
+    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY, optimizer=torch.optim.AdamW)
     return model
 
 
@@ -98,12 +89,6 @@ def as_asked(quality: Quality, samples: Pixels, labels: Tensor) -> float:
     """Return the share of samples that a logistic regression takes for the digit asked for."""
     found = [quality.shares(samples[labels.numpy() == k])[k] for k in range(CLASSES)]
     return float(np.mean(found))
-
-
-def table_head() -> str:
-    """Return the head of the table."""
-    heads = ("classed as asked", "energy distance", "precision", "recall", "near training")
-    return f"{'scale':<10}" + "".join(f"{head:>18}" for head in heads)
 
 
 def table_row(name: str, quality: Quality, samples: Pixels, labels: Tensor) -> str:
@@ -133,41 +118,59 @@ def draw_figure(drawn: dict[float, Pixels], labels: Tensor) -> Figure:
     return figure
 
 
-def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def options(
+    argv: Sequence[str] | None,
+    about: str | None,
+    *,
+    name: str = "conditional_digits",
+    train_steps: int = 2000,
+    scales: Sequence[float] = SCALES,
+) -> argparse.Namespace:
+    """Read the command line of an example that draws classes of digits."""
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     add = parser.add_argument
-    add("--train-steps", type=count, default=2000, help="(%(default)s)")
+    add("--train-steps", type=count, default=train_steps, help="(%(default)s)")
     add("--samples", type=count, default=500, help="of each scale (%(default)s)")
     add("--steps", type=count, default=50, help="of the sampler (%(default)s)")
-    add("--scales", type=float, nargs="+", default=SCALES, help="of guidance (%(default)s)")
+    add("--scales", type=float, nargs="+", default=scales, help="of guidance (%(default)s)")
     add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
-    picture = "outputs/conditional_digits.png"
-    add("--output", type=picture_path, default=picture, help="(%(default)s)")
+    add("--output", type=picture_path, default=f"outputs/{name}.png", help="(%(default)s)")
     args = parser.parse_args(argv)
     if args.samples < SHOWN * CLASSES:
         parser.error(f"--samples: expected at least {SHOWN * CLASSES}, got {args.samples}")
     return args
 
 
+def compare(
+    draw: Callable[[float, Tensor], Pixels],
+    data: Digits,
+    scales: Sequence[float],
+    samples: int,
+    output: Path,
+) -> None:
+    """Draw digits of every class at every scale, measure them, and leave a picture."""
+    quality, labels, drawn = Quality(data), torch.arange(samples) % CLASSES, {}
+    heads = ("classed as asked", "energy distance", "precision", "recall", "near training")
+    print(f"{'scale':<10}" + "".join(f"{head:>18}" for head in heads))
+    for scale in scales:
+        drawn[scale] = draw(scale, labels)
+        print(table_row(f"{scale:g}", quality, drawn[scale], labels), flush=True)
+    rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:samples]
+    print(table_row("training", quality, pixels(data.train[rows]), data.labels[rows]))
+    save(draw_figure(drawn, labels), output)
+    print(f"\npicture {output}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, sample every class at every scale, and leave a picture."""
-    args = options(argv)
-    data = load()
-    quality = Quality(data)
-    start = time.perf_counter()
+    args = options(argv, __doc__)
+    data, start = load(), time.perf_counter()
     model = train(data, args.train_steps, args.seed)
-    print(f"training {time.perf_counter() - start:.0f} s\n\n{table_head()}")
-    labels = torch.arange(args.samples) % CLASSES
-    drawn = {}
-    for scale in args.scales:
-        drawn[scale] = draw(model, scale, labels, args.steps, args.seed)
-        print(table_row(f"{scale:g}", quality, drawn[scale], labels), flush=True)
-    rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    rows = rows[: args.samples]
-    print(table_row("training", quality, pixels(data.train[rows]), data.labels[rows]))
-    save(draw_figure(drawn, labels), args.output)
-    print(f"\npicture {args.output}")
+    print(f"training {time.perf_counter() - start:.0f} s\n")
+    compare(
+        lambda scale, labels: draw(model, scale, labels, args.steps, args.seed),
+        data, args.scales, args.samples, args.output,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,21 +13,19 @@ at it takes half a minute:
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 
 import torch
-from conditional_digits import CLASSES, SHOWN, draw_figure, table_head, table_row
-from digits import Digits, Pixels, Quality, load, pixels
-from helpers import count, picture_path, save
+from conditional_digits import CLASSES, compare, options
+from digits import Digits, Pixels, load, pixels
+from helpers import fit
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusionkit import (
     DDIM,
     EDMSDE,
-    EMA,
     ClassifierGuidance,
     EDMModel,
     EDMWeighting,
@@ -37,7 +35,6 @@ from diffusionkit import (
     PCSampler,
     ScoreMatching,
     ScoreModel,
-    clipped_step,
     train_noise_classifier,
 )
 from diffusionkit.networks import MLP
@@ -53,18 +50,12 @@ def train(data: Digits, steps: int, seed: int) -> ScoreModel:
     spread = float(images.std())
     model = EDMModel(MLP(images.shape[1], width=192, depth=4), EDMSDE(), sigma_data=spread)
     objective = ScoreMatching(EDMWeighting(spread), times=LogNormalTimes())
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    ema = EMA(model, decay=EMA_DECAY)
-    for _ in tqdm(range(steps), desc="model", unit="step"):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(images), (BATCH,))
-        objective(model, images[rows]).mean().backward()  # type: ignore[no-untyped-call]
-        clipped_step(optimizer)
-        schedule.step()
-        ema.update(model)
-    model.load_state_dict(ema.model.state_dict())
+        return objective(model, images[rows])
+
+    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY, name="model")
     return model
 
 
@@ -97,34 +88,15 @@ def draw(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, sample every class at every scale, and leave a picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--train-steps", type=count, default=3000, help="of both trainings (%(default)s)")
-    add("--samples", type=count, default=500, help="of each scale (%(default)s)")
-    add("--steps", type=count, default=50, help="of the sampler (%(default)s)")
-    add("--scales", type=float, nargs="+", default=SCALES, help="of guidance (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
-    picture = "outputs/guided_digits.png"
-    add("--output", type=picture_path, default=picture, help="(%(default)s)")
-    args = parser.parse_args(argv)
-    if args.samples < SHOWN * CLASSES:
-        parser.error(f"--samples: expected at least {SHOWN * CLASSES}, got {args.samples}")
-    data = load()
-    quality = Quality(data)
-    start = time.perf_counter()
+    args = options(argv, __doc__, name="guided_digits", train_steps=3000, scales=SCALES)
+    data, start = load(), time.perf_counter()
     model = train(data, args.train_steps, args.seed)
     classifier = train_classifier(data, model, args.train_steps, args.seed)
-    print(f"training {time.perf_counter() - start:.0f} s\n\n{table_head()}")
-    labels = torch.arange(args.samples) % CLASSES
-    drawn = {}
-    for scale in args.scales:
-        drawn[scale] = draw(model, classifier, scale, labels, args.steps, args.seed)
-        print(table_row(f"{scale:g}", quality, drawn[scale], labels), flush=True)
-    rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    rows = rows[: args.samples]
-    print(table_row("training", quality, pixels(data.train[rows]), data.labels[rows]))
-    save(draw_figure(drawn, labels), args.output)
-    print(f"\npicture {args.output}")
+    print(f"training {time.perf_counter() - start:.0f} s\n")
+    compare(
+        lambda scale, labels: draw(model, classifier, scale, labels, args.steps, args.seed),
+        data, args.scales, args.samples, args.output,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

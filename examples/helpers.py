@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusionkit import EMA, clipped_step
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    *,
+    rate: float,
+    decay: float,
+    optimizer: type[torch.optim.Adam] = torch.optim.Adam,
+    name: str = "training",
+) -> None:
+    """Train a model by the losses (B,) of batches, and leave it with the average of its weights.
+
+    The learning rate goes up to `rate` in the first tenth of the steps, then down to nothing; the
+    average has the decay `decay`.
+    """
+    method = optimizer(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        method, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    ema = EMA(model, decay=decay)
+    for _ in tqdm(range(steps), desc=name, unit="step", leave=False):
+        loss().mean().backward()  # type: ignore[no-untyped-call]
+        clipped_step(method)
+        schedule.step()
+        ema.update(model)
+    model.load_state_dict(ema.model.state_dict())
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 import torch
 from bits_per_dim import DATA, SIZE, Images, cell
-from helpers import count, energy_distance, save, write
+from helpers import count, energy_distance, fit, save, write
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusionkit import (
     DDIM,
-    EMA,
     VLB,
     Ancestral,
     BitsPerDim,
@@ -46,7 +46,6 @@ from diffusionkit import (
     Predictor,
     ScoreMatching,
     ScoreModel,
-    clipped_step,
     evaluate_bits_per_dim,
 )
 from diffusionkit.networks import MLP
@@ -91,19 +90,15 @@ def train(images: Images, schedule: str, name: str, args: argparse.Namespace, se
     chain = CHAINS[schedule](args.chain_steps)
     model = EpsModel(network, chain, variance="learned_range" if learned else None)
     loss_of = objective(name, decoder)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule_of_rates = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=args.train_steps, pct_start=0.1, cycle_momentum=False
-    )
-    ema, data = EMA(network, decay=EMA_DECAY), decoder.encode(images.train)
-    steps = range(args.train_steps)
-    for _ in tqdm(steps, desc=f"{schedule}, {name}, seed {seed}", unit="step", leave=False):
-        rows = torch.randint(len(data), (BATCH,))
-        loss_of(model, data[rows]).mean().backward()  # type: ignore[no-untyped-call]
-        clipped_step(optimizer)
-        schedule_of_rates.step()
-        ema.update(network)
-    network.load_state_dict(ema.model.state_dict())
+    data = decoder.encode(images.train)
+
+    def loss() -> Tensor:
+        return loss_of(model, data[torch.randint(len(data), (BATCH,))])
+
+    fit(
+        model, loss, args.train_steps, rate=LEARNING_RATE, decay=EMA_DECAY,
+        name=f"{schedule}, {name}, seed {seed}",
+    )  # fmt: skip
     return network
 
 

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from helpers import fit
 from series_and_patches import windows
 from sklearn.datasets import load_sample_images
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusionkit import (
     EDMSDE,
-    EMA,
     EDMModel,
     EDMWeighting,
     LogNormalTimes,
     ScoreMatching,
-    clipped_step,
 )
 from diffusionkit.checkpoints import load_network, save_network
 from diffusionkit.networks import NCSNpp
@@ -82,18 +80,12 @@ def train(data: Tensor, steps: int, seed: int) -> NCSNpp:
     )
     model = model_of(network)
     objective = ScoreMatching(EDMWeighting(SIGMA_DATA), times=LogNormalTimes(mean=-0.8))
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    ema = EMA(network, decay=EMA_DECAY)
-    for _ in tqdm(range(steps), desc="training", unit="step"):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(data), (BATCH,))
-        objective(model, data[rows]).mean().backward()  # type: ignore[no-untyped-call]
-        clipped_step(optimizer)
-        schedule.step()
-        ema.update(network)
-    network.load_state_dict(ema.model.state_dict())
+        return objective(model, data[rows])
+
+    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY)
     return network
 
 

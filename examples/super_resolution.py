@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from helpers import count, energy_distance, picture_path, save
+from helpers import count, energy_distance, fit, picture_path, save
 from matplotlib.figure import Figure
 from photographs import SIZE, load
 from torch import Tensor
@@ -27,7 +27,6 @@ from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import tqdm
 
 from diffusionkit import (
-    EMA,
     Ancestral,
     Clip,
     DDPMChain,
@@ -36,7 +35,6 @@ from diffusionkit import (
     Hybrid,
     PCSampler,
     ScoreModel,
-    clipped_step,
 )
 from diffusionkit.networks import ADMUNet
 
@@ -69,19 +67,12 @@ def train(images: Tensor, steps: int, seed: int) -> ScoreModel:
     )
     model = EpsModel(network, DDPMChain.cosine(1000), variance="learned_range")
     objective = Hybrid()
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    ema = EMA(model, decay=EMA_DECAY)
-    for _ in tqdm(range(steps), desc="training", unit="step"):
+
+    def loss() -> Tensor:
         x0 = images[torch.randint(len(images), (BATCH,), generator=generator)]
-        loss = objective(model, x0, low_res=shrink(x0), generator=generator)
-        loss.mean().backward()  # type: ignore[no-untyped-call]
-        clipped_step(optimizer)
-        schedule.step()
-        ema.update(model)
-    model.load_state_dict(ema.model.state_dict())
+        return objective(model, x0, low_res=shrink(x0), generator=generator)
+
+    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY, optimizer=torch.optim.AdamW)
     return model
 
 

@@ -85,5 +85,5 @@ def test_as_asked(example):
 
 def test_too_few_samples_for_the_picture_are_refused(example, capsys):
     with pytest.raises(SystemExit):
-        example.options(["--samples", "59"])
+        example.options(["--samples", "59"], None)
     assert "--samples: expected at least 60, got 59" in capsys.readouterr().err
