@@ -39,6 +39,7 @@ from diffusionkit import (
     GaussianMixtureModel,
     Heun,
     KarrasGrid,
+    LogSNRGrid,
     PCSampler,
     Predictor,
     ProbabilityFlow,
@@ -67,6 +68,7 @@ DETERMINISTIC = {
     "UniPC 2": Solver(UniPC(order=2)),
     "UniPC 3": Solver(UniPC(order=3)),
     "DEIS 3": Solver(DEIS(order=3)),
+    "DEIS 4": Solver(DEIS(order=4)),
     "LMS 4": Solver(LMS(order=4)),
 }
 STOCHASTIC = {
@@ -84,18 +86,18 @@ class Point(NamedTuple):
     value: float
 
 
-def runs(model: ScoreModel, solver: Solver, z: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
+def runs(
+    model: ScoreModel, solver: Solver, z: Tensor, grid: KarrasGrid | LogSNRGrid, seed: int = 0
+) -> Iterator[tuple[int, Tensor]]:
     """Yield evaluations and samples from the same codes z (n, d), by a solver with more steps."""
     for evaluations in EVALUATIONS:
         steps = max(2, evaluations // solver.evaluations)
-        sampler = PCSampler(
-            model, solver.predictor, grid=KarrasGrid(rho=7.0, to_zero=True), steps=steps
-        )
+        sampler = PCSampler(model, solver.predictor, grid=grid, steps=steps)
         x = sampler(z, generator=torch.Generator().manual_seed(seed))
         yield sampler.nfe, x
 
 
-def adaptive(model: ScoreModel, z: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
+def adaptive(model: ScoreModel, z: Tensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
     """Yield evaluations and samples of the adaptive solver with smaller tolerances."""
     for rtol in TOLERANCES:
         sampler = PCSampler(model, AdaptiveSDE(rtol=rtol), steps=1, grid=KarrasGrid())
@@ -121,7 +123,7 @@ def on_mixture(n: int) -> dict[str, list[Point]]:
     z = model.sde.prior_sample((n, 1), generator=generator, dtype=torch.float64)
     exact = exact_flow(model, z, 1e-10)
     return {
-        name: [Point(nfe, rms(x, exact)) for nfe, x in runs(model, solver, z, 0)]
+        name: [Point(nfe, rms(x, exact)) for nfe, x in runs(model, solver, z, LogSNRGrid())]
         for name, solver in DETERMINISTIC.items()
     }
 
@@ -134,12 +136,12 @@ def on_digits(
     exact = exact_flow(model, z, 1e-6)
     errors, energies = {}, {}
     for name, solver in (DETERMINISTIC | STOCHASTIC).items():
-        found = list(runs(model, solver, z, 0))
+        found = list(runs(model, solver, z, KarrasGrid(to_zero=True)))
         if name in DETERMINISTIC:
             errors[name] = [Point(nfe, rms(x, exact)) for nfe, x in found]
         energies[name] = [Point(nfe, quality.energy_distance(pixels(x))) for nfe, x in found]
     energies["adaptive"] = [
-        Point(nfe, quality.energy_distance(pixels(x))) for nfe, x in adaptive(model, z, 0)
+        Point(nfe, quality.energy_distance(pixels(x))) for nfe, x in adaptive(model, z)
     ]
     return errors, energies
 

@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusionkit import Perturbed, Prediction, Step, expand
-from diffusionkit.values import add_noise
+from diffusionkit.values import add_noise, linear
 
 
 def setup(dtype=torch.float64):
@@ -137,3 +138,15 @@ def test_add_noise(std):
     assert torch.equal(add_noise(mean.requires_grad_(), std, noise, 2.0), expected)
     with torch.no_grad():
         assert torch.equal(add_noise(mean, std, noise, 2.0), expected)
+
+
+def test_coefficients_may_be_any_number():
+    """An integer is the float it equals, for values and for what is refused."""
+    x, x0, *_ = setup()
+    for one, two in ((1, 2), (np.float32(1), np.float64(2))):
+        assert torch.equal(linear(one, x, two, x0), x + 2 * x0)
+    exact = Prediction.from_output(x, x0, 1, 0, a=1, b=0)
+    assert exact.x0 is x0
+    assert torch.equal(exact.combine(x=3, x0=2), 3 * x + 2 * x0)
+    with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
+        _ = Prediction.from_eps(x, x0, 0, 1).x0

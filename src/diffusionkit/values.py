@@ -32,11 +32,11 @@ def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
 
 
 def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Tensor:
-    """Return first * x + second * y for coefficients (B,) or floats, in the dtype of x."""
+    """Return first * x + second * y for coefficients (B,) or numbers, in the dtype of x."""
     second = expand(second, y)
     out = x * expand(first, x)
     # In place: for images, fresh memory costs more than the arithmetic.
-    out = out.add_(y, alpha=second) if isinstance(second, float) else out.addcmul_(y, second)
+    out = out.addcmul_(y, second) if isinstance(second, Tensor) else out.add_(y, alpha=second)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
@@ -330,7 +330,7 @@ class Prediction:
 
 
 def _is(coefficient: Coefficient, value: float) -> bool:
-    return isinstance(coefficient, float) and coefficient == value
+    return not isinstance(coefficient, Tensor) and coefficient == value
 
 
 def _scaled(factor: Coefficient, x: Tensor) -> Tensor:

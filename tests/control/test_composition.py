@@ -121,10 +121,10 @@ TRAVELS = {"once": None, "travel": TimeTravel(jump=5, repeats=2)}
 def check(process, predictor, guidance, corrector, constraint, travel):
     sde = PROCESSES[process]
     model, cond, mean, std = GUIDANCE[guidance](sde)
-    adaptive = isinstance(PREDICTORS[predictor], AdaptiveSDE)
+    steps = {AdaptiveSDE: STEPS // 8, Euler: 10 * STEPS}.get(type(PREDICTORS[predictor]), STEPS)
     sampler = PCSampler(
         model, PREDICTORS[predictor], CORRECTORS[corrector], grid=LogSNRGrid(),
-        steps=STEPS // 8 if adaptive else STEPS,
+        steps=steps,
         constraint=CONSTRAINTS[constraint], travel=TRAVELS[travel],
     )  # fmt: skip
     x = sampler((N, 3), generator=torch.Generator().manual_seed(0), **cond)

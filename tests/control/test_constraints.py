@@ -80,6 +80,30 @@ def test_a_mean_and_data_are_not_noised(name):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_coefficients_may_be_integers():
+    """The data themselves are at alpha = 1 and sigma = 0, which draws nothing."""
+    operator, before = OPERATORS["pool"], torch.get_rng_state()
+    constraint = LinearMeasurement(operator, operator(X))
+    state = drawn(2, 3, 4, 6, seed=2)
+    assert torch.equal(constraint(state, 1, 0), constraint(state, 1.0, 0.0))
+    assert torch.equal(before, torch.get_rng_state())
+    found = (constraint(state, a, s, generator=seeded()) for a, s in ((0, 2), (0.0, 2.0)))
+    assert torch.equal(*found)
+
+
+DEPENDENT = torch.tensor([[1.0, 2.0, 0.0], [3.0, 6.0, 0.0]])
+
+
+def test_rows_that_depend_on_one_another():
+    """The second measures three times what the first does; a 5 less is no measurement of it."""
+    rows, y = DEPENDENT, torch.tensor([[0.5, 1.5], [-2.0, -6.0], [0.0, 0.0]], requires_grad=True)
+    x = LinearMeasurement(rows, y)(drawn(3, 3).float(), 1.0, 0.0)
+    torch.testing.assert_close(x @ rows.T, y.detach())
+    # The nearest to (1, -2) on (1, 3) is (-.5, -1.5).
+    with pytest.raises(ValueError, match=r"y: .* values up to 6 that are off by 1\.5"):
+        LinearMeasurement(rows, torch.tensor([[1.0, -2.0], [2.0, 6.0]]))
+
+
 def test_orthonormal_rows_by_hand():
     """x + A^T (alpha y + sigma A z - A x)."""
     rows = torch.linalg.qr(drawn(4, 2)).Q.T.contiguous()
@@ -98,6 +122,7 @@ def test_masks_in_every_shape():
         (data, drawn(4, 6, seed=1) > 0),
         (data, drawn(2, 1, 4, 6, seed=1) > 0),
         (data[0], drawn(2, 3, 4, 6, seed=1) > 0),  # one image, a mask for each sample
+        (data[:1], drawn(2, 1, 4, 6, seed=1) > 0),
         (data[:1], (drawn(1, 4, 1, seed=1) > 0).int()),
         (data[0], (drawn(3, 1, 6, seed=1) > 0).float()),
     ):
@@ -300,7 +325,12 @@ KNOWN = Inpainting(torch.tensor([NAN, 1.0]), torch.tensor([0, 1]))
             ValueError,
             r"mask: .*\(2, 3, 4, 6\), got \(4, 5",
         ),
-        (lambda: Inpainting(X[0, :1], torch.ones(3, 4, 6)), ValueError, "mask: expected a shape"),
+        (lambda: Inpainting(X[0, :, :1], torch.ones(3, 4, 6)), ValueError, "mask: expected a shap"),
+        (
+            lambda: Inpainting(X[:1], torch.ones(2, 2, 3, 4, 6)),
+            ValueError,
+            "mask: expected a shape",
+        ),
         (lambda: Inpainting(X, torch.ones(1, 1, 2, 3, 4, 6)), ValueError, "mask: expected a shape"),
         (
             lambda: Inpainting(torch.tensor([NAN, 1.0]), torch.ones(2)),

@@ -19,11 +19,13 @@ from diffusionkit import (
     ReverseDiffusion,
     X0Model,
 )
+from diffusionkit.control.classifier import NoiseClassifier
 from diffusionkit.control.guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     GradientGuidance,
 )
+from diffusionkit.control.linear_gaussian import LinearGaussianGuidance
 from diffusionkit.testing import check_score_model
 
 
@@ -330,11 +332,41 @@ def test_bad_likelihoods(plain, log_likelihood, match) -> None:
         GradientGuidance(plain, log_likelihood).predict(x, t)
 
 
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (DDPMChain.cosine(100), "expected the process of the model, VPSDE .* got DDPMChain with"),
+        (VPSDE(beta_max=10.0), "expected the process of the model, VPSDE .* got VPSDE with"),
+        (EDMSDE(), "classifier: expected a process with T = 1, got 80"),
+    ],
+    ids=["chain", "beta", "T"],
+)
+def test_a_classifier_of_another_process(plain, other, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        ClassifierGuidance(plain, NoiseClassifier(lambda x, label: x, other))
+    ClassifierGuidance(plain, NoiseClassifier(lambda x, label: x, VPSDE()))  # one like it
+    free = lambda x, t: x  # noqa: E731
+    free.sde = "no process"
+    ClassifierGuidance(plain, free)
+
+
+def test_it_says_what_it_is(plain) -> None:
+    assert "ClassifierGuidance(\n  scale=2.5\n" in repr(ClassifierGuidance(plain, len, 2.5))
+    assert "scale=0.5" in repr(GradientGuidance(plain, len, 0.5))
+    free = ClassifierFreeGuidance(plain, 3.0, (0.1, 2.0), 0.7, null={"labels": 10})
+    assert "scale=3.0, interval=(0.1, 2.0), rescale=0.7, null=['labels']" in repr(free)
+    linear = LinearGaussianGuidance(plain, len, torch.ones(1, 1), 0.25)
+    assert "noise_std=0.25, iterations=20, tolerance=1e-06" in repr(linear)
+
+
 def test_no_data_left_to_guide() -> None:
     sde = DDPMChain.linear(100).zero_terminal_snr()
     model = X0Model(lambda x, label: x, sde)
     x, t = torch.zeros(2, 2), torch.ones(2)
     with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
         ClassifierGuidance(model, lambda x, t: x).predict(x, t, y=torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
-        PCSampler(GradientGuidance(model, lambda x0: x0.sum(1)), DDIM(), steps=2)((2, 2))
+    guided = GradientGuidance(model, lambda x0: -(x0**2).sum(1))
+    with pytest.raises(ValueError, match=r"got alpha = 0: .* a sampler's grid of times such as"):
+        PCSampler(guided, DDIM(), steps=2)((2, 2))
+    times = torch.linspace(0.99 * sde.T, sde.t_stop, 3)  # what it says
+    assert PCSampler(guided, DDIM(), steps=2, grid=times)((2, 2)).isfinite().all()

@@ -267,6 +267,45 @@ def test_operators_that_do_not_match(operator, y, match) -> None:
         LinearGaussianGuidance(model, operator, y, 0.1).predict(x, t)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("operator", "what"),
+    [
+        (lambda x0: x0[:, :2] ** 2, r"A \(u \+ v\) = A u \+ A v"),
+        (lambda x0: x0[:, :2].clamp(-0.5, 0.5), r"A \(u \+ v\)"),
+        (lambda x0: x0[:, :2] + 1, "A 0 = 0"),
+        (lambda x0: x0[:, :2] * math.nan, "A 0 = 0"),
+    ],
+    ids=["square", "clamp", "affine", "nan"],
+)
+def test_operators_that_are_not_linear(dtype, operator, what) -> None:
+    model = X0Model(lambda x, label: x, VPSDE())
+    x, t = torch.randn(6, DIMS, dtype=dtype), torch.linspace(0.1, 0.9, 6)
+    with pytest.raises(ValueError, match=f"operator: expected a linear function, with {what}"):
+        LinearGaussianGuidance(model, operator, torch.ones(1, 2), 0.3).predict(x, t)
+    LinearGaussianGuidance(model, measure, torch.ones(1, 2), 0.3).predict(x, t)
+
+
+def test_an_operator_is_checked_once() -> None:
+    calls = []
+
+    def counted(x0):
+        calls.append(x0)
+        return measure(x0)
+
+    model = X0Model(lambda x, label: x, VPSDE())
+    guided = LinearGaussianGuidance(model, counted, Y.unsqueeze(0), 0.3, iterations=1)
+    state = torch.get_rng_state()
+    x, t = states(VPSDE(), 3, DIMS)
+    counts = []
+    for _ in range(3):
+        calls.clear()
+        guided.predict(x, t)
+        counts.append(len(calls))
+    assert counts == [6, 2, 2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_no_data_left_to_guide() -> None:
     model = X0Model(lambda x, label: x, DDPMChain.linear(100).zero_terminal_snr())
     guided = LinearGaussianGuidance(model, measure, Y.unsqueeze(0), 0.1)

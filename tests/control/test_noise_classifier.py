@@ -209,6 +209,9 @@ def test_bad_classifiers(make, error, match) -> None:
         ({"labels": torch.full((6,), 2)}, ValueError, r"y: expected labels in \[0, 2\)"),
         ({"steps": 0}, ValueError, "steps: expected an integer >= 1"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1"),
+        ({"sde": DDPMChain.cosine(100)}, ValueError, "classifier: expected the process of the"),
+        ({"times": 3}, TypeError, "times: expected a TimeSampler, got int"),
+        ({"generator": [seeded()]}, TypeError, "generator: expected a Generator, got list"),
         ({"lr": 0.0}, ValueError, "lr: expected a finite number > 0"),
         ({"lr": math.nan}, ValueError, "lr: expected a finite number > 0"),
     ],
@@ -233,9 +236,30 @@ def test_bad_training(change, error, match) -> None:
         (torch.zeros(2, 2), [0, 2], None, ValueError, r"y: expected labels in \[0, 2\)"),
         (torch.zeros(2, 2), [0], None, ValueError, r"y: expected one label"),
         (torch.zeros(2, 2), [0, 1], torch.ones(3), ValueError, "t: expected one time"),
+        (
+            torch.zeros(2, 2),
+            [0, 1],
+            0.5,
+            TypeError,
+            r"t: expected a tensor of shape \(B,\), got fl",
+        ),
     ],
 )
 def test_bad_losses(x0, y, t, error, match) -> None:
     sde = DDPMChain.linear(100)
     with pytest.raises(error, match=match):
         classifier_loss(lambda x, t: x, sde, x0, torch.tensor(y), t=t)
+
+
+def test_losses_of_two_laws_of_time_or_another_process() -> None:
+    x0, y = torch.zeros(2, 2), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="expected times or t, got both"):
+        classifier_loss(lambda x, t: x, VPSDE(), x0, y, t=torch.ones(2), times=Two())
+    classifier = NoiseClassifier(lambda x, label: x, VPSDE())
+    with pytest.raises(ValueError, match=r"classifier: expected the process .* got VPSDE with"):
+        classifier_loss(classifier, VPSDE(beta_max=10.0), x0, y)
+
+
+def test_it_says_what_it_is() -> None:
+    said = repr(NoiseClassifier(len, VPSDE(), 0.7, label=TimeLabel(999.0)))
+    assert "sigma_data=0.7, label=TimeLabel(scale=999.0)" in said

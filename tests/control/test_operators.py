@@ -1,5 +1,6 @@
 """Linear operators against dense matrices and their pseudo-inverses."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -134,6 +135,53 @@ def test_blur_leaves_out_what_it_cannot_undo():
         torch.testing.assert_close(operator.inverse(blurred), kept, rtol=1e-6, atol=1e-9)
 
 
+FRESH = {
+    "mask": lambda: Mask(torch.tensor([1, 0, 1, 1])),
+    "blur": lambda: Blur(torch.ones(3), (4,)),
+    "matrix": lambda: Matrix(drawn(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_tables_are_converted_once(name, monkeypatch):
+    """For each dtype, though the data come in another one between."""
+    operator, x = FRESH[name](), drawn(2, 4)
+    data = [x, x.float()]
+    wanted = [operator.inverse(operator(z)) for z in data]
+    used, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a: used.append(self) or to(self, *a))
+    for z, expected in zip(data, wanted, strict=True):
+        assert torch.equal(operator.inverse(operator(z)), expected)
+    assert all(one.shape == x.shape for one in used)  # data alone
+
+
+@pytest.mark.parametrize(
+    "around", [torch.inference_mode(), torch.func.grad, torch.func.vmap], ids=["mode", "grad", "vm"]
+)
+@pytest.mark.parametrize("name", FRESH)
+def test_tables_first_used_where_tensors_do_not_last(name, around):
+    """Afterwards there are gradients, and copies of the operator."""
+    operator, x = FRESH[name](), drawn(2, 4)
+
+    def size(x):
+        return operator.inverse(operator(x)).square().sum()
+
+    around(size)(x)
+    x.requires_grad_()
+    size(x).backward()
+    copied = copy.deepcopy(operator)
+    # A^+ A is an orthogonal projection.
+    torch.testing.assert_close(x.grad, 2 * copied.inverse(copied(x.detach())))
+
+
+def test_repr():
+    assert repr(Mask(torch.ones(4, 6))) == "Mask(of shape (4, 6))"
+    assert repr(AveragePool(4)) == "AveragePool(4, dims=2)"
+    assert repr(Gray()) == "Gray(3)"
+    assert repr(Blur(BOX, (4, 6))) == "Blur(kernel of shape (2, 3), size=(4, 6))"
+    assert repr(Matrix(drawn(3, 2, 4))) == "Matrix(rows of shape (3, 2, 4))"
+
+
 class Own(LinearOperator):
     def __init__(self, forward, inverse):
         self.forward, self.backward = forward, inverse
@@ -194,6 +242,7 @@ def test_a_pair_that_only_fits_one_way():
         (lambda: Blur([1.0], (4,)), TypeError, "kernel: expected a Tensor"),
         (lambda: Blur(torch.ones(5), (4,)), ValueError, r"no longer than the data's, \(4,\)"),
         (lambda: Blur(torch.ones(3, 3), (4,)), ValueError, "kernel: expected 1 axes"),
+        (lambda: Blur(torch.ones(3), 4), TypeError, "size: expected a Sequence, got int"),
         (lambda: Blur(torch.zeros(3), (4,)), ValueError, "not zero"),
         (lambda: Blur(torch.tensor([float("nan")]), (4,)), ValueError, "kernel: expected finite"),
         (lambda: Blur(torch.ones(3), (4,), floor=1.0), ValueError, r"floor: .*\(0, 1\), got 1"),

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from diffusionkit.metrics import extract_features, inception_features
 
@@ -29,6 +30,19 @@ def test_batches_are_put_together() -> None:
     assert sizes == [4, 4, 2]
     loader = (IMAGES[start : start + 3] for start in range(0, 10, 3))
     assert torch.equal(extract_features(loader, means, progress=False), means(IMAGES))
+
+
+def test_data_loaders() -> None:
+    """Images come first in their batches; labels, and batches of none, are nobody's features."""
+    loader = DataLoader(TensorDataset(IMAGES, torch.arange(10)), batch_size=4)
+    assert torch.equal(extract_features(loader, means, progress=False), means(IMAGES))
+    batches = [(IMAGES[:0], 1), (IMAGES[:7], 2), IMAGES[:0], IMAGES[7:]]
+    assert torch.equal(extract_features(batches, means, progress=False), means(IMAGES))
+
+
+def test_arrays_of_numpy() -> None:
+    found = extract_features(IMAGES, lambda x: means(x).numpy(), batch_size=4, progress=False)
+    assert torch.equal(found, means(IMAGES))
 
 
 def test_several_features() -> None:
@@ -69,9 +83,19 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"features \(10, d\) .* got \(5, 3\)"):
         extract_features(IMAGES, lambda x: means(x)[::2])
     with pytest.raises(TypeError, match="batches of tensors, got list"):
-        extract_features(iter([[IMAGES, 3]]), means)
-    with pytest.raises(ValueError, match="at least one batch, got none"):
-        extract_features([], means)
+        extract_features([[]], means)
+    with pytest.raises(TypeError, match="batches of tensors, got dict"):
+        extract_features([{"images": IMAGES}], means)
+    for nothing in ([], IMAGES[:0], [IMAGES[:0]]):
+        with pytest.raises(ValueError, match="images: expected at least one, got none"):
+            extract_features(nothing, means)
+    for wrong in ({"features": IMAGES}, ({"features": IMAGES},)):
+        with pytest.raises(TypeError, match=r"tensor \(B, d\) or a tuple of such, got dict"):
+            extract_features(IMAGES, lambda x, wrong=wrong: wrong)
+    with pytest.raises(ValueError, match=r"of \[4\] dimensions as before, got \[2\]"):
+        extract_features(IMAGES, lambda x: x.flatten(1)[:, : len(x)], batch_size=4)
+    with pytest.raises(ValueError, match=r"of \[3\] dimensions as before, got \[3, 3\]"):
+        extract_features(IMAGES, lambda x: (means(x),) * (1 + (len(x) == 2)), batch_size=4)
     with pytest.raises(ValueError, match="batch_size: expected an integer >= 1"):
         extract_features(IMAGES, means, batch_size=0)
 

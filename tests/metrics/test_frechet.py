@@ -64,6 +64,15 @@ def test_diagonal_gaussians() -> None:
     )
 
 
+def test_published_moments_are_arrays_of_numpy() -> None:
+    """They may be read-only, as those of np.load(..., mmap_mode="r")."""
+    x, y = normal(30, 4), normal(20, 4, seed=1)
+    pair = x.mean(0).numpy(), np.cov(x.T.numpy())
+    for array in pair:
+        array.flags.writeable = False
+    assert frechet_distance(pair, y) == pytest.approx(frechet_distance(x, y), rel=1e-12)
+
+
 def test_covariances_that_do_not_commute() -> None:
     """In the plane tr M^(1/2) = (tr M + 2 det(M)^(1/2))^(1/2)."""
     a = torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()
@@ -97,6 +106,15 @@ def test_singular_but_for_rounding() -> None:
         expected = float(root.square().sum()) + 21 - 2 * product
         found = frechet_distance((zero, root @ root.T), (zero, full.diag()))
         assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_covariances_in_reduced_precision() -> None:
+    """Rounding of a published covariance takes eigenvalues below zero, and is no reason to stop."""
+    x, y = normal(20, 60), normal(80, 60, seed=1)
+    covariance = moments_of(x).covariance.half()
+    assert torch.linalg.eigvalsh(covariance.double())[0] < -1e-3
+    found = frechet_distance((x.mean(0), covariance), y)
+    assert found == pytest.approx(frechet_distance(x, y), rel=1e-2)
 
 
 def test_fewer_samples_than_dimensions() -> None:
@@ -176,6 +194,11 @@ def test_single_precision_far_from_zero() -> None:
     torch.testing.assert_close(found.covariance.numpy(), exact, rtol=1e-9, atol=1e-15)
 
 
+def test_repr() -> None:
+    assert repr(FeatureMoments()) == "FeatureMoments(count=0, dims=0)"
+    assert repr(moments_of(normal(7, 4))) == "FeatureMoments(count=7, dims=4)"
+
+
 def test_states() -> None:
     x, y = normal(30, 4), normal(20, 4, seed=1)
     first = moments_of(x)
@@ -233,18 +256,34 @@ def test_bad_features() -> None:
 
 def test_bad_moments() -> None:
     mean, covariance = torch.zeros(2), torch.eye(2)
-    with pytest.raises(TypeError, match=r"real: expected FeatureMoments, features .* got list"):
+    with pytest.raises(TypeError, match=r"real: expected FeatureMoments, a tensor .* got list"):
         frechet_distance([1.0], (mean, covariance))
+    for wrong, got in (
+        (covariance.numpy(), "ndarray"),
+        ((mean, 1.0), "tuple of Tensor, float"),
+        ((mean, covariance, mean), "tuple of Tensor, Tensor, Tensor"),
+        ((), "tuple"),
+    ):
+        with pytest.raises(TypeError, match=f"real: .* mean and covariance, got {got}$"):
+            frechet_distance(wrong, (mean, covariance))
     with pytest.raises(
         ValueError, match=r"real: expected a mean \(d,\) .* got \(2,\) and \(3, 3\)"
     ):
         frechet_distance((mean, torch.eye(3)), (mean, covariance))
-    with pytest.raises(ValueError, match="fake: expected a finite"):
+    with pytest.raises(ValueError, match=r"fake: expected a finite .* got 2 values NaN"):
         frechet_distance((mean, covariance), (mean * math.nan, covariance))
-    with pytest.raises(ValueError, match="fake: expected a finite"):
+    with pytest.raises(ValueError, match=r"fake: expected a finite .* got 4 values NaN"):
         frechet_distance((mean, covariance), (mean, covariance * math.inf))
-    with pytest.raises(ValueError, match="real: expected a symmetric"):
+    with pytest.raises(ValueError, match=r"real: expected a symmetric .* got .* 0\.1 apart"):
         frechet_distance((mean, torch.tensor([[1.0, 0.5], [0.4, 1.0]])), (mean, covariance))
+    for name, pairs in (
+        ("real", ((mean, -covariance), (mean, covariance))),
+        ("fake", ((mean, covariance), (mean, torch.tensor([[1.0, 2.0], [2.0, 1.0]])))),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{name}: expected a covariance, got an eigen.* of -1,"
+        ):
+            frechet_distance(*pairs)
     moments = FeatureMoments()
     with pytest.raises(ValueError, match="expected count, mean and scatter, got"):
         moments.load_state_dict({"mean": mean})

@@ -63,6 +63,23 @@ def test_a_run_that_was_stopped_goes_on(tmp_path) -> None:
     assert {file.suffix for file in folder.iterdir()} == {".npy", ".json"}
 
 
+def test_a_larger_count_adds_to_a_smaller(tmp_path) -> None:
+    whole, calls = sample(tmp_path / "whole"), []
+    folder = tmp_path / "run"
+    sample_to_shards(draw, 12, folder, batch_size=5, progress=False)
+    times = [(folder / f"{start:08d}.npy").stat().st_mtime_ns for start in (0, 5)]
+
+    def counted(n, generators):
+        calls.append(n)
+        return draw(n, generators)
+
+    for _ in range(2):
+        sample_to_shards(counted, 21, folder, batch_size=5, progress=False)
+        assert calls == [5, 5, 1]  # of the last shard of the smaller run, all
+        assert torch.equal(torch.cat(list(load_shards(folder))), whole)
+    assert times == [(folder / f"{start:08d}.npy").stat().st_mtime_ns for start in (0, 5)]
+
+
 def test_other_settings_are_refused(tmp_path) -> None:
     about = {"checkpoint": "a.pt", "grid": (1, 2)}
     whole = sample(tmp_path, settings=about)
@@ -78,8 +95,11 @@ def test_other_settings_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match="expected samples of the settings"):
             sample(tmp_path, **{"settings": about} | other)
+    with pytest.raises(ValueError, match=r"count: expected at least 21, .* got 20"):
+        sample_to_shards(draw, 20, tmp_path, batch_size=5, settings=about)
     with pytest.raises(ValueError, match="expected samples of the settings"):
-        sample_to_shards(draw, 22, tmp_path, batch_size=5, settings=about)
+        sample_to_shards(draw, 22, tmp_path, batch_size=5, seed=1, settings=about)
+    assert json.loads((tmp_path / "settings.json").read_text()) == kept
     assert torch.equal(torch.cat(list(load_shards(tmp_path))), whole)
 
 
@@ -119,6 +139,10 @@ def test_bad_samples(tmp_path) -> None:
     for wrong in ((1.0, 1.0), (1.0, -1.0), (0.0, math.inf), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="finite low < high"):
             to_uint8(x, wrong)
+    with pytest.raises(TypeError, match=r"expected a pair \(low, high\), got float"):
+        to_uint8(x, 1.0)
+    with pytest.raises(ValueError, match=r"expected a pair \(low, high\), got \(0, 1, 2\)"):
+        to_uint8(x, (0, 1, 2))
     for number, (found, error, said) in enumerate(
         [
             (x, ValueError, "2 of 4 with NaN"),
@@ -143,9 +167,17 @@ def test_bad_numbers(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             sample_to_shards(draw, 4, tmp_path / "none", **options)
+    for settings, said in (
+        ([("steps", 3)], "settings: expected a mapping, got list"),
+        ({"a": math.nan}, r"settings: expected what JSON can express, got {'a': nan}"),
+        ({"a": torch.zeros(2)}, r"settings: expected what JSON can express, got {'a': tensor"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            sample_to_shards(draw, 4, tmp_path / "none", settings=settings)
     with pytest.raises(ValueError, match="count: expected an integer >= 1"):
         sample_to_shards(draw, 0, tmp_path / "none")
     with pytest.raises(TypeError, match="draw: expected a callable"):
         sample_to_shards(None, 4, tmp_path / "none")
     with pytest.raises(FileNotFoundError):
         load_shards(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionkit import EDMSDE, VESDE, VPSDE, GaussianMixtureModel, ProbabilityFlow, SubVPSDE
+from diffusionkit import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    ClassifierGuidance,
+    GaussianMixtureModel,
+    ProbabilityFlow,
+    SubVPSDE,
+)
 from diffusionkit.interfaces import ScoreModel
 from diffusionkit.sampling.latent import slerp
 
@@ -72,6 +80,8 @@ def test_slerp_refuses():
         (-a, 0.5, "neither zero nor opposite"),
         (0 * a, 0.5, "neither zero nor opposite"),
         (torch.full((2, 3), math.nan), 0.5, "b: expected finite values"),
+        (a, math.nan, "weight: expected finite values"),
+        (a, torch.tensor([0.5, math.inf]), "weight: expected finite values, got 1"),
         (a, torch.ones(3), r"one for each sample, shape \(2,\), got \(3,\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -142,6 +152,15 @@ def test_conditions_of_an_interpolation():
     both = flow.interpolate(x, y, steps=3, mean=mean, table=torch.ones(()))
     torch.testing.assert_close(both, torch.cat(alone, 1), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(both[1, 1], plain[1, 1], atol=0.01)
+
+
+def test_conditions_may_have_the_names_of_the_ends():
+    """A label is called y."""
+    model = GaussianMixtureModel(VPSDE(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), [0.3, 0.3])
+    guided = ClassifierGuidance(model, lambda x, t: x, scale=0.0)
+    x, z = torch.tensor([[[0.9, 0.1]], [[-1.1, 0.2]]])
+    path = ProbabilityFlow(guided).interpolate(x, z, 3, y=torch.tensor([1]))
+    torch.testing.assert_close(path[2], z, rtol=0, atol=1e-2)
 
 
 def test_interpolation_refuses():

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from diffusionkit.interfaces import ForwardSDE
 from diffusionkit.models import EpsModel, VModel, X0Model
-from diffusionkit.sampling import DDIM, Ancestral, PCSampler
+from diffusionkit.sampling import DDIM, Ancestral, EulerMaruyama, PCSampler
+from diffusionkit.sampling.adaptive import AdaptiveSDE
+from diffusionkit.sampling.heun import Euler, Heun
 from diffusionkit.sde.chain import DDPMChain
 
 
@@ -97,6 +99,28 @@ def test_a_noise_model_cannot_start_there() -> None:
     chain = DDPMChain.linear(50).zero_terminal_snr()
     with pytest.raises(ValueError, match=r"expected alpha > 0.*predict x0 or v"):
         PCSampler(EpsModel(lambda x, label: x, chain), DDIM(), steps=49)((3, 2))
+
+
+@pytest.mark.parametrize(
+    "predictor", [EulerMaruyama(), Euler(), Heun(), Heun(churn=20.0), AdaptiveSDE()]
+)
+def test_solvers_of_the_process_itself_cannot_start_there(predictor) -> None:
+    """The drift at alpha = 0 is infinite; from a smaller time on, the same chain is solved."""
+    chain = DDPMChain.linear(50).zero_terminal_snr()
+    model = X0Model(lambda x, label: 0.5 * torch.ones_like(x), chain)
+    message = rf"begin where alpha > 0, .* got t = 1 with {type(predictor).__name__}; take a pred"
+    with pytest.raises(ValueError, match=message):
+        PCSampler(model, predictor, steps=49)
+    if predictor != Heun(churn=20.0):  # a step alone has none
+        x, t = torch.ones(2, 1), f64(0.5, 1)
+        with pytest.raises(ValueError, match=message):
+            predictor.step(model, x, t, t - 0.02)
+        with torch.no_grad():
+            later = predictor.step(model, x, t - 0.02, t - 0.04)
+        assert torch.isfinite(later.x).all()
+    sampler = PCSampler(model, predictor, grid=torch.linspace(0.98, 0.02, 25, dtype=torch.float64))
+    x = sampler(torch.randn((2, 1), generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(x, torch.full((2, 1), 0.5), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -11,7 +11,29 @@ from torch import Tensor
 from .._checks import check_number, check_part, readable
 from .._numerics import instant
 from ..interfaces import ForwardSDE, ScoreModel
-from ..values import Coefficient, Prediction, linear
+from ..values import Coefficient, Prediction, expand, linear
+
+
+class GuidedPrediction(Prediction):
+    """Data and noise of a state in half precision, kept in float32 and handed out as the state is.
+
+    Where alpha is 5e-5, as at the end of a cosine chain, guided data can be beyond float16.
+    """
+
+    __slots__ = ()
+
+    @property
+    def x0(self) -> Tensor:
+        """The predicted data (B, *D)."""
+        return super().x0.to(self._x.dtype)
+
+    @property
+    def eps(self) -> Tensor:
+        """The predicted noise (B, *D)."""
+        return super().eps.to(self._x.dtype)
+
+    def _noise(self, factor: Coefficient) -> Tensor:
+        return super()._noise(factor).to(self._x.dtype)
 
 
 class GuidedModel(ScoreModel):
@@ -33,7 +55,8 @@ class GuidedModel(ScoreModel):
         if known and float(torch.as_tensor(alpha).min()) == 0.0:
             raise ValueError(
                 "expected alpha > 0, got alpha = 0: a gradient of the score does not determine "
-                "the data there; start a little before"
+                "the data there; begin a little before, with a sampler's grid of times such as "
+                "torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
             )
         return alpha, sigma
 
@@ -44,15 +67,42 @@ class GuidedModel(ScoreModel):
         however small sigma or alpha.
         """
         alpha, sigma = self._kernel(t)
-        return Prediction(
+        return GuidedPrediction(
             x,
-            linear(1.0, _settled(said.x0), sigma * (sigma / alpha), push),
-            linear(1.0, _settled(said.eps), -sigma, push),
+            linear(1.0, _settled(wide_data(said, alpha)), sigma * (sigma / alpha), push),
+            linear(1.0, _settled(widened(said.eps)), -sigma, push),
             alpha,
             sigma,
             None if said.log_var is None else _settled(said.log_var),
             None if said.log_var_fraction is None else _settled(said.log_var_fraction),
         )
+
+
+def widened(value: Tensor) -> Tensor:
+    """Return a value in float32 at least."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def held_share(x: Tensor, alpha: Coefficient, room: float = 1.0) -> Coefficient | None:
+    """Return what to multiply data by in a state's half precision, room * alpha; else None.
+
+    The data by themselves, (x - sigma eps) / alpha, may be beyond it before the difference; so
+    may gradients by them, which get room: what is below 6e-5 has few digits in float16.
+    """
+    if x.dtype.itemsize >= 4:
+        return None
+    if isinstance(alpha, Tensor):
+        return torch.where(alpha > 0, (room * alpha).clamp(max=1.0), 1.0)
+    return min(room * alpha, 1.0) or 1.0
+
+
+def wide_data(said: Prediction, alpha: Coefficient) -> Tensor:
+    """Return the predicted data (B, *D) in float32 at least."""
+    share = held_share(said.x, alpha)
+    if share is None:
+        return said.x0
+    part = widened(said.combine(x=0.0, x0=share))
+    return part / expand(share, part)
 
 
 def _settled(value: Tensor) -> Tensor:
@@ -86,7 +136,13 @@ def recordable(value: Any, sde: ForwardSDE | None = None) -> Any:
 
 
 def gradient(
-    value: Tensor, x: Tensor, name: str, *, along: Tensor | None = None, keep: bool = False
+    value: Tensor,
+    x: Tensor,
+    name: str,
+    *,
+    along: Tensor | None = None,
+    share: Coefficient | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """Return the gradient by x (B, *D) of a value's sum, or of its product with `along`.
 
@@ -95,6 +151,8 @@ def gradient(
         x: the state.
         name: who made it, for the message.
         along: the vector of the product, of the value's shape.
+        share: a factor (B,) or float to go the way back with, so that nothing overflows there:
+            `held_share` with room 64, for a value of the data. The gradient is then in float32.
         keep: whether the gradient is to be differentiated itself.
 
     Raises:
@@ -104,9 +162,11 @@ def gradient(
     if value.requires_grad:
         again = along is not None or keep  # products are asked for one after another
         along = torch.ones_like(value) if along is None else along
+        if share is not None:
+            along = (along * expand(share, along)).to(value.dtype)
         (found,) = torch.autograd.grad(
             value, x, along, retain_graph=again, create_graph=keep, allow_unused=True
         )
     if found is None:
         raise ValueError(f"{name}: expected a differentiable function, got one without a gradient")
-    return found
+    return found if share is None else widened(found) / expand(share, found)

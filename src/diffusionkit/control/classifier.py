@@ -18,6 +18,7 @@ from .._checks import (
     readable,
 )
 from .._draws import Generators
+from .._numerics import home, schedule_dtype
 from .._run import Progress, with_progress
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel
@@ -73,6 +74,10 @@ class NoiseClassifier(nn.Module):
             if not callable(part):
                 raise TypeError(f"{name}: expected a callable, got {type(part).__name__}")
 
+    def extra_repr(self) -> str:
+        """Return what the network does not show."""
+        return f"sde={self.sde!r}, sigma_data={self.sigma_data}, label={self.label!r}"
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the logits (B, K) of a state x (B, *D) at times t (B,)."""
         check_state(x)
@@ -105,6 +110,31 @@ def class_log_probs(
         )
     logs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
     return logs.gather(1, y.long().unsqueeze(1)).squeeze(1)
+
+
+def check_process(classifier: object, sde: ForwardSDE) -> None:
+    """Raise if a classifier has a process of its own, and it is another (read on the CPU only)."""
+    own = getattr(classifier, "sde", None)
+    if own is sde or not isinstance(own, ForwardSDE):
+        return
+    if own.T != sde.T:
+        raise ValueError(f"classifier: expected a process with T = {sde.T:g}, got {own.T:g}")
+    t = sde.T * torch.linspace(0.1, 1.0, 4, dtype=torch.float64)
+    expected, got = (_marginals(one, t) for one in (sde, own))
+    if not readable(t) or torch.allclose(got, expected, rtol=1e-3):
+        return
+    k = int((got - expected).abs().sum(0).argmax())
+    raise ValueError(
+        f"classifier: expected the process of the model, {type(sde).__name__} with alpha and sigma "
+        f"= {expected[:, k].tolist()} at t = {float(t[k]):g}, "
+        f"got {type(own).__name__} with {got[:, k].tolist()}"
+    )
+
+
+@torch.no_grad()
+def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
+    """Return alpha and sigma (2, n) at times (n,), on the CPU."""
+    return torch.stack(sde.marginal(t.to(home(sde), schedule_dtype(home(sde))))).to(t)
 
 
 def check_labels(y: object, batch: int, name: str = "y") -> None:
@@ -146,8 +176,10 @@ def classifier_loss(
         generator: the source of times and noise.
 
     Raises:
-        ValueError: if shapes do not match, data are not finite, or a label is out of range.
-        TypeError: if x0 is not a floating-point tensor, or y does not hold integers.
+        ValueError: if shapes do not match, data are not finite, a label is out of range, the
+            classifier is a `NoiseClassifier` of another process, or both times and t are given.
+        TypeError: if x0 or t is not a floating-point tensor, y does not hold integers, or times
+            is not a TimeSampler.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (appendix I); Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021,
@@ -156,11 +188,16 @@ def classifier_loss(
     check_part(sde, ForwardSDE, "sde")
     check_state(x0, "x0")
     check_finite(x0, "x0")
+    check_process(classifier, sde)
     if t is None:
         law = UniformTimes() if times is None else times
+        check_part(law, TimeSampler, "times")
         dtype = torch.promote_types(x0.dtype, torch.float32)
         t, weight = law.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
     else:
+        if times is not None:
+            raise ValueError("expected times or t, got both")
+        check_times(t, sde.T, len(x0), x0)
         weight = torch.ones_like(t)
     x = sde.perturb(x0, t, generator=generator).x
     return -weight * class_log_probs(classifier, x, t, y)
@@ -197,8 +234,10 @@ def train_noise_classifier(
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
 
     Raises:
-        ValueError: if shapes do not match, data are not finite, or a number is out of range.
-        TypeError: if classifier is not a module, or data or labels are not tensors of their kind.
+        ValueError: if shapes do not match, data are not finite, a number is out of range, or the
+            classifier is a `NoiseClassifier` of another process.
+        TypeError: if classifier is not a module, data or labels are not tensors of their kind,
+            or times or generator is not one.
 
     Source: as `classifier_loss`.
     """
@@ -209,6 +248,8 @@ def train_noise_classifier(
     check_count(steps, "steps")
     check_count(batch_size, "batch_size")
     check_positive(lr, "lr")
+    if generator is not None:
+        check_part(generator, torch.Generator, "generator")
     optimizer = torch.optim.Adam(classifier.parameters(), lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     classifier.train()

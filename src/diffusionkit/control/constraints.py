@@ -6,6 +6,7 @@ what it knows.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_part, check_state
@@ -50,7 +51,7 @@ class _Replacement(Constraint):
                 f"{type(self).__name__}: expected a state that fits measured data of shape "
                 f"{tuple(known.shape)}, got {tuple(x.shape)}"
             )
-        clean = isinstance(sigma, float) and sigma == 0.0
+        clean = not isinstance(sigma, Tensor) and sigma == 0
         gone = x if clean else add_noise(x, sigma, randn_like(x, generator), value=-1.0)
         # In this order a known entry of a mask becomes exactly 0 before its datum is added.
         rest = x - operator.inverse(operator(gone))
@@ -90,8 +91,9 @@ class LinearMeasurement(_Replacement):
             state's dtype and device: keep it there if the copies matter.
 
     Raises:
-        ValueError: if y does not fit the operator or is not finite, or the operator and its
-            inverse do not fit together.
+        ValueError: if y does not fit the operator or is not finite, no data measure y because
+            rows of a matrix depend on one another, or the operator and its inverse do not fit
+            together.
         TypeError: if operator is neither an operator nor a tensor, or y is not a floating-point
             tensor.
 
@@ -112,16 +114,24 @@ class LinearMeasurement(_Replacement):
             operator = Matrix(operator)
         check_part(operator, LinearOperator, "operator")
         super().__init__(operator, y, "y")
+        if isinstance(operator, Matrix):  # a mask and a blur leave out parts of y on purpose
+            y = y.detach()
+            off, size = (operator(self.known) - y).abs().max(), y.abs().max()
+            if not bool(off <= torch.finfo(y.dtype).eps ** 0.5 * size):
+                raise ValueError(
+                    "y: expected a measurement that some data have, as the rows depend on one "
+                    f"another, got values up to {float(size):g} that are off by {float(off):g}"
+                )
 
 
 class Inpainting(_Replacement):
     """Data of which some entries are known; they are exactly those of `known` at the end.
 
     Args:
-        known: the data, one sample (*D) or one for each (B, *D). What the mask leaves out is
-            never read and may be NaN.
-        mask: 1 or True where the data are known, broadcast to the shape of `known`, or with an
-            axis more in front, one mask for each sample.
+        known: the data, one sample (*D) or (1, *D), or one for each (B, *D). What the mask
+            leaves out is never read and may be NaN.
+        mask: 1 or True where the data are known, broadcast to the shape of `known`; or one mask
+            for each sample, which is what an axis more than those of one sample means.
 
     Raises:
         ValueError: if the mask is not binary or of another shape, or known data are not finite.
@@ -139,7 +149,8 @@ class Inpainting(_Replacement):
         """Keep the known data."""
         check_state(known, "known")
         operator = Mask(mask)
-        ends = zip(reversed(mask.shape), reversed(known.shape), strict=False)
+        one = len(known) == 1 and mask.ndim == known.ndim  # with a mask for each sample
+        ends = zip(reversed(mask.shape), reversed(known.shape[one:]), strict=False)
         if mask.ndim > known.ndim + 1 or any(m not in (1, n) for m, n in ends):
             raise ValueError(
                 f"mask: expected a shape that broadcasts to that of known, {tuple(known.shape)}, "

@@ -16,8 +16,18 @@ from .._numerics import instant
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
 from ..values import Coefficient, Prediction, expand, linear
-from ._guided import GuidedModel, check_scale, gradient, leaf, recordable
-from .classifier import class_log_probs
+from ._guided import (
+    GuidedModel,
+    GuidedPrediction,
+    check_scale,
+    gradient,
+    held_share,
+    leaf,
+    recordable,
+    wide_data,
+    widened,
+)
+from .classifier import check_process, class_log_probs
 
 
 class ClassifierGuidance(GuidedModel):
@@ -29,7 +39,8 @@ class ClassifierGuidance(GuidedModel):
     With the true classifier, scale 1 is the score of the data of class y; a larger one is that
     of p_t(x) p(y | x)^scale, which favours what the classifier is sure of. The labels y (B,) are
     handed in when sampling, `sampler(shape, y=y)`, and are the classifier's alone; whatever else
-    is handed in is the model's.
+    is handed in is the model's. So one cannot go around another: the outer takes y, and the inner
+    is left without.
 
     Args:
         model: the score model.
@@ -37,7 +48,8 @@ class ClassifierGuidance(GuidedModel):
         scale: the factor of the classifier's gradient.
 
     Raises:
-        ValueError: unless scale is finite; when asked, if y is not (B,) or not of the classifier's
+        ValueError: unless scale is finite, or if classifier is a `NoiseClassifier` of another
+            process than the model's; when asked, if y is not (B,) or not of the classifier's
             labels, the logits are not (B, K), or alpha is 0.
         TypeError: if model is not a ScoreModel, classifier not callable, or scale not a number;
             when asked, if y is missing or does not hold integers.
@@ -65,8 +77,13 @@ class ClassifierGuidance(GuidedModel):
         if not callable(classifier):
             raise TypeError(f"classifier: expected a callable, got {type(classifier).__name__}")
         check_scale(scale)
+        check_process(classifier, self.sde)
         self.classifier = classifier
         self.scale = scale
+
+    def extra_repr(self) -> str:
+        """Return the scale."""
+        return f"scale={self.scale}"
 
     def predict(self, x: Tensor, t: Tensor, *, y: Any = None, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,), for labels y (B,)."""
@@ -141,6 +158,10 @@ class GradientGuidance(GuidedModel):
         self.log_likelihood = log_likelihood
         self.scale = scale
 
+    def extra_repr(self) -> str:
+        """Return the scale."""
+        return f"scale={self.scale}"
+
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,)."""
         keep = torch.is_grad_enabled()
@@ -148,14 +169,16 @@ class GradientGuidance(GuidedModel):
             at = leaf(x)
             known = {name: recordable(value) for name, value in cond.items()}
             said = self.model.predict(at, recordable(t, self.sde), **known)
-            log_p = self.log_likelihood(said.x0)
+            alpha, _ = self._kernel(t)
+            log_p = self.log_likelihood(wide_data(said, alpha).to(x.dtype))
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
                 got = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
                 raise ValueError(
                     f"log_likelihood: expected one number for each sample, shape ({len(x)},), "
                     f"got {got}"
                 )
-            push = gradient(log_p, at, "log_likelihood", keep=keep)
+            share = held_share(x, alpha, 64.0)
+            push = gradient(log_p, at, "log_likelihood", share=share, keep=keep)
         return self._pushed(said, x, t, self.scale * push)
 
 
@@ -184,10 +207,10 @@ class ClassifierFreeGuidance(GuidedModel):
             they are. None leaves all of them out.
 
     Raises:
-        ValueError: unless scale is finite, 0 <= low < high, rescale in [0, 1], and null not
-            empty; when asked, if there is no condition, or one that null names is missing or of
-            another shape.
-        TypeError: if a part or a number has the wrong type.
+        ValueError: unless scale is finite, interval a pair with 0 <= low < high, rescale in
+            [0, 1], and null not empty; when asked, if there is no condition, or one that null
+            names is missing, None or of another shape.
+        TypeError: if a part or a number has the wrong type, or null is not a mapping of names.
 
     Source: Ho and Salimans, Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598;
     Kynkaanniemi et al., Applying Guidance in a Limited Interval, 2024, arXiv 2404.07724;
@@ -214,6 +237,10 @@ class ClassifierFreeGuidance(GuidedModel):
         super().__init__(model)
         check_scale(scale)
         if interval is not None:
+            if not isinstance(interval, (tuple, list)):
+                raise TypeError(f"interval: expected a pair (low, high), got {interval!r}")
+            if len(interval) != 2:
+                raise ValueError(f"interval: expected a pair (low, high), got {interval}")
             low, high = interval
             check_number(low, "interval")
             check_number(high, "interval")
@@ -223,12 +250,20 @@ class ClassifierFreeGuidance(GuidedModel):
             check_number(rescale, "rescale")
             if not 0 <= rescale <= 1:
                 raise ValueError(f"rescale: expected a number in [0, 1], got {rescale}")
-        if null is not None and not null:
-            raise ValueError("null: expected a name and a value at least, or None, got none")
+        if null is not None:
+            if not isinstance(null, Mapping) or not all(isinstance(name, str) for name in null):
+                raise TypeError(f"null: expected a mapping of names to values, got {null!r}")
+            if not null:
+                raise ValueError("null: expected a name and a value at least, or None, got none")
         self.scale = scale
         self.interval = interval
         self.rescale = rescale
         self.null = null
+
+    def extra_repr(self) -> str:
+        """Return the numbers, and which conditions have a null."""
+        names = None if self.null is None else list(self.null)
+        return f"scale={self.scale}, interval={self.interval}, rescale={self.rescale}, null={names}"
 
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,), with conditions."""
@@ -240,23 +275,28 @@ class ClassifierFreeGuidance(GuidedModel):
         if not isinstance(scale, Tensor) and scale in (0.0, 1.0):
             return self.model.predict(x, t, **(cond if scale else nothing))
         without, said = self.model.predict(x, t, **nothing), self.model.predict(x, t, **cond)
-        x0 = linear(1.0, without.x0, scale, said.x0 - without.x0)
+        start, end = wide_data(without, alpha), wide_data(said, alpha)
+        x0 = linear(1.0, start, scale, end - start)
         learned = {"log_var": said.log_var, "log_var_fraction": said.log_var_fraction}
         if self.rescale:
-            x0 = _rescaled(x0, said.x0, self.rescale)
-            return Prediction.from_output(x, x0, alpha, sigma, a=1.0, b=0.0, **learned)
-        eps = linear(1.0, without.eps, scale, said.eps - without.eps)
-        return Prediction(x, x0, eps, alpha, sigma, **learned)
+            x0 = _rescaled(x0, end, self.rescale)
+            return GuidedPrediction.from_output(x, x0, alpha, sigma, a=1.0, b=0.0, **learned)
+        start, end = widened(without.eps), widened(said.eps)
+        eps = linear(1.0, start, scale, end - start)
+        return GuidedPrediction(x, x0, eps, alpha, sigma, **learned)
 
     def _without(self, cond: Mapping[str, Any]) -> dict[str, Any]:
         """Return the conditions of the unconditional model."""
         if self.null is None:
-            if not cond:
+            if all(value is None for value in cond.values()):
                 raise ValueError("expected a condition to guide by, got none")
             return {}
-        missing = [name for name in self.null if name not in cond]
+        given = [name for name, value in cond.items() if value is not None]
+        missing = [name for name in self.null if name not in given]
         if missing:
-            raise ValueError(f"expected a condition {missing[0]}=..., got {list(cond)}")
+            raise ValueError(
+                f"expected a condition {missing[0]}=..., got {given} that are not None"
+            )
         values = {
             name: null_like(value, cond[name], name) if isinstance(cond[name], Tensor) else value
             for name, value in self.null.items()

@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_finite, check_number, check_positive, check_state
+from .._checks import (
+    check_count,
+    check_finite,
+    check_number,
+    check_positive,
+    check_state,
+    readable,
+)
+from .._draws import randn_like
 from ..interfaces import ScoreModel
 from ..values import Coefficient, Prediction, expand
-from ._guided import GuidedModel, gradient, leaf, recordable
+from ._guided import GuidedModel, gradient, held_share, leaf, recordable, wide_data
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -61,7 +69,7 @@ class LinearGaussianGuidance(GuidedModel):
     Raises:
         ValueError: if y is not finite, noise_std negative or not finite, or a number out of
             range; when asked, if the operator's output has another shape than y, no gradient
-            flows through it, or alpha is 0.
+            flows through it, or alpha is 0; when first asked, if it is not linear.
         TypeError: if a part or a number has the wrong type.
 
     Source: Boys et al., Tweedie Moment Projected Diffusions for Inverse Problems, 2023,
@@ -104,6 +112,13 @@ class LinearGaussianGuidance(GuidedModel):
         self.noise_std = noise_std
         self.iterations = iterations
         self.tolerance = tolerance
+        self._known_linear = False
+
+    def extra_repr(self) -> str:
+        """Return the noise of the measurement and when to stop."""
+        return (
+            f"noise_std={self.noise_std}, iterations={self.iterations}, tolerance={self.tolerance}"
+        )
 
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,), given y."""
@@ -112,19 +127,22 @@ class LinearGaussianGuidance(GuidedModel):
             at = leaf(x)
             known = {name: recordable(value) for name, value in cond.items()}
             said = self.model.predict(at, recordable(t, self.sde), **known)
-            seen = self.operator(said.x0)
-            self._check(seen, len(x))
+            alpha, sigma = self._kernel(t)
+            seen = self.operator(wide_data(said, alpha).to(x.dtype))
+            self._check(seen, x)
+            share = held_share(x, alpha, 64.0)
 
             def backward(v: Tensor) -> Tensor:
-                return gradient(seen, at, "operator", along=v.to(seen.dtype), keep=keep)
+                return gradient(
+                    seen, at, "operator", along=v.to(seen.dtype), share=share, keep=keep
+                )
 
             with torch.set_grad_enabled(keep):
                 residual = self.y.to(seen) - seen
-                alpha, sigma = self._kernel(t)
                 variance = sigma * (sigma / alpha)
 
                 def covariance(v: Tensor) -> Tensor:
-                    spread = self.operator(_times(variance, backward(v)))
+                    spread = self.operator(_times(variance, backward(v)).to(x.dtype))
                     return self.noise_std**2 * v + spread.to(v.dtype)
 
                 work = residual.to(torch.promote_types(residual.dtype, torch.float32))
@@ -134,8 +152,8 @@ class LinearGaussianGuidance(GuidedModel):
                 push = backward(solved)
         return self._pushed(said, x, t, push)
 
-    def _check(self, seen: Any, batch: int) -> None:
-        expected = tuple(self.y.shape[1:])
+    def _check(self, seen: Any, x: Tensor) -> None:
+        expected, batch = tuple(self.y.shape[1:]), len(x)
         if not isinstance(seen, Tensor) or seen.shape[1:] != expected or len(seen) != batch:
             got = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
             raise ValueError(
@@ -145,6 +163,38 @@ class LinearGaussianGuidance(GuidedModel):
             raise ValueError(
                 f"y: expected one measurement, or one for each of the {batch} samples, "
                 f"got {len(self.y)}"
+            )
+        # Once only, so that a device may be waited for.
+        if not self._known_linear and readable(torch.empty(0)):
+            check_linear(self.operator, x)
+            self._known_linear = True
+
+
+@torch.no_grad()
+def check_linear(operator: Linear, like: Tensor) -> None:
+    """Raise unless A 0 = 0 and A (u + v) = A u + A v, within rounding, for random data.
+
+    Args:
+        operator: A.
+        like: data (B, *D) to take the shape, dtype and device from.
+
+    Raises:
+        ValueError: if one of the two does not hold, saying by how much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    u, v = (randn_like(like, generator) for _ in range(2))
+    parts = operator(u) + operator(v)
+    size = float(parts.float().norm())
+    for what, off in (
+        ("A 0 = 0", operator(torch.zeros_like(like))),
+        ("A (u + v) = A u + A v", operator(u + v) - parts),
+    ):
+        error = float(off.float().norm())
+        # Written so that a NaN fails. Four: for convolutions that a GPU does in TF32.
+        if not error <= 4 * torch.finfo(like.dtype).eps ** 0.5 * size:
+            raise ValueError(
+                f"operator: expected a linear function, with {what}, "
+                f"got a difference of norm {error:.1e} where A u + A v is {size:.1e}"
             )
 
 

@@ -71,6 +71,23 @@ def check_operator(operator: LinearOperator, data: Tensor) -> None:
             )
 
 
+class _Table:
+    """A tensor that is converted once for each dtype and device it is wanted in."""
+
+    def __init__(self, exact: Tensor) -> None:
+        self.exact = exact
+        self.copies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        copy = self.copies.get((dtype, device))
+        if copy is None:
+            with torch.inference_mode(False):  # it may have to serve a gradient later
+                copy = self.exact.to(dtype).to(device)
+            if not torch._C._are_functorch_transforms_active():  # what is made in one ends with it
+                self.copies[dtype, device] = copy
+        return copy
+
+
 class Mask(LinearOperator):
     """The entries of the data that a mask selects; the others are measured as 0.
 
@@ -94,12 +111,15 @@ class Mask(LinearOperator):
                 "mask: expected 0 and 1, or booleans, 1 where the data are known, "
                 f"got {odd.flatten()[0].item():g} and {odd.numel() - 1} more that are neither"
             )
-        self.mask = mask != 0
+        self.mask = _Table(mask != 0)
+
+    def __repr__(self) -> str:
+        return f"Mask(of shape {tuple(self.mask.exact.shape)})"
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the data (..., *D), 0 where they are not known."""
         # Not a product: what is not known may be NaN.
-        return torch.where(self.mask.to(x.device), x, 0.0)
+        return torch.where(self.mask.to(torch.bool, x.device), x, 0.0)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the measurement (..., *D), 0 where nothing is known."""
@@ -126,6 +146,9 @@ class AveragePool(LinearOperator):
         check_count(factor, "factor")
         check_count(dims, "dims")
         self.factor, self.dims = factor, dims
+
+    def __repr__(self) -> str:
+        return f"AveragePool({self.factor}, dims={self.dims})"
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the means (..., *M) of blocks of the data (..., *D)."""
@@ -165,6 +188,9 @@ class Gray(LinearOperator):
         check_count(channels, "channels")
         self.channels = channels
 
+    def __repr__(self) -> str:
+        return f"Gray({self.channels})"
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return gray images (..., 1, H, W)."""
         _check_channels(x, self.channels, "x")
@@ -202,7 +228,7 @@ class Blur(LinearOperator):
     Raises:
         ValueError: if the kernel is larger than the data, not finite or zero, or floor is
             outside (0, 1).
-        TypeError: if the kernel is not a tensor.
+        TypeError: if the kernel is not a tensor, or size not a sequence.
     """
 
     def __init__(self, kernel: Tensor, size: Sequence[int], floor: float = 0.01) -> None:
@@ -210,6 +236,7 @@ class Blur(LinearOperator):
         check_part(kernel, Tensor, "kernel")
         check_finite(kernel, "kernel")
         check_number(floor, "floor")
+        check_part(size, Sequence, "size")
         self.size = check_shape(size)
         if kernel.ndim != len(self.size) or any(
             k > n for k, n in zip(kernel.shape, self.size, strict=True)
@@ -220,6 +247,7 @@ class Blur(LinearOperator):
             )
         if not 0.0 < floor < 1.0:  # at 0 a lost frequency is known up to its rounding error
             raise ValueError(f"floor: expected a number in (0, 1), got {floor}")
+        self.kernel_shape = tuple(kernel.shape)
         self.axes = tuple(range(-len(self.size), 0))
         padded = torch.zeros(self.size, dtype=torch.float64)
         padded[tuple(slice(n) for n in kernel.shape)] = kernel.detach().double().cpu()
@@ -229,8 +257,11 @@ class Blur(LinearOperator):
         if largest == 0.0:
             raise ValueError("kernel: expected one that is not zero, got zeros")
         known = h.abs() > floor * largest
-        self.transfer = torch.where(known, h, 0.0)
-        self.reciprocal = torch.where(known, 1 / h, 0.0)
+        self.transfer = _Table(torch.where(known, h, 0.0))
+        self.reciprocal = _Table(torch.where(known, 1 / h, 0.0))
+
+    def __repr__(self) -> str:
+        return f"Blur(kernel of shape {self.kernel_shape}, size={self.size})"
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the blurred data, without the frequencies that count as lost."""
@@ -240,12 +271,12 @@ class Blur(LinearOperator):
         """Return the data as they were, without the frequencies that count as lost."""
         return self._filtered(y, self.reciprocal)
 
-    def _filtered(self, x: Tensor, response: Tensor) -> Tensor:
+    def _filtered(self, x: Tensor, response: _Table) -> Tensor:
         if tuple(x.shape[-len(self.size) :]) != self.size:
             raise ValueError(f"x: expected last axes {self.size}, got shape {tuple(x.shape)}")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # there is no FFT of halves
         waves = torch.fft.rfftn(wide, dim=self.axes)
-        waves = waves * response.to(waves.dtype).to(waves.device)
+        waves = waves * response.to(waves.dtype, waves.device)
         back: Tensor = torch.fft.irfftn(waves, s=self.size, dim=self.axes)
         return back.to(x.dtype)
 
@@ -272,8 +303,12 @@ class Matrix(LinearOperator):
             raise ValueError(f"rows: expected shape (m, *D), got {tuple(rows.shape)}")
         check_finite(rows, "rows")
         self.shape = tuple(rows.shape[1:])
-        self.rows = rows.detach().double().cpu().flatten(1)
-        self.columns = torch.linalg.pinv(self.rows)
+        exact = rows.detach().double().cpu().flatten(1)
+        self.count = len(exact)
+        self.forward, self.backward = _Table(exact.T), _Table(torch.linalg.pinv(exact).T)
+
+    def __repr__(self) -> str:
+        return f"Matrix(rows of shape {(self.count, *self.shape)})"
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the inner products (..., m) of data (..., *D)."""
@@ -281,11 +316,11 @@ class Matrix(LinearOperator):
         if tuple(x.shape[-dims:]) != self.shape:
             raise ValueError(f"x: expected data of shape {self.shape}, got {tuple(x.shape)}")
         flat: Tensor = x.reshape(*x.shape[:-dims], math.prod(self.shape))
-        return flat @ self.rows.T.to(x.dtype).to(x.device)
+        return flat @ self.forward.to(x.dtype, x.device)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return data (..., *D) in the span of the rows."""
-        if y.ndim == 0 or y.shape[-1] != len(self.rows):
-            raise ValueError(f"y: expected shape (..., {len(self.rows)}), got {tuple(y.shape)}")
-        flat: Tensor = y @ self.columns.T.to(y.dtype).to(y.device)
+        if y.ndim == 0 or y.shape[-1] != self.count:
+            raise ValueError(f"y: expected shape (..., {self.count}), got {tuple(y.shape)}")
+        flat: Tensor = y @ self.backward.to(y.dtype, y.device)
         return flat.reshape(*y.shape[:-1], *self.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -84,6 +85,11 @@ def check_pair(real: Tensor, fake: Tensor, *, least: int) -> None:
         raise ValueError(
             f"fake: expected features of {real.shape[1]} dimensions as real's, got {fake.shape[1]}"
         )
+
+
+def from_numpy(x: Any) -> Any:
+    """Return an array of numpy as a tensor of its own, and anything else as it is."""
+    return torch.tensor(x) if isinstance(x, np.ndarray) else x
 
 
 def double(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .._checks import check_count
 from .._run import Progress, evaluation_mode, with_progress
+from ._features import from_numpy
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
 
 
 def extract_features(
-    images: Tensor | Iterable[Tensor],
+    images: Tensor | Iterable[Tensor | Sequence[Any]],
     extractor: Callable[[Tensor], Features],
     *,
     batch_size: int = 64,
@@ -27,16 +28,19 @@ def extract_features(
 
     Args:
         images: a tensor (N, \*D), cut into batches, or batches that come one after another: a data
-            loader's, or `load_shards`'.
+            loader's, or `load_shards`'. Of a batch that is a tuple or a list, such as images and
+            labels, the first item is taken; batches of no images are passed over.
         extractor: maps images (B, \*D) to features (B, d), or to a tuple of such, as
-            `inception_features` does. A module is in evaluation mode meanwhile.
+            `inception_features` does; arrays of numpy will do. A module is in evaluation mode
+            meanwhile.
         batch_size: the size of the batches of a tensor.
         device: where the batches go, by default that of a module's first parameter.
         progress: whether to show progress, or a wrapper of the batches that does.
 
     Raises:
-        ValueError: if there are no images, or the features are not one row for each of them.
-        TypeError: if a batch is not a tensor, or the extractor is not callable.
+        ValueError: if there are no images, the features are not one row for each of them, or
+            their dimensions change between batches.
+        TypeError: if a batch or a feature is not a tensor, or the extractor is not callable.
 
     >>> images = torch.randn(10, 3, 8, 8)
     >>> extract_features(images, lambda x: x.mean((2, 3)), progress=False).shape
@@ -49,26 +53,43 @@ def extract_features(
     if device is None and module is not None:
         device = next((p.device for p in module.parameters()), None)
     batches: Any = torch.split(images, batch_size) if isinstance(images, Tensor) else images
-    found: list[tuple[Tensor, ...]] = []
+    found: list[list[Tensor]] = []
     single = True
     with torch.no_grad(), evaluation_mode(module) if module is not None else nullcontext():
-        for batch in with_progress(batches, progress):
+        for item in with_progress(batches, progress):
+            batch = item[0] if isinstance(item, (tuple, list)) and item else item
             if not isinstance(batch, Tensor):
                 raise TypeError(f"images: expected batches of tensors, got {type(batch).__name__}")
-            features = extractor(batch if device is None else batch.to(device))
-            single = isinstance(features, Tensor)
-            parts = (features,) if isinstance(features, Tensor) else features
-            for part in parts:
-                if part.ndim != 2 or len(part) != len(batch):
-                    raise ValueError(
-                        f"extractor: expected features ({len(batch)}, d) for as many images, "
-                        f"got {tuple(part.shape)}"
-                    )
-            found.append(tuple(part.cpu() for part in parts))
+            if len(batch) == 0:
+                continue
+            features: Any = extractor(batch if device is None else batch.to(device))
+            single = not isinstance(features, (tuple, list))
+            found.append(_parts([features] if single else features, len(batch)))
+            first, last = ([part.shape[1] for part in found[i]] for i in (0, -1))
+            if last != first:
+                raise ValueError(
+                    f"extractor: expected features of {first} dimensions as before, got {last}"
+                )
     if not found:
-        raise ValueError("images: expected at least one batch, got none")
+        raise ValueError("images: expected at least one, got none")
     whole = tuple(torch.cat(column) for column in zip(*found, strict=True))
     return cast(Features, whole[0] if single else whole)
+
+
+def _parts(features: Sequence[Any], n: int) -> list[Tensor]:
+    """Return each of the features of n images, on the CPU, or raise unless they are (n, d)."""
+    parts = [from_numpy(part) for part in features]
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                "extractor: expected features, a tensor (B, d) or a tuple of such, "
+                f"got {type(part).__name__}"
+            )
+        if part.ndim != 2 or len(part) != n:
+            raise ValueError(
+                f"extractor: expected features ({n}, d) for as many images, got {tuple(part.shape)}"
+            )
+    return [part.cpu() for part in parts]
 
 
 class _Inception(nn.Module):

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._features import check_features, double
+from ._features import check_features, double, from_numpy
 
 # What is in float64 at once: rows of features, and columns of the scatter matrix.
 _ROWS, _COLUMNS = 4096, 256
+# How far below zero, in parts of the largest eigenvalue, rounding may take a covariance's others.
+_NEGATIVE = 1e-3
 
 
 class FeatureMoments:
@@ -39,6 +42,9 @@ class FeatureMoments:
         self.count = 0
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # its upper triangle
+
+    def __repr__(self) -> str:
+        return f"FeatureMoments(count={self.count}, dims={len(self._mean)})"
 
     @property
     def mean(self) -> Tensor:
@@ -136,7 +142,8 @@ class FeatureMoments:
         self.count = total
 
 
-Gaussian: TypeAlias = FeatureMoments | Tensor | tuple[Tensor, Tensor]
+Array: TypeAlias = Tensor | np.ndarray[Any, Any]
+Gaussian: TypeAlias = FeatureMoments | Tensor | tuple[Array, Array]
 
 
 def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
@@ -151,13 +158,14 @@ def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
     of the same n only.
 
     Args:
-        real: `FeatureMoments`, features (n, d), or a mean (d,) and a covariance (d, d), as they
-            are published for data sets.
+        real: `FeatureMoments`, features (n, d), or a pair of a mean (d,) and a covariance (d, d),
+            as they are published for data sets; tensors, or arrays of numpy.
         fake: likewise.
 
     Raises:
-        ValueError: if dimensions differ, values are not finite, a covariance is not symmetric, or
-            there are fewer than two samples.
+        ValueError: if dimensions differ, values are not finite, a covariance is not symmetric or
+            has an eigenvalue below zero by more than rounding, or there are fewer than two
+            samples.
         TypeError: if an argument is none of the three.
 
     Source: Heusel et al. (2017), arXiv:1706.08500.
@@ -170,7 +178,8 @@ def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
     other_mean, other_covariance = (x.to(mean.device) for x in _gaussian(fake, "fake"))
     if len(mean) != len(other_mean):
         raise ValueError(f"fake: expected {len(mean)} dimensions as real's, got {len(other_mean)}")
-    root = torch.linalg.svdvals(_factor(covariance).T @ _factor(other_covariance)).sum()
+    factor, other_factor = _factor(covariance, "real"), _factor(other_covariance, "fake")
+    root = torch.linalg.svdvals(factor.T @ other_factor).sum()
     distance = (
         (mean - other_mean).square().sum()
         + (covariance.diagonal() + other_covariance.diagonal()).sum()
@@ -187,28 +196,37 @@ def _gaussian(x: Gaussian, name: str) -> tuple[Tensor, Tensor]:
         return moments.mean, moments.covariance
     if isinstance(x, FeatureMoments):
         return x.mean, x.covariance
-    if not (isinstance(x, tuple) and len(x) == 2 and all(isinstance(y, Tensor) for y in x)):
+    pair = tuple(from_numpy(y) for y in x) if isinstance(x, tuple) else ()
+    if len(pair) != 2 or not all(isinstance(y, Tensor) for y in pair):
+        of = f" of {', '.join(type(y).__name__ for y in pair)}" if pair else ""
         raise TypeError(
-            f"{name}: expected FeatureMoments, features (n, d) or a pair of tensors, mean and "
-            f"covariance, got {type(x).__name__}"
+            f"{name}: expected FeatureMoments, a tensor of features (n, d) or a pair of tensors or "
+            f"arrays, mean and covariance, got {type(x).__name__}{of}"
         )
-    mean, covariance = (double(y) for y in x)
+    mean, covariance = (double(y) for y in pair)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"{name}: expected a mean (d,) and a covariance (d, d), "
             f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
         )
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-        raise ValueError(f"{name}: expected a finite mean and covariance")
+    bad = sum(int((~torch.isfinite(y)).sum()) for y in (mean, covariance))
+    if bad:
+        raise ValueError(
+            f"{name}: expected a finite mean and covariance, got {bad} values NaN or infinite"
+        )
     if not torch.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8):
-        raise ValueError(f"{name}: expected a symmetric covariance")
+        apart = float((covariance - covariance.T).abs().max())
+        raise ValueError(
+            f"{name}: expected a symmetric covariance, got mirrored entries {apart:.3g} apart"
+        )
     return mean, covariance
 
 
-def _factor(covariance: Tensor) -> Tensor:
+def _factor(covariance: Tensor, name: str) -> Tensor:
     """Return L with L L^T = S: Cholesky's, or from eigenvectors where S is nearly singular.
 
-    There Cholesky's last pivots are rounding, of which L would hold the roots.
+    There Cholesky's last pivots are rounding, of which L would hold the roots. Eigenvalues a
+    little below zero are rounding too, of published covariances in reduced precision.
     """
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(covariance)
@@ -216,6 +234,12 @@ def _factor(covariance: Tensor) -> Tensor:
     if not failed and bool(pivots.min() > 1e-8 * pivots.max()):
         return lower
     values, vectors = torch.linalg.eigh(covariance)
+    lowest, largest = float(values[0]), float(values[-1])
+    if lowest < -_NEGATIVE * largest:
+        raise ValueError(
+            f"{name}: expected a covariance, got an eigenvalue of {lowest:.3g}, "
+            f"where the largest is {largest:.3g}"
+        )
     kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
     factor: Tensor = vectors[:, kept] * values[kept].sqrt()
     return factor

@@ -38,7 +38,7 @@ def to_uint8(x: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor
 
     Raises:
         ValueError: if x is not finite, or the range is not low < high.
-        TypeError: if x is not a floating-point tensor.
+        TypeError: if x is not a floating-point tensor, or the range not a pair of numbers.
 
     >>> to_uint8(torch.tensor([[-1.0, 0.0, 0.999, 1.2]]))
     tensor([[  0, 128, 255, 255]], dtype=torch.uint8)
@@ -70,12 +70,13 @@ def sample_to_shards(
     Sample i has a generator of its own, which depends on the seed and on i alone: neither the size
     of the batches nor the number of processes changes it. Files are written whole or not at all,
     and those that are there are left alone, so a run that was stopped goes on, with another
-    number of processes if need be.
+    number of processes if need be, or to a larger count.
 
     Args:
         draw: returns n samples (n, \*D) from n generators, one for each of them, for example
             ``lambda n, generators: sampler((n, 3, 32, 32), generator=generators)``.
-        count: the number of samples in all.
+        count: the number of samples in all. A run into a folder of fewer adds the others; into a
+            folder of more it is refused, as `load_shards` would return those too.
         directory: the folder of the files; it is made.
         batch_size: how many samples are drawn at once.
         seed: of everything that is random.
@@ -88,9 +89,10 @@ def sample_to_shards(
         progress: whether to show progress, or a wrapper of the batches that does.
 
     Raises:
-        ValueError: if the folder has samples of other settings, numbers do not fit, or samples
-            are not n, or not finite.
-        TypeError: if a number is not one, or draw returns no floating-point tensor.
+        ValueError: if the folder has samples of other settings or more of them, numbers do not
+            fit, or samples are not n, or not finite.
+        TypeError: if a number is not one, the range is not a pair, settings are no mapping that
+            JSON can express, or draw returns no floating-point tensor.
 
     >>> import tempfile
     >>> draw = lambda n, generators: torch.stack([torch.rand(3, 8, 8, generator=g)
@@ -114,15 +116,15 @@ def sample_to_shards(
     check_count(rank, "rank", least=0)
     if rank >= world_size:
         raise ValueError(f"rank: expected a number below {world_size}, got {rank}")
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     about = {
         "count": count,
         "batch_size": batch_size,
         "seed": seed,
         "data_range": _range(data_range),
-        "settings": dict(settings or {}),
+        "settings": _plain({} if settings is None else settings),
     }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
     _keep_settings(folder, about)
     missing = [
         (file, start, stop)
@@ -163,6 +165,10 @@ def load_shards(directory: str | Path) -> Iterator[Tensor]:
 
 
 def _range(data_range: tuple[float, float]) -> list[float]:
+    if not isinstance(data_range, (tuple, list)):
+        raise TypeError(f"data_range: expected a pair (low, high), got {type(data_range).__name__}")
+    if len(data_range) != 2:
+        raise ValueError(f"data_range: expected a pair (low, high), got {data_range}")
     low, high = data_range
     check_number(low, "data_range")
     check_number(high, "data_range")
@@ -171,15 +177,31 @@ def _range(data_range: tuple[float, float]) -> list[float]:
     return [float(low), float(high)]
 
 
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """Return settings as they come back from JSON."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
+    try:
+        return json.loads(json.dumps(dict(settings), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"settings: expected what JSON can express, got {settings}") from error
+
+
 def _keep_settings(folder: Path, about: dict[str, Any]) -> None:
-    """Write the settings, or check that they are those of the files that are there."""
+    """Write the settings, or check that the files that are there have the same, and are no more."""
     file = folder / SETTINGS
-    text = json.dumps(about, indent=1)
-    if not file.exists():
-        atomic_write(file, partial(_write, text))
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    if kept != json.loads(text):
+    kept = about | {"count": 0}
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    if about | {"count": kept.get("count")} != kept:
         raise ValueError(f"{folder}: expected samples of the settings {about}, got those of {kept}")
+    if kept["count"] > about["count"]:
+        raise ValueError(
+            f"count: expected at least {kept['count']}, as many as {folder} is for, "
+            f"got {about['count']}"
+        )
+    if kept["count"] < about["count"]:
+        atomic_write(file, partial(_write, json.dumps(about, indent=1)))
 
 
 def _write(text: str, file: BinaryIO) -> None:

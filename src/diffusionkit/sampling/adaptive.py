@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from .._checks import check_count, check_move, check_positive
 from .._draws import Generators, NoisePath, rand
-from .._numerics import exact
+from .._numerics import exact, tabulated
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..values import linear
 from .brownian import BrownianPath
+from .predictors import check_rates
 
 _FIRST = 0.01  # of T, the first step
 _SAFETY = 0.9
@@ -57,7 +59,8 @@ class AdaptiveSDE(Predictor):
 
     Raises:
         ValueError: unless the tolerances are positive and max_steps >= 1; in `step`, if that many
-            do not suffice or a prediction is not finite.
+            do not suffice or a prediction is not finite; in `prepare` and `step`, from a time
+            where alpha = 0 and the drift is infinite (read on the CPU only).
         TypeError: if one of them is not a number.
 
     Source: Jolicoeur-Martineau et al., Gotta Go Fast When Generating Data with Score-Based
@@ -78,6 +81,13 @@ class AdaptiveSDE(Predictor):
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_count(self.max_steps, "max_steps")
+
+    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
+        """Raise if the reverse SDE has no finite drift at a time of the grid."""
+        table = tabulated(sde, times)
+        if table is not None:
+            starts = table[1][:-1]
+            check_rates(self, starts, *_reverse(sde, starts))
 
     def step(
         self,
@@ -112,6 +122,7 @@ class AdaptiveSDE(Predictor):
             first, last, last_mean = _proposals(model, x, t, to, path, cond)
             error = self._error(x, first, last)
             if not bool(torch.isfinite(error).all()):
+                check_rates(self, t, *_reverse(sde, t))
                 worst = t[~torch.isfinite(error)][0]
                 raise ValueError(
                     "model: expected finite predictions, got NaN or infinity in a step from "

@@ -135,7 +135,7 @@ class ProbabilityFlow:
         """Return the data (B, *D) of a latent code z (B, *D): the inverse of `encode`."""
         return self._solve(z, self.model.sde.T, self.t_end, cond)
 
-    def interpolate(self, x: Tensor, y: Tensor, steps: int = 8, **cond: Any) -> Tensor:
+    def interpolate(self, x: Tensor, y: Tensor, /, steps: int = 8, **cond: Any) -> Tensor:
         """Return data (steps, B, *D) on the way from x to y (B, *D): both ends, and between them.
 
         The latent codes of both are joined by `slerp`, in even steps, and decoded, all with the

@@ -19,7 +19,7 @@ from .._checks import check_move, check_number, check_positive
 from .._draws import Generators, randn_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..values import Coefficient, linear
-from .predictors import LinearPredictor, Move
+from .predictors import LinearPredictor, Move, check_rates
 
 _MAX_CHURN = math.sqrt(2) - 1  # no more new noise in a step than there is already
 
@@ -39,6 +39,10 @@ class Euler(LinearPredictor):
         x_s = x_t + (s - t) (f x_t - \tfrac12 g^2 \nabla \log p_t)
 
     Order 1. In sigma / alpha as the time, Euler is `DDIM`; with an `EDMSDE` the two are the same.
+
+    Raises:
+        ValueError: in `prepare` and `step`, from a time where alpha = 0 and the slope is infinite
+            (read on the CPU only).
 
     Source: Song et al., 2021, arXiv 2011.13456 (section 4.3).
     """
@@ -103,7 +107,9 @@ class Heun(Predictor):
 
     Raises:
         ValueError: unless alpha and s_noise are positive, churn >= 0 and 0 <= s_min <= s_max; in
-            `step`, if there is churn and the step is not one of a sampler's.
+            `step`, if there is churn and the step is not one of a sampler's; in `prepare` and
+            `step`, from a time where the process's alpha = 0 and the slope is infinite (read on
+            the CPU only).
         TypeError: if one of them is not a number.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
@@ -172,6 +178,7 @@ class Heun(Predictor):
         middle = torch.where(corrected, middle, t)
         share = torch.where(corrected, h / (2 * self.alpha), 0.0)
         (p, q), (p_middle, q_middle) = _slope(sde, t), _slope(sde, middle)
+        check_rates(self, t, p, q)
         return (
             middle, corrected,
             1 + self.alpha * h * p, self.alpha * h * q,

@@ -27,8 +27,8 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
         weight: w, a number or one for each sample (B,); beyond [0, 1] the path goes on.
 
     Raises:
-        ValueError: if shapes, dtypes or devices differ, a code is zero, two codes are opposite
-            (read on the CPU only), or weight has another shape.
+        ValueError: if shapes, dtypes or devices differ, a code is zero, two codes are opposite or
+            weight is not finite (read on the CPU only), or weight has another shape.
         TypeError: if a code is not a floating-point tensor.
 
     Source: Shoemake, Animating Rotation with Quaternion Curves, 1985; Song et al., 2021, arXiv
@@ -48,6 +48,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
             f"weight: expected a number or one for each sample, shape ({len(a)},), "
             f"got {tuple(w.shape)}"
         )
+    check_finite(w, "weight")
     u, v = (exact(z).reshape(len(z), -1) for z in (a, b))
     u, v = (z / torch.linalg.vector_norm(z, dim=1, keepdim=True) for z in (u, v))
     # The arc cosine has no digits left where the codes are almost the same.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _numerics
-from .._checks import check_move, check_number
+from .._checks import check_move, check_number, readable
 from .._draws import Generators, increment_like
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..values import Coefficient, Prediction, add_noise, expand
@@ -36,6 +36,21 @@ class Move:
     std: Coefficient | None
 
 
+def check_rates(predictor: Predictor, t: Tensor, *rates: Coefficient | None) -> None:
+    """Raise if a rate of a predictor at times t (n,) is not finite (read on the CPU only)."""
+    if not readable(t):
+        return
+    for rate in rates:
+        finite = torch.isfinite(torch.as_tensor(0.0 if rate is None else rate))
+        if not bool(finite.all()):
+            worst = float(t[~finite.expand_as(t)][0])
+            raise ValueError(
+                "grid: expected to begin where alpha > 0, so that the reverse process has finite "
+                f"rates, got t = {worst:g} with {type(predictor).__name__}; take a predictor of "
+                "exact transitions there, such as Ancestral or DDIM, or begin at a smaller time"
+            )
+
+
 class LinearPredictor(Predictor):
     """A predictor given by three coefficients; a subclass writes `coefficients` alone."""
 
@@ -44,12 +59,17 @@ class LinearPredictor(Predictor):
         """Return the coefficients, each (n,), of moves from times t (n,) to s (n,)."""
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        """Compute the coefficients of all moves at once, and leave them with the times."""
+        """Compute the coefficients of all moves at once, and leave them with the times.
+
+        Raises:
+            ValueError: if one of them is not finite (read on the CPU only).
+        """
         table = _numerics.tabulated(sde, times)
         if table is None:
             return
         instants, grid = table
         move = self.coefficients(sde, grid[:-1], grid[1:])
+        check_rates(self, grid[:-1], move.x, move.x0, move.std)
         columns = [
             c.tolist() if isinstance(c, Tensor) else [c] * (len(grid) - 1)
             for c in (move.x, move.x0, move.std)
@@ -64,7 +84,9 @@ class LinearPredictor(Predictor):
             if move is not None:
                 return move
         check_move(s, t, sde.T, x)
-        return self.coefficients(sde, _numerics.exact(t), _numerics.exact(s))
+        move = self.coefficients(sde, _numerics.exact(t), _numerics.exact(s))
+        check_rates(self, t, move.x, move.x0, move.std)
+        return move
 
     def step(
         self,
@@ -102,6 +124,10 @@ class EulerMaruyama(LinearPredictor):
         x_s = x_t - (f x_t - g^2 \nabla \log p_t)(t - s) + g \sqrt{t - s}\, z
 
     Weak order 1.
+
+    Raises:
+        ValueError: in `prepare` and `step`, from a time where alpha = 0 and the drift is infinite
+            (read on the CPU only).
 
     Source: Song et al., 2021, arXiv 2011.13456.
     """
