@@ -51,6 +51,8 @@ doctest_global_setup = """
 import torch
 from torch import nn
 from diffusionkit import *
+from diffusionkit.control import *
+from diffusionkit.metrics import *
 from diffusionkit.networks import MLP, DDPMpp
 from diffusionkit.testing import InconsistentError, Report, check_score_model, check_sde
 

@@ -74,11 +74,13 @@ class LinearMeasurement(_Replacement):
     rho k, with VE, VP and sub-VP alike. That is too small, at k = 1.5, by so many standard
     deviations of the true law (200 steps of `Ancestral`, measured with VP):
 
-    | rho                                       | .5  | .8  | .95  |
-    |-------------------------------------------|-----|-----|------|
-    | as they are                               | .42 | .78 | 1.13 |
-    | five moves of `AnnealedLangevin` at each  | .16 | .23 | .20  |
-    | `TimeTravel(jump=10, repeats=10)`         | .07 | .09 | .07  |
+    ========================================  ===  ===  ====
+    rho                                       .5   .8   .95
+    ========================================  ===  ===  ====
+    as they are                               .42  .78  1.13
+    five moves of `AnnealedLangevin` at each  .16  .23  .20
+    `TimeTravel(jump=10, repeats=10)`         .07  .09  .07
+    ========================================  ===  ===  ====
 
     Deterministic predictors, with memory or without, are further off: 1.13 at rho = .8. Which of
     several distant modes is chosen is settled while the noise hides what is known, and neither
@@ -86,8 +88,8 @@ class LinearMeasurement(_Replacement):
     `LinearGaussianGuidance` is exact for Gaussian data.
 
     Args:
-        operator: the measurement, or its rows (m, *D) as a tensor.
-        y: what was measured, for one sample (*M) or for each (B, *M). It is copied to the
+        operator: the measurement, or its rows (m, \*D) as a tensor.
+        y: what was measured, for one sample (\*M) or for each (B, \*M). It is copied to the
             state's dtype and device: keep it there if the copies matter.
 
     Raises:

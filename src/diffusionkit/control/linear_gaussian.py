@@ -58,9 +58,9 @@ class LinearGaussianGuidance(GuidedModel):
 
     Args:
         model: the score model.
-        operator: A, a linear function of data (B, *D) to measurements (B, *E). Its adjoint is
+        operator: A, a linear function of data (B, \*D) to measurements (B, \*E). Its adjoint is
             found by automatic differentiation.
-        y: the measurements (B, *E), or (1, *E), one for all samples.
+        y: the measurements (B, \*E), or (1, \*E), one for all samples.
         noise_std: tau, the standard deviation of the measurement's noise; it may be 0.
         iterations: the largest number of iterations. As many as a measurement has dimensions
             are always enough but for rounding, a few do where y tells little of x0.

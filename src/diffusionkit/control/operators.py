@@ -23,11 +23,11 @@ class LinearOperator(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the measurement A x (..., *M) of data (..., *D)."""
+        r"""Return the measurement A x (..., \*M) of data (..., \*D)."""
 
     @abc.abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """Return A^+ y (..., *D): of all data that measure y, those of the smallest norm."""
+        r"""Return A^+ y (..., \*D): of all data that measure y, those of the smallest norm."""
 
 
 def check_operator(operator: LinearOperator, data: Tensor) -> None:
@@ -218,12 +218,12 @@ class Blur(LinearOperator):
 
     and 0 at the other frequencies, which count as not measured. The rows that are known are
     therefore Fourier modes, which are orthonormal: hand in the blurred data as they are, the
-    division is made here. It magnifies what noise they hold by up to 1 / (c max |h|).
+    division is made here. It magnifies what noise they hold, 1 / c times where the response is least.
 
     Args:
         kernel: what a single bright point becomes, centred; one axis for each blurred axis.
         size: the sizes of the last axes of the data, as many as the kernel has.
-        floor: the share c of the largest |h| below which a frequency counts as lost.
+        floor: the share c of the largest response below which a frequency counts as lost.
 
     Raises:
         ValueError: if the kernel is larger than the data, not finite or zero, or floor is
