@@ -101,7 +101,7 @@ def test_rows_that_depend_on_one_another():
     torch.testing.assert_close(x @ rows.T, y.detach())
     # The nearest to (1, -2) on (1, 3) is (-.5, -1.5).
     with pytest.raises(ValueError, match=r"y: .* values up to 6 that are off by 1\.5"):
-        LinearMeasurement(rows, torch.tensor([[1.0, -2.0], [2.0, 6.0]]))
+        LinearMeasurement(rows, torch.tensor([[1.0, -2.0], [2.0, 6.0]], requires_grad=True))
 
 
 def test_orthonormal_rows_by_hand():

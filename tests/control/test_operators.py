@@ -161,7 +161,7 @@ def test_tables_are_converted_once(name, monkeypatch):
 @pytest.mark.parametrize("name", FRESH)
 def test_tables_first_used_where_tensors_do_not_last(name, around):
     """Afterwards there are gradients, and copies of the operator."""
-    operator, x = FRESH[name](), drawn(2, 4)
+    operator, x = FRESH[name](), drawn(2, 4).float()
 
     def size(x):
         return operator.inverse(operator(x)).square().sum()

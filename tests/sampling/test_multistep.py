@@ -258,9 +258,8 @@ def test_without_memory_a_step_is_ddims(solver):
 
 
 def test_a_grid_of_one_step_is_refused(solver):
-    sampler = PCSampler(mixture(EDMSDE()), solver, grid=torch.tensor([1.0, 0.5]))
     with pytest.raises(ValueError, match=r"grid: expected at least 2 steps for \w+.*, got 1"):
-        sampler(torch.ones(2, 1))
+        PCSampler(mixture(EDMSDE()), solver, grid=torch.tensor([1.0, 0.5]))
 
 
 def test_bad_times_and_states(solver):

@@ -218,7 +218,8 @@ class Blur(LinearOperator):
 
     and 0 at the other frequencies, which count as not measured. The rows that are known are
     therefore Fourier modes, which are orthonormal: hand in the blurred data as they are, the
-    division is made here. It magnifies what noise they hold, 1 / c times where the response is least.
+    division is made here. Noise in them is divided too, by no less than c times the largest
+    response.
 
     Args:
         kernel: what a single bright point becomes, centred; one axis for each blurred axis.
