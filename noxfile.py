@@ -37,7 +37,9 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, without the slow ones."""
     install(session, "dev")
-    session.run("pytest", "-m", "not slow", *session.posargs)
+    # One thread for each of the processes: tensors are small, and threads would wait for others.
+    parallel = ("-n", "auto", "-m", "not slow")
+    session.run("pytest", *parallel, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
