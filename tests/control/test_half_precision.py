@@ -66,3 +66,21 @@ def test_half_states_where_alpha_is_tiny(kind, dtype, how) -> None:
         moved = said.combine(x=0.0, x0=1e-3)
         assert moved.dtype == dtype
         assert moved.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", ["gradient", "linear"])
+def test_a_push_through_the_model_where_alpha_is_small(dtype, how) -> None:
+    """There a sampler forgets what was said of the data, but it is to be right all the same."""
+    model = Stated("x0")
+    guided = {
+        "gradient": GradientGuidance(model, lambda x0: -2 * (x0[:, 0] - 0.3) ** 2),
+        "linear": LinearGaussianGuidance(model, lambda x0: x0[:, :1], torch.ones(1, 1), 0.5),
+    }[how]
+    x = torch.linspace(-1.5, 1.5, 14, dtype=torch.float64).view(7, 2)
+    t = torch.full((7,), 0.997)
+    assert 0.001 < float(model.sde.marginal(t[:1])[0]) < 0.01
+    plain, wanted = model.predict(x, t).x0, guided.predict(x, t).x0
+    assert (wanted - plain).abs().max() > 0.5  # the push is not small
+    got = guided.predict(x.to(dtype), t).x0.double()
+    torch.testing.assert_close(got, wanted, rtol=0.03, atol=0.03)
