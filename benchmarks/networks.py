@@ -96,7 +96,7 @@ class Released(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Evaluate the network."""
         net = self.net
-        frequencies = net.embedding.label_features.frequencies
+        frequencies = net.embedding.noise_features.frequencies
         angle = torch.log(sigma)[:, None] * frequencies[None, :] * 2 * np.pi
         emb = net.embedding.linear_1(torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1))
         emb = net.embedding.linear_2(F.silu(emb))

@@ -26,7 +26,7 @@ Run = Callable[[], object]
 def ours(x: Tensor, steps: int) -> Run:
     """A run of the sampler, its set-up included."""
     output = torch.randn_like(x)
-    model = EpsModel(lambda x, label: output, VPSDE())
+    model = EpsModel(lambda x, noise_label: output, VPSDE())
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(), steps=steps, denoise=False)
     return lambda: sampler(x)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffusionkit import VESDE, Perturbed, RawScoreModel, ScoreMatching
 from diffusionkit.networks import NCSNpp
-from diffusionkit.training.stable import StableTarget
+from diffusionkit.training.stable_target import StableTarget
 
 SDE = VESDE(sigma_min=0.01, sigma_max=50.0)
 D = 3 * 32 * 32

@@ -80,8 +80,8 @@ class Images(NamedTuple):
 
 def digits() -> Images:
     """Return the digits of scikit-learn; one in five, always the same, is kept for testing."""
-    pixels, labels = load_digits(return_X_y=True)
-    train, test = train_test_split(pixels, test_size=0.2, random_state=0, stratify=labels)
+    pixels, class_labels = load_digits(return_X_y=True)
+    train, test = train_test_split(pixels, test_size=0.2, random_state=0, stratify=class_labels)
     return Images(torch.tensor(train).long(), torch.tensor(test).long(), levels=17)
 
 

@@ -121,7 +121,7 @@ def draw(
         grid=KarrasGrid(to_zero=True),
         steps=args.steps,
         constraint=constraint,
-        travel=TimeTravel(jump=min(5, args.steps), repeats=args.repeats),
+        time_travel=TimeTravel(jump=min(5, args.steps), repeats=args.repeats),
         progress=lambda moves: tqdm(moves, desc="sampling", leave=False),
     )
     return sampler((n, *SHAPE), generator=torch.Generator().manual_seed(seed))
@@ -190,19 +190,19 @@ def guided(model: ScoreModel, data: Patches, args: argparse.Namespace) -> Figure
     right = judge.score(traits(data.test), data.test_labels.numpy())
     print(f"\nclasses: a random forest is right about {right:.1%} of the patches held out")
     print(f"{'scale':<8}{'as asked':>12}{'precision':>12}{'recall':>12}")
-    labels, rows = torch.arange(args.patches) % len(CLASSES), {}
+    class_labels, rows = torch.arange(args.patches) % len(CLASSES), {}
     for scale in SCALES:
         sampler = PCSampler(
             ClassifierGuidance(model, classifier, scale), DDIM(eta=0.5), grid=KarrasGrid(),
             steps=args.steps, progress=lambda steps: tqdm(steps, desc="sampling", leave=False),
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
-        x = sampler((len(labels), *SHAPE), y=labels, generator=generator)
-        asked = float((judge.predict(traits(x)) == labels.numpy()).mean())
+        x = sampler((len(class_labels), *SHAPE), y=class_labels, generator=generator)
+        asked = float((judge.predict(traits(x)) == class_labels.numpy()).mean())
         near = precision_recall(data.test.flatten(1), x.flatten(1))
         print(f"{scale:<8g}{asked:>12.1%}{near.precision:>12.1%}{near.recall:>12.1%}", flush=True)
         for k, name in enumerate(CLASSES):
-            rows[f"{name}, {scale:g}"] = x[labels == k]
+            rows[f"{name}, {scale:g}"] = x[class_labels == k]
     return tiles(rows)
 
 

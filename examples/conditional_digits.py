@@ -32,7 +32,7 @@ from diffusionkit import (
     DenoisedModel,
     EpsModel,
     GaussianDecoder,
-    Hybrid,
+    HybridLoss,
     PCSampler,
     ScoreModel,
     drop_conditions,
@@ -62,40 +62,42 @@ def train(data: Digits, steps: int, seed: int) -> ScoreModel:
         num_classes=CLASSES + 1,
     )
     model = EpsModel(network, DDPMChain.cosine(1000), variance="learned_range")
-    objective = Hybrid(decoder=GaussianDecoder(LEVELS))
+    objective = HybridLoss(decoder=GaussianDecoder(LEVELS))
 
     def loss() -> Tensor:
         rows = torch.randint(len(data.train), (BATCH,), generator=generator)
-        labels = drop_conditions(data.labels[rows], NULL, DROPPED, generator=generator)
-        return objective(model, data.train[rows], labels=labels, generator=generator)
+        class_labels = drop_conditions(data.class_labels[rows], NULL, DROPPED, generator=generator)
+        return objective(model, data.train[rows], class_labels=class_labels, generator=generator)
 
     fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY, optimizer=torch.optim.AdamW)
     return model
 
 
-def draw(model: ScoreModel, scale: float, labels: Tensor, steps: int, seed: int) -> Pixels:
+def draw(model: ScoreModel, scale: float, class_labels: Tensor, steps: int, seed: int) -> Pixels:
     """Draw one digit (n, 64) for each label, in pixels."""
-    guided = ClassifierFreeGuidance(model, scale, null={"labels": NULL})
+    guided = ClassifierFreeGuidance(model, scale, null={"class_labels": NULL})
     sampler = PCSampler(
         DenoisedModel(guided, Clip()),
         Ancestral(variance="model"),
         grid=DDPMChain.cosine(1000).respaced(str(steps)),
     )
     generator = torch.Generator().manual_seed(seed)  # the same for every scale
-    return pixels(sampler((len(labels), 1, 8, 8), labels=labels, generator=generator))
+    return pixels(
+        sampler((len(class_labels), 1, 8, 8), class_labels=class_labels, generator=generator)
+    )
 
 
-def as_asked(quality: Quality, samples: Pixels, labels: Tensor) -> float:
+def as_asked(quality: Quality, samples: Pixels, class_labels: Tensor) -> float:
     """Return the share of samples that a logistic regression takes for the digit asked for."""
-    found = [quality.shares(samples[labels.numpy() == k])[k] for k in range(CLASSES)]
+    found = [quality.shares(samples[class_labels.numpy() == k])[k] for k in range(CLASSES)]
     return float(np.mean(found))
 
 
-def table_row(name: str, quality: Quality, samples: Pixels, labels: Tensor) -> str:
+def table_row(name: str, quality: Quality, samples: Pixels, class_labels: Tensor) -> str:
     """Return what is measured of samples of classes."""
     near = precision_recall(torch.tensor(quality.test), torch.tensor(samples))
     cells = [
-        f"{as_asked(quality, samples, labels):.1%}",
+        f"{as_asked(quality, samples, class_labels):.1%}",
         f"{quality.energy_distance(samples):.4f}",
         f"{near.precision:.1%}",
         f"{near.recall:.1%}",
@@ -104,12 +106,12 @@ def table_row(name: str, quality: Quality, samples: Pixels, labels: Tensor) -> s
     return f"{name:<10}" + "".join(f"{cell:>18}" for cell in cells)
 
 
-def draw_figure(drawn: dict[float, Pixels], labels: Tensor) -> Figure:
+def draw_figure(drawn: dict[float, Pixels], class_labels: Tensor) -> Figure:
     """Return the picture: a row for each class, samples at every scale side by side."""
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     axes = figure.subplots(1, len(drawn))
     for ax, (scale, samples) in zip(np.atleast_1d(axes), drawn.items(), strict=True):
-        rows = [samples[labels.numpy() == digit][:SHOWN] for digit in range(CLASSES)]
+        rows = [samples[class_labels.numpy() == digit][:SHOWN] for digit in range(CLASSES)]
         tiles = np.stack(rows).reshape(CLASSES, -1, 8, 8)
         framed = np.pad(tiles, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=8)
         ax.imshow(framed.transpose(0, 2, 1, 3).reshape(9 * CLASSES, -1), cmap="gray_r")
@@ -149,15 +151,15 @@ def compare(
     output: Path,
 ) -> None:
     """Draw digits of every class at every scale, measure them, and leave a picture."""
-    quality, labels, drawn = Quality(data), torch.arange(samples) % CLASSES, {}
+    quality, class_labels, drawn = Quality(data), torch.arange(samples) % CLASSES, {}
     heads = ("classed as asked", "energy distance", "precision", "recall", "near training")
     print(f"{'scale':<10}" + "".join(f"{head:>18}" for head in heads))
     for scale in scales:
-        drawn[scale] = draw(scale, labels)
-        print(table_row(f"{scale:g}", quality, drawn[scale], labels), flush=True)
+        drawn[scale] = draw(scale, class_labels)
+        print(table_row(f"{scale:g}", quality, drawn[scale], class_labels), flush=True)
     rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:samples]
-    print(table_row("training", quality, pixels(data.train[rows]), data.labels[rows]))
-    save(draw_figure(drawn, labels), output)
+    print(table_row("training", quality, pixels(data.train[rows]), data.class_labels[rows]))
+    save(draw_figure(drawn, class_labels), output)
     print(f"\npicture {output}")
 
 
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = train(data, args.train_steps, args.seed)
     print(f"training {time.perf_counter() - start:.0f} s\n")
     compare(
-        lambda scale, labels: draw(model, scale, labels, args.steps, args.seed),
+        lambda scale, class_labels: draw(model, scale, class_labels, args.steps, args.seed),
         data, args.scales, args.samples, args.output,
     )  # fmt: skip
 

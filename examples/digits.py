@@ -27,16 +27,16 @@ class Digits(NamedTuple):
 
     train: Tensor
     test: Tensor
-    labels: Tensor
+    class_labels: Tensor
 
 
 def load() -> Digits:
     """Return the digits; one in five, always the same, is kept for testing."""
-    images, labels = load_digits(return_X_y=True)
-    train, test, labels, _ = train_test_split(
-        images, labels, test_size=0.2, random_state=0, stratify=labels
+    images, class_labels = load_digits(return_X_y=True)
+    train, test, class_labels, _ = train_test_split(
+        images, class_labels, test_size=0.2, random_state=0, stratify=class_labels
     )
-    return Digits(_scaled(train), _scaled(test), torch.tensor(labels))
+    return Digits(_scaled(train), _scaled(test), torch.tensor(class_labels))
 
 
 def _scaled(images: Pixels) -> Tensor:
@@ -60,7 +60,7 @@ class Quality:
         """Fit the classifier to the training digits."""
         self.train, self.test = pixels(digits.train), pixels(digits.test)
         self._classifier = LogisticRegression(C=10, max_iter=1000)
-        self._classifier.fit(self.train / 16, digits.labels.numpy())
+        self._classifier.fit(self.train / 16, digits.class_labels.numpy())
         self._typical = np.median(self._nearest(self.test))
 
     def confident(self, images: Pixels) -> float:

@@ -66,7 +66,7 @@ def train_classifier(data: Digits, model: ScoreModel, steps: int, seed: int) -> 
     network = MLP(images.shape[1], out_features=CLASSES, width=128, depth=2)
     classifier = NoiseClassifier(network, model.sde, float(images.std()))
     return train_noise_classifier(
-        classifier, model.sde, images, data.labels, steps=steps, times=LogNormalTimes(),
+        classifier, model.sde, images, data.class_labels, steps=steps, times=LogNormalTimes(),
         progress=lambda items: tqdm(items, desc="classifier", unit="step"),
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ def draw(
     model: ScoreModel,
     classifier: NoiseClassifier,
     scale: float,
-    labels: Tensor,
+    class_labels: Tensor,
     steps: int,
     seed: int,
 ) -> Pixels:
@@ -83,7 +83,7 @@ def draw(
     guided = ClassifierGuidance(model, classifier, scale)
     sampler = PCSampler(guided, DDIM(eta=0.5), grid=KarrasGrid(), steps=steps)
     generator = torch.Generator().manual_seed(seed)  # the same for every scale
-    return pixels(sampler((len(labels), 64), y=labels, generator=generator))
+    return pixels(sampler((len(class_labels), 64), y=class_labels, generator=generator))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = train_classifier(data, model, args.train_steps, args.seed)
     print(f"training {time.perf_counter() - start:.0f} s\n")
     compare(
-        lambda scale, labels: draw(model, classifier, scale, labels, args.steps, args.seed),
+        lambda scale, digits: draw(model, classifier, scale, digits, args.steps, args.seed),
         data, args.scales, args.samples, args.output,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ from diffusionkit import (
     DiscreteTimes,
     EpsModel,
     GaussianDecoder,
-    Hybrid,
+    HybridLoss,
     LossSecondMomentTimes,
     PCSampler,
     Predictor,
@@ -72,12 +72,12 @@ class Row(NamedTuple):
     energy: list[float]
 
 
-def objective(name: str, decoder: GaussianDecoder) -> ScoreMatching | VLB | Hybrid:
+def objective(name: str, decoder: GaussianDecoder) -> ScoreMatching | VLB | HybridLoss:
     """Return an objective by its name."""
     if name == "simple":
         return ScoreMatching(times=DiscreteTimes())
     if name == "hybrid":
-        return Hybrid(decoder=decoder)
+        return HybridLoss(decoder=decoder)
     return VLB(decoder=decoder, times=LossSecondMomentTimes() if "," in name else None)
 
 

@@ -15,13 +15,7 @@ from series_and_patches import windows
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from diffusionkit import (
-    EDMSDE,
-    EDMModel,
-    EDMWeighting,
-    LogNormalTimes,
-    ScoreMatching,
-)
+from diffusionkit import EDMSDE, EDMModel, EDMWeighting, LogNormalTimes, ScoreMatching
 from diffusionkit.checkpoints import load_network, save_network
 from diffusionkit.networks import NCSNpp
 

@@ -173,8 +173,8 @@ def draw_figure(digits: Digits, drawn: Drawn, losses: Sequence[float]) -> Figure
     # Each moment is shown in a range of its own: with VE the noise is many times the data.
     states = drawn.path / drawn.path.abs().amax((1, 2, 3, 4), keepdim=True)
     show(paths, tiles(states.transpose(0, 1).flatten(0, 1), len(states)), "From noise to data")
-    labels = [*(f"{t:.2f}" for t in drawn.times[:-1]), "data"]
-    paths.set_xticks([10 * i + 4.5 for i in range(len(states))], labels)
+    class_labels = [*(f"{t:.2f}" for t in drawn.times[:-1]), "data"]
+    paths.set_xticks([10 * i + 4.5 for i in range(len(states))], class_labels)
     paths.set_xlabel("time t")
     paths.tick_params(length=0)
 

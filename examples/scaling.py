@@ -42,7 +42,7 @@ from diffusionkit import (
     DiscreteTimes,
     EpsModel,
     GaussianDecoder,
-    Hybrid,
+    HybridLoss,
     PCSampler,
     ScoreMatching,
     clipped_step,
@@ -103,9 +103,9 @@ def build(images: Images, width: int) -> EpsModel:
     return EpsModel(network, CHAIN, variance="learned_range", data_range=(-1.0, 1.0))
 
 
-def objective(images: Images) -> Hybrid:
+def objective(images: Images) -> HybridLoss:
     """Return the objective that all widths are trained by."""
-    return Hybrid(decoder=GaussianDecoder(images.levels))
+    return HybridLoss(decoder=GaussianDecoder(images.levels))
 
 
 def flops_per_step(images: Images, width: int) -> int:

@@ -32,7 +32,7 @@ from diffusionkit import (
     DDPMChain,
     DenoisedModel,
     EpsModel,
-    Hybrid,
+    HybridLoss,
     PCSampler,
     ScoreModel,
 )
@@ -66,7 +66,7 @@ def train(images: Tensor, steps: int, seed: int) -> ScoreModel:
         attention_levels=(2,),
     )
     model = EpsModel(network, DDPMChain.cosine(1000), variance="learned_range")
-    objective = Hybrid()
+    objective = HybridLoss()
 
     def loss() -> Tensor:
         x0 = images[torch.randint(len(images), (BATCH,), generator=generator)]

@@ -79,7 +79,7 @@ MODEL = EpsModel(zero, VP)
 
 
 def says(output: Callable[[torch.Tensor], Any]) -> EpsModel:
-    return EpsModel(lambda x, label: output(x), VP)
+    return EpsModel(lambda x, noise_label: output(x), VP)
 
 
 def sample(model: Any = MODEL, start: Any = (3, 2), **options: Any) -> Any:

@@ -11,23 +11,24 @@ ROOT = Path(diffusionkit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
-PRIVATE = {"_checks", "_draws", "_numerics", "_run", "_tally"}
-BASE = {*PRIVATE, "_posterior", "values", "interfaces"}
-CORE = {*BASE, "_levels", "_ode", "_variational", "sde", "models"}
+PRIVATE = {"_checks", "_gaussian", "_grid_times", "_loops", "_nfe", "_schedules", "random"}
+BASE = {*PRIVATE, "values", "interfaces"}
+CORE = {*BASE, "_chain_terms", "_ode", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
-    "_draws": {"_checks"},
-    "_numerics": {"_checks"},
-    "_posterior": set(),
-    "_run": set(),
-    "_tally": set(),
-    "_pickles": set(),
-    "_files": {"_pickles"},
-    "_levels": {"_checks"},
-    "_ode": BASE,
-    "_variational": {*BASE, "_levels"},
+    "_schedules": set(),
+    "_gaussian": {"_schedules"},
+    "_grid_times": {"_schedules"},
+    "_loops": set(),
+    "_nfe": set(),
+    "random": {"_checks"},
     "values": set(),
     "interfaces": {*PRIVATE, "values"},
+    "decoders": BASE,
+    "_chain_terms": {*BASE, "decoders"},
+    "_ode": BASE,
+    "_pickles": set(),
+    "_files": {"_pickles"},
     "sde": BASE,
     "models": {*BASE, "sde"},
     "training": {*CORE, "_files"},
@@ -36,10 +37,10 @@ MAY_IMPORT = {
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
     "diagnostics": {*CORE, "training"},
-    "ops": set(),
-    "networks": {"ops"},
+    "ops": {"_checks"},
+    "networks": {"_checks", "ops"},
     "checkpoints": {*CORE, "networks", "ops", "_files", "_pickles"},
-    "metrics": {"_checks", "_draws", "_files", "_run"},
+    "metrics": {"_checks", "_files", "_loops", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
 

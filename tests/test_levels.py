@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffusionkit._levels import Levels
+from diffusionkit.decoders import Levels
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])

@@ -310,8 +310,8 @@ def test_network_models_that_are_right(kind, dtype, sde) -> None:
 def test_conditions_are_handed_on() -> None:
     torch.manual_seed(0)
     model = EpsModel(MLP(3, width=16, depth=1, num_classes=5), VP)
-    labels = torch.tensor([0, 1, 2, 3])
-    assert check_score_model(model, (4, 3), labels=labels).ok
+    class_labels = torch.tensor([0, 1, 2, 3])
+    assert check_score_model(model, (4, 3), class_labels=class_labels).ok
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (4, 1), (3, 2, 2), (2, 1, 2, 2)])
@@ -465,7 +465,7 @@ def test_an_untrained_network_is_not_blamed_for_its_direction(seed) -> None:
 
 def test_a_network_of_the_wrong_shape_is_reported() -> None:
     with pytest.raises(InconsistentError, match=r"raised ValueError: network: expected an output"):
-        check_score_model(EpsModel(lambda x, label: x[:, :2], VP), (4, 3))
+        check_score_model(EpsModel(lambda x, noise_label: x[:, :2], VP), (4, 3))
 
 
 def test_a_model_without_a_process() -> None:

@@ -36,24 +36,26 @@ KINDS = ["pair", "eps", "x0", "v", "score", "mixed"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_statement_means_the_same(kind):
     x, x0, eps, alpha, sigma = setup()
-    said = statements(x, x0, eps, alpha, sigma)[kind]
+    prediction = statements(x, x0, eps, alpha, sigma)[kind]
     a, s = expand(alpha, x), expand(sigma, x)
-    torch.testing.assert_close(said.x0, x0, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(said.eps, eps, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(said.score, -eps / s, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(said.v, a * eps - s * x0, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(said.alpha, alpha)
-    torch.testing.assert_close(said.sigma, sigma)
+    torch.testing.assert_close(prediction.x0, x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.eps, eps, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.score, -eps / s, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.v, a * eps - s * x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.alpha, alpha)
+    torch.testing.assert_close(prediction.sigma, sigma)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_combine_is_the_linear_combination(kind):
     x, x0, eps, alpha, sigma = setup()
-    said = statements(x, x0, eps, alpha, sigma)[kind]
+    prediction = statements(x, x0, eps, alpha, sigma)[kind]
     c, d = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([3.0, 0.0, -0.7]).double()
     expected = expand(c, x) * x + expand(d, x) * x0
-    torch.testing.assert_close(said.combine(x=c, x0=d), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(said.combine(x=0.5, x0=2.0), 0.5 * x + 2 * x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.combine(x=c, x0=d), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        prediction.combine(x=0.5, x0=2.0), 0.5 * x + 2 * x0, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,10 +63,10 @@ def test_noise_error_is_the_difference_of_the_noises(kind):
     x, x0, eps, alpha, sigma = setup()
     # Another prediction of the same state: its noise is off by .01.
     other = Prediction.from_eps(x, eps - 0.01, alpha, sigma)
-    said = statements(x, x0, eps, alpha, sigma)[kind]
+    prediction = statements(x, x0, eps, alpha, sigma)[kind]
     target = Prediction(x, other.x0, other.eps, alpha, sigma)
     torch.testing.assert_close(
-        said.noise_error(target), torch.full_like(x, 0.01), rtol=1e-7, atol=1e-9
+        prediction.noise_error(target), torch.full_like(x, 0.01), rtol=1e-7, atol=1e-9
     )
 
 
@@ -111,10 +113,16 @@ def test_floats_stand_for_a_whole_batch():
 def test_dtypes(dtype):
     x, x0, _eps, alpha, sigma = setup(dtype)
     x = x.to(dtype)
-    said = Prediction.from_v(x, x0, alpha, sigma)
-    assert said.x0.dtype == said.eps.dtype == said.score.dtype == said.v.dtype == dtype
+    prediction = Prediction.from_v(x, x0, alpha, sigma)
+    assert (
+        prediction.x0.dtype
+        == prediction.eps.dtype
+        == prediction.score.dtype
+        == prediction.v.dtype
+        == dtype
+    )
     wide = dtype if dtype.itemsize >= 4 else torch.float32
-    assert said.alpha.dtype == said.sigma.dtype == wide
+    assert prediction.alpha.dtype == prediction.sigma.dtype == wide
 
 
 def test_values_are_frozen():

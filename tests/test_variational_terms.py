@@ -7,14 +7,9 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from diffusionkit import DDPMChain, EpsModel
-from diffusionkit._variational import (
-    GaussianDecoder,
-    gaussian_kl,
-    log_normal_cdf,
-    prior_kl,
-    step_log_variances,
-    step_nats,
-)
+from diffusionkit._chain_terms import prior_kl, step_log_variances, step_nats
+from diffusionkit._gaussian import gaussian_kl, log_normal_cdf
+from diffusionkit.decoders import GaussianDecoder
 
 LN2 = math.log(2)
 
@@ -232,13 +227,13 @@ TERMS = [
 def test_terms(schedule, step, variance, clip, bits) -> None:
     chain = VARIANCES[schedule][0]
     output = HAT + V if variance.startswith("learned") else HAT
-    model = EpsModel(lambda x, label: f64(*output).unsqueeze(0), chain, variance=variance)
+    model = EpsModel(lambda x, noise_label: f64(*output).unsqueeze(0), chain, variance=variance)
     t = f64((step + 1) / chain.steps)
     alpha, sigma = chain.marginal(t)
     x0 = f64(*X0).unsqueeze(0)
-    said = model.predict(alpha * x0 + sigma * f64(*EPS), t)
+    prediction = model.predict(alpha * x0 + sigma * f64(*EPS), t)
     decoder = GaussianDecoder(cdf="tanh")
-    got = step_nats(model, said, x0, torch.tensor([step]), decoder, clip=clip) / (4 * LN2)
+    got = step_nats(model, prediction, x0, torch.tensor([step]), decoder, clip=clip) / (4 * LN2)
     assert float(got) == pytest.approx(bits, rel=1e-9)
 
 
@@ -248,8 +243,10 @@ def test_a_learned_log_variance_is_taken_as_it_is() -> None:
     for step, log_var in ((0, -9.81672513529567), (500, -4.600049739984908)):
         t = f64((step + 1) / 1000)
         wide = torch.cat([f64(*HAT), torch.full((4,), log_var).double()]).unsqueeze(0)
-        learned = EpsModel(lambda x, label, out=wide: out, chain, variance="learned")
-        fixed = EpsModel(lambda x, label: f64(*HAT).unsqueeze(0), chain, variance="fixed_small")
+        learned = EpsModel(lambda x, noise_label, out=wide: out, chain, variance="learned")
+        fixed = EpsModel(
+            lambda x, noise_label: f64(*HAT).unsqueeze(0), chain, variance="fixed_small"
+        )
         got, want = (
             step_nats(m, m.predict(x0, t), x0, torch.tensor([step]), GaussianDecoder())
             for m in (learned, fixed)
@@ -261,7 +258,7 @@ def test_the_fixed_large_variance_of_the_first_step_is_the_small_one() -> None:
     x0, t = f64(*X0).unsqueeze(0), f64(0.1, 0.2)
     chain = DDPMChain.cosine(10)
     small, large = (
-        EpsModel(lambda x, label: f64(*HAT).expand_as(x), chain, variance=v)
+        EpsModel(lambda x, noise_label: f64(*HAT).expand_as(x), chain, variance=v)
         for v in ("fixed_small", "fixed_large")
     )
     costs = [

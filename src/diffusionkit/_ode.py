@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive
-from ._numerics import home, instants, schedule_dtype
-from ._run import bare_networks, evaluation_mode
-from ._tally import Tally
+from ._grid_times import grid_times
+from ._loops import bare_networks, evaluation_mode
+from ._nfe import Tally
+from ._schedules import home, schedule_dtype
 from .interfaces import ForwardSDE, ScoreModel
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
@@ -127,7 +128,7 @@ class Solver:
             value = torch.tensor([log_snr], dtype=schedule_dtype(here), device=here)
             time = sde.time_at_log_snr(value).clamp(low, high)
             z = state[0]
-            (t,) = instants(sde, time, z.new_empty(len(z), dtype=dtype))
+            (t,) = grid_times(sde, time, z.new_empty(len(z), dtype=dtype))
             alpha, sigma = sde.kernel(t)
             r = math.hypot(float(alpha), float(sigma))
             rates = [y.to(state_dtype) for y in evaluate((r * z).to(dtype), t)]

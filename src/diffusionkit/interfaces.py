@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _numerics
 from ._checks import check_shape, check_state, check_times, check_transition
-from ._draws import Generators, randn, randn_like
-from ._tally import counted
+from ._gaussian import normal_log_prob
+from ._grid_times import instant
+from ._nfe import counted
+from ._schedules import bisect, drift_and_diffusion, exact, home
+from .random import Generators, randn, randn_like
 from .values import Coefficient, Perturbed, Prediction, Step, linear
 
 
@@ -53,7 +55,7 @@ class ForwardSDE(abc.ABC):
     @property
     def prior_std(self) -> float:
         """The standard deviation of the prior: sigma(T), unless overridden."""
-        last = torch.tensor([self.T], dtype=torch.float64, device=_numerics.home(self))
+        last = torch.tensor([self.T], dtype=torch.float64, device=home(self))
         return float(self.marginal(last)[1].detach())
 
     @abc.abstractmethod
@@ -62,22 +64,22 @@ class ForwardSDE(abc.ABC):
 
     def kernel(self, t: Tensor) -> tuple[Coefficient, Coefficient]:
         """Return alpha and sigma in float64, as floats where a sampler has tabulated them."""
-        known = _numerics.instant(t, self)
-        return (known.alpha, known.sigma) if known else self.marginal(_numerics.exact(t))
+        known = instant(t, self)
+        return (known.alpha, known.sigma) if known else self.marginal(exact(t))
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
         """Return f(t) = d log alpha / dt, (B,)."""
-        return _numerics.drift_and_diffusion(self.marginal, t, self.T)[0]
+        return drift_and_diffusion(self.marginal, t, self.T)[0]
 
     def diffusion(self, t: Tensor) -> Tensor:
         """Return g(t), (B,)."""
-        return _numerics.drift_and_diffusion(self.marginal, t, self.T)[1]
+        return drift_and_diffusion(self.marginal, t, self.T)[1]
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         """Return f(t) x, (B, *D), for a state x (B, *D) at times t (B,)."""
         check_state(x)
         check_times(t, self.T, x.shape[0], x)
-        f = self.drift_coefficient(_numerics.exact(t))
+        f = self.drift_coefficient(exact(t))
         return linear(f, x, 0.0, x)
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class ForwardSDE(abc.ABC):
 
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
         """Return the time (B,) of a log-SNR (B,), within [0, T]."""
-        return _numerics.bisect(self.log_snr, log_snr, self.T)
+        return bisect(self.log_snr, log_snr, self.T)
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return scale and std, each (B,), of p(x_t | x_s) = N(scale x_s, std^2 I), s <= t.
@@ -112,7 +114,7 @@ class ForwardSDE(abc.ABC):
         check_state(x0, "x0")
         check_times(t, self.T, x0.shape[0], x0)
         eps = randn_like(x0, generator)
-        alpha, sigma = self.marginal(_numerics.exact(t))
+        alpha, sigma = self.marginal(exact(t))
         x = linear(alpha, x0, sigma, eps)
         target = Prediction.from_eps(x, eps, alpha, sigma)
         return Perturbed(x0=x0, eps=eps, x=x, t=t, alpha=target.alpha, sigma=target.sigma)
@@ -132,7 +134,7 @@ class ForwardSDE(abc.ABC):
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density of the prior at x (B, *D), in nats, (B,)."""
         check_state(x)
-        return _numerics.normal_log_prob(x, self.prior_std)
+        return normal_log_prob(x, self.prior_std)
 
 
 class ScoreModel(nn.Module, abc.ABC):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _numerics
 from ._checks import check_part, check_shape
+from ._schedules import drift_and_diffusion, exact
 from .interfaces import ForwardSDE, Prediction, ScoreModel
 from .values import expand
 
@@ -173,7 +173,7 @@ def _drift_and_diffusion(sde: ForwardSDE) -> Iterator[str]:
     t = _times(sde)
     # Inside each half of a piecewise schedule, not on its joints.
     t = (0.49 * t[:-1] + 0.51 * t[1:]).contiguous()
-    f, g = _numerics.drift_and_diffusion(sde.marginal, t, sde.T)
+    f, g = drift_and_diffusion(sde.marginal, t, sde.T)
     if problem := _differ(sde.drift_coefficient(t), f, 1e-5):
         yield f"f is not d log(alpha)/dt: {problem}"
     if bool((g <= 0).any()):
@@ -299,12 +299,12 @@ Cond = dict[str, Any]
 
 def _prediction(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator[str]:
     with torch.no_grad():
-        said: Any = model.predict(x, t, **cond)
-        if not isinstance(said, Prediction):
-            yield f"expected predict to return a Prediction, got {type(said).__name__}"
+        prediction: Any = model.predict(x, t, **cond)
+        if not isinstance(prediction, Prediction):
+            yield f"expected predict to return a Prediction, got {type(prediction).__name__}"
             return
         for name in ("x0", "eps", "score"):
-            value = getattr(said, name)
+            value = getattr(prediction, name)
             if value.shape != x.shape or value.dtype != x.dtype:
                 yield (
                     f"{name}: expected shape {tuple(x.shape)} and {x.dtype}, "
@@ -314,12 +314,12 @@ def _prediction(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator
             if not bool(torch.isfinite(value).all()):
                 yield f"{name}: expected finite values, got {int((~value.isfinite()).sum())} others"
                 return
-        alpha, sigma = (expand(c, x) for c in model.sde.marginal(_numerics.exact(t)))
-        scale = x.abs().max() + (alpha * said.x0).abs().max()
-        if float((alpha * said.x0 + sigma * said.eps - x).abs().max() / scale) > 1e-4:
+        alpha, sigma = (expand(c, x) for c in model.sde.marginal(exact(t)))
+        scale = x.abs().max() + (alpha * prediction.x0).abs().max()
+        if float((alpha * prediction.x0 + sigma * prediction.eps - x).abs().max() / scale) > 1e-4:
             yield "x0 and eps do not satisfy x = alpha x0 + sigma eps"
         score = model(x, t, **cond)
-        if not torch.allclose(score * sigma, -said.eps, rtol=1e-3, atol=1e-4):
+        if not torch.allclose(score * sigma, -prediction.eps, rtol=1e-3, atol=1e-4):
             yield "the score is not -eps / sigma"
 
 

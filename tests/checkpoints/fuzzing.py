@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from diffusionkit._files import CheckpointError, read_torch
-from diffusionkit.checkpoints._edm import read_edm_pickle
+from diffusionkit.checkpoints._edm_keys import read_edm_pickle
 from diffusionkit.checkpoints._safetensors import read_safetensors
 
 READERS = {

@@ -87,7 +87,7 @@ def load(written):
 def conditions(case):
     kwargs, found = EDM[case]["kwargs"], {}
     if kwargs["label_dim"]:
-        found["labels"] = torch.tensor([3, kwargs["label_dim"] - 1])
+        found["class_labels"] = torch.tensor([3, kwargs["label_dim"] - 1])
     if kwargs["augment_dim"]:
         found["condition"] = inputs(2, 9)
     return found
@@ -151,7 +151,7 @@ def cosine(i, steps, s=0.02):
 
 
 @pytest.mark.parametrize(
-    ("case", "labels"),
+    ("case", "class_labels"),
     [
         ("vp_ddpmpp", (99.9, 699.3)),
         ("vp_other", (49.9, 349.3)),
@@ -159,10 +159,10 @@ def cosine(i, steps, s=0.02):
         ("iddpm_other", (25, 80)),
     ],
 )
-def test_labels_are_those_of_the_released_code(load, case, labels) -> None:
+def test_labels_are_those_of_the_released_code(load, case, class_labels) -> None:
     model = load(case)
     told = model.label(model.sde, torch.tensor(EDM[case]["t"]))
-    assert told.tolist() == pytest.approx(labels, rel=1e-6)
+    assert told.tolist() == pytest.approx(class_labels, rel=1e-6)
 
 
 def test_without_classes_and_without_augmentation(load) -> None:

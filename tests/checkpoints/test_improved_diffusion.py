@@ -26,7 +26,7 @@ def content_of(case):
 def conditions(case):
     data, found = OPENAI[case], {}
     if data["classes"]:
-        found["labels"] = torch.tensor([3, data["classes"] - 1])
+        found["class_labels"] = torch.tensor([3, data["classes"] - 1])
     if data["low_res"]:
         found["low_res"] = inputs(2, data["channels"], 4, 4).flip(0)
     return found
@@ -89,7 +89,7 @@ def test_a_golden_network(given) -> None:
     model = load_improved_diffusion(given(content))
     x = torch.sin(0.1 * torch.arange(2 * 3 * 16 * 16)).view(2, 3, 16, 16)
     with torch.no_grad():
-        out = model.network(x, torch.tensor([0.25, 250.25]), labels=torch.tensor([3, 7]))
+        out = model.network(x, torch.tensor([0.25, 250.25]), class_labels=torch.tensor([3, 7]))
     assert out.shape == (2, 6, 16, 16)
     first = [-0.09294580401246479, -0.12295907570917347, -0.06312490946584916, 0.017615589388343417]
     last = [0.05908687530684292, 0.03999649702735104, 0.011381911459584466, -0.009613640859382867]
@@ -121,7 +121,7 @@ def load(given, case="improved_plain", **flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "betas", "labels"),
+    ("flags", "betas", "class_labels"),
     [
         ({}, (1e-4, 0.02, 1000), (0, 999)),
         ({"diffusion_steps": 4000}, (2.5e-5, 0.005, 4000), (0, 999.75)),
@@ -140,7 +140,7 @@ def load(given, case="improved_plain", **flags):
         ({"noise_schedule": "linear", "rescale_timesteps": False}, (1e-4, 0.02, 1000), (0, 999)),
     ],
 )
-def test_the_flags_of_the_diffusion(given, flags, betas, labels) -> None:
+def test_the_flags_of_the_diffusion(given, flags, betas, class_labels) -> None:
     model = load(given, **flags)
     assert isinstance(model.sde, DDPMChain)
     first, last, steps = betas
@@ -149,7 +149,7 @@ def test_the_flags_of_the_diffusion(given, flags, betas, labels) -> None:
     assert float(model.sde.betas[-1]) == pytest.approx(last, rel=1e-12)
     assert isinstance(model.label, StepLabel)
     told = model.label(model.sde, torch.tensor([1 / steps, 1.0], dtype=torch.float64))
-    assert told.tolist() == pytest.approx(labels, abs=1e-9)
+    assert told.tolist() == pytest.approx(class_labels, abs=1e-9)
 
 
 def test_what_the_network_predicts(given) -> None:
@@ -180,7 +180,7 @@ def test_six_channels_of_what(given) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "flag", "value", "said"),
+    ("case", "flag", "value", "stored"),
     [
         ("improved_learn_sigma", "num_channels", 64, "32"),
         ("improved_learn_sigma", "num_res_blocks", 3, "2"),
@@ -194,8 +194,8 @@ def test_six_channels_of_what(given) -> None:
         ("improved_plain", "resblock_updown", True, "False"),
     ],
 )
-def test_flags_that_contradict_the_file(given, case, flag, value, said) -> None:
-    with pytest.raises(ValueError, match=rf"^{flag}: the file says {said}, got {value}$"):
+def test_flags_that_contradict_the_file(given, case, flag, value, stored) -> None:
+    with pytest.raises(ValueError, match=rf"^{flag}: the file says {stored}, got {value}$"):
         load(given, case, **{flag: value})
 
 

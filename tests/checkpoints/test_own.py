@@ -35,7 +35,7 @@ def outputs(network):
     x = x.view(2, 6) if isinstance(network, MLP) else x.view(2, 2, 8, 8)
     label = torch.tensor([0, 2]) if isinstance(network, NCSNv2) else torch.tensor([0.5, 2.0])
     classes = network.config.get("num_classes")
-    cond = {"labels": torch.tensor([2, 0])} if classes else {}
+    cond = {"class_labels": torch.tensor([2, 0])} if classes else {}
     with torch.no_grad():
         return network.eval()(x, label, **cond)
 
@@ -84,7 +84,7 @@ def test_half_precision_comes_back(tmp_path, ending, dtype) -> None:
         assert back.state_dict()[key].dtype == value.dtype
         assert torch.equal(back.state_dict()[key], value)
     assert back.input.weight.dtype == dtype
-    assert back.embedding.label_features.frequencies.dtype == torch.float32
+    assert back.embedding.noise_features.frequencies.dtype == torch.float32
 
 
 def test_weights_in_other_memory_layouts(tmp_path) -> None:

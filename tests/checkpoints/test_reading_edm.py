@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffusionkit._files import CheckpointError
-from diffusionkit.checkpoints._edm import EDMObject, read_edm_pickle
+from diffusionkit.checkpoints._edm_keys import EDMObject, read_edm_pickle
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 from diffusionkit._files import CheckpointError, read_torch
-from diffusionkit.checkpoints._edm import read_edm_pickle
+from diffusionkit.checkpoints._edm_keys import read_edm_pickle
 
 START, END = b"\x80\x02", b"."
 NAMES = [

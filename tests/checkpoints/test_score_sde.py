@@ -100,7 +100,7 @@ SIGMAS = [0.01 * 5000**0.3, 0.01 * 5000**0.85]
 
 
 @pytest.mark.parametrize(
-    ("case", "kind", "sde", "label", "labels", "data_range"),
+    ("case", "kind", "sde", "label", "class_labels", "data_range"),
     [
         ("ve_ncsnpp", *VE, SigmaLabel, SIGMAS, (0, 1)),
         ("ve_centered_noscale", *VE, SigmaLabel, SIGMAS, (-1, 1)),
@@ -122,13 +122,15 @@ SIGMAS = [0.01 * 5000**0.3, 0.01 * 5000**0.85]
         ("vp_ddpm_noconv_notcentered", EpsModel, DDPMChain.linear(), StepLabel, [250, 800], (0, 1)),
     ],
 )
-def test_the_model_of_each_kind_samples(given, case, kind, sde, label, labels, data_range) -> None:
+def test_the_model_of_each_kind_samples(
+    given, case, kind, sde, label, class_labels, data_range
+) -> None:
     model = load_score_sde(given(score_sde_content(case)), score_sde_config(case))
     assert type(model) is kind
     assert repr(model.sde) == repr(sde)
     assert type(model.label) is label
     told = model.label(model.sde, torch.tensor(SCORE_SDE[case]["t"]))
-    torch.testing.assert_close(told, torch.tensor(labels).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(told, torch.tensor(class_labels).float(), rtol=1e-5, atol=1e-4)
     assert model.data_range == model.network.config["data_range"] == data_range
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(snr=0.16), steps=3)
     samples = sampler(state_of(case).shape, generator=torch.Generator().manual_seed(0))

@@ -72,12 +72,14 @@ class ClassModel(ScoreModel):
         self.sde = sde
         self.parts = torch.nn.ModuleList([*known.of_class, known.model])
 
-    def predict(self, x, t, labels=None):
-        labels = torch.full((len(x),), 2) if labels is None else labels
-        said = [part.predict(x, t) for part in self.parts]
-        at = labels, torch.arange(len(x))
-        x0, eps = (torch.stack([getattr(s, name) for s in said])[at] for name in ("x0", "eps"))
-        return Prediction(x, x0, eps, said[0].alpha, said[0].sigma)
+    def predict(self, x, t, class_labels=None):
+        class_labels = torch.full((len(x),), 2) if class_labels is None else class_labels
+        prediction = [part.predict(x, t) for part in self.parts]
+        at = class_labels, torch.arange(len(x))
+        x0, eps = (
+            torch.stack([getattr(s, name) for s in prediction])[at] for name in ("x0", "eps")
+        )
+        return Prediction(x, x0, eps, prediction[0].alpha, prediction[0].sigma)
 
 
 def states(sde, n, dims=2):

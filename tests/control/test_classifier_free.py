@@ -36,23 +36,25 @@ class Counted(ScoreModel):
         return self.model.predict(x, t, **cond)
 
 
-@pytest.mark.parametrize("null", [None, {"labels": 2}, {"labels": torch.full((6,), 2)}])
+@pytest.mark.parametrize("null", [None, {"class_labels": 2}, {"class_labels": torch.full((6,), 2)}])
 def test_extrapolation(sde, null) -> None:
     model, x_t = ClassModel(sde), states(sde, 6)
-    with_, without = model.predict(*x_t, labels=LABELS), model.predict(*x_t)
+    with_, without = model.predict(*x_t, class_labels=LABELS), model.predict(*x_t)
     for scale in (-0.5, 0.0, 0.3, 1.0, 4.0):
-        said = ClassifierFreeGuidance(model, scale, null=null).predict(*x_t, labels=LABELS)
+        prediction = ClassifierFreeGuidance(model, scale, null=null).predict(
+            *x_t, class_labels=LABELS
+        )
         for name in ("x0", "eps", "score"):
             c, u = getattr(with_, name), getattr(without, name)
             wanted = u + scale * (c - u)
-            torch.testing.assert_close(getattr(said, name), wanted, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(getattr(prediction, name), wanted, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_it_is_classifier_guidance_without_a_classifier(sde, scale) -> None:
     """Both are the score of p(x) p(y | x)^scale."""
     classes, (x, t) = Classes(sde), states(sde, 6)
-    free = ClassifierFreeGuidance(ClassModel(sde), scale)(x, t, labels=LABELS)
+    free = ClassifierFreeGuidance(ClassModel(sde), scale)(x, t, class_labels=LABELS)
     by_classifier = ClassifierGuidance(classes.model, classes.classifier, scale)(x, t, y=LABELS)
     torch.testing.assert_close(free, by_classifier, rtol=1e-9, atol=1e-9)
 
@@ -61,7 +63,7 @@ def test_it_is_classifier_guidance_without_a_classifier(sde, scale) -> None:
 def test_evaluations(scale) -> None:
     model = Counted(ClassModel(VPSDE()))
     sampler = PCSampler(ClassifierFreeGuidance(model, scale), DDIM(), steps=3)
-    sampler((6, 2), labels=LABELS)
+    sampler((6, 2), class_labels=LABELS)
     assert sum(bool(cond) for cond in model.asked) == (4 if scale > 0.0 else 0)
     assert sum(not cond for cond in model.asked) == (4 if scale != 1.0 else 0)
     assert sampler.nfe == 3 * len(model.asked)  # this model counts as its parts
@@ -73,15 +75,15 @@ def test_guided_in_an_interval(sde) -> None:
     alpha, sigma = sde.marginal(t)
     ratio = (sigma / alpha).tolist()
     low, high = ratio[1] * (1 + 1e-9), ratio[3] * (1 + 1e-9)
-    everywhere = ClassifierFreeGuidance(model, 3.0)(x, t, labels=LABELS)
-    inside = ClassifierFreeGuidance(model, 3.0, (low, high))(x, t, labels=LABELS)
-    conditional = model(x, t, labels=LABELS)
+    everywhere = ClassifierFreeGuidance(model, 3.0)(x, t, class_labels=LABELS)
+    inside = ClassifierFreeGuidance(model, 3.0, (low, high))(x, t, class_labels=LABELS)
+    conditional = model(x, t, class_labels=LABELS)
     within = torch.tensor([0, 0, 1, 1, 0, 0], dtype=torch.bool)
     wanted = torch.where(within.unsqueeze(1), everywhere, conditional)
     torch.testing.assert_close(inside, wanted, rtol=1e-11, atol=1e-11)
     assert not torch.allclose(everywhere[~within], conditional[~within])
     for interval in ((0.0, math.inf), (0, 2 * max(ratio))):
-        always = ClassifierFreeGuidance(model, 3.0, interval)(x, t, labels=LABELS)
+        always = ClassifierFreeGuidance(model, 3.0, interval)(x, t, class_labels=LABELS)
         torch.testing.assert_close(always, everywhere)
 
 
@@ -94,37 +96,41 @@ def test_evaluations_outside_the_interval(sde, scale) -> None:
     ratio = (sigma / alpha).tolist()
     guided = ClassifierFreeGuidance(model, scale, (0.5 * (ratio[3] + ratio[4]), ratio[1] * 1.0001))
     sampler = PCSampler(guided, DDIM(), steps=5, grid=times)
-    sampler((6, 2), labels=LABELS)
+    sampler((6, 2), class_labels=LABELS)
     # Guided at the times 1, 2 and 3 of 0 to 5.
     assert len(model.asked) == (9 if scale == 2.0 else 6)
     assert sampler.nfe == 3 * len(model.asked)  # this model counts as its parts
     assert sum(not cond for cond in model.asked) == 3
     model.asked.clear()
-    guided.predict(torch.zeros(6, 2), times[-1].expand(6), labels=LABELS)
+    guided.predict(torch.zeros(6, 2), times[-1].expand(6), class_labels=LABELS)
     assert len(model.asked) == 1
-    assert "labels" in model.asked[0]
+    assert "class_labels" in model.asked[0]
 
 
 @pytest.mark.parametrize(("scale", "rescale"), [(6.0, 0.0), (6.0, 0.7), (6.0, 1.0), (1.0, 0.7)])
 def test_rescaled_data(sde, scale, rescale) -> None:
     model, (x, t) = ClassModel(sde), states(sde, 6)
-    plain = ClassifierFreeGuidance(model, scale).predict(x, t, labels=LABELS)
-    said = ClassifierFreeGuidance(model, scale, None, rescale).predict(x, t, labels=LABELS)
-    conditional = model.predict(x, t, labels=LABELS)
+    plain = ClassifierFreeGuidance(model, scale).predict(x, t, class_labels=LABELS)
+    prediction = ClassifierFreeGuidance(model, scale, None, rescale).predict(
+        x, t, class_labels=LABELS
+    )
+    conditional = model.predict(x, t, class_labels=LABELS)
     for k in range(6):
         wanted, now = conditional.x0[k].std(), plain.x0[k].std()
         x0 = rescale * plain.x0[k] * wanted / now + (1 - rescale) * plain.x0[k]
-        torch.testing.assert_close(said.x0[k], x0, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(prediction.x0[k], x0, rtol=1e-10, atol=1e-10)
     alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
-    torch.testing.assert_close(said.eps, (x - alpha * said.x0) / sigma, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        prediction.eps, (x - alpha * prediction.x0) / sigma, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_data_without_spread_are_not_rescaled() -> None:
-    model = X0Model(lambda x, label, level: 0 * x + level.view(-1, 1, 1), VPSDE())
+    model = X0Model(lambda x, noise_label, level: 0 * x + level.view(-1, 1, 1), VPSDE())
     guided = ClassifierFreeGuidance(model, 2.0, rescale=1.0, null={"level": 0.0})
     x, t = torch.randn(2, 3, 4), torch.tensor([0.2, 0.7])
-    said = guided.predict(x, t, level=torch.tensor([1.0, -1.0])).x0
-    assert torch.equal(said, torch.tensor([2.0, -2.0]).view(2, 1, 1).expand(2, 3, 4))
+    prediction = guided.predict(x, t, level=torch.tensor([1.0, -1.0])).x0
+    assert torch.equal(prediction, torch.tensor([2.0, -2.0]).view(2, 1, 1).expand(2, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -136,12 +142,14 @@ def test_samples_of_the_conditional_law(predictor, corrector) -> None:
     """Scale 1 takes the class's own model; a larger one sharpens the class's border."""
     sde = VPSDE()
     classes = Classes(sde)
-    labels = torch.ones(1500, dtype=torch.int64)
+    class_labels = torch.ones(1500, dtype=torch.int64)
     surer = []
     for scale in (1.0, 3.0):
-        guided = ClassifierFreeGuidance(ClassModel(sde), scale, null={"labels": 2})
+        guided = ClassifierFreeGuidance(ClassModel(sde), scale, null={"class_labels": 2})
         sampler = PCSampler(guided, predictor, corrector, steps=80, grid=LogSNRGrid())
-        x = sampler((1500, 2), generator=torch.Generator().manual_seed(0), labels=labels).double()
+        x = sampler(
+            (1500, 2), generator=torch.Generator().manual_seed(0), class_labels=class_labels
+        ).double()
         t = torch.full((1500,), sde.t_min, dtype=torch.float64)
         surer.append(torch.softmax(classes.classifier(x, t), 1)[:, 1].mean())
         if scale == 1.0:
@@ -150,16 +158,21 @@ def test_samples_of_the_conditional_law(predictor, corrector) -> None:
 
 
 def test_which_conditions_are_replaced() -> None:
-    model = Counted(X0Model(lambda x, label, **cond: x, VPSDE()))
+    model = Counted(X0Model(lambda x, noise_label, **cond: x, VPSDE()))
     x, t = torch.zeros(2, 3), torch.tensor([0.1, 0.9])
-    cond = {"labels": torch.tensor([1, 2]), "text": torch.ones(2, 4), "size": 7, "name": "cat"}
-    null = {"labels": 10, "text": torch.arange(4), "name": ""}
+    cond = {
+        "class_labels": torch.tensor([1, 2]),
+        "text": torch.ones(2, 4),
+        "size": 7,
+        "name": "cat",
+    }
+    null = {"class_labels": 10, "text": torch.arange(4), "name": ""}
     ClassifierFreeGuidance(model, 2.0, null=null).predict(x, t, **cond)
     without, with_ = model.asked
     assert with_ is not without
     assert all(with_[name] is cond[name] for name in cond)
-    assert torch.equal(without["labels"], torch.tensor([10, 10]))
-    assert without["labels"].dtype == torch.int64
+    assert torch.equal(without["class_labels"], torch.tensor([10, 10]))
+    assert without["class_labels"].dtype == torch.int64
     assert torch.equal(without["text"], torch.arange(4.0).expand(2, 4))
     assert (without["size"], without["name"]) == (7, "")
     assert ClassifierFreeGuidance(model, 2.0).predict(x, t, **cond) is not None
@@ -174,20 +187,20 @@ def test_learned_variances_are_those_with_the_condition(options) -> None:
     for kind, name in (("learned", "log_var"), ("learned_range", "log_var_fraction")):
         model = EpsModel(network, VPSDE(), variance=kind)
         x, t = states(VPSDE(), 3)
-        said = ClassifierFreeGuidance(model, 2.0, **options).predict(x, t, shift=0.4)
+        prediction = ClassifierFreeGuidance(model, 2.0, **options).predict(x, t, shift=0.4)
         wanted = 0.3 * x + 0.4 if kind == "learned" else (0.3 * x + 1.4) / 2
-        torch.testing.assert_close(getattr(said, name), wanted)
+        torch.testing.assert_close(getattr(prediction, name), wanted)
 
 
 def test_without_data_left() -> None:
     """At alpha = 0 the difference of two predictions is as good as anywhere."""
     sde = DDPMChain.linear(100).zero_terminal_snr()
-    model = VModel(lambda x, label, shift=0.0: 0 * x + shift, sde)
+    model = VModel(lambda x, noise_label, shift=0.0: 0 * x + shift, sde)
     for interval in (None, (1.0, math.inf)):
         guided = ClassifierFreeGuidance(model, 3.0, interval)
         for t in (torch.ones(2), torch.tensor([0.99, 1.0])):
-            said = guided.predict(torch.zeros(2, 2), t, shift=1.0)
-            assert torch.allclose(said.x0, torch.full((2, 2), -3.0), rtol=1e-2)
+            prediction = guided.predict(torch.zeros(2, 2), t, shift=1.0)
+            assert torch.allclose(prediction.x0, torch.full((2, 2), -3.0), rtol=1e-2)
         x = PCSampler(guided, DDIM(), steps=3)((2, 2), shift=1.0)
         assert torch.isfinite(x).all()
 
@@ -196,17 +209,17 @@ def test_the_contract_and_gradients() -> None:
     sde = VPSDE()
     for options in ({}, {"interval": (0.1, 3.0)}):
         guided = ClassifierFreeGuidance(ClassModel(sde), 2.0, **options)
-        assert check_score_model(guided, (6, 2), exact=True, labels=LABELS).ok
+        assert check_score_model(guided, (6, 2), exact=True, class_labels=LABELS).ok
     guided = ClassifierFreeGuidance(ClassModel(sde), 2.0, rescale=0.5)
-    assert check_score_model(guided, (6, 2), labels=LABELS).ok
+    assert check_score_model(guided, (6, 2), class_labels=LABELS).ok
 
 
 def test_half_precision() -> None:
-    model = X0Model(lambda x, label, shift=0.0: x + shift, VPSDE())
+    model = X0Model(lambda x, noise_label, shift=0.0: x + shift, VPSDE())
     x, t = torch.zeros(2, 3, dtype=torch.bfloat16), torch.tensor([0.1, 0.9])
     for options in ({}, {"interval": (0.0, 1.0)}, {"rescale": 0.5}):
-        said = ClassifierFreeGuidance(model, 2.0, **options).predict(x, t, shift=1.0)
-        assert (said.x0.dtype, said.eps.dtype) == (torch.bfloat16, torch.bfloat16)
+        prediction = ClassifierFreeGuidance(model, 2.0, **options).predict(x, t, shift=1.0)
+        assert (prediction.x0.dtype, prediction.eps.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +241,7 @@ def test_half_precision() -> None:
         ({"interval": "ab"}, TypeError, "interval: expected a pair .* got 'ab'"),
         ({"interval": (1.0, 2.0, 3.0)}, ValueError, "interval: expected a pair .* 3.0"),
         ({"null": 10}, TypeError, "null: expected a mapping of names to values, got 10"),
-        ({"null": "labels"}, TypeError, "null: expected a mapping .* got 'labels'"),
+        ({"null": "class_labels"}, TypeError, "null: expected a mapping .* got 'class_labels'"),
         ({"null": {3: 10}}, TypeError, "null: expected a mapping .* got {3: 10}"),
         ({"null": {}}, ValueError, "null: expected a name and a value at least"),
         ({"model": lambda x, t: x}, TypeError, "model: expected a ScoreModel"),
@@ -243,14 +256,15 @@ def test_bad_parts(options, error, match) -> None:
     ("null", "cond", "error", "match"),
     [
         (None, {}, ValueError, "expected a condition to guide by, got none"),
-        ({"labels": 2}, {}, ValueError, r"expected a condition labels=..., got \[\]"),
-        (None, {"labels": None}, ValueError, "expected a condition to guide by, got none"),
-        ({"labels": 2}, {"labels": None, "y": LABELS}, ValueError,
-         r"expected a condition labels=..., got \['y'\] that are not None"),
-        ({"labels": 2}, {"y": LABELS}, ValueError, r"labels=..., got \['y'\]"),
-        ({"labels": LABELS[:4]}, {"labels": LABELS}, ValueError,
+        ({"class_labels": 2}, {}, ValueError, r"expected a condition class_labels=..., got \[\]"),
+        (None, {"class_labels": None}, ValueError, "expected a condition to guide by, got none"),
+        ({"class_labels": 2}, {"class_labels": None, "y": LABELS}, ValueError,
+         r"expected a condition class_labels=..., got \['y'\] that are not None"),
+        ({"class_labels": 2}, {"y": LABELS}, ValueError, r"class_labels=..., got \['y'\]"),
+        ({"class_labels": LABELS[:4]}, {"class_labels": LABELS}, ValueError,
          r"labels: expected a shape that fits the condition's, \(6,\), got \(4,\)"),
-        ({"labels": 2.0}, {"labels": LABELS}, TypeError, "labels: expected torch.int64"),
+        ({"class_labels": 2.0}, {"class_labels": LABELS}, TypeError,
+         "class_labels: expected torch.int64"),
     ],
 )  # fmt: skip
 def test_bad_conditions(null, cond, error, match) -> None:
@@ -264,4 +278,4 @@ def test_bad_conditions(null, cond, error, match) -> None:
 def test_bad_times() -> None:
     guided = ClassifierFreeGuidance(ClassModel(VPSDE()), 2.0, (0.1, 1.0))
     with pytest.raises(ValueError, match="t: expected one time for each sample"):
-        guided.predict(torch.zeros(6, 2), torch.ones(5), labels=LABELS)
+        guided.predict(torch.zeros(6, 2), torch.ones(5), class_labels=LABELS)

@@ -60,8 +60,8 @@ class OfClass(ScoreModel):
         self.sde = sde
         self.parts = [gaussian(sde, mean) for mean in (THERE, HERE)]
 
-    def predict(self, x, t, *, labels):
-        (label,) = labels.unique().tolist()
+    def predict(self, x, t, *, class_labels):
+        (label,) = class_labels.unique().tolist()
         return self.parts[label].predict(x, t)
 
 
@@ -86,8 +86,8 @@ def by_classifier(sde):
 
 def classifier_free(sde):
     """Two scores of the same slope: the mean goes as far beyond one as from the other to it."""
-    guided = ClassifierFreeGuidance(OfClass(sde), 2.0, null={"labels": 0})
-    return guided, {"labels": torch.ones(N).long()}, 2 * HERE - THERE, [STD] * 3
+    guided = ClassifierFreeGuidance(OfClass(sde), 2.0, null={"class_labels": 0})
+    return guided, {"class_labels": torch.ones(N).long()}, 2 * HERE - THERE, [STD] * 3
 
 
 def by_measurement(sde):
@@ -119,17 +119,17 @@ CORRECTORS = {
     "langevin": Langevin(0.1, norm="batch"),
 }
 CONSTRAINTS = {"free": None, "inpainting": Inpainting(KNOWN, torch.tensor([1, 0, 0]))}
-TRAVELS = {"once": None, "travel": TimeTravel(jump=5, repeats=2)}
+TRAVELS = {"once": None, "time_travel": TimeTravel(jump=5, repeats=2)}
 
 
-def check(process, predictor, guidance, corrector, constraint, travel):
+def check(process, predictor, guidance, corrector, constraint, time_travel):
     sde = PROCESSES[process]
     model, cond, mean, std = GUIDANCE[guidance](sde)
     steps = STEPS * FACTORS.get(type(PREDICTORS[predictor]), 1.0)
     sampler = PCSampler(
         model, PREDICTORS[predictor], CORRECTORS[corrector], grid=LogSNRGrid(),
         steps=int(steps),
-        constraint=CONSTRAINTS[constraint], travel=TRAVELS[travel],
+        constraint=CONSTRAINTS[constraint], time_travel=TRAVELS[time_travel],
     )  # fmt: skip
     x = sampler((N, 3), generator=torch.Generator().manual_seed(0), **cond)
     free = slice(0 if constraint == "free" else 1, 3)
@@ -145,7 +145,7 @@ def check(process, predictor, guidance, corrector, constraint, travel):
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_all_at_once(predictor, guidance):
-    check("VP", predictor, guidance, "annealed", "inpainting", "travel")
+    check("VP", predictor, guidance, "annealed", "inpainting", "time_travel")
 
 
 @pytest.mark.slow
@@ -153,8 +153,8 @@ def test_all_at_once(predictor, guidance):
 @pytest.mark.parametrize("predictor", PREDICTORS)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_every_combination(process, predictor, guidance):
-    for corrector, constraint, travel in itertools.product(CORRECTORS, CONSTRAINTS, TRAVELS):
-        check(process, predictor, guidance, corrector, constraint, travel)
+    for corrector, constraint, time_travel in itertools.product(CORRECTORS, CONSTRAINTS, TRAVELS):
+        check(process, predictor, guidance, corrector, constraint, time_travel)
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)

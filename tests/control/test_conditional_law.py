@@ -23,7 +23,7 @@ from diffusionkit import (
 from diffusionkit.control.constraints import Colorization, Inpainting, LinearMeasurement
 from diffusionkit.control.operators import AveragePool, Gray, Matrix
 from diffusionkit.sampling.heun import Heun
-from diffusionkit.sampling.travel import TimeTravel
+from diffusionkit.sampling.time_travel import TimeTravel
 
 DOUBLE = torch.float64
 PROCESSES = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(sigma_min=0.01, sigma_max=20.0)}
@@ -58,10 +58,10 @@ class Gaussian(ScoreModel):
         return mean, self.cov - gain @ rows @ self.cov
 
 
-def sampled(model, constraint, n=3000, steps=150, predictor=None, corrector=None, travel=None):
+def sampled(model, constraint, n=3000, steps=150, predictor=None, corrector=None, time_travel=None):
     sampler = PCSampler(
         model, predictor or Ancestral(), corrector, steps=steps, grid=LogSNRGrid(),
-        constraint=constraint, travel=travel,
+        constraint=constraint, time_travel=time_travel,
     )  # fmt: skip
     return sampler((n, *constraint.known.shape), generator=seeded(), dtype=DOUBLE)
 
@@ -124,7 +124,7 @@ def test_time_travel_and_correctors_lead_to_the_conditional_law(process):
     assert errors()[0] == pytest.approx(0.77, abs=0.08)
     corrected = errors(corrector=AnnealedLangevin(snr=0.16, steps=10))
     assert corrected[0] < 0.4
-    travelled = errors(travel=TimeTravel(jump=8, repeats=10))
+    travelled = errors(time_travel=TimeTravel(jump=8, repeats=10))
     assert travelled[0] < 0.2
     assert travelled[1] < 0.08
 
@@ -152,9 +152,9 @@ def test_linear_measurements_of_correlated_data(name):
     y = truth.view(operator(model.mean).shape)
     constraint = Colorization(y) if name == "gray" else LinearMeasurement(operator, y)
 
-    def distance(travel):
+    def distance(time_travel):
         """The largest error of the mean along an unknown direction, and of the covariance."""
-        x = sampled(model, constraint, n=1000, steps=80, travel=travel).flatten(1)
+        x = sampled(model, constraint, n=1000, steps=80, time_travel=time_travel).flatten(1)
         torch.testing.assert_close(x @ rows.T, truth.expand(1000, -1), rtol=1e-9, atol=1e-9)
         values, vectors = torch.linalg.eigh(posterior)
         keep = values > 1e-9

@@ -22,7 +22,7 @@ from diffusionkit.control.constraints import Colorization, Inpainting, LinearMea
 from diffusionkit.control.operators import AveragePool, Blur, Gray, LinearOperator, Mask, Matrix
 from diffusionkit.interfaces import Constraint
 from diffusionkit.sampling.heun import Heun
-from diffusionkit.sampling.travel import TimeTravel
+from diffusionkit.sampling.time_travel import TimeTravel
 
 DOUBLE = torch.float64
 
@@ -272,7 +272,8 @@ def test_known_entries_have_their_noise_from_the_start_on(sde):
     model = GaussianMixtureModel(sde, [[y, 0.0]], [0.5])
     times = LogSNRGrid(t_end=0.4 * sde.T)(sde, 3)[1:]
     sampler = PCSampler(
-        model, Ancestral(), AnnealedLangevin(), grid=times, denoise=False, travel=TimeTravel(1, 2),
+        model, Ancestral(), AnnealedLangevin(), grid=times, denoise=False,
+        time_travel=TimeTravel(1, 2),
         constraint=Inpainting(torch.tensor([y, 0.0]), torch.tensor([1, 0])),
     )  # fmt: skip
     start = torch.zeros(n, 2, dtype=DOUBLE)
@@ -291,7 +292,7 @@ def test_known_entries_have_their_noise_from_the_start_on(sde):
 def test_a_sample_with_its_own_generator_does_not_depend_on_its_batch(predictor):
     model = GaussianMixtureModel(VPSDE(), torch.stack([X[0], -X[0]]).float(), [0.3, 0.2])
     sampler = PCSampler(
-        model, predictor, Langevin(), steps=6, travel=TimeTravel(2, 2),
+        model, predictor, Langevin(), steps=6, time_travel=TimeTravel(2, 2),
         constraint=Colorization(X[0].mean(0, keepdim=True)),
     )  # fmt: skip
     whole, alone = (

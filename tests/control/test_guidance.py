@@ -45,13 +45,13 @@ def test_the_true_classifier_gives_the_tilted_score(sde, scale) -> None:
     y = torch.arange(12) % 2
     guided = ClassifierGuidance(classes.model, classes.classifier, scale)
     base, wanted = classes.model(x, t), classes.score(x, t, y)
-    said = guided.predict(x, t, y=y)
+    prediction = guided.predict(x, t, y=y)
     tilted = base + scale * (wanted - base)
-    torch.testing.assert_close(said.score, tilted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.score, tilted, rtol=1e-9, atol=1e-9)
     alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
-    torch.testing.assert_close(said.eps, -sigma * tilted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(prediction.eps, -sigma * tilted, rtol=1e-10, atol=1e-10)
     x0 = (x + sigma**2 * tilted) / alpha
-    torch.testing.assert_close(said.x0, x0, rtol=1e-10, atol=1e-8)
+    torch.testing.assert_close(prediction.x0, x0, rtol=1e-10, atol=1e-8)
 
 
 def test_data_and_noise_keep_their_digits(sde) -> None:
@@ -62,9 +62,9 @@ def test_data_and_noise_keep_their_digits(sde) -> None:
     alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
     x = (alpha * torch.tensor([0.7, -0.4]) + 0.3 * sigma).float()
     y = torch.tensor([0, 0])
-    said, exact = (guided.predict(state, t, y=y) for state in (x, x.double()))
-    torch.testing.assert_close(said.x0.double(), exact.x0, rtol=3e-6, atol=0)
-    torch.testing.assert_close(said.eps.double(), exact.eps, rtol=3e-6, atol=0)
+    prediction, exact = (guided.predict(state, t, y=y) for state in (x, x.double()))
+    torch.testing.assert_close(prediction.x0.double(), exact.x0, rtol=3e-6, atol=0)
+    torch.testing.assert_close(prediction.eps.double(), exact.eps, rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -110,18 +110,18 @@ def test_every_gradient_mode_gives_the_same(mixture, kind) -> None:
         inner = {name: value.clone() for name, value in cond.items()}
         inferred = guided.predict(x.clone(), t.clone(), **inner)
         sampled = PCSampler(guided, DDIM(), steps=5)(x * 1.0, **inner)
-    for said in (plain, inferred):
-        assert not said.x0.requires_grad
-        assert not said.eps.requires_grad
-        assert torch.equal(said.x0, wanted.x0)
-        assert torch.equal(said.eps, wanted.eps)
+    for prediction in (plain, inferred):
+        assert not prediction.x0.requires_grad
+        assert not prediction.eps.requires_grad
+        assert torch.equal(prediction.x0, wanted.x0)
+        assert torch.equal(prediction.eps, wanted.eps)
     assert torch.equal(sampled, PCSampler(guided, DDIM(), steps=5)(x * 1.0, **cond))
 
 
 def test_a_sampler_s_times_are_known_in_inference_mode() -> None:
     """In float32 a time alone is not exact enough to give the same bits."""
     guided = GradientGuidance(
-        EpsModel(lambda x, label: torch.tanh(x), VPSDE()), lambda x0: -(x0**2).sum(1)
+        EpsModel(lambda x, noise_label: torch.tanh(x), VPSDE()), lambda x0: -(x0**2).sum(1)
     )
     runs = []
     for mode in (torch.no_grad, torch.inference_mode):
@@ -160,7 +160,7 @@ def test_training_through_guidance_reaches_the_parameters() -> None:
     net = torch.nn.Linear(2, 2).double()
     classifier = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()).double()
     guided = ClassifierGuidance(
-        X0Model(lambda x, label: net(x), VPSDE()), lambda x, t: classifier(x)
+        X0Model(lambda x, noise_label: net(x), VPSDE()), lambda x, t: classifier(x)
     )
     x, t = states(VPSDE(), 2)
     guided(x, t, y=torch.tensor([0, 2])).square().sum().backward()
@@ -196,7 +196,7 @@ def test_guided_models_keep_the_contract(sde) -> None:
 
 
 def test_what_the_model_states_is_handed_on(mixture) -> None:
-    both = lambda x, label, shift=0.0: torch.cat([x + shift, 0.3 * x], 1)  # noqa: E731
+    both = lambda x, noise_label, shift=0.0: torch.cat([x + shift, 0.3 * x], 1)  # noqa: E731
     x, t = states(mixture.sde, 2)
     inner = EpsModel(both, mixture.sde, variance="learned_range", data_range=(0.0, 1.0))
     for guided, cond in (
@@ -206,10 +206,10 @@ def test_what_the_model_states_is_handed_on(mixture) -> None:
     ):
         assert (guided.variance, guided.data_range) == ("learned_range", (0.0, 1.0))
         with torch.no_grad():
-            said = guided.predict(x, t, **cond)
-        assert torch.equal(said.log_var_fraction, (0.3 * x + 1) / 2)
-        assert not said.log_var_fraction.requires_grad
-        assert said.log_var is None
+            prediction = guided.predict(x, t, **cond)
+        assert torch.equal(prediction.log_var_fraction, (0.3 * x + 1) / 2)
+        assert not prediction.log_var_fraction.requires_grad
+        assert prediction.log_var is None
         PCSampler(guided, Ancestral(variance="model"), steps=3)((2, 2), **cond)
 
 
@@ -343,8 +343,8 @@ def test_bad_likelihoods(plain, log_likelihood, match) -> None:
 )
 def test_a_classifier_of_another_process(plain, other, match) -> None:
     with pytest.raises(ValueError, match=match):
-        ClassifierGuidance(plain, NoiseClassifier(lambda x, label: x, other))
-    ClassifierGuidance(plain, NoiseClassifier(lambda x, label: x, VPSDE()))  # one like it
+        ClassifierGuidance(plain, NoiseClassifier(lambda x, noise_label: x, other))
+    ClassifierGuidance(plain, NoiseClassifier(lambda x, noise_label: x, VPSDE()))  # one like it
     free = lambda x, t: x  # noqa: E731
     free.sde = "no process"
     ClassifierGuidance(plain, free)
@@ -353,15 +353,15 @@ def test_a_classifier_of_another_process(plain, other, match) -> None:
 def test_it_says_what_it_is(plain) -> None:
     assert "ClassifierGuidance(\n  scale=2.5\n" in repr(ClassifierGuidance(plain, len, 2.5))
     assert "scale=0.5" in repr(GradientGuidance(plain, len, 0.5))
-    free = ClassifierFreeGuidance(plain, 3.0, (0.1, 2.0), 0.7, null={"labels": 10})
-    assert "scale=3.0, interval=(0.1, 2.0), rescale=0.7, null=['labels']" in repr(free)
+    free = ClassifierFreeGuidance(plain, 3.0, (0.1, 2.0), 0.7, null={"class_labels": 10})
+    assert "scale=3.0, interval=(0.1, 2.0), rescale=0.7, null=['class_labels']" in repr(free)
     linear = LinearGaussianGuidance(plain, len, torch.ones(1, 1), 0.25)
     assert "noise_std=0.25, iterations=20, tolerance=1e-06" in repr(linear)
 
 
 def test_no_data_left_to_guide() -> None:
     sde = DDPMChain.linear(100).zero_terminal_snr()
-    model = X0Model(lambda x, label: x, sde)
+    model = X0Model(lambda x, noise_label: x, sde)
     x, t = torch.zeros(2, 2), torch.ones(2)
     with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
         ClassifierGuidance(model, lambda x, t: x).predict(x, t, y=torch.tensor([0, 1]))

@@ -1,14 +1,7 @@
 import pytest
 import torch
 
-from diffusionkit import (
-    DDIM,
-    DDPMChain,
-    GaussianMixtureModel,
-    PCSampler,
-    Prediction,
-    ScoreModel,
-)
+from diffusionkit import DDIM, DDPMChain, GaussianMixtureModel, PCSampler, Prediction, ScoreModel
 from diffusionkit.control.guidance import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -29,9 +22,9 @@ class Stated(ScoreModel):
         )
 
     def predict(self, x, t, shift=None):
-        said = (self.all if shift is None else self.one).predict(x.double(), t)
+        prediction = (self.all if shift is None else self.one).predict(x.double(), t)
         make = {"eps": Prediction.from_eps, "x0": Prediction.from_x0}[self.kind]
-        return make(x, getattr(said, self.kind).to(x.dtype), *self.sde.kernel(t))
+        return make(x, getattr(prediction, self.kind).to(x.dtype), *self.sde.kernel(t))
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0"])
@@ -61,9 +54,9 @@ def test_half_states_where_alpha_is_tiny(kind, dtype, how) -> None:
     assert float(off.median()) < (0.02 if dtype == torch.bfloat16 else 0.004)
     assert float(off.quantile(0.95)) < 0.2
     for t in (torch.ones(60), torch.linspace(0.01, 1.0, 60)):
-        said = guided.predict(x.to(dtype), t, **cond)
-        assert {part.dtype for part in (said.x0, said.eps, said.score)} == {dtype}
-        moved = said.combine(x=0.0, x0=1e-3)
+        prediction = guided.predict(x.to(dtype), t, **cond)
+        assert {part.dtype for part in (prediction.x0, prediction.eps, prediction.score)} == {dtype}
+        moved = prediction.combine(x=0.0, x0=1e-3)
         assert moved.dtype == dtype
         assert moved.isfinite().all()
 

@@ -49,9 +49,9 @@ def guided_and_posterior(sde, noise_std, **options):
 def test_exact_on_gaussian_data(sde, noise_std) -> None:
     guided, posterior = guided_and_posterior(sde, noise_std)
     x, t = states(sde, 15, DIMS)
-    said, wanted = guided.predict(x, t), posterior.predict(x, t)
-    torch.testing.assert_close(said.eps, wanted.eps, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(said.x0, wanted.x0, rtol=1e-8, atol=1e-8)
+    prediction, wanted = guided.predict(x, t), posterior.predict(x, t)
+    torch.testing.assert_close(prediction.eps, wanted.eps, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(prediction.x0, wanted.x0, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("noise_std", [0.05, 1.0])
@@ -95,11 +95,13 @@ def test_of_the_class_asked_for(sde) -> None:
     )
     x, t = states(sde, 8)
     with torch.no_grad():
-        said = guided(x, t, y=torch.arange(8) % 2)
+        prediction = guided(x, t, y=torch.arange(8) % 2)
     for k in (0, 1):
         cov = stds[k] ** 2 * torch.eye(2, dtype=DOUBLE)
         posterior = GaussianOracle(sde, means[k], cov).posterior(add, seen, 0.2)
-        torch.testing.assert_close(said[k::2], posterior(x[k::2], t[k::2]), rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(
+            prediction[k::2], posterior(x[k::2], t[k::2]), rtol=1e-7, atol=1e-7
+        )
 
 
 def test_the_bias_on_mixtures(sde) -> None:
@@ -136,19 +138,19 @@ def test_measurements_of_any_shape() -> None:
     y = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)
     guided = LinearGaussianGuidance(model, lambda x0: pool(x0, 2), y, tau)
     t = torch.ones(3, dtype=DOUBLE)
-    said = guided.predict(torch.zeros(3, 2, 4, 4, dtype=DOUBLE), t).x0
+    prediction = guided.predict(torch.zeros(3, 2, 4, 4, dtype=DOUBLE), t).x0
     up = torch.nn.functional.interpolate(y, scale_factor=2)
     wanted = 0.49 / (0.49 + 4 * tau**2) * up  # the posterior of four pixels and their mean
-    torch.testing.assert_close(said, wanted.expand(3, -1, -1, -1), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(prediction, wanted.expand(3, -1, -1, -1), rtol=1e-3, atol=1e-6)
 
 
 def test_float32_keeps_its_digits(sde) -> None:
     """Over all times, whatever sigma and alpha."""
     guided, posterior = guided_and_posterior(sde, 0.1, tolerance=1e-6)
     x, t = states(sde, 15, DIMS)
-    said, wanted = guided.predict(x.float(), t), posterior.predict(x, t)
-    torch.testing.assert_close(said.eps.double(), wanted.eps, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(said.x0.double(), wanted.x0, rtol=1e-3, atol=1e-3)
+    prediction, wanted = guided.predict(x.float(), t), posterior.predict(x, t)
+    torch.testing.assert_close(prediction.eps.double(), wanted.eps, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(prediction.x0.double(), wanted.x0, rtol=1e-3, atol=1e-3)
 
 
 def test_less_iterations_and_tolerance() -> None:
@@ -170,9 +172,9 @@ def test_every_gradient_mode_gives_the_same() -> None:
         plain = guided(x, t)
     with torch.inference_mode():
         inferred = guided(x.clone(), t.clone())
-    for said in (plain, inferred):
-        assert not said.requires_grad
-        torch.testing.assert_close(said, wanted.detach(), rtol=1e-12, atol=0)
+    for prediction in (plain, inferred):
+        assert not prediction.requires_grad
+        torch.testing.assert_close(prediction, wanted.detach(), rtol=1e-12, atol=0)
     function = lambda x: guided(x, t)  # noqa: E731
     torch.autograd.gradcheck(function, x.clone().requires_grad_())
 
@@ -184,15 +186,15 @@ def test_it_keeps_the_contract_of_models(sde) -> None:
 
 
 def test_what_the_model_states_and_is_told() -> None:
-    both = lambda x, label, shift: torch.cat([x * shift, 0.3 * x], 1)  # noqa: E731
+    both = lambda x, noise_label, shift: torch.cat([x * shift, 0.3 * x], 1)  # noqa: E731
     inner = EpsModel(both, VPSDE(), variance="learned_range", data_range=(0.0, 1.0))
     guided = LinearGaussianGuidance(inner, measure, Y.unsqueeze(0), 0.2)
     assert (guided.variance, guided.data_range) == ("learned_range", (0.0, 1.0))
     x, t = states(VPSDE(), 3, DIMS)
     with torch.no_grad():
-        said = guided.predict(x, t, shift=0.5)
-    assert torch.equal(said.log_var_fraction, (0.3 * x + 1) / 2)
-    assert not said.log_var_fraction.requires_grad
+        prediction = guided.predict(x, t, shift=0.5)
+    assert torch.equal(prediction.log_var_fraction, (0.3 * x + 1) / 2)
+    assert not prediction.log_var_fraction.requires_grad
 
 
 def test_systems_of_their_own() -> None:
@@ -279,7 +281,7 @@ def test_operators_that_do_not_match(operator, y, match) -> None:
     ids=["square", "clamp", "affine", "nan"],
 )
 def test_operators_that_are_not_linear(dtype, operator, what) -> None:
-    model = X0Model(lambda x, label: x, VPSDE())
+    model = X0Model(lambda x, noise_label: x, VPSDE())
     x, t = torch.randn(6, DIMS, dtype=dtype), torch.linspace(0.1, 0.9, 6)
     with pytest.raises(ValueError, match=f"operator: expected a linear function, with {what}"):
         LinearGaussianGuidance(model, operator, torch.ones(1, 2), 0.3).predict(x, t)
@@ -293,7 +295,7 @@ def test_an_operator_is_checked_once() -> None:
         calls.append(x0)
         return measure(x0)
 
-    model = X0Model(lambda x, label: x, VPSDE())
+    model = X0Model(lambda x, noise_label: x, VPSDE())
     guided = LinearGaussianGuidance(model, counted, Y.unsqueeze(0), 0.3, iterations=1)
     state = torch.get_rng_state()
     x, t = states(VPSDE(), 3, DIMS)
@@ -307,7 +309,7 @@ def test_an_operator_is_checked_once() -> None:
 
 
 def test_no_data_left_to_guide() -> None:
-    model = X0Model(lambda x, label: x, DDPMChain.linear(100).zero_terminal_snr())
+    model = X0Model(lambda x, noise_label: x, DDPMChain.linear(100).zero_terminal_snr())
     guided = LinearGaussianGuidance(model, measure, Y.unsqueeze(0), 0.1)
     for t in (torch.ones(2), torch.tensor([0.5, 1.0])):
         with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):

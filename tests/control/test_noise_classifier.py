@@ -5,11 +5,7 @@ import torch
 from gaussian_oracle import Classes, states
 
 from diffusionkit import DDIM, VPSDE, DDPMChain, GaussianMixtureModel, LogSNRGrid, PCSampler
-from diffusionkit.control.classifier import (
-    NoiseClassifier,
-    classifier_loss,
-    train_noise_classifier,
-)
+from diffusionkit.control.classifier import NoiseClassifier, classifier_loss, train_noise_classifier
 from diffusionkit.control.guidance import ClassifierGuidance
 from diffusionkit.interfaces import TimeSampler
 from diffusionkit.models.labels import TimeLabel
@@ -45,7 +41,7 @@ def test_unit_variance() -> None:
     x0 = 0.3 * torch.randn(20000, 1, generator=seeded())
     for time in (0.01, 0.3, 1.0):
         t = torch.full((20000,), time)
-        x = NoiseClassifier(lambda x, label: x, sde, 0.3)(sde.perturb(x0, t).x, t)
+        x = NoiseClassifier(lambda x, noise_label: x, sde, 0.3)(sde.perturb(x0, t).x, t)
         assert float(x.std()) == pytest.approx(1.0, abs=0.03)
 
 
@@ -85,7 +81,7 @@ def test_times_and_weights() -> None:
 
 
 def test_a_loss_does_not_depend_on_its_batch() -> None:
-    classifier = NoiseClassifier(lambda x, label: x * label.unsqueeze(1), VPSDE())
+    classifier = NoiseClassifier(lambda x, noise_label: x * noise_label.unsqueeze(1), VPSDE())
     x0, y = torch.randn(3, 4, generator=seeded()), torch.tensor([0, 3, 1])
     together = classifier_loss(classifier, VPSDE(), x0, y, generator=[seeded(k) for k in range(3)])
     for k in range(3):
@@ -169,7 +165,7 @@ def test_the_learning_rate_falls() -> None:
             yield item
 
     net = torch.nn.Linear(1, 2)
-    classifier = NoiseClassifier(lambda x, label: net(x), VPSDE())
+    classifier = NoiseClassifier(lambda x, noise_label: net(x), VPSDE())
     classifier.net = net
     train_noise_classifier(
         classifier, VPSDE(), torch.ones(8, 1), torch.zeros(8).long(), steps=10, lr=1e-3,
@@ -204,9 +200,13 @@ def test_bad_classifiers(make, error, match) -> None:
         ({"sde": None}, TypeError, "sde: expected a ForwardSDE"),
         ({"data": torch.full((6, 2), math.nan)}, ValueError, "data: expected finite values"),
         ({"data": [1.0]}, TypeError, "data: expected a tensor"),
-        ({"labels": torch.zeros(5).long()}, ValueError, r"labels: .* shape \(6,\), got \(5,\)"),
-        ({"labels": torch.zeros(6)}, TypeError, "labels: expected integer labels"),
-        ({"labels": torch.full((6,), 2)}, ValueError, r"y: expected labels in \[0, 2\)"),
+        (
+            {"class_labels": torch.zeros(5).long()},
+            ValueError,
+            r"labels: .* shape \(6,\), got \(5,\)",
+        ),
+        ({"class_labels": torch.zeros(6)}, TypeError, "labels: expected integer labels"),
+        ({"class_labels": torch.full((6,), 2)}, ValueError, r"y: expected labels in \[0, 2\)"),
         ({"steps": 0}, ValueError, "steps: expected an integer >= 1"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1"),
         ({"sde": DDPMChain.cosine(100)}, ValueError, "classifier: expected the process of the"),
@@ -221,7 +221,7 @@ def test_bad_training(change, error, match) -> None:
         "classifier": NoiseClassifier(MLP(2, width=4, depth=1), VPSDE()),
         "sde": VPSDE(),
         "data": torch.zeros(6, 2),
-        "labels": torch.zeros(6).long(),
+        "class_labels": torch.zeros(6).long(),
         "steps": 1,
     } | change
     with pytest.raises(error, match=match):
@@ -255,11 +255,11 @@ def test_losses_of_two_laws_of_time_or_another_process() -> None:
     x0, y = torch.zeros(2, 2), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="expected times or t, got both"):
         classifier_loss(lambda x, t: x, VPSDE(), x0, y, t=torch.ones(2), times=Two())
-    classifier = NoiseClassifier(lambda x, label: x, VPSDE())
+    classifier = NoiseClassifier(lambda x, noise_label: x, VPSDE())
     with pytest.raises(ValueError, match=r"classifier: expected the process .* got VPSDE with"):
         classifier_loss(classifier, VPSDE(beta_max=10.0), x0, y)
 
 
 def test_it_says_what_it_is() -> None:
-    said = repr(NoiseClassifier(len, VPSDE(), 0.7, label=TimeLabel(999.0)))
-    assert "sigma_data=0.7, label=TimeLabel(scale=999.0)" in said
+    prediction = repr(NoiseClassifier(len, VPSDE(), 0.7, label=TimeLabel(999.0)))
+    assert "sigma_data=0.7, label=TimeLabel(scale=999.0)" in prediction

@@ -11,7 +11,7 @@ from diffusionkit import (
     ScoreMatching,
 )
 from diffusionkit.diagnostics import gradient_variance
-from diffusionkit.training.stable import StableTarget
+from diffusionkit.training.stable_target import StableTarget
 
 POINTS = torch.tensor([[-1.0], [1.0]])
 

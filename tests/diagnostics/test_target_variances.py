@@ -4,16 +4,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from diffusionkit import (
-    EDMSDE,
-    VPSDE,
-    EmpiricalModel,
-    ForwardSDE,
-    GaussianMixtureModel,
-    Perturbed,
+from diffusionkit import EDMSDE, VPSDE, EmpiricalModel, ForwardSDE, GaussianMixtureModel, Perturbed
+from diffusionkit.diagnostics import (
+    dsm_variance,
+    posterior_divergence,
+    stf_variance,
+    target_variances,
 )
-from diffusionkit.diagnostics import dsm_variance, posterior_divergence, stf_variance, targets
-from diffusionkit.training.stable import StableTarget
+from diffusionkit.training.stable_target import StableTarget
 
 POINTS = torch.tensor([[-1.0], [1.0]])
 
@@ -187,7 +185,7 @@ def test_f_divergence_of_given_weights():
     log = torch.log(torch.tensor([[0.5, 0.2, 0.16, 0.14]], dtype=torch.float64))
     exact = 0.5 * 1.0**2 + 0.2 * 0.2**2
     exact += 0.16 * (8 / 27 / 0.64 - 1 / 3) + 0.14 * (8 / 27 / 0.56 - 1 / 3)
-    assert float(targets._f_divergence(log, POINTS)) == pytest.approx(exact, rel=1e-12)
+    assert float(target_variances._f_divergence(log, POINTS)) == pytest.approx(exact, rel=1e-12)
 
 
 def test_divergence_of_two_points():
@@ -231,7 +229,7 @@ def test_no_rounding_where_the_posterior_is_one_point():
 
 def test_any_shape_of_data_and_any_holder():
     data = torch.randn(10, 2, 3, generator=seeded())
-    t, labels = torch.tensor([0.3, 2.0]), torch.arange(10)
+    t, class_labels = torch.tensor([0.3, 2.0]), torch.arange(10)
 
     class Stream(IterableDataset):
         def __iter__(self):
@@ -241,8 +239,8 @@ def test_any_shape_of_data_and_any_holder():
         data,
         data.flatten(1),
         list(data),
-        TensorDataset(data, labels),
-        DataLoader(TensorDataset(data, labels), batch_size=4),
+        TensorDataset(data, class_labels),
+        DataLoader(TensorDataset(data, class_labels), batch_size=4),
         DataLoader(Stream(), batch_size=3),
     ]
     first, *others = (
@@ -254,7 +252,7 @@ def test_any_shape_of_data_and_any_holder():
 
 
 def test_every_chunk_counts(monkeypatch):
-    monkeypatch.setattr(targets, "_NUMBERS", 70)
+    monkeypatch.setattr(target_variances, "_NUMBERS", 70)
     seen = []
 
     def progress(steps):

@@ -46,15 +46,15 @@ def test_run(example, tmp_path, capsys):
 
 
 def test_guidance_goes_away_from_no_label(example):
-    def network(x, label, labels):
+    def network(x, label, class_labels):
         # Knows a grey for every label, and white for none.
-        grey = torch.where(labels == example.NULL, 0.5, labels / 20)
+        grey = torch.where(class_labels == example.NULL, 0.5, class_labels / 20)
         return torch.cat([torch.zeros_like(x) + grey.view(-1, 1, 1, 1), torch.zeros_like(x)], 1)
 
     model = X0Model(network, DDPMChain.cosine(1000), variance="learned_range")
-    labels = torch.tensor([2, 8])
+    class_labels = torch.tensor([2, 8])
     for scale, greys in ((0.0, (0.5, 0.5)), (1.0, (0.1, 0.4)), (2.0, (-0.3, 0.3))):
-        drawn = example.draw(model, scale, labels, 5, seed=0)
+        drawn = example.draw(model, scale, class_labels, 5, seed=0)
         expected = [round((grey + 1) * 8) for grey in greys]
         assert np.array_equal(drawn, np.repeat(np.array(expected)[:, None], 64, 1))
 
@@ -63,24 +63,24 @@ def test_labels_are_left_out_in_training(example, monkeypatch):
     seen = []
 
     class Recorder(example.ADMUNet):
-        def forward(self, x, label, labels=None, **cond):
-            seen.append(labels)
-            return super().forward(x, label, labels, **cond)
+        def forward(self, x, label, class_labels=None, **cond):
+            seen.append(class_labels)
+            return super().forward(x, label, class_labels, **cond)
 
     monkeypatch.setattr(example, "ADMUNet", Recorder)
     monkeypatch.setattr(example, "DROPPED", 0.5)
     data = example.load()
     example.train(data, 4, seed=0)
-    labels = torch.cat(seen)
-    assert 0.35 < float((labels == example.NULL).double().mean()) < 0.65
-    assert labels.unique().tolist() == list(range(11))
+    class_labels = torch.cat(seen)
+    assert 0.35 < float((class_labels == example.NULL).double().mean()) < 0.65
+    assert class_labels.unique().tolist() == list(range(11))
 
 
 def test_as_asked(example):
     data = example.load()
     quality, samples = example.Quality(data), example.pixels(data.train)
-    assert example.as_asked(quality, samples, data.labels) > 0.95
-    assert example.as_asked(quality, samples, (data.labels + 1) % 10) < 0.05
+    assert example.as_asked(quality, samples, data.class_labels) > 0.95
+    assert example.as_asked(quality, samples, (data.class_labels + 1) % 10) < 0.05
 
 
 def test_too_few_samples_for_the_picture_are_refused(example, capsys):

@@ -79,7 +79,7 @@ def test_quickstart_samplers(example):
     quickstart = example("quickstart")
     from diffusionkit import VPSDE, EpsModel
 
-    model = EpsModel(lambda x, label: 0.1 * x, VPSDE())
+    model = EpsModel(lambda x, noise_label: 0.1 * x, VPSDE())
     for name in [*quickstart.SAMPLERS, "ode"]:
         drawn = quickstart.draw(name, model, 3, 2, torch.Generator().manual_seed(0))
         assert drawn.images.shape == (3, 1, 8, 8)

@@ -58,8 +58,8 @@ def test_patches_for_testing_share_no_pixel(example, monkeypatch):
     photograph[..., 0] = np.arange(640) // 64  # red says which stripe it is
     images = SimpleNamespace(images=[photograph])
     monkeypatch.setattr(sys.modules["photographs"], "load_sample_images", lambda: images)
-    train, labels, test, _ = example.load()
-    assert len(labels) == len(train)
+    train, class_labels, test, _ = example.load()
+    assert len(class_labels) == len(train)
     assert train.shape == (8 * 9 * 13, 3, 16, 16)
     assert test.shape == (2 * 3 * 4, 3, 16, 16)
     GaussianDecoder().check(train)

@@ -97,7 +97,7 @@ def test_the_prior_of_a_point() -> None:
 
 def test_a_wrong_score_orders_the_two_models() -> None:
     """N(0, 1) data, score -.8 x: KL_SDE = .0552 <= J_SM = .2010 < KL_ODE = .5720."""
-    model = RawScoreModel(lambda x, label: -0.8 * x, VPSDE())
+    model = RawScoreModel(lambda x, noise_label: -0.8 * x, VPSDE())
     x, n = spread(0.0, 1.0, 40_000), 40_000
     terms = NELBO(model, samples=10)(x, generator=seeded())
     error = float(terms.stderr.square().mean().sqrt()) / math.sqrt(n)
@@ -143,7 +143,7 @@ def test_strata_help() -> None:
 
 def test_gradients_reach_data_and_parameters() -> None:
     network = torch.nn.Linear(3, 3)
-    model = EpsModel(lambda x, label: network(x), VPSDE())
+    model = EpsModel(lambda x, noise_label: network(x), VPSDE())
     x = torch.randn(4, 3, requires_grad=True)
     NELBO(model)(x, generator=seeded()).nats.sum().backward()
     assert float(x.grad.abs().sum()) > 0
@@ -159,17 +159,17 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 
 def test_conditions_reach_the_model() -> None:
-    def network(x: Tensor, label: Tensor, labels: Any = None) -> Tensor:
-        return x * labels.view(-1, 1)
+    def network(x: Tensor, label: Tensor, class_labels: Any = None) -> Tensor:
+        return x * class_labels.view(-1, 1)
 
     bound = NELBO(EpsModel(network, VPSDE()))
     x = torch.ones(2, 3)
-    nats = bound(x, generator=[seeded(), seeded()], labels=torch.tensor([0.0, 1.0])).nats
+    nats = bound(x, generator=[seeded(), seeded()], class_labels=torch.tensor([0.0, 1.0])).nats
     assert float(nats[0]) != float(nats[1])
 
 
 def test_what_is_not_finite_is_named_with_its_time() -> None:
-    model = EpsModel(lambda x, label: x * torch.nan, VPSDE())
+    model = EpsModel(lambda x, noise_label: x * torch.nan, VPSDE())
     for divergence in (None, Hutchinson()):
         with pytest.raises(ValueError, match="NaN or infinity at t = "):
             NELBO(model, divergence=divergence)(torch.ones(2, 3))
@@ -177,7 +177,7 @@ def test_what_is_not_finite_is_named_with_its_time() -> None:
 
 @pytest.mark.parametrize("likelihood", [NELBO, ODELikelihood])
 def test_data_outside_the_models_range(likelihood) -> None:
-    model = EpsModel(lambda x, label: x, VPSDE(), data_range=(-1.0, 1.0))
+    model = EpsModel(lambda x, noise_label: x, VPSDE(), data_range=(-1.0, 1.0))
     likelihood(model)(torch.tensor([[-1.0], [1.0]]))
     with pytest.raises(ValueError, match=r"range \[-1, 1\], got values from -1 to 255"):
         likelihood(model)(torch.tensor([[-1.0], [255.0]]))

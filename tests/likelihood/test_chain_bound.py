@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusionkit import VPSDE, DDPMChain, EpsModel, evaluate_bits_per_dim
-from diffusionkit._variational import GaussianDecoder
-from diffusionkit.likelihood.chain import ChainBound, ChainNELBO, bits_per_step
+from diffusionkit.decoders import GaussianDecoder
+from diffusionkit.likelihood.chain_nelbo import ChainBound, ChainNELBO, bits_per_step
 
 LN2 = math.log(2)
 IMAGE = torch.tensor([[0, 255, 100, 17]])  # -1, 1, -0.2157, -0.8667
@@ -123,7 +123,7 @@ def test_the_result_does_not_depend_on_the_batch_or_the_steps_at_once() -> None:
 
 def test_clipping_keeps_predicted_data_in_the_range() -> None:
     """A model that is far off costs far less when what it says is kept within the data."""
-    model = EpsModel(lambda x, label: -3 * torch.ones_like(x), DDPMChain.cosine(20))
+    model = EpsModel(lambda x, noise_label: -3 * torch.ones_like(x), DDPMChain.cosine(20))
     free, kept = (
         ChainNELBO(model, clip=clip)(IMAGE, generator=generators(1)) for clip in (False, True)
     )
@@ -133,7 +133,7 @@ def test_clipping_keeps_predicted_data_in_the_range() -> None:
     alpha, sigma = chain.marginal(torch.tensor([1, 2]).double() / 20)
     log_var = torch.log((1 - alpha[1] ** 2 / alpha[0] ** 2) * sigma[0] ** 2 / sigma[1] ** 2)
     read = -GaussianDecoder().log_prob(x.double(), torch.ones(1, 4).double(), log_var).sum()
-    flipped = EpsModel(lambda x, label: -99 * torch.ones_like(x), chain)
+    flipped = EpsModel(lambda x, noise_label: -99 * torch.ones_like(x), chain)
     terms = ChainNELBO(flipped)(IMAGE, generator=generators(1)).terms
     assert float(terms[0, 0]) == pytest.approx(float(read), rel=1e-4)
 
@@ -175,7 +175,7 @@ def test_no_gradient_and_the_progress_of_the_steps() -> None:
             yield item
 
     model = EpsModel(torch.nn.Linear(4, 4), DDPMChain.cosine(10), label=lambda sde, t: t)
-    model.network.forward = lambda x, label: x @ model.network.weight.T
+    model.network.forward = lambda x, noise_label: x @ model.network.weight.T
     bound = ChainNELBO(model, steps_at_once=4, progress=watch)(IMAGE)
     assert not bound.nats.requires_grad
     assert seen == [0, 4, 8]
@@ -183,7 +183,7 @@ def test_no_gradient_and_the_progress_of_the_steps() -> None:
 
 
 def test_a_prediction_that_is_not_finite_is_named() -> None:
-    model = EpsModel(lambda x, label: torch.full_like(x, torch.nan), DDPMChain.cosine(10))
+    model = EpsModel(lambda x, noise_label: torch.full_like(x, torch.nan), DDPMChain.cosine(10))
     with pytest.raises(ValueError, match="expected a finite prediction, got none at step 0"):
         ChainNELBO(model)(IMAGE)
 
@@ -191,7 +191,11 @@ def test_a_prediction_that_is_not_finite_is_named() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: ChainNELBO(EpsModel(lambda x, label: x, VPSDE())), TypeError, "chain of steps"),
+        (
+            lambda: ChainNELBO(EpsModel(lambda x, noise_label: x, VPSDE())),
+            TypeError,
+            "chain of steps",
+        ),
         (lambda: ChainNELBO(3), TypeError, "model: expected a ScoreModel, got int"),
         (lambda: ChainNELBO(TOY_MODEL, 3), TypeError, "decoder: expected a GaussianDecoder"),
         (lambda: ChainNELBO(TOY_MODEL, steps_at_once=0), ValueError, "steps_at_once: .* got 0"),

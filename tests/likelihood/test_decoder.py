@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from diffusionkit.likelihood import decoder as module
-from diffusionkit.likelihood.decoder import LevelDecoder
+import diffusionkit.decoders as module
+from diffusionkit.decoders import LevelDecoder
 from diffusionkit.sde.learned import LogSNRSDE
 
 # Expected cost of reading off one of 256 levels at gamma = -13.3, with 40 digits by other code.

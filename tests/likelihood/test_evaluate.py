@@ -214,13 +214,13 @@ def test_bad_input() -> None:
         evaluate("NELBO", images())
     with pytest.raises(TypeError, match="dequantizer: expected a Dequantizer"):
         evaluate(Counting(), images(), dequantizer=lambda x: x)
-    with pytest.raises(ValueError, match="expected 10 entries of labels, got 3"):
-        evaluate(Counting(), images(), cond={"labels": torch.zeros(3)})
+    with pytest.raises(ValueError, match="expected 10 entries of class_labels, got 3"):
+        evaluate(Counting(), images(), cond={"class_labels": torch.zeros(3)})
     with pytest.raises(ValueError, match="draws"):
         evaluate(Counting(), images(), draws=0)
     with pytest.raises(TypeError, match="integer"):
         evaluate(Counting(), images().float())
-    model = EpsModel(lambda x, label: x, VPSDE(), data_range=(0.0, 1.0))
+    model = EpsModel(lambda x, noise_label: x, VPSDE(), data_range=(0.0, 1.0))
     with pytest.raises(ValueError, match=r"range of the model's data, \(0.0, 1.0\), got \(-1"):
         evaluate(NELBO(model), images())
     nan = lambda x, **_: SimpleNamespace(nats=torch.full((len(x),), torch.nan))  # noqa: E731

@@ -78,7 +78,7 @@ def test_a_model_without_x(sde):
     """eps = 0 leaves the linear drift alone: x_T = x alpha(T) / alpha(t_min)."""
     alpha, alpha_T, _, _ = ends(sde)
     x = draw(3, 2, 2)
-    model = EpsModel(lambda x, label: torch.zeros_like(x), sde)
+    model = EpsModel(lambda x, noise_label: torch.zeros_like(x), sde)
     result = ODELikelihood(model, divergence=ExactDivergence(), **TIGHT)(x)
     growth = math.log(alpha_T / alpha)
     expected = normal(x * alpha_T / alpha, 0.0, sde.prior_std) + 4 * growth
@@ -283,7 +283,7 @@ def test_a_prediction_that_is_not_finite_is_named_with_its_time(value):
 
 
 def test_a_derivative_that_is_not_finite_is_named():
-    model = EpsModel(lambda x, label: x.clamp_min(0.0).sqrt(), VPSDE())
+    model = EpsModel(lambda x, noise_label: x.clamp_min(0.0).sqrt(), VPSDE())
     with pytest.raises(ValueError, match=r"expected finite predictions and derivatives.*at t = "):
         ODELikelihood(model)(torch.zeros(2, 3))
 
@@ -308,7 +308,7 @@ def test_a_derivative_that_is_not_finite_is_named():
 )
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
-        ODELikelihood(EpsModel(lambda x, label: x, VPSDE()), **settings)
+        ODELikelihood(EpsModel(lambda x, noise_label: x, VPSDE()), **settings)
 
 
 def test_a_bare_network_is_no_model():
@@ -333,7 +333,7 @@ def test_a_process_without_signal_at_the_end():
     x = ProbabilityFlow(model, **TIGHT).decode(result.latent)
     torch.testing.assert_close(x, draw(3, 2), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0: a model of the noise"):
-        ProbabilityFlow(EpsModel(lambda x, label: x, Straight())).decode(torch.ones(1, 2))
+        ProbabilityFlow(EpsModel(lambda x, noise_label: x, Straight())).decode(torch.ones(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -347,11 +347,11 @@ def test_a_process_without_signal_at_the_end():
 )
 def test_bad_data(x, error, message):
     with pytest.raises(error, match=message):
-        ODELikelihood(EpsModel(lambda x, label: x, VPSDE()))(x)
+        ODELikelihood(EpsModel(lambda x, noise_label: x, VPSDE()))(x)
 
 
 def test_one_generator_too_few():
     with pytest.raises(ValueError, match="one generator for each of the 2 samples, got 1"):
-        ODELikelihood(EpsModel(lambda x, label: x, VPSDE()))(
+        ODELikelihood(EpsModel(lambda x, noise_label: x, VPSDE()))(
             torch.ones(2, 3), generator=[torch.Generator()]
         )

@@ -6,7 +6,7 @@ from numpy.polynomial.legendre import leggauss
 from torch.nn.functional import logsigmoid
 
 from diffusionkit.likelihood.dequantization import UniformDequantizer
-from diffusionkit.likelihood.variational import VariationalDequantizer
+from diffusionkit.likelihood.variational_dequantizer import VariationalDequantizer
 
 
 def small(channels=1, dims=2, levels=17, low=-1.0, high=1.0, **options) -> VariationalDequantizer:

@@ -13,8 +13,8 @@ from diffusionkit import (
     ScoreModel,
     X0Model,
 )
-from diffusionkit.likelihood.decoder import LevelDecoder
-from diffusionkit.likelihood.vdm import DiscreteNELBO, backward_with_schedule
+from diffusionkit.decoders import LevelDecoder
+from diffusionkit.likelihood.discrete_nelbo import DiscreteNELBO, variance_minimizing_backward
 from diffusionkit.networks import MLP
 from diffusionkit.sde.learned import LearnedSDE, LogSNRSDE
 
@@ -156,7 +156,7 @@ def test_tight_with_the_exact_score(sde) -> None:
 
 
 def test_terms_add_up_and_sum_over_dimensions() -> None:
-    model = EpsModel(lambda x, label: 0 * x, LogSNRSDE())
+    model = EpsModel(lambda x, noise_label: 0 * x, LogSNRSDE())
     images = torch.randint(256, (2, 3, 4, 4), generator=seed(), dtype=torch.uint8)
     bound = DiscreteNELBO(model)(images, generator=seed())
     torch.testing.assert_close(bound.nats, bound.reconstruction + bound.prior + bound.diffusion)
@@ -184,10 +184,10 @@ def test_conditions_and_parameterisation_reach_the_model() -> None:
     net = MLP(2, num_classes=2)
     model = X0Model(net, LogSNRSDE(), label=LogSigmaLabel())
     bound = DiscreteNELBO(model)
-    labels = torch.zeros(64, dtype=torch.int64)
+    class_labels = torch.zeros(64, dtype=torch.int64)
     with pytest.raises(TypeError, match="label"):
         bound(images)
-    terms = bound(images, generator=seed(), labels=labels)
+    terms = bound(images, generator=seed(), class_labels=class_labels)
     terms.nats.mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     assert any((p.grad != 0).any() for p in net.parameters())
@@ -218,7 +218,7 @@ def test_who_gets_which_gradient() -> None:
 
     for p in (*others, *sde.interior()):
         p.grad = torch.ones_like(p)
-    backward_with_schedule(terms().nats.mean(), terms().diffusion, sde.interior())
+    variance_minimizing_backward(terms().nats.mean(), terms().diffusion, sde.interior())
     wanted = torch.autograd.grad(terms().nats.mean(), others)
     for p, gradient in zip(others, wanted, strict=True):
         torch.testing.assert_close(p.grad, gradient + 1)
@@ -290,7 +290,7 @@ def test_training_the_interior_lowers_the_variance_and_keeps_the_mean() -> None:
         optimizer.zero_grad()
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 150)
         terms = bound(data[torch.randint(4096, (64,), generator=generator)], generator=generator)
-        backward_with_schedule(terms.nats.mean() / d, terms.diffusion / d, sde.interior())
+        variance_minimizing_backward(terms.nats.mean() / d, terms.diffusion / d, sde.interior())
         optimizer.step()
     (new_mean, new_ratio), (after, new_spread) = moments(), estimate()
     assert new_ratio < 1.15
@@ -300,7 +300,7 @@ def test_training_the_interior_lowers_the_variance_and_keeps_the_mean() -> None:
 
 
 def test_bad_input() -> None:
-    model = EpsModel(lambda x, label: 0 * x, LogSNRSDE())
+    model = EpsModel(lambda x, noise_label: 0 * x, LogSNRSDE())
     with pytest.raises(TypeError, match="model: expected a ScoreModel"):
         DiscreteNELBO(MLP(2))
     with pytest.raises(TypeError, match="decoder: expected a LevelDecoder, got int"):
@@ -314,6 +314,6 @@ def test_bad_input() -> None:
         bound(torch.tensor([[0, 256]]))
     with pytest.raises(ValueError, match="each of the 2 samples, got 3"):
         bound(torch.zeros(2, 3, dtype=torch.uint8), generator=[seed()] * 3)
-    broken = EpsModel(lambda x, label: x * math.nan, LogSNRSDE())
+    broken = EpsModel(lambda x, noise_label: x * math.nan, LogSNRSDE())
     with pytest.raises(ValueError, match=r"finite prediction, got .* at t = 0\."):
         DiscreteNELBO(broken)(torch.zeros(2, 3, dtype=torch.uint8))

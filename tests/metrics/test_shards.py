@@ -143,7 +143,7 @@ def test_bad_samples(tmp_path) -> None:
         to_uint8(x, 1.0)
     with pytest.raises(ValueError, match=r"expected a pair \(low, high\), got \(0, 1, 2\)"):
         to_uint8(x, (0, 1, 2))
-    for number, (found, error, said) in enumerate(
+    for number, (found, error, prediction) in enumerate(
         [
             (x, ValueError, "2 of 4 with NaN"),
             (x[:3], ValueError, r"expected 4 samples \(4, \*D\), got \(3, 3, 2, 2\)"),
@@ -152,27 +152,27 @@ def test_bad_samples(tmp_path) -> None:
         ]
     ):
         folder = tmp_path / str(number)
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=prediction):
             sample_to_shards(lambda n, g, found=found: found, 4, folder, progress=False)
         assert list(folder.glob("*.npy")) == []
 
 
 def test_bad_numbers(tmp_path) -> None:
-    for options, said in (
+    for options, prediction in (
         ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
         ({"seed": -1}, "seed: expected an integer >= 0"),
         ({"rank": 2, "world_size": 2}, "rank: expected a number below 2, got 2"),
         ({"rank": -1}, "rank: expected an integer >= 0"),
         ({"data_range": (1.0, 0.0)}, "finite low < high"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=prediction):
             sample_to_shards(draw, 4, tmp_path / "none", **options)
-    for settings, said in (
+    for settings, prediction in (
         ([("steps", 3)], "settings: expected a mapping, got list"),
         ({"a": math.nan}, r"settings: expected what JSON can express, got {'a': nan}"),
         ({"a": torch.zeros(2)}, r"settings: expected what JSON can express, got {'a': tensor"),
     ):
-        with pytest.raises(TypeError, match=said):
+        with pytest.raises(TypeError, match=prediction):
             sample_to_shards(draw, 4, tmp_path / "none", settings=settings)
     with pytest.raises(ValueError, match="count: expected an integer >= 1"):
         sample_to_shards(draw, 0, tmp_path / "none")

@@ -16,11 +16,11 @@ def test_the_noise_follows_the_changed_data(mixture) -> None:
     sde, x = mixture.sde, drawn(5, 2)
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64) * sde.T
     model = DenoisedModel(mixture, lambda x0: 0.5 * x0 + 0.1)
-    said, before = model.predict(x, t), mixture.predict(x, t)
+    prediction, before = model.predict(x, t), mixture.predict(x, t)
     alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
     x0 = 0.5 * before.x0 + 0.1
-    torch.testing.assert_close(said.x0, x0)
-    torch.testing.assert_close(said.eps, (x - alpha * x0) / sigma)
+    torch.testing.assert_close(prediction.x0, x0)
+    torch.testing.assert_close(prediction.eps, (x - alpha * x0) / sigma)
     torch.testing.assert_close(model(x, t), -(x - alpha * x0) / sigma**2)
 
 
@@ -49,14 +49,14 @@ def test_samples_stay_in_the_range(sde) -> None:
 
 
 def test_what_the_model_states_is_handed_on(mixture) -> None:
-    both = lambda x, label: torch.cat([x, 0.3 * x], 1)  # noqa: E731
+    both = lambda x, noise_label: torch.cat([x, 0.3 * x], 1)  # noqa: E731
     x, t = drawn(2, 3), torch.full((2,), 0.5).double() * mixture.sde.T
     for variance in ("learned_range", "learned"):
         inner = EpsModel(both, mixture.sde, variance=variance, data_range=(0.0, 1.0))
         model = DenoisedModel(inner, Clip())
-        said, before = model.predict(x, t), inner.predict(x, t)
+        prediction, before = model.predict(x, t), inner.predict(x, t)
         for name in ("log_var", "log_var_fraction"):
-            got, wanted = getattr(said, name), getattr(before, name)
+            got, wanted = getattr(prediction, name), getattr(before, name)
             assert (got is None) == (wanted is None)
             assert got is None or torch.equal(got, wanted)
         assert (model.variance, model.data_range) == (variance, (0.0, 1.0))
@@ -65,11 +65,13 @@ def test_what_the_model_states_is_handed_on(mixture) -> None:
 
 
 def test_conditions_and_gradients_pass_through() -> None:
-    model = DenoisedModel(X0Model(lambda x, label, shift: x + shift, VPSDE()), lambda x0: 2 * x0)
+    model = DenoisedModel(
+        X0Model(lambda x, noise_label, shift: x + shift, VPSDE()), lambda x0: 2 * x0
+    )
     x = torch.zeros(2, 3, requires_grad=True)
-    said = model.predict(x, torch.tensor([0.1, 0.9]), shift=1.0)
-    said.x0.sum().backward()
-    assert torch.equal(said.x0, torch.full((2, 3), 2.0))
+    prediction = model.predict(x, torch.tensor([0.1, 0.9]), shift=1.0)
+    prediction.x0.sum().backward()
+    assert torch.equal(prediction.x0, torch.full((2, 3), 2.0))
     assert torch.equal(x.grad, torch.full((2, 3), 2.0))
 
 

@@ -20,7 +20,7 @@ from diffusionkit import (
     SimpleWeighting,
     UniformTimes,
 )
-from diffusionkit.models.process import OnProcess
+from diffusionkit.models.schedule_transform import ScheduleTransformedModel
 from diffusionkit.sampling.grids import ChainGrid
 
 
@@ -44,10 +44,10 @@ def model_of(name, network):
     if name == "edm":
         return EDMModel(network, EDMSDE())
     if name == "vp":
-        return OnProcess(EpsModel(network, VPSDE()), EDMSDE())
+        return ScheduleTransformedModel(EpsModel(network, VPSDE()), EDMSDE())
     if name == "ve":
         return ScaledScoreModel(network, EDMSDE())
-    return OnProcess(EpsModel(network, CHAIN, label=IndexLabel(LEVELS)), EDMSDE())
+    return ScheduleTransformedModel(EpsModel(network, CHAIN, label=IndexLabel(LEVELS)), EDMSDE())
 
 
 # c_skip, c_out, c_in, c_noise, the loss's weight of the data's error; independently computed.
@@ -67,10 +67,10 @@ def test_table_1(name, sigma, c_skip, c_out, c_in, c_noise, weight):
     network = Recorder()
     model = model_of(name, network)
     t = torch.tensor([sigma], dtype=torch.float64)
-    said = model.predict(X, t)
+    prediction = model.predict(X, t)
     expected = c_skip * X + c_out * network.output
-    torch.testing.assert_close(said.x0, expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(said.eps, (X - expected) / sigma, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(prediction.x0, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(prediction.eps, (X - expected) / sigma, rtol=1e-9, atol=1e-9)
     seen, label = network.calls[0]
     torch.testing.assert_close(seen, c_in * X, rtol=1e-12, atol=0)
     assert float(label) == pytest.approx(c_noise, rel=1e-9, abs=1e-15)
@@ -98,8 +98,8 @@ def test_iddpm_preconditioning(j, off):
     network = Recorder()
     sigma = U[j] * off
     model = model_of("iddpm", network)
-    said = model.predict(X, torch.tensor([sigma], dtype=torch.float64))
-    torch.testing.assert_close(said.x0, X - sigma * network.output, rtol=1e-9, atol=0)
+    prediction = model.predict(X, torch.tensor([sigma], dtype=torch.float64))
+    torch.testing.assert_close(prediction.x0, X - sigma * network.output, rtol=1e-9, atol=0)
     seen, label = network.calls[0]
     torch.testing.assert_close(seen, X / (sigma**2 + 1) ** 0.5, rtol=1e-9, atol=0)
     assert float(label) == 999 - j

@@ -48,12 +48,12 @@ def test_a_network_that_states_the_truth_predicts_it(model_class, sde):
     sample = state(sde)
     network = Recorder()
     model = model_class(network, sde)
-    a, b = model.statement(*sde.marginal(sample.t))
+    a, b = model.parameterization(*sde.marginal(sample.t))
     coefficient = [c if isinstance(c, float) else c.view(-1, 1, 1) for c in (a, b)]
     network.output = coefficient[0] * sample.x0 + coefficient[1] * sample.eps
-    said = model.predict(sample.x, sample.t)
-    torch.testing.assert_close(said.x0, sample.x0, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(said.eps, sample.eps, rtol=1e-6, atol=1e-6)
+    prediction = model.predict(sample.x, sample.t)
+    torch.testing.assert_close(prediction.x0, sample.x0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(prediction.eps, sample.eps, rtol=1e-6, atol=1e-6)
     score = -sample.eps / sample.sigma.view(-1, 1, 1)
     torch.testing.assert_close(model(sample.x, sample.t), score, rtol=1e-6, atol=1e-6)
 
@@ -70,8 +70,10 @@ def test_what_each_class_predicts():
     torch.testing.assert_close(predict(X0Model).x0, output)
     torch.testing.assert_close(predict(RawScoreModel).score, output)
     torch.testing.assert_close(predict(VModel).v, output, rtol=1e-6, atol=1e-6)
-    said = predict(VModel)
-    torch.testing.assert_close(said.x0, alpha * sample.x - sigma * output, rtol=1e-6, atol=1e-6)
+    prediction = predict(VModel)
+    torch.testing.assert_close(
+        prediction.x0, alpha * sample.x - sigma * output, rtol=1e-6, atol=1e-6
+    )
 
 
 # Karras et al. 2022, table 1, at sigma_data = .5: c_skip, c_out, c_in, c_noise.
@@ -85,8 +87,10 @@ def test_what_each_class_predicts():
 def test_edm_preconditioning(sigma, c_skip, c_out, c_in, c_noise):
     x = torch.tensor([[0.7, -1.3]], dtype=torch.float64)
     network = Recorder(torch.tensor([[0.4, 2.0]], dtype=torch.float64))
-    said = EDMModel(network, EDMSDE()).predict(x, torch.tensor([sigma], dtype=torch.float64))
-    torch.testing.assert_close(said.x0, c_skip * x + c_out * network.output, rtol=1e-12, atol=0)
+    prediction = EDMModel(network, EDMSDE()).predict(x, torch.tensor([sigma], dtype=torch.float64))
+    torch.testing.assert_close(
+        prediction.x0, c_skip * x + c_out * network.output, rtol=1e-12, atol=0
+    )
     seen, label, _ = network.calls[0]
     torch.testing.assert_close(seen, c_in * x, rtol=1e-12, atol=0)
     assert float(label) == pytest.approx(c_noise, rel=1e-12, abs=1e-15)
@@ -95,10 +99,10 @@ def test_edm_preconditioning(sigma, c_skip, c_out, c_in, c_noise):
 def test_edm_model_serves_every_process(sde):
     """With zero output it is the best linear denoiser of data of variance sigma_data^2."""
     sample = state(sde)
-    said = EDMModel(Recorder(), sde, sigma_data=0.7).predict(sample.x, sample.t)
+    prediction = EDMModel(Recorder(), sde, sigma_data=0.7).predict(sample.x, sample.t)
     alpha, sigma = sample.alpha.view(-1, 1, 1), sample.sigma.view(-1, 1, 1)
     gain = alpha * 0.49 / (alpha**2 * 0.49 + sigma**2)
-    torch.testing.assert_close(said.x0, gain * sample.x, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(prediction.x0, gain * sample.x, rtol=1e-9, atol=1e-12)
 
 
 def test_edm_model_gives_the_network_unit_variance(sde):
@@ -144,11 +148,13 @@ def test_labels_of_the_users_choice():
 def test_label_has_the_state_dtype_and_cond_arrives():
     network = Recorder()
     EpsModel(network, VPSDE()).predict(
-        torch.zeros(2, 3, dtype=torch.float32), torch.tensor([0.1, 0.2]).double(), labels="cat"
+        torch.zeros(2, 3, dtype=torch.float32),
+        torch.tensor([0.1, 0.2]).double(),
+        class_labels="cat",
     )
     _, label, cond = network.calls[0]
     assert label.dtype == torch.float32
-    assert cond == {"labels": "cat"}
+    assert cond == {"class_labels": "cat"}
 
 
 def test_output_objects_with_a_sample_are_networks_too():
@@ -160,18 +166,18 @@ def test_output_objects_with_a_sample_are_networks_too():
         def forward(self, sample, timestep):
             return Output(2 * sample)
 
-    said = EpsModel(Diffusers(), VPSDE()).predict(torch.ones(1, 2), torch.tensor([0.5]))
-    assert said.eps.tolist() == [[2.0, 2.0]]
+    prediction = EpsModel(Diffusers(), VPSDE()).predict(torch.ones(1, 2), torch.tensor([0.5]))
+    assert prediction.eps.tolist() == [[2.0, 2.0]]
 
 
 def test_a_parameterisation_of_ones_own():
     class SumModel(NetworkModel):
-        def statement(self, alpha, sigma):
+        def parameterization(self, alpha, sigma):
             return 1.0, 1.0
 
     sample = state(VPSDE())
-    said = SumModel(Recorder(sample.x0 + sample.eps), VPSDE()).predict(sample.x, sample.t)
-    torch.testing.assert_close(said.x0, sample.x0, rtol=1e-6, atol=1e-6)
+    prediction = SumModel(Recorder(sample.x0 + sample.eps), VPSDE()).predict(sample.x, sample.t)
+    torch.testing.assert_close(prediction.x0, sample.x0, rtol=1e-6, atol=1e-6)
 
 
 def test_network_parameters_belong_to_the_model():

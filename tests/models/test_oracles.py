@@ -42,9 +42,9 @@ def test_finite_sets_against_60_digits(alpha, sigma, x, x0, score, log_p):
     x, x0, score = (torch.tensor([v], dtype=torch.float64) for v in (x, x0, score))
     mixture = GaussianMixtureModel(sde, POINTS, torch.zeros(5))
     for model in (EmpiricalModel(sde, POINTS), EmpiricalModel(sde, POINTS, block=2), mixture):
-        said = model.predict(x, t)
-        torch.testing.assert_close(said.x0, x0, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(said.score, score, rtol=1e-11, atol=1e-11)
+        prediction = model.predict(x, t)
+        torch.testing.assert_close(prediction.x0, x0, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(prediction.score, score, rtol=1e-11, atol=1e-11)
     assert float(mixture.log_prob(x, t)) == pytest.approx(log_p, abs=1e-12)
 
 
@@ -98,8 +98,8 @@ def test_mixture_of_images():
 
 def test_empirical_model_follows_the_nearest_point_at_small_noise():
     model = EmpiricalModel(VESDE(sigma_min=1e-3), POINTS)
-    said = model.predict(POINTS[[3, 0]] + 1e-3, torch.zeros(2, dtype=torch.float64))
-    torch.testing.assert_close(said.x0, POINTS[[3, 0]], rtol=0, atol=1e-12)
+    prediction = model.predict(POINTS[[3, 0]] + 1e-3, torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(prediction.x0, POINTS[[3, 0]], rtol=0, atol=1e-12)
 
 
 def test_oracles_are_differentiable(mixture):

@@ -15,7 +15,7 @@ from diffusionkit import (
     LogSNRGrid,
     PCSampler,
 )
-from diffusionkit.models.process import OnProcess
+from diffusionkit.models.schedule_transform import ScheduleTransformedModel
 from diffusionkit.testing import check_score_model
 
 MIXTURE = {"means": [[-1.0, 0.0], [1.0, 0.5]], "stds": [0.2, 0.3], "weights": [0.3, 0.7]}
@@ -26,7 +26,7 @@ MIXTURE = {"means": [[-1.0, 0.0], [1.0, 0.5]], "stds": [0.2, 0.3], "weights": [0
 )
 def test_the_exact_model_stays_exact(sde, other):
     """The score of a mixture is known on both processes."""
-    moved = OnProcess(GaussianMixtureModel(sde, **MIXTURE), other)
+    moved = ScheduleTransformedModel(GaussianMixtureModel(sde, **MIXTURE), other)
     exact = GaussianMixtureModel(other, **MIXTURE)
     x = 3 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = other.time_at_log_snr(torch.linspace(7.0, -4.9, 50, dtype=torch.float64))
@@ -37,7 +37,7 @@ def test_the_exact_model_stays_exact(sde, other):
 
 
 def test_it_keeps_the_contract():
-    moved = OnProcess(GaussianMixtureModel(VPSDE(), **MIXTURE), EDMSDE())
+    moved = ScheduleTransformedModel(GaussianMixtureModel(VPSDE(), **MIXTURE), EDMSDE())
     check_score_model(moved, (4, 2), exact=True)
 
 
@@ -49,22 +49,22 @@ def test_ddim_does_not_see_the_process():
     alpha, _ = VPSDE().marginal(times)
     z = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own = PCSampler(model, DDIM(), grid=times)
-    moved = PCSampler(OnProcess(model, EDMSDE(sigma_max=152.0)), DDIM(), grid=ratio)
+    moved = PCSampler(ScheduleTransformedModel(model, EDMSDE(sigma_max=152.0)), DDIM(), grid=ratio)
     start = VPSDE().perturb(z, times[:1].expand(20), generator=torch.Generator().manual_seed(1)).x
     torch.testing.assert_close(own(start), moved(start / alpha[0]), rtol=1e-7, atol=1e-7)
     assert own.nfe == moved.nfe == 31
 
 
 def test_dtypes_and_conditions():
-    def network(x, label, *, labels):
-        assert labels == "cat"
+    def network(x, label, *, class_labels):
+        assert class_labels == "cat"
         assert x.dtype == torch.float32
         assert label.dtype == torch.float32
         return x
 
-    moved = OnProcess(EDMModel(network, EDMSDE(sigma_max=160.0)), VPSDE())
-    said = moved.predict(torch.ones(3, 2), torch.full((3,), 0.5), labels="cat")
-    assert said.x0.dtype == torch.float32
+    moved = ScheduleTransformedModel(EDMModel(network, EDMSDE(sigma_max=160.0)), VPSDE())
+    prediction = moved.predict(torch.ones(3, 2), torch.full((3,), 0.5), class_labels="cat")
+    assert prediction.x0.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_dtypes_and_conditions():
 )
 def test_noise_that_the_model_does_not_know(own, other, message):
     with pytest.raises(ValueError, match=message):
-        OnProcess(EpsModel(lambda x, label: x, own), other)
+        ScheduleTransformedModel(EpsModel(lambda x, noise_label: x, own), other)
 
 
 def test_bad_input():
-    moved = OnProcess(EpsModel(lambda x, label: x, VPSDE()), EDMSDE())
+    moved = ScheduleTransformedModel(EpsModel(lambda x, noise_label: x, VPSDE()), EDMSDE())
     with pytest.raises(ValueError, match=r"t: expected times within \[0, T\] = \[0, 80\]"):
         moved.predict(torch.ones(1, 2), torch.tensor([81.0]))
     with pytest.raises(ValueError, match=r"one time for each sample, shape \(1,\), got \(2,\)"):
@@ -88,16 +88,16 @@ def test_bad_input():
     with pytest.raises(TypeError, match="x: expected a tensor"):
         moved.predict(3, torch.tensor([1.0]))
     with pytest.raises(TypeError, match="model: expected a ScoreModel, got function"):
-        OnProcess(lambda x, t: x, EDMSDE())
+        ScheduleTransformedModel(lambda x, t: x, EDMSDE())
     with pytest.raises(TypeError, match="sde: expected a ForwardSDE, got float"):
-        OnProcess(moved, 80.0)
+        ScheduleTransformedModel(moved, 80.0)
 
 
 def test_a_learned_variance_survives():
     """A fraction between two variances is the same number on every scale."""
     chain = DDPMChain.cosine(100)
-    model = EpsModel(lambda x, label: torch.cat([x, 0.5 * torch.ones_like(x)], 1), chain,
+    model = EpsModel(lambda x, noise_label: torch.cat([x, 0.5 * torch.ones_like(x)], 1), chain,
                      variance="learned_range")  # fmt: skip
     x, t = torch.randn(3, 2, 4), torch.full((3,), 2.0)
-    fraction = OnProcess(model, EDMSDE()).predict(x, t).log_var_fraction
+    fraction = ScheduleTransformedModel(model, EDMSDE()).predict(x, t).log_var_fraction
     torch.testing.assert_close(fraction, torch.full_like(x, 0.75))

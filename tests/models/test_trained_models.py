@@ -76,9 +76,9 @@ def test_ve_preconditioning(time) -> None:
         return output
 
     model = ScaledScoreModel(network, VESDE(0.02, 100.0))
-    said = model.predict(x, f64(time))
-    torch.testing.assert_close(said.x0, x + sigma * output, rtol=1e-12, atol=0)
-    torch.testing.assert_close(said.score, output / sigma, rtol=1e-12, atol=0)
+    prediction = model.predict(x, f64(time))
+    torch.testing.assert_close(prediction.x0, x + sigma * output, rtol=1e-12, atol=0)
+    torch.testing.assert_close(prediction.score, output / sigma, rtol=1e-12, atol=0)
     assert torch.equal(seen[0][0], x)
     assert float(seen[0][1]) == pytest.approx(math.log(sigma / 2), rel=1e-12)
 
@@ -86,16 +86,16 @@ def test_ve_preconditioning(time) -> None:
 def test_scaled_scores_where_data_shrink() -> None:
     """The output is sigma times the score, whatever alpha is."""
     output = f64([0.4, 2.0])
-    model = ScaledScoreModel(lambda x, label: output, SubVPSDE())
+    model = ScaledScoreModel(lambda x, noise_label: output, SubVPSDE())
     x, t = f64([0.7, -1.3]), f64(0.5)
     alpha, sigma = 0.28118288079675235, 0.9209361875468394
     torch.testing.assert_close(model(x, t), output / sigma, rtol=1e-12, atol=0)
-    said = model.predict(x, t)
-    torch.testing.assert_close(said.x0, (x + sigma * output) / alpha, rtol=1e-12, atol=0)
+    prediction = model.predict(x, t)
+    torch.testing.assert_close(prediction.x0, (x + sigma * output) / alpha, rtol=1e-12, atol=0)
 
 
 def test_wide_outputs_that_nobody_announced() -> None:
-    model = EpsModel(lambda x, label: torch.zeros(2, 6, 4, 4), VPSDE())
+    model = EpsModel(lambda x, noise_label: torch.zeros(2, 6, 4, 4), VPSDE())
     with pytest.raises(ValueError, match=r"expected an output of shape \(2, 3, 4, 4\), got"):
         model.predict(torch.zeros(2, 3, 4, 4), torch.tensor([0.3, 0.7]))
 

@@ -118,23 +118,25 @@ class Reference:
         """Sum of branches."""
         return (x + h) / math.sqrt(2) if self.options.get("skip_rescale") else x + h
 
-    def embedding(self, label: Array, labels: Array | None, condition: Array | None):
+    def embedding(self, noise_label: Array, class_labels: Array | None, condition: Array | None):
         """Embed what the blocks are told."""
         width = self.options["width"]
         if self.adm:
-            angles = label[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
+            angles = noise_label[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
         else:
             kind = self.options["embedding"]
             if kind is None:
                 return None
             if kind == "positional":
-                angles = label[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2 - 1))
+                angles = noise_label[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2 - 1))
             else:
-                at = np.log(label) if kind == "fourier" else label
-                w = self.state["embedding.label_features.frequencies"]
+                at = np.log(noise_label) if kind == "fourier" else noise_label
+                w = self.state["embedding.noise_features.frequencies"]
                 angles = 2 * math.pi * np.outer(at, w)
         e = np.concatenate([np.sin(angles), np.cos(angles)], 1)
-        classes = 0.0 if labels is None else self.state["embedding.classes.weight"][labels]
+        classes = (
+            0.0 if class_labels is None else self.state["embedding.classes.weight"][class_labels]
+        )
         if condition is not None:
             e = e + self.linear("embedding.condition", condition)
         if not self.adm:
@@ -245,11 +247,11 @@ class Reference:
             return h, h
         return None, h
 
-    def __call__(self, x, label, labels=None, condition=None, low_res=None) -> Array:
+    def __call__(self, x, noise_label, class_labels=None, condition=None, low_res=None) -> Array:
         """Evaluate the network."""
         options = self.options
         levels, blocks = len(options["multipliers"]), options["blocks"]
-        emb = self.embedding(label, labels, condition)
+        emb = self.embedding(noise_label, class_labels, condition)
         low, high = options["data_range"]
         x = 2 * (x - low) / (high - low) - 1
         if low_res is not None:
@@ -284,16 +286,16 @@ class Reference:
         out = grown if options.get("progressive") == "output_skip" else self.head("head", h)
         if options.get("scale_by_sigma"):
             sigmas = options["sigmas"]
-            sigma = label if sigmas is None else np.array(sigmas)[label.astype(int)]
+            sigma = noise_label if sigmas is None else np.array(sigmas)[noise_label.astype(int)]
             out = out / sigma.reshape(-1, *(1,) * (x.ndim - 1))
         return out
 
 
-def check_against_reference(net: UNet, x: Tensor, label: Tensor, **others: Tensor) -> None:
+def check_against_reference(net: UNet, x: Tensor, noise_label: Tensor, **others: Tensor) -> None:
     """Compare both implementations to near the precision of float64."""
     given = {name: value.numpy() for name, value in others.items()}
-    expected = torch.from_numpy(Reference(net)(x.numpy(), label.numpy(), **given))
+    expected = torch.from_numpy(Reference(net)(x.numpy(), noise_label.numpy(), **given))
     assert expected.std() > 0.1  # else nothing would be compared
     with torch.no_grad():
-        got = net(x, label, **others)
+        got = net(x, noise_label, **others)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)

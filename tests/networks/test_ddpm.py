@@ -59,6 +59,6 @@ def test_says_where_the_label_is_not_heard(caplog, options: dict[str, Any], told
     assert all("do not hear the label, at levels of [8, 16] channels" in m for m in messages)
     if options == PAIRS or not options:
         given = arguments(net)
-        other = given | {"label": given["label"] * 0.7}
+        other = given | {"noise_label": given["noise_label"] * 0.7}
         change = (net(**given) - net(**other)).abs().max()
         assert change < 1e-12 if told else change > 1e-3

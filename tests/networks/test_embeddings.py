@@ -74,14 +74,14 @@ def test_positional_without_end_point() -> None:
 
 def test_fourier_hand_computed() -> None:
     frequencies = torch.tensor([0.25, -1.0, 3.0])
-    for log, label in ((True, math.exp(1 / 3)), (False, 1 / 3)):
+    for log, noise_label in ((True, math.exp(1 / 3)), (False, 1 / 3)):
         embedding = FourierEmbedding(6, log=log)
         with torch.no_grad():
             embedding.frequencies.copy_(frequencies)
         # Angles pi / 6, -2 pi / 3 and 2 pi.
         root = math.sqrt(3) / 2
         expected = double([[0.5, -root, 0.0, root, -0.5, 1.0]])
-        torch.testing.assert_close(embedding(double([label])), expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(embedding(double([noise_label])), expected, rtol=0, atol=1e-14)
 
 
 def test_fourier_frequencies_are_drawn_at_their_scale() -> None:
@@ -102,7 +102,7 @@ def test_fourier_scale_out_of_range(scale: float) -> None:
 def test_fourier_frequencies_are_kept_but_not_trained() -> None:
     torch.manual_seed(0)
     net = NCSNpp(1, width=4, multipliers=(1,), blocks=1, attention_levels=())
-    name = "embedding.label_features.frequencies"
+    name = "embedding.noise_features.frequencies"
     frequencies = net.get_parameter(name)
     before = frequencies.clone()
     assert not frequencies.requires_grad
@@ -128,29 +128,29 @@ def test_fourier_frequencies_are_kept_but_not_trained() -> None:
 
 def test_signed_log_hand_computed() -> None:
     # Three frequencies: 1/4, 2, 16; label sinh(1/2).
-    label = double([math.sinh(0.5), -math.sinh(0.5)])
+    noise_label = double([math.sinh(0.5), -math.sinh(0.5)])
     sines = [0.12467473338522769, 0.8414709848078965, 0.9893582466233818]  # of 1/8, 1, 8
     cosines = [0.992197667229329, 0.5403023058681398, -0.14550003380861354]
-    got = SignedLogEmbedding(6)(label)
+    got = SignedLogEmbedding(6)(noise_label)
     expected = double([sines + cosines, [-s for s in sines] + cosines])
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("labels", [(0.01, 0.05), (-1.2, -1.1), (5.0, 6.0), (900.0, 990.0)])
-def test_signed_log_separates_labels_of_every_magnitude(labels: tuple[float, float]) -> None:
-    e = SignedLogEmbedding(32)(torch.tensor(labels))
+@pytest.mark.parametrize("class_labels", [(0.01, 0.05), (-1.2, -1.1), (5.0, 6.0), (900.0, 990.0)])
+def test_signed_log_separates_labels_of_every_magnitude(class_labels: tuple[float, float]) -> None:
+    e = SignedLogEmbedding(32)(torch.tensor(class_labels))
     assert (e[0] - e[1]).norm() > 0.2
 
 
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 def test_half_precision_labels_are_embedded_in_float32(kind: type[nn.Module]) -> None:
-    label = torch.tensor([896.0], dtype=torch.bfloat16)  # exact in bfloat16
+    noise_label = torch.tensor([896.0], dtype=torch.bfloat16)  # exact in bfloat16
     embedding = kind(16)
-    got = embedding(label)
+    got = embedding(noise_label)
     assert got.dtype == torch.float32
-    assert torch.equal(got, embedding(label.float()))
+    assert torch.equal(got, embedding(noise_label.float()))
     assert embedding(torch.tensor([3])).dtype == torch.float32
-    assert embedding(label.double()).dtype == torch.float64
+    assert embedding(noise_label.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", EMBEDDINGS)
@@ -173,11 +173,14 @@ def test_condition_embedding_formula(late: bool, activation) -> None:
         style=None if activation is F.silu else Style(1, activation=activation),
     ).double()
     fill(net, 1.0)
-    label, labels = double([1.5, 20.0]), torch.tensor([2, 0])
+    noise_label, class_labels = double([1.5, 20.0]), torch.tensor([2, 0])
     condition = double([[0.5, -1.0], [2.0, 0.25]])
     w = dict(net.named_parameters())
     frequency = double([1.0, 1e-4])
-    e = torch.cat([torch.sin(label[:, None] * frequency), torch.cos(label[:, None] * frequency)], 1)
+    e = torch.cat(
+        [torch.sin(noise_label[:, None] * frequency), torch.cos(noise_label[:, None] * frequency)],
+        1,
+    )
     e = e + condition @ w["condition.weight"].T
     classes = w["classes.weight"][[2, 0]]
     assert classes.shape[1] == (6 if late else 4)
@@ -187,10 +190,10 @@ def test_condition_embedding_formula(late: bool, activation) -> None:
     expected = hidden @ w["linear_2.weight"].T + w["linear_2.bias"]
     if late:
         expected = expected + classes
-    got = net(label, labels, condition)
+    got = net(noise_label, class_labels, condition)
     torch.testing.assert_close(got, activation(expected))
-    without = net(label, labels)
-    torch.testing.assert_close(net(label, labels, torch.zeros_like(condition)), without)
+    without = net(noise_label, class_labels)
+    torch.testing.assert_close(net(noise_label, class_labels, torch.zeros_like(condition)), without)
     assert (got - without).abs().max() > 1e-3
 
 
@@ -222,11 +225,11 @@ def test_sigma_table() -> None:
     assert torch.equal(table.to_empty(device="cpu")(torch.tensor([2, 0, 1])), expected)
 
 
-@pytest.mark.parametrize(("label", "low", "high"), [(3.0, 0.0, 3.0), (-1.0, -1.0, 0.0)])
-def test_number_out_of_range(label: float, low: float, high: float) -> None:
-    message = rf"label must be the number .* in \[0, 3\), got values {low} to {high}"
+@pytest.mark.parametrize(("noise_label", "low", "high"), [(3.0, 0.0, 3.0), (-1.0, -1.0, 0.0)])
+def test_number_out_of_range(noise_label: float, low: float, high: float) -> None:
+    message = rf"noise_label must be the number .* in \[0, 3\), got values {low} to {high}"
     with pytest.raises(ValueError, match=message):
-        SigmaTable((3.0, 2.0, 1.0))(torch.tensor([0.0, label]))
+        SigmaTable((3.0, 2.0, 1.0))(torch.tensor([0.0, noise_label]))
 
 
 @pytest.mark.parametrize("sigmas", [(), (1.0, 0.0), (-1.0,), (1.0, math.inf), (math.nan, 1.0)])
@@ -238,8 +241,8 @@ def test_sigmas_out_of_range(sigmas: tuple[float, ...]) -> None:
 def test_frequencies_keep_their_precision_in_half_precision() -> None:
     torch.manual_seed(0)
     embedding = FourierEmbedding(64)
-    exact, label = embedding.frequencies.clone(), torch.tensor([0.02, 50.0])
-    expected = embedding(label)
+    exact, noise_label = embedding.frequencies.clone(), torch.tensor([0.02, 50.0])
+    expected = embedding(noise_label)
     assert torch.equal(embedding.bfloat16().half().frequencies, exact)
-    assert torch.equal(embedding(label), expected)
+    assert torch.equal(embedding(noise_label), expected)
     assert embedding.double().frequencies.dtype == torch.float64

@@ -12,18 +12,20 @@ from diffusionkit.networks.fourier_input import FourierFeatures
 class Seen(nn.Module):
     """A network that returns what it is given."""
 
-    def forward(self, x: Tensor, label: Tensor, *args, **kwargs):
-        return x, label, args, kwargs
+    def forward(self, x: Tensor, noise_label: Tensor, *args, **kwargs):
+        return x, noise_label, args, kwargs
 
 
 @pytest.mark.parametrize("exponents", [(6, 7), (0,), (-1, 3, 2)])
 def test_against_its_formula(exponents) -> None:
     torch.manual_seed(0)
-    x, label = torch.randn(2, 3, 4, dtype=torch.float64), torch.rand(2)
-    seen, got, args, kwargs = FourierFeatures(Seen(), exponents=exponents)(x, label, 1, labels=2)
-    assert got is label
+    x, noise_label = torch.randn(2, 3, 4, dtype=torch.float64), torch.rand(2)
+    seen, got, args, kwargs = FourierFeatures(Seen(), exponents=exponents)(
+        x, noise_label, 1, class_labels=2
+    )
+    assert got is noise_label
     assert args == (1,)
-    assert kwargs == {"labels": 2}
+    assert kwargs == {"class_labels": 2}
     parts = [x]
     for n in exponents:
         for wave in (math.sin, math.cos):
@@ -63,13 +65,16 @@ def test_around_the_networks_of_the_library() -> None:
     model = EpsModel(image, VPSDE())
     assert model(torch.randn(2, 1, 8, 8), torch.rand(2)).shape == (2, 1, 8, 8)
     net = FourierFeatures(MLP(10, out_features=2, num_classes=3))
-    assert net(torch.randn(4, 2), torch.rand(4), labels=torch.tensor([0, 1, 2, 0])).shape == (4, 2)
+    assert net(torch.randn(4, 2), torch.rand(4), class_labels=torch.tensor([0, 1, 2, 0])).shape == (
+        4,
+        2,
+    )
     assert "exponents=(6, 7)" in repr(net)
 
 
 def test_bad_input() -> None:
     with pytest.raises(TypeError, match="network must be a module, got function"):
-        FourierFeatures(lambda x, label: x)
+        FourierFeatures(lambda x, noise_label: x)
     with pytest.raises(ValueError, match="at least one entry, got none"):
         FourierFeatures(Seen(), exponents=())
     for bad in (1.5, True):

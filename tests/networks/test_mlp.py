@@ -28,7 +28,7 @@ def inputs(n: int) -> tuple[Tensor, Tensor]:
 def test_against_its_formula() -> None:
     net = small(depth=1, out_features=2, num_classes=2)
     x, t = inputs(4)
-    labels = torch.tensor([0, 1, 1, 0])
+    class_labels = torch.tensor([0, 1, 1, 0])
     s = net.state_dict()
 
     def linear(name: str, a: Tensor) -> Tensor:
@@ -44,25 +44,27 @@ def test_against_its_formula() -> None:
 
     frequency = torch.tensor([2 ** (-2 + 6 * i / 15) for i in range(16)], dtype=torch.float64)
     angle = torch.tensor([math.asinh(v) for v in t], dtype=torch.float64)[:, None] * frequency
-    features = torch.cat([angle.sin(), angle.cos()], 1) + s["embedding.classes.weight"][labels]
+    features = (
+        torch.cat([angle.sin(), angle.cos()], 1) + s["embedding.classes.weight"][class_labels]
+    )
     emb = silu(linear("embedding.linear_2", silu(linear("embedding.linear_1", features))))
     h = linear("input", x)
     modulation = linear("layers.0.modulation", emb)
     r = norm("layers.0.norm", h) * (1 + modulation[:, :16]) + modulation[:, 16:]
     h = h + linear("layers.0.linear_2", silu(linear("layers.0.linear_1", r)))
     expected = linear("output", silu(norm("output_norm", h)))
-    torch.testing.assert_close(net(x, t, labels), expected)
+    torch.testing.assert_close(net(x, t, class_labels), expected)
 
 
 def test_starts_near_zero() -> None:
     assert MLP(2)(torch.randn(8, 2), torch.rand(8)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("label", [0.01, 0.3, -1.2, 30.0, 900.0])
-def test_depends_on_labels_of_every_magnitude(label: float) -> None:
+@pytest.mark.parametrize("noise_label", [0.01, 0.3, -1.2, 30.0, 900.0])
+def test_depends_on_labels_of_every_magnitude(noise_label: float) -> None:
     net = small()
     x, _ = inputs(1)
-    t = torch.tensor([label], dtype=torch.float64)
+    t = torch.tensor([noise_label], dtype=torch.float64)
     assert (net(x, t) - net(x, 1.5 * t)).abs().max() > 1e-3
 
 
@@ -100,19 +102,19 @@ def test_state_dict_round_trip() -> None:
 def test_compiles_in_one_graph() -> None:
     net = small(num_classes=2, depth=1)
     x, t = inputs(4)
-    labels = torch.tensor([0, 1, 1, 0])
+    class_labels = torch.tensor([0, 1, 1, 0])
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x, t, labels), net(x, t, labels))
+        torch.testing.assert_close(compiled(x, t, class_labels), net(x, t, class_labels))
 
 
 def test_autocast() -> None:
     net = small(num_classes=2).float()
     x, t = (a.float() for a in inputs(4))
-    labels = torch.tensor([0, 1, 1, 0])
-    expected = net(x, t, labels)
+    class_labels = torch.tensor([0, 1, 1, 0])
+    expected = net(x, t, class_labels)
     with torch.autocast("cpu", torch.bfloat16):
-        error = (net(x, t, labels).float() - expected).norm() / expected.norm()
+        error = (net(x, t, class_labels).float() - expected).norm() / expected.norm()
     assert 0 < error < 0.05
 
 
@@ -163,18 +165,22 @@ T = torch.zeros(2)
 
 
 @pytest.mark.parametrize(
-    ("x", "label", "labels", "error", "message"),
+    ("x", "noise_label", "class_labels", "error", "message"),
     [
         (X[:, :2], T, None, ValueError, r"\(B, 3\), got \(2, 2\)"),
         (X[:, :, None], T, None, ValueError, r"\(B, 3\), got \(2, 3, 1\)"),
         (X[:0], T[:0], None, ValueError, "must not be empty"),
         (X.double(), T, None, TypeError, "torch.float32 like the network, got torch.float64"),
-        (X, T[:1], None, ValueError, r"label must have shape \(2,\), got \(1,\)"),
-        (X, T, torch.tensor([0, 0]), TypeError, "labels must be None"),
+        (X, T[:1], None, ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
+        (X, T, torch.tensor([0, 0]), TypeError, "class_labels must be None"),
     ],
 )
 def test_input_errors(
-    x: Tensor, label: Tensor, labels: Tensor | None, error: type[Exception], message: str
+    x: Tensor,
+    noise_label: Tensor,
+    class_labels: Tensor | None,
+    error: type[Exception],
+    message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        MLP(3, width=8)(x, label, labels)
+        MLP(3, width=8)(x, noise_label, class_labels)

@@ -77,11 +77,13 @@ def test_noise_level_divides_the_output() -> None:
     net, plain = tiny(NCSNpp), tiny(NCSNpp, scale_by_sigma=False)
     plain.load_state_dict(net.state_dict())
     given = arguments(net)
-    expected = plain(**given) / given["label"].view(-1, 1, 1, 1)
+    expected = plain(**given) / given["noise_label"].view(-1, 1, 1, 1)
     torch.testing.assert_close(net(**given), expected)
     # An integer label is a noise level too.
-    given["label"] = torch.tensor([3, 7])
-    torch.testing.assert_close(net(**given), plain(**given) / given["label"].view(-1, 1, 1, 1))
+    given["noise_label"] = torch.tensor([3, 7])
+    torch.testing.assert_close(
+        net(**given), plain(**given) / given["noise_label"].view(-1, 1, 1, 1)
+    )
 
 
 def test_scale_of_the_frequencies() -> None:
@@ -89,7 +91,7 @@ def test_scale_of_the_frequencies() -> None:
     for scale in (16.0, 2.0):
         net = NCSNpp(1, width=256, multipliers=(0.03125,), blocks=1, fourier_scale=scale,
                      attention_levels=())  # fmt: skip
-        frequencies = net.get_parameter("embedding.label_features.frequencies")
+        frequencies = net.get_parameter("embedding.noise_features.frequencies")
         assert frequencies.shape == (256,)
         assert frequencies.std().item() == pytest.approx(scale, rel=0.2)
 

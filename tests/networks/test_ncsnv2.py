@@ -210,7 +210,7 @@ def test_initialisation() -> None:
 
 
 def test_activation_checkpointing_keeps_the_gradient() -> None:
-    x, label = torch.randn(2, 1, 4, 6), torch.tensor([0, 1])
+    x, noise_label = torch.randn(2, 1, 4, 6), torch.tensor([0, 1])
     grads, calls = [], []
     for recompute in (False, True):
         net = small(activation_checkpointing=recompute)
@@ -222,7 +222,7 @@ def test_activation_checkpointing_keeps_the_gradient() -> None:
 
         for part in (*net.levels, *net.refinements):
             part.register_forward_pre_hook(hook)
-        net(x, label).square().sum().backward()
+        net(x, noise_label).square().sum().backward()
         calls.append(count)
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     torch.testing.assert_close(grads[0], grads[1])
@@ -234,17 +234,17 @@ def test_activation_checkpointing_keeps_the_gradient() -> None:
 )
 def test_compiles_whole(dims: int) -> None:
     net = small(dims=dims, levels=((1, 1), (2, 1)))
-    x, label = torch.randn(2, 1, *(4, 6, 2)[:dims]), torch.tensor([0, 2])
+    x, noise_label = torch.randn(2, 1, *(4, 6, 2)[:dims]), torch.tensor([0, 2])
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, label), net(x, label))
+    torch.testing.assert_close(compiled(x, noise_label), net(x, noise_label))
 
 
 def test_autocast() -> None:
     net = small()
-    x, label = torch.randn(2, 1, 8, 8), torch.zeros(2)
+    x, noise_label = torch.randn(2, 1, 8, 8), torch.zeros(2)
     with torch.autocast("cpu", torch.bfloat16):
-        low = net(x, label)
-    high = net(x, label)
+        low = net(x, noise_label)
+    high = net(x, noise_label)
     assert (low - high).norm() < 0.05 * high.norm()
 
 
@@ -258,8 +258,8 @@ X, I = torch.zeros(2, 1, 4, 6), torch.tensor([0, 1])
         ((X[..., :5], I), ValueError, r"divisible by 2, got \(4, 5\)"),
         ((X[:, :, :3], I), ValueError, r"divisible by 2, got \(3, 6\)"),
         ((X.double(), I), TypeError, "x must be torch.float32 .* got torch.float64"),
-        ((X, I[:1]), ValueError, r"label must have shape \(2,\), got \(1,\)"),
-        ((X, I, I), TypeError, "labels must be None"),
+        ((X, I[:1]), ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
+        ((X, I, I), TypeError, "class_labels must be None"),
     ],
 )
 def test_bad_input(arguments: tuple[Tensor, ...], error: type[Exception], match: str) -> None:

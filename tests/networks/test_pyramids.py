@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusionkit.networks.layers import Style
-from diffusionkit.networks.pyramids import (
+from diffusionkit.networks.progressive import (
     Head,
     InputResidual,
     InputSkip,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionkit.networks.refine import (
+from diffusionkit.networks.refinenet import (
     ChainedPooling,
     DilatedBlock,
     InstanceNormPlus,

@@ -5,8 +5,7 @@ import torch
 from tiny import FAMILIES, TINY, arguments, fill, tiny
 from torch import Tensor, nn
 
-from diffusionkit.networks.stages import DecoderLevel, EncoderLevel, Stage
-from diffusionkit.networks.unet import UNet
+from diffusionkit.networks.unet import DecoderLevel, EncoderLevel, Stage, UNet
 
 
 class Times(nn.Module):
@@ -132,7 +131,7 @@ def test_nothing_is_recomputed_without_gradients(monkeypatch) -> None:
 
     stage = Stage(Count(1.0), recompute=True)
     with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr("diffusionkit.networks.stages.checkpoint", None)
+        patch.setattr("diffusionkit.networks.unet.checkpoint", None)
         stage(ONE, EMB)
     assert count == 1
     x = ONE.clone().requires_grad_()

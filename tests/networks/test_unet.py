@@ -58,7 +58,7 @@ def test_everything_given_matters(kind: str) -> None:
     given = arguments(net)
     out = net(**given)
     for name, value in given.items():
-        if name == "label" and kind == "separate FIR":
+        if name == "noise_label" and kind == "separate FIR":
             continue  # it is not told the label
         changed = net(**given | {name: value.flip(0)})
         assert (changed - out).abs().flatten(1).amax(1).min() > 1e-4, name
@@ -137,9 +137,10 @@ def test_no_dropout_draws_nothing(kind: str) -> None:
 def test_integer_labels(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)
-    label = torch.tensor([3, 700])
+    noise_label = torch.tensor([3, 700])
     torch.testing.assert_close(
-        net(**given | {"label": label}), net(**given | {"label": label.double()}),
+        net(**given | {"noise_label": noise_label}),
+        net(**given | {"noise_label": noise_label.double()}),
         rtol=1e-4, atol=1e-4,  # integers are embedded in float32
     )  # fmt: skip
 
@@ -162,7 +163,7 @@ def plain(options: dict[str, Any] | None = None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("x", "label", "error", "message"),
+    ("x", "noise_label", "error", "message"),
     [
         (X[:, :1], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 1, 4, 4\)"),
         (X[0], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 4, 4\)"),
@@ -173,17 +174,17 @@ def plain(options: dict[str, Any] | None = None) -> Any:
         (X.double(), T, TypeError, "torch.float32 like the network, got torch.float64"),
         (X.to(torch.uint8), T, TypeError, "torch.float32 like the network, got torch.uint8"),
         (X.to("meta"), T, ValueError, "x must be on cpu like the network, got meta"),
-        (X, T[0], ValueError, r"label must have shape \(2,\), got \(\)"),
-        (X, T[:, None], ValueError, r"label must have shape \(2,\), got \(2, 1\)"),
-        (X, T[:1], ValueError, r"label must have shape \(2,\), got \(1,\)"),
-        (X, T.bool(), TypeError, "label must be real, got torch.bool"),
-        (X, T.to(torch.complex64), TypeError, "label must be real, got torch.complex64"),
-        (X, T.to("meta"), ValueError, "label must be on cpu like x, got meta"),
+        (X, T[0], ValueError, r"noise_label must have shape \(2,\), got \(\)"),
+        (X, T[:, None], ValueError, r"noise_label must have shape \(2,\), got \(2, 1\)"),
+        (X, T[:1], ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
+        (X, T.bool(), TypeError, "noise_label must be real, got torch.bool"),
+        (X, T.to(torch.complex64), TypeError, "noise_label must be real, got torch.complex64"),
+        (X, T.to("meta"), ValueError, "noise_label must be on cpu like x, got meta"),
     ],
 )
-def test_input_errors(x, label, error: type[Exception], message: str) -> None:
+def test_input_errors(x, noise_label, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        plain()(x, label)
+        plain()(x, noise_label)
 
 
 def test_shapes_are_named_in_every_dimension() -> None:
@@ -195,24 +196,29 @@ def test_shapes_are_named_in_every_dimension() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "labels", "error", "message"),
+    ("num_classes", "class_labels", "error", "message"),
     [
         (None, torch.tensor([0, 1]), TypeError, r"num_classes=None.*got a tensor of shape \(2,\)"),
         (3, None, TypeError, "num_classes=3, got None"),
         (3, torch.tensor([0.0, 1.0]), TypeError, "torch.int64, got torch.float32"),
         (3, torch.tensor([0, 1], dtype=torch.int32), TypeError, "torch.int64, got torch.int32"),
-        (3, torch.tensor([0]), ValueError, r"labels must have shape \(2,\), got \(1,\)"),
+        (3, torch.tensor([0]), ValueError, r"class_labels must have shape \(2,\), got \(1,\)"),
         (3, torch.tensor([0, 3]), ValueError, r"in \[0, 3\), got values 0 to 3"),
         (3, torch.tensor([-1, 2]), ValueError, r"in \[0, 3\), got values -1 to 2"),
-        (3, torch.tensor([0, 1], device="meta"), ValueError, "labels must be on cpu .* got meta"),
+        (
+            3,
+            torch.tensor([0, 1], device="meta"),
+            ValueError,
+            "class_labels must be on cpu .* got meta",
+        ),
     ],
 )
-def test_class_errors(num_classes, labels, error: type[Exception], message: str) -> None:
+def test_class_errors(num_classes, class_labels, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        plain({"num_classes": num_classes})(X, T, labels)
+        plain({"num_classes": num_classes})(X, T, class_labels)
     if num_classes is None:
         with pytest.raises(error, match=message):
-            plain({"embedding": None})(X, T, labels)
+            plain({"embedding": None})(X, T, class_labels)
 
 
 C = torch.zeros(2, 5)
@@ -259,5 +265,5 @@ def test_narrow_networks_hear_their_label(kind: str) -> None:
     """A normalisation of one channel would take away what the embedding adds to it."""
     net = tiny(kind, **({"scale_shift": False} if kind == "ADMUNet" else {}))
     given = arguments(net)
-    other = given | {"label": given["label"] * 0.7}
+    other = given | {"noise_label": given["noise_label"] * 0.7}
     assert (net(**given) - net(**other)).abs().max() > 1e-3

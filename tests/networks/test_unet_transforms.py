@@ -104,9 +104,9 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     net = tiny(kind)
     given = arguments(net)
     expected = net(**given)
-    label = given["label"]
+    noise_label = given["noise_label"]
     given = {n: v if v.dtype == torch.int64 else v.to(dtype) for n, v in given.items()}
-    got = net.to(dtype)(**given | {"label": label.float()})
+    got = net.to(dtype)(**given | {"noise_label": noise_label.float()})
     assert got.dtype == dtype
     assert 0 < relative(got, expected) < (0.01 if dtype == torch.float16 else 0.05)
 

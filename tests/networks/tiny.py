@@ -70,10 +70,10 @@ def arguments(
     config = net.config
     given = {
         "x": torch.randn(batch, net.channels, *spatial or (4, 6), dtype=dtype),
-        "label": torch.tensor([2.0, 1.0, 0.5, 1.5], dtype=dtype)[:batch],
+        "noise_label": torch.tensor([2.0, 1.0, 0.5, 1.5], dtype=dtype)[:batch],
     }
     if config["num_classes"] is not None:
-        given["labels"] = torch.arange(batch).flip(0) % config["num_classes"]
+        given["class_labels"] = torch.arange(batch).flip(0) % config["num_classes"]
     if config["condition_features"] is not None:
         given["condition"] = torch.randn(batch, config["condition_features"], dtype=dtype)
     if config["low_res_channels"] is not None:

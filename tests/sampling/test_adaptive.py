@@ -77,7 +77,7 @@ def proposals(x, z):
 
 
 def by_hand(rtol, atol):
-    path, model = BrownianPath([0]), EpsModel(lambda x, label: 0.2 * x, VPSDE())
+    path, model = BrownianPath([0]), EpsModel(lambda x, noise_label: 0.2 * x, VPSDE())
     x = torch.tensor([X], dtype=torch.float64)
     z = path.increment(x, VPSDE(), full(T, 1), full(S, 1))
     first, last, mean = proposals(x, z)
@@ -118,7 +118,7 @@ def test_the_tolerance_decides(kind):
 
 def test_the_next_step_is_of_the_length_the_last_one_asks_for():
     """A step within the move, accepted: 1 / 100 of T, then five times that at the most."""
-    model = EpsModel(lambda x, label: 0.2 * x, VPSDE())
+    model = EpsModel(lambda x, noise_label: 0.2 * x, VPSDE())
     asked = counting(model)
     x = torch.tensor([X], dtype=torch.float64)
     AdaptiveSDE(10.0, 10.0).step(model, x, full(T, 1), full(S, 1), generator=BrownianPath([0]))
@@ -132,7 +132,7 @@ def test_the_next_step_is_of_the_length_the_last_one_asks_for():
             model, x, full(T, 1), full(S, 1), full(0.05, 1), generator=BrownianPath([0])
         )
     assert asked[-1][0] == pytest.approx(0.5 - 0.005)  # a tenth of it at the least
-    model = X0Model(lambda x, label: 0.5 * x, EDMSDE())
+    model = X0Model(lambda x, noise_label: 0.5 * x, EDMSDE())
     asked = counting(model)
     AdaptiveSDE(1e3, 1e3).step(model, x, full(80.0, 1), full(70.0, 1), generator=BrownianPath([0]))
     assert asked[1] == [pytest.approx(79.2)]
@@ -253,7 +253,7 @@ def test_the_end_without_noise_of_a_process_that_scales():
 
     t = torch.tensor([1e-3])
     assert float(t) > 1e-3
-    model, x = X0Model(lambda x, label: 0.5 * x, Doubled()), torch.tensor([[0.6]])
+    model, x = X0Model(lambda x, noise_label: 0.5 * x, Doubled()), torch.tensor([[0.6]])
     step = AdaptiveSDE().step(model, x, t, torch.zeros(1), generator=seeded())
     assert float(step.x) == pytest.approx(0.6, rel=1e-6)
 
@@ -270,7 +270,7 @@ def test_with_correctors_and_other_grids():
 
 
 def test_states_of_one_number():
-    model = X0Model(lambda x, label: 0.5 * x, EDMSDE())
+    model = X0Model(lambda x, noise_label: 0.5 * x, EDMSDE())
     step = AdaptiveSDE(0.1, 0.1).step(
         model, torch.ones(3), full(2.0, 3), full(1.0, 3), generator=seeded()
     )
@@ -298,7 +298,7 @@ def test_bad_settings(options, error, message):
 
 def test_bad_moves():
     x, t = torch.ones(2, 1), torch.tensor([0.5, 0.75])
-    model = EpsModel(lambda x, label: x * math.nan, VPSDE())
+    model = EpsModel(lambda x, noise_label: x * math.nan, VPSDE())
     with pytest.raises(ValueError, match=r"finite predictions, got NaN.* in a step from t = 0.5"):
         AdaptiveSDE().step(model, x, t, 0.5 * t)
     with pytest.raises(ValueError, match=r"expected s < t, got s = \[0.5, 0.75\]"):

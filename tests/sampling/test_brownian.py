@@ -18,7 +18,7 @@ from diffusionkit import (
     PCSampler,
     ReverseDiffusion,
 )
-from diffusionkit._draws import increment_like, randn_like
+from diffusionkit.random import increment_like, randn_like
 from diffusionkit.sampling.brownian import BrownianPath, _normals
 
 

@@ -10,8 +10,8 @@ from diffusionkit import DDIM, VESDE, VPSDE, Ancestral, PCSampler, ReverseDiffus
 from diffusionkit.models import EpsModel, GaussianMixtureModel
 from diffusionkit.models.denoised import Clip, DenoisedModel
 from diffusionkit.sampling.encode import ddim_encode
-from diffusionkit.sde.chain import DDPMChain
-from diffusionkit.sde.smld import SMLDChain
+from diffusionkit.sde.ddpm_chain import DDPMChain
+from diffusionkit.sde.smld_chain import SMLDChain
 
 # One step of independent float64 code in the conventions of the released one, for the schedule,
 # its length, the respacing, the number of the step and whether the data are clipped. "posterior"
@@ -146,7 +146,7 @@ def row(values):
 def said_by(chain, clip, variance="learned_range"):
     both = torch.cat([row(EPS), row(V)], 1)
     output = {"learned_range": both, "learned": both}.get(variance, row(EPS))
-    model = EpsModel(lambda x, label: output.expand(len(x), -1), chain, variance=variance)
+    model = EpsModel(lambda x, noise_label: output.expand(len(x), -1), chain, variance=variance)
     return DenoisedModel(model, Clip(-1.0, 1.0)) if clip else model
 
 
@@ -190,7 +190,7 @@ def test_a_respaced_run_is_the_chain_of_new_betas(spec, name) -> None:
     """A sub-grid of the chain, and the short chain with betas 1 - abar_i / abar_{i-1}."""
     chain = DDPMChain.cosine(400)
     grid = chain.respaced(spec)
-    network = lambda x, label: torch.cat([0.5 * x, torch.tanh(x)], 1)  # noqa: E731
+    network = lambda x, noise_label: torch.cat([0.5 * x, torch.tanh(x)], 1)  # noqa: E731
     short = DDPMChain.from_alphas_bar(chain.marginal(grid.flip(0))[0] ** 2)
     x = torch.randn((6, 3), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     runs = [
@@ -242,7 +242,7 @@ def test_a_model_without_a_variance(variance) -> None:
 def test_a_learned_variance_in_other_shapes_and_dtypes() -> None:
     chain = DDPMChain.linear(100)
     for dtype in (torch.float32, torch.bfloat16):
-        network = lambda x, label: torch.cat([x, x], 1)  # noqa: E731
+        network = lambda x, noise_label: torch.cat([x, x], 1)  # noqa: E731
         model = EpsModel(network, chain, variance="learned_range")
         sampler = PCSampler(model, Ancestral(variance="model"), grid=chain.respaced(10))
         x = sampler((2, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -290,7 +290,7 @@ def test_the_levels_of_smld_are_ve_on_its_papers_grid(predictor) -> None:
     """Sample for sample: step i of N sits where VE is at i / (N - 1)."""
     network, chain = torch.nn.Hardtanh(), SMLDChain.geometric(40)
     runs = [
-        PCSampler(EpsModel(lambda x, label: network(x / 9), sde), predictor, grid=grid)(
+        PCSampler(EpsModel(lambda x, noise_label: network(x / 9), sde), predictor, grid=grid)(
             (5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64
         )
         for sde, grid in (
@@ -325,8 +325,10 @@ def test_encoding_finds_the_noise_that_ddim_decodes(sde) -> None:
 def test_encoding_runs_the_model_as_samplers_do() -> None:
     chain, seen = DDPMChain.linear(50), []
 
-    def network(x, label, labels=None):
-        seen.append((model.training, torch.is_grad_enabled(), float(label[0]), int(labels[0])))
+    def network(x, label, class_labels=None):
+        seen.append(
+            (model.training, torch.is_grad_enabled(), float(label[0]), int(class_labels[0]))
+        )
         return x
 
     model = EpsModel(network, chain, label=lambda sde, t: t)
@@ -335,7 +337,7 @@ def test_encoding_runs_the_model_as_samplers_do() -> None:
         model,
         torch.ones(2, 3, requires_grad=True),
         steps=2,
-        labels=torch.tensor([3, 3]),
+        class_labels=torch.tensor([3, 3]),
         progress=lambda items: steps.extend(items) or items,
     )
     assert not x.requires_grad

@@ -15,7 +15,7 @@ from diffusionkit import (
     KarrasGrid,
     PCSampler,
 )
-from diffusionkit._draws import NoisePath
+from diffusionkit.random import NoisePath
 from diffusionkit.sampling.dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S
 
 MIXTURE = {"means": [[-1.0], [0.8]], "stds": [0.2, 0.4], "weights": [0.3, 0.7]}
@@ -155,14 +155,14 @@ def test_2m_sde_by_hand(solver, eta):
     for k in range(2):
         t, s = (times[j].expand(2) for j in (k, k + 1))
         h = l[k + 1] - l[k]
-        said = float(model.predict(y, t).x0[0])
+        prediction = float(model.predict(y, t).x0[0])
         gain = -math.expm1(-h - eta * h)
-        x = sigma[k + 1] / sigma[k] * math.exp(-eta * h) * x + alpha[k + 1] * gain * said
+        x = sigma[k + 1] / sigma[k] * math.exp(-eta * h) * x + alpha[k + 1] * gain * prediction
         if old is not None:
-            slope = (said - old) * h / (l[k] - l[k - 1])
+            slope = (prediction - old) * h / (l[k] - l[k - 1])
             share = 0.5 * gain if solver == "midpoint" else gain / (-h - eta * h) + 1
             x += alpha[k + 1] * share * slope
-        old = said
+        old = prediction
         step = DPMSolver2MSDE(eta, solver).step(model, y, t, s, state, generator=path)
         torch.testing.assert_close(step.mean, torch.full_like(y, x), rtol=1e-11, atol=1e-12)
         x += sigma[k + 1] * math.sqrt(-math.expm1(-2 * eta * h))

@@ -16,7 +16,7 @@ from diffusionkit import (
 )
 from diffusionkit.control.constraints import Inpainting
 from diffusionkit.sampling.heun import Heun
-from diffusionkit.sampling.travel import TimeTravel
+from diffusionkit.sampling.time_travel import TimeTravel
 
 DOUBLE = torch.float64
 MEAN, STD = 0.7, 0.4
@@ -82,7 +82,7 @@ def test_masked_edits_and_travel(mixture):
     x0 = torch.randn(3, 2, generator=seeded(5))
     constraint = Inpainting(x0, torch.tensor([1, 0]))
     sampler = PCSampler(
-        mixture, Ancestral(), steps=10, constraint=constraint, travel=TimeTravel(4, 2)
+        mixture, Ancestral(), steps=10, constraint=constraint, time_travel=TimeTravel(4, 2)
     )
     x = sampler.edit(x0, 0.55 * mixture.sde.T, generator=seeded())
     assert torch.equal(x[:, 0], x0[:, 0])

@@ -105,7 +105,7 @@ def test_far_from_the_data_the_first_step_is_not_too_long():
 
 
 def test_conditions_reach_the_model():
-    model = EpsModel(lambda x, label, shift: x * 0 + shift, VPSDE())
+    model = EpsModel(lambda x, noise_label, shift: x * 0 + shift, VPSDE())
     flow = ProbabilityFlow(model)
     z = torch.ones(1, 2)
     assert not torch.allclose(flow.decode(z, shift=0.0), flow.decode(z, shift=1.0))
@@ -121,7 +121,7 @@ def test_conditions_reach_the_model():
 )
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
-        ProbabilityFlow(EpsModel(lambda x, label: x, VPSDE()), **options)
+        ProbabilityFlow(EpsModel(lambda x, noise_label: x, VPSDE()), **options)
 
 
 FIXED = {
@@ -169,7 +169,7 @@ def test_zero_signal_at_the_end_is_an_error_in_words():
         def marginal(self, t):
             return 1 - t, t
 
-    sampler = PCSampler(EpsModel(lambda x, label: x, Straight()), Ancestral(), steps=5)
+    sampler = PCSampler(EpsModel(lambda x, noise_label: x, Straight()), Ancestral(), steps=5)
     with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0: a model of the noise"):
         sampler((2, 3))
 
@@ -188,7 +188,7 @@ def test_a_wrong_marginal_is_named(values, message):
         def marginal(self, t):
             return values(t)
 
-    flow = ProbabilityFlow(EpsModel(lambda x, label: x, VPSDE()))
+    flow = ProbabilityFlow(EpsModel(lambda x, noise_label: x, VPSDE()))
     flow.model.sde = Wrong()
     with pytest.raises(ValueError, match=message):
         PCSampler(flow.model, Ancestral(), steps=5)

@@ -372,7 +372,7 @@ def test_bad_times():
 
 def test_gradients_flow_through_a_step():
     scale = torch.tensor(0.5, requires_grad=True)
-    model = X0Model(lambda x, label: scale * x, EDMSDE())
+    model = X0Model(lambda x, noise_label: scale * x, EDMSDE())
     t, s = torch.tensor([2.0]).double(), torch.tensor([1.0]).double()
     Heun().step(model, torch.ones(1, 1).double(), t, s).x.sum().backward()
     # d = x / 4 at 2, x' = 3/4, d' = 3/8: x_s = 1 - (1/4 + 3/8) / 2, and so on in scale.

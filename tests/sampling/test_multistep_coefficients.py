@@ -5,14 +5,7 @@ import itertools
 import pytest
 import torch
 
-from diffusionkit import (
-    VPSDE,
-    ForwardSDE,
-    LogSNRGrid,
-    PCSampler,
-    Prediction,
-    ScoreModel,
-)
+from diffusionkit import VPSDE, ForwardSDE, LogSNRGrid, PCSampler, Prediction, ScoreModel
 from diffusionkit.sampling.adams import DEIS, LMS
 from diffusionkit.sampling.dpm_solver import DPMSolver2M, DPMSolver2S, DPMSolver3M
 from diffusionkit.sampling.unipc import UniPC
@@ -21,14 +14,14 @@ from diffusionkit.sampling.unipc import UniPC
 class Known(ScoreModel):
     """A model that says the same of every state: data or noise that is a function of time."""
 
-    def __init__(self, sde, said, of_data):
+    def __init__(self, sde, prediction, of_data):
         super().__init__()
-        self.sde, self.said, self.of_data = sde, said, of_data
+        self.sde, self.prediction, self.of_data = sde, prediction, of_data
 
     def predict(self, x, t, **cond):
         alpha, sigma = self.sde.marginal(t)
         make = Prediction.from_x0 if self.of_data else Prediction.from_eps
-        return make(x, self.said(t).unsqueeze(1).expand_as(x), alpha, sigma)
+        return make(x, self.prediction(t).unsqueeze(1).expand_as(x), alpha, sigma)
 
 
 class RootTime(ForwardSDE):
@@ -68,11 +61,11 @@ POLYNOMIALS = {
 @pytest.mark.parametrize("name", POLYNOMIALS)
 def test_polynomials_are_integrated_exactly(name):
     """With a full memory, at a row of times of its own for each sample."""
-    predictor, sde, said, integral = POLYNOMIALS[name]
+    predictor, sde, prediction, integral = POLYNOMIALS[name]
     times = torch.tensor(
         [[0.9, 0.8], [0.7, 0.75], [0.65, 0.5], [0.4, 0.45], [0.3, 0.1], [0.29, 0.09]]
     ).double()
-    model, state = Known(sde, said, predictor.of_data), None
+    model, state = Known(sde, prediction, predictor.of_data), None
     for t, s in itertools.pairwise(times):
         # Data of another sample each time: a full memory is all that may matter.
         x = torch.randn(2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

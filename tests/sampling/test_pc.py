@@ -106,7 +106,9 @@ def test_langevin_with_norms_of_each_sample_in_many_dimensions():
 def test_langevin_step_by_hand():
     """epsilon = 2 (snr ||z|| / ||s||)^2, x + epsilon s + sqrt(2 epsilon) z, sample by sample."""
     x = torch.tensor([[3.0, 4.0], [0.3, -0.4]], dtype=torch.float64)
-    model = EpsModel(lambda x, label: x, VESDE(sigma_min=0.1, sigma_max=10.0))  # score -x / sigma
+    model = EpsModel(
+        lambda x, noise_label: x, VESDE(sigma_min=0.1, sigma_max=10.0)
+    )  # score -x / sigma
     t = torch.full((2,), 0.5, dtype=torch.float64)  # sigma = 1
     z = torch.randn((2, 2), generator=seeded(), dtype=torch.float64)
     size = z.square().sum(1).sqrt() / torch.tensor([5.0, 0.5])
@@ -122,7 +124,7 @@ def test_langevin_step_by_hand():
 def test_annealed_langevin_step_by_hand():
     """epsilon = 2 (snr sigma)^2."""
     x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    model = EpsModel(lambda x, label: 0.1 * x, VESDE(sigma_min=0.5, sigma_max=8.0))
+    model = EpsModel(lambda x, noise_label: 0.1 * x, VESDE(sigma_min=0.5, sigma_max=8.0))
     t = torch.full((1,), 0.5, dtype=torch.float64)  # sigma = 2, score -.05 x
     z = torch.randn((1, 2), generator=seeded(), dtype=torch.float64)
     step = AnnealedLangevin(snr=0.1).step(model, x, t, generator=seeded())
@@ -131,7 +133,7 @@ def test_annealed_langevin_step_by_hand():
 
 
 def test_langevin_stays_where_the_score_is_zero():
-    model = EpsModel(lambda x, label: torch.zeros_like(x), VPSDE())
+    model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
     x = torch.ones(2, 3)
     step = Langevin().step(model, x, torch.full((2,), 0.5), generator=seeded())
     assert torch.equal(step.x, x)
@@ -160,7 +162,7 @@ def test_a_sample_with_its_own_generator_does_not_depend_on_its_batch(sde, predi
 
 def test_large_samples_do_not_depend_on_their_batch_either():
     """Above 32768 numbers torch may split the sum over threads."""
-    model = EpsModel(lambda x, label: torch.tanh(x), VPSDE())
+    model = EpsModel(lambda x, noise_label: torch.tanh(x), VPSDE())
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(), steps=3)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -259,17 +261,17 @@ def test_states_say_what_the_model_thinks_of_the_data(mixture, predictor, correc
     class Watched(ScoreModel):
         def __init__(self):
             super().__init__()
-            self.sde, self.said = mixture.sde, []
+            self.sde, self.prediction = mixture.sde, []
 
         def predict(self, x, t, **cond):
-            self.said.append(mixture.predict(x, t).x0)
+            self.prediction.append(mixture.predict(x, t).x0)
             return mixture.predict(x, t)
 
     model = Watched()
     states = PCSampler(model, predictor, corrector, steps=4).iterate((3, 2), generator=seeded())
     assert next(states).x0 is None
     for state in states:
-        assert torch.equal(state.x0, model.said[-1])
+        assert torch.equal(state.x0, model.prediction[-1])
 
 
 def test_a_plain_run_keeps_no_predictions():
@@ -282,9 +284,9 @@ def test_a_plain_run_keeps_no_predictions():
 
         def predict(self, x, t, **cond):
             assert all(one() is None for one in kept)
-            said = Prediction.from_x0(x, 0 * x, *self.sde.kernel(t))
-            kept.append(weakref.ref(said.x0))
-            return said
+            prediction = Prediction.from_x0(x, 0 * x, *self.sde.kernel(t))
+            kept.append(weakref.ref(prediction.x0))
+            return prediction
 
     PCSampler(Counted(), DDIM(), steps=4)((3, 2))
     assert len(kept) == 5
@@ -295,7 +297,7 @@ def test_no_gradients_and_evaluation_mode():
     watched = Counting()
     network.append(watched)
     watched.eval()
-    model = EpsModel(lambda x, label: network[2](network[0](x), label), VPSDE())
+    model = EpsModel(lambda x, noise_label: network[2](network[0](x), noise_label), VPSDE())
     model.net = network  # a part of the model, so that its mode is switched
     model.train()
     watched.eval()
@@ -335,7 +337,7 @@ def test_dtype_follows_the_model_or_the_request(dtype):
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 5), (3, 1, 4, 6), (2, 1, 2, 3, 4)])
 def test_states_of_any_rank(shape):
-    model = EpsModel(lambda x, label: torch.tanh(x), VPSDE())
+    model = EpsModel(lambda x, noise_label: torch.tanh(x), VPSDE())
     for corrector in (Langevin(), AnnealedLangevin()):
         x = PCSampler(model, ReverseDiffusion(), corrector, steps=5)(shape, generator=seeded())
         assert x.shape == shape
@@ -527,7 +529,7 @@ def test_langevin_in_half_precision():
     x = torch.randn(4, 64, generator=seeded())
     t = torch.zeros(4)
     for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
-        network = EpsModel(lambda x, label: torch.ones_like(x), VESDE(sigma_min=1e-3))
+        network = EpsModel(lambda x, noise_label: torch.ones_like(x), VESDE(sigma_min=1e-3))
         # 2^10 (x - mean) keeps the digits of the difference in this dtype.
         start = torch.zeros_like(x, dtype=dtype)
         half = Langevin().step(network, start, t, generator=[seeded(i) for i in range(4)])

@@ -98,7 +98,7 @@ def test_ancestral_is_ddpm_posterior():
         torch.tensor([[0.8], [-1.1]], dtype=torch.float64),
         torch.tensor([[-0.3], [0.5]], dtype=torch.float64),
     )
-    model = EpsModel(lambda x, label: eps, sde)
+    model = EpsModel(lambda x, noise_label: eps, sde)
     abar_t, abar_s = 0.28118288079675235**2, math.exp(-0.9255)  # B(.3) = .9255
     beta = 1 - abar_t / abar_s
     x0 = (x - math.sqrt(1 - abar_t) * eps) / math.sqrt(abar_t)
@@ -123,13 +123,13 @@ def test_reverse_diffusion_is_smld_and_ddpm():
         torch.tensor([[-0.3], [0.5]], dtype=torch.float64),
     )
     t, s = pair(0.5, 0.3)
-    ve = EpsModel(lambda x, label: eps, VESDE())
+    ve = EpsModel(lambda x, noise_label: eps, VESDE())
     sigma_t, sigma_s = 0.01 * 5000**0.5, 0.01 * 5000**0.3
     score, v = -eps / sigma_t, sigma_t**2 - sigma_s**2
     torch.testing.assert_close(
         ReverseDiffusion().step(ve, x, t, s).mean, x + v * score, rtol=1e-12, atol=0
     )
-    vp = EpsModel(lambda x, label: eps, VPSDE())
+    vp = EpsModel(lambda x, noise_label: eps, VPSDE())
     beta = 1 - math.exp(0.9255 - 2.5375)
     score = -eps / 0.9596542020680362
     torch.testing.assert_close(
@@ -143,7 +143,7 @@ def test_reverse_diffusion_is_smld_and_ddpm():
 def test_euler_maruyama_step_by_hand():
     """beta(.5) = 10.05, step .2: x + (x beta / 2 + beta score) .2, noise sqrt(.2 beta)."""
     x, eps = torch.tensor([[0.8]], dtype=torch.float64), torch.tensor([[-0.3]], dtype=torch.float64)
-    model = EpsModel(lambda x, label: eps, VPSDE())
+    model = EpsModel(lambda x, noise_label: eps, VPSDE())
     t, s = (v[:1] for v in pair(0.5, 0.3))
     step = EulerMaruyama().step(model, x, t, s, generator=torch.Generator().manual_seed(0))
     z = torch.randn((1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -22,8 +22,8 @@ from diffusionkit import (
     UniformGrid,
     X0Model,
 )
-from diffusionkit._draws import NoisePath
 from diffusionkit.interfaces import Prediction, ScoreModel
+from diffusionkit.random import NoisePath
 from diffusionkit.sampling.brownian import BrownianPath
 from diffusionkit.sampling.stochastic_heun import StochasticHeun
 
@@ -89,7 +89,7 @@ def test_data_linear_in_log_snr_are_integrated_exactly(sde, t, s):
 
 def test_a_step_by_hand():
     """EDM from 3 to 1: h = 2 log 3, x' = x / 9 + 8 / 9 x0 + sqrt(8) / 3 z, with x0 = x / 2."""
-    model = X0Model(lambda x, label: 0.5 * x, EDMSDE())
+    model = X0Model(lambda x, noise_label: 0.5 * x, EDMSDE())
     x, z = torch.tensor([[1.8]], dtype=torch.float64), torch.tensor([[0.6]], dtype=torch.float64)
     step = StochasticHeun().step(model, x, full(3.0, 1), full(1.0, 1), generator=Given(z))
     first = 0.2 + 0.8 + math.sqrt(8) / 3 * 0.6

@@ -18,9 +18,9 @@ from diffusionkit import (
     ReverseDiffusion,
     Step,
 )
-from diffusionkit._draws import NoisePath
+from diffusionkit.random import NoisePath
 from diffusionkit.sampling.heun import Heun
-from diffusionkit.sampling.travel import TimeTravel, travel_back
+from diffusionkit.sampling.time_travel import TimeTravel, travel_back
 
 DOUBLE = torch.float64
 
@@ -29,8 +29,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def path(travel, first, last):
-    moves = travel.moves(first, last)
+def path(time_travel, first, last):
+    moves = time_travel.moves(first, last)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(moves))
     return [moves[0][0], *(to for _, to in moves)]
 
@@ -68,7 +68,7 @@ def test_going_back_is_the_forward_process(sde, sooner, later):
 @pytest.mark.parametrize("grid", [LogSNRGrid(), KarrasGrid(to_zero=True)], ids=str)
 def test_the_law_stays_as_it_is(predictor, grid):
     model = GaussianMixtureModel(VPSDE(), [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.3], [0.3, 0.7])
-    sampler = PCSampler(model, predictor, steps=140, grid=grid, travel=TimeTravel(15, 2))
+    sampler = PCSampler(model, predictor, steps=140, grid=grid, time_travel=TimeTravel(15, 2))
     x = sampler((2000, 2), generator=seeded(), dtype=DOUBLE)
     right = x[:, 0] > 0
     assert float(right.double().mean()) == pytest.approx(0.7, abs=0.05)
@@ -99,7 +99,7 @@ def test_memory_is_lost_and_everything_counted(mixture, corrector):
     predictor = Remembering()
     times = torch.tensor([0.8, 0.6, 0.4, 0.2], dtype=DOUBLE) * mixture.sde.T
     sampler = PCSampler(
-        mixture, predictor, corrector, grid=times, travel=TimeTravel(2, 2), progress=wrapper
+        mixture, predictor, corrector, grid=times, time_travel=TimeTravel(2, 2), progress=wrapper
     )
     states = list(sampler.iterate(torch.ones(1, 2, dtype=DOUBLE), generator=seeded()))
     visited = [0, 1, 2, 0, 1, 2, 3, 2, 3]
@@ -117,7 +117,7 @@ def test_memory_is_lost_and_everything_counted(mixture, corrector):
 
 def test_states_gone_back_say_their_mean():
     model = GaussianMixtureModel(VPSDE(), [[0.0]], [1.0])
-    sampler = PCSampler(model, DDIM(), steps=4, travel=TimeTravel(2, 2))
+    sampler = PCSampler(model, DDIM(), steps=4, time_travel=TimeTravel(2, 2))
     states = list(sampler.iterate((50, 1), generator=seeded()))
     before, back = states[2], states[3]
     (a,), (b,) = (VPSDE().marginal(torch.tensor([u.t]))[0].tolist() for u in (before, back))
@@ -145,10 +145,11 @@ class Path(NoisePath):
         (lambda m: TimeTravel(0), ValueError, "jump: expected an integer >= 1, got 0"),
         (lambda m: TimeTravel(repeats=0), ValueError, "repeats: expected an integer >= 1"),
         (lambda m: TimeTravel(2.0), TypeError, "jump: expected an integer, got float"),
-        (lambda m: PCSampler(m, DDIM(), travel=10), TypeError, "travel: expected a TimeTravel"),
-        (lambda m: PCSampler(m, DDIM(), steps=9, travel=TimeTravel()), ValueError,
+        (lambda m: PCSampler(m, DDIM(), time_travel=10), TypeError,
+         "time_travel: expected a TimeTravel"),
+        (lambda m: PCSampler(m, DDIM(), steps=9, time_travel=TimeTravel()), ValueError,
          "at most the grid's 9 steps, got 10"),
-        (lambda m: PCSampler(m, DDIM(), travel=TimeTravel())(
+        (lambda m: PCSampler(m, DDIM(), time_travel=TimeTravel())(
             (1, 2), generator=Path([seeded()])), ValueError, "generator: expected generators"),
     ],
 )  # fmt: skip

@@ -5,14 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionkit import (
-    VPSDE,
-    Ancestral,
-    DDPMChain,
-    EpsModel,
-    PCSampler,
-    StepLabel,
-)
+from diffusionkit import VPSDE, Ancestral, DDPMChain, EpsModel, PCSampler, StepLabel
 from diffusionkit.testing import check_sde
 
 # Step, beta, alpha-bar, and of the posterior of a step: its variance and its coefficients of the

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusionkit.sde.chain import DDPMChain
+from diffusionkit.sde.ddpm_chain import DDPMChain
 
 # Step, beta, 1 - alpha-bar and log-SNR, computed with mpmath at 60 digits from the formulas.
 EXACT = {

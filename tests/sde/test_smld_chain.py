@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusionkit.sde import VESDE
-from diffusionkit.sde.smld import SMLDChain
+from diffusionkit.sde.smld_chain import SMLDChain
 from diffusionkit.testing import check_sde
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusionkit.interfaces import ForwardSDE
-from diffusionkit.sde.chain import DDPMChain
-from diffusionkit.sde.smld import SMLDChain
+from diffusionkit.sde.ddpm_chain import DDPMChain
+from diffusionkit.sde.smld_chain import SMLDChain
 
 # Steps of the chain, specification, number and sum of the steps taken, and the sha256 of the
 # steps joined by commas.

@@ -12,7 +12,7 @@ from diffusionkit.models import EpsModel, VModel, X0Model
 from diffusionkit.sampling import DDIM, Ancestral, EulerMaruyama, PCSampler
 from diffusionkit.sampling.adaptive import AdaptiveSDE
 from diffusionkit.sampling.heun import Euler, Heun
-from diffusionkit.sde.chain import DDPMChain
+from diffusionkit.sde.ddpm_chain import DDPMChain
 
 
 def f64(*values):
@@ -87,10 +87,10 @@ def test_all_but_the_last_step_keeps_its_shape() -> None:
 def test_samplers_start_in_pure_noise(predictor) -> None:
     chain = DDPMChain.linear(50).zero_terminal_snr()
     told = torch.tensor([0.3, -0.7])
-    model = X0Model(lambda x, label: told.expand_as(x), chain)
+    model = X0Model(lambda x, noise_label: told.expand_as(x), chain)
     x = PCSampler(model, predictor, steps=49)((3, 2), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(x, told.expand(3, 2))
-    velocity = VModel(lambda x, label: -told.expand_as(x), chain)
+    velocity = VModel(lambda x, noise_label: -told.expand_as(x), chain)
     first = predictor.step(velocity, torch.randn(3, 2), torch.ones(3), torch.full((3,), 0.98))
     assert torch.isfinite(first.x).all()
 
@@ -98,7 +98,7 @@ def test_samplers_start_in_pure_noise(predictor) -> None:
 def test_a_noise_model_cannot_start_there() -> None:
     chain = DDPMChain.linear(50).zero_terminal_snr()
     with pytest.raises(ValueError, match=r"expected alpha > 0.*predict x0 or v"):
-        PCSampler(EpsModel(lambda x, label: x, chain), DDIM(), steps=49)((3, 2))
+        PCSampler(EpsModel(lambda x, noise_label: x, chain), DDIM(), steps=49)((3, 2))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_noise_model_cannot_start_there() -> None:
 def test_solvers_of_the_process_itself_cannot_start_there(predictor) -> None:
     """The drift at alpha = 0 is infinite; from a smaller time on, the same chain is solved."""
     chain = DDPMChain.linear(50).zero_terminal_snr()
-    model = X0Model(lambda x, label: 0.5 * torch.ones_like(x), chain)
+    model = X0Model(lambda x, noise_label: 0.5 * torch.ones_like(x), chain)
     message = rf"begin where alpha > 0, .* got t = 1 with {type(predictor).__name__}; take a pred"
     with pytest.raises(ValueError, match=message):
         PCSampler(model, predictor, steps=49)

@@ -142,7 +142,7 @@ def test_it_learns_from_the_losses_before_the_weights_of_times() -> None:
     times.sample(CHAIN, 1)
     times.update(f64(0.25, 0.5, 0.75, 1.0), f64(4.0, 2.0, 1.0, 1.0))
     objective = ScoreMatching(SimpleWeighting(), times=times)
-    model = EpsModel(lambda x, label: 0 * x, CHAIN)
+    model = EpsModel(lambda x, noise_label: 0 * x, CHAIN)
     p = times.probabilities
     x0 = torch.zeros(1, 64, dtype=torch.float64)
     weighted = objective(model, x0, generator=seeded(3))
@@ -161,7 +161,7 @@ def learned_draw(p):
 
 def test_losses_before_the_first_draw_are_left_out() -> None:
     times = LossSecondMomentTimes(history=1)
-    model = EpsModel(lambda x, label: x, CHAIN)
+    model = EpsModel(lambda x, noise_label: x, CHAIN)
     ScoreMatching(times=times)(model, torch.randn(2, 3), t=torch.tensor([0.25, 1.0]))
     assert times.state_dict()["counts"].tolist() == []
     assert times.probabilities.tolist() == []
@@ -238,7 +238,7 @@ def test_processes_without_steps(law) -> None:
 def test_a_law_over_a_table_is_no_likelihood() -> None:
     objective = ScoreMatching(LikelihoodWeighting(), times=DiscreteTimes())
     with pytest.raises(ValueError, match="weighted mean is that of uniform ones"):
-        objective.nats(EpsModel(lambda x, label: x, CHAIN), torch.randn(2, 3))
+        objective.nats(EpsModel(lambda x, noise_label: x, CHAIN), torch.randn(2, 3))
 
 
 @pytest.mark.parametrize(

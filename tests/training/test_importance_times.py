@@ -188,16 +188,16 @@ def test_t_min_is_checked(make) -> None:
 
 
 def test_nats_with_references_of_the_same_class() -> None:
-    model = EpsModel(lambda x, label, labels=None: torch.zeros_like(x), VESDE())
+    model = EpsModel(lambda x, noise_label, class_labels=None: torch.zeros_like(x), VESDE())
     objective = ScoreMatching(
         LikelihoodWeighting(), target=StableTarget(), times=ImportanceTimes(stratified=False)
     )
     data = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-    options = {"labels": torch.tensor([0, 1]), "generator": seeded(7)}
+    options = {"class_labels": torch.tensor([0, 1]), "generator": seeded(7)}
     nats = objective.nats(
-        model, data, reference=data, reference_labels=torch.tensor([0, 1]), **options
+        model, data, reference=data, reference_class_labels=torch.tensor([0, 1]), **options
     )
     # One reference of each class is the denoising target: the noise itself.
     plain = ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes(stratified=False))
-    expected = plain.nats(model, data, labels=options["labels"], generator=seeded(7))
+    expected = plain.nats(model, data, class_labels=options["class_labels"], generator=seeded(7))
     torch.testing.assert_close(nats, expected)

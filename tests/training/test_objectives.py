@@ -157,7 +157,7 @@ def test_all_models_of_one_denoiser_have_one_loss(kind) -> None:
         EDMModel: (x0_hat - sd**2 / (ratio**2 + sd**2) * noisy / alpha)
         / (ratio * sd / (ratio**2 + sd**2).sqrt()),
     }
-    model = kind(lambda x, label: says[kind], sde)
+    model = kind(lambda x, noise_label: says[kind], sde)
     loss = ScoreMatching()(model, x0, t=t, generator=seeded(1))
     eps = (noisy - alpha * x0) / sigma
     torch.testing.assert_close(loss, (eps_hat - eps).square().mean(1), rtol=1e-9, atol=0)
@@ -177,7 +177,7 @@ def test_gradient_is_that_of_the_loss() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradient_reaches_every_parameter(kind) -> None:
     net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
-    model = kind(lambda x, label: net(x), VPSDE())
+    model = kind(lambda x, noise_label: net(x), VPSDE())
     ScoreMatching()(model, torch.randn(6, 3), generator=seeded()).mean().backward()
     for p in net.parameters():
         assert bool(torch.isfinite(p.grad).all())

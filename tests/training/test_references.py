@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from diffusionkit import VPSDE, EpsModel, ScoreMatching
 from diffusionkit.training.references import ReferenceBatches
-from diffusionkit.training.stable import StableTarget
+from diffusionkit.training.stable_target import StableTarget
 
 
 class Counting:
@@ -87,14 +87,16 @@ def test_ranks_share_the_data() -> None:
 
 def test_labels_go_with_their_items() -> None:
     x = torch.arange(24.0)[:, None]
-    labels = x.flatten().long() % 3
-    for data in (TensorDataset(x, labels), list(zip(x, labels.tolist(), strict=True))):
+    class_labels = x.flatten().long() % 3
+    for data in (TensorDataset(x, class_labels), list(zip(x, class_labels.tolist(), strict=True))):
         for (batch, told), (pool, classes) in ReferenceBatches(data, 4, 12):
             assert torch.equal(batch.flatten() % 3, told.float())
             assert torch.equal(pool.flatten() % 3, classes.float())
-            model = EpsModel(lambda x, label, labels: torch.zeros_like(x), VPSDE())
+            model = EpsModel(lambda x, noise_label, class_labels: torch.zeros_like(x), VPSDE())
             objective = ScoreMatching(target=StableTarget())
-            loss = objective(model, batch, labels=told, reference=pool, reference_labels=classes)
+            loss = objective(
+                model, batch, class_labels=told, reference=pool, reference_class_labels=classes
+            )
             assert loss.shape == (4,)
 
 

@@ -23,7 +23,7 @@ from diffusionkit import (
     VModel,
     X0Model,
 )
-from diffusionkit.training.stable import StableTarget
+from diffusionkit.training.stable_target import StableTarget
 
 POINTS = torch.tensor(
     [[-1.5, -0.5], [0.25, 1.0], [1.0, -1.25], [2.0, 0.75], [-0.75, 1.5]], dtype=torch.float64
@@ -53,26 +53,28 @@ def test_finite_sets_against_60_digits(alpha, sigma, x, n, x0, spare) -> None:
     # Whichever point the state came from, the target at it is the same.
     state = torch.tensor([x], dtype=torch.float64).expand(n, 2)
     state = torch.cat([state, torch.full((n, spare), 7.0 * alpha)], 1)
-    said = StableTarget()(noisy(data, state, alpha, sigma), data)
-    torch.testing.assert_close(said.x0[:, :2], expected, rtol=1e-12, atol=1e-12)
+    prediction = StableTarget()(noisy(data, state, alpha, sigma), data)
+    torch.testing.assert_close(prediction.x0[:, :2], expected, rtol=1e-12, atol=1e-12)
     score = (alpha * expected - state[:, :2]) / sigma**2
-    torch.testing.assert_close(said.score[:, :2], score, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(said.eps[:, :2], -sigma * score, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(prediction.score[:, :2], score, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(prediction.eps[:, :2], -sigma * score, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("spare", [0, 60])
 def test_classes_weigh_their_own_references_alone(spare) -> None:
     data = torch.cat([POINTS, torch.zeros(5, spare, dtype=torch.float64)], 1)
-    labels = torch.tensor([0, 0, 1, 1, 0])
+    class_labels = torch.tensor([0, 0, 1, 1, 0])
     sample = noisy(data, torch.zeros_like(data), 0.8, 0.6)
-    said = StableTarget()(sample, data, labels=labels, reference_labels=labels).x0[:, :2]
+    prediction = StableTarget()(
+        sample, data, class_labels=class_labels, reference_class_labels=class_labels
+    ).x0[:, :2]
     for row in range(5):
         density = [
-            math.exp(-(0.8**2) * (a * a + b * b) / (2 * 0.6**2)) * float(k == labels[row])
-            for (a, b), k in zip(POINTS.tolist(), labels, strict=True)
+            math.exp(-(0.8**2) * (a * a + b * b) / (2 * 0.6**2)) * float(k == class_labels[row])
+            for (a, b), k in zip(POINTS.tolist(), class_labels, strict=True)
         ]
         weights = torch.tensor(density, dtype=torch.float64) / sum(density)
-        torch.testing.assert_close(said[row], weights @ POINTS, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(prediction[row], weights @ POINTS, rtol=1e-13, atol=1e-13)
 
 
 def two_points(n: int, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +94,9 @@ def two_points(n: int, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
             reference[:j] = 1.0
             reference[-1] = source
             x0 = torch.full((len(x), 1), source, dtype=torch.float64)
-            said = StableTarget()(noisy(x0, x[:, None], 1.0, sigma), reference).x0[:, 0]
-            first = first + chance * weight * said
-            second = second + chance * weight * said**2
+            prediction = StableTarget()(noisy(x0, x[:, None], 1.0, sigma), reference).x0[:, 0]
+            first = first + chance * weight * prediction
+            second = second + chance * weight * prediction**2
     return first - torch.tanh(x / sigma**2), ((second - first**2) * p_x).sum()
 
 
@@ -185,26 +187,28 @@ def test_the_whole_data_set_gives_the_ideal_model(sde, model, shape) -> None:
     target, ideal = StableTarget()(sample, data), EmpiricalModel(sde, data).predict(sample.x, t)
     torch.testing.assert_close(target.score, ideal.score, rtol=1e-7, atol=1e-9)
     # A network that says exactly what the ideal model says has no error, in its own terms.
-    a, b = model(lambda x, label: x, sde).statement(*(c.view(-1) for c in sde.marginal(t)))
+    a, b = model(lambda x, noise_label: x, sde).parameterization(
+        *(c.view(-1) for c in sde.marginal(t))
+    )
     output = torch.zeros_like(sample.x)
     for factor, part in ((a, ideal.x0), (b, ideal.eps)):
         factor = factor if isinstance(factor, float) else factor.view(-1, *(1,) * len(shape))
         output = output + factor * part
-    said = model(lambda x, label: output, sde)
-    assert float(said.predict(sample.x, t).noise_error(target).abs().max()) < 1e-8
+    prediction = model(lambda x, noise_label: output, sde)
+    assert float(prediction.predict(sample.x, t).noise_error(target).abs().max()) < 1e-8
 
 
 def test_the_objective_hands_on_what_the_target_needs() -> None:
     data = torch.randn(64, 2, generator=seeded())
     classes, told = torch.arange(64) % 3, []
 
-    def network(x, label, *, labels):
-        told.append(labels)
+    def network(x, label, *, class_labels):
+        told.append(class_labels)
         return torch.zeros_like(x)
 
     model = EpsModel(network, VPSDE())
     objective = ScoreMatching(LikelihoodWeighting(), target=StableTarget())
-    options = {"reference": data, "reference_labels": classes, "labels": classes[:8]}
+    options = {"reference": data, "reference_class_labels": classes, "class_labels": classes[:8]}
     loss = objective(model, data[:8], generator=seeded(), **options)
     assert torch.equal(told[0], classes[:8])
     nats = objective.nats(model, data[:8], generator=seeded(), **options)
@@ -217,21 +221,23 @@ def test_no_gradient_flows() -> None:
     data = torch.randn(9, 3).requires_grad_()
     weight = torch.tensor(0.5, requires_grad=True)
     sample = EDMSDE().perturb(data[:4] * weight, torch.full((4,), 0.5))
-    said = StableTarget("added")(sample, data)
-    assert not said.x0.requires_grad
-    assert not said.eps.requires_grad
+    prediction = StableTarget("added")(sample, data)
+    assert not prediction.x0.requires_grad
+    assert not prediction.eps.requires_grad
 
 
 @pytest.mark.parametrize("d", [3, 40])
 def test_compiled_in_one_graph(d) -> None:
     data = torch.randn(100, d, generator=seeded())
     sample = VPSDE().perturb(data[:10], torch.linspace(0.1, 0.9, 10))
-    labels, target = torch.arange(100) % 2, StableTarget()
+    class_labels, target = torch.arange(100) % 2, StableTarget()
 
-    def call(x0, eps, reference, classes=labels):
+    def call(x0, eps, reference, classes=class_labels):
         one = Perturbed(x0, eps, sample.x, sample.t, sample.alpha, sample.sigma)
-        said = target(one, reference, labels=labels[:10], reference_labels=classes)
-        return said.x0, said.eps
+        prediction = target(
+            one, reference, class_labels=class_labels[:10], reference_class_labels=classes
+        )
+        return prediction.x0, prediction.eps
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for found, expected in zip(
@@ -239,7 +245,7 @@ def test_compiled_in_one_graph(d) -> None:
     ):
         torch.testing.assert_close(found, expected)
     # Where values are not read, a class without references keeps the denoising target.
-    found, _ = compiled(sample.x0, sample.eps, data, torch.zeros_like(labels))
+    found, _ = compiled(sample.x0, sample.eps, data, torch.zeros_like(class_labels))
     torch.testing.assert_close(found[1::2], sample.x0[1::2])
     assert float((found[::2] - sample.x0[::2]).abs().max()) > 1e-3
 
@@ -250,7 +256,7 @@ import torch
 from datetime import timedelta
 from torch import distributed as dist
 from diffusionkit import VPSDE
-from diffusionkit.training.stable import StableTarget
+from diffusionkit.training.stable_target import StableTarget
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -259,19 +265,21 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 found = []
 for d in (3, 600):
     data = torch.randn(900, d, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(900) % 7
+    class_labels = torch.arange(900) % 7
     mine = slice(0, 500) if rank == 0 else slice(500, 900)
     x0 = data[mine][:20]
     sample = VPSDE().perturb(x0, torch.linspace(0.1, 0.9, 20))
     target = StableTarget(gather=True)
-    said = [target(sample, data[mine]),
-            target(sample, data[mine], labels=labels[mine][:20], reference_labels=labels[mine])]
+    prediction = [target(sample, data[mine]),
+            target(sample, data[mine], class_labels=class_labels[mine][:20],
+                   reference_class_labels=class_labels[mine])]
     whole = StableTarget()
-    alone = [whole(sample, data), whole(sample, data, labels=labels[mine][:20],
-                                        reference_labels=labels)]
+    alone = [whole(sample, data), whole(sample, data, class_labels=class_labels[mine][:20],
+                                        reference_class_labels=class_labels)]
     own = whole(sample, data[mine])
-    found += [torch.equal(a.x0, b.x0) and torch.equal(a.eps, b.eps) for a, b in zip(said, alone)]
-    found.append(not torch.equal(own.x0, said[0].x0))
+    pairs = zip(prediction, alone)
+    found += [torch.equal(a.x0, b.x0) and torch.equal(a.eps, b.eps) for a, b in pairs]
+    found.append(not torch.equal(own.x0, prediction[0].x0))
 torch.save(found, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -288,7 +296,7 @@ def test_processes_gather_references_to_the_last_bit(tmp_path) -> None:
 @pytest.mark.parametrize("d", [3, 40])
 def test_bad_input(d) -> None:
     data = torch.randn(30, d, generator=seeded())
-    labels = torch.arange(30) % 3
+    class_labels = torch.arange(30) % 3
     target = StableTarget()
     sample = VPSDE().perturb(data[:6], torch.full((6,), 0.5))
     with pytest.raises(ValueError, match=r"objective\(model, batch\[:64\], reference=batch\)"):
@@ -309,19 +317,21 @@ def test_bad_input(d) -> None:
     shifted[3, -1] += 1e-5
     with pytest.raises(ValueError, match=r"1 of 6 that are not, first \[3\]"):
         target(sample, shifted)
-    with pytest.raises(ValueError, match=r"labelled alike, got 6 of 6"):
-        target(sample, data, labels=labels[:6], reference_labels=labels.roll(1))
-    with pytest.raises(ValueError, match="reference_labels: expected as labels are given"):
-        target(sample, data, labels=labels[:6])
-    with pytest.raises(ValueError, match=r"^labels: expected as reference_labels are given"):
-        target(sample, data, reference_labels=labels)
+    with pytest.raises(ValueError, match=r"with the same class labels, got 6 of 6"):
+        target(
+            sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels.roll(1)
+        )
+    with pytest.raises(ValueError, match="reference_class_labels: expected as class_labels"):
+        target(sample, data, class_labels=class_labels[:6])
+    with pytest.raises(ValueError, match=r"^class_labels: expected as reference_class_labels"):
+        target(sample, data, reference_class_labels=class_labels)
     with pytest.raises(ValueError, match=r"no reference of \[2\]"):
-        target(sample, data, labels=labels[:6], reference_labels=labels % 2)
-    with pytest.raises(ValueError, match=r"^labels: expected shape \(6,\)"):
-        target(sample, data, labels=labels, reference_labels=labels)
-    with pytest.raises(ValueError, match=r"reference_labels: expected shape \(30,\)"):
-        target(sample, data, labels=labels[:6], reference_labels=labels[:6])
-    with pytest.raises(TypeError, match="no condition but labels, got condition"):
+        target(sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels % 2)
+    with pytest.raises(ValueError, match=r"^class_labels: expected shape \(6,\)"):
+        target(sample, data, class_labels=class_labels, reference_class_labels=class_labels)
+    with pytest.raises(ValueError, match=r"reference_class_labels: expected shape \(30,\)"):
+        target(sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels[:6])
+    with pytest.raises(TypeError, match="no condition but class_labels, got condition"):
         target(sample, data, condition=data[:6])
     with pytest.raises(ValueError, match="source: expected one of"):
         StableTarget("somewhere")

@@ -5,7 +5,7 @@ import torch
 from noisy_data import direct, noisy, seeded
 
 from diffusionkit import VESDE, VPSDE, Perturbed
-from diffusionkit.training.stable import StableTarget
+from diffusionkit.training.stable_target import StableTarget
 
 
 @pytest.mark.parametrize("d", [2, 8, 48])
@@ -17,12 +17,12 @@ def test_dense_points_at_small_noise(d, dtype) -> None:
     one = torch.ones(50, dtype=torch.float64)
     x = (data[:50].double() + 0.002 * eps.double()).to(dtype)
     sample = Perturbed(data[:50], eps, x, one, one, 0.002 * one)
-    said, mean = StableTarget()(sample, data), direct(sample, data)
+    prediction, mean = StableTarget()(sample, data), direct(sample, data)
     expected = eps.double() + (data[:50].double() - mean) / 0.002
-    assert said.eps.dtype == dtype
+    assert prediction.eps.dtype == dtype
     rounding = 4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-9
-    torch.testing.assert_close(said.eps.double(), expected, rtol=rounding, atol=rounding)
-    torch.testing.assert_close(said.x0.double(), mean, rtol=rounding, atol=0)
+    torch.testing.assert_close(prediction.eps.double(), expected, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(prediction.x0.double(), mean, rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("d", [2, 60])
@@ -32,9 +32,9 @@ def test_a_source_that_stands_alone_gives_its_noise_back(d, sigma) -> None:
     eps = torch.randn(20, d, generator=seeded(1))
     one = torch.ones(20)
     sample = Perturbed(data[:20], eps, data[:20] + sigma * eps, one, one, sigma * one)
-    said = StableTarget()(sample, data)
-    assert torch.equal(said.x0, data[:20])
-    torch.testing.assert_close(said.eps, eps, rtol=1e-6, atol=1e-8)
+    prediction = StableTarget()(sample, data)
+    assert torch.equal(prediction.x0, data[:20])
+    torch.testing.assert_close(prediction.eps, eps, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("d", [2, 60])
@@ -62,13 +62,13 @@ def test_few_dimensions_keep_digits_that_products_lose() -> None:
     one = torch.ones(40, dtype=torch.float64)
     eps = torch.randn(40, 2, generator=seeded(1), dtype=torch.float64)
     sample = Perturbed(data, eps, data + 0.5 * eps, one, one, 0.5 * one)
-    said, near = StableTarget()(sample, data), data.clone()
+    prediction, near = StableTarget()(sample, data), data.clone()
     near[::2] -= 2.0**24
     for part in (slice(0, None, 2), slice(1, None, 2)):
         alone = Perturbed(near[part], *(v[part] for v in (eps, eps, one, one, 0.5 * one)))
         mean = direct(alone, near[part])
         expected = eps[part] + (near[part] - mean) / 0.5
-        torch.testing.assert_close(said.eps[part], expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(prediction.eps[part], expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("d", [2, 60])
@@ -78,20 +78,20 @@ def test_far_queries(d) -> None:
     away = torch.zeros(d)
     away[0] = 1000.0
     x = data[:6] + away
-    said = StableTarget()(noisy(data[:6], x, 1.0, 1e-3), data)
+    prediction = StableTarget()(noisy(data[:6], x, 1.0, 1e-3), data)
     nearest = (data[None] - x[:, None].double()).square().sum(2).argmin(1)
     assert nearest.unique().numel() == 1
-    torch.testing.assert_close(said.x0, data[nearest], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(said.eps, 1e3 * (x - data[nearest]), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(prediction.x0, data[nearest], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(prediction.eps, 1e3 * (x - data[nearest]), rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("d", [2, 60])
 def test_without_noise_the_source_alone_counts(d) -> None:
     data = torch.randn(30, d, generator=seeded())
     sample = VPSDE().perturb(data[:5], torch.zeros(5))
-    said = StableTarget()(sample, data)
-    torch.testing.assert_close(said.x0, data[:5], rtol=0, atol=1e-6)
-    torch.testing.assert_close(said.eps, sample.eps, rtol=1e-5, atol=1e-6)
+    prediction = StableTarget()(sample, data)
+    torch.testing.assert_close(prediction.x0, data[:5], rtol=0, atol=1e-6)
+    torch.testing.assert_close(prediction.eps, sample.eps, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("d", [5, 700])
@@ -101,9 +101,11 @@ def test_blocks_do_not_show(d) -> None:
     classes = torch.arange(2000) // 250
     rows = torch.arange(0, 2000, 250)
     sample = VESDE().perturb(data[rows], torch.full((8,), 0.8))
-    said = StableTarget()(sample, data, labels=classes[rows], reference_labels=classes).x0
+    prediction = StableTarget()(
+        sample, data, class_labels=classes[rows], reference_class_labels=classes
+    ).x0
     for k in range(8):
         one = Perturbed(*(getattr(sample, f)[k : k + 1] for f in
                           ("x0", "eps", "x", "t", "alpha", "sigma")))  # fmt: skip
         mean = direct(one, data[classes == k])
-        torch.testing.assert_close(said[k : k + 1], mean.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prediction[k : k + 1], mean.float(), rtol=1e-5, atol=1e-5)

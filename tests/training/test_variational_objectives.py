@@ -1,4 +1,4 @@
-"""VLB and Hybrid: published losses, whose gradient comes from where, what lambda means."""
+"""VLB and HybridLoss: published losses, whose gradient comes from where, what lambda means."""
 
 import math
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from diffusionkit import VPSDE, DDPMChain, EpsModel, ScoreMatching
-from diffusionkit._variational import GaussianDecoder
+from diffusionkit.decoders import GaussianDecoder
 from diffusionkit.networks import ADMUNet
 from diffusionkit.training.discrete_times import DiscreteTimes, LossSecondMomentTimes
-from diffusionkit.training.variational import VLB, Hybrid
+from diffusionkit.training.vlb import VLB, HybridLoss
 from diffusionkit.values import Perturbed
 
 TANH = GaussianDecoder(cdf="tanh")
@@ -65,17 +65,17 @@ LOSSES = [
 
 @pytest.mark.parametrize(("schedule", "step", "variance", "vlb", "hybrid"), LOSSES)
 def test_published_losses(schedule, step, variance, vlb, hybrid) -> None:
-    """VLB is RESCALED_KL and Hybrid(1e-3) RESCALED_MSE, whatever T and the respacing."""
+    """VLB is RESCALED_KL and HybridLoss(1e-3) RESCALED_MSE, whatever T and the respacing."""
     chain = CHAINS[schedule]
     learned = variance.startswith("learned")
     output = torch.cat([HAT, V], 1) if learned else HAT
-    model = EpsModel(lambda x, label: output, chain, variance=variance)
+    model = EpsModel(lambda x, noise_label: output, chain, variance=variance)
     t = f64((step + 1) / chain.steps)
     assert float(VLB(decoder=TANH)(model, X0, t=t)) == pytest.approx(vlb, rel=1e-9)
     if learned:
-        assert float(Hybrid(decoder=TANH)(model, X0, t=t)) == pytest.approx(hybrid, rel=1e-9)
+        assert float(HybridLoss(decoder=TANH)(model, X0, t=t)) == pytest.approx(hybrid, rel=1e-9)
         # MSE adds the same bits without T: KL is VLB / T, the weight is 1 / T.
-        per_step = float(Hybrid(1 / chain.steps, decoder=TANH)(model, X0, t=t))
+        per_step = float(HybridLoss(1 / chain.steps, decoder=TANH)(model, X0, t=t))
         assert per_step == pytest.approx(SIMPLE + vlb / chain.steps, rel=1e-9)
 
 
@@ -112,7 +112,7 @@ def test_each_head_learns_from_its_own_loss(variance) -> None:
     found = {
         name: gradients(model, loss(model, x, generator=seeded()).mean())
         for name, loss in {
-            "hybrid": Hybrid(0.3),
+            "hybrid": HybridLoss(0.3),
             "simple": ScoreMatching(times=DiscreteTimes()),
             "vlb": VLB(),
         }.items()
@@ -133,7 +133,7 @@ def test_the_weight_does_not_depend_on_the_number_of_steps() -> None:
     means = {}
     for steps in (100, 400):
         chain = DDPMChain.linear(steps)
-        model = EpsModel(lambda x, label: 0.9 * x, chain)
+        model = EpsModel(lambda x, noise_label: 0.9 * x, chain)
         t = chain.time(torch.arange(steps))
         x = GaussianDecoder().encode(torch.full((steps, 64), 77), dtype=torch.float64)
         means[steps] = float(VLB()(model, x, t=t, generator=seeded())[1:].sum() / steps)
@@ -144,7 +144,7 @@ def test_the_weight_does_not_depend_on_the_number_of_steps() -> None:
 def test_both_laws_of_times_estimate_one_bound() -> None:
     """Against the mean over all steps, and loss-second-moment times with less variance."""
     chain = DDPMChain.cosine(12)
-    model = EpsModel(lambda x, label: 0.8 * x, chain)
+    model = EpsModel(lambda x, noise_label: 0.8 * x, chain)
     n = 3000
     x = GaussianDecoder().encode(torch.full((n, 4), 90), dtype=torch.float64)
     truth = 0.0
@@ -162,7 +162,7 @@ def test_both_laws_of_times_estimate_one_bound() -> None:
     assert errors[LossSecondMomentTimes] < 0.5 * errors[DiscreteTimes]
 
 
-@pytest.mark.parametrize("loss", [VLB(), Hybrid()], ids=["vlb", "hybrid"])
+@pytest.mark.parametrize("loss", [VLB(), HybridLoss()], ids=["vlb", "hybrid"])
 def test_accumulated_gradients_are_those_of_the_batch(loss) -> None:
     model, x = small(DDPMChain.cosine(20)), pictures(8)
     t = model.sde.time([0, 3, 19, 7, 11, 0, 2, 15])
@@ -185,7 +185,7 @@ def test_activation_checkpointing_with_dropout_has_the_same_gradient() -> None:
         x = pictures(4)
         t = model.sde.time([0, 3, 19, 7])
         torch.manual_seed(11)  # the masks
-        found.append(gradients(model, Hybrid()(model, x, t=t, generator=seeded()).mean()))
+        found.append(gradients(model, HybridLoss()(model, x, t=t, generator=seeded()).mean()))
     plain, recomputed = found
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-12, atol=1e-14)
@@ -200,7 +200,7 @@ def test_conditions_reach_every_term() -> None:
     model = EpsModel(network, DDPMChain.cosine(10), variance="learned_range")
     t = f64(0.1, 0.5)
     x = X0.expand(2, -1)
-    for loss in (VLB(), Hybrid()):
+    for loss in (VLB(), HybridLoss()):
         one, other = (
             loss(model, x, t=t, generator=seeded(), shift=f64(*shift))
             for shift in ((0.1, 0.2), (0.4, -0.9))
@@ -217,7 +217,7 @@ def test_losses_are_told_to_the_times_unweighted() -> None:
             told.append(loss)
 
     told: list[torch.Tensor] = []
-    model = EpsModel(lambda x, label: 0.5 * x, DDPMChain.cosine(10))
+    model = EpsModel(lambda x, noise_label: 0.5 * x, DDPMChain.cosine(10))
     got = VLB(times=Weighted())(model, X0.expand(2, -1), generator=seeded())
     plain = VLB()(model, X0.expand(2, -1), t=f64(0.1, 0.5), generator=seeded())
     torch.testing.assert_close(told[0], plain)
@@ -229,7 +229,7 @@ def test_half_precision_networks(dtype) -> None:
     """A network's bfloat16 output costs as much as it says, not more."""
     exact = small(DDPMChain.cosine(20))
     x, t = pictures(4), exact.sde.time([0, 3, 19, 7])
-    want = Hybrid()(exact, x, t=t, generator=seeded())
+    want = HybridLoss()(exact, x, t=t, generator=seeded())
     inner = exact.network
 
     def rounded(x, label):
@@ -237,7 +237,7 @@ def test_half_precision_networks(dtype) -> None:
 
     model = EpsModel(rounded, exact.sde, variance="learned_range")
     eps = torch.Generator().manual_seed(3)
-    got = Hybrid()(model, x.float(), t=t.float(), generator=eps)
+    got = HybridLoss()(model, x.float(), t=t.float(), generator=eps)
     assert got.dtype == torch.float32
     assert got.shape == want.shape
     assert bool(torch.isfinite(got).all())
@@ -252,20 +252,24 @@ def test_half_precision_networks(dtype) -> None:
         ({"t": f64(0.55)}, ValueError, r"t: expected times of steps, 1 / 10, .* got \[0.55"),
         ({"t": f64(0.0)}, ValueError, "t: expected times of steps"),
         ({"t": f64(1.1)}, ValueError, r"t: expected times within \[0, T\]"),
-        ({"model": EpsModel(lambda x, label: x, VPSDE())}, TypeError, "chain of steps, .* VPSDE"),
+        (
+            {"model": EpsModel(lambda x, noise_label: x, VPSDE())},
+            TypeError,
+            "chain of steps, .* VPSDE",
+        ),
         ({"model": torch.nn.Identity()}, TypeError, "model: expected a ScoreModel, got Identity"),
     ],
 )
 def test_bad_input(call, error, match) -> None:
-    given = {"model": EpsModel(lambda x, label: x, DDPMChain.cosine(10)), "x0": X0} | call
+    given = {"model": EpsModel(lambda x, noise_label: x, DDPMChain.cosine(10)), "x0": X0} | call
     with pytest.raises(error, match=match):
         VLB()(given.pop("model"), given.pop("x0"), **given)
 
 
 def test_a_hybrid_of_what_is_not_learned() -> None:
-    model = EpsModel(lambda x, label: x, DDPMChain.cosine(10), variance="fixed_large")
+    model = EpsModel(lambda x, noise_label: x, DDPMChain.cosine(10), variance="fixed_large")
     with pytest.raises(ValueError, match="expected a learned variance"):
-        Hybrid()(model, X0)
+        HybridLoss()(model, X0)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ def test_a_hybrid_of_what_is_not_learned() -> None:
     [
         (lambda: VLB(decoder=3), TypeError, "decoder: expected a GaussianDecoder, got int"),
         (lambda: VLB(times=DiscreteTimes), TypeError, "got the class DiscreteTimes"),
-        (lambda: Hybrid(0.0), ValueError, "vlb_weight: expected a finite number > 0, got 0.0"),
+        (lambda: HybridLoss(0.0), ValueError, "vlb_weight: expected a finite number > 0, got 0.0"),
     ],
 )
 def test_bad_parts(make, error, match) -> None:
@@ -283,4 +287,4 @@ def test_bad_parts(make, error, match) -> None:
 
 def test_what_they_say_of_themselves() -> None:
     assert repr(VLB()).startswith("VLB(decoder=GaussianDecoder(levels=256")
-    assert repr(Hybrid()).startswith("Hybrid(0.001, decoder=GaussianDecoder(")
+    assert repr(HybridLoss()).startswith("HybridLoss(0.001, decoder=GaussianDecoder(")

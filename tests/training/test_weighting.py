@@ -105,7 +105,7 @@ def test_edm_gives_the_network_weight_one(monkeypatch) -> None:
     x0, eps = torch.randn(2, 3, d, generator=g, dtype=torch.float64)
     output = torch.randn(3, d, generator=g, dtype=torch.float64)
     monkeypatch.setattr("diffusionkit.interfaces.randn_like", lambda x, generator: eps)
-    model = EDMModel(lambda x, label: output, EDMSDE(), sigma_data=sd)
+    model = EDMModel(lambda x, noise_label: output, EDMSDE(), sigma_data=sd)
     loss = ScoreMatching(EDMWeighting(sigma_data=sd))(model, x0, t=sigma[:, 0])
     c_skip = sd**2 / (sigma**2 + sd**2)
     c_out = sigma * sd / (sigma**2 + sd**2).sqrt()
@@ -138,7 +138,7 @@ def test_edm_has_unit_loss_at_every_noise(name) -> None:
 def test_min_snr_caps_the_weight_of_the_data() -> None:
     """For a model of the data, whose error is x0_hat - x0, the weight is min(snr, gamma)."""
     sde, x0 = EDMSDE(), torch.zeros(3, 1, dtype=torch.float64)
-    model = X0Model(lambda x, label: torch.ones_like(x), sde)
+    model = X0Model(lambda x, noise_label: torch.ones_like(x), sde)
     t = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)  # snr = 100, 4, 1/4
     loss = ScoreMatching(MinSNRWeighting(gamma=5.0))(model, x0, t=t)
     assert loss.tolist() == pytest.approx([5.0, 4.0, 0.25], rel=1e-12)

@@ -1,6 +1,6 @@
 """The names of NCSNv2's tensors in the released code of its paper and in score_sde."""
 
-from diffusionkit.networks.ncsnv2 import NCSNv2
+from ..networks.ncsnv2 import NCSNv2
 
 # The network for 256 pixels came last, its new level was given a number between the old ones.
 _NUMBERS = {

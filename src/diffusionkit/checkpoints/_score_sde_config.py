@@ -7,19 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionkit._files import CheckpointError
-from diffusionkit.checkpoints._score_sde_settings import (
-    PUBLISHED,
-    Configured,
-    Setting,
-    ddpm,
-    smld,
-    smld_sigmas,
-    ve,
-)
-from diffusionkit.networks import DDPMUNet, NCSNpp, NCSNv2
-from diffusionkit.networks.ncsnv2 import LEVELS_64, LEVELS_128, LEVELS_256
-from diffusionkit.sde import VPSDE, SubVPSDE
+from .._files import CheckpointError
+from ..networks import DDPMUNet, NCSNpp, NCSNv2
+from ..networks.ncsnv2 import LEVELS_64, LEVELS_128, LEVELS_256
+from ..sde import VPSDE, SubVPSDE
+from ._score_sde_settings import PUBLISHED, Configured, Setting, ddpm, smld, smld_sigmas, ve
 
 _ACTIVATIONS = {"swish": "silu", "lrelu": "leaky_relu", "elu": "elu", "relu": "relu"}
 

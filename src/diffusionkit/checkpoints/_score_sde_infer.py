@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionkit._files import CheckpointError
+from .._files import CheckpointError
 
 FIR = (1, 3, 3, 1)
 

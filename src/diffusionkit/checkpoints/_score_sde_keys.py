@@ -5,13 +5,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from diffusionkit.checkpoints._transfer import Source, rename
-from diffusionkit.networks import NCSNpp
-from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
-from diffusionkit.networks.embeddings import FourierEmbedding
-from diffusionkit.networks.pyramids import Head, InputSkip, OutputSkip, OutputStart
-from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample
-from diffusionkit.networks.stages import Stage
+from ..networks import NCSNpp
+from ..networks.blocks import ResidualBlock, SelfAttention
+from ..networks.embeddings import FourierEmbedding
+from ..networks.progressive import Head, InputSkip, OutputSkip, OutputStart
+from ..networks.resampling import ConvDownsample, ConvUpsample
+from ..networks.unet import Stage
+from ._transfer import Source, rename
 
 _BLOCK = {
     "norm_1": "GroupNorm_0",
@@ -112,8 +112,8 @@ def score_sde_sources(network: NCSNpp, first: int = 0) -> dict[str, Source]:
     walk, net = _Walk(network, first), cast(Any, network)
     embedding = network.embedding
     if embedding is not None:
-        if isinstance(embedding.label_features, FourierEmbedding):
-            name = f"{walk.names[embedding.label_features]}.frequencies"
+        if isinstance(embedding.noise_features, FourierEmbedding):
+            name = f"{walk.names[embedding.noise_features]}.frequencies"
             walk.sources[name] = Source((f"{walk.next()}.W",))
         walk.plain(embedding.linear_1)
         walk.plain(embedding.linear_2)

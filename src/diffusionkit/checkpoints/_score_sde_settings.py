@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from diffusionkit.interfaces import ForwardSDE
-from diffusionkit.models import EpsModel, IndexLabel, RawScoreModel, SigmaLabel, StepLabel
-from diffusionkit.models.labels import Label
-from diffusionkit.models.network import NetworkModel
-from diffusionkit.networks import DDPMpp, DDPMUNet, NCSNpp, NCSNv2
-from diffusionkit.sde import VESDE, VPSDE, DDPMChain, SubVPSDE
+from ..interfaces import ForwardSDE
+from ..models import EpsModel, IndexLabel, RawScoreModel, SigmaLabel, StepLabel
+from ..models.labels import Label
+from ..models.network import NetworkModel
+from ..networks import DDPMpp, DDPMUNet, NCSNpp, NCSNv2
+from ..sde import VESDE, VPSDE, DDPMChain, SubVPSDE
 
 
 @dataclass(frozen=True)

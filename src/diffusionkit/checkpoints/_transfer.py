@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffusionkit._files import CheckpointError
+from .._files import CheckpointError
 
 _SHOWN = 20
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionkit._files import CheckpointError, read_torch
-from diffusionkit.checkpoints._orders import by_kind, matrix, sines_first
-from diffusionkit.checkpoints._transfer import Source, rename, transfer
-from diffusionkit.models import EpsModel, StepLabel, X0Model
-from diffusionkit.models.network import NetworkModel
-from diffusionkit.networks import ADMUNet
-from diffusionkit.networks.blocks import ResidualBlock
-from diffusionkit.networks.resampling import ConvDownsample
-from diffusionkit.sde import DDPMChain
+from .._files import CheckpointError, read_torch
+from ..models import EpsModel, StepLabel, X0Model
+from ..models.network import NetworkModel
+from ..networks import ADMUNet
+from ..networks.blocks import ResidualBlock
+from ..networks.resampling import ConvDownsample
+from ..sde import DDPMChain
+from ._orders import by_kind, matrix, sines_first
+from ._transfer import Source, rename, transfer
 
 _EXPECTED = "a state dict of improved-diffusion or guided-diffusion"
 _BLOCK = {
@@ -75,7 +75,7 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
 
     Returns:
         The score model in evaluation mode, with the `DDPMChain` that it was trained for. A
-        class-conditional one takes ``labels=``, one for super-resolution ``low_res=``.
+        class-conditional one takes ``class_labels=``, one for super-resolution ``low_res=``.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -7,9 +7,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from diffusionkit import networks
-from diffusionkit._files import CheckpointError, assign, atomic_write, check_weights, read_torch
-from diffusionkit.checkpoints._safetensors import read_safetensors
+from .. import networks
+from .._files import CheckpointError, assign, atomic_write, check_weights, read_torch
+from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"
 _VERSION = 1

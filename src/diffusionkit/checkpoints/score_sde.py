@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusionkit._files import CheckpointError, read_torch
-from diffusionkit.checkpoints._ncsnv2_keys import ncsnv2_keys
-from diffusionkit.checkpoints._score_sde_config import configured, infer_ncsnv2
-from diffusionkit.checkpoints._score_sde_infer import FIR, infer_options
-from diffusionkit.checkpoints._score_sde_keys import score_sde_sources
-from diffusionkit.checkpoints._score_sde_settings import Setting, smld, ve
-from diffusionkit.checkpoints._transfer import Source, transfer
-from diffusionkit.models.network import NetworkModel
-from diffusionkit.networks import NCSNpp, NCSNv2
-from diffusionkit.sde import VPSDE
+from .._files import CheckpointError, read_torch
+from ..models.network import NetworkModel
+from ..networks import NCSNpp, NCSNv2
+from ..sde import VPSDE
+from ._ncsnv2_keys import ncsnv2_keys
+from ._score_sde_config import configured, infer_ncsnv2
+from ._score_sde_infer import FIR, infer_options
+from ._score_sde_keys import score_sde_sources
+from ._score_sde_settings import Setting, smld, ve
+from ._transfer import Source, transfer
 
 _EXPECTED = "a checkpoint of score_sde, {optimizer, model, ema, step}"
 _LOG = logging.getLogger(__name__)

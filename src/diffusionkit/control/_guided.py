@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_part, readable
-from .._numerics import instant
+from .._grid_times import instant
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction, expand, linear
 
@@ -60,7 +60,7 @@ class GuidedModel(ScoreModel):
             )
         return alpha, sigma
 
-    def _pushed(self, said: Prediction, x: Tensor, t: Tensor, push: Tensor) -> Prediction:
+    def _pushed(self, prediction: Prediction, x: Tensor, t: Tensor, push: Tensor) -> Prediction:
         """Return a prediction whose score is the said one plus a push (B, *D).
 
         Data and noise are changed each on their own: neither has digits to lose to the other,
@@ -69,12 +69,12 @@ class GuidedModel(ScoreModel):
         alpha, sigma = self._kernel(t)
         return GuidedPrediction(
             x,
-            linear(1.0, _settled(wide_data(said, alpha)), sigma * (sigma / alpha), push),
-            linear(1.0, _settled(widened(said.eps)), -sigma, push),
+            linear(1.0, _settled(wide_data(prediction, alpha)), sigma * (sigma / alpha), push),
+            linear(1.0, _settled(widened(prediction.eps)), -sigma, push),
             alpha,
             sigma,
-            None if said.log_var is None else _settled(said.log_var),
-            None if said.log_var_fraction is None else _settled(said.log_var_fraction),
+            None if prediction.log_var is None else _settled(prediction.log_var),
+            None if prediction.log_var_fraction is None else _settled(prediction.log_var_fraction),
         )
 
 
@@ -96,12 +96,12 @@ def held_share(x: Tensor, alpha: Coefficient, room: float = 1.0) -> Coefficient 
     return min(room * alpha, 1.0) or 1.0
 
 
-def wide_data(said: Prediction, alpha: Coefficient) -> Tensor:
+def wide_data(prediction: Prediction, alpha: Coefficient) -> Tensor:
     """Return the predicted data (B, *D) in float32 at least."""
-    share = held_share(said.x, alpha)
+    share = held_share(prediction.x, alpha)
     if share is None:
-        return said.x0
-    part = widened(said.combine(x=0.0, x0=share))
+        return prediction.x0
+    part = widened(prediction.combine(x=0.0, x0=share))
     return part / expand(share, part)
 
 

@@ -17,11 +17,11 @@ from .._checks import (
     check_times,
     readable,
 )
-from .._draws import Generators
-from .._numerics import home, schedule_dtype
-from .._run import Progress, with_progress
+from .._loops import Progress, with_progress
+from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel
+from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes
 from ..values import expand
@@ -39,7 +39,7 @@ class NoiseClassifier(nn.Module):
     so that what the network sees has unit variance at every time.
 
     Args:
-        network: maps (x (B, *D), label (B,)) to logits (B, K).
+        network: maps (x (B, *D), noise_label (B,)) to logits (B, K).
         sde: the forward process.
         sigma_data: the standard deviation of the data.
         label: what the network is told about time, log(sigma / alpha) / 4 by default.
@@ -49,7 +49,7 @@ class NoiseClassifier(nn.Module):
         TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
 
     >>> from diffusionkit import VPSDE
-    >>> classifier = NoiseClassifier(lambda x, label: x[:, :3], VPSDE())
+    >>> classifier = NoiseClassifier(lambda x, noise_label: x[:, :3], VPSDE())
     >>> classifier(torch.ones(2, 5), torch.tensor([0.1, 0.9])).shape
     torch.Size([2, 3])
     """
@@ -207,7 +207,7 @@ def train_noise_classifier(
     classifier: Classifier,
     sde: ForwardSDE,
     data: Tensor,
-    labels: Tensor,
+    class_labels: Tensor,
     *,
     steps: int,
     batch_size: int = 128,
@@ -225,7 +225,7 @@ def train_noise_classifier(
         classifier: maps (x (B, *D), t (B,)) to logits (B, K); trained in place, on its device.
         sde: the forward process, that of the model to be guided.
         data: the data (N, *D), on the classifier's device.
-        labels: their classes (N,).
+        class_labels: their classes (N,).
         steps: the number of steps.
         batch_size: the size B of the batches, drawn with replacement.
         lr: the learning rate at the start.
@@ -244,7 +244,7 @@ def train_noise_classifier(
     check_part(classifier, nn.Module, "classifier")
     check_state(data, "data")
     check_finite(data, "data")
-    check_labels(labels, len(data), "labels")
+    check_labels(class_labels, len(data), "class_labels")
     check_count(steps, "steps")
     check_count(batch_size, "batch_size")
     check_positive(lr, "lr")
@@ -258,7 +258,7 @@ def train_noise_classifier(
         rows = torch.randint(len(data), (batch_size,), generator=generator, device=source)
         rows = rows.to(data.device)
         loss = classifier_loss(
-            classifier, sde, data[rows], labels[rows], times=times, generator=generator
+            classifier, sde, data[rows], class_labels[rows], times=times, generator=generator
         )
         loss.mean().backward()  # type: ignore[no-untyped-call]
         clipped_step(optimizer)

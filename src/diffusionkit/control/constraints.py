@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_part, check_state
-from .._draws import Generators, randn_like
 from ..interfaces import Constraint
+from ..random import Generators, randn_like
 from ..values import Coefficient, add_noise, linear
 from .operators import Gray, LinearOperator, Mask, Matrix, check_operator
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_times, readable
-from .._numerics import instant
+from .._grid_times import instant
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
 from ..values import Coefficient, Prediction, expand, linear
@@ -87,13 +87,13 @@ class ClassifierGuidance(GuidedModel):
 
     def predict(self, x: Tensor, t: Tensor, *, y: Any = None, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,), for labels y (B,)."""
-        said = self.model.predict(x, t, **cond)
+        prediction = self.model.predict(x, t, **cond)
         keep = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
             at = leaf(x)
             log_p = class_log_probs(self.classifier, at, recordable(t, self.sde), recordable(y))
             push = gradient(log_p, at, "classifier", keep=keep)
-        return self._pushed(said, x, t, self.scale * push)
+        return self._pushed(prediction, x, t, self.scale * push)
 
 
 class GradientGuidance(GuidedModel):
@@ -168,9 +168,9 @@ class GradientGuidance(GuidedModel):
         with torch.inference_mode(False), torch.enable_grad():
             at = leaf(x)
             known = {name: recordable(value) for name, value in cond.items()}
-            said = self.model.predict(at, recordable(t, self.sde), **known)
+            prediction = self.model.predict(at, recordable(t, self.sde), **known)
             alpha, _ = self._kernel(t)
-            log_p = self.log_likelihood(wide_data(said, alpha).to(x.dtype))
+            log_p = self.log_likelihood(wide_data(prediction, alpha).to(x.dtype))
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
                 got = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
                 raise ValueError(
@@ -179,7 +179,7 @@ class GradientGuidance(GuidedModel):
                 )
             share = held_share(x, alpha, 64.0)
             push = gradient(log_p, at, "log_likelihood", share=share, keep=keep)
-        return self._pushed(said, x, t, self.scale * push)
+        return self._pushed(prediction, x, t, self.scale * push)
 
 
 class ClassifierFreeGuidance(GuidedModel):
@@ -202,7 +202,7 @@ class ClassifierFreeGuidance(GuidedModel):
             deviation that the conditional model's have: against the saturation that a large
             scale brings. The paper does it to a network's output, which is not the same thing
             for every model; here it is the data, whatever the model predicts.
-        null: what the conditions are without a condition, such as {"labels": 10}: numbers, or
+        null: what the conditions are without a condition, such as {"class_labels": 10}: numbers, or
             tensors like the condition, in whole or of one sample. All other conditions stay as
             they are. None leaves all of them out.
 
@@ -218,9 +218,10 @@ class ClassifierFreeGuidance(GuidedModel):
     arXiv 2305.08891 (section 3.4).
 
     >>> from diffusionkit import VPSDE, X0Model
-    >>> model = X0Model(lambda x, label, labels: 0 * x + labels.unsqueeze(1), VPSDE())
-    >>> guided = ClassifierFreeGuidance(model, 3.0, null={"labels": 0})
-    >>> guided.predict(torch.zeros(1, 2), torch.tensor([0.5]), labels=torch.tensor([2])).x0
+    >>> network = lambda x, noise_label, class_labels: 0 * x + class_labels.unsqueeze(1)
+    >>> model = X0Model(network, VPSDE())
+    >>> guided = ClassifierFreeGuidance(model, 3.0, null={"class_labels": 0})
+    >>> guided.predict(torch.zeros(1, 2), torch.tensor([0.5]), class_labels=torch.tensor([2])).x0
     tensor([[6., 6.]])
     """
 
@@ -274,14 +275,14 @@ class ClassifierFreeGuidance(GuidedModel):
         scale = self._scale(alpha, sigma)
         if not isinstance(scale, Tensor) and scale in (0.0, 1.0):
             return self.model.predict(x, t, **(cond if scale else nothing))
-        without, said = self.model.predict(x, t, **nothing), self.model.predict(x, t, **cond)
-        start, end = wide_data(without, alpha), wide_data(said, alpha)
+        without, prediction = self.model.predict(x, t, **nothing), self.model.predict(x, t, **cond)
+        start, end = wide_data(without, alpha), wide_data(prediction, alpha)
         x0 = linear(1.0, start, scale, end - start)
-        learned = {"log_var": said.log_var, "log_var_fraction": said.log_var_fraction}
+        learned = {"log_var": prediction.log_var, "log_var_fraction": prediction.log_var_fraction}
         if self.rescale:
             x0 = _rescaled(x0, end, self.rescale)
             return GuidedPrediction.from_output(x, x0, alpha, sigma, a=1.0, b=0.0, **learned)
-        start, end = widened(without.eps), widened(said.eps)
+        start, end = widened(without.eps), widened(prediction.eps)
         eps = linear(1.0, start, scale, end - start)
         return GuidedPrediction(x, x0, eps, alpha, sigma, **learned)
 

@@ -9,16 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import (
-    check_count,
-    check_finite,
-    check_number,
-    check_positive,
-    check_state,
-    readable,
-)
-from .._draws import randn_like
+from .._checks import check_count, check_finite, check_number, check_positive, check_state, readable
 from ..interfaces import ScoreModel
+from ..random import randn_like
 from ..values import Coefficient, Prediction, expand
 from ._guided import GuidedModel, gradient, held_share, leaf, recordable, wide_data
 
@@ -126,9 +119,9 @@ class LinearGaussianGuidance(GuidedModel):
         with torch.inference_mode(False), torch.enable_grad():
             at = leaf(x)
             known = {name: recordable(value) for name, value in cond.items()}
-            said = self.model.predict(at, recordable(t, self.sde), **known)
+            prediction = self.model.predict(at, recordable(t, self.sde), **known)
             alpha, sigma = self._kernel(t)
-            seen = self.operator(wide_data(said, alpha).to(x.dtype))
+            seen = self.operator(wide_data(prediction, alpha).to(x.dtype))
             self._check(seen, x)
             share = held_share(x, alpha, 64.0)
 
@@ -150,7 +143,7 @@ class LinearGaussianGuidance(GuidedModel):
                     covariance, work, iterations=self.iterations, tolerance=self.tolerance
                 )
                 push = backward(solved)
-        return self._pushed(said, x, t, push)
+        return self._pushed(prediction, x, t, push)
 
     def _check(self, seen: Any, x: Tensor) -> None:
         expected, batch = tuple(self.y.shape[1:]), len(x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_number, check_part, check_shape, readable
-from .._draws import randn_like
+from ..random import randn_like
 
 
 class LinearOperator(abc.ABC):

@@ -1,8 +1,8 @@
 """How noisy targets and gradients are, by noise level, with standard errors."""
 
 from .estimates import Estimate, plot_variances
-from .gradients import gradient_variance
-from .targets import dsm_variance, posterior_divergence, stf_variance
+from .gradient_variances import gradient_variance
+from .target_variances import dsm_variance, posterior_divergence, stf_variance
 
 __all__ = [
     "Estimate",

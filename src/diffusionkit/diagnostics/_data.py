@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_part, check_state, check_times
-from .._draws import rand
-from .._numerics import exact, home, schedule_dtype
+from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE
+from ..random import rand
 
 
 def gathered(data: Tensor | Iterable[Any]) -> Tensor:

@@ -1,19 +1,20 @@
 """Likelihoods: exact ones by the probability flow, bounds, dequantization, bits per dimension."""
 
+from ..decoders import LevelDecoder
 from .bits import bits_per_dim
 from .bound import NELBO, Bound
-from .chain import ChainBound, ChainNELBO, StepBits, bits_per_step
-from .decoder import LevelDecoder
+from .chain_nelbo import BitsPerStep, ChainBound, ChainNELBO, bits_per_step
 from .dequantization import Dequantized, Dequantizer, UniformDequantizer
+from .discrete_nelbo import DiscreteBound, DiscreteNELBO, variance_minimizing_backward
 from .divergence import Divergence, ExactDivergence, Hutchinson
 from .evaluate import BitsPerDim, evaluate_bits_per_dim
 from .ode import ODELikelihood, ODELogLikelihood
-from .variational import VariationalDequantizer
-from .vdm import DiscreteBound, DiscreteNELBO, backward_with_schedule
+from .variational_dequantizer import VariationalDequantizer
 
 __all__ = [
     "NELBO",
     "BitsPerDim",
+    "BitsPerStep",
     "Bound",
     "ChainBound",
     "ChainNELBO",
@@ -27,11 +28,10 @@ __all__ = [
     "LevelDecoder",
     "ODELikelihood",
     "ODELogLikelihood",
-    "StepBits",
     "UniformDequantizer",
     "VariationalDequantizer",
-    "backward_with_schedule",
     "bits_per_dim",
     "bits_per_step",
     "evaluate_bits_per_dim",
+    "variance_minimizing_backward",
 ]

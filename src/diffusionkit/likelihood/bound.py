@@ -18,9 +18,9 @@ from .._checks import (
     check_t_min,
     readable,
 )
-from .._draws import Generators, check_generator, rand
-from .._numerics import exact, home, schedule_dtype
+from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
+from ..random import Generators, check_generator, rand
 from ..values import Prediction
 from .divergence import Divergence
 

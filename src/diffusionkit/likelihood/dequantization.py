@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_state, readable
-from .._draws import Generators, rand
-from .._levels import Levels
-from .._numerics import exact, schedule_dtype
+from .._schedules import exact, schedule_dtype
+from ..decoders import Levels
+from ..random import Generators, rand
 
 
 @dataclass(frozen=True, slots=True, eq=False)

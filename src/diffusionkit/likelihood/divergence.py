@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
-from .._draws import Generators, randn
-from .._numerics import exact
+from .._schedules import exact
+from ..random import Generators, randn
 
 Function = Callable[[Tensor], Tensor]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._checks import check_count, check_part
-from .._draws import seeded
 from .._files import atomic_write, read_torch
-from .._run import Progress, evaluation_mode, with_progress
+from .._loops import Progress, evaluation_mode, with_progress
+from ..random import seeded
 from .bits import bits_per_dim
 from .dequantization import Dequantizer
 

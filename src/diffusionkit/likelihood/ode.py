@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_finite, check_part, check_range, check_state, check_t_min
-from .._draws import Generators
-from .._numerics import schedule_dtype
 from .._ode import Solver, angles, radii
+from .._schedules import schedule_dtype
 from ..interfaces import ScoreModel
+from ..random import Generators
 from .divergence import Divergence, Hutchinson
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count
-from .._run import Progress, evaluation_mode, with_progress
+from .._loops import Progress, evaluation_mode, with_progress
 from ._features import from_numpy
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])

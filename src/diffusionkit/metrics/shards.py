@@ -15,9 +15,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .._checks import check_count, check_number, check_state
-from .._draws import seeded
 from .._files import atomic_write
-from .._run import Progress, with_progress
+from .._loops import Progress, with_progress
+from ..random import seeded
 
 SETTINGS = "settings.json"
 

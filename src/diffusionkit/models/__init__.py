@@ -1,18 +1,11 @@
 """Score models: a network with its process, and exact oracles."""
 
 from .denoised import Clip, DenoisedModel, DynamicThreshold
-from .edm import EDMModel
 from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
-from .network import (
-    EpsModel,
-    NetworkModel,
-    RawScoreModel,
-    ScaledScoreModel,
-    VModel,
-    X0Model,
-)
+from .network import EpsModel, NetworkModel, RawScoreModel, ScaledScoreModel, VModel, X0Model
 from .oracles import EmpiricalModel, GaussianMixtureModel
-from .process import OnProcess
+from .preconditioned import EDMModel
+from .schedule_transform import ScheduleTransformedModel
 
 __all__ = [
     "Clip",
@@ -25,9 +18,9 @@ __all__ = [
     "IndexLabel",
     "LogSigmaLabel",
     "NetworkModel",
-    "OnProcess",
     "RawScoreModel",
     "ScaledScoreModel",
+    "ScheduleTransformedModel",
     "SigmaLabel",
     "StepLabel",
     "TimeLabel",

@@ -36,7 +36,7 @@ class DenoisedModel(ScoreModel):
     code).
 
     >>> from diffusionkit import EpsModel, VPSDE
-    >>> model = DenoisedModel(EpsModel(lambda x, label: 0 * x, VPSDE()), Clip(-1.0, 1.0))
+    >>> model = DenoisedModel(EpsModel(lambda x, noise_label: 0 * x, VPSDE()), Clip(-1.0, 1.0))
     >>> model.predict(torch.tensor([[3.0, -0.1]]), torch.tensor([0.01])).x0
     tensor([[ 1.0000, -0.1001]])
     """
@@ -59,11 +59,11 @@ class DenoisedModel(ScoreModel):
         Raises:
             ValueError: if the function returns another shape or dtype than it was given.
         """
-        said = self.model.predict(x, t, **cond)
-        x0 = self.fn(said.x0)
-        if x0.shape != x.shape or x0.dtype != said.x0.dtype:
+        prediction = self.model.predict(x, t, **cond)
+        x0 = self.fn(prediction.x0)
+        if x0.shape != x.shape or x0.dtype != prediction.x0.dtype:
             raise ValueError(
-                f"fn: expected data of shape {tuple(x.shape)}, {said.x0.dtype}, "
+                f"fn: expected data of shape {tuple(x.shape)}, {prediction.x0.dtype}, "
                 f"got {tuple(x0.shape)}, {x0.dtype}"
             )
         alpha, sigma = self.sde.kernel(t)
@@ -74,8 +74,8 @@ class DenoisedModel(ScoreModel):
             sigma,
             a=1.0,
             b=0.0,
-            log_var=said.log_var,
-            log_var_fraction=said.log_var_fraction,
+            log_var=prediction.log_var,
+            log_var_fraction=prediction.log_var_fraction,
         )
 
 

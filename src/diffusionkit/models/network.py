@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_part, check_state, check_times
-from .._numerics import instant
+from .._grid_times import instant
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
 from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
@@ -35,7 +35,7 @@ class NetworkModel(ScoreModel):
     and off the model's `variance`.
 
     Args:
-        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D). An output object
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D). An output object
             with the tensor in `.sample`, as diffusers' networks return, will do too.
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
@@ -81,7 +81,9 @@ class NetworkModel(ScoreModel):
         return TimeLabel()
 
     @abc.abstractmethod
-    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def parameterization(
+        self, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[Coefficient, Coefficient]:
         """Return a and b of the output a x0 + b eps, from alpha and sigma, (B,) or floats."""
 
     def scale_input(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
@@ -106,12 +108,14 @@ class NetworkModel(ScoreModel):
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
-        a, b = self.statement(alpha, sigma)
+        a, b = self.parameterization(alpha, sigma)
         if not learned:
             return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
         output, v = output.chunk(2, 1)
-        said = {"log_var": v} if self.variance == "learned" else {"log_var_fraction": (v + 1) / 2}
-        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b, **said)
+        prediction = (
+            {"log_var": v} if self.variance == "learned" else {"log_var_fraction": (v + 1) / 2}
+        )
+        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b, **prediction)
 
     def _tensor(self, output: Any, x: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
@@ -140,7 +144,7 @@ class EpsModel(NetworkModel):
     The default label is 999 t / T.
 
     Args:
-        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
@@ -150,12 +154,14 @@ class EpsModel(NetworkModel):
 
     >>> import torch
     >>> from diffusionkit import VPSDE
-    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), VPSDE())
+    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
     >>> model.predict(torch.ones(2, 3), torch.tensor([0.1, 0.9])).eps.shape
     torch.Size([2, 3])
     """
 
-    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def parameterization(
+        self, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[Coefficient, Coefficient]:
         return 0.0, 1.0
 
 
@@ -165,7 +171,7 @@ class X0Model(NetworkModel):
     The default label is 999 t / T.
 
     Args:
-        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
@@ -174,7 +180,9 @@ class X0Model(NetworkModel):
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
 
-    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def parameterization(
+        self, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[Coefficient, Coefficient]:
         return 1.0, 0.0
 
 
@@ -184,7 +192,7 @@ class VModel(NetworkModel):
     The default label is 999 t / T.
 
     Args:
-        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
@@ -193,7 +201,9 @@ class VModel(NetworkModel):
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
 
-    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def parameterization(
+        self, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[Coefficient, Coefficient]:
         return -sigma, alpha
 
 
@@ -204,7 +214,7 @@ class RawScoreModel(NetworkModel):
     sigma, as the NCSN++ of VE does. The default label is sigma / alpha.
 
     Args:
-        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
@@ -217,7 +227,9 @@ class RawScoreModel(NetworkModel):
     def _default_label() -> Label:
         return SigmaLabel()
 
-    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def parameterization(
+        self, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[Coefficient, Coefficient]:
         return 0.0, -1.0 / sigma
 
 
@@ -227,7 +239,7 @@ class ScaledScoreModel(NetworkModel):
     The default label is log(sigma / (2 alpha)), with which this is EDM's VE preconditioning.
 
     Args:
-        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         label: what the network is told about time, a callable (sde, t) -> (B,).
         data_range: the range of the data, for whoever makes pictures of samples.
@@ -241,5 +253,7 @@ class ScaledScoreModel(NetworkModel):
     def _default_label() -> Label:
         return LogSigmaLabel(1.0, reference=2.0)
 
-    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def parameterization(
+        self, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[Coefficient, Coefficient]:
         return 0.0, -1.0

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_part, check_state, check_times
-from .._draws import Generators, rand, randn
-from .._numerics import exact
-from .._posterior import softmax_mean
+from .._schedules import exact
 from ..interfaces import ForwardSDE, ScoreModel
+from ..random import Generators, rand, randn
 from ..values import Prediction, expand
 
 
@@ -184,3 +183,25 @@ class EmpiricalModel(ScoreModel):
         eps = (query - alpha * x0) / sigma
         eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, x0))
         return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
+
+
+def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    r"""Return the softmax-weighted mean of values that come part by part, (B, D).
+
+    .. math::
+        \frac{\sum_k e^{l_{bk}} v_k}{\sum_k e^{l_{bk}}}
+
+    Args:
+        parts: logits (B, m), and values (m, D) or, where each row has its own, (B, m, D). A logit
+            of minus infinity leaves the value out; no row may leave out all.
+    """
+    top: Tensor | float = torch.finfo(torch.float32).min  # finite: no inf - inf
+    total: Tensor | float = 0.0
+    mean: Tensor | float = 0.0
+    for logits, values in parts:
+        peak = logits.detach().amax(1, keepdim=True).clamp_min(top)
+        weights, kept = torch.exp(logits - peak), torch.exp(top - peak)
+        total = kept * total + weights.sum(1, keepdim=True)
+        mean = kept * mean + (weights.unsqueeze(1) @ values).squeeze(1)
+        top = peak
+    return torch.as_tensor(mean / total)

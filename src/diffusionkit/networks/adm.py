@@ -6,14 +6,14 @@ from typing import Any, Self
 
 from torch import nn
 
-from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
-from diffusionkit.networks.checks import check_dropout, check_layout, check_optional, check_positive
-from diffusionkit.networks.config import remembers
-from diffusionkit.networks.embeddings import ConditionEmbedding, PositionalEmbedding
-from diffusionkit.networks.layers import Style, default_or_zero_
-from diffusionkit.networks.pyramids import Head
-from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
-from diffusionkit.networks.unet import UNet
+from .blocks import ResidualBlock, SelfAttention
+from .checks import check_dropout, check_layout, check_optional, check_positive
+from .config import remembers
+from .embeddings import ConditionEmbedding, PositionalEmbedding
+from .layers import Style, default_or_zero_
+from .progressive import Head
+from .resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
+from .unet import UNet
 
 
 class ADMUNet(UNet):

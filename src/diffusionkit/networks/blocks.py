@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionkit.networks.dropout import Dropout
-from diffusionkit.networks.layers import Style
+from .dropout import Dropout
+from .layers import Style
 
 
 class ResidualBlock(nn.Module):

@@ -196,54 +196,56 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def check_label(x: Tensor, label: Tensor) -> None:
+def check_noise_label(x: Tensor, noise_label: Tensor) -> None:
     """Refuse a label (time) that does not go with the input.
 
     Args:
         x: Input (B, ...).
-        label: Label, expected to be (B,), real, on the device of x.
+        noise_label: Label, expected to be (B,), real, on the device of x.
 
     Raises:
         TypeError: If the label is boolean or complex.
         ValueError: If its shape or device is wrong.
     """
-    if label.shape != x.shape[:1]:
-        raise ValueError(f"label must have shape ({x.shape[0]},), got {tuple(label.shape)}")
-    if label.dtype == torch.bool or label.is_complex():
-        raise TypeError(f"label must be real, got {label.dtype}")
-    if label.device != x.device:
-        raise ValueError(f"label must be on {x.device} like x, got {label.device}")
+    if noise_label.shape != x.shape[:1]:
+        raise ValueError(
+            f"noise_label must have shape ({x.shape[0]},), got {tuple(noise_label.shape)}"
+        )
+    if noise_label.dtype == torch.bool or noise_label.is_complex():
+        raise TypeError(f"noise_label must be real, got {noise_label.dtype}")
+    if noise_label.device != x.device:
+        raise ValueError(f"noise_label must be on {x.device} like x, got {noise_label.device}")
 
 
-def check_number(label: Tensor, count: int) -> None:
+def check_number(noise_label: Tensor, count: int) -> None:
     """Refuse a label that is not the number of an entry of a table.
 
     The values are read on the CPU only: elsewhere it would wait for the device.
 
     Args:
-        label: Label (B,).
+        noise_label: Label (B,).
         count: Number of entries.
 
     Raises:
         ValueError: If a label is outside [0, count).
     """
-    if _readable(label) and len(label):
-        low, high = label.min().item(), label.max().item()
+    if _readable(noise_label) and len(noise_label):
+        low, high = noise_label.min().item(), noise_label.max().item()
         if not (low >= 0 and high < count):
             raise ValueError(
-                f"label must be the number of a noise level, in [0, {count}), "
+                f"noise_label must be the number of a noise level, in [0, {count}), "
                 f"got values {low} to {high}"
             )
 
 
-def check_classes(x: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
+def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int | None) -> None:
     """Refuse class labels that do not go with the input or the network.
 
     The range is checked on the CPU only: elsewhere it would wait for the device.
 
     Args:
         x: Input (B, ...).
-        labels: Class labels, expected to be (B,), int64, on the device of x, in
+        class_labels: Class labels, expected to be (B,), int64, on the device of x, in
             [0, num_classes); expected to be None if `num_classes` is None.
         num_classes: Number of classes of the network, or None.
 
@@ -252,26 +254,31 @@ def check_classes(x: Tensor, labels: Tensor | None, num_classes: int | None) -> 
         ValueError: If the shape, the device or the range is wrong.
     """
     if num_classes is None:
-        if labels is not None:
+        if class_labels is not None:
             raise TypeError(
-                f"labels must be None for a network without classes (num_classes=None), "
-                f"got a tensor of shape {tuple(labels.shape)}"
+                f"class_labels must be None for a network without classes (num_classes=None), "
+                f"got a tensor of shape {tuple(class_labels.shape)}"
             )
         return
-    if labels is None:
+    if class_labels is None:
         raise TypeError(
-            f"labels must be a tensor (B,) for a network with num_classes={num_classes}, got None"
+            f"class_labels must be a tensor (B,) for a network with num_classes={num_classes}, "
+            "got None"
         )
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
-    if labels.device != x.device:
-        raise ValueError(f"labels must be on {x.device} like x, got {labels.device}")
-    if _readable(labels):
-        low, high = int(labels.min()), int(labels.max())
+    if class_labels.dtype != torch.int64:
+        raise TypeError(f"class_labels must be torch.int64, got {class_labels.dtype}")
+    if class_labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"class_labels must have shape ({x.shape[0]},), got {tuple(class_labels.shape)}"
+        )
+    if class_labels.device != x.device:
+        raise ValueError(f"class_labels must be on {x.device} like x, got {class_labels.device}")
+    if _readable(class_labels):
+        low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must be in [0, {num_classes}), got values {low} to {high}")
+            raise ValueError(
+                f"class_labels must be in [0, {num_classes}), got values {low} to {high}"
+            )
 
 
 def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -> None:

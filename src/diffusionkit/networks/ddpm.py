@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from diffusionkit.networks.config import remembers
-from diffusionkit.networks.embeddings import LabelEmbedding
-from diffusionkit.networks.ncsnpp import NCSNpp
+from .config import remembers
+from .embeddings import LabelEmbedding
+from .ncsnpp import NCSNpp
 
 
 class DDPMUNet(NCSNpp):

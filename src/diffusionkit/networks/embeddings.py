@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionkit.networks.checks import check_number, check_optional
-from diffusionkit.networks.layers import Style, linear
+from .checks import check_number, check_optional
+from .layers import Style, linear
 
 LabelEmbedding = Literal["fourier", "fourier_linear", "positional"]
 
 
-def _as_float(label: Tensor) -> Tensor:
+def _as_float(noise_label: Tensor) -> Tensor:
     # Labels reach 1e3: half precision cannot hold their sines' arguments.
-    return label.to(torch.promote_types(label.dtype, torch.float32))
+    return noise_label.to(torch.promote_types(noise_label.dtype, torch.float32))
 
 
 def _sines(angle: Tensor) -> Tensor:
@@ -59,20 +59,20 @@ class PositionalEmbedding(nn.Module):
         self.features = features
         self.endpoint = endpoint
 
-    def forward(self, label: Tensor) -> Tensor:
+    def forward(self, noise_label: Tensor) -> Tensor:
         """Embed labels.
 
         Args:
-            label: Labels (B,).
+            noise_label: Labels (B,).
 
         Returns:
             Features (B, features), float64 for float64 labels, else float32.
         """
-        label = _as_float(label)
+        noise_label = _as_float(noise_label)
         half = self.features // 2
-        index = torch.arange(half, dtype=label.dtype, device=label.device)
+        index = torch.arange(half, dtype=noise_label.dtype, device=noise_label.device)
         last = half - 1 if self.endpoint else half
-        angle = label[:, None] * torch.exp(index * (-math.log(1e4) / last))
+        angle = noise_label[:, None] * torch.exp(index * (-math.log(1e4) / last))
         return _sines(angle)
 
 
@@ -117,22 +117,22 @@ class FourierEmbedding(nn.Module):
             self.frequencies.data = exact.to(self.frequencies.device)
         return self
 
-    def forward(self, label: Tensor) -> Tensor:
+    def forward(self, noise_label: Tensor) -> Tensor:
         """Embed labels.
 
         Args:
-            label: Labels (B,), positive where their logarithm is embedded.
+            noise_label: Labels (B,), positive where their logarithm is embedded.
 
         Returns:
             Features (B, features), float64 for float64 labels, else float32.
         """
-        label = _as_float(label)
-        frequencies = self.frequencies.to(label.dtype)
+        noise_label = _as_float(noise_label)
+        frequencies = self.frequencies.to(noise_label.dtype)
         # Angles reach hundreds, where rounding shows: products in the order of the networks that
         # were published with the one and with the other.
         if self.log:
-            return _sines(label.log()[:, None] * frequencies * 2 * math.pi)
-        return _sines(label[:, None] * (2 * math.pi * frequencies))
+            return _sines(noise_label.log()[:, None] * frequencies * 2 * math.pi)
+        return _sines(noise_label[:, None] * (2 * math.pi * frequencies))
 
 
 class SignedLogEmbedding(nn.Module):
@@ -160,19 +160,19 @@ class SignedLogEmbedding(nn.Module):
         _check_features(features)
         self.features = features
 
-    def forward(self, label: Tensor) -> Tensor:
+    def forward(self, noise_label: Tensor) -> Tensor:
         """Embed labels.
 
         Args:
-            label: Labels (B,).
+            noise_label: Labels (B,).
 
         Returns:
             Features (B, features), float64 for float64 labels, else float32.
         """
-        label = _as_float(label)
+        noise_label = _as_float(noise_label)
         half = self.features // 2
-        index = torch.arange(half, dtype=label.dtype, device=label.device)
-        angle = label.asinh()[:, None] * torch.exp2(index * (6 / (half - 1)) - 2)
+        index = torch.arange(half, dtype=noise_label.dtype, device=noise_label.device)
+        angle = noise_label.asinh()[:, None] * torch.exp2(index * (6 / (half - 1)) - 2)
         return _sines(angle)
 
 
@@ -184,7 +184,7 @@ class ConditionEmbedding(nn.Module):
     with the class embedding added there, or to the output of :math:`L_2` (`late_classes`).
 
     Args:
-        label_features: Module that maps labels (B,) to features (B, features).
+        noise_features: Module that maps labels (B,) to features (B, features).
         features: Number of those features.
         width: Number of embedding channels.
         num_classes: Number of classes, or None for no classes.
@@ -203,7 +203,7 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(
         self,
-        label_features: nn.Module,
+        noise_features: nn.Module,
         features: int,
         width: int,
         *,
@@ -217,7 +217,7 @@ class ConditionEmbedding(nn.Module):
         check_optional(num_classes=num_classes, condition_features=condition_features)
         make = linear if style is None else style.linear
         self.activation = F.silu if style is None else style.activation
-        self.label_features = label_features
+        self.noise_features = noise_features
         self.linear_1 = make(features, width)
         self.linear_2 = make(width, width)
         self.num_classes = num_classes
@@ -230,22 +230,25 @@ class ConditionEmbedding(nn.Module):
             self.condition = nn.Linear(condition_features, features, bias=False)
 
     def forward(
-        self, label: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+        self,
+        noise_label: Tensor,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Embed labels, classes and vectors that have been checked already.
 
         Args:
-            label: Labels (B,).
-            labels: Classes (B,), int64, or None for a network without classes.
+            noise_label: Labels (B,).
+            class_labels: Classes (B,), int64, or None for a network without classes.
             condition: Vectors (B, condition_features), or None for vectors of zeros.
 
         Returns:
             Embedding (B, width).
         """
-        features: Tensor = self.label_features(label).to(self.linear_1.weight.dtype)
+        features: Tensor = self.noise_features(noise_label).to(self.linear_1.weight.dtype)
         classes = None
-        if self.classes is not None and labels is not None:
-            classes = self.classes(labels)
+        if self.classes is not None and class_labels is not None:
+            classes = self.classes(class_labels)
         if classes is not None and not self.late_classes:
             features = features + classes
         if self.condition is not None and condition is not None:
@@ -287,11 +290,11 @@ class SigmaTable(nn.Module):
         self.sigmas = self._table(device)
         return self
 
-    def forward(self, label: Tensor) -> Tensor:
+    def forward(self, noise_label: Tensor) -> Tensor:
         """Look up noise levels.
 
         Args:
-            label: Numbers (B,) of noise levels, which may be floating-point.
+            noise_label: Numbers (B,) of noise levels, which may be floating-point.
 
         Returns:
             Noise levels (B,).
@@ -299,8 +302,8 @@ class SigmaTable(nn.Module):
         Raises:
             ValueError: If a label is out of range, on the CPU.
         """
-        check_number(label, len(self.values))
-        return self.sigmas[label.long()]
+        check_number(noise_label, len(self.values))
+        return self.sigmas[noise_label.long()]
 
 
 def make_embedding(
@@ -327,11 +330,11 @@ def make_embedding(
     if kind is None:
         return None
     features = width if kind == "positional" else 2 * width
-    label_features: nn.Module = PositionalEmbedding(features)
+    noise_features: nn.Module = PositionalEmbedding(features)
     if kind != "positional":
-        label_features = FourierEmbedding(features, scale=fourier_scale, log=kind == "fourier")
+        noise_features = FourierEmbedding(features, scale=fourier_scale, log=kind == "fourier")
     return ConditionEmbedding(
-        label_features,
+        noise_features,
         features,
         4 * width,
         num_classes=num_classes,

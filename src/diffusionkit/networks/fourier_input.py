@@ -56,12 +56,12 @@ class FourierFeatures(nn.Module):
         """Return the exponents."""
         return f"exponents={self.exponents}"
 
-    def forward(self, x: Tensor, label: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, noise_label: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the network on the input and its features.
 
         Args:
             x: Input (B, C, ...).
-            label: Time label (B,).
+            noise_label: Time label (B,).
             *args: Handed to the network.
             **kwargs: Handed to the network.
 
@@ -81,4 +81,4 @@ class FourierFeatures(nn.Module):
             turns = x * 2.0**n  # exact, and so is the rest of whole turns: no digit is lost
             angle = 2 * math.pi * (turns - turns.detach().round())
             parts += [torch.sin(angle), torch.cos(angle)]
-        return self.network(torch.cat(parts, 1), label, *args, **kwargs)
+        return self.network(torch.cat(parts, 1), noise_label, *args, **kwargs)

@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionkit.networks.checks import check_classes, check_input, check_label, check_positive
-from diffusionkit.networks.config import remembers
-from diffusionkit.networks.embeddings import ConditionEmbedding, SignedLogEmbedding
-from diffusionkit.networks.layers import linear
+from .checks import check_class_labels, check_input, check_noise_label, check_positive
+from .config import remembers
+from .embeddings import ConditionEmbedding, SignedLogEmbedding
+from .layers import linear
 
 _LABEL_FEATURES = 32
 
@@ -62,7 +62,7 @@ class MLP(nn.Module):
         >>> from diffusionkit.networks import MLP
         >>> net = MLP(2, num_classes=3)
         >>> x, t = torch.randn(5, 2), torch.rand(5)
-        >>> net(x, 999 * t, labels=torch.tensor([0, 1, 2, 0, 1])).shape
+        >>> net(x, 999 * t, class_labels=torch.tensor([0, 1, 2, 0, 1])).shape
         torch.Size([5, 2])
     """
 
@@ -94,13 +94,13 @@ class MLP(nn.Module):
         self.output_norm = nn.LayerNorm(width)
         self.output = linear(width, out_features, scale=0)
 
-    def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network.
 
         Args:
             x: Input (B, features).
-            label: Time label (B,).
-            labels: Class labels (B,), int64, if and only if the network has classes.
+            noise_label: Time label (B,).
+            class_labels: Class labels (B,), int64, if and only if the network has classes.
 
         Returns:
             Output (B, out_features).
@@ -110,9 +110,9 @@ class MLP(nn.Module):
             ValueError: If a shape, a device or a class label is wrong.
         """
         check_input(x, self.features, 0, self.input.weight)
-        check_label(x, label)
-        check_classes(x, labels, self.num_classes)
-        emb = self.embedding(label, labels)
+        check_noise_label(x, noise_label)
+        check_class_labels(x, class_labels, self.num_classes)
+        emb = self.embedding(noise_label, class_labels)
         h: Tensor = self.input(x)
         for layer in self.layers:
             h = layer(h, emb)

@@ -6,31 +6,14 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
-from diffusionkit.networks.blocks import ResidualBlock, SelfAttention
-from diffusionkit.networks.checks import (
-    check_choice,
-    check_dropout,
-    check_fir_kernel,
-    check_layout,
-    check_positive,
-)
-from diffusionkit.networks.config import remembers
-from diffusionkit.networks.embeddings import (
-    LabelEmbedding,
-    SigmaTable,
-    make_embedding,
-)
-from diffusionkit.networks.layers import ACTIVATIONS, Style
-from diffusionkit.networks.pyramids import (
-    Head,
-    InputResidual,
-    InputSkip,
-    OutputResidual,
-    OutputSkip,
-    OutputStart,
-)
-from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
-from diffusionkit.networks.unet import UNet
+from .blocks import ResidualBlock, SelfAttention
+from .checks import check_choice, check_dropout, check_fir_kernel, check_layout, check_positive
+from .config import remembers
+from .embeddings import LabelEmbedding, SigmaTable, make_embedding
+from .layers import ACTIVATIONS, Style
+from .progressive import Head, InputResidual, InputSkip, OutputResidual, OutputSkip, OutputStart
+from .resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
+from .unet import UNet
 
 _LOG = logging.getLogger(__name__)
 

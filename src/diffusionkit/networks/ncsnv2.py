@@ -8,24 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusionkit.networks.checks import (
+from .checks import (
     check_choice,
-    check_classes,
+    check_class_labels,
     check_data_range,
     check_divisible,
     check_input,
-    check_label,
+    check_noise_label,
     check_positive,
 )
-from diffusionkit.networks.config import remembers
-from diffusionkit.networks.embeddings import SigmaTable
-from diffusionkit.networks.layers import ACTIVATIONS, over_level
-from diffusionkit.networks.refine import (
-    DilatedBlock,
-    InstanceNormPlus,
-    Refinement,
-    conv,
-)
+from .config import remembers
+from .embeddings import SigmaTable
+from .layers import ACTIVATIONS, over_level
+from .refinenet import DilatedBlock, InstanceNormPlus, Refinement, conv
 
 Levels: TypeAlias = Sequence[tuple[int, int]]
 
@@ -124,14 +119,14 @@ class NCSNv2(nn.Module):
         self.norm = InstanceNormPlus(widths[0])
         self.output = conv(dims, widths[0], channels)
 
-    def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         r"""Evaluate the network.
 
         Args:
             x: Input (B, channels, \*spatial), every size divisible by the total down-sampling,
                 2 for the default levels.
-            label: Number (B,) of the noise level, below the number of noise levels.
-            labels: None: the network has no classes.
+            noise_label: Number (B,) of the noise level, below the number of noise levels.
+            class_labels: None: the network has no classes.
 
         Returns:
             Output (B, channels, \*spatial).
@@ -142,8 +137,8 @@ class NCSNv2(nn.Module):
         """
         check_input(x, self.channels, self.dims, self.input.weight)
         check_divisible(x, self.factor)
-        check_label(x, label)
-        check_classes(x, labels, None)
+        check_noise_label(x, noise_label)
+        check_class_labels(x, class_labels, None)
         if (self.scale, self.shift) != (1.0, 0.0):
             x = x * self.scale + self.shift
 
@@ -156,7 +151,7 @@ class NCSNv2(nn.Module):
         for refine in self.refinements:
             refined = self._run(refine, features.pop(), refined)
         h = self.output(self.activation(self.norm(refined)))
-        return over_level(h, self.noise_level(label))
+        return over_level(h, self.noise_level(noise_label))
 
     def _run(self, part: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

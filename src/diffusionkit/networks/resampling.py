@@ -5,13 +5,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusionkit.networks.layers import Style
-from diffusionkit.ops import (
-    fir_conv_downsample,
-    fir_conv_upsample,
-    fir_downsample,
-    fir_upsample,
-)
+from ..ops import fir_conv_downsample, fir_conv_upsample, fir_downsample, fir_upsample
+from .layers import Style
 
 _AVG_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
     1: F.avg_pool1d,

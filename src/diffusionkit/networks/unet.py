@@ -6,23 +6,119 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from diffusionkit.networks.checks import (
-    check_classes,
+from .checks import (
+    check_class_labels,
     check_condition,
     check_data_range,
     check_divisible,
     check_input,
-    check_label,
     check_low_res,
+    check_noise_label,
     check_optional,
     check_positive,
 )
-from diffusionkit.networks.embeddings import ConditionEmbedding
-from diffusionkit.networks.layers import Style, over_level
-from diffusionkit.networks.stages import DecoderLevel, EncoderLevel, Stage
+from .embeddings import ConditionEmbedding
+from .layers import Style, over_level
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+class Stage(nn.Module):
+    """A conditioned block and, if given, an attention after it.
+
+    Args:
+        block: Module of a feature map and an embedding.
+        attention: Module of a feature map, or None.
+        recompute: Whether activations are computed again in the backward pass instead of being
+            kept. Dropout draws the same mask both times.
+    """
+
+    def __init__(
+        self, block: nn.Module, attention: nn.Module | None = None, *, recompute: bool = False
+    ) -> None:
+        """Join block and attention."""
+        super().__init__()
+        self.block = block
+        self.attention = attention
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        r"""Apply block and attention.
+
+        Args:
+            x: Feature map (B, C, \*spatial).
+            emb: Embedding (B, embedding_width), or None.
+
+        Returns:
+            Feature map.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            h: Tensor = checkpoint(self._apply_parts, x, emb, use_reentrant=False)
+            return h
+        return self._apply_parts(x, emb)
+
+    def _apply_parts(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        h: Tensor = self.block(x, emb)
+        return h if self.attention is None else self.attention(h)
+
+
+class EncoderLevel(nn.Module):
+    """The stages of one resolution on the way down.
+
+    Args:
+        stages: The stages, in order.
+    """
+
+    def __init__(self, stages: list[Stage]) -> None:
+        """Keep the stages."""
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, h: Tensor, emb: Tensor | None) -> list[Tensor]:
+        r"""Apply the stages.
+
+        Args:
+            h: Feature map (B, C, \*spatial).
+            emb: Embedding (B, embedding_width), or None.
+
+        Returns:
+            The feature map after each stage.
+        """
+        outputs = []
+        for stage in self.stages:
+            h = stage(h, emb)
+            outputs.append(h)
+        return outputs
+
+
+class DecoderLevel(nn.Module):
+    """The stages of one resolution on the way up, each of which takes one skip.
+
+    Args:
+        stages: The stages, in order.
+    """
+
+    def __init__(self, stages: list[Stage]) -> None:
+        """Keep the stages."""
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, h: Tensor, emb: Tensor | None, skips: list[Tensor]) -> Tensor:
+        r"""Apply the stages, each to the feature map joined to the last skip left.
+
+        Args:
+            h: Feature map (B, C, \*spatial).
+            emb: Embedding (B, embedding_width), or None.
+            skips: Feature maps of the encoder; those used are taken off the end.
+
+        Returns:
+            Feature map.
+        """
+        for stage in self.stages:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return h
 
 
 class UNet(nn.Module):
@@ -32,7 +128,7 @@ class UNet(nn.Module):
     decoder has one block more per level than the encoder and takes one skip per block. Attention
     follows every encoder block at the chosen levels, the first of the two middle blocks, and the
     last or every decoder block at those levels. Input and output branches, see
-    `diffusionkit.networks.pyramids`, run beside the levels.
+    `diffusionkit.networks.progressive`, run beside the levels.
 
     Args:
         channels: Number of channels of the input and, by default, of the output.
@@ -158,8 +254,8 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Tensor,
-        label: Tensor,
-        labels: Tensor | None = None,
+        noise_label: Tensor,
+        class_labels: Tensor | None = None,
         *,
         condition: Tensor | None = None,
         low_res: Tensor | None = None,
@@ -169,8 +265,8 @@ class UNet(nn.Module):
         Args:
             x: Input (B, channels, \*spatial), every size divisible by the total down-sampling
                 ``2 ** (levels - 1)``.
-            label: Time label (B,).
-            labels: Class labels (B,), int64, if and only if the network has classes.
+            noise_label: Time label (B,).
+            class_labels: Class labels (B,), int64, if and only if the network has classes.
             condition: Condition vectors (B, condition_features), for a network with a condition
                 only; None stands for zeros.
             low_res: Image (B, low_res_channels, \*any spatial), if and only if the network takes
@@ -183,8 +279,10 @@ class UNet(nn.Module):
             TypeError: If a dtype is wrong, or an argument is missing or unexpected.
             ValueError: If a shape, a device or a class label is wrong.
         """
-        self._check(x, label, labels, condition, low_res)
-        emb = None if self.embedding is None else self.embedding(label, labels, condition)
+        self._check(x, noise_label, class_labels, condition, low_res)
+        emb = (
+            None if self.embedding is None else self.embedding(noise_label, class_labels, condition)
+        )
         if (self.scale, self.shift) != (1.0, 0.0):
             x = x * self.scale + self.shift
         if low_res is not None:
@@ -212,21 +310,23 @@ class UNet(nn.Module):
                 out, h = self.output_branch[level](out, h)
         result: Tensor = out if self.head is None else self.head(h)
         if self.noise_level is not None:
-            result = over_level(result, self.noise_level(label))
+            result = over_level(result, self.noise_level(noise_label))
         return result
 
     def _check(
         self,
         x: Tensor,
-        label: Tensor,
-        labels: Tensor | None,
+        noise_label: Tensor,
+        class_labels: Tensor | None,
         condition: Tensor | None,
         low_res: Tensor | None,
     ) -> None:
         check_input(x, self.channels, self.dims, self.input.weight)
         check_divisible(x, self.factor)
-        check_label(x, label)
-        check_classes(x, labels, None if self.embedding is None else self.embedding.num_classes)
+        check_noise_label(x, noise_label)
+        check_class_labels(
+            x, class_labels, None if self.embedding is None else self.embedding.num_classes
+        )
         size = None if self.embedding is None else self.embedding.condition_features
         check_condition(x, condition, size)
         check_low_res(x, low_res, self.low_res_channels)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from diffusionkit.ops import _plain
-from diffusionkit.ops._plan import Line, Plan
+from . import _plain
+from ._plan import Line, Plan
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ def upfirdn(x: Tensor, plan: Plan) -> Tensor:
 class _Upfirdn(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
-        from diffusionkit.ops._triton import launch
+        from ._triton import launch
 
         ctx.plan = plan
         return launch(x, plan)
@@ -120,7 +120,7 @@ def _triton_launches() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     try:
-        from diffusionkit.ops._triton import load_driver
+        from ._triton import load_driver
 
         load_driver()
     except Exception as error:  # of many kinds, none of which is a reason to fail

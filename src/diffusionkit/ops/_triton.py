@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from diffusionkit.ops._plan import Plan
+from ._plan import Plan
 
 # Outputs per program, cells of a program in one row, and rows of outputs in a cell.
 _OUTPUTS, _CELLS, _ROWS = 2048, 64, 4

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffusionkit.ops import _fused, _plain, checks
-from diffusionkit.ops._plain import CONV, CONV_TRANSPOSE, Pairs
-from diffusionkit.ops.checks import Padding, Taps
+from . import _fused, _plain, checks
+from ._plain import CONV, CONV_TRANSPOSE, Pairs
+from .checks import Padding, Taps
 
 
 def upfirdn(

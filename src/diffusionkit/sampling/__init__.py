@@ -6,22 +6,22 @@ from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
-from .exponential import ExponentialAdams, MultistepPredictor
-from .flow import ProbabilityFlow
 from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
 from .heun import Euler, Heun
 from .latent import slerp
+from .multistep import ExponentialAdams, MultistepPredictor
 from .pc import PCSampler, SamplerState
 from .predictors import (
     DDIM,
     Ancestral,
     EulerMaruyama,
     LinearPredictor,
-    Move,
     ReverseDiffusion,
+    StepCoefficients,
 )
+from .probability_flow import ProbabilityFlow
 from .stochastic_heun import StochasticHeun
-from .travel import TimeTravel
+from .time_travel import TimeTravel
 from .unipc import UniPC
 
 __all__ = [
@@ -45,13 +45,13 @@ __all__ = [
     "Langevin",
     "LinearPredictor",
     "LogSNRGrid",
-    "Move",
     "MultistepPredictor",
     "PCSampler",
     "ProbabilityFlow",
     "QuadraticGrid",
     "ReverseDiffusion",
     "SamplerState",
+    "StepCoefficients",
     "StochasticHeun",
     "TimeTravel",
     "UniPC",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_number, check_shape, check_state
-from .._draws import Generators, check_generator
-from .._numerics import home
+from .._schedules import home
 from ..interfaces import ForwardSDE, ScoreModel, Step
+from ..random import Generators, check_generator
 
 
 def initial_state(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_count
 from ..interfaces import ForwardSDE
-from .exponential import ExponentialAdams
+from .multistep import ExponentialAdams
 
 
 @dataclass(frozen=True)

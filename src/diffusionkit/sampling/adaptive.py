@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_move, check_positive
-from .._draws import Generators, NoisePath, rand
-from .._numerics import exact, tabulated
+from .._grid_times import tabulated
+from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..random import Generators, NoisePath, rand
 from ..values import linear
 from .brownian import BrownianPath
 from .predictors import check_rates

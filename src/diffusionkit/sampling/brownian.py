@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, readable
-from .._draws import NoisePath
-from .._numerics import schedule_dtype
+from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE
+from ..random import NoisePath
 
 _OCTAVES = 64  # (sigma / alpha)^2 is told apart between 2^-64 and 2^64,
 _FINEST = 20  # to 2^-20 of an octave,

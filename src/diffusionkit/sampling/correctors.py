@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_positive, check_times
-from .._draws import Generators, randn_like
-from .._numerics import instant
+from .._grid_times import instant
 from ..interfaces import Corrector, ScoreModel, Step
+from ..random import Generators, randn_like
 from ..values import Coefficient, add_noise, expand
 
 

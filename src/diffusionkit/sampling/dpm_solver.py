@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _numerics
 from .._checks import check_move, check_number
-from .._draws import Generators
+from .._grid_times import grid_times, instant, tabulated
+from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..random import Generators
 from ..values import Coefficient, linear
-from .exponential import ExponentialAdams, ExponentialMidpoint
+from .multistep import ExponentialAdams, ExponentialMidpoint
 from .predictors import DDIM
 
 
@@ -177,13 +178,13 @@ class DPMSolver2S(Predictor):
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the stages of all steps at once, and leave them with the times."""
-        table = _numerics.tabulated(sde, times)
+        table = tabulated(sde, times)
         if table is None:
             return
         instants, grid = table
         middle, *columns = self._stages(sde, grid[:-1], grid[1:])
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        middles = _numerics.instants(sde, middle, times[0])
+        middles = grid_times(sde, middle, times[0])
         for here, there, at, (corrected, *c) in zip(
             instants, instants[1:], middles, rows, strict=False
         ):
@@ -202,13 +203,13 @@ class DPMSolver2S(Predictor):
         return middle, corrected, *inner, first[0], first[1] - second, second
 
     def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
-        here, there = _numerics.instant(t, sde), _numerics.instant(s, sde)
+        here, there = instant(t, sde), instant(s, sde)
         if here is not None and there is not None:
             known: _Stages | None = here.notes.get((id(self), there.time))
             if known is not None:
                 return known
         check_move(s, t, sde.T, x)
-        middle, corrected, *c = self._stages(sde, _numerics.exact(t), _numerics.exact(s))
+        middle, corrected, *c = self._stages(sde, exact(t), exact(s))
         second = c[4] if bool(corrected.any()) else None
         return _Stages(middle, (c[0], c[1]), (c[2], c[3]), second)
 
@@ -225,10 +226,10 @@ class DPMSolver2S(Predictor):
     ) -> Step:
         """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
         stages = self._between(model.sde, t, s, x)
-        said = model.predict(x, t, **cond)
-        moved = said.combine(x=stages.first[0], x0=stages.first[1])
+        prediction = model.predict(x, t, **cond)
+        moved = prediction.combine(x=stages.first[0], x0=stages.first[1])
         if stages.second is not None:
-            inner = said.combine(x=stages.inner[0], x0=stages.inner[1])
+            inner = prediction.combine(x=stages.inner[0], x0=stages.inner[1])
             middle = model.predict(inner, stages.middle, **cond)
             moved = linear(1.0, moved, stages.second, middle.x0)
         return Step(moved, moved)

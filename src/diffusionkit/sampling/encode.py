@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_part, check_state
-from .._numerics import instants
-from .._run import Progress, evaluation_mode, with_progress
+from .._grid_times import grid_times
+from .._loops import Progress, evaluation_mode, with_progress
 from ..interfaces import ScoreModel
 from ..values import Coefficient
 from .grids import Grid, resolve_grid
@@ -61,7 +61,7 @@ def ddim_encode(
     check_finite(x)
     check_count(steps, "steps")
     sde = model.sde
-    times = instants(sde, resolve_grid(grid, sde, steps).flip(0), x)
+    times = grid_times(sde, resolve_grid(grid, sde, steps).flip(0), x)
     if not sde.kernel(times[0])[1] > 0:
         raise ValueError(
             "grid: expected to end at a time with noise, where the model is asked first, such as "

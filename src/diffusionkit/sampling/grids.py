@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_part, check_positive
-from .._numerics import home
+from .._schedules import home
 from ..interfaces import ForwardSDE
 from ..sde import Chain
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _numerics
 from .._checks import check_move, check_number, check_positive
-from .._draws import Generators, randn_like
+from .._grid_times import grid_times, instant, tabulated
+from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..random import Generators, randn_like
 from ..values import Coefficient, linear
-from .predictors import LinearPredictor, Move, check_rates
+from .predictors import LinearPredictor, StepCoefficients, check_rates
 
 _MAX_CHURN = math.sqrt(2) - 1  # no more new noise in a step than there is already
 
@@ -47,10 +48,10 @@ class Euler(LinearPredictor):
     Source: Song et al., 2021, arXiv 2011.13456 (section 4.3).
     """
 
-    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return the coefficients of moves from times t (n,) to s (n,)."""
         p, q = _slope(sde, t)
-        return Move(1 + (s - t) * p, (s - t) * q, None)
+        return StepCoefficients(1 + (s - t) * p, (s - t) * q, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class Heun(Predictor):
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the stages of all steps at once, and leave them with the times."""
-        table = _numerics.tabulated(sde, times)
+        table = tabulated(sde, times)
         if table is None:
             return
         instants, grid = table
@@ -150,7 +151,7 @@ class Heun(Predictor):
         lift, noise, t = self._churned(sde, t, min(self.churn / len(t), _MAX_CHURN))
         middle, *columns = self._stages(sde, t, s)
         rows = zip(*(column.tolist() for column in (lift, noise, *columns)), strict=True)
-        starts, middles = (_numerics.instants(sde, at, times[0]) for at in (t, middle))
+        starts, middles = (grid_times(sde, at, times[0]) for at in (t, middle))
         for k, (scale, std, corrected, *c) in enumerate(rows):
             second = (c[4], c[5]) if corrected else None
             instants[k].notes[id(self), instants[k + 1].time] = _Stages(
@@ -187,7 +188,7 @@ class Heun(Predictor):
         )  # fmt: skip
 
     def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
-        here, there = _numerics.instant(t, sde), _numerics.instant(s, sde)
+        here, there = instant(t, sde), instant(s, sde)
         if here is not None and there is not None:
             known: _Stages | None = here.notes.get((id(self), there.time))
             if known is not None:
@@ -198,8 +199,8 @@ class Heun(Predictor):
                 f"churn = {self.churn} in a step alone; use PCSampler or churn = 0"
             )
         check_move(s, t, sde.T, x)
-        t = _numerics.exact(t)
-        middle, corrected, *c = self._stages(sde, t, _numerics.exact(s))
+        t = exact(t)
+        middle, corrected, *c = self._stages(sde, t, exact(s))
         second = (c[4], c[5]) if bool(corrected.any()) else None
         return _Stages(1.0, 0.0, t, middle, (c[0], c[1]), (c[2], c[3]), second)
 
@@ -218,10 +219,10 @@ class Heun(Predictor):
         stages = self._between(model.sde, t, s, x)
         if stages.noise > 0:
             x = linear(stages.lift, x, stages.noise, randn_like(x, generator))
-        said = model.predict(x, stages.start, **cond)
-        moved = said.combine(x=stages.first[0], x0=stages.first[1])
+        prediction = model.predict(x, stages.start, **cond)
+        moved = prediction.combine(x=stages.first[0], x0=stages.first[1])
         if stages.second is not None:
-            inner = said.combine(x=stages.inner[0], x0=stages.inner[1])
-            said = model.predict(inner, stages.middle, **cond)
-            moved = moved + said.combine(x=stages.second[0], x0=stages.second[1])
+            inner = prediction.combine(x=stages.inner[0], x0=stages.inner[1])
+            prediction = model.predict(inner, stages.middle, **cond)
+            moved = moved + prediction.combine(x=stages.second[0], x0=stages.second[1])
         return Step(moved, moved)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_same, check_state, readable
-from .._numerics import exact
+from .._schedules import exact
 from ..values import linear
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_part
-from .._draws import Generators, NoisePath
-from .._numerics import instants, noise_at
-from .._run import Progress, evaluation_mode, with_progress
-from .._tally import Tally
+from .._grid_times import grid_times, noise_at
+from .._loops import Progress, evaluation_mode, with_progress
+from .._nfe import Tally
 from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
+from ..random import Generators, NoisePath
 from ._start import check_step, initial_state, noised_data
 from .grids import Grid, resolve_grid
-from .travel import TimeTravel, travel_back
+from .time_travel import TimeTravel, travel_back
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,7 @@ class SamplerState:
         t: the time it stands at.
         step: which point of the grid that is, from 0 at its beginning.
         nfe: how many times the model has been evaluated.
-        said: what the model said last on the way here; None at the start.
+        prediction: what the model said last on the way here; None at the start.
     """
 
     x: Tensor
@@ -38,12 +38,12 @@ class SamplerState:
     t: float
     step: int
     nfe: int
-    said: Prediction | None = None
+    prediction: Prediction | None = None
 
     @property
     def x0(self) -> Tensor | None:
         """The model's last estimate of the data (B, *D), computed when it is read."""
-        return None if self.said is None else self.said.x0
+        return None if self.prediction is None else self.prediction.x0
 
 
 class PCSampler:
@@ -66,7 +66,7 @@ class PCSampler:
             ends at a time without noise, the last step's mean is returned instead.
         constraint: what is known of the data. It is put into the initial state, into the state
             and the mean after every move, and into the result.
-        travel: how often stretches of the grid are sampled again; None is once.
+        time_travel: how often stretches of the grid are sampled again; None is once.
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
 
     Attributes:
@@ -102,7 +102,7 @@ class PCSampler:
         corrector_first: bool = True,
         denoise: bool = True,
         constraint: Constraint | None = None,
-        travel: TimeTravel | None = None,
+        time_travel: TimeTravel | None = None,
         progress: Progress = False,
     ) -> None:
         """Keep the parts, and try the grid."""
@@ -111,7 +111,7 @@ class PCSampler:
             ("predictor", predictor, Predictor),
             ("corrector", corrector, Corrector),
             ("constraint", constraint, Constraint),
-            ("travel", travel, TimeTravel),
+            ("time_travel", time_travel, TimeTravel),
         ):
             if part is not None:
                 check_part(part, kind, name)
@@ -126,17 +126,18 @@ class PCSampler:
         self.corrector_first = corrector_first
         self.denoise = denoise
         self.constraint = constraint
-        self.travel = travel
+        self.time_travel = time_travel
         self.progress = progress
         self.nfe = 0
         times = resolve_grid(grid, model.sde, steps)  # what is wrong with it is said here
         length = len(times) - 1
         if predictor is not None:
             with torch.no_grad():  # and here what the predictor cannot do with it
-                predictor.prepare(model.sde, instants(model.sde, times, times.new_empty(1)))
-        if travel is not None and travel.jump > length:
+                predictor.prepare(model.sde, grid_times(model.sde, times, times.new_empty(1)))
+        if time_travel is not None and time_travel.jump > length:
             raise ValueError(
-                f"travel: expected a jump of at most the grid's {length} steps, got {travel.jump}"
+                f"time_travel: expected a jump of at most the grid's {length} steps, "
+                f"got {time_travel.jump}"
             )
 
     def __repr__(self) -> str:
@@ -236,16 +237,16 @@ class PCSampler:
         watched: bool = False,
     ) -> Iterator[SamplerState]:
         model, grid = self.model, self.times
-        times, steps = instants(model.sde, grid, x), len(grid) - 1
+        times, steps = grid_times(model.sde, grid, x), len(grid) - 1
         clock = grid.tolist()
         if self.predictor is not None:
             self.predictor.prepare(model.sde, times)
-        travel = self._travel(generator) or TimeTravel(jump=steps, repeats=1)
+        time_travel = self._travel(generator) or TimeTravel(jump=steps, repeats=1)
         tally, memory = Tally(keep=watched), None
         move = self._constrained(Step(x, x), times[first], generator)
         x, self.nfe = move.x, 0
         yield SamplerState(x, move.mean, clock[first], first, 0)
-        for i, j in with_progress(travel.moves(first, steps), self.progress):
+        for i, j in with_progress(time_travel.moves(first, steps), self.progress):
             with tally:
                 if i < j:
                     move, memory = self._onward(x, times[i], times[j], memory, generator, cond)
@@ -263,12 +264,12 @@ class PCSampler:
             yield SamplerState(x, x, clock[-1], steps, self.nfe, tally.last)
 
     def _travel(self, generator: Generators) -> TimeTravel | None:
-        if self.travel is not None and isinstance(generator, NoisePath):
+        if self.time_travel is not None and isinstance(generator, NoisePath):
             raise ValueError(
                 "generator: expected generators where stretches are sampled again, got a path, "
                 "whose noise would be the same each time"
             )
-        return self.travel
+        return self.time_travel
 
     def _onward(
         self,

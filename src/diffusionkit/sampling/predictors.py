@@ -14,15 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _numerics
 from .._checks import check_move, check_number, readable
-from .._draws import Generators, increment_like
+from .._grid_times import instant, tabulated
+from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..random import Generators, increment_like
 from ..values import Coefficient, Prediction, add_noise, expand
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class StepCoefficients:
     """The coefficients of x_s = x * x_t + x0 * (predicted data) + std * z.
 
     Args:
@@ -55,7 +56,7 @@ class LinearPredictor(Predictor):
     """A predictor given by three coefficients; a subclass writes `coefficients` alone."""
 
     @abc.abstractmethod
-    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return the coefficients, each (n,), of moves from times t (n,) to s (n,)."""
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
@@ -64,7 +65,7 @@ class LinearPredictor(Predictor):
         Raises:
             ValueError: if one of them is not finite (read on the CPU only).
         """
-        table = _numerics.tabulated(sde, times)
+        table = tabulated(sde, times)
         if table is None:
             return
         instants, grid = table
@@ -75,16 +76,16 @@ class LinearPredictor(Predictor):
             for c in (move.x, move.x0, move.std)
         ]
         for here, there, *row in zip(instants, instants[1:], *columns, strict=False):
-            here.notes[id(self), there.time] = Move(*row)
+            here.notes[id(self), there.time] = StepCoefficients(*row)
 
-    def _move(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> Move:
-        here, there = _numerics.instant(t, sde), _numerics.instant(s, sde)
+    def _move(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> StepCoefficients:
+        here, there = instant(t, sde), instant(s, sde)
         if here is not None and there is not None:
-            move: Move | None = here.notes.get((id(self), there.time))
+            move: StepCoefficients | None = here.notes.get((id(self), there.time))
             if move is not None:
                 return move
         check_move(s, t, sde.T, x)
-        move = self.coefficients(sde, _numerics.exact(t), _numerics.exact(s))
+        move = self.coefficients(sde, exact(t), exact(s))
         check_rates(self, t, move.x, move.x0, move.std)
         return move
 
@@ -101,16 +102,19 @@ class LinearPredictor(Predictor):
     ) -> Step:
         """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
         move = self._move(model.sde, t, s, x)
-        said = model.predict(x, t, **cond)
-        mean, std = said.combine(x=move.x, x0=move.x0), self._std(move, said, model.sde, t, s)
-        del said  # its memory is the noise's
+        prediction = model.predict(x, t, **cond)
+        mean, std = (
+            prediction.combine(x=move.x, x0=move.x0),
+            self._std(move, prediction, model.sde, t, s),
+        )
+        del prediction  # its memory is the noise's
         if std is None:
             return Step(mean, mean)
         noise = increment_like(mean, generator, model.sde, t, s)
         return Step(add_noise(mean, std, noise), mean)
 
     def _std(
-        self, move: Move, said: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
+        self, move: StepCoefficients, prediction: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
     ) -> Coefficient | None:
         """Return the standard deviation of the noise, (B,), (B, *D) or a float; None for none."""
         return move.std
@@ -132,12 +136,12 @@ class EulerMaruyama(LinearPredictor):
     Source: Song et al., 2021, arXiv 2011.13456.
     """
 
-    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return the coefficients of moves from times t (n,) to s (n,)."""
         alpha, sigma = sde.marginal(t)
         g, length = sde.diffusion(t), t - s
         pull = (g / sigma).square() * length
-        return Move(
+        return StepCoefficients(
             1 - sde.drift_coefficient(t) * length - pull, pull * alpha, g * torch.sqrt(length)
         )
 
@@ -155,12 +159,12 @@ class ReverseDiffusion(LinearPredictor):
     Source: Song et al., 2021, arXiv 2011.13456 (appendix E).
     """
 
-    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return the coefficients of moves from times t (n,) to s (n,)."""
         alpha, sigma = sde.marginal(t)
         scale, std = sde.transition(s, t)
         pull = (std / sigma).square()
-        return Move(2 - scale - pull, pull * alpha, std)
+        return StepCoefficients(2 - scale - pull, pull * alpha, std)
 
 
 @dataclass(frozen=True)
@@ -196,26 +200,26 @@ class Ancestral(LinearPredictor):
                 f'variance: expected "posterior", "forward" or "model", got {self.variance!r}'
             )
 
-    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return the coefficients of moves from times t (n,) to s (n,)."""
         (alpha_s, sigma_s), (_, sigma_t) = sde.marginal(s), sde.marginal(t)
         scale, std = sde.transition(s, t)
         kept, gone = (sigma_s / sigma_t).square(), (std / sigma_t).square()
         noise = std * sigma_s / sigma_t if self.variance == "posterior" else std
-        return Move(scale * kept, alpha_s * gone, noise)
+        return StepCoefficients(scale * kept, alpha_s * gone, noise)
 
     def _std(
-        self, move: Move, said: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
+        self, move: StepCoefficients, prediction: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
     ) -> Coefficient | None:
         if self.variance != "model":
             return move.std
         (_, sigma_s), (_, sigma_t) = sde.kernel(s), sde.kernel(t)
-        later, here, forward = (_broadcast(c, said.x) for c in (sigma_s, sigma_t, move.std))
-        log_var = said.log_var
-        if said.log_var_fraction is not None:
+        later, here, forward = (_broadcast(c, prediction.x) for c in (sigma_s, sigma_t, move.std))
+        log_var = prediction.log_var
+        if prediction.log_var_fraction is not None:
             # Finite at sigma_s = 0, where no noise is added.
             down = torch.log((later / here).clamp_min(torch.finfo(here.dtype).tiny))
-            log_var = 2 * torch.log(forward) + 2 * (1 - said.log_var_fraction) * down
+            log_var = 2 * torch.log(forward) + 2 * (1 - prediction.log_var_fraction) * down
         if log_var is None:
             raise ValueError(
                 "model: expected one that states a variance, such as "
@@ -226,7 +230,7 @@ class Ancestral(LinearPredictor):
 
 def _broadcast(coefficient: Coefficient | None, like: Tensor) -> Tensor:
     """Return a coefficient, (B,) or a float, as a tensor that multiplies a state (B, *D)."""
-    dtype = _numerics.schedule_dtype(like.device)
+    dtype = schedule_dtype(like.device)
     known = torch.as_tensor(coefficient, dtype=dtype, device=like.device)
     return cast(Tensor, expand(known, like))
 
@@ -257,9 +261,9 @@ class DDIM(LinearPredictor):
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
 
-    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return the coefficients of moves from times t (n,) to s (n,)."""
         (alpha_s, sigma_s), (alpha_t, sigma_t) = sde.marginal(s), sde.marginal(t)
         noise = self.eta * sde.transition(s, t)[1] * sigma_s / sigma_t
         ratio = torch.sqrt((sigma_s.square() - noise.square()).clamp_min(0.0)) / sigma_t
-        return Move(ratio, alpha_s - alpha_t * ratio, noise if self.eta > 0 else None)
+        return StepCoefficients(ratio, alpha_s - alpha_t * ratio, noise if self.eta > 0 else None)

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _numerics
 from .._checks import check_move
-from .._draws import Generators, increment_like
+from .._grid_times import instant, tabulated
+from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..random import Generators, increment_like
 from ..values import Coefficient, add_noise, linear
-from .predictors import Ancestral, Move
+from .predictors import Ancestral, StepCoefficients
 
 _FIRST = Ancestral()
 
@@ -26,7 +27,7 @@ class _Stages:
     Without `middle`, the time of the second prediction, the move is the whole step.
     """
 
-    move: Move
+    move: StepCoefficients
     share: Coefficient
     middle: Tensor | None
 
@@ -67,7 +68,7 @@ class StochasticHeun(Predictor):
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the coefficients of all steps at once, and leave them with the times."""
-        table = _numerics.tabulated(sde, times)
+        table = tabulated(sde, times)
         if table is None:
             return
         instants, grid = table
@@ -75,17 +76,17 @@ class StochasticHeun(Predictor):
         columns = (torch.as_tensor(c).tolist() for c in (move.x, move.x0, move.std, share))
         for k, (x, x0, std, part) in enumerate(zip(*columns, strict=True)):
             instants[k].notes[id(self), instants[k + 1].time] = _Stages(
-                Move(x, x0, std), part, times[k + 1] if part > 0 else None
+                StepCoefficients(x, x0, std), part, times[k + 1] if part > 0 else None
             )
 
     def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
-        here, there = _numerics.instant(t, sde), _numerics.instant(s, sde)
+        here, there = instant(t, sde), instant(s, sde)
         if here is not None and there is not None:
             known: _Stages | None = here.notes.get((id(self), there.time))
             if known is not None:
                 return known
         check_move(s, t, sde.T, x)
-        move, share = _coefficients(sde, _numerics.exact(t), _numerics.exact(s))
+        move, share = _coefficients(sde, exact(t), exact(s))
         corrected = share > 0
         return _Stages(move, share, torch.where(corrected, s, t) if corrected.any() else None)
 
@@ -114,17 +115,17 @@ class StochasticHeun(Predictor):
     ) -> tuple[Tensor, Step]:
         """Return the state x' (B, *D) after the first stage, and the step."""
         stages = self._between(model.sde, t, s, x)
-        said = model.predict(x, t, **cond)
-        mean = said.combine(x=stages.move.x, x0=stages.move.x0)
+        prediction = model.predict(x, t, **cond)
+        mean = prediction.combine(x=stages.move.x, x0=stages.move.x0)
         noise = increment_like(mean, generator, model.sde, t, s)
         first = add_noise(mean, cast(Coefficient, stages.move.std), noise)
         if stages.middle is None:
             return first, Step(first, mean)
-        change = model.predict(first, stages.middle, **cond).x0 - said.x0
+        change = model.predict(first, stages.middle, **cond).x0 - prediction.x0
         return first, Step(*(linear(1.0, y, stages.share, change) for y in (first, mean)))
 
 
-def _coefficients(sde: ForwardSDE, t: Tensor, s: Tensor) -> tuple[Move, Tensor]:
+def _coefficients(sde: ForwardSDE, t: Tensor, s: Tensor) -> tuple[StepCoefficients, Tensor]:
     """Return the ancestral move from times t (n,) to s (n,), and the share of the change (n,)."""
     alpha, sigma = sde.marginal(s)
     gain = sde.log_snr(s) - sde.log_snr(t)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_count
 from ..interfaces import ForwardSDE
-from .exponential import ExponentialAdams, lagrange
+from .multistep import ExponentialAdams, lagrange
 
 
 @dataclass(frozen=True)

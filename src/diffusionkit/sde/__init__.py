@@ -1,10 +1,10 @@
 """Forward processes: dx = f(t) x dt + g(t) dw."""
 
-from ._chain import Chain
-from .chain import DDPMChain
+from .chain import Chain
+from .ddpm_chain import DDPMChain
 from .edm import EDMSDE
 from .learned import LearnedSDE, LogSNRSDE
-from .smld import SMLDChain
+from .smld_chain import SMLDChain
 from .subvp import SubVPSDE
 from .ve import VESDE, suggest_sigma_max
 from .vp import VPSDE

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .._checks import check_count, check_number, check_times
-from .._numerics import exact
+from .._schedules import exact
 from ..interfaces import ForwardSDE
 
 
@@ -115,7 +115,7 @@ class LearnedSDE(_GammaSDE, nn.Module):
 
     In continuous time the end points alone decide the expected variational bound, if the model
     is told the noise level (`LogSigmaLabel`) and not the time; the interior decides the variance
-    of its estimate. `diffusionkit.likelihood.backward_with_schedule` trains each for its own
+    of its estimate. `diffusionkit.likelihood.variance_minimizing_backward` trains each for its own
     end. gamma starts nearly linear, and is computed in float64.
 
     Inside a score model this is a submodule, whose parameters are among the model's. Parameters

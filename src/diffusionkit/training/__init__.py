@@ -9,10 +9,10 @@ from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
 from .references import ReferenceBatches
-from .stable import StableTarget
+from .stable_target import StableTarget
 from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
-from .variational import VLB, Hybrid
+from .vlb import VLB, HybridLoss
 from .weighting import EDMWeighting, LikelihoodWeighting, MinSNRWeighting, SimpleWeighting
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
-    "Hybrid",
+    "HybridLoss",
     "ImportanceTimes",
     "LikelihoodWeighting",
     "LogNormalTimes",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number
-from .._draws import Generators, rand
+from ..random import Generators, rand
 
 
 def drop_conditions(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_number
-from .._draws import Generators, rand
-from .._numerics import schedule_dtype
+from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
+from ..random import Generators, rand
 from ._gather import gathered
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_part, check_reference, check_state, check_times
-from .._draws import Generators
 from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
+from ..random import Generators
 from .targets import DenoisingTarget
 from .times import UniformTimes
 from .weighting import LikelihoodWeighting, SimpleWeighting
@@ -37,7 +37,7 @@ class ScoreMatching:
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 
     >>> from diffusionkit import EpsModel, VPSDE
-    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), VPSDE())
+    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
     >>> ScoreMatching()(model, torch.randn(8, 3)).shape
     torch.Size([8])
     """
@@ -66,7 +66,7 @@ class ScoreMatching:
         x0: Tensor,
         *,
         reference: Tensor | None = None,
-        reference_labels: Tensor | None = None,
+        reference_class_labels: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
     ) -> Tensor:
@@ -101,7 +101,7 @@ class ScoreMatching:
             model,
             x0,
             reference=reference,
-            reference_labels=reference_labels,
+            reference_class_labels=reference_class_labels,
             generator=generator,
             **cond,
         )
@@ -114,7 +114,7 @@ class ScoreMatching:
         x0: Tensor,
         *,
         reference: Tensor | None = None,
-        reference_labels: Tensor | None = None,
+        reference_class_labels: Tensor | None = None,
         t: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
@@ -125,7 +125,7 @@ class ScoreMatching:
             model: the score model; its SDE is the process.
             x0: the data (B, *D).
             reference: data the target may use (n, *D).
-            reference_labels: their classes (n,), for the target alone.
+            reference_class_labels: their classes (n,), for the target alone.
             t: times (B,) to use instead of drawn ones, with weight 1.
             generator: the source of times and noise.
             cond: handed to the model and to the target.
@@ -155,7 +155,11 @@ class ScoreMatching:
             check_times(t, sde.T, len(x0), x0)
             weight = torch.ones_like(t)
         sample = sde.perturb(x0, t, generator=generator)
-        known = {} if reference_labels is None else {"reference_labels": reference_labels}
+        known = (
+            {}
+            if reference_class_labels is None
+            else {"reference_class_labels": reference_class_labels}
+        )
         target = self.target(sample, reference, **known, **cond)
         error = model.predict(sample.x, t, **cond).noise_error(target)
         dtype = torch.promote_types(error.dtype, torch.float32)

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 from .._checks import check_count
-from .._draws import seeded
+from ..random import seeded
 
 
 class ReferenceBatches:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_number, check_positive
-from .._draws import Generators, rand, randn
-from .._numerics import home, schedule_dtype
+from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
+from ..random import Generators, rand, randn
 
 
 def _stratified(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive, check_times
-from .._numerics import exact
+from .._schedules import exact
 from ..interfaces import ForwardSDE, Weighting
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffusionkit.likelihood.flow.coupling import LogisticCoupling, checkerboard
-from diffusionkit.likelihood.flow.layers import ActNorm, ChannelMixing
+from diffusionkit.likelihood.flow.gated import ActNorm, ChannelMixing
 
 
 def coupling(dims: int, channels: int, parity: int = 0, heads: int = 2) -> LogisticCoupling:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .conditioner import Conditioner
-from .layers import Bijection, total
+from .gated import Bijection, total
 from .logistics import LogisticMixture
 
 

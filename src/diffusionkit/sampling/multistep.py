@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _numerics
 from .._checks import check_move, readable
-from .._draws import Generators, increment_like
+from .._grid_times import Instant, instant, tabulated
+from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..random import Generators, increment_like
 from ..values import Coefficient, add_noise, linear
-from .predictors import Move
+from .predictors import StepCoefficients
 
 # Sixteen points: 2e-15 of the integral even in a step of length 10 in l, half of the whole way.
 _POINTS, _SHARES = (0.5 * torch.tensor(part) for part in np.polynomial.legendre.leggauss(16))
@@ -48,7 +49,7 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
 class _Plan:
     """A move, and the coefficients of the predictions that are remembered, newest first."""
 
-    move: Move
+    move: StepCoefficients
     past: Sequence[Coefficient]
 
 
@@ -121,12 +122,12 @@ class MultistepPredictor(Predictor):
         """Return the coefficients w_j, each (n,), of steps from t to s that remember past times."""
         return self.correction(sde, t, s, past)
 
-    def first_order(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> Move:
+    def first_order(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return A, C and std, each (n,), of steps from t to s."""
         (alpha_s, sigma_s), (alpha_t, sigma_t) = sde.marginal(s), sde.marginal(t)
         decay = (alpha_t * sigma_s) / (alpha_s * sigma_t)  # exp(-h)
         noise = sigma_s * torch.sqrt(1 - decay ** (2 * self.eta)) if self.eta > 0 else None
-        return Move(
+        return StepCoefficients(
             sigma_s / sigma_t * decay**self.eta, alpha_s * (1 - decay ** (1 + self.eta)), noise
         )
 
@@ -135,23 +136,21 @@ class MultistepPredictor(Predictor):
         move, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past)
         total = sum(weights, torch.zeros_like(t))
         if self.of_data:
-            return _Plan(Move(move.x, move.x0 - total, move.std), weights)
+            return _Plan(StepCoefficients(move.x, move.x0 - total, move.std), weights)
         alpha, sigma = sde.marginal(t)
-        move = Move(move.x - total / sigma, move.x0 + total * alpha / sigma, move.std)
+        move = StepCoefficients(move.x - total / sigma, move.x0 + total * alpha / sigma, move.std)
         return _Plan(move, weights)
 
-    def _key(self, instants: Sequence[_numerics.Instant]) -> object:
+    def _key(self, instants: Sequence[Instant]) -> object:
         return id(self), *(one.time for one in instants)
 
-    def _note(
-        self, sde: ForwardSDE, known: Sequence[Sequence[_numerics.Instant]], grid: Tensor
-    ) -> None:
+    def _note(self, sde: ForwardSDE, known: Sequence[Sequence[Instant]], grid: Tensor) -> None:
         """Leave the coefficients of n steps with their times: t, s and the past ones, (m, n)."""
         plan = self._plans(sde, *grid)
         parts = (plan.move.x, plan.move.x0, plan.move.std, *plan.past)
         columns = (c.tolist() if isinstance(c, Tensor) else [c] * grid.shape[1] for c in parts)
         for instants, row in zip(zip(*known, strict=True), zip(*columns, strict=True), strict=True):
-            instants[0].notes[self._key(instants[1:])] = _Plan(Move(*row[:3]), row[3:])
+            instants[0].notes[self._key(instants[1:])] = _Plan(StepCoefficients(*row[:3]), row[3:])
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the coefficients of all steps at once, and leave them with the times.
@@ -165,7 +164,7 @@ class MultistepPredictor(Predictor):
                 f"grid: expected at least 2 steps for {type(self).__name__}, which remembers "
                 f"earlier ones, got {steps}"
             )
-        table = _numerics.tabulated(sde, times)
+        table = tabulated(sde, times)
         if table is None:
             return
         instants, grid = table
@@ -176,7 +175,7 @@ class MultistepPredictor(Predictor):
 
     def _plan(self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Past, x: Tensor) -> _Plan:
         times = (t, s, *(time for time, _ in past))
-        known = [one for one in (_numerics.instant(at, sde) for at in times) if one is not None]
+        known = [one for one in (instant(at, sde) for at in times) if one is not None]
         if len(known) < len(times):
             check_move(s, t, sde.T, x)
             if past and readable(t) and not bool((past[0][0] > t).all()):
@@ -184,10 +183,10 @@ class MultistepPredictor(Predictor):
                     f"state: expected one of a step that began above t = {t.tolist()[:4]}, "
                     f"got {past[0][0].tolist()[:4]}"
                 )
-            return self._plans(sde, *(_numerics.exact(at) for at in times))
+            return self._plans(sde, *(exact(at) for at in times))
         key, notes = self._key(known[1:]), known[0].notes
         if key not in notes:  # a grid that is entered in the middle
-            table = _numerics.tabulated(sde, times)
+            table = tabulated(sde, times)
             self._note(sde, [[one] for one in known], cast(Any, table)[1].unsqueeze(1))
         return cast(_Plan, notes[key])
 
@@ -205,11 +204,11 @@ class MultistepPredictor(Predictor):
         """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
         past: Past = state or ()
         plan = self._plan(model.sde, t, s, past, x)
-        said = model.predict(x, t, **cond)
-        mean, std = said.combine(x=plan.move.x, x0=plan.move.x0), plan.move.std
+        prediction = model.predict(x, t, **cond)
+        mean, std = prediction.combine(x=plan.move.x, x0=plan.move.x0), plan.move.std
         for weight, (_, value) in zip(plan.past, past, strict=True):
             mean = linear(1.0, mean, weight, value)
-        memory = ((t, said.x0 if self.of_data else said.eps), *past)[: self.memory]
+        memory = ((t, prediction.x0 if self.of_data else prediction.eps), *past)[: self.memory]
         if std is None:
             return Step(mean, mean, memory)
         noise = increment_like(mean, generator, model.sde, t, s)

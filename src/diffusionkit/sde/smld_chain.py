@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_positive
-from ._chain import Chain
+from .chain import Chain
 
 
 class SMLDChain(Chain):

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
-from .._draws import rand, randn
-from .._numerics import exact
-from .._run import Progress, with_progress
+from .._loops import Progress, with_progress
+from .._schedules import exact
 from ..interfaces import ForwardSDE
+from ..random import rand, randn
 from ._data import check_generator, draw_index, draw_rows, gathered, kernel, mean_and_error
 from .estimates import Estimate
 

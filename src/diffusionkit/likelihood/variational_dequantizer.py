@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from .._checks import check_count
-from .._draws import Generators, randn
-from .._numerics import exact, normal_log_prob
+from .._gaussian import normal_log_prob
+from .._schedules import exact
+from ..random import Generators, randn
 from .dequantization import Dequantizer
 from .flow.conditioner import Conditioner
 from .flow.coupling import LogisticCoupling
-from .flow.layers import ActNorm, Bijection, ChannelMixing, total
+from .flow.gated import ActNorm, Bijection, ChannelMixing, total
 
 
 class _Squash(NamedTuple):

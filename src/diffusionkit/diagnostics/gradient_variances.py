@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_part
-from .._run import Progress, with_progress
+from .._loops import Progress, with_progress
 from ..interfaces import ScoreModel
 from ._data import check_generator, draw_rows, gathered, kernel, mean_and_error
 from .estimates import Estimate

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._chain_terms import chain_length, prior_kl, step_nats
 from .._checks import check_count, check_part, readable
-from .._draws import Generators, check_generator
-from .._numerics import exact, schedule_dtype
-from .._run import Progress, repeated, with_progress
-from .._variational import GaussianDecoder, chain_length, prior_kl, step_nats
+from .._loops import Progress, repeated, with_progress
+from .._schedules import exact, schedule_dtype
+from ..decoders import GaussianDecoder
 from ..interfaces import ScoreModel
+from ..random import Generators, check_generator
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +39,7 @@ class ChainBound:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepBits:
+class BitsPerStep:
     """What a data set costs step by step, bits per dimension, float64 on the CPU.
 
     Args:
@@ -54,7 +55,7 @@ class StepBits:
     terms_stderr: Tensor
 
 
-def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> StepBits:
+def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsPerStep:
     r"""Return the mean over images of every term of their bounds, and its standard error.
 
     .. math::
@@ -74,7 +75,7 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> StepB
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (figure 2).
 
     >>> from diffusionkit import DDPMChain, EpsModel
-    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), DDPMChain.cosine(10))
+    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), DDPMChain.cosine(10))
     >>> images = torch.randint(256, (8, 4))
     >>> bits_per_step((ChainNELBO(model)(some) for some in images.split(4)), dims=4).terms.shape
     torch.Size([10])
@@ -98,7 +99,7 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> StepB
         raise ValueError(f"bounds: expected those of two images at least, got {count}")
     unit = dims * math.log(2)
     bits, stderr = mean / unit, torch.sqrt(squares / (count * (count - 1))) / unit
-    return StepBits(bits[0], stderr[0], bits[1:], stderr[1:])
+    return BitsPerStep(bits[0], stderr[0], bits[1:], stderr[1:])
 
 
 class ChainNELBO:
@@ -131,7 +132,7 @@ class ChainNELBO:
     (equation 5); Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672.
 
     >>> from diffusionkit import DDPMChain, EpsModel
-    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), DDPMChain.cosine(10))
+    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), DDPMChain.cosine(10))
     >>> ChainNELBO(model)(torch.randint(256, (4, 3, 8, 8))).terms.shape
     torch.Size([4, 10])
     """
@@ -194,10 +195,10 @@ class ChainNELBO:
         step = torch.tensor(steps, device=device).repeat_interleave(n)
         t = (step + 1).to(schedule_dtype(device)) / chain_length(self.model)
         sample = self.model.sde.perturb(repeated(x, n, many), t, generator=generator)
-        said = self.model.predict(
+        prediction = self.model.predict(
             sample.x, t.to(x.dtype), **{k: repeated(value, n, many) for k, value in cond.items()}
         )
-        nats = step_nats(self.model, said, sample.x0, step, self.decoder, clip=self.clip)
+        nats = step_nats(self.model, prediction, sample.x0, step, self.decoder, clip=self.clip)
         if readable(nats) and not bool(torch.isfinite(nats).all()):
             worst = int(step[~torch.isfinite(nats)][0])
             raise ValueError(f"model: expected a finite prediction, got none at step {worst}")

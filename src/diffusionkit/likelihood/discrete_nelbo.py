@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._chain_terms import prior_kl
 from .._checks import check_count, check_part, readable
-from .._draws import Generators, rand
-from .._numerics import exact, schedule_dtype
-from .._variational import prior_kl
+from .._schedules import exact, schedule_dtype
+from ..decoders import LevelDecoder
 from ..interfaces import ForwardSDE, ScoreModel
+from ..random import Generators, rand
 from ..values import Prediction
-from .decoder import LevelDecoder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +70,7 @@ class DiscreteNELBO:
     19, appendix I.1).
 
     >>> from diffusionkit import EpsModel, LogSigmaLabel, LogSNRSDE
-    >>> model = EpsModel(lambda x, label: x, LogSNRSDE(), label=LogSigmaLabel())
+    >>> model = EpsModel(lambda x, noise_label: x, LogSNRSDE(), label=LogSigmaLabel())
     >>> DiscreteNELBO(model)(torch.randint(256, (4, 3, 8, 8))).nats.shape
     torch.Size([4])
     """
@@ -147,7 +147,7 @@ class DiscreteNELBO:
         return t.to(x.dtype), weight
 
 
-def backward_with_schedule(
+def variance_minimizing_backward(
     loss: Tensor, diffusion: Tensor, interior: Iterable[torch.nn.Parameter]
 ) -> None:
     r"""Backpropagate a loss, but for a schedule's interior the second moment of its estimate.
@@ -165,7 +165,8 @@ def backward_with_schedule(
     >>> from diffusionkit.networks import MLP
     >>> model = EpsModel(MLP(2), LearnedSDE(), label=LogSigmaLabel())
     >>> bound = DiscreteNELBO(model)(torch.randint(256, (8, 2)))
-    >>> backward_with_schedule(bound.nats.mean() / 2, bound.diffusion / 2, model.sde.interior())
+    >>> loss = bound.nats.mean() / 2
+    >>> variance_minimizing_backward(loss, bound.diffusion / 2, model.sde.interior())
 
     Args:
         loss: the loss, a scalar.

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionkit._files import CheckpointError
-from diffusionkit.checkpoints._edm import EDMObject, read_edm_pickle
-from diffusionkit.checkpoints._orders import by_kind, matrix, sines_first
-from diffusionkit.checkpoints._transfer import Source, rename, transfer
-from diffusionkit.models import EDMModel, EpsModel, IndexLabel, ScaledScoreModel, TimeLabel
-from diffusionkit.models.network import NetworkModel
-from diffusionkit.networks import ADMUNet, NCSNpp
-from diffusionkit.sde import EDMSDE, VESDE, VPSDE, DDPMChain
+from .._files import CheckpointError
+from ..models import EDMModel, EpsModel, IndexLabel, ScaledScoreModel, TimeLabel
+from ..models.network import NetworkModel
+from ..networks import ADMUNet, NCSNpp
+from ..sde import EDMSDE, VESDE, VPSDE, DDPMChain
+from ._edm_keys import EDMObject, read_edm_pickle
+from ._orders import by_kind, matrix, sines_first
+from ._transfer import Source, rename, transfer
 
 _BLOCK = {
     "norm_1": "norm0",
@@ -44,7 +44,7 @@ def load_edm(path: str | os.PathLike[str]) -> NetworkModel:
     Returns:
         The score model in evaluation mode: `EDMModel` on `EDMSDE` for EDM's own preconditioning,
         `EpsModel` on `VPSDE` for VP, `ScaledScoreModel` on `VESDE` for VE and `EpsModel` on
-        `DDPMChain` for iDDPM. A class-conditional one takes ``labels=``, one that was trained
+        `DDPMChain` for iDDPM. A class-conditional one takes ``class_labels=``, one that was trained
         with augmentation ``condition=``.
 
     Raises:
@@ -161,7 +161,7 @@ def _sources(network: NCSNpp | ADMUNet, size: int, song: bool) -> dict[str, Sour
     sources = {
         **rename("", "", {"embedding.linear_1": "map_layer0", "embedding.linear_2": "map_layer1"}),
         **rename("", "", {"input": f"enc.{size}x{size}_conv"}),
-        "embedding.label_features.frequencies": Source(("map_noise.freqs",)),
+        "embedding.noise_features.frequencies": Source(("map_noise.freqs",)),
         "embedding.condition.weight": Source(("map_augment.weight",)),
         "embedding.classes.weight": Source(("map_label.weight", "map_label.bias"), _early_classes),
     }

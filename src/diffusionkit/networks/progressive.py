@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusionkit.networks.layers import Style
-from diffusionkit.networks.resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
+from .layers import Style
+from .resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
 
 
 class Head(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_reference, readable
-from .._numerics import exact
-from .._posterior import softmax_mean
+from .._schedules import exact
 from ..interfaces import Perturbed, Prediction, TargetEstimator
+from ..models.oracles import softmax_mean
 from ._gather import gathered
 
 Source: TypeAlias = Literal["inside", "outside", "added"]
@@ -59,7 +59,7 @@ class StableTarget(TargetEstimator):
     Diffusion Models, 2023, arXiv 2302.00670.
 
     >>> from diffusionkit import EpsModel, ScoreMatching, VPSDE
-    >>> model = EpsModel(lambda x, label: torch.zeros_like(x), VPSDE())
+    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
     >>> objective, data = ScoreMatching(target=StableTarget()), torch.randn(256, 3)
     >>> objective(model, data[:8], reference=data).shape
     torch.Size([8])
@@ -79,8 +79,8 @@ class StableTarget(TargetEstimator):
         sample: Perturbed,
         reference: Tensor | None = None,
         *,
-        labels: Tensor | None = None,
-        reference_labels: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        reference_class_labels: Tensor | None = None,
         **cond: Any,
     ) -> Prediction:
         """Return the target for noisy data, given reference data (n, *D).
@@ -88,10 +88,11 @@ class StableTarget(TargetEstimator):
         Args:
             sample: the noisy data.
             reference: the reference data (n, *D).
-            labels: classes (B,) that the model is told. Only references of the same class count.
+            class_labels: the class labels (B,) of the batch; only references of the same class
+                count.
                 Labels that are dropped, for guidance without a classifier, have to be dropped
                 in both, or after the target: then they are classes as others, or none.
-            reference_labels: the classes (n,) of the reference data.
+            reference_class_labels: the classes (n,) of the reference data.
             cond: no other condition is known here.
 
         Raises:
@@ -109,15 +110,17 @@ class StableTarget(TargetEstimator):
             )
         if cond:
             raise TypeError(
-                f"StableTarget: expected no condition but labels, got {', '.join(cond)}: "
+                f"StableTarget: expected no condition but class_labels, got {', '.join(cond)}: "
                 "references made under other conditions would give a wrong target"
             )
         check_reference(reference, sample.x0)
-        _check_labels(labels, reference_labels, sample.x0, reference)
+        _check_labels(class_labels, reference_class_labels, sample.x0, reference)
         if self.gather:
             reference = gathered(reference)
-            reference_labels = None if reference_labels is None else gathered(reference_labels)
-        offset = self._offset(sample, reference, labels, reference_labels)
+            reference_class_labels = (
+                None if reference_class_labels is None else gathered(reference_class_labels)
+            )
+        offset = self._offset(sample, reference, class_labels, reference_class_labels)
         ratio = _ratio(sample).view(-1, *(1,) * (sample.x.ndim - 1))
         # Not from x, where small noise has lost its digits.
         x0, eps = exact(sample.x0) + offset, exact(sample.eps) - ratio * offset
@@ -128,17 +131,17 @@ class StableTarget(TargetEstimator):
         self,
         sample: Perturbed,
         reference: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,
+        class_labels: Tensor | None,
+        reference_class_labels: Tensor | None,
     ) -> Tensor:
         """Return the weighted mean's difference from the source, (B, *D)."""
         batch, n = len(sample.x0), len(reference)
         anchor, noise = (exact(x).reshape(batch, -1) for x in (sample.x0, sample.eps))
         reference = reference.reshape(n, -1)
         allowed = reference.new_ones((1, n), dtype=torch.bool)
-        if labels is not None and reference_labels is not None:
-            allowed = labels.unsqueeze(1) == reference_labels
-            _check_classes(labels, allowed)
+        if class_labels is not None and reference_class_labels is not None:
+            allowed = class_labels.unsqueeze(1) == reference_class_labels
+            _check_classes(class_labels, allowed)
         # From the references' mean, so that a large common value costs no digits.
         centre = exact(reference.mean(0))
         own, d = anchor - centre, anchor.shape[1]
@@ -162,9 +165,10 @@ class StableTarget(TargetEstimator):
         mean = softmax_mean(parts())
         if self.source == "inside" and readable(found) and not bool(found.all()):
             lost = torch.nonzero(~found).flatten().tolist()
+            labels = "" if class_labels is None else ", with the same class labels"
             raise ValueError(
-                f"reference: expected the batch inside it{'' if labels is None else ', labelled'} "
-                f"alike, got {len(lost)} of {batch} that are not, first {lost[:4]}; without them "
+                f"reference: expected the batch inside it{labels}, "
+                f"got {len(lost)} of {batch} that are not, first {lost[:4]}; without them "
                 'the target is biased: add them, or say StableTarget(source="added")'
             )
         return (mean - own).view(sample.x0.shape)
@@ -210,26 +214,31 @@ def _products(own: Tensor, noise: Tensor, ratio: Tensor) -> Measure:
 
 
 def _check_labels(
-    labels: Tensor | None, reference_labels: Tensor | None, x0: Tensor, reference: Tensor
+    class_labels: Tensor | None,
+    reference_class_labels: Tensor | None,
+    x0: Tensor,
+    reference: Tensor,
 ) -> None:
-    if (labels is None) != (reference_labels is None):
-        given, missing = ("labels", "reference_labels")[:: 1 if reference_labels is None else -1]
+    if (class_labels is None) != (reference_class_labels is None):
+        given, missing = ("class_labels", "reference_class_labels")[
+            :: 1 if reference_class_labels is None else -1
+        ]
         raise ValueError(
             f"{missing}: expected as {given} are given, got none: references of all classes "
             "would give a model that is told the class a wrong target"
         )
     for name, classes, data in (
-        ("labels", labels, x0),
-        ("reference_labels", reference_labels, reference),
+        ("class_labels", class_labels, x0),
+        ("reference_class_labels", reference_class_labels, reference),
     ):
         if classes is not None and (classes.shape, classes.device) != (data.shape[:1], data.device):
             raise ValueError(f"{name}: expected shape ({len(data)},) on {data.device}, "
                              f"got {tuple(classes.shape)} on {classes.device}")  # fmt: skip
 
 
-def _check_classes(labels: Tensor, allowed: Tensor) -> None:
-    if readable(labels) and readable(allowed):
-        absent = sorted(set(labels[~allowed.any(1)].tolist()))
+def _check_classes(class_labels: Tensor, allowed: Tensor) -> None:
+    if readable(class_labels) and readable(allowed):
+        absent = sorted(set(class_labels[~allowed.any(1)].tolist()))
         if absent:
             raise ValueError(
                 f"reference_labels: expected each class of the batch, got no reference of {absent}"

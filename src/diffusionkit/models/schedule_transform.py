@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .._checks import check_part, check_state, check_times
-from .._numerics import exact, home, instant, schedule_dtype
+from .._grid_times import instant
+from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction, expand
 
 
-class OnProcess(ScoreModel):
+class ScheduleTransformedModel(ScoreModel):
     r"""A model of one process as a model of another: the same data and noise, scaled and timed.
 
     Two processes with the same noise-to-signal ratio hold the same noisy data up to a scale:
@@ -25,9 +26,9 @@ class OnProcess(ScoreModel):
 
     and the data and the noise that the model predicts from x' at t' are those of x at t. So a
     network that was trained on one process is sampled, or its likelihood taken, on any other, and
-    EDM's VP and iDDPM preconditionings are `OnProcess(EpsModel(network, VPSDE()), EDMSDE())` and
-    the same with a `DDPMChain`. Below the smallest noise that the model's own process has, it is
-    asked at that.
+    EDM's VP preconditioning is `ScheduleTransformedModel(EpsModel(network, VPSDE()), EDMSDE())`,
+    its iDDPM preconditioning the same with a `DDPMChain`. Below the smallest noise of the model's
+    own process, the model is evaluated at that noise.
 
     Args:
         model: the score model of its own process.
@@ -40,7 +41,7 @@ class OnProcess(ScoreModel):
     Source: Karras et al., 2022, arXiv 2206.00364 (appendix C).
 
     >>> from diffusionkit import EDMSDE, EpsModel, VPSDE
-    >>> model = OnProcess(EpsModel(lambda x, label: x, VPSDE()), EDMSDE())
+    >>> model = ScheduleTransformedModel(EpsModel(lambda x, noise_label: x, VPSDE()), EDMSDE())
     >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).eps  # what the network saw
     tensor([[0.7071, 0.7071]])
     """
@@ -71,9 +72,9 @@ class OnProcess(ScoreModel):
         alpha, sigma = self.sde.kernel(t)
         inner = self.model.sde.time_at_log_snr(self.sde.log_snr(exact(t)))
         scale = expand(self.model.sde.marginal(inner)[0] / alpha, x)
-        said = self.model.predict((x * scale).to(x.dtype), inner, **cond)
-        fraction = said.log_var_fraction  # which no scale changes
-        return Prediction(x, said.x0, said.eps, alpha, sigma, log_var_fraction=fraction)
+        prediction = self.model.predict((x * scale).to(x.dtype), inner, **cond)
+        fraction = prediction.log_var_fraction  # which no scale changes
+        return Prediction(x, prediction.x0, prediction.eps, alpha, sigma, log_var_fraction=fraction)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class EDMModel(NetworkModel):
     which is EDM's model where alpha = 1, and its counterpart for every other process.
 
     Args:
-        network: maps (x (B, *D), label (B,), **cond) to a tensor (B, *D).
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         sigma_data: sd, the standard deviation of the data.
         label: what the network is told about time, log(sigma / alpha) / 4 by default.
@@ -43,7 +43,7 @@ class EDMModel(NetworkModel):
 
     >>> import torch
     >>> from diffusionkit import EDMSDE
-    >>> model = EDMModel(lambda x, label: torch.zeros_like(x), EDMSDE())
+    >>> model = EDMModel(lambda x, noise_label: torch.zeros_like(x), EDMSDE())
     >>> model.predict(torch.ones(1, 2), torch.tensor([0.5])).x0  # c_skip x
     tensor([[0.5000, 0.5000]])
     """
@@ -70,7 +70,9 @@ class EDMModel(NetworkModel):
     def _total(self, ratio: Coefficient) -> Coefficient:
         return (ratio * ratio + self.sigma_data**2) ** 0.5
 
-    def statement(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
+    def parameterization(
+        self, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[Coefficient, Coefficient]:
         ratio = sigma / alpha
         total = self._total(ratio)
         return ratio / (self.sigma_data * total), -self.sigma_data / total

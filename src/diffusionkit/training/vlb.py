@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import (
-    check_finite,
-    check_part,
-    check_positive,
-    check_state,
-    check_times,
-    readable,
-)
-from .._draws import Generators
-from .._variational import GaussianDecoder, chain_length, step_nats
+from .._chain_terms import chain_length, step_nats
+from .._checks import check_finite, check_part, check_positive, check_state, check_times, readable
+from ..decoders import GaussianDecoder
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
+from ..random import Generators
 from ..values import Prediction
 from .discrete_times import DiscreteTimes
 
@@ -79,26 +73,28 @@ class _ChainObjective(abc.ABC):
                 f"t: expected times of steps, 1 / {count}, 2 / {count} ... 1, got {t.tolist()[:4]}"
             )
         sample = sde.perturb(x0, t, generator=generator)
-        said = model.predict(sample.x, t, **cond)
-        loss = self._loss(model, sample, said, point.long() - 1)
+        prediction = model.predict(sample.x, t, **cond)
+        loss = self._loss(model, sample, prediction, point.long() - 1)
         self.times.update(t, loss.detach())
         return loss * weight.to(loss.dtype)
 
     @abc.abstractmethod
-    def _loss(self, model: ScoreModel, sample: Perturbed, said: Prediction, step: Tensor) -> Tensor:
+    def _loss(
+        self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
+    ) -> Tensor:
         """Return the losses (B,) of what a model says of noisy data at steps (B,)."""
 
     def _bits(
         self,
         model: ScoreModel,
         sample: Perturbed,
-        said: Prediction,
+        prediction: Prediction,
         step: Tensor,
         *,
         detach_mean: bool = False,
     ) -> Tensor:
         """Return T times what the steps cost (B,): the mean over steps is the sum of them."""
-        nats = step_nats(model, said, sample.x0, step, self.decoder, detach_mean=detach_mean)
+        nats = step_nats(model, prediction, sample.x0, step, self.decoder, detach_mean=detach_mean)
         return nats * (chain_length(model) / (sample.x0[0].numel() * math.log(2)))
 
 
@@ -112,7 +108,7 @@ class VLB(_ChainObjective):
 
     with i uniform over the steps, numbered from 0, so that the mean of the losses is the sum over
     all steps: the bound but for the prior's share, in which nothing is learned. The factor T is
-    that sum's, here and in `Hybrid`, and there is no other scale. The chain's own steps are
+    that sum's, here and in `HybridLoss`, and there is no other scale. The chain's own steps are
     meant: training on fewer is training on the chain of those.
 
     Args:
@@ -126,7 +122,7 @@ class VLB(_ChainObjective):
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (equations 4 to 7).
 
     >>> from diffusionkit import DDPMChain, EpsModel
-    >>> model = EpsModel(lambda x, label: torch.cat([x, x], 1), DDPMChain.cosine(100),
+    >>> model = EpsModel(lambda x, noise_label: torch.cat([x, x], 1), DDPMChain.cosine(100),
     ...                  variance="learned_range")
     >>> x0 = GaussianDecoder().encode(torch.randint(256, (4, 3, 8, 8)))
     >>> VLB()(model, x0).shape
@@ -136,11 +132,13 @@ class VLB(_ChainObjective):
     def __repr__(self) -> str:
         return f"VLB(decoder={self.decoder}, times={self.times})"
 
-    def _loss(self, model: ScoreModel, sample: Perturbed, said: Prediction, step: Tensor) -> Tensor:
-        return self._bits(model, sample, said, step)
+    def _loss(
+        self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
+    ) -> Tensor:
+        return self._bits(model, sample, prediction, step)
 
 
-class Hybrid(_ChainObjective):
+class HybridLoss(_ChainObjective):
     r"""The simple loss for the mean and the variational bound for the variance.
 
     .. math::
@@ -177,15 +175,17 @@ class Hybrid(_ChainObjective):
         self.vlb_weight = vlb_weight
 
     def __repr__(self) -> str:
-        return f"Hybrid({self.vlb_weight}, decoder={self.decoder}, times={self.times})"
+        return f"HybridLoss({self.vlb_weight}, decoder={self.decoder}, times={self.times})"
 
-    def _loss(self, model: ScoreModel, sample: Perturbed, said: Prediction, step: Tensor) -> Tensor:
-        if said.log_var is None and said.log_var_fraction is None:
+    def _loss(
+        self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
+    ) -> Tensor:
+        if prediction.log_var is None and prediction.log_var_fraction is None:
             raise ValueError(
                 "model: expected a learned variance, as of EpsModel(..., "
                 'variance="learned_range"), got none; without it the loss is ScoreMatching()'
             )
         target = Prediction.from_eps(sample.x, sample.eps, sample.alpha, sample.sigma)
-        bits = self._bits(model, sample, said, step, detach_mean=True)
-        error = said.noise_error(target).to(bits.dtype)
+        bits = self._bits(model, sample, prediction, step, detach_mean=True)
+        error = prediction.noise_error(target).to(bits.dtype)
         return error.square().reshape(len(error), -1).mean(1) + self.vlb_weight * bits

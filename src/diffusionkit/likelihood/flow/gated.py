@@ -7,7 +7,7 @@ import abc
 import torch
 from torch import Tensor, nn
 
-from ..._numerics import exact
+from ..._schedules import exact
 
 
 def total(log_slopes: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_part, check_positive, check_same, check_state
-from .._draws import Generators
-from .._numerics import instants
+from .._grid_times import grid_times
+from .._loops import bare_networks, evaluation_mode, repeated
+from .._nfe import Tally
 from .._ode import Solver
-from .._run import bare_networks, evaluation_mode, repeated
-from .._tally import Tally
 from ..interfaces import ScoreModel
+from ..random import Generators
 from ._start import initial_state
 from .latent import slerp
 
@@ -121,7 +121,7 @@ class ProbabilityFlow:
         x = self.decode(z * temperature, **cond)
         if not self.denoise:
             return x
-        (t,) = instants(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
+        (t,) = grid_times(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
         with evaluation_mode(self.model), bare_networks(self.model), Tally() as tally:
             x = self.model.predict(x, t, **cond).x0
         self.nfe += tally.evaluations

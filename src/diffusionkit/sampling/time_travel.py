@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
-from .._draws import Generators, randn_like
-from .._numerics import home, schedule_dtype
+from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, Step
+from ..random import Generators, randn_like
 from ..values import add_noise
 
 

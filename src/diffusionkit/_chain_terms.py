@@ -1,0 +1,108 @@
+"""Terms of the variational bound of a discrete chain."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ._checks import check_part
+from ._gaussian import gaussian_kl
+from ._schedules import exact
+from .decoders import GaussianDecoder
+from .interfaces import ForwardSDE, ScoreModel
+from .values import Prediction, expand
+
+
+def prior_kl(sde: ForwardSDE, x: Tensor) -> Tensor:
+    r"""Return KL(N(alpha_T x, sigma_T^2 I) || N(0, prior_std^2 I)), (B,), nats.
+
+    .. math::
+        \tfrac12 \sum (r + \alpha^2 x^2 / \pi^2 - 1 - \log r), \quad r = \sigma^2 / \pi^2
+    """
+    alpha, sigma = sde.marginal(exact(x.new_full((len(x),), sde.T)))
+    squares = exact(x).reshape(len(x), -1).square()
+    ratio = (sigma / sde.prior_std).square()
+    shift = (alpha / sde.prior_std).square() * squares.sum(1)
+    return 0.5 * (squares.shape[1] * (ratio - 1 - torch.log(ratio)) + shift)
+
+
+def chain_length(model: ScoreModel) -> int:
+    """Return the number of steps of a model's process, or raise if it is no chain."""
+    check_part(model, ScoreModel, "model")
+    steps = getattr(model.sde, "steps", None)
+    if not isinstance(steps, int):
+        raise TypeError(
+            "model: expected one whose process is a chain of steps, such as DDPMChain, "
+            f"got {type(model.sde).__name__}"
+        )
+    return steps
+
+
+def step_log_variances(sde: ForwardSDE, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return log v_posterior and log v_forward, each (B,), of the steps from t to s.
+
+    .. math::
+        v_{forward} = \mathrm{std}^2, \quad
+        v_{posterior} = \mathrm{std}^2 \sigma_s^2 / \sigma_t^2
+
+    with std that of p(x_t | x_s). The posterior of a step to s = 0 has no variance; it takes that
+    of a step from 2t to t, the chain's second.
+    """
+    ends = s == 0
+    later, earlier = torch.where(ends, 2 * t, t), torch.where(ends, t, s)
+    std = sde.transition(earlier, later)[1]
+    spread = sde.marginal(earlier)[1] / sde.marginal(later)[1]
+    return 2 * torch.log(std * spread), 2 * torch.log(sde.transition(s, t)[1])
+
+
+def step_nats(
+    model: ScoreModel,
+    prediction: Prediction,
+    x0: Tensor,
+    step: Tensor,
+    decoder: GaussianDecoder,
+    *,
+    detach_mean: bool = False,
+    clip: bool = False,
+) -> Tensor:
+    r"""Return what the steps of a chain cost in its variational bound, nats, (B,).
+
+    .. math::
+        KL(q(x_{i} | x_{i+1}, x_0) \,\|\, p(x_{i} | x_{i+1})), \quad i > 0; \qquad
+        -\log p(x_0 | x_1), \quad i = 0
+
+    Args:
+        model: the score model; its SDE is a chain, its `variance`, if any, what it says of that.
+        prediction: what it predicts of the states x_{i+1} at the later ends of the steps.
+        x0: the data (B, *D), on the decoder's levels.
+        step: the numbers i of the steps, (B,), from 0.
+        decoder: the likelihood of the data in the first step.
+        detach_mean: whether only the variance learns.
+        clip: whether the predicted data are kept within the decoder's levels.
+    """
+    sde, count = model.sde, chain_length(model)
+    i = exact(step.to(torch.float32))
+    s, t = i / count, (i + 1) / count
+    # Both means have the same share of x_{i+1}, and in the first step none.
+    share = sde.marginal(s)[0] * (sde.transition(s, t)[1] / sde.marginal(t)[1]).square()
+    dtype = torch.promote_types(x0.dtype, torch.float32)
+    x0, mean = x0.to(dtype), prediction.x0.to(dtype)
+    mean = mean.clamp(decoder.low, decoder.high) if clip else mean
+    mean = mean.detach() if detach_mean else mean
+
+    lower, upper = step_log_variances(sde, s, t)
+    if getattr(model, "variance", None) == "fixed_large":
+        log_var = torch.where(step == 0, lower, upper)
+    else:
+        log_var = lower
+    lower, upper, log_var = (cast(Tensor, expand(c, mean)) for c in (lower, upper, log_var))
+    if prediction.log_var is not None:
+        log_var = prediction.log_var.to(dtype)
+    elif prediction.log_var_fraction is not None:
+        log_var = lower + prediction.log_var_fraction.to(dtype) * (upper - lower)
+    difference = (x0 - mean) * expand(share, x0)
+    divergence = gaussian_kl(difference, lower, log_var).reshape(len(x0), -1).sum(1)
+    read = decoder.log_prob(x0, mean, log_var).reshape(len(x0), -1).sum(1)
+    return torch.where(step == 0, -read, divergence)

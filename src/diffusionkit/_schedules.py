@@ -1,0 +1,71 @@
+"""Schedule arithmetic: float64 times, derivatives of alpha and sigma, inversion by bisection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def exact(t: Tensor) -> Tensor:
+    """Return times in float64, or as they are on a device that has none."""
+    return t if t.dtype == torch.float64 or t.device.type == "mps" else t.double()
+
+
+def schedule_dtype(device: torch.device | str | None) -> torch.dtype:
+    """Return the dtype in which times are kept on a device."""
+    return torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
+
+
+def home(sde: object) -> torch.device:
+    """Return the device a process computes on: that of its parameters, if it has any."""
+    if isinstance(sde, torch.nn.Module):
+        for tensor in (*sde.parameters(), *sde.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """Return f = d log alpha / dt and g = sqrt(d sigma^2 / dt - 2 f sigma^2) by autograd, (B,).
+
+    Differentiable where t or a learned schedule is.
+    """
+    wanted = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        learned = any(c.requires_grad for c in marginal(t.detach()))
+        keep = wanted and (t.requires_grad or learned)
+        # sigma often starts as sqrt(t): its derivative at 0 is infinite, g is not.
+        at = t.clamp_min(1e-12 * T)
+        at = at if at.requires_grad else at.clone().requires_grad_()
+        alpha, sigma = marginal(at)
+        variance = sigma * sigma
+        f, growth = _derivative(torch.log(alpha), at, keep), _derivative(variance, at, keep)
+        g = torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
+    return (f, g) if keep else (f.detach(), g.detach())
+
+
+def _derivative(y: Tensor, t: Tensor, keep: bool) -> Tensor:
+    if not y.requires_grad:
+        return torch.zeros_like(t)
+    (dy,) = torch.autograd.grad(y.sum(), t, create_graph=keep, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(t) if dy is None else dy
+
+
+def bisect(decreasing: Callable[[Tensor], Tensor], value: Tensor, T: float) -> Tensor:
+    """Solve decreasing(t) = value for t in [0, T], elementwise."""
+    low, high = torch.zeros_like(value), torch.full_like(value, T)
+    # 2^-80 T: absolute, so that t_min itself is found to full relative precision.
+    for _ in range(80 if value.dtype == torch.float64 else 50):
+        middle = 0.5 * (low + high)
+        found = decreasing(middle)
+        if found.shape != value.shape:  # it would grow from one round to the next
+            raise ValueError(
+                f"expected one log-SNR for each time, shape {tuple(value.shape)}, "
+                f"got {tuple(found.shape)}"
+            )
+        above = found > value
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return 0.5 * (low + high)

@@ -1,0 +1,264 @@
+"""Discrete data: the levels of images, and their likelihood given a prediction or a noisy state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ._checks import check_count, check_number, check_state, readable
+from ._gaussian import log_mass, log_normal_cdf
+from .values import expand
+
+_BLOCK = 2**22  # numbers held at once: 16 MB in float32
+
+
+@dataclass(frozen=True)
+class Levels:
+    r"""Integers 0 ... levels - 1 as equal intervals of the model's range.
+
+    Level k is the interval of width w = (high - low) / levels from low + w k, its centre
+    low + w (k + 1/2).
+
+    Args:
+        levels: the number of levels, 256 for images of 8 bits.
+        low: the lower end of the range.
+        high: the upper end of the range.
+
+    Raises:
+        ValueError: unless levels >= 2 and low < high, both finite.
+        TypeError: if levels is not an integer, or low or high not a number.
+
+    >>> Levels(4).encode(torch.tensor([[0, 3]]))
+    tensor([[-0.7500,  0.7500]])
+    """
+
+    levels: int = 256
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count(self.levels, "levels", least=2)
+        check_number(self.low, "low")
+        check_number(self.high, "high")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"expected finite low < high, got {self.low} and {self.high}")
+
+    @property
+    def width(self) -> float:
+        """The width of a level in the model's range."""
+        return (self.high - self.low) / self.levels
+
+    def check(self, images: Tensor) -> None:
+        """Raise unless images (B, *D) are integers within 0 ... levels - 1.
+
+        Raises:
+            TypeError: if images is not a tensor of an integer dtype.
+            ValueError: if the batch is empty, or (read on the CPU only) a value is no level.
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images: expected a tensor of integers (B, *D), got {type(images).__name__}"
+            )
+        if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
+            raise TypeError(
+                f"images: expected integers 0 ... {self.levels - 1}, got {images.dtype}; "
+                "undo the map to the model's range first, then .long() or .to(torch.uint8)"
+            )
+        if images.ndim == 0 or images.numel() == 0:
+            raise ValueError(
+                f"images: expected a non-empty batch (B, *D), got shape {tuple(images.shape)}"
+            )
+        if readable(images):
+            low, high = (int(end) for end in images.long().aminmax())  # uint16 has no aminmax
+            if low < 0 or high >= self.levels:
+                raise ValueError(
+                    f"images: expected levels 0 ... {self.levels - 1}, got {low} to {high}"
+                )
+
+    def encode(self, images: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the centres of the levels of images (B, *D), of a dtype or the default one."""
+        self.check(images)
+        return self.low + self.width * (images.to(dtype or torch.get_default_dtype()) + 0.5)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the levels, int64, nearest to points x (B, *D); beyond the range, the outermost.
+
+        NaN has no level; check samples for it first.
+        """
+        return ((x - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
+
+
+@dataclass(frozen=True)
+class GaussianDecoder:
+    r"""The probability of each level of each pixel under a Gaussian of its own.
+
+    .. math::
+        P(k) = \Phi\!\left(\frac{x_k + h - \mu}{s}\right)
+             - \Phi\!\left(\frac{x_k - h - \mu}{s}\right), \quad
+        x_k = \mathrm{low} + 2 h k, \quad h = \frac{\mathrm{high} - \mathrm{low}}
+        {2 (\mathrm{levels} - 1)},
+
+    the first bin open below and the last above, so that the levels share out all probability.
+    The levels lie at the ends of the range, as k / 127.5 - 1 of images of 8 bits does. A
+    dequantizer's or a `LevelDecoder`'s levels are intervals that fill their range instead; their
+    centres are the levels of this with both ends drawn in by half of (high - low) / levels.
+
+    Args:
+        levels: the number of levels, 256 for images of 8 bits.
+        low: the value of the first level.
+        high: the value of the last level.
+        cdf: "exact", in log space and right in both tails; or "tanh", the approximation with
+            probabilities of at least 1e-12 with which published numbers were computed, whose
+            gradient vanishes in the tails.
+
+    Raises:
+        ValueError: unless levels >= 2 and low < high, both finite, and cdf is one of the two.
+        TypeError: if levels is not an integer, or low or high not a number.
+
+    Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
+    (section 3.3); the tanh: Nichol and Dhariwal, 2021, arXiv 2102.09672.
+
+    >>> x = GaussianDecoder(levels=3).encode(torch.tensor([[0, 1, 2]]))
+    >>> x, GaussianDecoder(levels=3).log_prob(x, torch.zeros(1, 3), torch.zeros(1, 3)).exp()
+    (tensor([[-1.,  0.,  1.]]), tensor([[0.3085, 0.3829, 0.3085]]))
+    """
+
+    levels: int = 256
+    low: float = -1.0
+    high: float = 1.0
+    cdf: str = "exact"
+
+    def __post_init__(self) -> None:
+        Levels(self.levels, self.low, self.high)  # says what is wrong
+        if self.cdf not in ("exact", "tanh"):
+            raise ValueError(f'cdf: expected "exact" or "tanh", got {self.cdf!r}')
+
+    @property
+    def _half(self) -> float:
+        return (self.high - self.low) / (2 * (self.levels - 1))
+
+    @property
+    def _bins(self) -> Levels:
+        return Levels(self.levels, self.low - self._half, self.high + self._half)
+
+    def encode(self, images: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the values of the levels of images (B, *D), of a dtype or the default one.
+
+        Raises:
+            TypeError: if images are not integers.
+            ValueError: if a value is no level.
+        """
+        return self._bins.encode(images, dtype=dtype)
+
+    def check(self, x: Tensor) -> None:
+        """Raise unless data x (B, *D) lie on the levels (read on the CPU only).
+
+        Raises:
+            ValueError: if a value is further from every level than a hundredth of a bin.
+        """
+        if readable(x):
+            off = (x - self.encode(self._bins.decode(x), dtype=x.dtype)).abs()
+            if not bool((off <= 0.02 * self._half).all()):  # a NaN fails too
+                worst = float(x.flatten()[off.flatten().argmax()])
+                raise ValueError(
+                    f"x0: expected data on {self.levels} levels from {self.low:g} to "
+                    f"{self.high:g}, as GaussianDecoder.encode makes of integers, got {worst:g}"
+                )
+
+    def log_prob(self, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+        """Return the log-probabilities of single pixels x (B, *D), on levels, in nats (B, *D).
+
+        Args:
+            x: the values of the levels (B, *D).
+            mean: the means mu (B, *D).
+            log_var: the logarithms of the variances s^2 (B, *D), or what broadcasts to it.
+        """
+        scale, half = torch.exp(-0.5 * log_var), self._half
+        first, last = x < self.low + half, x > self.high - half
+        offset = x - mean
+        if self.cdf == "tanh":
+            above, below = _tanh_cdf((offset + half) * scale), _tanh_cdf((offset - half) * scale)
+            mass = torch.where(first, above, torch.where(last, 1 - below, above - below))
+            return torch.log(mass.clamp_min(1e-12))
+        open_end = log_normal_cdf((half + torch.where(first, offset, -offset)) * scale)
+        return torch.where(first | last, open_end, log_mass(offset, half, scale))
+
+
+def _tanh_cdf(z: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+@dataclass(frozen=True)
+class LevelDecoder(Levels):
+    r"""The probability of each level of each pixel, given the pixel's own noisy value.
+
+    .. math::
+        p(k \mid z) = \mathrm{softmax}_k\!\left(-\tfrac12 \frac{\alpha^2}{\sigma^2}
+        (z / \alpha - x_k)^2\right), \quad x_k = \mathrm{low} + w (k + \tfrac12).
+
+    Exact where the noise hides nothing but what lies within a pixel: with 256 levels in [-1, 1]
+    and gamma = -13.3, sigma is a sixth of the distance w of two levels.
+
+    Args:
+        levels: the number of levels, 256 for images of 8 bits.
+        low: the lower end of the model's range.
+        high: the upper end of the model's range.
+
+    Raises:
+        ValueError: unless levels >= 2 and low < high, both finite.
+
+    Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (section 3.3).
+
+    >>> decoder, images = LevelDecoder(levels=4), torch.tensor([[0, 2]])
+    >>> alpha, sigma = torch.tensor([1.0]), torch.tensor([0.1])
+    >>> decoder.log_prob(images, decoder.encode(images), alpha, sigma).exp()
+    tensor([1.0000])
+    """
+
+    def log_prob(self, images: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return log P(images | z), summed over pixels, in nats (B,).
+
+        The levels are looked at block by block, again in the backward pass, so that memory does
+        not grow with their number.
+
+        Args:
+            images: the levels (B, *D), of any integer dtype.
+            z: the noisy state alpha x + sigma eps (B, *D).
+            alpha: the scale of the data (B,).
+            sigma: the standard deviation of the noise (B,).
+
+        Raises:
+            TypeError: if images are not integers, or z is not floating-point.
+            ValueError: if shapes differ, or a value is no level.
+        """
+        self.check(images)
+        check_state(z, "z")
+        if z.shape != images.shape:
+            raise ValueError(
+                f"z: expected the shape of images, {tuple(images.shape)}, got {tuple(z.shape)}"
+            )
+        for name, value in (("alpha", alpha), ("sigma", sigma)):
+            if value.shape != z.shape[:1]:
+                raise ValueError(
+                    f"{name}: expected shape ({z.shape[0]},), got {tuple(value.shape)}"
+                )
+        if readable(sigma) and not bool((sigma > 0).all()):
+            raise ValueError(f"sigma: expected noise > 0, got {float(sigma.min()):g}")
+        precision = expand(alpha / sigma, z)
+        data = z / expand(alpha, z)
+        columns = (data, torch.as_tensor(precision).expand_as(z), images.long())
+        size = max(1, _BLOCK // self.levels)
+        blocks = zip(*(torch.split(c.flatten(), size) for c in columns), strict=True)
+        parts = [checkpoint(self._block, *block, use_reentrant=False) for block in blocks]
+        return torch.cat(parts).view(z.shape[0], -1).sum(1)
+
+    def _block(self, data: Tensor, precision: Tensor, images: Tensor) -> Tensor:
+        """Return the log-probabilities of single pixels (n,)."""
+        centres = self.encode(torch.arange(self.levels, device=data.device), dtype=data.dtype)
+        distance = (data.unsqueeze(1) - centres) * precision.unsqueeze(1)
+        log_probs = torch.log_softmax(-0.5 * distance.square(), 1)
+        return log_probs.gather(1, images.unsqueeze(1)).squeeze(1)
