@@ -30,8 +30,6 @@ from diffusionkit import (
     NELBO,
     VESDE,
     VPSDE,
-    BitsPerDim,
-    Dequantizer,
     EDMModel,
     ForwardSDE,
     ImportanceTimes,
@@ -47,6 +45,7 @@ from diffusionkit import (
     clipped_step,
     evaluate_bits_per_dim,
 )
+from diffusionkit.likelihood import BitsPerDim, Dequantizer
 from diffusionkit.networks import MLP
 
 SIZE = 8  # pixels along each side

@@ -32,7 +32,6 @@ from diffusionkit import (
     DDIM,
     VLB,
     Ancestral,
-    BitsPerDim,
     ChainNELBO,
     Clip,
     DDPMChain,
@@ -48,6 +47,7 @@ from diffusionkit import (
     ScoreModel,
     evaluate_bits_per_dim,
 )
+from diffusionkit.likelihood import BitsPerDim
 from diffusionkit.networks import MLP
 
 FEATURES = SIZE * SIZE

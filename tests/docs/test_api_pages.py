@@ -38,12 +38,17 @@ def public() -> list[str]:
         diffusionkit.checkpoints,
         diffusionkit.control,
         diffusionkit.diagnostics,
+        diffusionkit.likelihood,
         diffusionkit.metrics,
+        diffusionkit.models,
         diffusionkit.networks,
         diffusionkit.ops,
+        diffusionkit.sampling,
+        diffusionkit.sde,
         diffusionkit.testing,
+        diffusionkit.training,
     )
-    # What is exported from the package itself is not told twice.
+    # A name exported by the package itself is documented under that name only.
     return [
         f"{module.__name__}.{name}"
         for module in modules

@@ -30,10 +30,10 @@ from diffusionkit import (
     ODELikelihood,
     UniformDequantizer,
     VariationalDequantizer,
-    backward_with_schedule,
     bits_per_dim,
     bits_per_step,
     evaluate_bits_per_dim,
+    variance_minimizing_backward,
 )
 
 X = 0.5 * randn(4, 2)
@@ -106,7 +106,7 @@ def discrete_bounds():
     sde = fill(LearnedSDE(hidden=8, learn_ends=True))
     model = EpsModel(network(), sde, label=LogSigmaLabel())
     bound = DiscreteNELBO(model, LevelDecoder(16))(images, generator=seeded())
-    backward_with_schedule(bound.nats.mean() / 2, bound.diffusion / 2, sde.interior())
+    variance_minimizing_backward(bound.nats.mean() / 2, bound.diffusion / 2, sde.interior())
     return {**found, "gradients": flat(p.grad for p in model.parameters())}
 
 

@@ -30,7 +30,7 @@ from diffusionkit import (
     EpsModel,
     ForwardSDE,
     GaussianDecoder,
-    Hybrid,
+    HybridLoss,
     ImportanceTimes,
     IndexLabel,
     LearnedSDE,
@@ -41,9 +41,9 @@ from diffusionkit import (
     LossSecondMomentTimes,
     MinSNRWeighting,
     NoiseClassifier,
-    OnProcess,
     PCSampler,
     ReferenceBatches,
+    ScheduleTransformedModel,
     ScoreMatching,
     SigmaLabel,
     SimpleWeighting,
@@ -137,7 +137,7 @@ def exact_predictions():
     parts = {
         "mixture": mixture.predict(X0, t),
         "empirical": EmpiricalModel(PROCESSES["vp"], data).predict(X0, t),
-        "on process": OnProcess(model_on("ve"), EDMSDE(0.05, 10.0)).predict(X0, t),
+        "on process": ScheduleTransformedModel(model_on("ve"), EDMSDE(0.05, 10.0)).predict(X0, t),
     }
     found = {name: (one.x0, one.eps, one.score) for name, one in parts.items()}
     drawn = mixture.sample(5, generator=seeded())
@@ -243,9 +243,9 @@ def stable_targets():
         model,
         data[:6],
         reference=data,
-        reference_labels=classes,
+        reference_class_labels=classes,
         generator=seeded(),
-        labels=classes[:6],
+        class_labels=classes[:6],
     )
     return found
 
@@ -255,7 +255,7 @@ def variational_losses():
     found = {}
     x0 = GaussianDecoder().encode(randint(256, 6, 2))
     for variance in LEARNED:
-        for name, objective in (("vlb", VLB()), ("hybrid", Hybrid(0.01))):
+        for name, objective in (("vlb", VLB()), ("hybrid", HybridLoss(0.01))):
             model = model_on("ddpm", variance=variance)
             loss = objective(model, x0, generator=seeded())
             loss.mean().backward()

@@ -16,8 +16,6 @@ from diffusionkit import (
     clipped_step,
     linear_warmup,
     load_checkpoint,
-    power_coefficients,
-    power_exponent,
     reconstruct_ema,
     save_checkpoint,
 )
@@ -49,6 +47,7 @@ from diffusionkit.ops import (
     fir_upsample,
     upfirdn,
 )
+from diffusionkit.training import power_coefficients, power_exponent
 
 TINY = {
     "channels": 2,

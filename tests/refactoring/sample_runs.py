@@ -247,7 +247,7 @@ def time_travel_and_edits():
     for process in ("vp", "ve"):
         options = {"steps": 8, "constraint": Inpainting(x0, torch.tensor([1.0, 0.0]))}
         model = mixture_on(process)
-        sampler = PCSampler(model, Ancestral(), travel=TimeTravel(3, 2), **options)
+        sampler = PCSampler(model, Ancestral(), time_travel=TimeTravel(3, 2), **options)
         again = sampler(SHAPE, generator=seeded())
         t = 0.6 * model.sde.T
         edited = sampler.edit(x0, t, generator=seeded()), sampler.nfe

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusionkit import StepReport, clipped_step, linear_warmup
+from diffusionkit import clipped_step, linear_warmup
+from diffusionkit.training import StepReport
 
 
 def parameters() -> list[nn.Parameter]:
