@@ -42,6 +42,12 @@ def test_lowest_python_is_the_one_that_users_may_have() -> None:
     assert min(matrix, key=minor) == oldest == lowest
 
 
+def test_classified_pythons_are_those_of_the_matrix() -> None:
+    classifiers = "\n".join(PROJECT["classifiers"])
+    classified = re.findall(r"^Programming Language :: Python :: (\d+\.\d+)$", classifiers, re.M)
+    assert classified == re.findall(r'"([\d.]+)"', only(r"^ +python: \[(.+)\]$", CI))
+
+
 def test_oldest_torch_is_the_lower_bound() -> None:
     (requirement,) = (r for r in PROJECT["dependencies"] if re.match(r"torch\b", r))
     lower = only(r">=\s*([\d.]+)", requirement)
