@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive
-from ._grid_times import grid_times
+from ._grid_times import grid_times, schedule
 from ._loops import bare_networks, evaluation_mode
-from ._nfe import Tally
+from ._nfe import EvaluationCounter
 from ._schedules import home, schedule_dtype
 from .interfaces import ForwardSDE, ScoreModel
 
@@ -129,7 +129,7 @@ class Solver:
             time = sde.time_at_log_snr(value).clamp(low, high)
             z = state[0]
             (t,) = grid_times(sde, time, z.new_empty(len(z), dtype=dtype))
-            alpha, sigma = sde.kernel(t)
+            alpha, sigma = schedule(sde, t)
             r = math.hypot(float(alpha), float(sigma))
             rates = [y.to(state_dtype) for y in evaluate((r * z).to(dtype), t)]
             for rate in rates:
@@ -141,7 +141,7 @@ class Solver:
             return rates[0] / r, *rates[1:]
 
         first, last = radii(sde, start, end)
-        with evaluation_mode(model), bare_networks(model), Tally() as tally:
+        with evaluation_mode(model), bare_networks(model), EvaluationCounter() as counter:
             z, *sums = torchdiffeq.odeint(
                 velocity,
                 (x.to(state_dtype) / first, *totals),
@@ -151,7 +151,7 @@ class Solver:
                 method=self.method,
                 options=options,
             )
-        return (z[-1] * last, *(total[-1] for total in sums)), tally.evaluations
+        return (z[-1] * last, *(total[-1] for total in sums)), counter.evaluations
 
 
 def radii(sde: ForwardSDE, *times: float) -> list[float]:

@@ -49,7 +49,9 @@ class Gaussian(ScoreModel):
         total = alpha**2 * self.cov + sigma**2 * torch.eye(len(self.cov), dtype=DOUBLE)
         diff = x.double().flatten(1) - alpha * self.mean.flatten()
         x0 = self.mean.flatten() + diff @ torch.linalg.solve(total, alpha * self.cov)
-        return Prediction.from_x0(x, x0.view(x.shape).to(x.dtype), *self.sde.kernel(t))
+        return Prediction.from_x0(
+            x, x0.view(x.shape).to(x.dtype), *self.sde.perturbation_kernel(x, t)
+        )
 
     def posterior(self, rows, y):
         """Mean and covariance of the data given rows x0 = y, rows (m, n)."""

@@ -24,7 +24,9 @@ class Stated(ScoreModel):
     def predict(self, x, t, shift=None):
         prediction = (self.all if shift is None else self.one).predict(x.double(), t)
         make = {"eps": Prediction.from_eps, "x0": Prediction.from_x0}[self.kind]
-        return make(x, getattr(prediction, self.kind).to(x.dtype), *self.sde.kernel(t))
+        return make(
+            x, getattr(prediction, self.kind).to(x.dtype), *self.sde.perturbation_kernel(x, t)
+        )
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0"])

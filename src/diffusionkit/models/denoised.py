@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_part
+from .._grid_times import kernel
 from ..interfaces import ScoreModel
 from ..values import Prediction
 
@@ -66,7 +67,7 @@ class DenoisedModel(ScoreModel):
                 f"fn: expected data of shape {tuple(x.shape)}, {prediction.x0.dtype}, "
                 f"got {tuple(x0.shape)}, {x0.dtype}"
             )
-        alpha, sigma = self.sde.kernel(t)
+        alpha, sigma = kernel(self.sde, x, t)
         return Prediction.from_output(
             x,
             x0,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_positive
+from .._grid_times import schedule
 from ..interfaces import ForwardSDE
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
@@ -52,7 +53,7 @@ class SigmaLabel:
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return sigma / alpha, (B,)."""
-        alpha, sigma = sde.kernel(t)
+        alpha, sigma = schedule(sde, t)
         ratio = sigma / alpha
         return ratio.to(t.dtype) if isinstance(ratio, Tensor) else torch.full_like(t, ratio)
 
