@@ -52,9 +52,11 @@ def null_like(null: Any, condition: Tensor, name: str) -> Tensor:
     """Return a null condition, a number or tensor, with another's shape, dtype and device."""
     value = torch.as_tensor(null, device=condition.device)
     if value.is_floating_point() and not condition.is_floating_point():
-        raise TypeError(f"{name}: expected {condition.dtype}, as in the condition, got {value.dtype}")
+        raise TypeError(f"{name}: expected {condition.dtype}, as the condition, got {value.dtype}")
     try:
         return value.to(condition.dtype).expand_as(condition)
     except RuntimeError as error:
-        shape, got = tuple(condition.shape), tuple(value.shape)
-        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {got}") from error
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to the condition's, "
+            f"{tuple(condition.shape)}, got {tuple(value.shape)}"
+        ) from error

@@ -71,8 +71,7 @@ class _ChainObjective(abc.ABC):
             ((point - t * count).abs() < 0.01).all() and (point >= 1).all()
         ):
             raise ValueError(
-                f"t: expected times of steps, 1 / {count}, 2 / {count}, ..., 1, "
-                f"got {t.tolist()[:4]}"
+                f"t: expected times of steps, 1 / {count}, 2 / {count} ... 1, got {t.tolist()[:4]}"
             )
         sample = sde.perturb(x0, t, generator=generator)
         prediction = model.predict(sample.x, t, **cond)
@@ -95,7 +94,7 @@ class _ChainObjective(abc.ABC):
         *,
         detach_mean: bool = False,
     ) -> Tensor:
-        """Return T times the terms of the steps (B,), bits per dimension: their mean is the bound."""
+        """Return T times the terms of the steps (B,), in bits per dimension."""
         nats = step_nats(model, prediction, sample.x0, step, self.decoder, detach_mean=detach_mean)
         return nats * (chain_length(model) / (sample.x0[0].numel() * math.log(2)))
 
@@ -183,8 +182,8 @@ class HybridLoss(_ChainObjective):
     ) -> Tensor:
         if prediction.log_var is None and prediction.log_var_fraction is None:
             raise ValueError(
-                'model: expected a learned variance, as in EpsModel(..., variance="learned_range"), '
-                "got none; use ScoreMatching() for a fixed variance"
+                "model: expected a learned variance, as in EpsModel(..., "
+                'variance="learned_range"), got none; use ScoreMatching() for a fixed one'
             )
         target = Prediction.from_eps(sample.x, sample.eps, sample.alpha, sample.sigma)
         bits = self._bits(model, sample, prediction, step, detach_mean=True)
