@@ -231,7 +231,7 @@ def test_every_process_records_the_losses_of_all(tmp_path) -> None:
 
 @pytest.mark.parametrize("sampler", [DiscreteTimes(), LossSecondMomentTimes()], ids=repr)
 def test_a_process_without_steps_raises(sampler) -> None:
-    with pytest.raises(TypeError, match="sde: expected a chain of steps, .* got VPSDE"):
+    with pytest.raises(TypeError, match=r"sde: expected a chain of steps, .* got VPSDE"):
         sampler.sample(VPSDE(), 3)
     with pytest.raises(ValueError, match="n: expected"):
         sampler.sample(CHAIN, 0)

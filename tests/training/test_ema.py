@@ -151,7 +151,7 @@ def test_applying_to_another_model_raises() -> None:
         with (
             pytest.raises(
                 ValueError,
-                match="model: expected . tensors of the averaged",
+                match=r"model: expected . tensors of the averaged",
             ),
             ema.applied(other),
         ):
@@ -162,7 +162,7 @@ def test_applying_to_another_model_raises() -> None:
 def test_updating_from_another_model_raises_and_changes_nothing(other) -> None:
     ema = EMA(nn.Linear(2, 2))
     before = copy.deepcopy(ema.state_dict())
-    with pytest.raises(ValueError, match="model: expected . tensors of the averaged"):
+    with pytest.raises(ValueError, match=r"model: expected . tensors of the averaged"):
         ema.update(other)
     after = ema.state_dict()
     assert after["updates"] == before["updates"] == 0

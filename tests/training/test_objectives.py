@@ -346,7 +346,7 @@ def test_nats_require_the_likelihood_weighting_and_unbiased_times() -> None:
     with pytest.raises(TypeError, match="weighting: expected LikelihoodWeighting"):
         ScoreMatching().nats(gaussian(VPSDE()), x)
     objective = ScoreMatching(LikelihoodWeighting(), times=LogNormalTimes())
-    with pytest.raises(ValueError, match="times: expected .* got LogNormalTimes"):
+    with pytest.raises(ValueError, match=r"times: expected .* got LogNormalTimes"):
         objective.nats(gaussian(VPSDE()), x)
 
 

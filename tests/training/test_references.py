@@ -132,7 +132,7 @@ def test_invalid_arguments() -> None:
     for batch, reference in ((8, 4), (4, 21), (0, 4)):
         with pytest.raises(ValueError, match="expected"):
             ReferenceBatches(data, batch, reference)
-    with pytest.raises(ValueError, match="reference_size <= 10, .* process, got 4, 11"):
+    with pytest.raises(ValueError, match=r"reference_size <= 10, .* process, got 4, 11"):
         ReferenceBatches(data, 4, 11, rank=0, world_size=2)
     with pytest.raises(ValueError, match="rank: expected an integer < 2, got 2"):
         ReferenceBatches(data, 4, 8, rank=2, world_size=2)

@@ -322,13 +322,9 @@ def test_invalid_arguments(d) -> None:
         target(
             sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels.roll(1)
         )
-    with pytest.raises(
-        ValueError, match="reference_class_labels: expected together with class_labels"
-    ):
+    with pytest.raises(ValueError, match="reference_class_labels: expected together with"):
         target(sample, data, class_labels=class_labels[:6])
-    with pytest.raises(
-        ValueError, match="^class_labels: expected together with reference_class_labels"
-    ):
+    with pytest.raises(ValueError, match=r"^class_labels: expected together with reference"):
         target(sample, data, reference_class_labels=class_labels)
     with pytest.raises(ValueError, match=r"no reference of \[2\]"):
         target(sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels % 2)
@@ -336,9 +332,7 @@ def test_invalid_arguments(d) -> None:
         target(sample, data, class_labels=class_labels, reference_class_labels=class_labels)
     with pytest.raises(ValueError, match=r"reference_class_labels: expected shape \(30,\)"):
         target(sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels[:6])
-    with pytest.raises(
-        TypeError, match="cond: expected no condition but class_labels, got condition"
-    ):
+    with pytest.raises(TypeError, match="no condition but class_labels, got condition"):
         target(sample, data, condition=data[:6])
     with pytest.raises(ValueError, match="source: expected one of"):
         StableTarget("somewhere")
