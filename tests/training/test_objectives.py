@@ -12,7 +12,9 @@ from torch import nn
 from diffusionkit import (
     EDMSDE,
     VESDE,
+    VLB,
     VPSDE,
+    DDPMChain,
     DenoisingTarget,
     EDMModel,
     EpsModel,
@@ -32,6 +34,7 @@ from diffusionkit import (
     VModel,
     X0Model,
 )
+from diffusionkit._grid_times import grid_times
 
 SDES = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(), "edm": EDMSDE()}
 MODELS = [EpsModel, X0Model, VModel, RawScoreModel, EDMModel]
@@ -238,8 +241,23 @@ def test_given_times_are_used_with_weight_one() -> None:
     t = torch.tensor([0.2, 0.4])
     objective = ScoreMatching(target=target, times=FixedTimes(0.9, weight=7.0))
     loss = objective(EpsModel(zero, VPSDE()), torch.randn(2, 50), t=t, generator=seeded())
-    assert target.given[0].t is t
+    assert torch.equal(target.given[0].t, t)
     torch.testing.assert_close(loss, target.given[0].eps.square().mean(1))
+
+
+@pytest.mark.parametrize("objective", [ScoreMatching(), VLB()])
+def test_models_get_tensors_at_times_of_a_sampler_too(objective) -> None:
+    kernels = []
+
+    class Spy(EpsModel):
+        def predict(self, x, t, **cond):
+            kernels.extend(self.sde.kernel(t))
+            return super().predict(x, t, **cond)
+
+    chain, x0 = DDPMChain.linear(10), torch.ones(2, 3)
+    (t,) = grid_times(chain, torch.tensor([0.5]), x0)
+    assert objective(Spy(zero, chain), x0, t=t).shape == (2,)
+    assert [c.shape for c in kernels] == [(2,), (2,)]
 
 
 def test_a_sample_with_its_own_generator_does_not_depend_on_the_batch() -> None:

@@ -75,10 +75,10 @@ class LossSecondMomentTimes(TimeSampler):
 
     Args:
         history: the number of recent losses of each step to average over.
-        uniform: the weight u of the uniform distribution; it bounds the weights by 1 / u.
+        uniform: the share u of the uniform distribution; weights are at most 1 / u.
 
     Raises:
-        ValueError: unless history >= 1 and 0 < uniform <= 1.
+        ValueError: if history < 1 or uniform is outside (0, 1].
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.3).
 

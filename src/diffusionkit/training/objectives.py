@@ -153,6 +153,7 @@ class ScoreMatching:
             )
         else:
             check_times(t, sde.T, len(x0), x0)
+            t = t.view_as(t)  # without the floats of a sampler's time: parts get tensors (B,)
             weight = torch.ones_like(t)
         sample = sde.perturb(x0, t, generator=generator)
         target_cond = dict(cond)

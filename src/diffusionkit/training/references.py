@@ -43,7 +43,7 @@ class ReferenceBatches:
             collate_fn.
 
     Raises:
-        ValueError: unless batch_size <= reference_size <= the number of items of each process.
+        ValueError: if batch_size > reference_size, or either exceeds the items of a process.
         TypeError: if the data set has no length, or a size is not an integer.
 
     >>> data = torch.randn(100, 3)

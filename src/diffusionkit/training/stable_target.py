@@ -157,8 +157,8 @@ class StableTarget(TargetEstimator):
                 logit = logit.masked_fill(allowed.any(1, keepdim=True), -torch.inf)
             yield logit, own.unsqueeze(1)
             scored = score(own, noise, _ratio(sample), blocks)
-            for mask, scores in zip(torch.split(allowed, rows, 1), scored, strict=True):
-                values, logits, is_source = scores
+            masks = torch.split(allowed, rows, 1)
+            for mask, (values, logits, is_source) in zip(masks, scored, strict=True):
                 found.append((is_source & mask).any(1))
                 yield logits.masked_fill(~mask, -torch.inf), values
 

@@ -13,7 +13,7 @@ from ..interfaces import Perturbed, Prediction, TargetEstimator
 
 @dataclass(frozen=True)
 class DenoisingTarget(TargetEstimator):
-    """The data and noise of the noisy state itself: denoising score matching.
+    """The data and noise of the noisy sample: denoising score matching.
 
     Source: Vincent, A Connection Between Score Matching and Denoising Autoencoders, 2011.
     """

@@ -65,7 +65,7 @@ class StratifiedTimes(TimeSampler):
     .. math::
         u_i = (u_0 + i / n) \bmod 1, \quad t = t_{min} + (T - t_{min}) u, \quad \text{weight } 1
 
-    Each time by itself is uniform. The batch shares one draw, so one generator for each sample
+    Each single time is uniform. The batch shares one draw, so one generator for each sample
     raises TypeError.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix I.1).

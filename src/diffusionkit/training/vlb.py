@@ -65,6 +65,7 @@ class _ChainObjective(abc.ABC):
             )
         else:
             check_times(t, sde.T, len(x0), x0)
+            t = t.view_as(t)  # without the floats of a sampler's time: parts get tensors (B,)
             weight = torch.ones_like(t)
         point = (t * count).round()
         if readable(t) and not bool(

@@ -54,7 +54,7 @@ class LikelihoodWeighting(Weighting):
 
 @dataclass(frozen=True)
 class EDMWeighting(Weighting):
-    r"""Weight (s^2 + sd^2) / sd^2, s = sigma / alpha: weight 1 of the error of EDM's network.
+    r"""Weight (s^2 + sd^2) / sd^2, s = sigma / alpha: weight 1 of EDM's raw network output.
 
     On the squared error of x0 this is EDM's (s^2 + sd^2) / (s sd)^2.
 
