@@ -1,12 +1,9 @@
 """Distributions of training times over the steps of a chain."""
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from support import seeded
+from support.processes import run_in_two_processes
 
 from diffusionkit import VPSDE, DDPMChain, EpsModel, LikelihoodWeighting, ScoreMatching
 from diffusionkit.training import SimpleWeighting, load_checkpoint, save_checkpoint
@@ -187,18 +184,10 @@ def test_it_is_saved_and_resumed(tmp_path) -> None:
 
 
 PROCESS = """
-import sys
-import torch
-from datetime import timedelta
-from torch import distributed as dist
 from diffusionkit import DDPMChain
 from diffusionkit.training._gather import gathered
 from diffusionkit.training.discrete_times import LossSecondMomentTimes
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
 times, chain = LossSecondMomentTimes(history=2), DDPMChain([0.1, 0.2, 0.3])
 times.sample(chain, 1)
 for k in range(6):
@@ -207,14 +196,11 @@ for k in range(6):
     times.update((steps + 1) / 3, 1.0 + steps + 0.1 * k + rank)
 rows = gathered(torch.full((1 + 2 * rank, 2), rank))
 torch.save([times.state_dict(), times.probabilities, rows], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
 """
 
 
 def test_every_process_records_the_losses_of_all(tmp_path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    run_in_two_processes(PROCESS, tmp_path)
     (state, p, rows), (other, other_p, _) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert torch.equal(p, other_p)
     assert rows.tolist() == [[0, 0], [1, 1], [1, 1], [1, 1]]

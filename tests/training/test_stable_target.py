@@ -1,14 +1,12 @@
 """The stable target against closed forms, exact sums and the exact model."""
 
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from support import seeded
 from support.noisy_data import noisy
+from support.processes import run_in_two_processes
 
 from diffusionkit import (
     EDMSDE,
@@ -252,17 +250,9 @@ def test_it_compiles_to_one_graph(d) -> None:
 
 
 PROCESS = """
-import sys
-import torch
-from datetime import timedelta
-from torch import distributed as dist
 from diffusionkit import VPSDE
 from diffusionkit.training.stable_target import StableTarget
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
 found = []
 for d in (3, 600):
     data = torch.randn(900, d, generator=torch.Generator().manual_seed(0))
@@ -282,14 +272,11 @@ for d in (3, 600):
     found += [torch.equal(a.x0, b.x0) and torch.equal(a.eps, b.eps) for a, b in pairs]
     found.append(not torch.equal(own.x0, prediction[0].x0))
 torch.save(found, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
 """
 
 
 def test_gathered_references_give_the_same_bits(tmp_path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    run_in_two_processes(PROCESS, tmp_path)
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == [True] * 6
 

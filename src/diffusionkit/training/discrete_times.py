@@ -104,6 +104,7 @@ class LossSecondMomentTimes(TimeSampler):
         self._losses = torch.zeros((0, history), dtype=torch.float64)
         self._counts = torch.zeros(0, dtype=torch.int64)
 
+    @override
     def __repr__(self) -> str:
         return f"LossSecondMomentTimes(history={self.history}, uniform={self.uniform})"
 

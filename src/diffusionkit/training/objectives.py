@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_finite, check_part, check_reference, check_state, check_times
+from .._checks import check_finite, check_part, check_reference, check_state
 from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
 from .targets import DenoisingTarget
-from .times import UniformTimes
+from .times import UniformTimes, times_and_weights
 from .weighting import LikelihoodWeighting, SimpleWeighting
 
 
@@ -57,6 +58,7 @@ class ScoreMatching:
         check_part(self.target, TargetEstimator, "target")
         check_part(self.times, TimeSampler, "times")
 
+    @override
     def __repr__(self) -> str:
         return f"ScoreMatching({self.weighting}, target={self.target}, times={self.times})"
 
@@ -145,16 +147,7 @@ class ScoreMatching:
         if reference is not None:
             check_reference(reference, x0)
         sde = model.sde
-        if t is None:
-            # In the data's dtype, so that a model that computes with t stays in that dtype.
-            dtype = torch.promote_types(x0.dtype, torch.float32)
-            t, weight = self.times.sample(
-                sde, len(x0), generator=generator, device=x0.device, dtype=dtype
-            )
-        else:
-            check_times(t, sde.T, len(x0), x0)
-            t = t.view_as(t)  # without the floats of a sampler's time: parts get tensors (B,)
-            weight = torch.ones_like(t)
+        t, weight = times_and_weights(self.times, sde, x0, t, generator)
         sample = sde.perturb(x0, t, generator=generator)
         target_cond = dict(cond)
         if reference_class_labels is not None:

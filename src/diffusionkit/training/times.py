@@ -9,10 +9,23 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_number, check_positive
+from .._checks import check_count, check_number, check_positive, check_times
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand, randn
+
+
+def times_and_weights(
+    sampler: TimeSampler, sde: ForwardSDE, x0: Tensor, t: Tensor | None, generator: Generators
+) -> tuple[Tensor, Tensor]:
+    """Return times and weights (B,) for data x0: drawn, or the given times with weight 1."""
+    if t is None:
+        # In the data's dtype, so that a model that computes with t stays in that dtype.
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        return sampler.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
+    check_times(t, sde.T, len(x0), x0)
+    # A view drops the floats that a sampler's time carries, so that parts get tensors (B,).
+    return t.view_as(t), torch.ones_like(t)
 
 
 def _stratified(

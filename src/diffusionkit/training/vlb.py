@@ -1,4 +1,4 @@
-"""Variational bound of a discrete chain as a training objective, alone or with the simple loss."""
+"""The variational bound of a discrete chain as an objective, alone or with the simple loss."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import abc
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from .._chain_terms import chain_length, step_nats
-from .._checks import check_finite, check_part, check_positive, check_state, check_times, readable
+from .._checks import check_finite, check_part, check_positive, check_state, readable
 from ..decoders import GaussianDecoder
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
 from ..random import Generators
 from ..values import Prediction
 from .discrete_times import DiscreteTimes
+from .times import times_and_weights
 
 
 class _ChainObjective(abc.ABC):
@@ -58,15 +58,7 @@ class _ChainObjective(abc.ABC):
         check_finite(x0, "x0")
         self.decoder.check(x0)
         sde = model.sde
-        if t is None:
-            dtype = torch.promote_types(x0.dtype, torch.float32)
-            t, weight = self.times.sample(
-                sde, len(x0), generator=generator, device=x0.device, dtype=dtype
-            )
-        else:
-            check_times(t, sde.T, len(x0), x0)
-            t = t.view_as(t)  # without the floats of a sampler's time: parts get tensors (B,)
-            weight = torch.ones_like(t)
+        t, weight = times_and_weights(self.times, sde, x0, t, generator)
         point = (t * count).round()
         if readable(t) and not bool(
             ((point - t * count).abs() < 0.01).all() and (point >= 1).all()
@@ -129,6 +121,7 @@ class VLB(_ChainObjective):
     torch.Size([4])
     """
 
+    @override
     def __repr__(self) -> str:
         return f"VLB(decoder={self.decoder}, times={self.times})"
 
@@ -174,6 +167,7 @@ class HybridLoss(_ChainObjective):
         check_positive(vlb_weight, "vlb_weight")
         self.vlb_weight = vlb_weight
 
+    @override
     def __repr__(self) -> str:
         return f"HybridLoss({self.vlb_weight}, decoder={self.decoder}, times={self.times})"
 
