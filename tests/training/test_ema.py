@@ -148,13 +148,7 @@ def test_a_restored_state_continues_the_warmup() -> None:
 def test_applying_to_another_model_raises() -> None:
     ema = EMA(nn.Linear(2, 2))
     for other in (nn.Linear(2, 3), nn.Linear(2, 2, bias=False)):
-        with (
-            pytest.raises(
-                ValueError,
-                match=r"model: expected . tensors of the averaged",
-            ),
-            ema.applied(other),
-        ):
+        with pytest.raises(ValueError, match=r"expected . tensors of the"), ema.applied(other):
             pass
 
 

@@ -12,11 +12,7 @@ from ..random import Generators, rand
 
 
 def drop_conditions(
-    condition: Tensor,
-    null: Tensor | float,
-    probability: float,
-    *,
-    generator: Generators = None,
+    condition: Tensor, null: Tensor | float, probability: float, *, generator: Generators = None
 ) -> Tensor:
     """Replace a condition (B, ...) by the null condition, independently for each sample.
 
