@@ -246,7 +246,7 @@ def test_given_times_are_used_with_weight_one() -> None:
 
 
 @pytest.mark.parametrize("objective", [ScoreMatching(), VLB()])
-def test_models_get_tensors_at_times_of_a_sampler_too(objective) -> None:
+def test_models_get_tensors_at_times_of_a_sampler(objective) -> None:
     kernels = []
 
     class Spy(EpsModel):

@@ -221,7 +221,7 @@ def test_the_time_sampler_is_updated_with_unweighted_losses() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_networks(dtype) -> None:
+def test_networks_in_lower_precision_have_float32_losses(dtype) -> None:
     """With a float32 or bfloat16 output the loss is finite and float32."""
     exact = small(DDPMChain.cosine(20))
     x, t = pictures(4), exact.sde.time([0, 3, 19, 7])

@@ -76,9 +76,9 @@ class PowerEMA:
         \bar\theta_t = \beta_t \bar\theta_{t-1} + (1 - \beta_t) \theta_t, \quad
         \beta_t = (1 - 1/t)^{\gamma + 1}
 
-    at update t = 1, 2, ... gives the weights of update s a share proportional to s^gamma: the
-    profile stretches with the training, and the initial weights have no share. Its length is
-    sigma_rel, the standard deviation of s divided by t. From snapshots of two lengths, saved at
+    at update t = 1, 2, ..., so that the share of the weights of update s is proportional to
+    s^gamma: the profile stretches with the training, and the initial weights have no share. Its
+    length is sigma_rel, the standard deviation of s / t. From snapshots of two lengths, saved at
     intervals, `reconstruct_ema` computes the average of any other length after training.
 
     Args:
