@@ -66,7 +66,7 @@ def test_the_dtype_is_kept_and_the_null_gets_its_gradient() -> None:
         (torch.zeros(2).long(), 1, True, TypeError, "probability: expected a number, got bool"),
         (torch.zeros(2).long(), 1.5, 0.1, TypeError, "null: expected torch.int64.* torch.float32"),
         (torch.zeros(2, 3), torch.zeros(4), 0.1, ValueError,
-         r"null: expected a shape that broadcasts to the condition's, \(2, 3\), got \(4,\)"),
+         r"null: expected a shape that fits the condition's, \(2, 3\), got \(4,\)"),
         ([1, 2], 1, 0.1, TypeError, r"condition: expected a tensor \(B, ...\), got"),
         (torch.tensor(1), 1, 0.1, TypeError, "condition: expected a tensor"),
     ],

@@ -53,6 +53,6 @@ def null_like(null: Any, condition: Tensor, name: str) -> Tensor:
         return value.to(condition.dtype).expand_as(condition)
     except RuntimeError as error:
         raise ValueError(
-            f"{name}: expected a shape that broadcasts to the condition's, "
+            f"{name}: expected a shape that fits the condition's, "
             f"{tuple(condition.shape)}, got {tuple(value.shape)}"
         ) from error
