@@ -254,7 +254,7 @@ def test_models_get_tensors_at_times_of_a_sampler(objective) -> None:
             kernels.extend(self.sde.kernel(t))
             return super().predict(x, t, **cond)
 
-    chain, x0 = DDPMChain.linear(10), torch.ones(2, 3)
+    chain, x0 = DDPMChain.cosine(10), torch.ones(2, 3)
     (t,) = grid_times(chain, torch.tensor([0.5]), x0)
     assert objective(Spy(zero, chain), x0, t=t).shape == (2,)
     assert [c.shape for c in kernels] == [(2,), (2,)]
