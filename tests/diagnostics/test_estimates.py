@@ -1,3 +1,5 @@
+"""Plots of estimates."""
+
 import sys
 
 import pytest
@@ -12,7 +14,7 @@ def estimate(quantity="variance (score)", label="DSM"):
     return Estimate(noise, noise, value, value / torch.tensor([10.0, 1.0, 10.0]), quantity, label)
 
 
-def test_curves_in_order_with_bands_on_logarithmic_axes():
+def test_sorted_curves_with_bands_on_logarithmic_axes() -> None:
     pytest.importorskip("matplotlib")
     ax = plot_variances([estimate(), estimate(label="STF")])
     assert [line.get_label() for line in ax.lines] == ["DSM", "STF"]
@@ -27,14 +29,14 @@ def test_curves_in_order_with_bands_on_logarithmic_axes():
     ax.figure.canvas.draw()
 
 
-def test_on_the_users_axes():
+def test_a_plot_on_given_axes() -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     ax = figure.subplots()
     assert plot_variances(estimate(), ax) is ax
     assert len(ax.lines) == 1
 
 
-def test_bad_input():
+def test_invalid_arguments() -> None:
     with pytest.raises(
         ValueError, match=r"same quantity, got \['divergence', 'variance \(score\)'\]"
     ):
@@ -43,7 +45,7 @@ def test_bad_input():
         plot_variances([])
 
 
-def test_without_matplotlib(monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="plot_variances needs matplotlib: pip install"):
         plot_variances(estimate())

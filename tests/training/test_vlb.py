@@ -1,9 +1,10 @@
-"""VLB and HybridLoss: published losses, whose gradient comes from where, what lambda means."""
+"""VLB and HybridLoss: published values, gradients, and the meaning of lambda."""
 
 import math
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import VPSDE, DDPMChain, EpsModel, ScoreMatching
 from diffusionkit.decoders import GaussianDecoder
@@ -27,7 +28,7 @@ SIMPLE = 0.028125
 
 
 class Given(DDPMChain):
-    """A chain whose noise is the same every time."""
+    """A chain with fixed noise."""
 
     def perturb(self, x0, t, *, generator=None) -> Perturbed:
         alpha, sigma = self.marginal(t.double())
@@ -36,7 +37,7 @@ class Given(DDPMChain):
 
 
 def part_of(chain: DDPMChain, steps: int) -> torch.Tensor:
-    """The betas of a chain of a part of the steps, as improved DDPM makes them."""
+    """The betas of a respaced chain, as in improved DDPM."""
     bar = torch.cat([f64(1.0), torch.cumprod(1 - chain.betas, 0)])
     at = torch.tensor([0, *(i + 1 for i in chain.subsequence(steps))])
     return 1 - bar[at][1:] / bar[at][:-1]
@@ -64,8 +65,8 @@ LOSSES = [
 
 
 @pytest.mark.parametrize(("schedule", "step", "variance", "vlb", "hybrid"), LOSSES)
-def test_published_losses(schedule, step, variance, vlb, hybrid) -> None:
-    """VLB is RESCALED_KL and HybridLoss(1e-3) RESCALED_MSE, whatever T and the respacing."""
+def test_losses_match_the_released_code(schedule, step, variance, vlb, hybrid) -> None:
+    """VLB is RESCALED_KL and HybridLoss(1e-3) is RESCALED_MSE, for any T and respacing."""
     chain = CHAINS[schedule]
     learned = variance.startswith("learned")
     output = torch.cat([HAT, V], 1) if learned else HAT
@@ -74,7 +75,7 @@ def test_published_losses(schedule, step, variance, vlb, hybrid) -> None:
     assert float(VLB(decoder=TANH)(model, X0, t=t)) == pytest.approx(vlb, rel=1e-9)
     if learned:
         assert float(HybridLoss(decoder=TANH)(model, X0, t=t)) == pytest.approx(hybrid, rel=1e-9)
-        # MSE adds the same bits without T: KL is VLB / T, the weight is 1 / T.
+        # MSE adds the bits without the factor T: KL = VLB / T, so the weight is 1 / T.
         per_step = float(HybridLoss(1 / chain.steps, decoder=TANH)(model, X0, t=t))
         assert per_step == pytest.approx(SIMPLE + vlb / chain.steps, rel=1e-9)
 
@@ -91,13 +92,8 @@ def small(chain: DDPMChain, variance: str | None = "learned_range", **options) -
 
 
 def pictures(n: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(256, (n, 1, 4, 4), generator=generator)
+    images = torch.randint(256, (n, 1, 4, 4), generator=seeded(5))
     return GaussianDecoder().encode(images, dtype=torch.float64)
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
 
 
 def gradients(model: EpsModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -107,10 +103,10 @@ def gradients(model: EpsModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variance", ["learned_range", "learned"])
-def test_each_head_learns_from_its_own_loss(variance) -> None:
+def test_each_head_gets_the_gradient_of_its_own_loss(variance) -> None:
     model, x = small(DDPMChain.cosine(20), variance), pictures(6)
     found = {
-        name: gradients(model, loss(model, x, generator=seeded()).mean())
+        name: gradients(model, loss(model, x, generator=seeded(3)).mean())
         for name, loss in {
             "hybrid": HybridLoss(0.3),
             "simple": ScoreMatching(times=DiscreteTimes()),
@@ -129,20 +125,20 @@ def test_each_head_learns_from_its_own_loss(variance) -> None:
 
 
 def test_the_weight_does_not_depend_on_the_number_of_steps() -> None:
-    """The bound of a chain, and so what lambda weighs, settles as T grows."""
+    """The bound of a chain, which lambda multiplies, converges as T grows."""
     means = {}
     for steps in (100, 400):
         chain = DDPMChain.linear(steps)
         model = EpsModel(lambda x, noise_label: 0.9 * x, chain)
         t = chain.time(torch.arange(steps))
         x = GaussianDecoder().encode(torch.full((steps, 64), 77), dtype=torch.float64)
-        means[steps] = float(VLB()(model, x, t=t, generator=seeded())[1:].sum() / steps)
-    # Without the factor they would differ by 4, with its square too.
+        means[steps] = float(VLB()(model, x, t=t, generator=seeded(3))[1:].sum() / steps)
+    # Without the factor T, or with its square, they would differ by a factor of 4.
     assert means[400] == pytest.approx(means[100], rel=0.5)
 
 
-def test_both_laws_of_times_estimate_one_bound() -> None:
-    """Against the mean over all steps, and loss-second-moment times with less variance."""
+def test_both_time_samplers_estimate_the_same_bound() -> None:
+    """The mean over all steps; loss-second-moment times have less variance."""
     chain = DDPMChain.cosine(12)
     model = EpsModel(lambda x, noise_label: 0.8 * x, chain)
     n = 3000
@@ -150,10 +146,10 @@ def test_both_laws_of_times_estimate_one_bound() -> None:
     truth = 0.0
     for i in range(12):
         t = torch.full((n,), (i + 1) / 12, dtype=torch.float64)
-        truth += float(VLB()(model, x, t=t, generator=seeded()).mean()) / 12
+        truth += float(VLB()(model, x, t=t, generator=seeded(3)).mean()) / 12
     errors = {}
     for times in (DiscreteTimes(), LossSecondMomentTimes()):
-        vlb, generator = VLB(times=times), seeded()
+        vlb, generator = VLB(times=times), seeded(3)
         with torch.no_grad():
             vlb(model, x, generator=generator)  # fills the histories
             losses = vlb(model, x, generator=generator)
@@ -163,13 +159,13 @@ def test_both_laws_of_times_estimate_one_bound() -> None:
 
 
 @pytest.mark.parametrize("loss", [VLB(), HybridLoss()], ids=["vlb", "hybrid"])
-def test_accumulated_gradients_are_those_of_the_batch(loss) -> None:
+def test_accumulated_gradients_are_those_of_the_whole_batch(loss) -> None:
     model, x = small(DDPMChain.cosine(20)), pictures(8)
     t = model.sde.time([0, 3, 19, 7, 11, 0, 2, 15])
-    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    generators = [seeded(i) for i in range(8)]
     whole = gradients(model, loss(model, x, t=t, generator=generators).mean())
     model.zero_grad()
-    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    generators = [seeded(i) for i in range(8)]
     for start in range(0, 8, 2):
         rows = slice(start, start + 2)
         part = loss(model, x[rows], t=t[rows], generator=generators[rows])
@@ -185,14 +181,14 @@ def test_activation_checkpointing_with_dropout_has_the_same_gradient() -> None:
         x = pictures(4)
         t = model.sde.time([0, 3, 19, 7])
         torch.manual_seed(11)  # the masks
-        found.append(gradients(model, HybridLoss()(model, x, t=t, generator=seeded()).mean()))
+        found.append(gradients(model, HybridLoss()(model, x, t=t, generator=seeded(3)).mean()))
     plain, recomputed = found
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-12, atol=1e-14)
 
 
 def test_conditions_reach_every_term() -> None:
-    """At the first step and at others, mean and variance."""
+    """Mean and variance, at the first step and at others."""
 
     def network(x, label, *, shift):
         return torch.cat([0.1 * x + shift.view(-1, 1), (0.2 * shift).view(-1, 1).expand_as(x)], 1)
@@ -202,42 +198,41 @@ def test_conditions_reach_every_term() -> None:
     x = X0.expand(2, -1)
     for loss in (VLB(), HybridLoss()):
         one, other = (
-            loss(model, x, t=t, generator=seeded(), shift=f64(*shift))
+            loss(model, x, t=t, generator=seeded(3), shift=f64(*shift))
             for shift in ((0.1, 0.2), (0.4, -0.9))
         )
         assert bool((one != other).all())
 
 
-def test_losses_are_told_to_the_times_unweighted() -> None:
+def test_the_time_sampler_is_updated_with_unweighted_losses() -> None:
     class Weighted(DiscreteTimes):
         def sample(self, sde, n, **kwargs):
             return f64(0.1, 0.5), f64(7.0, 3.0)
 
         def update(self, t, loss) -> None:
-            told.append(loss)
+            passed.append(loss)
 
-    told: list[torch.Tensor] = []
+    passed: list[torch.Tensor] = []
     model = EpsModel(lambda x, noise_label: 0.5 * x, DDPMChain.cosine(10))
-    got = VLB(times=Weighted())(model, X0.expand(2, -1), generator=seeded())
-    plain = VLB()(model, X0.expand(2, -1), t=f64(0.1, 0.5), generator=seeded())
-    torch.testing.assert_close(told[0], plain)
+    got = VLB(times=Weighted())(model, X0.expand(2, -1), generator=seeded(3))
+    plain = VLB()(model, X0.expand(2, -1), t=f64(0.1, 0.5), generator=seeded(3))
+    torch.testing.assert_close(passed[0], plain)
     torch.testing.assert_close(got, f64(7.0, 3.0) * plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_networks(dtype) -> None:
-    """A network's bfloat16 output costs as much as it says, not more."""
+def test_networks_in_lower_precision_have_float32_losses(dtype) -> None:
+    """With a float32 or bfloat16 output the loss is finite and float32."""
     exact = small(DDPMChain.cosine(20))
     x, t = pictures(4), exact.sde.time([0, 3, 19, 7])
-    want = HybridLoss()(exact, x, t=t, generator=seeded())
+    want = HybridLoss()(exact, x, t=t, generator=seeded(3))
     inner = exact.network
 
     def rounded(x, label):
         return inner(x.double(), label.double()).to(dtype)
 
     model = EpsModel(rounded, exact.sde, variance="learned_range")
-    eps = torch.Generator().manual_seed(3)
-    got = HybridLoss()(model, x.float(), t=t.float(), generator=eps)
+    got = HybridLoss()(model, x.float(), t=t.float(), generator=seeded(3))
     assert got.dtype == torch.float32
     assert got.shape == want.shape
     assert bool(torch.isfinite(got).all())
@@ -260,13 +255,13 @@ def test_half_precision_networks(dtype) -> None:
         ({"model": torch.nn.Identity()}, TypeError, "model: expected a ScoreModel, got Identity"),
     ],
 )
-def test_bad_input(call, error, match) -> None:
+def test_invalid_arguments_of_a_call(call, error, match) -> None:
     given = {"model": EpsModel(lambda x, noise_label: x, DDPMChain.cosine(10)), "x0": X0} | call
     with pytest.raises(error, match=match):
         VLB()(given.pop("model"), given.pop("x0"), **given)
 
 
-def test_a_hybrid_of_what_is_not_learned() -> None:
+def test_a_hybrid_loss_without_a_learned_variance_raises() -> None:
     model = EpsModel(lambda x, noise_label: x, DDPMChain.cosine(10), variance="fixed_large")
     with pytest.raises(ValueError, match="expected a learned variance"):
         HybridLoss()(model, X0)
@@ -280,11 +275,11 @@ def test_a_hybrid_of_what_is_not_learned() -> None:
         (lambda: HybridLoss(0.0), ValueError, "vlb_weight: expected a finite number > 0, got 0.0"),
     ],
 )
-def test_bad_parts(make, error, match) -> None:
+def test_invalid_parts(make, error, match) -> None:
     with pytest.raises(error, match=match):
         make()
 
 
-def test_what_they_say_of_themselves() -> None:
+def test_repr() -> None:
     assert repr(VLB()).startswith("VLB(decoder=GaussianDecoder(levels=256")
     assert repr(HybridLoss()).startswith("HybridLoss(0.001, decoder=GaussianDecoder(")

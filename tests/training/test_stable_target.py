@@ -1,13 +1,12 @@
-"""The stable target against closed forms, exact sums and the ideal model."""
+"""The stable target against closed forms, exact sums and the exact model."""
 
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
-from noisy_data import noisy, seeded
+from support import seeded
+from support.noisy_data import noisy
+from support.processes import run_in_two_processes
 
 from diffusionkit import (
     EDMSDE,
@@ -46,11 +45,11 @@ FOUR_FIFTHS = math.sqrt(0.19)
         (1.0, 1.0, [-2.0, 2.0], 3, [-0.5286842367400033, 0.33067949159730176]),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("spare", [0, 60])  # dimensions that say nothing, for matrix products
+@pytest.mark.parametrize("spare", [0, 60])  # constant dimensions, to test matrix products
 def test_finite_sets_against_60_digits(alpha, sigma, x, n, x0, spare) -> None:
     wide = lambda v: torch.cat([v, torch.full((len(v), spare), 7.0)], 1)  # noqa: E731
     data, expected = wide(POINTS[:n]), torch.tensor([x0] * n, dtype=torch.float64)
-    # Whichever point the state came from, the target at it is the same.
+    # The target at a state does not depend on its source.
     state = torch.tensor([x], dtype=torch.float64).expand(n, 2)
     state = torch.cat([state, torch.full((n, spare), 7.0 * alpha)], 1)
     prediction = StableTarget()(noisy(data, state, alpha, sigma), data)
@@ -61,7 +60,7 @@ def test_finite_sets_against_60_digits(alpha, sigma, x, n, x0, spare) -> None:
 
 
 @pytest.mark.parametrize("spare", [0, 60])
-def test_classes_weigh_their_own_references_alone(spare) -> None:
+def test_each_class_uses_only_its_own_references(spare) -> None:
     data = torch.cat([POINTS, torch.zeros(5, spare, dtype=torch.float64)], 1)
     class_labels = torch.tensor([0, 0, 1, 1, 0])
     sample = noisy(data, torch.zeros_like(data), 0.8, 0.6)
@@ -78,9 +77,9 @@ def test_classes_weigh_their_own_references_alone(spare) -> None:
 
 
 def two_points(n: int, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """E[x0 | x] by the estimator minus the truth, and its variance, averaged over x.
+    """The bias of the target at each x, and its variance averaged over x.
 
-    Data are 1 and -1; sums over the source and over how many of the n - 1 others are 1.
+    Data are 1 and -1; the sums are over the source and the number of 1s among the n - 1 others.
     """
     x = torch.linspace(-1 - 12 * sigma, 1 + 12 * sigma, 2001, dtype=torch.float64)
     like = torch.stack([torch.exp(-0.5 * ((x - s) / sigma) ** 2) for s in (1, -1)])
@@ -111,7 +110,7 @@ def two_points(n: int, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
                16: 0.0561994379902408, 64: 0.013956047716052826}),
     ],
 )  # fmt: skip
-def test_unbiased_with_the_exact_variance_for_every_n(sigma, variances) -> None:
+def test_it_is_unbiased_with_the_exact_variance_for_every_n(sigma, variances) -> None:
     for n, expected in variances.items():
         bias, variance = two_points(n, sigma)
         assert float(bias.abs().max()) < 1e-12
@@ -131,7 +130,7 @@ def test_two_points_with_256_references(sigma, expected) -> None:
 
 
 def gaussians(n: int) -> torch.Tensor:
-    """Draws from two Gaussians in the plane, at (2, 0) and (-2, 0), of deviation .5."""
+    """Draws from two Gaussians in the plane, at (2, 0) and (-2, 0), of standard deviation .5."""
     x = 0.5 * torch.randn(n, 2, generator=gaussians.random, dtype=torch.float64)
     x[:, 0] += 4.0 * torch.randint(0, 2, (n,), generator=gaussians.random) - 2.0
     return x
@@ -143,7 +142,7 @@ def gaussians(n: int) -> torch.Tensor:
     [(0.25, 0.1000857510470422, 0.041944382446199524, 0.03770920678223123),
      (1.0, 0.6821136549528464, 0.07758777689948496, 0.002334435439601229)],
 )  # fmt: skip
-def test_two_gaussians(sigma, dsm, stable, bias) -> None:
+def test_variance_and_bias_of_two_gaussians(sigma, dsm, stable, bias) -> None:
     gaussians.random = seeded(1)
     sets, each = 300, 50
     v = 0.25 + sigma**2
@@ -152,13 +151,13 @@ def test_two_gaussians(sigma, dsm, stable, bias) -> None:
     for _ in range(sets):
         reference, x0 = gaussians(16), gaussians(each)
         x = x0 + sigma * torch.randn(each, 2, generator=gaussians.random, dtype=torch.float64)
-        # The posterior mean in closed form: the noise is removed from each mode.
+        # The posterior mean in closed form.
         plus = torch.sigmoid(4 * x[:, :1] / v)
         mean = torch.tensor([[2.0, 0.0]], dtype=torch.float64) * (2 * plus - 1)
         truth = mean + 0.25 / v * (x - mean)
         sample = noisy(x0, x, 1.0, sigma)
         added = StableTarget("added")(sample, reference[1:]).x0
-        # The same 16 points, with the source written into the first place, one state at a time.
+        # The same 16 points, with the source as the first reference, one state at a time.
         inside = torch.cat([
             StableTarget()(noisy(x0[i : i + 1], x[i : i + 1], 1.0, sigma),
                            torch.cat([x0[i : i + 1], reference[1:]])).x0
@@ -180,44 +179,44 @@ def test_two_gaussians(sigma, dsm, stable, bias) -> None:
 @pytest.mark.parametrize(
     "model", [EpsModel, X0Model, VModel, RawScoreModel, ScaledScoreModel, EDMModel]
 )
-def test_the_whole_data_set_gives_the_ideal_model(sde, model, shape) -> None:
+def test_with_the_whole_data_set_it_is_the_exact_model(sde, model, shape) -> None:
     data = torch.randn((40, *shape), generator=seeded(), dtype=torch.float64)
     t = sde.time_at_log_snr(torch.linspace(9.0, -5.0, 8, dtype=torch.float64))
     sample = sde.perturb(data[:8], t, generator=seeded(1))
-    target, ideal = StableTarget()(sample, data), EmpiricalModel(sde, data).predict(sample.x, t)
-    torch.testing.assert_close(target.score, ideal.score, rtol=1e-7, atol=1e-9)
-    # A network that says exactly what the ideal model says has no error, in its own terms.
+    target, exact = StableTarget()(sample, data), EmpiricalModel(sde, data).predict(sample.x, t)
+    torch.testing.assert_close(target.score, exact.score, rtol=1e-7, atol=1e-9)
+    # In each parameterization, the output of the exact model has no error.
     a, b = model(lambda x, noise_label: x, sde).parameterization(
         *(c.view(-1) for c in sde.marginal(t))
     )
     output = torch.zeros_like(sample.x)
-    for factor, part in ((a, ideal.x0), (b, ideal.eps)):
+    for factor, part in ((a, exact.x0), (b, exact.eps)):
         factor = factor if isinstance(factor, float) else factor.view(-1, *(1,) * len(shape))
         output = output + factor * part
     prediction = model(lambda x, noise_label: output, sde)
     assert float(prediction.predict(sample.x, t).noise_error(target).abs().max()) < 1e-8
 
 
-def test_the_objective_hands_on_what_the_target_needs() -> None:
+def test_the_objective_passes_references_and_class_labels() -> None:
     data = torch.randn(64, 2, generator=seeded())
-    classes, told = torch.arange(64) % 3, []
+    classes, seen = torch.arange(64) % 3, []
 
     def network(x, label, *, class_labels):
-        told.append(class_labels)
+        seen.append(class_labels)
         return torch.zeros_like(x)
 
     model = EpsModel(network, VPSDE())
     objective = ScoreMatching(LikelihoodWeighting(), target=StableTarget())
     options = {"reference": data, "reference_class_labels": classes, "class_labels": classes[:8]}
     loss = objective(model, data[:8], generator=seeded(), **options)
-    assert torch.equal(told[0], classes[:8])
+    assert torch.equal(seen[0], classes[:8])
     nats = objective.nats(model, data[:8], generator=seeded(), **options)
     torch.testing.assert_close(nats, (1 - VPSDE().t_min) * loss)
     plain = ScoreMatching(LikelihoodWeighting())(model, data[:8], generator=seeded(), **options)
-    assert float(loss.mean()) < float(plain.mean())  # both are variances of what is predicted as 0
+    assert float(loss.mean()) < float(plain.mean())  # the mean squares of the targets
 
 
-def test_no_gradient_flows() -> None:
+def test_no_gradient_flows_through_the_target() -> None:
     data = torch.randn(9, 3).requires_grad_()
     weight = torch.tensor(0.5, requires_grad=True)
     sample = EDMSDE().perturb(data[:4] * weight, torch.full((4,), 0.5))
@@ -227,7 +226,7 @@ def test_no_gradient_flows() -> None:
 
 
 @pytest.mark.parametrize("d", [3, 40])
-def test_compiled_in_one_graph(d) -> None:
+def test_it_compiles_to_one_graph(d) -> None:
     data = torch.randn(100, d, generator=seeded())
     sample = VPSDE().perturb(data[:10], torch.linspace(0.1, 0.9, 10))
     class_labels, target = torch.arange(100) % 2, StableTarget()
@@ -244,24 +243,16 @@ def test_compiled_in_one_graph(d) -> None:
         compiled(sample.x0, sample.eps, data), call(sample.x0, sample.eps, data), strict=True
     ):
         torch.testing.assert_close(found, expected)
-    # Where values are not read, a class without references keeps the denoising target.
+    # Compiled code reads no values: a class without references keeps the denoising target.
     found, _ = compiled(sample.x0, sample.eps, data, torch.zeros_like(class_labels))
     torch.testing.assert_close(found[1::2], sample.x0[1::2])
     assert float((found[::2] - sample.x0[::2]).abs().max()) > 1e-3
 
 
 PROCESS = """
-import sys
-import torch
-from datetime import timedelta
-from torch import distributed as dist
 from diffusionkit import VPSDE
 from diffusionkit.training.stable_target import StableTarget
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
 found = []
 for d in (3, 600):
     data = torch.randn(900, d, generator=torch.Generator().manual_seed(0))
@@ -281,20 +272,17 @@ for d in (3, 600):
     found += [torch.equal(a.x0, b.x0) and torch.equal(a.eps, b.eps) for a, b in pairs]
     found.append(not torch.equal(own.x0, prediction[0].x0))
 torch.save(found, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
 """
 
 
-def test_processes_gather_references_to_the_last_bit(tmp_path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+def test_gathered_references_give_the_same_bits(tmp_path) -> None:
+    run_in_two_processes(PROCESS, tmp_path)
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == [True] * 6
 
 
 @pytest.mark.parametrize("d", [3, 40])
-def test_bad_input(d) -> None:
+def test_invalid_arguments(d) -> None:
     data = torch.randn(30, d, generator=seeded())
     class_labels = torch.arange(30) % 3
     target = StableTarget()
@@ -311,19 +299,19 @@ def test_bad_input(d) -> None:
         target(sample, data[:0])
     with pytest.raises(ValueError, match="1 that are NaN"):
         target(sample, torch.where(torch.arange(30 * d).view(30, d) == 7, torch.nan, data))
-    with pytest.raises(ValueError, match=r"2 of 6 that are not, first \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"2 of 6 missing, first \[0, 1\]"):
         target(sample, data[2:])
     shifted = data.clone()
     shifted[3, -1] += 1e-5
-    with pytest.raises(ValueError, match=r"1 of 6 that are not, first \[3\]"):
+    with pytest.raises(ValueError, match=r"1 of 6 missing, first \[3\]"):
         target(sample, shifted)
-    with pytest.raises(ValueError, match=r"with the same class labels, got 6 of 6"):
+    with pytest.raises(ValueError, match=r"with its class label, got 6 of 6"):
         target(
             sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels.roll(1)
         )
-    with pytest.raises(ValueError, match="reference_class_labels: expected as class_labels"):
+    with pytest.raises(ValueError, match="reference_class_labels: expected together with"):
         target(sample, data, class_labels=class_labels[:6])
-    with pytest.raises(ValueError, match=r"^class_labels: expected as reference_class_labels"):
+    with pytest.raises(ValueError, match=r"^class_labels: expected together with reference"):
         target(sample, data, reference_class_labels=class_labels)
     with pytest.raises(ValueError, match=r"no reference of \[2\]"):
         target(sample, data, class_labels=class_labels[:6], reference_class_labels=class_labels % 2)

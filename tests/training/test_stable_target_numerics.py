@@ -1,8 +1,9 @@
-"""The stable target where digits are easily lost."""
+"""The stable target where rounding could dominate."""
 
 import pytest
 import torch
-from noisy_data import direct, noisy, seeded
+from support import seeded
+from support.noisy_data import direct, noisy
 
 from diffusionkit import VESDE, VPSDE, Perturbed
 from diffusionkit.training.stable_target import StableTarget
@@ -10,7 +11,7 @@ from diffusionkit.training.stable_target import StableTarget
 
 @pytest.mark.parametrize("d", [2, 8, 48])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dense_points_at_small_noise(d, dtype) -> None:
+def test_dense_points_at_low_noise(d, dtype) -> None:
     data = 1.0 + 0.004 * torch.randn(500, d, generator=seeded(), dtype=torch.float64) / d**0.5
     data = data.to(dtype)
     eps = torch.randn(50, d, generator=seeded(1), dtype=torch.float64).to(dtype)
@@ -27,7 +28,7 @@ def test_dense_points_at_small_noise(d, dtype) -> None:
 
 @pytest.mark.parametrize("d", [2, 60])
 @pytest.mark.parametrize("sigma", [1e-3, 1e-6])
-def test_a_source_that_stands_alone_gives_its_noise_back(d, sigma) -> None:
+def test_an_isolated_source_keeps_its_noise(d, sigma) -> None:
     data = torch.randn(300, d, generator=seeded())
     eps = torch.randn(20, d, generator=seeded(1))
     one = torch.ones(20)
@@ -38,7 +39,7 @@ def test_a_source_that_stands_alone_gives_its_noise_back(d, sigma) -> None:
 
 
 @pytest.mark.parametrize("d", [2, 60])
-def test_the_source_can_be_added(d) -> None:
+def test_an_added_source_is_as_good_as_one_inside(d) -> None:
     data = torch.randn(40, d, generator=seeded(), dtype=torch.float64)
     sample = VESDE().perturb(data[:1], torch.tensor([0.75], dtype=torch.float64))
     added, inside = StableTarget("added")(sample, data[1:]), StableTarget()(sample, data)
@@ -55,8 +56,8 @@ def test_a_large_common_value_costs_no_digits(d) -> None:
     assert float((mean - data[:9] + 1e5).abs().max()) > 1e-4
 
 
-def test_few_dimensions_keep_digits_that_products_lose() -> None:
-    """Clusters as dense as the noise, and ten million times their size apart."""
+def test_differences_keep_digits_that_products_lose() -> None:
+    """Two clusters of the size of the noise, ten million times their size apart."""
     data = torch.randn(40, 2, generator=seeded(), dtype=torch.float64)
     data[::2] += 2.0**24
     one = torch.ones(40, dtype=torch.float64)
@@ -72,8 +73,8 @@ def test_few_dimensions_keep_digits_that_products_lose() -> None:
 
 
 @pytest.mark.parametrize("d", [2, 60])
-def test_far_queries(d) -> None:
-    """A thousand away from all data at noise .001, the nearest reference is all that counts."""
+def test_states_far_from_all_data(d) -> None:
+    """At distance 1000 and noise .001, all weight is on the nearest reference."""
     data = torch.randn(50, d, generator=seeded())
     away = torch.zeros(d)
     away[0] = 1000.0
@@ -86,7 +87,7 @@ def test_far_queries(d) -> None:
 
 
 @pytest.mark.parametrize("d", [2, 60])
-def test_without_noise_the_source_alone_counts(d) -> None:
+def test_without_noise_the_target_is_the_source(d) -> None:
     data = torch.randn(30, d, generator=seeded())
     sample = VPSDE().perturb(data[:5], torch.zeros(5))
     prediction = StableTarget()(sample, data)
@@ -95,8 +96,8 @@ def test_without_noise_the_source_alone_counts(d) -> None:
 
 
 @pytest.mark.parametrize("d", [5, 700])
-def test_blocks_do_not_show(d) -> None:
-    """More references than one block holds, of classes that whole blocks lack."""
+def test_blocks_do_not_change_the_target(d) -> None:
+    """With several blocks of references, and classes absent from whole blocks."""
     data = torch.randn(2000, d, generator=seeded())
     classes = torch.arange(2000) // 250
     rows = torch.arange(0, 2000, 250)

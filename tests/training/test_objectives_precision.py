@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import seeded
 from torch import nn
 
 from diffusionkit import (
@@ -37,7 +38,7 @@ SDES = {
 
 
 class Network(nn.Module):
-    """A smooth network that scales its own input, and its output where the model does not."""
+    """A smooth network that scales its input, and its output if the model does not."""
 
     def __init__(self, kind: type, *, trained: bool = False) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Network(nn.Module):
             log, h = sigma.log() / 4, x / (1 + sigma**2).sqrt()
         time = self.time(torch.cat([log + 0.3, torch.sin(3 * log + 0.2)], 1))
         out = self.last(torch.tanh(self.first(h) + time))
-        if self.trained:  # the best linear denoiser, and a little more
+        if self.trained:  # the best linear denoiser, plus a small nonlinear term
             total = sigma**2 + VARIANCE
             slope = VARIANCE / total if self.kind is X0Model else sigma / total
             size = sigma if self.kind is X0Model else 1.0
@@ -61,7 +62,7 @@ class Network(nn.Module):
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
     return 2 * torch.rand(B, D, generator=g) - 1, torch.randn(B, D, generator=g)
 
 
@@ -92,15 +93,15 @@ def errors(monkeypatch, kind, sde, sigma, weighting=None, *, trained=False) -> t
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("name", "sigma"), CASES)
-def test_loss_and_gradient_keep_their_digits(monkeypatch, kind, name, sigma) -> None:
-    """1e-4 is asked for; a few float32 roundings, 2e-6, is what there is."""
+def test_loss_and_gradient_are_precise_at_every_noise_level(monkeypatch, kind, name, sigma) -> None:
+    """Within a few float32 roundings."""
     assert max(errors(monkeypatch, kind, SDES[name], sigma)) < 2e-6
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("weighting", [LikelihoodWeighting(), EDMWeighting()])
 @pytest.mark.parametrize("sigma", [1e-3, 1e3])
-def test_weighted_too(monkeypatch, kind, weighting, sigma) -> None:
+def test_weighted_losses_are_as_precise(monkeypatch, kind, weighting, sigma) -> None:
     assert max(errors(monkeypatch, kind, SDES["edm"], sigma, weighting)) < 2e-6
 
 
@@ -112,19 +113,18 @@ def test_weighted_too(monkeypatch, kind, weighting, sigma) -> None:
         *[(X0Model, s) for s in (3e-3, 1.0, 1e3)],
     ],
 )
-def test_a_trained_network_too(monkeypatch, kind, sigma) -> None:
+def test_losses_of_a_trained_network_are_precise(monkeypatch, kind, sigma) -> None:
     assert max(errors(monkeypatch, kind, SDES["edm"], sigma, trained=True)) < 1e-4
 
 
 @pytest.mark.parametrize(
     ("kind", "sigma"), [(EpsModel, 1e3), (RawScoreModel, 1e3), (X0Model, 1e-3)]
 )
-def test_only_the_networks_own_rounding_is_lost(monkeypatch, kind, sigma) -> None:
+def test_only_rounding_in_the_network_is_left(monkeypatch, kind, sigma) -> None:
     """Near the data x0_hat - x0, and near the prior eps_hat - eps, is a thousandth of either.
 
-    Then the roundings of a trained float32 network's own input and output show in the loss.
-    They are all that does: the loss is as good as that of one rounding of each in exact
-    arithmetic, but for the roundings inside the network.
+    There the roundings of a trained float32 network's input and output dominate the error of the
+    loss: it is that of rounding both once in exact arithmetic, up to roundings in the network.
     """
     x0, eps = (part.double() for part in data())
     net = network(kind, trained=True).double()

@@ -1,16 +1,12 @@
-"""Noisy data made to order, for the tests of the stable target."""
+"""Noisy data of given states, for tests of the stable target."""
 
 import torch
 
 from diffusionkit import Perturbed
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def noisy(x0, x, alpha, sigma) -> Perturbed:
-    """What made x out of x0, in the dtype of x0."""
+    """The Perturbed with data x0 and state x, with its noise in the dtype of x0."""
     a, s = (
         torch.as_tensor(c, dtype=torch.float64).expand(len(x0)).view(-1, *(1,) * (x0.ndim - 1))
         for c in (alpha, sigma)
@@ -20,7 +16,7 @@ def noisy(x0, x, alpha, sigma) -> Perturbed:
 
 
 def direct(sample: Perturbed, reference: torch.Tensor) -> torch.Tensor:
-    """The mean in x0 by its definition, with scaled differences from the source, float64."""
+    """The target's x0 by its definition, from differences to the source, in float64."""
     x0, eps, data = (v.double().flatten(1) for v in (sample.x0, sample.eps, reference))
     u = (sample.alpha / sample.sigma).double().view(-1, 1, 1) * (x0[:, None] - data)
     logits = -(u.square() / 2 + u * eps[:, None]).sum(2)
