@@ -1,13 +1,14 @@
 """Guidance, constraints, correctors, time travel and predictors in every combination.
 
-The data are Gaussian with independent coordinates, so that whatever is asked for has a known law:
-each combination must come to it, within what the number of samples and of steps allows.
+The data are Gaussian with independent coordinates, so the distribution of the samples is known:
+each combination must match it, to the accuracy that the numbers of samples and steps allow.
 """
 
 import itertools
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import (
     DDIM,
@@ -45,15 +46,15 @@ STD = 0.5
 HERE, THERE = torch.tensor([0.5, -0.5, 1.0]), torch.tensor([-1.0, 0.5, 0.0])
 KNOWN = torch.tensor([0.8, 0.0, 0.0])
 N, STEPS = 1000, 40
-# Steps for about the same error: first order takes more, what has steps of its own fewer.
+# Multiples of STEPS for about equal errors: more for first order, fewer for adaptive steps.
 FACTORS = {
     AdaptiveSDE: 1 / 8, Ancestral: 4, DPMSolver2MSDE: 4, Euler: 10, ReverseDiffusion: 4,
 }  # fmt: skip
 PROCESSES = {"VE": VESDE(sigma_max=20.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
 
 
-class OfClass(ScoreModel):
-    """Gaussian data around HERE for label 1, around THERE for label 0."""
+class ClassConditional(ScoreModel):
+    """Gaussian data around HERE for class 1, around THERE for class 0."""
 
     def __init__(self, sde):
         super().__init__()
@@ -74,24 +75,25 @@ def unguided(sde):
 
 
 def by_classifier(sde):
-    """The exact classifier of two components makes one of them."""
+    """The exact classifier of two components selects one of them."""
     model = GaussianMixtureModel(sde, torch.stack([THERE, HERE]), [STD, STD])
     parts = [gaussian(sde, mean) for mean in (THERE, HERE)]
 
     def classifier(x, t):
         return torch.stack([part.log_prob(x, t) for part in parts], 1)
 
-    return ClassifierGuidance(model, classifier), {"y": torch.ones(N).long()}, HERE, [STD] * 3
+    guided = ClassifierGuidance(model, classifier)
+    return guided, {"class_labels": torch.ones(N).long()}, HERE, [STD] * 3
 
 
 def classifier_free(sde):
-    """Two scores of the same slope: the mean goes as far beyond one as from the other to it."""
-    guided = ClassifierFreeGuidance(OfClass(sde), 2.0, null={"class_labels": 0})
+    """The scores have equal slopes, so the mean is extrapolated like the scores."""
+    guided = ClassifierFreeGuidance(ClassConditional(sde), 2.0, null={"class_labels": 0})
     return guided, {"class_labels": torch.ones(N).long()}, 2 * HERE - THERE, [STD] * 3
 
 
 def by_measurement(sde):
-    """The last coordinate measured as 0 with noise as large as its spread."""
+    """The last coordinate is measured as 0, with noise of the standard deviation of the data."""
     guided = LinearGaussianGuidance(gaussian(sde, HERE), lambda x: x[:, 2:], torch.zeros(1, 1), STD)
     mean = HERE * torch.tensor([1.0, 1.0, 0.5])
     return guided, {}, mean, [STD, STD, STD / 2**0.5]
@@ -131,11 +133,11 @@ def check(process, predictor, guidance, corrector, constraint, time_travel):
         steps=int(steps),
         constraint=CONSTRAINTS[constraint], time_travel=TRAVELS[time_travel],
     )  # fmt: skip
-    x = sampler((N, 3), generator=torch.Generator().manual_seed(0), **cond)
+    x = sampler((N, 3), generator=seeded(), **cond)
     free = slice(0 if constraint == "free" else 1, 3)
     if constraint != "free":
         assert (x[:, 0] == KNOWN[0]).all()
-    # Four standard errors are .06 of the mean and .09 of the deviation; the rest is the steps'.
+    # Four standard errors are .06 of the mean and .09 of the deviation; the rest is discretization.
     off = (x.mean(0) - mean)[free].abs()
     assert off.max() < 0.12, off
     ratio = (x.std(0) / torch.tensor(std))[free]
@@ -144,7 +146,7 @@ def check(process, predictor, guidance, corrector, constraint, time_travel):
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("predictor", PREDICTORS)
-def test_all_at_once(predictor, guidance):
+def test_all_parts_together(predictor, guidance):
     check("VP", predictor, guidance, "annealed", "inpainting", "time_travel")
 
 
@@ -158,8 +160,8 @@ def test_every_combination(process, predictor, guidance):
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
-def test_a_grid_of_one_step(predictor):
-    """Refused in the constructor, with the reason, by what remembers earlier steps."""
+def test_grid_of_one_step(predictor):
+    """Multistep predictors raise in the constructor and say why."""
     model = gaussian(VPSDE(), HERE)
     if hasattr(PREDICTORS[predictor], "memory"):
         with pytest.raises(ValueError, match=r"grid: expected at least 2 steps for \w+, which rem"):

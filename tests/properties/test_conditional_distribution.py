@@ -1,9 +1,11 @@
-"""Constrained sampling against the law of the data given what is known."""
+"""Constrained sampling against the conditional distribution given the known part."""
 
 import math
 
 import pytest
 import torch
+from support import seeded
+from support.gaussian_oracle import DOUBLE, GaussianOracle, randn64
 
 from diffusionkit import (
     DDIM,
@@ -14,9 +16,7 @@ from diffusionkit import (
     GaussianMixtureModel,
     LogSNRGrid,
     PCSampler,
-    Prediction,
     Predictor,
-    ScoreModel,
     Step,
     SubVPSDE,
 )
@@ -25,39 +25,7 @@ from diffusionkit.control.operators import AveragePool, Gray, Matrix
 from diffusionkit.sampling.heun import Heun
 from diffusionkit.sampling.time_travel import TimeTravel
 
-DOUBLE = torch.float64
 PROCESSES = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(sigma_min=0.01, sigma_max=20.0)}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=DOUBLE)
-
-
-class Gaussian(ScoreModel):
-    """The exact model of N(mean, cov): mean of shape D, cov over its entries."""
-
-    def __init__(self, sde, mean, cov):
-        super().__init__()
-        self.sde, self.mean, self.cov = sde, mean.double(), cov.double()
-
-    def predict(self, x, t, **cond):
-        alpha, sigma = (c[0] for c in self.sde.marginal(t[:1].double()))
-        total = alpha**2 * self.cov + sigma**2 * torch.eye(len(self.cov), dtype=DOUBLE)
-        diff = x.double().flatten(1) - alpha * self.mean.flatten()
-        x0 = self.mean.flatten() + diff @ torch.linalg.solve(total, alpha * self.cov)
-        return Prediction.from_x0(
-            x, x0.view(x.shape).to(x.dtype), *self.sde.perturbation_kernel(x, t)
-        )
-
-    def posterior(self, rows, y):
-        """Mean and covariance of the data given rows x0 = y, rows (m, n)."""
-        gain = torch.linalg.solve(rows @ self.cov @ rows.T, rows @ self.cov).T
-        mean = self.mean.flatten() + gain @ (y - rows @ self.mean.flatten())
-        return mean, self.cov - gain @ rows @ self.cov
 
 
 def sampled(model, constraint, n=3000, steps=150, predictor=None, corrector=None, time_travel=None):
@@ -71,10 +39,10 @@ def sampled(model, constraint, n=3000, steps=150, predictor=None, corrector=None
 @pytest.mark.parametrize("predictor", [Ancestral(), DDIM(), Heun()], ids=str)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_independent_parts_are_exact(process, predictor):
-    """The unknown coordinates keep their own law, whatever is known of the others."""
+    """The distribution of the unknown coordinates does not depend on the known one."""
     cov = torch.diag(torch.tensor([0.5, 1.0, 0.3]).square())
     cov[1, 2] = cov[2, 1] = 0.2
-    model = Gaussian(PROCESSES[process], torch.tensor([0.0, 1.0, -0.5]), cov)
+    model = GaussianOracle(PROCESSES[process], torch.tensor([0.0, 1.0, -0.5]), cov)
     constraint = Inpainting(torch.tensor([4.0, 0.0, 0.0]), torch.tensor([1, 0, 0]))
     x = sampled(model, constraint, predictor=predictor)
     torch.testing.assert_close(
@@ -89,38 +57,38 @@ TRUE = (0.5 + RHO * 1.5, math.sqrt(1 - RHO**2))
 KNOWN = Inpainting(torch.tensor([float("nan"), Y]), torch.tensor([0, 1]))
 
 
-def pair_of_moments(x):
+def mean_and_std(x):
     return float(x[:, 0].mean()), float(x[:, 0].std())
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_bias_of_the_method_is_the_one_stated(process):
-    """Short steps alone follow the score at a known part of mean alpha y, noise and all.
+def test_bias_is_that_of_the_closed_form(process):
+    """Short steps follow the score at a known part of mean alpha y, with its noise.
 
     With v = sigma^2 / alpha^2 and q = sqrt((1 + v)^2 - rho^2) the reverse SDE of the unknown
     coordinate u is linear, d(u / q)/dv = -rho k / q^3 and d(Var / q^2)/dv = -1 / q^2 from v =
-    infinity to 0, the flow's half of it: d(u / sqrt q)/dv = -rho k / (2 q^(5/2)), Var = q.
+    infinity to 0. For the flow, d(u / sqrt q)/dv = -rho k / (2 q^(5/2)) and Var = q.
     """
-    model, q = Gaussian(PROCESSES[process], MEAN, PAIR), math.sqrt(1 - RHO**2)
-    mean, std = pair_of_moments(sampled(model, KNOWN, steps=250))
+    model, q = GaussianOracle(PROCESSES[process], MEAN, PAIR), math.sqrt(1 - RHO**2)
+    mean, std = mean_and_std(sampled(model, KNOWN, steps=250))
     assert mean == pytest.approx(0.5 + 1.5 * (1 - q) / RHO, abs=0.05)
     assert std == pytest.approx(q * math.sqrt(math.atanh(RHO) / RHO), rel=0.05)
     v = torch.logspace(-5, 8, 20001, base=10, dtype=DOUBLE)
     half = torch.trapezoid(((1 + v) ** 2 - RHO**2) ** -1.25, v)
     flow = 0.5 * math.sqrt(q) * RHO * 1.5 * float(half)
     for predictor in (DDIM(), Heun()):
-        mean, std = pair_of_moments(sampled(model, KNOWN, predictor=predictor))
+        mean, std = mean_and_std(sampled(model, KNOWN, predictor=predictor))
         assert mean == pytest.approx(0.5 + flow, abs=0.06)
         assert std == pytest.approx(math.sqrt(q), rel=0.05)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_time_travel_and_correctors_lead_to_the_conditional_law(process):
-    """In standard deviations of the true law: .75 off without, see the docstring."""
-    model = Gaussian(PROCESSES[process], MEAN, PAIR)
+def test_time_travel_and_correctors_reduce_the_bias(process):
+    """In standard deviations of the true distribution; without them the error is .77."""
+    model = GaussianOracle(PROCESSES[process], MEAN, PAIR)
 
     def errors(**options):
-        mean, std = pair_of_moments(sampled(model, KNOWN, n=1500, steps=80, **options))
+        mean, std = mean_and_std(sampled(model, KNOWN, n=1500, steps=80, **options))
         return abs(mean - TRUE[0]) / TRUE[1], abs(std / TRUE[1] - 1)
 
     assert errors()[0] == pytest.approx(0.77, abs=0.08)
@@ -131,37 +99,37 @@ def test_time_travel_and_correctors_lead_to_the_conditional_law(process):
     assert travelled[1] < 0.08
 
 
-# And the largest error of the mean, in standard deviations, with time travel.
+# With the largest error of the mean, in standard deviations, with time travel.
 MEASURED = {
     "gray": (Gray(), (3, 1, 2), 0.2),
     "pool": (AveragePool(2), (1, 2, 4), 0.2),
-    "matrix": (Matrix(drawn(2, 5)), (5,), 0.55),
+    "matrix": (Matrix(randn64(2, 5)), (5,), 0.55),
 }
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_linear_measurements_of_correlated_data(name):
-    """The plain method is off by .23, .44 and 1.6 standard deviations."""
+    """Without time travel the errors are .23, .44 and 1.6 standard deviations."""
     operator, shape, limit = MEASURED[name]
     size = math.prod(shape)
-    factor = drawn(size, size, seed=4) / math.sqrt(size)
+    factor = randn64(size, size, seed=4) / math.sqrt(size)
     cov = factor @ factor.T + 0.3 * torch.eye(size)
-    model = Gaussian(VPSDE(), drawn(*shape, seed=5), cov)
+    model = GaussianOracle(VPSDE(), randn64(*shape, seed=5), cov)
     basis = torch.eye(size, dtype=DOUBLE).view(size, *shape)
     rows = operator(basis).flatten(1).T
     truth = (rows @ model.mean.flatten()) + 1.5 * (rows @ cov @ rows.T).diagonal().sqrt()
-    mean, posterior = model.posterior(rows, truth)
+    posterior = model.posterior(rows, truth)
     y = truth.view(operator(model.mean).shape)
     constraint = Colorization(y) if name == "gray" else LinearMeasurement(operator, y)
 
     def distance(time_travel):
-        """The largest error of the mean along an unknown direction, and of the covariance."""
+        """Return the largest errors of mean and covariance along unknown directions."""
         x = sampled(model, constraint, n=1000, steps=80, time_travel=time_travel).flatten(1)
         torch.testing.assert_close(x @ rows.T, truth.expand(1000, -1), rtol=1e-9, atol=1e-9)
-        values, vectors = torch.linalg.eigh(posterior)
+        values, vectors = posterior.variances, posterior.axes
         keep = values > 1e-9
         assert int(keep.sum()) == size - len(rows)
-        white = (x - mean) @ vectors[:, keep] / values[keep].sqrt()
+        white = (x - posterior.mean.flatten()) @ vectors[:, keep] / values[keep].sqrt()
         off = torch.cov(white.T) - torch.eye(int(keep.sum()), dtype=DOUBLE)
         return float(white.mean(0).abs().max()), float(off.abs().max())
 
@@ -172,10 +140,10 @@ def test_linear_measurements_of_correlated_data(name):
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_a_mixture(process):
-    """Within each component the law is right; the weights stay near those without a constraint.
+def test_mixture(process):
+    """Each component is right; the weights stay close to those without the constraint.
 
-    Which component it will be is settled while the noise hides what is known.
+    The component is chosen while noise hides the known part.
     """
     model = GaussianMixtureModel(
         PROCESSES[process], [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.3], [0.3, 0.7]
@@ -210,14 +178,14 @@ class Multistep(Predictor):
 
 @pytest.mark.parametrize("steps", [20, 100])
 def test_predictors_with_memory(steps):
-    """Fresh noise between its steps does not disturb one: it goes to the limit of the flow."""
-    independent = Gaussian(VPSDE(), MEAN, torch.eye(2))
-    mean, std = pair_of_moments(sampled(independent, KNOWN, steps=steps, predictor=Multistep()))
+    """New noise between the steps does not matter; the limit is that of the flow."""
+    independent = GaussianOracle(VPSDE(), MEAN, torch.eye(2))
+    mean, std = mean_and_std(sampled(independent, KNOWN, steps=steps, predictor=Multistep()))
     assert mean == pytest.approx(0.5, abs=0.08)
     assert std == pytest.approx(1.0, rel=0.05)
-    model = Gaussian(VPSDE(), MEAN, PAIR)
+    model = GaussianOracle(VPSDE(), MEAN, PAIR)
     own, heun = (
-        pair_of_moments(sampled(model, KNOWN, steps=n, predictor=p))
+        mean_and_std(sampled(model, KNOWN, steps=n, predictor=p))
         for n, p in ((steps, Multistep()), (200, Heun()))
     )
     assert own == pytest.approx(heun, abs=0.06)

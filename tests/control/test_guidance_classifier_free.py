@@ -1,8 +1,11 @@
+"""Classifier-free guidance against exact conditional models."""
+
 import math
 
 import pytest
 import torch
-from gaussian_oracle import Classes, ClassModel, states
+from support import seeded
+from support.gaussian_oracle import Classes, ClassModel, random_states
 
 from diffusionkit import (
     DDIM,
@@ -24,26 +27,25 @@ from diffusionkit.testing import check_score_model
 LABELS = torch.tensor([0, 1, 1, 0, 0, 1])
 
 
-class Counted(ScoreModel):
-    """A model, and what it has been asked."""
+class Recorded(ScoreModel):
+    """A model that records the conditions of its calls."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.sde, self.asked = model, model.sde, []
+        self.model, self.sde, self.calls = model, model.sde, []
 
     def predict(self, x, t, **cond):
-        self.asked.append(cond)
+        self.calls.append(cond)
         return self.model.predict(x, t, **cond)
 
 
 @pytest.mark.parametrize("null", [None, {"class_labels": 2}, {"class_labels": torch.full((6,), 2)}])
-def test_extrapolation(sde, null) -> None:
-    model, x_t = ClassModel(sde), states(sde, 6)
+def test_predictions_are_extrapolated(sde, null) -> None:
+    model, x_t = ClassModel(sde), random_states(sde, 6)
     with_, without = model.predict(*x_t, class_labels=LABELS), model.predict(*x_t)
     for scale in (-0.5, 0.0, 0.3, 1.0, 4.0):
-        prediction = ClassifierFreeGuidance(model, scale, null=null).predict(
-            *x_t, class_labels=LABELS
-        )
+        guided = ClassifierFreeGuidance(model, scale, null=null)
+        prediction = guided.predict(*x_t, class_labels=LABELS)
         for name in ("x0", "eps", "score"):
             c, u = getattr(with_, name), getattr(without, name)
             wanted = u + scale * (c - u)
@@ -51,27 +53,28 @@ def test_extrapolation(sde, null) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_it_is_classifier_guidance_without_a_classifier(sde, scale) -> None:
+def test_it_equals_guidance_with_the_true_classifier(sde, scale) -> None:
     """Both are the score of p(x) p(y | x)^scale."""
-    classes, (x, t) = Classes(sde), states(sde, 6)
+    classes, (x, t) = Classes(sde), random_states(sde, 6)
     free = ClassifierFreeGuidance(ClassModel(sde), scale)(x, t, class_labels=LABELS)
-    by_classifier = ClassifierGuidance(classes.model, classes.classifier, scale)(x, t, y=LABELS)
+    guided = ClassifierGuidance(classes.model, classes.classifier, scale)
+    by_classifier = guided(x, t, class_labels=LABELS)
     torch.testing.assert_close(free, by_classifier, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
-def test_evaluations(scale) -> None:
-    model = Counted(ClassModel(VPSDE()))
+def test_number_of_evaluations(scale) -> None:
+    model = Recorded(ClassModel(VPSDE()))
     sampler = PCSampler(ClassifierFreeGuidance(model, scale), DDIM(), steps=3)
     sampler((6, 2), class_labels=LABELS)
-    assert sum(bool(cond) for cond in model.asked) == (4 if scale > 0.0 else 0)
-    assert sum(not cond for cond in model.asked) == (4 if scale != 1.0 else 0)
-    assert sampler.nfe == 3 * len(model.asked)  # this model counts as its parts
+    assert sum(bool(cond) for cond in model.calls) == (4 if scale > 0.0 else 0)
+    assert sum(not cond for cond in model.calls) == (4 if scale != 1.0 else 0)
+    assert sampler.nfe == 3 * len(model.calls)  # this model counts as its parts
 
 
-def test_guided_in_an_interval(sde) -> None:
-    """Each sample by its own noise level; the upper end belongs to it, the lower does not."""
-    model, (x, t) = ClassModel(sde), states(sde, 6)
+def test_guidance_in_an_interval_of_noise_levels(sde) -> None:
+    """Each sample has its own noise level; the interval contains its upper end only."""
+    model, (x, t) = ClassModel(sde), random_states(sde, 6)
     alpha, sigma = sde.marginal(t)
     ratio = (sigma / alpha).tolist()
     low, high = ratio[1] * (1 + 1e-9), ratio[3] * (1 + 1e-9)
@@ -88,9 +91,9 @@ def test_guided_in_an_interval(sde) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0])
-def test_evaluations_outside_the_interval(sde, scale) -> None:
-    """One where a sampler's whole batch is outside, or all samples are; the ends are exact."""
-    model = Counted(ClassModel(sde))
+def test_one_evaluation_outside_the_interval(sde, scale) -> None:
+    """At a sampler's times, and where all samples of a batch are outside."""
+    model = Recorded(ClassModel(sde))
     times = LogSNRGrid()(sde, 5)
     alpha, sigma = sde.marginal(times)
     ratio = (sigma / alpha).tolist()
@@ -98,34 +101,32 @@ def test_evaluations_outside_the_interval(sde, scale) -> None:
     sampler = PCSampler(guided, DDIM(), steps=5, grid=times)
     sampler((6, 2), class_labels=LABELS)
     # Guided at the times 1, 2 and 3 of 0 to 5.
-    assert len(model.asked) == (9 if scale == 2.0 else 6)
-    assert sampler.nfe == 3 * len(model.asked)  # this model counts as its parts
-    assert sum(not cond for cond in model.asked) == 3
-    model.asked.clear()
+    assert len(model.calls) == (9 if scale == 2.0 else 6)
+    assert sampler.nfe == 3 * len(model.calls)  # this model counts as its parts
+    assert sum(not cond for cond in model.calls) == 3
+    model.calls.clear()
     guided.predict(torch.zeros(6, 2), times[-1].expand(6), class_labels=LABELS)
-    assert len(model.asked) == 1
-    assert "class_labels" in model.asked[0]
+    assert len(model.calls) == 1
+    assert "class_labels" in model.calls[0]
 
 
 @pytest.mark.parametrize(("scale", "rescale"), [(6.0, 0.0), (6.0, 0.7), (6.0, 1.0), (1.0, 0.7)])
-def test_rescaled_data(sde, scale, rescale) -> None:
-    model, (x, t) = ClassModel(sde), states(sde, 6)
+def test_data_are_rescaled(sde, scale, rescale) -> None:
+    model, (x, t) = ClassModel(sde), random_states(sde, 6)
     plain = ClassifierFreeGuidance(model, scale).predict(x, t, class_labels=LABELS)
-    prediction = ClassifierFreeGuidance(model, scale, None, rescale).predict(
-        x, t, class_labels=LABELS
-    )
+    guided = ClassifierFreeGuidance(model, scale, None, rescale)
+    prediction = guided.predict(x, t, class_labels=LABELS)
     conditional = model.predict(x, t, class_labels=LABELS)
     for k in range(6):
         wanted, now = conditional.x0[k].std(), plain.x0[k].std()
         x0 = rescale * plain.x0[k] * wanted / now + (1 - rescale) * plain.x0[k]
         torch.testing.assert_close(prediction.x0[k], x0, rtol=1e-10, atol=1e-10)
     alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
-    torch.testing.assert_close(
-        prediction.eps, (x - alpha * prediction.x0) / sigma, rtol=1e-6, atol=1e-6
-    )
+    eps = (x - alpha * prediction.x0) / sigma
+    torch.testing.assert_close(prediction.eps, eps, rtol=1e-6, atol=1e-6)
 
 
-def test_data_without_spread_are_not_rescaled() -> None:
+def test_constant_data_are_not_rescaled() -> None:
     model = X0Model(lambda x, noise_label, level: 0 * x + level.view(-1, 1, 1), VPSDE())
     guided = ClassifierFreeGuidance(model, 2.0, rescale=1.0, null={"level": 0.0})
     x, t = torch.randn(2, 3, 4), torch.tensor([0.2, 0.7])
@@ -138,27 +139,25 @@ def test_data_without_spread_are_not_rescaled() -> None:
     [(DDIM(), None), (Ancestral(), None), (ReverseDiffusion(), Langevin(norm="batch"))],
     ids=["ddim", "ancestral", "pc"],
 )
-def test_samples_of_the_conditional_law(predictor, corrector) -> None:
-    """Scale 1 takes the class's own model; a larger one sharpens the class's border."""
+def test_samples_are_of_the_class(predictor, corrector) -> None:
+    """Scale 1 is the model of the class; a larger one moves samples away from the other class."""
     sde = VPSDE()
     classes = Classes(sde)
     class_labels = torch.ones(1500, dtype=torch.int64)
-    surer = []
+    confidence = []
     for scale in (1.0, 3.0):
         guided = ClassifierFreeGuidance(ClassModel(sde), scale, null={"class_labels": 2})
         sampler = PCSampler(guided, predictor, corrector, steps=80, grid=LogSNRGrid())
-        x = sampler(
-            (1500, 2), generator=torch.Generator().manual_seed(0), class_labels=class_labels
-        ).double()
+        x = sampler((1500, 2), generator=seeded(), class_labels=class_labels).double()
         t = torch.full((1500,), sde.t_min, dtype=torch.float64)
-        surer.append(torch.softmax(classes.classifier(x, t), 1)[:, 1].mean())
+        confidence.append(torch.softmax(classes.classifier(x, t), 1)[:, 1].mean())
         if scale == 1.0:
             torch.testing.assert_close(x.mean(0), classes.means[2], rtol=0, atol=0.05)
-    assert surer[1] > 0.5 * (1 + surer[0])
+    assert confidence[1] > 0.5 * (1 + confidence[0])
 
 
-def test_which_conditions_are_replaced() -> None:
-    model = Counted(X0Model(lambda x, noise_label, **cond: x, VPSDE()))
+def test_null_conditions_replace_those_they_name() -> None:
+    model = Recorded(X0Model(lambda x, noise_label, **cond: x, VPSDE()))
     x, t = torch.zeros(2, 3), torch.tensor([0.1, 0.9])
     cond = {
         "class_labels": torch.tensor([1, 2]),
@@ -168,7 +167,7 @@ def test_which_conditions_are_replaced() -> None:
     }
     null = {"class_labels": 10, "text": torch.arange(4), "name": ""}
     ClassifierFreeGuidance(model, 2.0, null=null).predict(x, t, **cond)
-    without, with_ = model.asked
+    without, with_ = model.calls
     assert with_ is not without
     assert all(with_[name] is cond[name] for name in cond)
     assert torch.equal(without["class_labels"], torch.tensor([10, 10]))
@@ -176,24 +175,24 @@ def test_which_conditions_are_replaced() -> None:
     assert torch.equal(without["text"], torch.arange(4.0).expand(2, 4))
     assert (without["size"], without["name"]) == (7, "")
     assert ClassifierFreeGuidance(model, 2.0).predict(x, t, **cond) is not None
-    assert model.asked[2] == {}
+    assert model.calls[2] == {}
 
 
 @pytest.mark.parametrize("options", [{}, {"rescale": 0.5}], ids=["plain", "rescaled"])
-def test_learned_variances_are_those_with_the_condition(options) -> None:
+def test_learned_variances_are_conditional(options) -> None:
     def network(x, label, shift=0.0):
         return torch.cat([x, 0.3 * x + shift], 1)
 
     for kind, name in (("learned", "log_var"), ("learned_range", "log_var_fraction")):
         model = EpsModel(network, VPSDE(), variance=kind)
-        x, t = states(VPSDE(), 3)
+        x, t = random_states(VPSDE(), 3)
         prediction = ClassifierFreeGuidance(model, 2.0, **options).predict(x, t, shift=0.4)
         wanted = 0.3 * x + 0.4 if kind == "learned" else (0.3 * x + 1.4) / 2
         torch.testing.assert_close(getattr(prediction, name), wanted)
 
 
-def test_without_data_left() -> None:
-    """At alpha = 0 the difference of two predictions is as good as anywhere."""
+def test_alpha_may_be_zero() -> None:
+    """Unlike a gradient, a difference of two predictions determines x0 there."""
     sde = DDPMChain.linear(100).zero_terminal_snr()
     model = VModel(lambda x, noise_label, shift=0.0: 0 * x + shift, sde)
     for interval in (None, (1.0, math.inf)):
@@ -205,7 +204,7 @@ def test_without_data_left() -> None:
         assert torch.isfinite(x).all()
 
 
-def test_the_contract_and_gradients() -> None:
+def test_guided_models_pass_the_model_checks() -> None:
     sde = VPSDE()
     for options in ({}, {"interval": (0.1, 3.0)}):
         guided = ClassifierFreeGuidance(ClassModel(sde), 2.0, **options)
@@ -214,7 +213,7 @@ def test_the_contract_and_gradients() -> None:
     assert check_score_model(guided, (6, 2), class_labels=LABELS).ok
 
 
-def test_half_precision() -> None:
+def test_predictions_keep_half_precision() -> None:
     model = X0Model(lambda x, noise_label, shift=0.0: x + shift, VPSDE())
     x, t = torch.zeros(2, 3, dtype=torch.bfloat16), torch.tensor([0.1, 0.9])
     for options in ({}, {"interval": (0.0, 1.0)}, {"rescale": 0.5}):
@@ -243,11 +242,11 @@ def test_half_precision() -> None:
         ({"null": 10}, TypeError, "null: expected a mapping of names to values, got 10"),
         ({"null": "class_labels"}, TypeError, "null: expected a mapping .* got 'class_labels'"),
         ({"null": {3: 10}}, TypeError, "null: expected a mapping .* got {3: 10}"),
-        ({"null": {}}, ValueError, "null: expected a name and a value at least"),
+        ({"null": {}}, ValueError, "null: expected at least one name and value"),
         ({"model": lambda x, t: x}, TypeError, "model: expected a ScoreModel"),
     ],
 )
-def test_bad_parts(options, error, match) -> None:
+def test_invalid_options(options, error, match) -> None:
     with pytest.raises(error, match=match):
         ClassifierFreeGuidance(**{"model": ClassModel(VPSDE()), "scale": 2.0} | options)
 
@@ -267,15 +266,15 @@ def test_bad_parts(options, error, match) -> None:
          "class_labels: expected torch.int64"),
     ],
 )  # fmt: skip
-def test_bad_conditions(null, cond, error, match) -> None:
-    """Whatever the scale: also where the condition would not be used."""
-    x, t = states(VPSDE(), 6)
+def test_invalid_conditions(null, cond, error, match) -> None:
+    """At every scale, also where the condition is not used."""
+    x, t = random_states(VPSDE(), 6)
     for scale in (0.0, 1.0, 2.0):
         with pytest.raises(error, match=match):
             ClassifierFreeGuidance(ClassModel(VPSDE()), scale, null=null).predict(x, t, **cond)
 
 
-def test_bad_times() -> None:
+def test_invalid_times() -> None:
     guided = ClassifierFreeGuidance(ClassModel(VPSDE()), 2.0, (0.1, 1.0))
     with pytest.raises(ValueError, match="t: expected one time for each sample"):
         guided.predict(torch.zeros(6, 2), torch.ones(5), class_labels=LABELS)
