@@ -214,7 +214,9 @@ def _check_size(value: Any, budget: int) -> None:
             continue
         budget -= len(parts)
         if budget < 0 or depth > _MAX_DEPTH:
-            raise UnpicklingError("expected a tree of values, got one that contains itself or repeats too often")
+            raise UnpicklingError(
+                "expected a tree of values, got one that contains itself or repeats too often"
+            )
         pending += [(part, depth + 1) for part in parts]
 
 

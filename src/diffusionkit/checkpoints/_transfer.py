@@ -122,7 +122,7 @@ def transfer(
         if made is None or made.shape != wanted.shape:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
             shape = tuple(wanted.shape)
-            problems.append(f"{keys}: expected tensors that make {shape}, got {shapes}")
+            problems.append(f"{keys}: expected tensors for {shape}, got {shapes}")
         elif not made.is_floating_point():
             problems.append(f"{keys}: expected floating-point numbers, got {made.dtype}")
         elif not made.isfinite().all():
