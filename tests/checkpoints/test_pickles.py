@@ -79,7 +79,7 @@ READERS = {
 
 
 @pytest.fixture(params=READERS)
-def rejected(request, tmp_path, monkeypatch):
+def harmless(request, tmp_path, monkeypatch):
     """Check in each format that a pickle is rejected, in little time and memory."""
     read, wrap = READERS[request.param]
     monkeypatch.chdir(tmp_path)
@@ -102,40 +102,37 @@ def rejected(request, tmp_path, monkeypatch):
     return check
 
 
-def test_error_names_the_forbidden_global(rejected) -> None:
+def test_error_names_the_forbidden_global(harmless) -> None:
     args = text("touch victim") + b"\x85"
     for name in NAMES:
         by_stack = b"".join(map(text, name.rsplit(".", 1))) + b"\x93"
         for found in (named(name), by_stack):
             for call in (b"R", b"\x81"):
-                rejected(found + args + call, f"the global {re.escape(name)}, which is not among")
+                harmless(found + args + call, f"the global {re.escape(name)}, which is not among")
         instance = b"(" + text("touch victim") + b"i" + named(name)[1:]
-        rejected(instance, "the operation INST")
+        harmless(instance, "the operation INST")
 
 
 @pytest.mark.parametrize("code", ["o", "\x82\x01", "\x92", "I1\n", "\x97", "P1\n", "2", "0"])
-def test_operations_beyond_plain_data_are_rejected(rejected, code) -> None:
-    rejected(b"}}" + code.encode("latin1"), "expected a pickle of plain data, got")
+def test_operations_beyond_plain_data_are_rejected(harmless, code) -> None:
+    harmless(b"}}" + code.encode("latin1"), "expected a pickle of plain data, got")
 
 
-def test_operations_on_values_of_the_wrong_type_are_rejected(rejected) -> None:
+def test_operations_on_values_of_the_wrong_type_are_rejected(harmless) -> None:
     made = "expected a list, set or dictionary, got "
-    rejected(b")(Ne", made + "tuple")
-    rejected(b"](K\x01\x90", made + "list")
-    rejected(b"}(K\x01\x90", made + "dict")
-    rejected(b"\x8f(K\x01K\x02u", made + "set")
-    rejected(b"\x8fK\x01K\x02s", made + "set")
-    rejected(named("builtins.set") + b"]R", "expected a call of an allowed global")
-    rejected(b"NNR", "expected a call of an allowed global")
-    rejected(b"(}(K\x01ut", "ValueError")
+    harmless(b")(Ne", made + "tuple")
+    harmless(b"](K\x01\x90", made + "list")
+    harmless(b"}(K\x01\x90", made + "dict")
+    harmless(b"\x8f(K\x01K\x02u", made + "set")
+    harmless(b"\x8fK\x01K\x02s", made + "set")
+    harmless(named("builtins.set") + b"]R", "expected a call of an allowed global")
+    harmless(b"NNR", "expected a call of an allowed global")
+    harmless(b"(}(K\x01ut", "ValueError")
 
 
-def test_unfinished_pickles_are_rejected(tmp_path) -> None:
-    path = tmp_path / "x"
+def test_unfinished_pickles_are_rejected(rejected) -> None:
     for body in (b"NN", b"(N", b"N(N"):
-        path.write_bytes(zipped(body))
-        with pytest.raises(CheckpointError, match="expected a pickle of one value"):
-            read_torch(path)
+        rejected(zipped(body), "expected a pickle of one value")
 
 
 def storage(numel: int = 2, kind: str = "FloatStorage") -> bytes:
@@ -176,49 +173,36 @@ def tensor(body: bytes, offset: int, size: tuple, stride: tuple) -> bytes:
         (0.0, (1,), (1,)),
     ],
 )
-def test_tensors_outside_their_storage_are_rejected(tmp_path, offset, size, stride) -> None:
-    path = tmp_path / "x"
-    match = "expected a tensor within its 2 values|expected shape and strides of a tensor"
-    path.write_bytes(zipped(tensor(storage(), offset, size, stride), **{"0": bytes(8)}))
-    with pytest.raises(CheckpointError, match=match):
-        read_torch(path)
+def test_tensors_outside_their_storage_are_rejected(rejected, offset, size, stride) -> None:
+    match = "expected (a tensor within its 2 values|shape and strides of a tensor)"
+    rejected(zipped(tensor(storage(), offset, size, stride), **{"0": bytes(8)}), match)
     data = legacy(OWN, keys=KEY, rest=struct.pack("<qff", 2, 1, 2))
     content = b"B" + struct.pack("<I", len(data)) + data + b"\x85R"
     body = named("torch.storage._load_from_bytes") + content
-    path.write_bytes(edm(tensor(body, offset, size, stride)))
-    with pytest.raises(CheckpointError, match=match):
-        read_edm_pickle(path)
+    rejected(edm(tensor(body, offset, size, stride)), match, read_edm_pickle)
 
 
-def test_handwritten_tensor_within_its_storage_is_read(tmp_path) -> None:
+def test_handwritten_tensor_within_its_storage_is_read(tmp_path, rejected) -> None:
     path = tmp_path / "x"
     path.write_bytes(zipped(tensor(storage(), 1, (1,), (1,)), **{"0": struct.pack("ff", 1, 2)}))
     assert read_torch(path).tolist() == [2.0]
     body = tensor(OWN, 1, (1,), (1,))
     path.write_bytes(legacy(body, keys=KEY, rest=struct.pack("<qff", 2, 1, 2)))
     assert read_torch(path).tolist() == [2.0]
-    path.write_bytes(legacy(body))
-    with pytest.raises(CheckpointError, match="expected the values of 1 storages"):
-        read_torch(path)
+    rejected(legacy(body), "expected the values of 1 storages")
 
 
 @pytest.mark.parametrize("numel", [2**20, 2**40, 2**62, 2**70, -1])
-def test_storages_larger_than_the_file_are_rejected(tmp_path, numel) -> None:
-    path = tmp_path / "x"
+def test_storages_larger_than_the_file_are_rejected(rejected, numel) -> None:
     body, count = storage(numel), max(min(numel, 2**62), 0)
     for content in (
         zipped(body, **{"0": bytes(8)}),
         legacy(body.replace(b"tQ", b"NtQ"), keys=KEY, rest=struct.pack("<q", count) + bytes(8)),
     ):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"expected .*, got "):
-            read_torch(path)
-    if numel < 0:
-        with pytest.raises(CheckpointError, match="expected the size of a storage, got -1"):
-            read_torch(path)
+        rejected(content, "expected the size of a storage, got -1" if numel < 0 else "")
 
 
-def test_malformed_storages_are_rejected(tmp_path) -> None:
+def test_malformed_storages_are_rejected(tmp_path, rejected) -> None:
     path, rest = tmp_path / "x", struct.pack("<qff", 2, 1, 2)
     other = storage(1).replace(b"tQ", b"NtQ")
     view = storage().replace(b"tQ", b"K\x01tQ")
@@ -229,9 +213,7 @@ def test_malformed_storages_are_rejected(tmp_path) -> None:
         (legacy(module, keys=KEY, rest=rest), "expected a storage, got 'module'"),
         (legacy(b"N").replace(b"\xe9\x03", b"\xe9\x04"), "expected the first numbers of a file"),
     ]:
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=match):
-            read_torch(path)
+        rejected(content, match)
     path.write_bytes(legacy(OWN, keys=KEY, rest=rest))
     read_torch(path)
 
@@ -254,11 +236,11 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_exponentially_large_values_are_rejected(rejected, bomb) -> None:
-    rejected(BOMBS[bomb], "that contains itself or repeats too often")
+def test_exponentially_large_values_are_rejected(harmless, bomb) -> None:
+    harmless(BOMBS[bomb], "that contains itself or repeats too often")
 
 
-def test_errors_abbreviate_large_values(rejected) -> None:
+def test_errors_abbreviate_large_values(harmless) -> None:
     bomb = b"(" + laughs(b"%%\x86")
     for name, match in [
         ("torch.Size", "expected a shape"),
@@ -266,8 +248,8 @@ def test_errors_abbreviate_large_values(rejected) -> None:
         ("builtins.set", "expected a string or a number as key"),
         ("numpy.dtype", "expected the dtype of a number"),
     ]:
-        rejected(bomb + named(name) + b"h\x3c\x85Rt", match)
-    rejected(bomb + b"h\x3c)Rt", "expected a call of an allowed global")
+        harmless(bomb + named(name) + b"h\x3c\x85Rt", match)
+    harmless(bomb + b"h\x3c)Rt", "expected a call of an allowed global")
 
 
 KEYS = {
@@ -280,23 +262,23 @@ KEYS = {
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_keys_that_overflow_or_collide_are_rejected(rejected, key) -> None:
-    rejected(b"}" + KEYS[key] + b"Ns", "expected a string or a number as key")
-    rejected(b"\x8f(" + KEYS[key] + b"\x90", "expected a string or a number as key")
+def test_keys_that_overflow_or_collide_are_rejected(harmless, key) -> None:
+    harmless(b"}" + KEYS[key] + b"Ns", "expected a string or a number as key")
+    harmless(b"\x8f(" + KEYS[key] + b"\x90", "expected a string or a number as key")
     body = named("builtins.set") + b"](" + KEYS[key] + b"e\x85R"
-    rejected(body, "expected a string or a number as key")
+    harmless(body, "expected a string or a number as key")
 
 
-def test_sizes_in_the_pickle_do_not_allocate_memory(rejected) -> None:
+def test_sizes_in_the_pickle_do_not_allocate_memory(harmless) -> None:
     huge = struct.pack("<Q", 2**40)
     for body in (b"\x8e" + huge, b"\x8d" + huge, b"B\xff\xff\xff\xff", b"X\xff\xff\xff\x7f"):
-        rejected(body + b"abc", "Error")
-    rejected(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "Error")
-    rejected(b"Nr\xff\xff\xff\xff" + b"(", "Error")
+        harmless(body + b"abc", "Error")
+    harmless(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "Error")
+    harmless(b"Nr\xff\xff\xff\xff" + b"(", "Error")
 
 
 @pytest.mark.parametrize("name", ["_codecs.encode", "builtins.set", "torch.Size"])
-def test_repeated_use_of_one_large_argument_is_rejected(rejected, name) -> None:
+def test_repeated_use_of_one_large_argument_is_rejected(harmless, name) -> None:
     """Each call would make another copy."""
     first = {
         "_codecs.encode": text("a" * 50_000) + text("latin1") + b"\x86q\x00",
@@ -304,33 +286,31 @@ def test_repeated_use_of_one_large_argument_is_rejected(rejected, name) -> None:
         "torch.Size": b"(" + b"K\x01" * 20_000 + b"t\x85q\x00",
     }[name]
     body = first + named(name) + b"q\x01" + b"](" + b"h\x01h\x00R" * 1000 + b"e\x86\x86"
-    rejected(body, "expected each part to be used once")
+    harmless(body, "expected each part to be used once")
 
 
-def test_state_of_plain_objects_is_rejected(rejected) -> None:
+def test_state_of_plain_objects_is_rejected(harmless) -> None:
     made = named("collections.OrderedDict") + b")R"
     for state in (b"N", b"}" + text("items") + b"K\x01s", b"}" + text("__class__") + b"Ns"):
-        rejected(made + state + b"b", "got a state for OrderedDict")
+        harmless(made + state + b"b", "got a state for OrderedDict")
     for odd in (b"N", b"K\x01", b"}" + text("a") + b"K\x01s",
                 b"}" + text("a") + b"}" + text("version") + text("1") + b"ss"):  # fmt: skip
-        rejected(made + b"}" + text("_metadata") + odd + b"sb", "expected the versions of modules")
-    rejected(b"]}b", "got a state for list")
+        harmless(made + b"}" + text("_metadata") + odd + b"sb", "expected the versions of modules")
+    harmless(b"]}b", "got a state for list")
     number = named("numpy.dtype") + text("f8") + b"\x89\x88\x87R"
-    rejected(number + b"}b}b", "got a state for Node")
+    harmless(number + b"}b}b", "got a state for Node")
 
 
-def test_tensors_with_hooks_are_rejected(tmp_path) -> None:
+def test_tensors_with_hooks_are_rejected(rejected) -> None:
     plain = named("collections.OrderedDict") + b")R"
     body = tensor(storage(), 1, (1,), (1,)).replace(plain, plain + b"K\x01Ns")
-    (tmp_path / "x").write_bytes(zipped(body, **{"0": bytes(8)}))
-    with pytest.raises(CheckpointError, match="expected a tensor without hooks"):
-        read_torch(tmp_path / "x")
+    rejected(zipped(body, **{"0": bytes(8)}), "expected a tensor without hooks")
 
 
-def test_functions_are_rejected_as_values(rejected) -> None:
-    rejected(named("_codecs.encode") + text("a") + text("idna") + b"\x86R", "expected bytes as lat")
-    rejected(named("_codecs.encode"), "expected plain data, got a function")
-    rejected(b"]" + named("torch.Size") + b"a", "expected plain data, got a function")
+def test_functions_are_rejected_as_values(harmless) -> None:
+    harmless(named("_codecs.encode") + text("a") + text("idna") + b"\x86R", "expected bytes as lat")
+    harmless(named("_codecs.encode"), "expected plain data, got a function")
+    harmless(b"]" + named("torch.Size") + b"a", "expected plain data, got a function")
 
 
 @pytest.mark.parametrize(
@@ -343,25 +323,22 @@ def test_functions_are_rejected_as_values(rejected) -> None:
          "expected a plain little-endian dtype"),
     ],
 )  # fmt: skip
-def test_hostile_dtypes_are_rejected(rejected, dtype, state, match) -> None:
+def test_hostile_dtypes_are_rejected(harmless, dtype, state, match) -> None:
     body = named("numpy.dtype") + text(dtype) + b"\x89\x88\x87R"
     built = body + state + b"b" if state else body
     data = text("\0" * 8) + text("latin1") + b"\x86"
     value = named("numpy.core.multiarray.scalar") + built + named("_codecs.encode") + data + b"R"
-    rejected(value + b"\x86R", match)
+    harmless(value + b"\x86R", match)
 
 
-def test_nested_pickles_follow_the_same_rules(tmp_path, monkeypatch) -> None:
+def test_nested_pickles_follow_the_same_rules(rejected, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "x"
     attack = named("posix.system") + text("touch victim") + b"\x85R"
     inner = [legacy(attack), zipped(attack), START + attack + END, edm(attack), b"", b"PK\x03\x04"]
     for content in inner:
         body = b"B" + struct.pack("<I", len(content)) + content + b"\x85R"
-        path.write_bytes(edm(named("torch.storage._load_from_bytes") + body))
-        with pytest.raises(CheckpointError, match="expected a network pickle of EDM, got"):
-            read_edm_pickle(path)
-        assert list(tmp_path.iterdir()) == [path]
+        rejected(edm(named("torch.storage._load_from_bytes") + body), "", read_edm_pickle)
+        assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
 def test_malformed_persistent_objects_are_rejected(tmp_path) -> None:
