@@ -360,7 +360,7 @@ def test_malformed_persistent_objects_are_rejected(tmp_path) -> None:
     assert read()["ema"].class_name == "Net"
     pair = b"}(" + text("_modules") + b"}" + text("_buffers") + b"}" + text("_parameters")
     for changes, match in [
-        ({"type": text("function")}, "expected the description of an object of a class"),
+        ({"type": text("function")}, "expected a persistent class instance, got another"),
         ({"class_name": b"N"}, "expected the name and the state"),
         ({"state": b"]"}, "expected the name and the state"),
         ({"version": b"N"}, "expected persistence version 6, got None"),

@@ -70,7 +70,7 @@ def test_ncsnv2_names_its_channels_differently(given) -> None:
 def test_error_names_the_missing_section(given, make, section) -> None:
     config = score_sde_config("ve_ncsnpp")
     del config[section]
-    with pytest.raises(ValueError, match=rf"config: expected config\.{section}, got a conf"):
+    with pytest.raises(ValueError, match=rf"network: expected config\.{section}, got none"):
         load_score_sde(given(score_sde_content("ve_ncsnpp")), make(config))
 
 
@@ -87,7 +87,7 @@ def test_error_names_the_missing_section(given, make, section) -> None:
 def test_error_names_the_missing_entry(given, section, name) -> None:
     config = score_sde_config("ve_ncsnpp")
     del config[section][name]
-    with pytest.raises(ValueError, match=rf"config: expected {section}\.{name}, got a conf"):
+    with pytest.raises(ValueError, match=rf"network: expected {section}\.{name}, got none"):
         load_score_sde(given(score_sde_content("ve_ncsnpp")), config)
 
 

@@ -114,7 +114,7 @@ def _find(name: str) -> Any:
 
 def _persistent(meta: Any) -> _Persistent:
     if type(meta) is not dict or meta.get("type") != "class":
-        raise UnpicklingError("expected the description of an object of a class, got another")
+        raise UnpicklingError("expected a persistent class instance, got another object")
     if meta.get("version") != _VERSION:
         raise UnpicklingError(
             f"expected persistence version {_VERSION}, got {repr(meta.get('version'))}"

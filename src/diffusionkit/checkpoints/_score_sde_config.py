@@ -26,11 +26,11 @@ Network = NCSNpp | NCSNv2
 
 @dataclass(frozen=True)
 class Setting:
-    """What a network was trained for.
+    """The process and the score model that a network was trained for.
 
     Args:
         sde: the process.
-        kind: the class of score model, which says what the network predicts.
+        kind: the class of score model, which defines what the network predicts.
         label: the noise label; the default of `kind` if None.
         sigmas: the noise levels by number, or only the largest and the smallest; None for VP.
     """
@@ -62,7 +62,7 @@ def configured(config: Any, sigmas: Sequence[float]) -> tuple[Network, Setting]:
         return _of_network(config, sigmas)
     if isinstance(config, str):
         if config not in PUBLISHED:
-            raise ValueError(f"config: expected one of {', '.join(PUBLISHED)}, got {config!r}")
+            raise ValueError(f"network: expected one of {', '.join(PUBLISHED)}, got {config!r}")
         make, setting = PUBLISHED[config]
         return make(), setting
     return _of_sections(config)
@@ -96,7 +96,7 @@ class _Section:
         if not isinstance(values, Mapping) and hasattr(values, name):
             return getattr(values, name)
         if not default:
-            raise ValueError(f"config: expected {self.name}.{name}, got a configuration without it")
+            raise ValueError(f"network: expected {self.name}.{name}, got none")
         return default[0]
 
 
@@ -115,11 +115,11 @@ def _of_sections(config: Any) -> tuple[Network, Setting]:
     if str(kind).startswith("ncsnv2"):
         return _ncsnv2(kind, sigmas=tuple(sigmas), **options), setting
     if kind not in ("ncsnpp", "ddpm"):
-        raise ValueError(f"config: expected model.name ncsnpp, ddpm or ncsnv2_*, got {kind!r}")
+        raise ValueError(f"network: expected model.name ncsnpp, ddpm or ncsnv2_*, got {kind!r}")
     activation = model.get("nonlinearity", "swish")
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"config: expected model.nonlinearity {', '.join(_ACTIVATIONS)}, got {activation!r}"
+            f"network: expected model.nonlinearity {', '.join(_ACTIVATIONS)}, got {activation!r}"
         )
     conditional = model.get("conditional", True)
     embedding = model.get("embedding_type", "positional") if kind == "ncsnpp" else "positional"
@@ -160,14 +160,14 @@ def _setting(training: _Section, model: _Section, sigmas: list[float]) -> Settin
     if kind == "subvpsde":
         return Setting(SubVPSDE(*betas))
     if kind != "vpsde":
-        raise ValueError(f"config: expected training.sde vesde, vpsde or subvpsde, got {kind!r}")
+        raise ValueError(f"network: expected training.sde vesde, vpsde or subvpsde, got {kind!r}")
     return Setting(VPSDE(*betas)) if continuous else _ddpm(len(sigmas), *betas)
 
 
 def _ncsnv2(kind: str, **options: Any) -> NCSNv2:
     if kind not in _NCSNV2_LEVELS:
         known = ", ".join(_NCSNV2_LEVELS)
-        raise ValueError(f"config: expected model.name {known}, got {kind!r}")
+        raise ValueError(f"network: expected model.name {known}, got {kind!r}")
     return NCSNv2(levels=_NCSNV2_LEVELS[kind], **options)
 
 

@@ -172,7 +172,7 @@ class _Reader:
             elif module.is_block and not inside:
                 c = outs[-1] = module.outs
                 blocks[-1] += 1
-            else:  # a down-sampling: a block, a convolution or nothing
+            else:  # a downsampling: a block, a convolution or nothing
                 if not module.is_block:
                     self.found["resample_with_conv"] = bool(module.shapes)
                 c = self.input_branch(c)
