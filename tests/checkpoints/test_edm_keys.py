@@ -1,4 +1,4 @@
-"""Network pickles of EDM: the tensors that torch itself would name, and no code run."""
+"""Network pickles of EDM: tensors are read by name and no code runs."""
 
 import io
 import pickle
@@ -16,7 +16,7 @@ from diffusionkit.checkpoints._edm_keys import EDMObject, read_edm_pickle
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Read a content as a file, and see that its source code was not run."""
+    """A function that reads a content and checks that its source code did not run."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "network.pkl"
 
@@ -31,7 +31,7 @@ def read(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refused(read):
+def rejected(read):
     def check(content: bytes, match: str) -> None:
         expected = r"(?s)network\.pkl: expected a network pickle of EDM, got .*"
         with pytest.raises(CheckpointError, match=expected + match):
@@ -41,7 +41,7 @@ def refused(read):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_tensors_come_back_by_the_names_of_torch(
+def test_tensors_have_the_names_of_the_state_dict(
     read, pickled, edm_content, edm_network, protocol
 ) -> None:
     ema = read(pickled(edm_content, protocol))["ema"]
@@ -54,9 +54,7 @@ def test_tensors_come_back_by_the_names_of_torch(
         assert not ema.state_dict[name].requires_grad
 
 
-def test_what_the_network_was_made_with_comes_back_as_plain_values(
-    read, pickled, edm_content
-) -> None:
+def test_constructor_arguments_are_plain_values(read, pickled, edm_content) -> None:
     ema = read(pickled(edm_content))["ema"]
     assert ema.class_name == "EDMPrecond"
     assert ema.init_args == ()
@@ -71,7 +69,7 @@ def test_what_the_network_was_made_with_comes_back_as_plain_values(
     assert type(kwargs) is dict
 
 
-def test_the_other_entries_come_back(read, pickled, edm_content) -> None:
+def test_other_entries_are_read(read, pickled, edm_content) -> None:
     data = read(pickled(edm_content))
     assert data["augment_pipe"] is None
     assert data["dataset"] == {
@@ -81,8 +79,8 @@ def test_the_other_entries_come_back(read, pickled, edm_content) -> None:
     assert data["loss_fn"] == EDMObject("EDMLoss", (), {}, {})
 
 
-def test_parts_of_a_storage(read, pickled, edm_network) -> None:
-    """Parameters that share a storage: an offset, strides, and a part of no elements."""
+def test_views_of_a_shared_storage_are_read(read, pickled, edm_network) -> None:
+    """An offset, strides, and no elements."""
     base = torch.arange(24.0)
     edm_network.parts = nn.ParameterList([base[3:9:2], base.view(4, 6).T, base[:0]])
     try:
@@ -94,7 +92,7 @@ def test_parts_of_a_storage(read, pickled, edm_network) -> None:
     assert state["parts.2"].shape == (0,)
 
 
-def test_tensors_of_another_device(read, pickled, edm_content, edm_network) -> None:
+def test_tensors_of_another_device_are_read(read, pickled, edm_content, edm_network) -> None:
     content = pickled(edm_content).replace(b"X\x03\0\0\0cpu", b"X\x03\0\0\0mps")
     assert b"mps" in content
     weight = read(content)["ema"].state_dict["model.out.0.weight"]
@@ -102,7 +100,7 @@ def test_tensors_of_another_device(read, pickled, edm_content, edm_network) -> N
     assert torch.equal(weight, edm_network.state_dict()["model.out.0.weight"])
 
 
-def test_numbers_of_numpy_1(read, pickled, edm_content) -> None:
+def test_numbers_of_numpy_1_are_read(read, pickled, edm_content) -> None:
     content = pickled(edm_content, 3)
     own = np.float64(0).__reduce__()[0].__module__.encode()
     renamed = content.replace(b"c" + own + b"\n", b"cnumpy.core.multiarray\n")
@@ -111,13 +109,15 @@ def test_numbers_of_numpy_1(read, pickled, edm_content) -> None:
     assert weight == np.sqrt(0.2)
 
 
-def test_what_is_none_has_no_name_and_modules_are_no_arguments(refused, read, pickled) -> None:
+def test_absent_modules_have_no_tensors_and_modules_are_rejected_as_arguments(
+    rejected, read, pickled
+) -> None:
     network = nn.Linear(2, 3)
     network._init_args, network._init_kwargs = (), {"act": [nn.SiLU()]}
     network.register_module("absent", None)
     holder = type("Holder", (nn.Linear,), {"__reduce__": _reduce})
     network.__class__ = holder
-    refused(pickled({"ema": network}), "expected plain values, got an object of torch.nn.modules")
+    rejected(pickled({"ema": network}), "expected plain values, got an object of torch.nn.modules")
     network._init_kwargs = {}
     assert list(read(pickled({"ema": network}))["ema"].state_dict) == ["weight", "bias"]
 
@@ -127,35 +127,34 @@ def _reduce(self):
     return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
 
 
-def test_the_standard_library_runs_what_these_readers_refuse(refused, tmp_path) -> None:
-    """The trap is real."""
+def test_pickle_runs_code_that_the_reader_rejects(rejected, tmp_path) -> None:
     attack = b"\x80\x02cos\nsystem\nX\x0c\0\0\0touch victim\x85R."
-    refused(attack, "the global os.system")
+    rejected(attack, "the global os.system")
     code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"
     subprocess.run([sys.executable, "-c", code], input=attack, cwd=tmp_path, check=True)
     assert (tmp_path / "victim").exists()
 
 
-def test_another_version(refused, pickled, edm_content) -> None:
+def test_other_versions_are_rejected(rejected, pickled, edm_content) -> None:
     content = pickled(edm_content, 3)
     place = content.index(b"K\x06", content.index(b"version"))
     for version in (5, 7):
         other = content[:place] + b"K" + bytes([version]) + content[place + 2 :]
-        refused(other, f"expected persistence version 6, got {version}")
+        rejected(other, f"expected persistence version 6, got {version}")
 
 
-def test_pickles_of_something_else(refused, pickled, edm_network) -> None:
+def test_pickles_without_a_network_are_rejected(rejected, pickled, edm_network) -> None:
     for value in ([1], {"ema": {}}, {"ema": None}, {"G_ema": edm_network}, edm_network):
-        refused(pickled(value), "no network as its entry 'ema'")
-    refused(b"", "an empty file")
-    refused(b"PK\x03\x04" + bytes(50), "a zip file")
+        rejected(pickled(value), "no network as its entry 'ema'")
+    rejected(b"", "an empty file")
+    rejected(b"PK\x03\x04" + bytes(50), "a zip file")
     file = io.BytesIO()
     torch.save({"ema": torch.ones(1)}, file, _use_new_zipfile_serialization=False)
-    refused(file.getvalue(), "more bytes")
+    rejected(file.getvalue(), "more bytes")
 
 
-def test_bytes_after_the_end(refused, pickled, edm_content) -> None:
-    refused(pickled(edm_content) + b".", "more bytes")
+def test_bytes_after_the_pickle_are_rejected(rejected, pickled, edm_content) -> None:
+    rejected(pickled(edm_content) + b".", "more bytes")
 
 
 @pytest.mark.parametrize(
@@ -170,5 +169,7 @@ def test_bytes_after_the_end(refused, pickled, edm_content) -> None:
     ],
     ids=["array", "objects", "function", "loads", "print", "sparse"],
 )
-def test_what_is_not_allowed_is_named(refused, pickled, edm_network, value, name) -> None:
-    refused(pickled({"ema": edm_network, "x": value}), f"the global (?:{name}), which is not among")
+def test_error_names_the_forbidden_global(rejected, pickled, edm_network, value, name) -> None:
+    rejected(
+        pickled({"ema": edm_network, "x": value}), f"the global (?:{name}), which is not among"
+    )

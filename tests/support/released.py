@@ -1,15 +1,13 @@
-"""Files as released code writes them: its layouts with weights by formula, and its outputs.
+"""Checkpoints with the layout of released code, weights by formula, and its recorded outputs.
 
 Each case in data/*.json has the names and shapes of a small network of the released code, and
-values of its output at `inputs` when its tensors are those of `weights`. A layout is a list of
-prefixes, each with the part that carries it: "enc.0=c" stands for the tensors of part c with
-"enc.0." before their names.
+values of its output at `inputs` for the tensors of `weights`. A layout is a list of prefixes with
+parts: "enc.0=c" stands for the tensors of part c with the prefix "enc.0.".
 """
 
 import json
 import math
 import zlib
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DATA = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("data/*")}
+DATA = {
+    path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("data/*.json")
+}
 
 SCORE_SDE, OPENAI, EDM = (DATA[name]["cases"] for name in ("score_sde", "openai", "edm"))
 
@@ -35,13 +35,13 @@ def weights(
     wanted: dict[str, tuple[int, ...]],
     phase: float = 1.0,
     amplitude: float = 0.15,
-    chirp: float = 0.013,  # without which rows are waves, and most products of them vanish
+    chirp: float = 0.013,  # else rows are sine waves, and most of their products vanish
 ) -> dict[str, Tensor]:
     found = {}
     for name, shape in wanted.items():
         i = np.arange(math.prod(shape), dtype=np.float64)
         angle = phase + 0.37 * i + chirp * i * i + zlib.crc32(name.encode()) % 1000
-        # One-dimensional weights are those of normalisations.
+        # One-dimensional weights belong to normalization layers.
         ones = float(len(shape) == 1 and name.endswith("weight"))
         values = ones + amplitude * np.sin(angle)
         found[name] = torch.from_numpy(values.reshape(shape)).float()
@@ -54,7 +54,7 @@ def inputs(*shape: int) -> Tensor:
 
 
 def assert_released(output: Tensor, expected: list[list[float]], tolerance: float = 5e-5) -> None:
-    """Compare values of each sample with the released ones, relative to the largest of them."""
+    """Compare values of each sample with the recorded ones, relative to their largest magnitude."""
     wanted = torch.tensor(expected, dtype=torch.float64)
     rows = output.detach().double().flatten(1)
     assert len(rows) == len(wanted)
@@ -64,14 +64,14 @@ def assert_released(output: Tensor, expected: list[list[float]], tolerance: floa
 
 
 def score_sde_config(case: str) -> dict[str, Any]:
-    """The configuration of a case: the base with what the case changes."""
+    """Return the configuration of a case: the base with the changes of the case."""
     data = DATA["score_sde"]
     changes = data["cases"][case]["config"]
     return {section: base | changes.get(section, {}) for section, base in data["base"].items()}
 
 
 def score_sde_content(case: str, prefix: str = "module.") -> dict[str, Any]:
-    """What score_sde saves of a network: its weights, and averages with another phase."""
+    """Return the content of a file of score_sde: weights, and averages with another phase."""
     wanted = shapes("score_sde", case)
     model = score_sde_config(case)["model"]
     levels = np.linspace(
@@ -80,7 +80,7 @@ def score_sde_content(case: str, prefix: str = "module.") -> dict[str, Any]:
     state = {"sigmas": torch.tensor(np.exp(levels))} | weights(wanted)
     trained = {name: shape for name, shape in wanted.items() if name != "all_modules.0.W"}
     return {
-        # A warm-up leaves a learning rate of numpy.
+        # After a warm-up the learning rate is a number of numpy.
         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(2e-4), "params": [0]}]},
         "model": {f"{prefix}{name}": tensor for name, tensor in state.items()},
         "ema": {
@@ -92,8 +92,11 @@ def score_sde_content(case: str, prefix: str = "module.") -> dict[str, Any]:
     }
 
 
-def unread(patch: Any, loader: str, content: Any) -> str:
-    """Let a loader find a content at a path without the time that writing and reading take."""
-    module = import_module(f"diffusionkit.checkpoints.{loader}")
-    patch.setattr(module, "read_torch", lambda path, *, expected: content)
-    return "checkpoint.pth"
+def score_sde_state(case: str) -> Tensor:
+    data = score_sde_config(case)["data"]
+    return inputs(2, data["num_channels"], data["image_size"], data["image_size"])
+
+
+def score_sde_score(model: Any, case: str) -> Tensor:
+    with torch.no_grad():
+        return model(score_sde_state(case), torch.tensor(SCORE_SDE[case]["t"]))

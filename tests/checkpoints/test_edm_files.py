@@ -1,10 +1,11 @@
-"""Network pickles of EDM: the denoisers of the released code, and every mistake named."""
+"""Network pickles of EDM: denoisers match released code, and errors name every problem."""
 
 import math
 
 import pytest
 import torch
-from released import EDM, assert_released, inputs, shapes, weights
+from support import seeded
+from support.released import EDM, assert_released, inputs, shapes, weights
 from torch import nn
 
 from diffusionkit import (
@@ -25,7 +26,7 @@ from diffusionkit.networks import ADMUNet, NCSNpp
 
 
 class Persistent(nn.Module):
-    """Stands for any of EDM's modules: its name and arguments are data."""
+    """A stand-in for any of EDM's modules, with its name and arguments as data."""
 
     def __init__(self, reconstruct, name, kwargs) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Persistent(nn.Module):
 
 @pytest.fixture
 def written(tmp_path, pickled, edm_network):
-    """Write a pickle as EDM's training does, of tensors by their names."""
+    """A function that writes tensors to a pickle like EDM's training."""
     reconstruct = edm_network.__reduce__()[0]
 
     def write(precond, kwargs, tensors) -> str:
@@ -94,7 +95,7 @@ def conditions(case):
 
 
 def denoised(model, case):
-    """D(x; sigma) of EDM: what the model says of the state alpha x."""
+    """Return EDM's D(x; sigma), the prediction at the state alpha x."""
     t = torch.tensor(EDM[case]["t"], dtype=torch.float64)
     alpha, sigma = model.sde.marginal(t)
     expected = torch.tensor(EDM[case]["sigma"], dtype=torch.float64)
@@ -106,7 +107,7 @@ def denoised(model, case):
 
 
 @pytest.mark.parametrize("case", EDM)
-def test_denoisers_are_those_of_the_released_code(load, case) -> None:
+def test_denoisers_match_released_code(load, case) -> None:
     model = load(case)
     assert not model.training
     assert_released(denoised(model, case), EDM[case]["D"], 1e-4)
@@ -127,18 +128,18 @@ def test_denoisers_are_those_of_the_released_code(load, case) -> None:
         ("iddpm_other", EpsModel, DDPMChain.cosine(100, s=0.02, max_beta=0.99)),
     ],
 )
-def test_the_model_of_each_kind_samples(load, case, kind, sde) -> None:
+def test_models_of_every_preconditioning_sample(load, case, kind, sde) -> None:
     model = load(case)
     assert type(model) is kind
     assert repr(model.sde) == repr(sde)
     assert model.variance == ("learned_range" if case.startswith("iddpm") else None)
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(snr=0.16), steps=3)
-    samples = sampler((2, 3, 8, 8), generator=torch.Generator().manual_seed(0), **conditions(case))
+    samples = sampler((2, 3, 8, 8), generator=seeded(), **conditions(case))
     assert samples.shape == (2, 3, 8, 8)
     assert samples.isfinite().all()
 
 
-def test_the_chain_has_its_clipped_end(load) -> None:
+def test_last_beta_of_the_cosine_chain_is_clipped(load) -> None:
     sde = load("iddpm_other").sde
     betas = [1 - (cosine(i + 1, 100) / cosine(i, 100)) for i in range(100)]
     assert betas[-1] > 0.99
@@ -151,7 +152,7 @@ def cosine(i, steps, s=0.02):
 
 
 @pytest.mark.parametrize(
-    ("case", "class_labels"),
+    ("case", "noise_labels"),
     [
         ("vp_ddpmpp", (99.9, 699.3)),
         ("vp_other", (49.9, 349.3)),
@@ -159,14 +160,13 @@ def cosine(i, steps, s=0.02):
         ("iddpm_other", (25, 80)),
     ],
 )
-def test_labels_are_those_of_the_released_code(load, case, class_labels) -> None:
+def test_noise_labels_match_released_code(load, case, noise_labels) -> None:
     model = load(case)
-    told = model.label(model.sde, torch.tensor(EDM[case]["t"]))
-    assert told.tolist() == pytest.approx(class_labels, rel=1e-6)
+    got = model.label(model.sde, torch.tensor(EDM[case]["t"]))
+    assert got.tolist() == pytest.approx(noise_labels, rel=1e-6)
 
 
-def test_without_classes_and_without_augmentation(load) -> None:
-    """Zeros in place of the augmentation's labels are no augmentation."""
+def test_zero_augmentation_condition_equals_none(load) -> None:
     model = load("vp_ddpmpp")
     x, t = inputs(2, 3, 8, 8), torch.tensor([0.1, 0.7])
     with torch.no_grad():
@@ -175,14 +175,14 @@ def test_without_classes_and_without_augmentation(load) -> None:
     torch.testing.assert_close(none, zeros, rtol=1e-5, atol=1e-5)
 
 
-def test_the_defaults_of_the_released_classes(written, load) -> None:
-    """An argument that a pickle does not name has the released default."""
+def test_missing_arguments_have_released_defaults(written, load) -> None:
+    """Arguments that a pickle omits have the released defaults."""
     model = load("vp_ddpmpp")
     assert model.network.config["dropout"] == 0.1
     case = "edm_ncsnpp"
     assert load(case).sigma_data == 0.5
     assert load("edm_skip").sigma_data == 0.7
-    # The default model of a class is known from its name alone.
+    # The default network of each preconditioning.
     kwargs = EDM["iddpm_other"]["kwargs"] | {}
     del kwargs["model_type"]
     model = load_edm(written("iDDPMPrecond", kwargs, tensors_of("iddpm_other")))
@@ -202,14 +202,14 @@ def test_the_defaults_of_the_released_classes(written, load) -> None:
         ({"embedding_type": "learned"}, "expected a known network of EDM, got 'learned'"),
         ({"encoder_type": "dense"}, "expected a known network of EDM, got 'dense'"),
         ({"decoder_type": "residual"}, "expected a known network of EDM, got 'residual'"),
-        ({"model_channels": 16}, r"problems: .*expected what makes \(64, 16\)"),
+        ({"model_channels": 16}, r"problems: .*expected tensors for \(64, 16\)"),
         ({"num_blocks": 2}, "problems: .*missing"),
         ({"channel_mult": [1, 2, 2]}, "problems: .*missing"),
         ({"channel_mult": []}, "network-snapshot.*expected a known network.*multipliers"),
         ({"attn_resolutions": []}, "problems: .*unexpected"),
         ({"label_dim": 10}, r"missing map_label\.weight"),
         ({"augment_dim": 9}, r"missing map_augment\.weight"),
-        ({"img_channels": 4}, "expected what makes"),
+        ({"img_channels": 4}, "expected tensors for"),
         ({"img_resolution": 16}, "missing enc"),
         ({"img_resolution": "8"}, "expected a known network of EDM, got"),
         ({"beta_d": -20.0}, "expected a known network of EDM, got"),
@@ -217,12 +217,12 @@ def test_the_defaults_of_the_released_classes(written, load) -> None:
         ({"M": 1}, "expected a known network of EDM, got"),
     ],
 )
-def test_arguments_of_another_network(load, kwargs, match) -> None:
+def test_arguments_of_another_network_are_rejected(load, kwargs, match) -> None:
     with pytest.raises(CheckpointError, match=match):
         load("vp_other", **kwargs)
 
 
-def test_a_class_that_is_no_preconditioning(written) -> None:
+def test_classes_other_than_preconditionings_are_rejected(written) -> None:
     with pytest.raises(CheckpointError, match="expected a known network of EDM, got 'MyPrecond'"):
         load_edm(written("MyPrecond", EDM["vp_other"]["kwargs"], tensors_of("vp_other")))
     with pytest.raises(CheckpointError, match="expected a known network of EDM"):
@@ -239,7 +239,7 @@ def test_a_class_that_is_no_preconditioning(written) -> None:
         ),
         (
             lambda t: t.update({"model.map_layer0.bias": torch.ones(33)}),
-            r"map_layer0\.bias: expected what makes \(32,\), got \(33,\)",
+            r"map_layer0\.bias: expected tensors for \(32,\), got \(33,\)",
         ),
         (
             lambda t: t["model.map_layer1.weight"].fill_(math.inf),
@@ -247,26 +247,28 @@ def test_a_class_that_is_no_preconditioning(written) -> None:
         ),
         (
             lambda t: t.update({"model.enc.8x8_block0.qkv.bias": torch.ones(23)}),
-            r"qkv\.bias: expected what makes \(24,\), got \(23,\)",
+            r"qkv\.bias: expected tensors for \(24,\), got \(23,\)",
         ),
     ],
 )
-def test_files_that_do_not_fit_are_refused(written, change, match) -> None:
+def test_tensors_that_do_not_fit_are_listed(written, change, match) -> None:
     tensors = tensors_of("vp_other")
     change(tensors)
     with pytest.raises(CheckpointError, match=match):
         load_edm(written("VPPrecond", EDM["vp_other"]["kwargs"], tensors))
 
 
-def test_classes_of_a_wrong_number(written) -> None:
+def test_wrong_number_of_classes_is_rejected(written) -> None:
     case = "ve_ncsnpp"
     tensors = tensors_of(case)
     tensors["model.map_label.weight"] = torch.ones(32, 11)
-    with pytest.raises(CheckpointError, match=r"map_label\.weight, map_label\.bias: expected what"):
+    with pytest.raises(
+        CheckpointError, match=r"map_label\.weight, map_label\.bias: expected tensors"
+    ):
         load_edm(written("VEPrecond", EDM[case]["kwargs"], tensors))
 
 
-def test_no_file_and_foreign_files(tmp_path) -> None:
+def test_missing_and_foreign_files_are_rejected(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         load_edm(tmp_path / "none.pkl")
     (tmp_path / "page.pkl").write_text("<html>")

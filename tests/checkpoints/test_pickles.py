@@ -1,4 +1,4 @@
-"""Files made to harm: nothing runs, nothing grows, nothing hangs, and the reason is told."""
+"""Hostile files: no code runs, memory and time are bounded, and errors give the reason."""
 
 import io
 import pickle
@@ -50,7 +50,7 @@ def named(name: str) -> bytes:
 
 
 def zipped(body: bytes, **records: bytes) -> bytes:
-    """A file of torch with this pickle."""
+    """Return a file of torch with a pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("x/data.pkl", START + body + END)
@@ -61,13 +61,13 @@ def zipped(body: bytes, **records: bytes) -> bytes:
 
 
 def legacy(body: bytes, *, keys: bytes = b"]", rest: bytes = b"") -> bytes:
-    """A file of torch before 1.6 with this pickle."""
+    """Return a file of torch before 1.6 with a pickle."""
     head = [number(0x1950A86A20F9469CFC6C), number(1001), b"}", body, keys]
     return b"".join(START + part + END for part in head) + rest
 
 
 def edm(body: bytes) -> bytes:
-    """A pickle of a dictionary with this value."""
+    """Return a pickle of a dictionary with a value."""
     return START + b"}" + text("ema") + body + b"s" + END
 
 
@@ -79,8 +79,8 @@ READERS = {
 
 
 @pytest.fixture(params=READERS)
-def refused(request, tmp_path, monkeypatch):
-    """Check in each format that a pickle is refused, soon and with little memory."""
+def harmless(request, tmp_path, monkeypatch):
+    """Check in each format that a pickle is rejected, in little time and memory."""
     read, wrap = READERS[request.param]
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.bin"
@@ -102,40 +102,37 @@ def refused(request, tmp_path, monkeypatch):
     return check
 
 
-def test_a_global_that_is_not_allowed_is_named(refused) -> None:
+def test_error_names_the_forbidden_global(harmless) -> None:
     args = text("touch victim") + b"\x85"
     for name in NAMES:
         by_stack = b"".join(map(text, name.rsplit(".", 1))) + b"\x93"
         for found in (named(name), by_stack):
             for call in (b"R", b"\x81"):
-                refused(found + args + call, f"the global {re.escape(name)}, which is not among")
+                harmless(found + args + call, f"the global {re.escape(name)}, which is not among")
         instance = b"(" + text("touch victim") + b"i" + named(name)[1:]
-        refused(instance, "the operation INST")
+        harmless(instance, "the operation INST")
 
 
 @pytest.mark.parametrize("code", ["o", "\x82\x01", "\x92", "I1\n", "\x97", "P1\n", "2", "0"])
-def test_operations_that_data_does_not_need(refused, code) -> None:
-    refused(b"}}" + code.encode("latin1"), "expected a pickle of plain data, got")
+def test_operations_beyond_plain_data_are_rejected(harmless, code) -> None:
+    harmless(b"}}" + code.encode("latin1"), "expected a pickle of plain data, got")
 
 
-def test_operations_on_what_they_are_not_for(refused) -> None:
+def test_operations_on_values_of_the_wrong_type_are_rejected(harmless) -> None:
     made = "expected a list, set or dictionary, got "
-    refused(b")(Ne", made + "tuple")
-    refused(b"](K\x01\x90", made + "list")
-    refused(b"}(K\x01\x90", made + "dict")
-    refused(b"\x8f(K\x01K\x02u", made + "set")
-    refused(b"\x8fK\x01K\x02s", made + "set")
-    refused(named("builtins.set") + b"]R", "expected a call of an allowed global")
-    refused(b"NNR", "expected a call of an allowed global")
-    refused(b"(}(K\x01ut", "ValueError")
+    harmless(b")(Ne", made + "tuple")
+    harmless(b"](K\x01\x90", made + "list")
+    harmless(b"}(K\x01\x90", made + "dict")
+    harmless(b"\x8f(K\x01K\x02u", made + "set")
+    harmless(b"\x8fK\x01K\x02s", made + "set")
+    harmless(named("builtins.set") + b"]R", "expected a call of an allowed global")
+    harmless(b"NNR", "expected a call of an allowed global")
+    harmless(b"(}(K\x01ut", "ValueError")
 
 
-def test_a_pickle_that_is_not_finished(tmp_path) -> None:
-    path = tmp_path / "x"
+def test_unfinished_pickles_are_rejected(rejected) -> None:
     for body in (b"NN", b"(N", b"N(N"):
-        path.write_bytes(zipped(body))
-        with pytest.raises(CheckpointError, match="expected a pickle of one value"):
-            read_torch(path)
+        rejected(zipped(body), "expected a pickle of one value")
 
 
 def storage(numel: int = 2, kind: str = "FloatStorage") -> bytes:
@@ -143,7 +140,7 @@ def storage(numel: int = 2, kind: str = "FloatStorage") -> bytes:
     return b"(" + pid + b"tQ"
 
 
-# In the earlier format a storage may be a view of another, here it is None; then come the keys.
+# The earlier format has the viewed storage, None if there is none; the keys follow.
 OWN, KEY = storage().replace(b"tQ", b"NtQ"), b"]" + text("0") + b"a"
 
 
@@ -176,68 +173,53 @@ def tensor(body: bytes, offset: int, size: tuple, stride: tuple) -> bytes:
         (0.0, (1,), (1,)),
     ],
 )
-def test_a_tensor_outside_its_storage(tmp_path, offset, size, stride) -> None:
-    path = tmp_path / "x"
-    match = "expected a tensor within its 2 values|expected shape and strides of a tensor"
-    path.write_bytes(zipped(tensor(storage(), offset, size, stride), **{"0": bytes(8)}))
-    with pytest.raises(CheckpointError, match=match):
-        read_torch(path)
+def test_tensors_outside_their_storage_are_rejected(rejected, offset, size, stride) -> None:
+    match = "expected (a tensor within its 2 values|shape and strides of a tensor)"
+    rejected(zipped(tensor(storage(), offset, size, stride), **{"0": bytes(8)}), match)
     data = legacy(OWN, keys=KEY, rest=struct.pack("<qff", 2, 1, 2))
     content = b"B" + struct.pack("<I", len(data)) + data + b"\x85R"
     body = named("torch.storage._load_from_bytes") + content
-    path.write_bytes(edm(tensor(body, offset, size, stride)))
-    with pytest.raises(CheckpointError, match=match):
-        read_edm_pickle(path)
+    rejected(edm(tensor(body, offset, size, stride)), match, read_edm_pickle)
 
 
-def test_the_tensor_of_these_tests_is_read_when_it_fits(tmp_path) -> None:
+def test_handwritten_tensor_within_its_storage_is_read(tmp_path, rejected) -> None:
     path = tmp_path / "x"
     path.write_bytes(zipped(tensor(storage(), 1, (1,), (1,)), **{"0": struct.pack("ff", 1, 2)}))
     assert read_torch(path).tolist() == [2.0]
     body = tensor(OWN, 1, (1,), (1,))
     path.write_bytes(legacy(body, keys=KEY, rest=struct.pack("<qff", 2, 1, 2)))
     assert read_torch(path).tolist() == [2.0]
-    path.write_bytes(legacy(body))
-    with pytest.raises(CheckpointError, match="expected the values of 1 storages"):
-        read_torch(path)
+    rejected(legacy(body), "expected the values of 1 storages")
 
 
 @pytest.mark.parametrize("numel", [2**20, 2**40, 2**62, 2**70, -1])
-def test_a_storage_larger_than_its_file(tmp_path, numel) -> None:
-    path = tmp_path / "x"
+def test_storages_larger_than_the_file_are_rejected(rejected, numel) -> None:
     body, count = storage(numel), max(min(numel, 2**62), 0)
     for content in (
         zipped(body, **{"0": bytes(8)}),
         legacy(body.replace(b"tQ", b"NtQ"), keys=KEY, rest=struct.pack("<q", count) + bytes(8)),
     ):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"expected .*, got "):
-            read_torch(path)
-    if numel < 0:
-        with pytest.raises(CheckpointError, match="expected the size of a storage, got -1"):
-            read_torch(path)
+        rejected(content, "expected the size of a storage, got -1" if numel < 0 else "")
 
 
-def test_odd_storages(tmp_path) -> None:
+def test_malformed_storages_are_rejected(tmp_path, rejected) -> None:
     path, rest = tmp_path / "x", struct.pack("<qff", 2, 1, 2)
     other = storage(1).replace(b"tQ", b"NtQ")
     view = storage().replace(b"tQ", b"K\x01tQ")
     module = OWN.replace(text("storage"), text("module"))
     for content, match in [
         (legacy(b"(" + OWN + other + b"t", keys=KEY, rest=rest), "expected one storage 0, got"),
-        (legacy(view, keys=KEY, rest=rest), "expected a storage of its own, got a view"),
+        (legacy(view, keys=KEY, rest=rest), "expected a whole storage, got a view"),
         (legacy(module, keys=KEY, rest=rest), "expected a storage, got 'module'"),
         (legacy(b"N").replace(b"\xe9\x03", b"\xe9\x04"), "expected the first numbers of a file"),
     ]:
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=match):
-            read_torch(path)
+        rejected(content, match)
     path.write_bytes(legacy(OWN, keys=KEY, rest=rest))
     read_torch(path)
 
 
 def laughs(pair: bytes) -> bytes:
-    """Sixty values, each holding the one before it twice; the last is number 60 of the memo."""
+    """Return 60 values, each with the previous one twice; the last is number 60 of the memo."""
     values = [pair.replace(b"%", b"h" + bytes([n])) + b"q" + bytes([n + 1]) for n in range(60)]
     return b"]q\x00" + b"".join(values)
 
@@ -254,11 +236,11 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_value_that_repeats_without_end(refused, bomb) -> None:
-    refused(BOMBS[bomb], "that repeats without end")
+def test_exponentially_large_values_are_rejected(harmless, bomb) -> None:
+    harmless(BOMBS[bomb], "that contains itself or repeats too often")
 
 
-def test_a_bomb_is_not_shown_in_full(refused) -> None:
+def test_errors_abbreviate_large_values(harmless) -> None:
     bomb = b"(" + laughs(b"%%\x86")
     for name, match in [
         ("torch.Size", "expected a shape"),
@@ -266,8 +248,8 @@ def test_a_bomb_is_not_shown_in_full(refused) -> None:
         ("builtins.set", "expected a string or a number as key"),
         ("numpy.dtype", "expected the dtype of a number"),
     ]:
-        refused(bomb + named(name) + b"h\x3c\x85Rt", match)
-    refused(bomb + b"h\x3c)Rt", "expected a call of an allowed global")
+        harmless(bomb + named(name) + b"h\x3c\x85Rt", match)
+    harmless(bomb + b"h\x3c)Rt", "expected a call of an allowed global")
 
 
 KEYS = {
@@ -280,23 +262,23 @@ KEYS = {
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_keys_that_overflow_or_collide(refused, key) -> None:
-    refused(b"}" + KEYS[key] + b"Ns", "expected a string or a number as key")
-    refused(b"\x8f(" + KEYS[key] + b"\x90", "expected a string or a number as key")
+def test_keys_that_overflow_or_collide_are_rejected(harmless, key) -> None:
+    harmless(b"}" + KEYS[key] + b"Ns", "expected a string or a number as key")
+    harmless(b"\x8f(" + KEYS[key] + b"\x90", "expected a string or a number as key")
     body = named("builtins.set") + b"](" + KEYS[key] + b"e\x85R"
-    refused(body, "expected a string or a number as key")
+    harmless(body, "expected a string or a number as key")
 
 
-def test_sizes_in_the_pickle_are_not_believed(refused) -> None:
+def test_sizes_in_the_pickle_do_not_allocate_memory(harmless) -> None:
     huge = struct.pack("<Q", 2**40)
     for body in (b"\x8e" + huge, b"\x8d" + huge, b"B\xff\xff\xff\xff", b"X\xff\xff\xff\x7f"):
-        refused(body + b"abc", "Error")
-    refused(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "Error")
-    refused(b"Nr\xff\xff\xff\xff" + b"(", "Error")
+        harmless(body + b"abc", "Error")
+    harmless(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "Error")
+    harmless(b"Nr\xff\xff\xff\xff" + b"(", "Error")
 
 
 @pytest.mark.parametrize("name", ["_codecs.encode", "builtins.set", "torch.Size"])
-def test_one_argument_handed_over_many_times(refused, name) -> None:
+def test_repeated_use_of_one_large_argument_is_rejected(harmless, name) -> None:
     """Each call would make another copy."""
     first = {
         "_codecs.encode": text("a" * 50_000) + text("latin1") + b"\x86q\x00",
@@ -304,33 +286,31 @@ def test_one_argument_handed_over_many_times(refused, name) -> None:
         "torch.Size": b"(" + b"K\x01" * 20_000 + b"t\x85q\x00",
     }[name]
     body = first + named(name) + b"q\x01" + b"](" + b"h\x01h\x00R" * 1000 + b"e\x86\x86"
-    refused(body, "expected each part to be used once")
+    harmless(body, "expected each part to be used once")
 
 
-def test_what_is_set_on_objects(refused) -> None:
+def test_state_of_plain_objects_is_rejected(harmless) -> None:
     made = named("collections.OrderedDict") + b")R"
     for state in (b"N", b"}" + text("items") + b"K\x01s", b"}" + text("__class__") + b"Ns"):
-        refused(made + state + b"b", "got a state for OrderedDict")
+        harmless(made + state + b"b", "got a state for OrderedDict")
     for odd in (b"N", b"K\x01", b"}" + text("a") + b"K\x01s",
                 b"}" + text("a") + b"}" + text("version") + text("1") + b"ss"):  # fmt: skip
-        refused(made + b"}" + text("_metadata") + odd + b"sb", "expected the versions of modules")
-    refused(b"]}b", "got a state for list")
+        harmless(made + b"}" + text("_metadata") + odd + b"sb", "expected the versions of modules")
+    harmless(b"]}b", "got a state for list")
     number = named("numpy.dtype") + text("f8") + b"\x89\x88\x87R"
-    refused(number + b"}b}b", "got a state for Node")
+    harmless(number + b"}b}b", "got a state for Node")
 
 
-def test_a_tensor_with_hooks_is_refused(tmp_path) -> None:
+def test_tensors_with_hooks_are_rejected(rejected) -> None:
     plain = named("collections.OrderedDict") + b")R"
     body = tensor(storage(), 1, (1,), (1,)).replace(plain, plain + b"K\x01Ns")
-    (tmp_path / "x").write_bytes(zipped(body, **{"0": bytes(8)}))
-    with pytest.raises(CheckpointError, match="expected a tensor without hooks"):
-        read_torch(tmp_path / "x")
+    rejected(zipped(body, **{"0": bytes(8)}), "expected a tensor without hooks")
 
 
-def test_functions_are_no_data(refused) -> None:
-    refused(named("_codecs.encode") + text("a") + text("idna") + b"\x86R", "expected bytes as lat")
-    refused(named("_codecs.encode"), "expected plain data, got a function")
-    refused(b"]" + named("torch.Size") + b"a", "expected plain data, got a function")
+def test_functions_are_rejected_as_values(harmless) -> None:
+    harmless(named("_codecs.encode") + text("a") + text("idna") + b"\x86R", "expected bytes as lat")
+    harmless(named("_codecs.encode"), "expected plain data, got a function")
+    harmless(b"]" + named("torch.Size") + b"a", "expected plain data, got a function")
 
 
 @pytest.mark.parametrize(
@@ -343,28 +323,25 @@ def test_functions_are_no_data(refused) -> None:
          "expected a plain little-endian dtype"),
     ],
 )  # fmt: skip
-def test_numbers_of_hostile_dtypes(refused, dtype, state, match) -> None:
+def test_hostile_dtypes_are_rejected(harmless, dtype, state, match) -> None:
     body = named("numpy.dtype") + text(dtype) + b"\x89\x88\x87R"
     built = body + state + b"b" if state else body
     data = text("\0" * 8) + text("latin1") + b"\x86"
     value = named("numpy.core.multiarray.scalar") + built + named("_codecs.encode") + data + b"R"
-    refused(value + b"\x86R", match)
+    harmless(value + b"\x86R", match)
 
 
-def test_pickles_within_pickles_are_read_by_the_same_rules(tmp_path, monkeypatch) -> None:
+def test_nested_pickles_follow_the_same_rules(rejected, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "x"
     attack = named("posix.system") + text("touch victim") + b"\x85R"
     inner = [legacy(attack), zipped(attack), START + attack + END, edm(attack), b"", b"PK\x03\x04"]
     for content in inner:
         body = b"B" + struct.pack("<I", len(content)) + content + b"\x85R"
-        path.write_bytes(edm(named("torch.storage._load_from_bytes") + body))
-        with pytest.raises(CheckpointError, match="expected a network pickle of EDM, got"):
-            read_edm_pickle(path)
-        assert list(tmp_path.iterdir()) == [path]
+        rejected(edm(named("torch.storage._load_from_bytes") + body), "", read_edm_pickle)
+        assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_what_a_persistent_object_must_be(tmp_path) -> None:
+def test_malformed_persistent_objects_are_rejected(tmp_path) -> None:
     make = named("torch_utils.persistence._reconstruct_persistent_obj")
     good = {
         "type": text("class"),
@@ -383,7 +360,7 @@ def test_what_a_persistent_object_must_be(tmp_path) -> None:
     assert read()["ema"].class_name == "Net"
     pair = b"}(" + text("_modules") + b"}" + text("_buffers") + b"}" + text("_parameters")
     for changes, match in [
-        ({"type": text("function")}, "expected the description of an object of a class"),
+        ({"type": text("function")}, "expected a persistent class instance, got another"),
         ({"class_name": b"N"}, "expected the name and the state"),
         ({"state": b"]"}, "expected the name and the state"),
         ({"version": b"N"}, "expected persistence version 6, got None"),
