@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_move, check_positive
+from .._checks import check_count, check_step_times, check_positive
 from .._grid_times import tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -106,7 +106,7 @@ class AdaptiveSDE(Predictor):
         `state` is the lengths of the next steps (B,).
         """
         sde = model.sde
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         path = generator if isinstance(generator, NoisePath) else _path(len(x), generator)
         t, s = exact(t), exact(s)
         alpha, sigma = sde.marginal(s)

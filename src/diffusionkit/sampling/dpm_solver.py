@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._checks import check_move, check_number
+from .._checks import check_step_times, check_number
 from .._grid_times import grid_times, instant, tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -208,7 +208,7 @@ class DPMSolver2S(Predictor):
             known: _Stages | None = here.notes.get((id(self), there.time))
             if known is not None:
                 return known
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         middle, corrected, *c = self._stages(sde, exact(t), exact(s))
         second = c[4] if bool(corrected.any()) else None
         return _Stages(middle, (c[0], c[1]), (c[2], c[3]), second)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_move, check_number, check_positive
+from .._checks import check_step_times, check_number, check_positive
 from .._grid_times import grid_times, instant, tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -198,7 +198,7 @@ class Heun(Predictor):
                 f"churn: expected a step of a sampler, which says how many there are, got "
                 f"churn = {self.churn} in a step alone; use PCSampler or churn = 0"
             )
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         t = exact(t)
         middle, corrected, *c = self._stages(sde, t, exact(s))
         second = (c[4], c[5]) if bool(corrected.any()) else None

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_move, readable
+from .._checks import check_step_times, readable
 from .._grid_times import Instant, instant, tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -177,7 +177,7 @@ class MultistepPredictor(Predictor):
         times = (t, s, *(time for time, _ in past))
         known = [one for one in (instant(at, sde) for at in times) if one is not None]
         if len(known) < len(times):
-            check_move(s, t, sde.T, x)
+            check_step_times(s, t, sde.T, x)
             if past and readable(t) and not bool((past[0][0] > t).all()):
                 raise ValueError(
                     f"state: expected one of a step that began above t = {t.tolist()[:4]}, "

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._checks import check_move, check_number, readable
+from .._checks import check_step_times, check_number, readable
 from .._grid_times import instant, tabulated
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -84,7 +84,7 @@ class LinearPredictor(Predictor):
             move: StepCoefficients | None = here.notes.get((id(self), there.time))
             if move is not None:
                 return move
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         move = self.coefficients(sde, exact(t), exact(s))
         check_rates(self, t, move.x, move.x0, move.std)
         return move

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._checks import check_move
+from .._checks import check_step_times
 from .._grid_times import instant, tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -85,7 +85,7 @@ class StochasticHeun(Predictor):
             known: _Stages | None = here.notes.get((id(self), there.time))
             if known is not None:
                 return known
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         move, share = _coefficients(sde, exact(t), exact(s))
         corrected = share > 0
         return _Stages(move, share, torch.where(corrected, s, t) if corrected.any() else None)
