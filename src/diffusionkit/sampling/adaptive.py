@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_step_times, check_positive
+from .._checks import check_count, check_positive, check_step_times
 from .._grid_times import tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step

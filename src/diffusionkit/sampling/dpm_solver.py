@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._checks import check_step_times, check_number
+from .._checks import check_number, check_step_times
 from .._grid_times import grid_times, instant, tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_step_times, check_number, check_positive
+from .._checks import check_number, check_positive, check_step_times
 from .._grid_times import grid_times, instant, tabulated
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._checks import check_step_times, check_number, readable
+from .._checks import check_number, check_step_times, readable
 from .._grid_times import instant, tabulated
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
