@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import seeded
 from torch import nn
 
 import diffusionkit
@@ -89,7 +90,7 @@ def sample(model: Any = MODEL, start: Any = (3, 2), **options: Any) -> Any:
 
 
 def generators(n: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(i) for i in range(n)]
+    return [seeded(i) for i in range(n)]
 
 
 def build(part: str, name: str, value: Any) -> Any:

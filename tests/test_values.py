@@ -3,13 +3,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 
 from diffusionkit import Perturbed, Prediction, Step, expand
 from diffusionkit.values import add_noise, linear
 
 
 def setup(dtype=torch.float64):
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     x0, eps = (torch.randn(3, 2, 4, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
     alpha = torch.tensor([1.0, 0.6, 0.1], dtype=torch.float64)
     sigma = torch.tensor([0.02, 0.8, 40.0], dtype=torch.float64)
@@ -73,7 +74,7 @@ def test_noise_error_is_the_difference_of_the_noises(kind):
 @given(sigma=st.floats(1e-3, 1e3), kind=st.sampled_from(KINDS[1:5]))
 def test_noise_error_keeps_float32_digits_at_every_noise_level(sigma, kind):
     """The difference of two noises that were computed from x0 has lost log10(1 / sigma) digits."""
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     x0, eps = (torch.randn(1, 500, generator=g) for _ in range(2))
     one, s = torch.ones(1), torch.tensor([sigma])
     x = x0 + sigma * eps

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import DDIM, EDMSDE, VPSDE, Ancestral, DDPMChain, PCSampler
 from diffusionkit.models import EpsModel, GaussianMixtureModel, X0Model
@@ -9,7 +10,7 @@ from diffusionkit.testing import check_score_model
 
 
 def drawn(*shape, scale=2.0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    return scale * torch.randn(shape, generator=seeded()).double()
 
 
 def test_the_noise_follows_the_changed_data(mixture) -> None:
@@ -31,9 +32,9 @@ def test_it_keeps_the_contract_of_models(sde) -> None:
 
 
 def test_nothing_changes_where_nothing_is_clipped(mixture) -> None:
-    x = mixture.sde.prior_sample((4, 2), generator=torch.Generator().manual_seed(0)).double()
+    x = mixture.sde.prior_sample((4, 2), generator=seeded()).double()
     runs = [
-        PCSampler(model, Ancestral(), steps=30)(x, generator=torch.Generator().manual_seed(1))
+        PCSampler(model, Ancestral(), steps=30)(x, generator=seeded(1))
         for model in (mixture, DenoisedModel(mixture, Clip(-1e6, 1e6)))
     ]
     torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
@@ -43,7 +44,7 @@ def test_samples_stay_in_the_range(sde) -> None:
     """A mean beyond the range is drawn to its end."""
     model = DenoisedModel(GaussianMixtureModel(sde, [[5.0]], [0.1]), Clip(-1.0, 1.0))
     sampler = PCSampler(model, DDIM(eta=0.5), steps=20)
-    x = sampler((3, 1), generator=torch.Generator().manual_seed(0))
+    x = sampler((3, 1), generator=seeded())
     torch.testing.assert_close(x, torch.ones(3, 1), rtol=0, atol=1e-4)
     assert sampler.nfe == 21
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support import seeded
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from diffusionkit import VESDE, VPSDE, EmpiricalModel, ForwardSDE, GaussianMixtureModel
@@ -76,7 +77,7 @@ def test_mixture_x0_is_the_posterior_mean():
 
 def test_mixture_samples():
     model = GaussianMixtureModel(VPSDE(), [[-2.0, 0.0], [2.0, 1.0]], [0.5, 0.1], [0.25, 0.75])
-    x = model.sample(40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = model.sample(40000, generator=seeded(), dtype=torch.float64)
     right = x[:, 0] > 0.5
     # Standard errors: weight .2%, means .5% and .06%, standard deviations .35% of themselves.
     assert float(right.double().mean()) == pytest.approx(0.75, abs=0.008)
@@ -88,7 +89,7 @@ def test_mixture_samples():
 
 
 def test_mixture_of_images():
-    means = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    means = torch.randn(3, 1, 4, 4, generator=seeded())
     model = GaussianMixtureModel(VESDE(), means, [0.1, 0.1, 0.1])
     x = model.sample(5)
     assert x.shape == (5, 1, 4, 4)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import f64, seeded
 
 from diffusionkit import DDIM, VPSDE, EpsModel, LogSigmaLabel, PCSampler
 from diffusionkit.networks import MLP
@@ -15,14 +16,10 @@ VAR_0, VAR_1, GAMMA_MID = 1.6744904055114538e-06, 0.9933071490757152, -4.15
 VP_GAMMA = (-13.81451555215112, 10.049956813318408)
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def shaken(seed: int, scale: float = 1.0, **options) -> LearnedSDE:
     """A schedule far from its start."""
     sde = LearnedSDE(hidden=16, **options).double()
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for p, most in zip(sde.interior(), (0.3, 30.0, 30.0), strict=True):
             p += min(scale, most) * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -162,7 +159,7 @@ def test_belongs_to_the_model_and_samples() -> None:
     model = EpsModel(MLP(2, width=8, depth=1), sde, label=LogSigmaLabel())
     assert {id(p) for p in sde.parameters()} <= {id(p) for p in model.parameters()}
     assert not {id(p) for p in sde.interior()} & {id(sde.ends)}
-    x = PCSampler(model, DDIM(), steps=5)((3, 2), generator=torch.Generator().manual_seed(0))
+    x = PCSampler(model, DDIM(), steps=5)((3, 2), generator=seeded())
     assert torch.isfinite(x).all()
     assert not x.requires_grad
     log_snr = model.sde.log_snr(torch.tensor([0.25]))

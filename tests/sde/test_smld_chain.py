@@ -4,14 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import f64
 
 from diffusionkit.sde import VESDE
 from diffusionkit.sde.smld_chain import SMLDChain
 from diffusionkit.testing import check_sde
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_three_levels_by_hand() -> None:

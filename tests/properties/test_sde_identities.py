@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import f64, seeded
 
 from diffusionkit import EDMSDE, VESDE, VPSDE, DDPMChain, ForwardSDE, SubVPSDE
 
@@ -41,10 +42,6 @@ class MarginalOnly(ForwardSDE):
 
     def marginal(self, t):
         return self.sde.marginal(t)
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def times(sde, u):
@@ -168,9 +165,9 @@ def test_defaults_at_time_zero_are_finite(sde):
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 4), (5, 3, 4, 4), (5, 1, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_perturb(sde, shape, dtype):
-    x0 = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    x0 = torch.randn(shape, generator=seeded(1), dtype=dtype)
     t = times(sde, torch.linspace(0, 1, 5))
-    sample = sde.perturb(x0, t, generator=torch.Generator().manual_seed(0))
+    sample = sde.perturb(x0, t, generator=seeded())
     assert sample.x.shape == sample.eps.shape == shape
     assert sample.x.dtype == sample.alpha.dtype == dtype
     assert sample.alpha.shape == sample.sigma.shape == (5,)
@@ -181,7 +178,7 @@ def test_perturb(sde, shape, dtype):
 
 def test_perturb_computes_half_precision_in_single():
     x0 = torch.full((1, 64), 1.0, dtype=torch.bfloat16)
-    sample = VESDE().perturb(x0, torch.tensor([0.3]), generator=torch.Generator().manual_seed(0))
+    sample = VESDE().perturb(x0, torch.tensor([0.3]), generator=seeded())
     sigma = VESDE().marginal(f64(0.3))[1]
     exact = x0.double() + sigma * sample.eps.double()
     # One rounding to 8 bits, not three.
@@ -189,12 +186,12 @@ def test_perturb_computes_half_precision_in_single():
 
 
 def test_prior(sde):
-    x = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(4, 3, 2, generator=seeded(), dtype=torch.float64)
     x = x * sde.prior_std
     normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), sde.prior_std)
     expected = normal.log_prob(x).sum((1, 2))
     torch.testing.assert_close(sde.prior_log_prob(x), expected, rtol=1e-12, atol=1e-12)
-    z = sde.prior_sample((20000, 2), generator=torch.Generator().manual_seed(0))
+    z = sde.prior_sample((20000, 2), generator=seeded())
     # The standard error of a standard deviation from 40000 normals is .35%.
     assert float(z.std()) == pytest.approx(sde.prior_std, rel=0.015)
 

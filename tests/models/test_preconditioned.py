@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import seeded
 from torch import nn
 
 from diffusionkit import (
@@ -123,7 +124,7 @@ def test_iddpm_discretisation():
 
 
 def draw(times, sde):
-    t, weight = times.sample(sde, 20_000, generator=torch.Generator().manual_seed(0))
+    t, weight = times.sample(sde, 20_000, generator=seeded())
     assert weight.unique().tolist() == [1.0]
     return sde.marginal(t)
 
@@ -153,10 +154,10 @@ def test_the_losses_are_those_of_the_data_error(name):
     weighting, times = (
         (EDMWeighting(), LogNormalTimes()) if name == "edm" else (SimpleWeighting(), UniformTimes())
     )
-    x0 = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x0 = torch.randn(64, 2, generator=seeded(1), dtype=torch.float64)
     objective = ScoreMatching(weighting, times=times)
-    loss = objective(model, x0, generator=torch.Generator().manual_seed(2))
-    generator = torch.Generator().manual_seed(2)
+    loss = objective(model, x0, generator=seeded(2))
+    generator = seeded(2)
     t, _ = times.sample(model.sde, 64, generator=generator, dtype=torch.float64)
     sample = model.sde.perturb(x0, t, generator=generator)
     s = (sample.sigma / sample.alpha).unsqueeze(1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import (
     DDIM,
@@ -28,7 +29,7 @@ def test_the_exact_model_stays_exact(sde, other):
     """The score of a mixture is known on both processes."""
     moved = ScheduleTransformedModel(GaussianMixtureModel(sde, **MIXTURE), other)
     exact = GaussianMixtureModel(other, **MIXTURE)
-    x = 3 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = 3 * torch.randn(50, 2, generator=seeded(), dtype=torch.float64)
     t = other.time_at_log_snr(torch.linspace(7.0, -4.9, 50, dtype=torch.float64))
     ours, theirs = moved.predict(x, t), exact.predict(x, t)
     torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-7, atol=1e-7)
@@ -47,10 +48,10 @@ def test_ddim_does_not_see_the_process():
     ratio = LogSNRGrid(t_end=0.01)(EDMSDE(sigma_max=152.0), 30)
     times = VPSDE().time_at_log_snr(-2 * torch.log(ratio))
     alpha, _ = VPSDE().marginal(times)
-    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = torch.randn(20, 2, generator=seeded(), dtype=torch.float64)
     own = PCSampler(model, DDIM(), grid=times)
     moved = PCSampler(ScheduleTransformedModel(model, EDMSDE(sigma_max=152.0)), DDIM(), grid=ratio)
-    start = VPSDE().perturb(z, times[:1].expand(20), generator=torch.Generator().manual_seed(1)).x
+    start = VPSDE().perturb(z, times[:1].expand(20), generator=seeded(1)).x
     torch.testing.assert_close(own(start), moved(start / alpha[0]), rtol=1e-7, atol=1e-7)
     assert own.nfe == moved.nfe == 31
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import f64, seeded
 
 from diffusionkit.interfaces import ForwardSDE
 from diffusionkit.models import EpsModel, VModel, X0Model
@@ -13,10 +14,6 @@ from diffusionkit.sampling import DDIM, Ancestral, EulerMaruyama, PCSampler
 from diffusionkit.sampling.adaptive import AdaptiveSDE
 from diffusionkit.sampling.heun import Euler, Heun
 from diffusionkit.sde.ddpm_chain import DDPMChain
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_three_steps_by_hand() -> None:
@@ -88,7 +85,7 @@ def test_samplers_start_in_pure_noise(predictor) -> None:
     chain = DDPMChain.linear(50).zero_terminal_snr()
     told = torch.tensor([0.3, -0.7])
     model = X0Model(lambda x, noise_label: told.expand_as(x), chain)
-    x = PCSampler(model, predictor, steps=49)((3, 2), generator=torch.Generator().manual_seed(0))
+    x = PCSampler(model, predictor, steps=49)((3, 2), generator=seeded())
     torch.testing.assert_close(x, told.expand(3, 2))
     velocity = VModel(lambda x, noise_label: -told.expand_as(x), chain)
     first = predictor.step(velocity, torch.randn(3, 2), torch.ones(3), torch.full((3,), 0.98))
@@ -119,7 +116,7 @@ def test_solvers_of_the_process_itself_cannot_start_there(predictor) -> None:
             later = predictor.step(model, x, t - 0.02, t - 0.04)
         assert torch.isfinite(later.x).all()
     sampler = PCSampler(model, predictor, grid=torch.linspace(0.98, 0.02, 25, dtype=torch.float64))
-    x = sampler(torch.randn((2, 1), generator=torch.Generator().manual_seed(0)))
+    x = sampler(torch.randn((2, 1), generator=seeded()))
     torch.testing.assert_close(x, torch.full((2, 1), 0.5), rtol=0, atol=1e-6)
 
 
