@@ -12,7 +12,7 @@ from diffusionkit.decoders import GaussianDecoder
 
 LN2 = math.log(2)
 
-# Steps; log of the posterior's variance (the first replaced) and of beta.
+# Steps; logarithms of the posterior variance (the first one replaced) and of beta.
 VARIANCES = {
     "linear": (
         DDPMChain.linear(1000),
@@ -34,7 +34,7 @@ VARIANCES = {
 
 
 @pytest.mark.parametrize("case", VARIANCES)
-def test_variances_of_steps(case) -> None:
+def test_step_variances_match_independent_values(case) -> None:
     chain, steps, posterior, forward = VARIANCES[case]
     i = f64(*steps)
     got = step_log_variances(chain, i / chain.steps, (i + 1) / chain.steps)
@@ -53,14 +53,14 @@ PRIORS = [
 
 
 @pytest.mark.parametrize(("chain", "bits", "rtol"), PRIORS, ids=str)
-def test_divergence_from_the_prior(chain, bits, rtol) -> None:
+def test_prior_kl_matches_independent_values(chain, bits, rtol) -> None:
     got = prior_kl(chain, f64(*X0).unsqueeze(0)) / (4 * LN2)
     assert float(got) == pytest.approx(bits, rel=rtol)
 
 
 EPS, HAT, V = [0.3, -1.1, 0.8, 0.05], [0.1, -0.9, 0.9, 0.2], [-0.8, 0.1, 0.9, 0.4]
 
-# Schedule, step, kind of variance, whether x0 is clipped: bits per dimension, with tanh.
+# Schedule, step, variance, whether x0 is clipped; bits per dimension with the tanh decoder.
 TERMS = [
     ("linear", 0, "fixed_small", False, 1.0279503477921128),
     ("linear", 0, "learned_range", True, 1.203190268440343),
@@ -77,7 +77,7 @@ TERMS = [
 
 
 @pytest.mark.parametrize(("schedule", "step", "variance", "clip", "bits"), TERMS)
-def test_terms(schedule, step, variance, clip, bits) -> None:
+def test_bound_terms_match_independent_values(schedule, step, variance, clip, bits) -> None:
     chain = VARIANCES[schedule][0]
     output = HAT + V if variance.startswith("learned") else HAT
     model = EpsModel(lambda x, noise_label: f64(*output).unsqueeze(0), chain, variance=variance)
@@ -90,8 +90,8 @@ def test_terms(schedule, step, variance, clip, bits) -> None:
     assert float(got) == pytest.approx(bits, rel=1e-9)
 
 
-def test_a_learned_log_variance_is_taken_as_it_is() -> None:
-    """One that names the posterior's own costs what "fixed_small" costs."""
+def test_a_learned_log_variance_is_used_unchanged() -> None:
+    """The posterior's log-variance gives the same term as "fixed_small"."""
     chain, x0 = DDPMChain.linear(1000), f64(*X0).unsqueeze(0)
     for step, log_var in ((0, -9.81672513529567), (500, -4.600049739984908)):
         t = f64((step + 1) / 1000)
@@ -107,17 +107,17 @@ def test_a_learned_log_variance_is_taken_as_it_is() -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
-def test_the_fixed_large_variance_of_the_first_step_is_the_small_one() -> None:
+def test_fixed_large_uses_the_small_variance_in_step_zero() -> None:
     x0, t = f64(*X0).unsqueeze(0), f64(0.1, 0.2)
     chain = DDPMChain.cosine(10)
     small, large = (
         EpsModel(lambda x, noise_label: f64(*HAT).expand_as(x), chain, variance=v)
         for v in ("fixed_small", "fixed_large")
     )
-    costs = [
+    terms = [
         step_nats(m, m.predict(x, t), x, torch.tensor([0, 1]), GaussianDecoder())
         for m in (small, large)
         for x in [x0.expand(2, -1)]
     ]
-    assert costs[0][0] == costs[1][0]
-    assert costs[0][1] != costs[1][1]
+    assert terms[0][0] == terms[1][0]
+    assert terms[0][1] != terms[1][1]

@@ -8,10 +8,10 @@ import diffusionkit.decoders as module
 from diffusionkit.decoders import GaussianDecoder, LevelDecoder, Levels
 from diffusionkit.sde import LogSNRSDE
 
-# Expected cost of reading off one of 256 levels at gamma = -13.3, with 40 digits by other code.
+# Expected cost in nats of one of 256 levels at gamma = -13.3, computed with 40 digits.
 INTERIOR, EDGE = 0.007245597810443312, 0.0036227989052217296
 
-# x, mean, log of the scale; exact log-likelihood (40 digits), that of the tanh form.
+# x, mean, log of the standard deviation; log-likelihood, exact (40 digits) and of the tanh form.
 ROWS = [
     (-1.0, -1.0, -6.0, -0.05849428929869401, -0.05862264931098335),
     (-1.0, -0.2, -6.0, -51578.87235614245, -27.631021115928547),
@@ -44,7 +44,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
-def test_centres_are_those_of_the_paper(dtype) -> None:
+def test_centers_match_the_paper(dtype) -> None:
     k = torch.tensor([[0, 1, 128, 255]]).to(dtype)
     expected = torch.tensor([[2 * (i + 0.5) / 256 - 1 for i in (0, 1, 128, 255)]])
     torch.testing.assert_close(Levels().encode(k), expected, rtol=0, atol=0)
@@ -52,7 +52,7 @@ def test_centres_are_those_of_the_paper(dtype) -> None:
 
 
 @pytest.mark.parametrize("parts", [(2, -1.0, 1.0), (17, 0.0, 1.0), (256, -1, 1), (1000, -3.0, 0.1)])
-def test_decoding_undoes_encoding(parts) -> None:
+def test_decode_inverts_encode(parts) -> None:
     levels = Levels(*parts)
     k = torch.arange(levels.levels).view(1, -1)
     x = levels.encode(k)
@@ -62,7 +62,7 @@ def test_decoding_undoes_encoding(parts) -> None:
     assert levels.width == pytest.approx((parts[2] - parts[1]) / parts[0])
 
 
-def test_beyond_the_range_are_the_outermost_levels() -> None:
+def test_values_out_of_range_decode_to_the_outermost_levels() -> None:
     assert Levels(4).decode(torch.tensor([-9.0, 1.0, 9.0])).tolist() == [0, 3, 3]
 
 
@@ -79,12 +79,12 @@ def test_beyond_the_range_are_the_outermost_levels() -> None:
         (torch.tensor(1), ValueError, "non-empty"),
     ],
 )
-def test_bad_images(images, error, match) -> None:
+def test_invalid_images_raise(images, error, match) -> None:
     with pytest.raises(error, match=match):
         Levels(4).encode(images)
 
 
-def test_bad_levels() -> None:
+def test_invalid_levels_raise() -> None:
     with pytest.raises(ValueError, match="levels: expected an integer >= 2, got 1"):
         Levels(1)
     with pytest.raises(TypeError, match="levels: expected an integer"):
@@ -98,7 +98,7 @@ def test_bad_levels() -> None:
             Levels(4, low, high)
 
 
-def test_every_integer_dtype_is_read() -> None:
+def test_every_integer_dtype_is_checked() -> None:
     for dtype in (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64):
         Levels(4).check(torch.tensor([[0, 3]], dtype=dtype))
         with pytest.raises(ValueError, match="got 0 to 4"):
@@ -106,13 +106,13 @@ def test_every_integer_dtype_is_read() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 5e-6)])
-def test_exact_likelihoods(dtype, rtol) -> None:
+def test_exact_cdf_matches_40_digit_values(dtype, rtol) -> None:
     x, mean, log_scale, exact, _ = torch.tensor(ROWS, dtype=torch.float64).to(dtype).T
     got = GaussianDecoder().log_prob(x, mean, 2 * log_scale)
     torch.testing.assert_close(got, exact, rtol=rtol, atol=rtol)
 
 
-def test_likelihoods_of_the_tanh_form() -> None:
+def test_tanh_cdf_matches_independent_values() -> None:
     x, mean, log_scale, _, tanh = torch.tensor(ROWS, dtype=torch.float64).T
     got = GaussianDecoder(cdf="tanh").log_prob(x, mean, 2 * log_scale)
     torch.testing.assert_close(got, tanh, rtol=1e-12, atol=1e-13)
@@ -121,7 +121,7 @@ def test_likelihoods_of_the_tanh_form() -> None:
 @pytest.mark.parametrize("cdf", ["exact", "tanh"])
 @pytest.mark.parametrize("parts", [(256, -1.0, 1.0), (2, -1.0, 1.0), (17, 0.0, 3.0)])
 @pytest.mark.parametrize("log_scale", [-4.0, -1.0, 0.5])
-def test_levels_share_out_all_probability(cdf, parts, log_scale) -> None:
+def test_gaussian_decoder_probabilities_sum_to_one(cdf, parts, log_scale) -> None:
     decoder = GaussianDecoder(*parts, cdf=cdf)
     x = decoder.encode(torch.arange(parts[0]), dtype=torch.float64)
     assert x[0] == parts[1]
@@ -131,7 +131,7 @@ def test_levels_share_out_all_probability(cdf, parts, log_scale) -> None:
         assert float(total) == pytest.approx(1.0, abs=1e-9)
 
 
-def test_levels_of_images_of_eight_bits() -> None:
+def test_gaussian_decoder_levels_of_8_bit_images() -> None:
     images = torch.tensor([[0, 1, 100, 255]], dtype=torch.uint8)
     expected = f64(0.0, 1.0, 100.0, 255.0) / 127.5 - 1
     got = GaussianDecoder().encode(images, dtype=torch.float64)[0]
@@ -140,8 +140,8 @@ def test_levels_of_images_of_eight_bits() -> None:
 
 @pytest.mark.parametrize("log_scale", [-10.0, -6.0, -3.0, -1.0, 0.0, 0.5, 1.0, 3.0, 8.0, 20.0])
 @pytest.mark.parametrize("mean", [-40.0, -1.3, -0.2, 0.0039, 0.0, 0.5, 1.0, 30.0])
-def test_single_precision_follows_double(mean, log_scale) -> None:
-    """Wherever double precision has digits to spare: narrow bins, wide bins, both tails."""
+def test_gaussian_decoder_in_single_precision(mean, log_scale) -> None:
+    """Narrow bins, wide bins and both tails."""
     x = GaussianDecoder().encode(torch.tensor([1, 127, 200, 254]), dtype=torch.float64).float()
     many = [c.double() for c in (x, torch.tensor(mean), torch.tensor(2 * log_scale))]
     want, got = (GaussianDecoder().log_prob(*parts) for parts in (many, [c.float() for c in many]))
@@ -149,8 +149,8 @@ def test_single_precision_follows_double(mean, log_scale) -> None:
 
 
 @pytest.mark.parametrize("log_scale", [-14.0, -6.0, -2.0, 1.0, 30.0])
-def test_gradients_are_finite_and_point_home(log_scale) -> None:
-    """In float32, in both tails, at the open ends, and where a bin holds next to nothing."""
+def test_gradients_are_finite_and_point_to_the_data(log_scale) -> None:
+    """In float32, in both tails, in the open bins and in bins of negligible probability."""
     x = GaussianDecoder().encode(torch.tensor([0, 1, 127, 254, 255]))
     mean = torch.tensor([0.5, 1.0, -0.7, -1.0, 0.1], requires_grad=True)
     log_var = torch.full((5,), 2 * log_scale, requires_grad=True)
@@ -159,9 +159,9 @@ def test_gradients_are_finite_and_point_home(log_scale) -> None:
     of_mean, of_log_var = torch.autograd.grad(ll.sum(), [mean, log_var])
     assert bool(torch.isfinite(of_log_var).all())
     assert torch.equal(torch.sign(of_mean), torch.sign(x - mean))
-    if log_scale == 30.0:  # of a bin far narrower than the scale, log s less: -1/2
+    if log_scale == 30.0:  # density 1/s in a narrow bin: d(-log s)/d(log s^2) = -1/2
         torch.testing.assert_close(of_log_var[1:4], torch.full((3,), -0.5))
-    if log_scale == -6.0:  # the nearer edge pulls
+    if log_scale == -6.0:  # dominated by the nearer edge
         edge = (x[1] + 1 / 255 - mean[1].detach()) * math.exp(-2 * log_scale)
         assert float(of_mean[1]) == pytest.approx(float(edge), rel=1e-3)
 
@@ -174,12 +174,12 @@ def test_gradients_are_finite_and_point_home(log_scale) -> None:
         ({"cdf": "erf"}, ValueError, 'cdf: expected "exact" or "tanh", got \'erf\''),
     ],
 )
-def test_bad_decoders(parts, error, match) -> None:
+def test_invalid_gaussian_decoders_raise(parts, error, match) -> None:
     with pytest.raises(error, match=match):
         GaussianDecoder(**parts)
 
 
-def test_data_between_levels() -> None:
+def test_data_between_levels_raise() -> None:
     decoder = GaussianDecoder()
     decoder.check(decoder.encode(torch.arange(256)))
     for bad in (0.0, 1.01, -1.004):
@@ -188,7 +188,7 @@ def test_data_between_levels() -> None:
 
 
 @pytest.mark.parametrize(("level", "expected"), [(100, INTERIOR), (0, EDGE), (255, EDGE)])
-def test_expected_cost(level, expected) -> None:
+def test_level_decoder_expected_cost(level, expected) -> None:
     alpha, sigma = (c.item() for c in LogSNRSDE().marginal(f64(0.0)))
     h = 0.005
     eps = torch.arange(-12, 12, h, dtype=torch.float64)
@@ -203,7 +203,7 @@ def test_expected_cost(level, expected) -> None:
 
 @pytest.mark.parametrize("sigma", [1e-3, 0.1, 3.0])
 @pytest.mark.parametrize("parts", [(4, -1.0, 1.0), (256, 0.0, 1.0)])
-def test_probabilities_sum_to_one(parts, sigma) -> None:
+def test_level_decoder_probabilities_sum_to_one(parts, sigma) -> None:
     decoder = LevelDecoder(*parts)
     k = torch.arange(decoder.levels, dtype=torch.int16).unsqueeze(1)
     ones = torch.ones(len(k), dtype=torch.float64)
@@ -212,7 +212,7 @@ def test_probabilities_sum_to_one(parts, sigma) -> None:
     assert float(total) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_by_hand() -> None:
+def test_level_decoder_by_hand() -> None:
     images, z = torch.tensor([[1, 0], [1, 1]]), f64(*[[0.2, -0.4], [0.5, 0.1]])
     alpha, sigma = (0.9, 0.5), (0.3, 0.8)
     expected = []
@@ -244,8 +244,8 @@ def test_blocks_change_neither_values_nor_gradients(monkeypatch) -> None:
     )
 
 
-def test_memory_does_not_grow_with_the_levels(monkeypatch) -> None:
-    """Pixels times levels are neither held at once nor kept for the backward pass."""
+def test_memory_does_not_grow_with_the_number_of_levels(monkeypatch) -> None:
+    """Pixels times levels are neither in memory at once nor saved for the backward pass."""
     held, kept, whole = [], [], LevelDecoder._block
 
     def block(self, data, *rest):
@@ -265,7 +265,7 @@ def test_memory_does_not_grow_with_the_levels(monkeypatch) -> None:
     assert sum(kept) < 20 * z.numel()
 
 
-def test_single_precision() -> None:
+def test_level_decoder_in_single_precision() -> None:
     torch.manual_seed(0)
     sde, decoder = LogSNRSDE(), LevelDecoder()
     images = torch.randint(256, (4, 3072))
@@ -277,7 +277,7 @@ def test_single_precision() -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=0)
 
 
-def test_bad_input() -> None:
+def test_invalid_level_decoder_arguments_raise() -> None:
     decoder, k, one = LevelDecoder(4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2)
     with pytest.raises(TypeError, match="images: expected integers"):
         decoder.log_prob(k.float(), k.float(), one, one)
@@ -289,7 +289,7 @@ def test_bad_input() -> None:
         decoder.log_prob(k, torch.zeros(2, 3), one[:1], one)
     with pytest.raises(ValueError, match=r"sigma: expected shape \(2,\), got \(2, 1\)"):
         decoder.log_prob(k, torch.zeros(2, 3), one, one[:, None])
-    with pytest.raises(ValueError, match="sigma: expected noise > 0, got 0"):
+    with pytest.raises(ValueError, match="sigma: expected values > 0, got 0"):
         decoder.log_prob(k, torch.zeros(2, 3), one, torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match=r"levels 0 \.\.\. 3, got 0 to 4"):
         decoder.log_prob(torch.tensor([[0, 4]]), torch.zeros(1, 2), one[:1], one[:1])

@@ -19,43 +19,43 @@ from diffusionkit import (
 )
 
 
-def test_steps_of_a_chain() -> None:
+def test_step_label() -> None:
     t = f64(0.1, 0.25, 1.0)
     assert StepLabel(10)(DDPMChain.cosine(10), t).tolist() == pytest.approx([0, 1.5, 9])
     assert StepLabel(10, scale=100.0)(DDPMChain.cosine(10), t).tolist() == pytest.approx(
         [0, 150, 900]
     )
-    # On a process of another end, and before the first step.
+    # For a process with another T, and before the first step.
     assert StepLabel(10)(EDMSDE(sigma_max=80.0), 80 * t).tolist() == pytest.approx([0, 1.5, 9])
     assert StepLabel(10)(VPSDE(), f64(0.0, 0.05)).tolist() == [0.0, 0.0]
     assert StepLabel(10)(VPSDE(), t.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 10, "scale": 0.0}], ids=str)
-def test_steps_of_no_chain(options) -> None:
+def test_invalid_step_labels_raise(options) -> None:
     with pytest.raises(ValueError, match=r"steps|scale"):
         StepLabel(**options)
     with pytest.raises(TypeError, match="steps"):
         StepLabel(10.0)
 
 
-def test_log_sigma_over_a_reference() -> None:
+def test_log_sigma_label_with_a_reference() -> None:
     t = f64(0.5, 1.0)
     sigma = f64(math.sqrt(0.5), 50.0)
-    told = LogSigmaLabel(1.0, reference=2.0)(VESDE(), t)
-    torch.testing.assert_close(told, (sigma / 2).log(), rtol=1e-12, atol=0)
-    told = LogSigmaLabel(3.0, reference=0.1)(VESDE(), t)
-    torch.testing.assert_close(told, 3 * (10 * sigma).log(), rtol=1e-12, atol=0)
-    # sigma is sigma over alpha, that of VP(.1, 20) at 1/2 with 40 digits.
-    told = LogSigmaLabel(1.0, reference=2.0)(VPSDE(), t[:1])
+    label = LogSigmaLabel(1.0, reference=2.0)(VESDE(), t)
+    torch.testing.assert_close(label, (sigma / 2).log(), rtol=1e-12, atol=0)
+    label = LogSigmaLabel(3.0, reference=0.1)(VESDE(), t)
+    torch.testing.assert_close(label, 3 * (10 * sigma).log(), rtol=1e-12, atol=0)
+    # sigma / alpha of VP(0.1, 20) at t = 0.5, with 40 digits.
+    label = LogSigmaLabel(1.0, reference=2.0)(VPSDE(), t[:1])
     ratio = 0.9596542020680362 / 0.28118288079675235
-    assert float(told) == pytest.approx(math.log(ratio / 2), rel=1e-12)
+    assert float(label) == pytest.approx(math.log(ratio / 2), rel=1e-12)
     for options in ({"reference": 0.0}, {"reference": math.inf}, {"scale": -1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             LogSigmaLabel(**options)
 
 
-def test_labels_of_the_users_choice():
+def test_time_sigma_and_index_labels():
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     torch.testing.assert_close(TimeLabel(scale=1.0)(VPSDE(), t), t)
     ratio = SigmaLabel()(VPSDE(), t[1:])

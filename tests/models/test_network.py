@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support import f64, seeded
+from support.recorder import Recorder
 from torch import nn
 
 from diffusionkit import (
@@ -26,18 +27,6 @@ from diffusionkit.values import Prediction
 MODELS = [EpsModel, X0Model, VModel, RawScoreModel, ScaledScoreModel, EDMModel]
 
 
-class Recorder(nn.Module):
-    """Returns a fixed tensor and keeps what it was called with."""
-
-    def __init__(self, output=None):
-        super().__init__()
-        self.output, self.calls = output, []
-
-    def forward(self, x, label, **cond):
-        self.calls.append((x, label, cond))
-        return torch.zeros_like(x) if self.output is None else self.output
-
-
 def state(sde, batch=4, dtype=torch.float64):
     g = seeded()
     x0 = torch.randn(batch, 3, 2, generator=g, dtype=dtype)
@@ -46,7 +35,7 @@ def state(sde, batch=4, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-def test_a_network_that_states_the_truth_predicts_it(model_class, sde):
+def test_exact_outputs_give_exact_predictions(model_class, sde):
     sample = state(sde)
     network = Recorder()
     model = model_class(network, sde)
@@ -60,7 +49,7 @@ def test_a_network_that_states_the_truth_predicts_it(model_class, sde):
     torch.testing.assert_close(model(sample.x, sample.t), score, rtol=1e-6, atol=1e-6)
 
 
-def test_what_each_class_predicts():
+def test_each_class_interprets_its_output():
     sample = state(VPSDE())
     alpha, sigma = sample.alpha.view(-1, 1, 1), sample.sigma.view(-1, 1, 1)
     output = torch.randn(sample.x.shape, generator=seeded(1)).double()
@@ -78,63 +67,22 @@ def test_what_each_class_predicts():
     )
 
 
-# Karras et al. 2022, table 1, at sigma_data = .5: c_skip, c_out, c_in, c_noise.
-@pytest.mark.parametrize(
-    ("sigma", "c_skip", "c_out", "c_in", "c_noise"),
-    [
-        (0.002, 0.9999840002559959, 0.0019999840001919972, 1.9999840001919975, -1.5536520246055479),
-        (1.0, 0.2, 0.4472135954999579, 0.8944271909999159, 0.0),
-    ],
-)
-def test_edm_preconditioning(sigma, c_skip, c_out, c_in, c_noise):
-    x = torch.tensor([[0.7, -1.3]], dtype=torch.float64)
-    network = Recorder(torch.tensor([[0.4, 2.0]], dtype=torch.float64))
-    prediction = EDMModel(network, EDMSDE()).predict(x, torch.tensor([sigma], dtype=torch.float64))
-    torch.testing.assert_close(
-        prediction.x0, c_skip * x + c_out * network.output, rtol=1e-12, atol=0
-    )
-    seen, label, _ = network.calls[0]
-    torch.testing.assert_close(seen, c_in * x, rtol=1e-12, atol=0)
-    assert float(label) == pytest.approx(c_noise, rel=1e-12, abs=1e-15)
-
-
-def test_edm_model_serves_every_process(sde):
-    """With zero output it is the best linear denoiser of data of variance sigma_data^2."""
-    sample = state(sde)
-    prediction = EDMModel(Recorder(), sde, sigma_data=0.7).predict(sample.x, sample.t)
-    alpha, sigma = sample.alpha.view(-1, 1, 1), sample.sigma.view(-1, 1, 1)
-    gain = alpha * 0.49 / (alpha**2 * 0.49 + sigma**2)
-    torch.testing.assert_close(prediction.x0, gain * sample.x, rtol=1e-9, atol=1e-12)
-
-
-def test_edm_model_gives_the_network_unit_variance(sde):
-    g = seeded()
-    x0 = 0.5 * torch.randn(2, 20000, generator=g, dtype=torch.float64)
-    t = sde.time_at_log_snr(torch.tensor([3.0, -3.0], dtype=torch.float64))
-    network = Recorder()
-    EDMModel(network, sde).predict(sde.perturb(x0, t, generator=g).x, t)
-    # 20000 normals: the standard error of a standard deviation is .5%.
-    torch.testing.assert_close(
-        network.calls[0][0].std(1), torch.ones(2).double(), rtol=0.02, atol=0
-    )
-
-
 def test_default_labels():
     t = torch.tensor([0.25], dtype=torch.float64)
 
-    def told(model_class, sde):
+    def label_of(model_class, sde):
         network = Recorder()
         model_class(network, sde).predict(torch.zeros(1, 2), t)
         return float(network.calls[0][1])
 
-    assert told(EpsModel, VPSDE()) == pytest.approx(249.75)
-    assert told(VModel, EDMSDE(sigma_max=80.0)) == pytest.approx(999 * 0.25 / 80)
+    assert label_of(EpsModel, VPSDE()) == pytest.approx(249.75)
+    assert label_of(VModel, EDMSDE(sigma_max=80.0)) == pytest.approx(999 * 0.25 / 80)
     sigma = 0.01 * 5000**0.25
-    assert told(RawScoreModel, VESDE()) == pytest.approx(sigma, rel=1e-6)
-    assert told(EDMModel, VESDE()) == pytest.approx(math.log(sigma) / 4, rel=1e-6)
+    assert label_of(RawScoreModel, VESDE()) == pytest.approx(sigma, rel=1e-6)
+    assert label_of(EDMModel, VESDE()) == pytest.approx(math.log(sigma) / 4, rel=1e-6)
 
 
-def test_label_has_the_state_dtype_and_cond_arrives():
+def test_label_has_the_dtype_of_the_state_and_conditions_arrive():
     network = Recorder()
     EpsModel(network, VPSDE()).predict(
         torch.zeros(2, 3, dtype=torch.float32),
@@ -146,7 +94,7 @@ def test_label_has_the_state_dtype_and_cond_arrives():
     assert cond == {"class_labels": "cat"}
 
 
-def test_output_objects_with_a_sample_are_networks_too():
+def test_output_objects_with_a_sample_are_accepted():
     class Output:
         def __init__(self, sample):
             self.sample = sample
@@ -159,7 +107,7 @@ def test_output_objects_with_a_sample_are_networks_too():
     assert prediction.eps.tolist() == [[2.0, 2.0]]
 
 
-def test_a_parameterisation_of_ones_own():
+def test_custom_parameterization():
     class SumModel(NetworkModel):
         def parameterization(self, alpha, sigma):
             return 1.0, 1.0
@@ -183,7 +131,7 @@ def half(value: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("variance", ["learned_range", "learned"])
-def test_the_first_half_is_the_statement(kind, variance) -> None:
+def test_the_first_half_of_the_channels_is_the_prediction(kind, variance) -> None:
     first = torch.randn_like(X)
     wide = torch.cat([first, half(torch.nan)], dim=1)
     plain = kind(lambda x, noise_label: first, VPSDE()).predict(X, T)
@@ -195,7 +143,7 @@ def test_the_first_half_is_the_statement(kind, variance) -> None:
 
 
 @pytest.mark.parametrize(("v", "fraction"), [(-1.0, 0.0), (0.3, 0.65), (1.0, 1.0), (1.5, 1.25)])
-def test_the_second_half_is_a_place_in_the_range(v, fraction) -> None:
+def test_the_second_half_interpolates_the_log_variances(v, fraction) -> None:
     wide = torch.cat([half(9.0), half(v)], dim=1)
     prediction = EpsModel(lambda x, noise_label: wide, VPSDE(), variance="learned_range").predict(
         X, T
@@ -212,7 +160,7 @@ def test_the_second_half_is_the_log_variance() -> None:
 
 
 @pytest.mark.parametrize("variance", [None, "fixed_small", "fixed_large"])
-def test_of_fixed_variances_nothing_is_said(variance) -> None:
+def test_fixed_variances_leave_the_prediction_without_one(variance) -> None:
     model = EpsModel(lambda x, noise_label: x, DDPMChain.cosine(10), variance=variance)
     prediction = model.predict(X, T)
     assert prediction.log_var is None
@@ -220,7 +168,7 @@ def test_of_fixed_variances_nothing_is_said(variance) -> None:
     assert model.variance == variance
 
 
-def test_output_objects_too() -> None:
+def test_output_objects_with_a_learned_variance() -> None:
     class Output:
         sample = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
 
@@ -230,7 +178,7 @@ def test_output_objects_too() -> None:
     assert prediction.log_var.tolist() == [[3.0, 4.0]]
 
 
-def test_a_prediction_keeps_what_is_said_of_the_variance() -> None:
+def test_predictions_store_the_variance() -> None:
     one = torch.ones(2)
     built = Prediction(X, X, X, one, one, log_var=half(2.0), log_var_fraction=half(0.5))
     assert torch.equal(built.log_var, half(2.0))
@@ -239,20 +187,20 @@ def test_a_prediction_keeps_what_is_said_of_the_variance() -> None:
 
 @pytest.mark.parametrize("variance", ["learned_range", "learned"])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 9, 4, 4), (2, 6, 4, 2), (1, 6, 4, 4)], ids=str)
-def test_outputs_without_a_learned_variance(variance, shape) -> None:
+def test_outputs_without_a_learned_variance_raise(variance, shape) -> None:
     model = EpsModel(lambda x, noise_label: torch.zeros(shape), VPSDE(), variance=variance)
     match = r"expected an output of shape \(2, 6, 4, 4\), with a learned variance, got"
     with pytest.raises(ValueError, match=match):
         model.predict(X, T)
 
 
-def test_a_learned_variance_of_what_has_no_channels() -> None:
+def test_learned_variances_require_channels() -> None:
     model = EpsModel(lambda x, noise_label: torch.zeros(4), VPSDE(), variance="learned_range")
     with pytest.raises(ValueError, match=r"expected channels .* got shape \(2,\)"):
         model.predict(torch.zeros(2), torch.tensor([0.3, 0.7]))
 
 
-def test_unknown_variances() -> None:
+def test_unknown_variances_raise() -> None:
     with pytest.raises(ValueError, match=r"learned_range, learned, fixed_small, .* got 'large'"):
         EpsModel(torch.nn.Identity(), VPSDE(), variance="large")
 
@@ -276,8 +224,8 @@ def test_ve_preconditioning(time) -> None:
     assert float(seen[0][1]) == pytest.approx(math.log(sigma / 2), rel=1e-12)
 
 
-def test_scaled_scores_where_data_shrink() -> None:
-    """The output is sigma times the score, whatever alpha is."""
+def test_scaled_scores_with_alpha_below_one() -> None:
+    """The output is sigma times the score for every alpha."""
     output = f64([0.4, 2.0])
     model = ScaledScoreModel(lambda x, noise_label: output, SubVPSDE())
     x, t = f64([0.7, -1.3]), f64(0.5)
@@ -287,14 +235,14 @@ def test_scaled_scores_where_data_shrink() -> None:
     torch.testing.assert_close(prediction.x0, (x + sigma * output) / alpha, rtol=1e-12, atol=0)
 
 
-def test_wide_outputs_that_nobody_announced() -> None:
+def test_unexpected_variance_channels_raise() -> None:
     model = EpsModel(lambda x, noise_label: torch.zeros(2, 6, 4, 4), VPSDE())
     with pytest.raises(ValueError, match=r"expected an output of shape \(2, 3, 4, 4\), got"):
         model.predict(torch.zeros(2, 3, 4, 4), torch.tensor([0.3, 0.7]))
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_range_of_the_data_is_kept(kind) -> None:
+def test_data_range_is_stored(kind) -> None:
     model = kind(torch.nn.Identity(), VPSDE(), data_range=(0.0, 1.0))
     assert model.data_range == (0.0, 1.0)
     assert kind(torch.nn.Identity(), VPSDE()).data_range is None

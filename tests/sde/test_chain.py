@@ -5,7 +5,7 @@ from diffusionkit.interfaces import ForwardSDE
 from diffusionkit.sde.ddpm_chain import DDPMChain
 from diffusionkit.sde.smld_chain import SMLDChain
 
-# Chain, specification, the new step, its old number, and the beta and alpha-bar it has then.
+# Chain, specification, step after respacing and before, its beta and alpha-bar after respacing.
 RESPACED = [
     ("cosine", 4000, "50", 1, 82, 0.0018409056364813159, 0.9981492467067464),
     ("cosine", 4000, "50", 25, 2040, 0.06193848428464421, 0.477875367483632),
@@ -23,7 +23,7 @@ def chain_of(steps) -> DDPMChain:
 
 
 @pytest.mark.parametrize(("kind", "steps", "spec", "new", "old", "beta", "alpha_bar"), RESPACED)
-def test_respacing_is_a_grid(kind, steps, spec, new, old, beta, alpha_bar) -> None:
+def test_respaced_times_are_a_sampler_grid(kind, steps, spec, new, old, beta, alpha_bar) -> None:
     chain: DDPMChain = getattr(DDPMChain, kind)(steps)
     t = chain.respaced(spec).flip(0)
     assert int(chain.step(t)[new]) == old
@@ -34,7 +34,7 @@ def test_respacing_is_a_grid(kind, steps, spec, new, old, beta, alpha_bar) -> No
     assert float(chain.marginal(t[new : new + 1])[0] ** 2) == pytest.approx(alpha_bar, rel=1e-8)
 
 
-def test_times_and_steps() -> None:
+def test_time_and_step_are_inverse() -> None:
     chain = chain_of(1000)
     steps = torch.arange(1000)
     t = chain.time(steps)
@@ -49,13 +49,13 @@ def test_times_and_steps() -> None:
 
 
 @pytest.mark.parametrize("steps", [-1, 1000, [0, 1000]])
-def test_steps_outside(steps) -> None:
+def test_steps_out_of_range_raise(steps) -> None:
     with pytest.raises(ValueError, match=r"step: expected integers 0 \.\.\. 999, got"):
         chain_of(1000).time(steps)
 
 
 @pytest.mark.parametrize("steps", [1.0, torch.tensor([True]), torch.tensor([0.5])])
-def test_steps_that_are_none(steps) -> None:
+def test_non_integer_steps_raise(steps) -> None:
     with pytest.raises(TypeError, match="step: expected integers, got torch"):
         chain_of(10).time(steps)
 
@@ -64,11 +64,11 @@ def test_steps_that_are_none(steps) -> None:
     ("t", "match"),
     [(0.0, "times of steps, from 1/10 to 1, got 0"), (1.2, "within"), (-1, "within")],
 )
-def test_times_without_a_step(t, match) -> None:
+def test_times_without_a_step_raise(t, match) -> None:
     with pytest.raises(ValueError, match=f"t: expected.*{match}"):
         chain_of(10).step(torch.tensor([0.5, t]))
 
 
-def test_chains_are_processes() -> None:
+def test_chains_are_forward_sdes() -> None:
     assert isinstance(chain_of(5), ForwardSDE)
     assert isinstance(SMLDChain.geometric(5), ForwardSDE)

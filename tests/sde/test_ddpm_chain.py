@@ -9,8 +9,8 @@ from support import f64, seeded
 from diffusionkit import VPSDE, Ancestral, DDPMChain, EpsModel, PCSampler, StepLabel
 from diffusionkit.testing import check_sde
 
-# Step, beta, alpha-bar, and of the posterior of a step: its variance and its coefficients of the
-# data and of the state; the two schedules of the papers, computed in float64 by other code.
+# Step, beta, alpha-bar, and the posterior's variance and coefficients of the data and the state:
+# the two schedules of the papers, computed independently in float64.
 REFERENCE = {
     ("linear", 1000): [
         (0, 0.0001, 0.9999, 0.0, 1.0, 0.0),
@@ -62,7 +62,7 @@ def chain(kind, steps) -> DDPMChain:
 
 
 @pytest.mark.parametrize(("kind", "steps"), REFERENCE)
-def test_at_its_steps_it_is_the_table(kind, steps) -> None:
+def test_marginals_and_transitions_at_the_steps_match_the_table(kind, steps) -> None:
     sde = chain(kind, steps)
     assert sde.steps == steps
     i, beta, alpha_bar = (
@@ -81,7 +81,7 @@ def test_at_its_steps_it_is_the_table(kind, steps) -> None:
 
 
 @pytest.mark.parametrize(("kind", "steps"), REFERENCE)
-def test_the_ancestral_step_is_the_posterior_of_the_papers(kind, steps) -> None:
+def test_ancestral_step_is_the_posterior_of_the_papers(kind, steps) -> None:
     sde = chain(kind, steps)
     i, _, _, variance, data, state = (
         f64(*column) for column in zip(*REFERENCE[kind, steps], strict=True)
@@ -92,19 +92,19 @@ def test_the_ancestral_step_is_the_posterior_of_the_papers(kind, steps) -> None:
     torch.testing.assert_close(move.x, state, rtol=1e-9, atol=1e-15)
 
 
-def test_three_steps_by_hand() -> None:
+def test_three_steps_computed_by_hand() -> None:
     sde = DDPMChain([0.1, 0.36, 0.51])
     t = f64(0, 1 / 3, 0.5, 2 / 3, 1)
     expected = f64(1, 0.9, 0.9 * 0.8, 0.9 * 0.64, 0.9 * 0.64 * 0.49)  # of alpha^2
     alpha, sigma = sde.marginal(t)
     torch.testing.assert_close(alpha**2, expected, rtol=1e-14, atol=0)
     torch.testing.assert_close(sigma**2, 1 - expected, rtol=1e-14, atol=1e-16)
-    # In between log(alpha) is linear: f and g are the constants of each step.
+    # log(alpha) is linear within a step, so f and g are constant.
     inside = f64(0.2, 0.5, 0.9)
     rates = -3 * f64(0.9, 0.64, 0.49).log()
     torch.testing.assert_close(sde.drift_coefficient(inside), -rates / 2, rtol=1e-14, atol=0)
     torch.testing.assert_close(sde.diffusion(inside) ** 2, rates, rtol=1e-14, atol=0)
-    # At its end a step is itself, not the next one: samplers come from above.
+    # The end of a step belongs to that step, not to the next one.
     ends = f64(1 / 3, 2 / 3, 1.0)
     torch.testing.assert_close(sde.drift_coefficient(ends), -rates / 2, rtol=1e-14, atol=0)
     assert float(sde.drift_coefficient(f64(0.0))) == pytest.approx(float(-rates[0] / 2))
@@ -128,12 +128,12 @@ def test_three_steps_by_hand() -> None:
     ],
     ids=repr,
 )
-def test_it_keeps_the_contract_of_processes(sde) -> None:
+def test_passes_check_sde(sde) -> None:
     assert check_sde(sde).ok
 
 
 @given(st.floats(1e-6, 1.0), st.sampled_from([("linear", 30), ("linear", 1000), ("cosine", 100)]))
-def test_log_snr_and_its_inverse(t, which) -> None:
+def test_time_at_log_snr_inverts_log_snr(t, which) -> None:
     sde, t = chain(*which), f64(t)
     log_snr = sde.log_snr(t)
     alpha, sigma = sde.marginal(t)
@@ -141,7 +141,7 @@ def test_log_snr_and_its_inverse(t, which) -> None:
     torch.testing.assert_close(sde.time_at_log_snr(log_snr), t, rtol=1e-8, atol=0)
 
 
-def test_times_of_log_snr_beyond_the_ends() -> None:
+def test_time_at_log_snr_is_clamped_to_the_ends() -> None:
     sde = DDPMChain.linear(100)
     assert sde.time_at_log_snr(f64(-1e3, -50.0)).tolist() == [1.0, 1.0]
     assert float(sde.time_at_log_snr(f64(800.0))) == 0.0
@@ -149,7 +149,7 @@ def test_times_of_log_snr_beyond_the_ends() -> None:
     assert sde.time_at_log_snr(torch.zeros(shape)).shape == shape
 
 
-def test_the_limit_of_many_steps_is_vp() -> None:
+def test_converges_to_vp_with_many_steps() -> None:
     t = torch.linspace(0.01, 1, 100, dtype=torch.float64)
 
     def error(steps):
@@ -164,7 +164,7 @@ def test_the_limit_of_many_steps_is_vp() -> None:
     torch.testing.assert_close(slow, VPSDE(0.2, 5.0).log_snr(t), rtol=1e-2, atol=2e-3)
 
 
-def test_only_the_end_of_the_cosine_is_clipped() -> None:
+def test_only_the_last_cosine_beta_is_clipped() -> None:
     betas = DDPMChain.cosine(1000).betas
     assert float(betas[-1]) == 0.999
     assert int((betas == 0.999).sum()) == 1
@@ -178,8 +178,8 @@ def test_only_the_end_of_the_cosine_is_clipped() -> None:
 
 
 @pytest.mark.parametrize("steps", [1000, 4000])
-def test_float32_times_are_steps(steps) -> None:
-    """Where float32 holds a time to 6e-8, the table and the label are hit as closely."""
+def test_float32_times_resolve_the_steps(steps) -> None:
+    """The table and the label are as accurate as a float32 time, 6e-8."""
     i = torch.arange(steps)
     t = ((i + 1).double() / steps).float()
     sde = DDPMChain.linear(steps)
@@ -192,17 +192,17 @@ def test_float32_times_are_steps(steps) -> None:
     torch.testing.assert_close(scale**2, 1 - sde.betas[1:], rtol=1e-6, atol=0)
 
 
-def test_samplers_go_through_its_steps_to_the_first() -> None:
-    sde, told = DDPMChain.cosine(20), []
+def test_samplers_visit_every_step_down_to_the_first() -> None:
+    sde, labels = DDPMChain.cosine(20), []
 
     def network(x, label):
-        told.extend(label.unique().tolist())
+        labels.extend(label.unique().tolist())
         return torch.zeros_like(x)
 
     model = EpsModel(network, sde, label=StepLabel(20))
     sampler = PCSampler(model, Ancestral(), steps=19)
     sampler((2, 3), generator=seeded())
-    assert told == pytest.approx([19.0 - k for k in range(20)], abs=1e-4)
+    assert labels == pytest.approx([19.0 - k for k in range(20)], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_samplers_go_through_its_steps_to_the_first() -> None:
         ([0.1] * 8 + [2.0], r"of 9"),
     ],
 )
-def test_betas_that_make_no_chain(betas, got) -> None:
+def test_invalid_betas_raise(betas, got) -> None:
     match = rf"betas: expected at least two .* between 0 and 1 \(the last may be 1\), got.*{got}"
     with pytest.raises(ValueError, match=match):
         DDPMChain(betas)
@@ -243,24 +243,24 @@ def test_betas_that_make_no_chain(betas, got) -> None:
         (lambda: DDPMChain.from_alphas_bar([0.9]), r"alphas_bar: expected .* of 1"),
     ],
 )
-def test_schedules_that_are_none(make, match) -> None:
+def test_invalid_schedules_raise(make, match) -> None:
     with pytest.raises(ValueError, match=match):
         make()
 
 
 @pytest.mark.parametrize("method", ["marginal", "log_snr", "drift_coefficient", "diffusion"])
 @pytest.mark.parametrize("time", [-0.1, 1.1, math.nan])
-def test_times_outside(method, time) -> None:
+def test_times_out_of_range_raise(method, time) -> None:
     with pytest.raises(ValueError, match="t: expected"):
         getattr(DDPMChain.linear(), method)(f64(time))
 
 
-def test_transitions_backwards() -> None:
+def test_backward_transitions_raise() -> None:
     with pytest.raises(ValueError, match="expected"):
         DDPMChain.linear().transition(f64(0.5), f64(0.4))
 
 
-def test_its_own_table_is_not_the_users() -> None:
+def test_betas_are_copied() -> None:
     betas = torch.full((3,), 0.1, dtype=torch.float64)
     sde = DDPMChain(betas)
     betas += 0.5
@@ -306,7 +306,7 @@ def relative(got, wanted):
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_no_digit_is_lost_at_four_thousand_steps(kind) -> None:
+def test_no_digits_are_lost_at_4000_steps(kind) -> None:
     chain = getattr(DDPMChain, kind)(4000)
     i, beta, noise, log_snr = (
         torch.tensor(c, dtype=torch.float64) for c in zip(*EXACT[kind], strict=True)
@@ -324,7 +324,7 @@ def test_no_digit_is_lost_at_four_thousand_steps(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_single_precision_times_meet_the_steps(kind) -> None:
+def test_single_precision_times_resolve_4000_steps(kind) -> None:
     chain = getattr(DDPMChain, kind)(4000)
     i = torch.arange(4000)
     t = chain.time(i).float()
@@ -333,8 +333,8 @@ def test_single_precision_times_meet_the_steps(kind) -> None:
     assert relative(std.double() ** 2, chain.betas) < 1e-6
 
 
-def test_a_part_of_a_step_keeps_its_digits() -> None:
-    """Over 1e-9 of time: a difference of two sums of the table would have seven digits."""
+def test_transitions_within_a_step_lose_no_digits() -> None:
+    """A difference of two accumulated sums over 1e-9 would have seven digits."""
     chain = DDPMChain.linear(100)
     s = torch.tensor([0.505, 0.995], dtype=torch.float64)
     t = s + 1e-9

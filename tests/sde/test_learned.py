@@ -11,13 +11,13 @@ from diffusionkit.networks import MLP
 from diffusionkit.sde.learned import LearnedSDE, LogSNRSDE
 from diffusionkit.testing import check_sde
 
-# Computed with 40 digits by other code.
+# Computed independently with 40 digits.
 VAR_0, VAR_1, GAMMA_MID = 1.6744904055114538e-06, 0.9933071490757152, -4.15
 VP_GAMMA = (-13.81451555215112, 10.049956813318408)
 
 
-def shaken(seed: int, scale: float = 1.0, **options) -> LearnedSDE:
-    """A schedule far from its start."""
+def perturbed(seed: int, scale: float = 1.0, **options) -> LearnedSDE:
+    """Return a schedule far from its initialization."""
     sde = LearnedSDE(hidden=16, **options).double()
     generator = seeded(seed)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_end_points_and_middle_of_the_published_range(make) -> None:
     torch.testing.assert_close(-sde.log_snr(f64(0.5)).detach(), f64(GAMMA_MID))
 
 
-def test_other_processes_have_a_range_too() -> None:
+def test_log_snr_sde_reproduces_the_range_of_vp() -> None:
     gamma = -VPSDE().log_snr(f64(1e-5, 1.0))
     torch.testing.assert_close(gamma, f64(*VP_GAMMA), rtol=1e-9, atol=0)
     sde = LogSNRSDE(*VP_GAMMA)
@@ -46,15 +46,15 @@ def test_other_processes_have_a_range_too() -> None:
 
 @pytest.mark.parametrize(
     "sde",
-    [LogSNRSDE(), LogSNRSDE(-10.0, 9.0), LearnedSDE(), shaken(0), shaken(1, learn_ends=True)],
+    [LogSNRSDE(), LogSNRSDE(-10.0, 9.0), LearnedSDE(), perturbed(0), perturbed(1, learn_ends=True)],
     ids=["fixed", "fixed wide", "new", "learned", "learned ends"],
 )
-def test_fits_the_contract(sde) -> None:
+def test_passes_check_sde(sde) -> None:
     check_sde(sde)
 
 
-@pytest.mark.parametrize("sde", [LogSNRSDE(), shaken(2)], ids=["fixed", "learned"])
-def test_drift_and_diffusion_are_those_of_the_variance(sde) -> None:
+@pytest.mark.parametrize("sde", [LogSNRSDE(), perturbed(2)], ids=["fixed", "learned"])
+def test_drift_and_diffusion_match_finite_differences(sde) -> None:
     t, h = f64(0.05, 0.3, 0.8), 1e-6
     with torch.no_grad():
         (a, s), (b, u) = sde.marginal(t - h), sde.marginal(t + h)
@@ -65,8 +65,8 @@ def test_drift_and_diffusion_are_those_of_the_variance(sde) -> None:
         torch.testing.assert_close(sde.diffusion(t) ** 2, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_formula_of_the_learned_schedule() -> None:
-    sde = shaken(3, learn_ends=True)
+def test_learned_schedule_matches_its_formula() -> None:
+    sde = perturbed(3, learn_ends=True)
     with torch.no_grad():
         sde.ends.copy_(f64(-9.0, math.log(12.0)))
         sde.raw_steepness -= 16
@@ -91,8 +91,8 @@ def test_starts_nearly_linear() -> None:
 
 
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.1, 3.0, 30.0]))
-def test_monotone_and_pinned_whatever_the_parameters(seed, scale) -> None:
-    sde = shaken(seed, scale)
+def test_monotone_with_fixed_ends_for_all_parameters(seed, scale) -> None:
+    sde = perturbed(seed, scale)
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     with torch.no_grad():
         log_snr = sde.log_snr(t)
@@ -101,7 +101,7 @@ def test_monotone_and_pinned_whatever_the_parameters(seed, scale) -> None:
     torch.testing.assert_close(log_snr[[0, -1]], f64(13.3, -5.0), rtol=0, atol=1e-12)
 
 
-def test_end_points_stay_where_they_are_in_training() -> None:
+def test_end_points_stay_fixed_in_training() -> None:
     sde = LearnedSDE(hidden=8)
     optimizer = torch.optim.Adam(sde.parameters(), lr=0.1)
     for _ in range(20):
@@ -113,10 +113,10 @@ def test_end_points_stay_where_they_are_in_training() -> None:
         assert abs(float(sde.log_snr(f64(0.5))) - 4.15) > 0.5
 
 
-def test_learned_end_points_keep_their_order() -> None:
+def test_learned_end_points_stay_ordered() -> None:
     sde = LearnedSDE(-3.0, 2.0, hidden=4, learn_ends=True)
     optimizer = torch.optim.SGD([sde.ends], lr=0.3)
-    for _ in range(20):  # pulls the ends together, and past one another if it could
+    for _ in range(20):  # pulls the ends together
         optimizer.zero_grad()
         gamma = -sde.log_snr(torch.tensor([0.0, 1.0]))
         (gamma[1] - gamma[0]).backward()
@@ -128,7 +128,7 @@ def test_learned_end_points_keep_their_order() -> None:
 
 @pytest.mark.parametrize("quantity", ["log_snr", "diffusion", "drift_coefficient", "transition"])
 def test_differentiable_in_every_parameter(quantity) -> None:
-    sde = shaken(4, learn_ends=True)
+    sde = perturbed(4, learn_ends=True)
     t = f64(0.2, 0.5)
     times = (0.5 * t, t) if quantity == "transition" else (t,)
 
@@ -144,7 +144,7 @@ def test_differentiable_in_every_parameter(quantity) -> None:
 
 
 class Caller(torch.nn.Module):
-    """A quantity of a process as a module's forward."""
+    """Evaluates a method of a process in `forward`."""
 
     def __init__(self, sde, quantity) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Caller(torch.nn.Module):
         return getattr(self.sde, self.quantity)(*times)
 
 
-def test_belongs_to_the_model_and_samples() -> None:
+def test_parameters_belong_to_the_model_and_sampling_works() -> None:
     sde = LearnedSDE(hidden=8, learn_ends=True)
     model = EpsModel(MLP(2, width=8, depth=1), sde, label=LogSigmaLabel())
     assert {id(p) for p in sde.parameters()} <= {id(p) for p in model.parameters()}
@@ -168,7 +168,7 @@ def test_belongs_to_the_model_and_samples() -> None:
 
 
 @pytest.mark.parametrize("make", [LogSNRSDE, LearnedSDE])
-def test_bad_input(make) -> None:
+def test_invalid_arguments_raise(make) -> None:
     with pytest.raises(ValueError, match=r"gamma_min < gamma_max, got 1.0 and 1.0"):
         make(1.0, 1.0)
     with pytest.raises(ValueError, match="finite"):
@@ -180,6 +180,6 @@ def test_bad_input(make) -> None:
             getattr(make(), method)(torch.tensor([1.5]))
 
 
-def test_bad_number_of_sigmoids() -> None:
+def test_invalid_number_of_sigmoids_raises() -> None:
     with pytest.raises(ValueError, match="hidden: expected an integer >= 1, got 0"):
         LearnedSDE(hidden=0)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from diffusionkit.sde._subsequence import subsequence
 from diffusionkit.sde.smld_chain import SMLDChain
 
-# Steps of the chain, specification, number and sum of the steps taken, and the sha256 of the
-# steps joined by commas.
+# Steps of the chain, specification, number and sum of the selected steps, and the sha256 of the
+# selected steps joined by commas.
 REFERENCE = [
     (1000, "250", 250, 124875, "d7b0f48aae57b0da26bd5b24b757c7398375d94fd95f52f8fd20bae7557e182b"),
     (1000, [21], 21, 10489, "2256c158d10aed3375cc1c08a4a350d81c8bc42f66e06b2dbf59a10432e2ede3"),
@@ -28,13 +28,13 @@ REFERENCE = [
 
 
 @pytest.mark.parametrize(("steps", "spec", "count", "total", "digest"), REFERENCE)
-def test_the_same_steps_as_the_released_code(steps, spec, count, total, digest) -> None:
-    taken = subsequence(spec, steps)
-    assert (len(taken), sum(taken)) == (count, total)
-    assert hashlib.sha256(",".join(map(str, taken)).encode()).hexdigest() == digest
+def test_same_steps_as_the_released_code(steps, spec, count, total, digest) -> None:
+    selected = subsequence(spec, steps)
+    assert (len(selected), sum(selected)) == (count, total)
+    assert hashlib.sha256(",".join(map(str, selected)).encode()).hexdigest() == digest
 
 
-def test_ways_to_say_the_same() -> None:
+def test_equivalent_specifications() -> None:
     chain = SMLDChain.geometric(100)
     assert chain.subsequence(7) == chain.subsequence("7") == chain.subsequence((7,))
     assert chain.subsequence([4, 3]) == chain.subsequence("4,3") == chain.subsequence(" 4, 3 ")
@@ -43,21 +43,21 @@ def test_ways_to_say_the_same() -> None:
 
 
 @given(st.integers(2, 300), st.data())
-def test_a_subsequence_is_one(steps, data) -> None:
+def test_one_section_includes_the_first_and_the_last_step(steps, data) -> None:
     count = data.draw(st.integers(2, steps))
-    taken = subsequence(count, steps)
-    assert len(taken) == count
-    assert taken[0] == 0
-    assert taken[-1] == steps - 1
-    assert all(a < b for a, b in itertools.pairwise(taken))
+    selected = subsequence(count, steps)
+    assert len(selected) == count
+    assert selected[0] == 0
+    assert selected[-1] == steps - 1
+    assert all(a < b for a, b in itertools.pairwise(selected))
 
 
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("ddim1", 'integer stride through 1000 gives, the next being "ddim2", got "ddim1"'),
-        ("ddim300", 'the next being "ddim250" or "ddim334", got "ddim300"'),
-        ("ddim2000", 'the next being "ddim1000", got "ddim2000"'),
+        ("ddim1", 'integer stride over 1000 gives, the nearest being "ddim2", got "ddim1"'),
+        ("ddim300", 'the nearest being "ddim250" or "ddim334", got "ddim300"'),
+        ("ddim2000", 'the nearest being "ddim1000", got "ddim2000"'),
         ("ddim", '"ddimN", "N" or "N,N,...".*got \'ddim\''),
         ("ddim-5", "got 'ddim-5'"),
         ("many", "got 'many'"),
@@ -68,12 +68,12 @@ def test_a_subsequence_is_one(steps, data) -> None:
         (-5, "got -5"),
     ],
 )
-def test_specifications_that_are_none(spec, match) -> None:
+def test_invalid_specifications_raise(spec, match) -> None:
     with pytest.raises(ValueError, match=f"spec: expected.*{match}"):
         subsequence(spec, 1000)
 
 
 @pytest.mark.parametrize("spec", [None, 2.5, True, [], [2.5], [True], {10}])
-def test_specifications_of_another_type(spec) -> None:
+def test_specifications_of_other_types_raise(spec) -> None:
     with pytest.raises(TypeError, match='spec: expected a string "ddimN"'):
         subsequence(spec, 1000)

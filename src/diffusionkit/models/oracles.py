@@ -70,7 +70,7 @@ class GaussianMixtureModel(ScoreModel):
         if (s < 0).any() or (w < 0).any() or not (w > 0).any():
             got = f"{s.tolist()} and {w.tolist()}"
             raise ValueError(
-                f"stds, weights: expected stds >= 0, weights >= 0, not all 0, got {got}"
+                f"stds, weights: expected stds >= 0 and weights >= 0, not all 0, got {got}"
             )
         self.register_buffer("means", m)
         self.register_buffer("stds", s)
