@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_positive
 from ..interfaces import ForwardSDE
@@ -137,6 +138,7 @@ class IndexLabel:
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])
 
+    @override
     def __repr__(self) -> str:
         return f"IndexLabel({len(self._edges) + 1} levels)"
 

@@ -141,6 +141,7 @@ class DDPMChain(Chain):
         first, last = alpha[0], alpha[-1]
         return self.from_alphas_bar(((alpha - last) * (first / (first - last))).square())
 
+    @override
     def __repr__(self) -> str:
         first, last = self.betas[0], self.betas[-1]
         return f"DDPMChain({self.steps} steps, betas {first:.3g} ... {last:.3g})"

@@ -99,6 +99,7 @@ class LogSNRSDE(_GammaSDE):
         _check_ends(gamma_min, gamma_max)
         self.gamma_min, self.gamma_max = gamma_min, gamma_max
 
+    @override
     def __repr__(self) -> str:
         return f"LogSNRSDE(gamma_min={self.gamma_min}, gamma_max={self.gamma_max})"
 

@@ -67,6 +67,7 @@ class SMLDChain(Chain):
         ends = math.log(sigma_min), math.log(sigma_max)
         return cls(torch.exp(torch.linspace(*ends, steps, dtype=torch.float64)))
 
+    @override
     def __repr__(self) -> str:
         first, last = self.sigmas[0], self.sigmas[-1]
         return f"SMLDChain({self.steps} steps, sigmas {first:.3g} ... {last:.3g})"
