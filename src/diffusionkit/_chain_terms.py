@@ -34,7 +34,7 @@ def chain_length(model: ScoreModel) -> int:
     steps = getattr(model.sde, "steps", None)
     if not isinstance(steps, int):
         raise TypeError(
-            "model.sde: expected a chain of discrete steps, such as DDPMChain, "
+            "model.sde: expected a chain of steps, such as DDPMChain, "
             f"got {type(model.sde).__name__}"
         )
     return steps
