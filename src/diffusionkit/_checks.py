@@ -146,6 +146,15 @@ def check_number(value: float, name: str) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def check_interval(low: float, high: float, low_name: str, high_name: str) -> None:
+    """Raise unless two numbers are finite and low < high."""
+    check_number(low, low_name)
+    check_number(high, high_name)
+    if not (low < high and math.isfinite(high - low)):
+        names, order = f"{low_name}, {high_name}", f"{low_name} < {high_name}"
+        raise ValueError(f"{names}: expected finite {order}, got {low} and {high}")
+
+
 def check_positive(value: float, name: str) -> None:
     """Raise unless a number is finite and positive."""
     check_number(value, name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import check_count, check_number, check_state, readable
+from ._checks import check_count, check_interval, check_state, readable
 from ._gaussian import log_mass, log_normal_cdf
 from .values import expand
 
@@ -49,11 +49,7 @@ class Levels:
 
     def __post_init__(self) -> None:
         check_count(self.levels, "levels", least=2)
-        check_number(self.low, "low")
-        check_number(self.high, "high")
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            got = f"{self.low} and {self.high}"
-            raise ValueError(f"low, high: expected finite low < high, got {got}")
+        check_interval(self.low, self.high, "low", "high")
 
     @property
     def width(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_number, check_part
+from .._checks import check_interval, check_number, check_part
 from ..interfaces import ScoreModel
 from ..values import Prediction
 
@@ -141,13 +140,10 @@ class DynamicThreshold:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("quantile", "low", "high"):
-            check_number(getattr(self, name), name)
+        check_number(self.quantile, "quantile")
+        check_interval(self.low, self.high, "low", "high")
         if not 0.0 < self.quantile <= 1.0:
             raise ValueError(f"quantile: expected a number in (0, 1], got {self.quantile}")
-        if not (self.low < self.high and math.isfinite(self.high - self.low)):
-            got = f"{self.low} and {self.high}"
-            raise ValueError(f"low, high: expected finite low < high, got {got}")
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return the data (B, *D) thresholded to the range."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_positive, check_times, check_transition
+from .._checks import check_interval, check_positive, check_times, check_transition
 from ..interfaces import ForwardSDE
 
 
@@ -41,10 +41,8 @@ class EDMSDE(ForwardSDE):
     def __post_init__(self) -> None:
         check_positive(self.sigma_min, "sigma_min")
         check_positive(self.sigma_max, "sigma_max")
-        if self.sigma_min >= self.sigma_max:
-            got = f"{self.sigma_min} and {self.sigma_max}"
-            raise ValueError(f"sigma_min, sigma_max: expected sigma_min < sigma_max, got {got}")
-        # Derived, hence no fields; a frozen dataclass has no other way to set them.
+        check_interval(self.sigma_min, self.sigma_max, "sigma_min", "sigma_max")
+        # Derived from the fields; a frozen dataclass allows no plain assignment.
         object.__setattr__(self, "t_min", self.sigma_min)
         object.__setattr__(self, "T", self.sigma_max)
 

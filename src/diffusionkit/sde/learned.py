@@ -10,17 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from typing_extensions import override
 
-from .._checks import check_count, check_number, check_times
+from .._checks import check_count, check_interval, check_times
 from .._schedules import exact
 from ..interfaces import ForwardSDE
-
-
-def _check_ends(gamma_min: float, gamma_max: float) -> None:
-    check_number(gamma_min, "gamma_min")
-    check_number(gamma_max, "gamma_max")
-    if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
-        got = f"{gamma_min} and {gamma_max}"
-        raise ValueError(f"gamma_min, gamma_max: expected finite gamma_min < gamma_max, got {got}")
 
 
 class _GammaSDE(ForwardSDE):
@@ -96,7 +88,7 @@ class LogSNRSDE(_GammaSDE):
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
         """Store the end points."""
-        _check_ends(gamma_min, gamma_max)
+        check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
         self.gamma_min, self.gamma_max = gamma_min, gamma_max
 
     @override
@@ -157,7 +149,7 @@ class LearnedSDE(_GammaSDE, nn.Module):
     ) -> None:
         """Spread the sigmoids slightly beyond [0, 1], so that gamma starts nearly linear."""
         super().__init__()
-        _check_ends(gamma_min, gamma_max)
+        check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
         check_count(hidden, "hidden")
         spread = (torch.arange(hidden) + 0.5) / hidden
         self.centers = nn.Parameter(1.5 * spread - 0.25)

@@ -12,6 +12,7 @@ from typing_extensions import override
 from .._checks import (
     check_count,
     check_finite,
+    check_interval,
     check_positive,
     check_state,
     check_t_min,
@@ -57,9 +58,7 @@ class VESDE(ForwardSDE):
         check_t_min(self.t_min, self.T)
         check_positive(self.sigma_min, "sigma_min")
         check_positive(self.sigma_max, "sigma_max")
-        if self.sigma_min >= self.sigma_max:
-            got = f"{self.sigma_min} and {self.sigma_max}"
-            raise ValueError(f"sigma_min, sigma_max: expected sigma_min < sigma_max, got {got}")
+        check_interval(self.sigma_min, self.sigma_max, "sigma_min", "sigma_max")
 
     @property
     @override
