@@ -54,7 +54,7 @@ PRIORS = [
 
 @pytest.mark.parametrize(("chain", "bits", "rtol"), PRIORS, ids=str)
 def test_prior_kl_matches_independent_values(chain, bits, rtol) -> None:
-    got = prior_kl(chain, f64(*X0).unsqueeze(0)) / (4 * LN2)
+    got = prior_kl(chain, f64(X0)) / (4 * LN2)
     assert float(got) == pytest.approx(bits, rel=rtol)
 
 
@@ -80,10 +80,10 @@ TERMS = [
 def test_bound_terms_match_independent_values(schedule, step, variance, clip, bits) -> None:
     chain = VARIANCES[schedule][0]
     output = HAT + V if variance.startswith("learned") else HAT
-    model = EpsModel(lambda x, noise_label: f64(*output).unsqueeze(0), chain, variance=variance)
+    model = EpsModel(lambda x, noise_label: f64(output), chain, variance=variance)
     t = f64((step + 1) / chain.steps)
     alpha, sigma = chain.marginal(t)
-    x0 = f64(*X0).unsqueeze(0)
+    x0 = f64(X0)
     prediction = model.predict(alpha * x0 + sigma * f64(*EPS), t)
     decoder = GaussianDecoder(cdf="tanh")
     got = step_nats(model, prediction, x0, torch.tensor([step]), decoder, clip=clip) / (4 * LN2)
@@ -92,14 +92,12 @@ def test_bound_terms_match_independent_values(schedule, step, variance, clip, bi
 
 def test_a_learned_log_variance_is_used_unchanged() -> None:
     """The posterior's log-variance gives the same term as "fixed_small"."""
-    chain, x0 = DDPMChain.linear(1000), f64(*X0).unsqueeze(0)
+    chain, x0 = DDPMChain.linear(1000), f64(X0)
     for step, log_var in ((0, -9.81672513529567), (500, -4.600049739984908)):
         t = f64((step + 1) / 1000)
-        wide = torch.cat([f64(*HAT), torch.full((4,), log_var).double()]).unsqueeze(0)
+        wide = f64([*HAT, *[log_var] * 4])
         learned = EpsModel(lambda x, noise_label, out=wide: out, chain, variance="learned")
-        fixed = EpsModel(
-            lambda x, noise_label: f64(*HAT).unsqueeze(0), chain, variance="fixed_small"
-        )
+        fixed = EpsModel(lambda x, noise_label: f64(HAT), chain, variance="fixed_small")
         got, want = (
             step_nats(m, m.predict(x0, t), x0, torch.tensor([step]), GaussianDecoder())
             for m in (learned, fixed)
@@ -108,10 +106,10 @@ def test_a_learned_log_variance_is_used_unchanged() -> None:
 
 
 def test_fixed_large_uses_the_small_variance_in_step_zero() -> None:
-    x0, t = f64(*X0).unsqueeze(0), f64(0.1, 0.2)
+    x0, t = f64(X0), f64(0.1, 0.2)
     chain = DDPMChain.cosine(10)
     small, large = (
-        EpsModel(lambda x, noise_label: f64(*HAT).expand_as(x), chain, variance=v)
+        EpsModel(lambda x, noise_label: f64(HAT).expand_as(x), chain, variance=v)
         for v in ("fixed_small", "fixed_large")
     )
     terms = [

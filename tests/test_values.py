@@ -54,9 +54,8 @@ def test_combine_returns_the_linear_combination(kind):
     c, d = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([3.0, 0.0, -0.7]).double()
     expected = expand(c, x) * x + expand(d, x) * x0
     torch.testing.assert_close(prediction.combine(x=c, x0=d), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        prediction.combine(x=0.5, x0=2.0), 0.5 * x + 2 * x0, rtol=1e-9, atol=1e-9
-    )
+    got, expected = prediction.combine(x=0.5, x0=2.0), 0.5 * x + 2 * x0
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,16 +65,14 @@ def test_noise_error_is_the_difference_of_the_noises(kind):
     other = Prediction.from_eps(x, eps - 0.01, alpha, sigma)
     prediction = predictions(x, x0, eps, alpha, sigma)[kind]
     target = Prediction(x, other.x0, other.eps, alpha, sigma)
-    torch.testing.assert_close(
-        prediction.noise_error(target), torch.full_like(x, 0.01), rtol=1e-7, atol=1e-9
-    )
+    got = prediction.noise_error(target)
+    torch.testing.assert_close(got, torch.full_like(x, 0.01), rtol=1e-7, atol=1e-9)
 
 
 @given(sigma=st.floats(1e-3, 1e3), kind=st.sampled_from(KINDS[1:5]))
 def test_noise_error_keeps_float32_digits_at_every_noise_level(sigma, kind):
     """The difference of two noises computed from x0 loses log10(1 / sigma) digits."""
-    g = seeded()
-    x0, eps = (torch.randn(1, 500, generator=g) for _ in range(2))
+    x0, eps = torch.randn(2, 1, 500, generator=seeded())
     one, s = torch.ones(1), torch.tensor([sigma])
     x = x0 + sigma * eps
     value = {
@@ -105,9 +102,8 @@ def test_floats_apply_to_a_whole_batch():
     for build, value in ((Prediction.from_v, x0), (Prediction.from_eps, eps)):
         one, many = build(x, value, 0.6, 0.8), build(x, value, alpha, sigma)
         for name in ("x0", "eps", "score", "v", "alpha", "sigma"):
-            torch.testing.assert_close(
-                getattr(one, name), getattr(many, name), rtol=1e-7, atol=1e-7
-            )
+            got, expected = getattr(one, name), getattr(many, name)
+            torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -115,13 +111,7 @@ def test_predictions_keep_the_dtype_of_the_state(dtype):
     x, x0, _eps, alpha, sigma = setup(dtype)
     x = x.to(dtype)
     prediction = Prediction.from_v(x, x0, alpha, sigma)
-    assert (
-        prediction.x0.dtype
-        == prediction.eps.dtype
-        == prediction.score.dtype
-        == prediction.v.dtype
-        == dtype
-    )
+    assert {getattr(prediction, name).dtype for name in ("x0", "eps", "score", "v")} == {dtype}
     wide = dtype if dtype.itemsize >= 4 else torch.float32
     assert prediction.alpha.dtype == prediction.sigma.dtype == wide
 

@@ -66,9 +66,8 @@ def test_variance_and_data_range_are_passed_on(mixture) -> None:
 
 
 def test_conditions_and_gradients_pass_through() -> None:
-    model = DenoisedModel(
-        X0Model(lambda x, noise_label, shift: x + shift, VPSDE()), lambda x0: 2 * x0
-    )
+    inner = X0Model(lambda x, noise_label, shift: x + shift, VPSDE())
+    model = DenoisedModel(inner, lambda x0: 2 * x0)
     x = torch.zeros(2, 3, requires_grad=True)
     prediction = model.predict(x, torch.tensor([0.1, 0.9]), shift=1.0)
     prediction.x0.sum().backward()
@@ -146,7 +145,5 @@ def test_invalid_arguments_raise(mixture, make, error, match) -> None:
 @pytest.mark.parametrize("fn", [lambda x0: x0[:1], lambda x0: x0.float(), lambda x0: x0.sum(1)])
 def test_functions_that_change_shape_or_dtype_raise(mixture, fn) -> None:
     t = torch.full((3,), 0.5).double() * mixture.sde.T
-    with pytest.raises(
-        ValueError, match=r"fn: expected data of shape \(3, 2\), torch.float64, got"
-    ):
+    with pytest.raises(ValueError, match=r"fn: expected data of shape \(3, 2\), .*64, got"):
         DenoisedModel(mixture, fn).predict(draw(3, 2), t)

@@ -56,12 +56,10 @@ def test_log_sigma_label_with_a_reference() -> None:
 
 
 def test_time_sigma_and_index_labels():
-    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    t = f64(0.0, 0.5, 1.0)
     torch.testing.assert_close(TimeLabel(scale=1.0)(VPSDE(), t), t)
     ratio = SigmaLabel()(VPSDE(), t[1:])
-    torch.testing.assert_close(
-        ratio[0], torch.tensor(0.9596542020680362 / 0.28118288079675235).double()
-    )
+    torch.testing.assert_close(ratio[:1], f64(0.9596542020680362 / 0.28118288079675235))
     torch.testing.assert_close(LogSigmaLabel()(VPSDE(), t[1:]), ratio.log() / 4)
     table = [50.0, 5.0, 0.5, 0.05, 0.01]  # NCSN's order: level 0 is the largest noise
     assert IndexLabel(table)(VESDE(), t).tolist() == [4.0, 2.0, 0.0]

@@ -62,9 +62,8 @@ def test_each_class_interprets_its_output():
     torch.testing.assert_close(predict(RawScoreModel).score, output)
     torch.testing.assert_close(predict(VModel).v, output, rtol=1e-6, atol=1e-6)
     prediction = predict(VModel)
-    torch.testing.assert_close(
-        prediction.x0, alpha * sample.x - sigma * output, rtol=1e-6, atol=1e-6
-    )
+    expected = alpha * sample.x - sigma * output
+    torch.testing.assert_close(prediction.x0, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_default_labels():
@@ -84,11 +83,7 @@ def test_default_labels():
 
 def test_label_has_the_dtype_of_the_state_and_conditions_arrive():
     network = Recorder()
-    EpsModel(network, VPSDE()).predict(
-        torch.zeros(2, 3, dtype=torch.float32),
-        torch.tensor([0.1, 0.2]).double(),
-        class_labels="cat",
-    )
+    EpsModel(network, VPSDE()).predict(torch.zeros(2, 3), f64(0.1, 0.2), class_labels="cat")
     _, label, cond = network.calls[0]
     assert label.dtype == torch.float32
     assert cond == {"class_labels": "cat"}
@@ -145,9 +140,8 @@ def test_the_first_half_of_the_channels_is_the_prediction(kind, variance) -> Non
 @pytest.mark.parametrize(("v", "fraction"), [(-1.0, 0.0), (0.3, 0.65), (1.0, 1.0), (1.5, 1.25)])
 def test_the_second_half_interpolates_the_log_variances(v, fraction) -> None:
     wide = torch.cat([half(9.0), half(v)], dim=1)
-    prediction = EpsModel(lambda x, noise_label: wide, VPSDE(), variance="learned_range").predict(
-        X, T
-    )
+    model = EpsModel(lambda x, noise_label: wide, VPSDE(), variance="learned_range")
+    prediction = model.predict(X, T)
     torch.testing.assert_close(prediction.log_var_fraction, half(fraction), rtol=1e-15, atol=0)
     assert prediction.log_var is None
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import seeded
+from support import f64, seeded
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from diffusionkit import VESDE, VPSDE, EmpiricalModel, ForwardSDE, GaussianMixtureModel
@@ -81,9 +81,7 @@ def test_mixture_samples_have_the_right_moments():
     right = x[:, 0] > 0.5
     # Standard errors: weight .2%, means .5% and .06%, standard deviations .35% of themselves.
     assert float(right.double().mean()) == pytest.approx(0.75, abs=0.008)
-    torch.testing.assert_close(
-        x[right].mean(0), torch.tensor([2.0, 1.0]).double(), rtol=0, atol=3e-3
-    )
+    torch.testing.assert_close(x[right].mean(0), f64(2.0, 1.0), rtol=0, atol=3e-3)
     assert float((x[~right][:, 1]).std()) == pytest.approx(0.5, rel=0.03)
     assert float((x[right][:, 1]).std()) == pytest.approx(0.1, rel=0.03)
 

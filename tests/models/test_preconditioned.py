@@ -173,6 +173,5 @@ def test_edm_model_gives_the_network_unit_variance(sde):
     network = Recorder()
     EDMModel(network, sde).predict(sde.perturb(x0, t, generator=g).x, t)
     # 20000 normals: the standard error of a standard deviation is .5%.
-    torch.testing.assert_close(
-        network.calls[0][0].std(1), torch.ones(2).double(), rtol=0.02, atol=0
-    )
+    std = network.calls[0][0].std(1)
+    torch.testing.assert_close(std, torch.ones(2).double(), rtol=0.02, atol=0)

@@ -65,9 +65,7 @@ def chain(kind, steps) -> DDPMChain:
 def test_marginals_and_transitions_at_the_steps_match_the_table(kind, steps) -> None:
     sde = chain(kind, steps)
     assert sde.steps == steps
-    i, beta, alpha_bar = (
-        f64(*column) for column in list(zip(*REFERENCE[kind, steps], strict=True))[:3]
-    )
+    i, beta, alpha_bar, *_ = (f64(*c) for c in zip(*REFERENCE[kind, steps], strict=True))
     t, s = (i + 1) / steps, i / steps
     torch.testing.assert_close(sde.betas[i.long()], beta, rtol=1e-11, atol=0)
     alpha, sigma = sde.marginal(t)
@@ -83,13 +81,11 @@ def test_marginals_and_transitions_at_the_steps_match_the_table(kind, steps) -> 
 @pytest.mark.parametrize(("kind", "steps"), REFERENCE)
 def test_ancestral_step_is_the_posterior_of_the_papers(kind, steps) -> None:
     sde = chain(kind, steps)
-    i, _, _, variance, data, state = (
-        f64(*column) for column in zip(*REFERENCE[kind, steps], strict=True)
-    )
-    move = Ancestral().coefficients(sde, (i + 1) / steps, i / steps)
-    torch.testing.assert_close(move.std**2, variance, rtol=1e-9, atol=1e-18)
-    torch.testing.assert_close(move.x0, data, rtol=1e-9, atol=0)
-    torch.testing.assert_close(move.x, state, rtol=1e-9, atol=1e-15)
+    i, _, _, variance, data, state = (f64(*c) for c in zip(*REFERENCE[kind, steps], strict=True))
+    step = Ancestral().coefficients(sde, (i + 1) / steps, i / steps)
+    torch.testing.assert_close(step.std**2, variance, rtol=1e-9, atol=1e-18)
+    torch.testing.assert_close(step.x0, data, rtol=1e-9, atol=0)
+    torch.testing.assert_close(step.x, state, rtol=1e-9, atol=1e-15)
 
 
 def test_three_steps_computed_by_hand() -> None:
@@ -308,9 +304,7 @@ def relative(got, wanted):
 @pytest.mark.parametrize("kind", EXACT)
 def test_no_digits_are_lost_at_4000_steps(kind) -> None:
     chain = getattr(DDPMChain, kind)(4000)
-    i, beta, noise, log_snr = (
-        torch.tensor(c, dtype=torch.float64) for c in zip(*EXACT[kind], strict=True)
-    )
+    i, beta, noise, log_snr = (f64(*c) for c in zip(*EXACT[kind], strict=True))
     t = (i + 1) / 4000
     assert relative(chain.betas[i.long()], beta) < 1e-13
     assert relative(chain.marginal(t)[1] ** 2, noise) < 1e-12
@@ -318,9 +312,8 @@ def test_no_digits_are_lost_at_4000_steps(kind) -> None:
     scale, std = chain.transition(i / 4000, t)
     assert relative(std**2, beta) < 1e-13
     assert relative(scale**2, 1 - beta) < 1e-12
-    first, last = torch.tensor([[100, 3990], [250, 3999]], dtype=torch.float64) / 4000
-    spans = torch.tensor(SPANS[kind], dtype=torch.float64)
-    assert relative(chain.transition(first, last)[1] ** 2, spans) < 1e-12
+    first, last = f64([100, 3990], [250, 3999]) / 4000
+    assert relative(chain.transition(first, last)[1] ** 2, f64(*SPANS[kind])) < 1e-12
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -336,7 +329,7 @@ def test_single_precision_times_resolve_4000_steps(kind) -> None:
 def test_transitions_within_a_step_lose_no_digits() -> None:
     """A difference of two accumulated sums over 1e-9 would have seven digits."""
     chain = DDPMChain.linear(100)
-    s = torch.tensor([0.505, 0.995], dtype=torch.float64)
+    s = f64(0.505, 0.995)
     t = s + 1e-9
     rate = -100 * torch.log1p(-chain.betas[[50, 99]])
     assert relative(chain.transition(s, t)[1] ** 2, -torch.expm1(-rate * (t - s))) < 1e-12

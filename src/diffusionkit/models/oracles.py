@@ -17,6 +17,15 @@ from ..random import Generators, rand, randn
 from ..values import Prediction, expand
 
 
+def _check_query(sde: ForwardSDE, x: Tensor, t: Tensor, points: Tensor) -> None:
+    """Raise unless x (B, *D) is a state at times t (B,) with the shape D of points (n, *D)."""
+    check_state(x)
+    check_times(t, sde.T, x.shape[0], x)
+    if x.shape[1:] != points.shape[1:]:
+        shape = tuple(points.shape[1:])
+        raise ValueError(f"x: expected shape (B, *{shape}), got {tuple(x.shape)}")
+
+
 class GaussianMixtureModel(ScoreModel):
     r"""The exact score model of a mixture of isotropic Gaussians.
 
@@ -87,7 +96,7 @@ class GaussianMixtureModel(ScoreModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        self._check(x, t)
+        _check_query(self.sde, x, t, self.means)
         alpha, sigma, variance, diff, log = self._components(x, t)
         weight = (torch.softmax(log, 1) / variance).unsqueeze(2)
         eps = sigma * (weight * diff).sum(1)
@@ -98,16 +107,9 @@ class GaussianMixtureModel(ScoreModel):
         eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, x0))
         return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
 
-    def _check(self, x: Tensor, t: Tensor) -> None:
-        check_state(x)
-        check_times(t, self.sde.T, x.shape[0], x)
-        if x.shape[1:] != self.means.shape[1:]:
-            raise ValueError(f"x: expected shape (B, *{tuple(self.means.shape[1:])}), "
-                             f"got {tuple(x.shape)}")  # fmt: skip
-
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """Return log p_t(x) in nats (B,), for a state x (B, *D) at times t (B,)."""
-        self._check(x, t)
+        _check_query(self.sde, x, t, self.means)
         return torch.logsumexp(self._components(x, t)[-1], 1).to(x.dtype)
 
     def sample(
@@ -171,11 +173,7 @@ class EmpiricalModel(ScoreModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        check_state(x)
-        check_times(t, self.sde.T, x.shape[0], x)
-        if x.shape[1:] != self.data.shape[1:]:
-            raise ValueError(f"x: expected shape (B, *{tuple(self.data.shape[1:])}), "
-                             f"got {tuple(x.shape)}")  # fmt: skip
+        _check_query(self.sde, x, t, self.data)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
         query = exact(x).flatten(1)
         # Squared distances over -2 sigma^2, up to a term independent of i.
