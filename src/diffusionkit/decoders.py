@@ -36,7 +36,7 @@ class Levels:
         high: the upper end of the range.
 
     Raises:
-        ValueError: if levels < 2 or not low < high, both finite.
+        ValueError: if levels < 2, low >= high or a bound is not finite.
         TypeError: if levels is not an integer, or low or high is not a number.
 
     >>> Levels(4).encode(torch.tensor([[0, 3]]))
@@ -121,8 +121,8 @@ class GaussianDecoder:
             the tails.
 
     Raises:
-        ValueError: if levels < 2, not low < high, both finite, or cdf is unknown.
-        TypeError: if levels is not an integer, or low or high not a number.
+        ValueError: if levels < 2, low >= high, a bound is not finite or cdf is unknown.
+        TypeError: if levels is not an integer, or low or high is not a number.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
     (section 3.3); Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (tanh).
@@ -138,7 +138,7 @@ class GaussianDecoder:
     cdf: str = "exact"
 
     def __post_init__(self) -> None:
-        Levels(self.levels, self.low, self.high)  # validates them
+        Levels(self.levels, self.low, self.high)  # validates the arguments
         if self.cdf not in ("exact", "tanh"):
             raise ValueError(f'cdf: expected "exact" or "tanh", got {self.cdf!r}')
 
@@ -214,7 +214,7 @@ class LevelDecoder(Levels):
         high: the upper end of the model's range.
 
     Raises:
-        ValueError: if levels < 2 or not low < high, both finite.
+        ValueError: if levels < 2, low >= high or a bound is not finite.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (section 3.3).
 

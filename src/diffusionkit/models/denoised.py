@@ -89,7 +89,7 @@ class Clip:
         high: the upper end of the range.
 
     Raises:
-        ValueError: if not low < high.
+        ValueError: if low >= high.
 
     >>> Clip()(torch.tensor([-3.0, 0.5]))
     tensor([-1.0000,  0.5000])
@@ -126,7 +126,7 @@ class DynamicThreshold:
         high: the upper end of the range.
 
     Raises:
-        ValueError: if not 0 < quantile <= 1, or not low < high, both finite.
+        ValueError: if quantile is outside (0, 1], low >= high or a bound is not finite.
 
     Source: Saharia et al., Photorealistic Text-to-Image Diffusion Models with Deep Language
     Understanding, 2022, arXiv 2205.11487 (section 2.3).

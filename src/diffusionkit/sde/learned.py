@@ -78,7 +78,7 @@ class LogSNRSDE(_GammaSDE):
         gamma_max: minus the log-SNR at t = 1.
 
     Raises:
-        ValueError: if not gamma_min < gamma_max, both finite.
+        ValueError: if gamma_min >= gamma_max or an end point is not finite.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630.
 
@@ -130,7 +130,7 @@ class LearnedSDE(_GammaSDE, nn.Module):
         learn_ends: whether the end points are learned as well; otherwise they are fixed.
 
     Raises:
-        ValueError: if not gamma_min < gamma_max, both finite, or hidden < 1.
+        ValueError: if gamma_min >= gamma_max, an end point is not finite or hidden < 1.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
 
