@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_move, check_positive
+from .._checks import check_count, check_positive, check_step_times
 from .._grid_times import exact_times, grid_points
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -104,7 +104,7 @@ class AdaptiveSDE(Predictor):
         **cond: Any,
     ) -> Step:
         sde = model.sde
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         path = generator if isinstance(generator, NoisePath) else _path(len(x), generator)
         t, s = exact(t), exact(s)
         alpha, sigma = sde.marginal(s)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_move, readable
+from .._checks import check_step_times, readable
 from .._grid_times import GridPoint, by_row, exact_times, grid_points
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -180,7 +180,7 @@ class MultistepPredictor(Predictor):
         times = (t, s, *(time for time, _ in past))
         points = grid_points(sde, times)
         if points is None:
-            check_move(s, t, sde.T, x)
+            check_step_times(s, t, sde.T, x)
             if past and readable(t) and not bool((past[0][0] > t).all()):
                 raise ValueError(
                     f"state: expected that of a step that began above t = {t.tolist()[:4]}, "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_move, check_number, readable
+from .._checks import check_number, check_step_times, readable
 from .._grid_times import by_row, exact_times, grid_point, grid_points, kernel
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -106,7 +106,7 @@ class TabulatedPredictor(Predictor, Generic[C]):
             row: C | None = here.look_up(self, (there,))
             if row is not None:
                 return row
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         found = self.coefficients(sde, exact(t), exact(s))
         self.check(t, found)
         return found

@@ -1,8 +1,9 @@
-"""The four preconditionings of EDM and their losses, as compositions."""
+"""The four preconditionings of EDM's table 1 and their losses, as compositions."""
 
 import pytest
 import torch
-from torch import nn
+from support import seeded
+from support.recorder import Recorder
 
 from diffusionkit import (
     EDMSDE,
@@ -23,24 +24,14 @@ from diffusionkit import (
 from diffusionkit.models.schedule_transform import ScheduleTransformedModel
 from diffusionkit.sampling.grids import ChainGrid
 
-
-class Recorder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.output, self.calls = torch.tensor([[0.4, 2.0]], dtype=torch.float64), []
-
-    def forward(self, x, label):
-        self.calls.append((x, label))
-        return self.output.expand_as(x)
-
-
+OUTPUT = torch.tensor([[0.4, 2.0]], dtype=torch.float64)
 X = torch.tensor([[0.7, -1.3]], dtype=torch.float64)
 CHAIN = DDPMChain.cosine(1000)
-LEVELS = SigmaLabel()(CHAIN, torch.arange(1, 1001, dtype=torch.float64) / 1000)  # rising
+LEVELS = SigmaLabel()(CHAIN, torch.arange(1, 1001, dtype=torch.float64) / 1000)  # increasing
 
 
 def model_of(name, network):
-    """Table 1 of Karras et al., in EDM's coordinates: sigma is the time, the data have scale 1."""
+    """Return a model of table 1 of Karras et al., with sigma as time and alpha = 1."""
     if name == "edm":
         return EDMModel(network, EDMSDE())
     if name == "vp":
@@ -50,7 +41,7 @@ def model_of(name, network):
     return ScheduleTransformedModel(EpsModel(network, CHAIN, label=IndexLabel(LEVELS)), EDMSDE())
 
 
-# c_skip, c_out, c_in, c_noise, the loss's weight of the data's error; independently computed.
+# c_skip, c_out, c_in, c_noise and the loss weight of the data error, computed independently.
 TABLE = [
     ("edm", 0.002, 0.9999840002559959, 0.0019999840001919972, 1.9999840001919975,
      -1.5536520246055479, 250004.0),
@@ -63,23 +54,23 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("name", "sigma", "c_skip", "c_out", "c_in", "c_noise", "weight"), TABLE)
-def test_table_1(name, sigma, c_skip, c_out, c_in, c_noise, weight):
-    network = Recorder()
+def test_preconditionings_of_table_1(name, sigma, c_skip, c_out, c_in, c_noise, weight):
+    network = Recorder(OUTPUT)
     model = model_of(name, network)
     t = torch.tensor([sigma], dtype=torch.float64)
     prediction = model.predict(X, t)
-    expected = c_skip * X + c_out * network.output
-    torch.testing.assert_close(prediction.x0, expected, rtol=1e-9, atol=0)
+    expected = c_skip * X + c_out * OUTPUT
+    torch.testing.assert_close(prediction.x0, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(prediction.eps, (X - expected) / sigma, rtol=1e-9, atol=1e-9)
-    seen, label = network.calls[0]
+    seen, label, _ = network.calls[0]
     torch.testing.assert_close(seen, c_in * X, rtol=1e-12, atol=0)
     assert float(label) == pytest.approx(c_noise, rel=1e-9, abs=1e-15)
-    # On the error of the noise the weight is sigma^2 as much.
+    # The weight of the noise error is larger by sigma^2.
     weighting = EDMWeighting() if name == "edm" else SimpleWeighting()
     assert float(weighting(model.sde, t)) / sigma**2 == pytest.approx(weight, rel=1e-12)
 
 
-# EDM's u_j, the noise of iDDPM's steps, independently computed; u_0 is that of the last step.
+# EDM's u_j, the noise levels of iDDPM, computed independently; u_0 belongs to the last step.
 U = {
     0: 20291.16961002151, 1: 641.6623451182564, 2: 320.8303932725512, 10: 64.16109114040533,
     100: 6.364591868537916, 500: 1.0123895639480043, 900: 0.16943564199497224,
@@ -94,19 +85,19 @@ def test_iddpm_levels():
 @pytest.mark.parametrize("j", [10, 100, 500, 900, 990, 999])
 @pytest.mark.parametrize("off", [0.9995, 1.0, 1.0005])
 def test_iddpm_preconditioning(j, off):
-    """c_noise = 999 - argmin |u_j - sigma|; the chain's levels lie .2% apart or more."""
-    network = Recorder()
+    """c_noise = 999 - argmin |u_j - sigma|; the levels of the chain differ by 0.2% or more."""
+    network = Recorder(OUTPUT)
     sigma = U[j] * off
     model = model_of("iddpm", network)
     prediction = model.predict(X, torch.tensor([sigma], dtype=torch.float64))
-    torch.testing.assert_close(prediction.x0, X - sigma * network.output, rtol=1e-9, atol=0)
-    seen, label = network.calls[0]
+    torch.testing.assert_close(prediction.x0, X - sigma * OUTPUT, rtol=1e-9, atol=0)
+    seen, label, _ = network.calls[0]
     torch.testing.assert_close(seen, X / (sigma**2 + 1) ** 0.5, rtol=1e-9, atol=0)
     assert float(label) == 999 - j
 
 
-def test_iddpm_discretisation():
-    """The levels up to 81 from u_8 on, at rounded equal distances; on the chain, its own steps."""
+def test_iddpm_discretization():
+    """Evenly spaced indices, rounded, from u_8 = 81; on the chain itself, its own steps."""
     grid = ChainGrid(CHAIN, to_zero=True)
     times = grid(EDMSDE(sigma_max=81.0), 11)
     index = [8, 107, 206, 305, 404, 504, 603, 702, 801, 900, 999]  # round(99.1 i) + 8
@@ -123,13 +114,13 @@ def test_iddpm_discretisation():
 
 
 def draw(times, sde):
-    t, weight = times.sample(sde, 20_000, generator=torch.Generator().manual_seed(0))
+    t, weight = times.sample(sde, 20_000, generator=seeded())
     assert weight.unique().tolist() == [1.0]
     return sde.marginal(t)
 
 
-def test_laws_of_the_noise():
-    """EDM: normal in log(sigma). VE: uniform in it. VP: what uniform times make of it."""
+def test_distributions_of_the_noise_levels():
+    """EDM: Gaussian in log(sigma). VE: uniform in log(sigma). VP: induced by uniform times."""
     log = torch.log(draw(LogNormalTimes(), EDMSDE())[1])
     assert float(log.mean()) == pytest.approx(-1.2, abs=0.03)
     assert float(log.std()) == pytest.approx(1.2, abs=0.03)
@@ -142,9 +133,9 @@ def test_laws_of_the_noise():
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "ve"])
-def test_the_losses_are_those_of_the_data_error(name):
-    """weight |D - x0|^2, at the times and with the noise that the objective drew."""
-    network = Recorder()
+def test_losses_are_weighted_data_errors(name):
+    """weight |D - x0|^2, with the times and the noise of the objective."""
+    network = Recorder(OUTPUT)
     model = {
         "edm": lambda: EDMModel(network, EDMSDE()),
         "vp": lambda: EpsModel(network, VPSDE()),
@@ -153,13 +144,34 @@ def test_the_losses_are_those_of_the_data_error(name):
     weighting, times = (
         (EDMWeighting(), LogNormalTimes()) if name == "edm" else (SimpleWeighting(), UniformTimes())
     )
-    x0 = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x0 = torch.randn(64, 2, generator=seeded(1), dtype=torch.float64)
     objective = ScoreMatching(weighting, times=times)
-    loss = objective(model, x0, generator=torch.Generator().manual_seed(2))
-    generator = torch.Generator().manual_seed(2)
+    loss = objective(model, x0, generator=seeded(2))
+    generator = seeded(2)
     t, _ = times.sample(model.sde, 64, generator=generator, dtype=torch.float64)
     sample = model.sde.perturb(x0, t, generator=generator)
     s = (sample.sigma / sample.alpha).unsqueeze(1)
     weight = (s**2 + 0.25) / (0.5 * s) ** 2 if name == "edm" else s**-2
     error = weight * (model.predict(sample.x, t).x0 - x0).square()
     torch.testing.assert_close(loss, error.mean(1), rtol=1e-6, atol=0)
+
+
+def test_edm_model_works_with_every_process(sde):
+    """With zero output it is the best linear denoiser of data of variance sigma_data^2."""
+    t = torch.linspace(0.1, 0.9, 4, dtype=torch.float64) * sde.T
+    sample = sde.perturb(torch.randn(4, 2, generator=seeded()).double(), t, generator=seeded(1))
+    prediction = EDMModel(Recorder(), sde, sigma_data=0.7).predict(sample.x, t)
+    alpha, sigma = sample.alpha.unsqueeze(1), sample.sigma.unsqueeze(1)
+    gain = alpha * 0.49 / (alpha**2 * 0.49 + sigma**2)
+    torch.testing.assert_close(prediction.x0, gain * sample.x, rtol=1e-9, atol=1e-12)
+
+
+def test_edm_model_gives_the_network_unit_variance(sde):
+    g = seeded()
+    x0 = 0.5 * torch.randn(2, 20000, generator=g, dtype=torch.float64)
+    t = sde.time_at_log_snr(torch.tensor([3.0, -3.0], dtype=torch.float64))
+    network = Recorder()
+    EDMModel(network, sde).predict(sde.perturb(x0, t, generator=g).x, t)
+    # 20000 normals: the standard error of a standard deviation is .5%.
+    std = network.calls[0][0].std(1)
+    torch.testing.assert_close(std, torch.ones(2).double(), rtol=0.02, atol=0)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import f64, seeded
 
 from diffusionkit import EDMSDE, VESDE, VPSDE, DDPMChain, ForwardSDE, SubVPSDE
 
-# alpha, sigma and g^2 of VP(.1, 20), sub-VP(.1, 20) and VE(.01, 50), computed with 40 digits.
+# alpha, sigma and g^2 of VP(0.1, 20), sub-VP(0.1, 20) and VE(0.01, 50), with 40 digits.
 REFERENCE = {
     1e-5: {
         "vp": (0.9999994995026252, 0.0010004971259352383, 0.100199),
@@ -34,7 +35,7 @@ DEFAULTS = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE()}
 
 
 class MarginalOnly(ForwardSDE):
-    """An SDE whose author wrote `marginal` and nothing else."""
+    """An SDE that defines only `marginal`."""
 
     def __init__(self, sde: ForwardSDE) -> None:
         self.sde, self.T, self.t_min = sde, sde.T, sde.t_min
@@ -43,12 +44,8 @@ class MarginalOnly(ForwardSDE):
         return self.sde.marginal(t)
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def times(sde, u):
-    """Times at fractions u of the way from t_min to T, in log t."""
+    """Return times at fractions u between t_min and T, in log t."""
     t = sde.t_min * (sde.T / sde.t_min) ** torch.as_tensor(u, dtype=torch.float64)
     return t.clamp(sde.t_min, sde.T)
 
@@ -58,7 +55,7 @@ fractions = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3, unique=True).m
 
 @pytest.mark.parametrize("time", REFERENCE)
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_marginal_and_diffusion_against_40_digits(name, time):
+def test_marginal_and_diffusion_match_40_digit_values(name, time):
     sde, t = DEFAULTS[name], f64(time)
     alpha, sigma, g2 = REFERENCE[time][name]
     assert float(sde.marginal(t)[0]) == pytest.approx(alpha, rel=1e-12)
@@ -68,7 +65,7 @@ def test_marginal_and_diffusion_against_40_digits(name, time):
 
 @pytest.mark.parametrize("time", [1e-5, 0.5, 1.0])
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_float32_times_lose_no_more_than_rounding(name, time):
+def test_float32_times_lose_only_rounding(name, time):
     alpha, sigma, _ = REFERENCE[time][name]
     got = DEFAULTS[name].marginal(torch.tensor([time]))
     assert [float(c) for c in got] == pytest.approx([alpha, sigma], rel=2e-6)
@@ -82,17 +79,16 @@ def test_edm_time_is_the_noise():
 
 
 @given(u=fractions)
-def test_drift_and_diffusion_are_the_derivatives(sde, u):
+def test_drift_and_diffusion_are_derivatives_of_the_marginals(sde, u):
     t = times(sde, u)
     plain = MarginalOnly(sde)
-    torch.testing.assert_close(
-        sde.drift_coefficient(t), plain.drift_coefficient(t), rtol=1e-10, atol=1e-14
-    )
+    drift = plain.drift_coefficient(t)
+    torch.testing.assert_close(sde.drift_coefficient(t), drift, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(sde.diffusion(t), plain.diffusion(t), rtol=1e-9, atol=0)
-    # Against a difference quotient, which no autograd can be wrong about.
+    # Compare with a difference quotient, independent of autograd.
     h = 1e-5 * t.clamp_max(sde.T / 2)
     middle = t.clamp_max(sde.T - 2 * h)
-    if isinstance(sde, DDPMChain):  # whose f and g jump at its steps
+    if isinstance(sde, DDPMChain):  # f and g jump at the steps
         middle = ((middle * sde.steps).floor() + 0.5) / sde.steps
     (a0, s0), (a1, s1) = sde.marginal(middle - h), sde.marginal(middle + h)
     f = sde.drift_coefficient(middle)
@@ -111,22 +107,21 @@ def test_transitions_compose(sde, u):
         composed = second[0] ** 2 * first[1] ** 2 + second[1] ** 2
         torch.testing.assert_close(composed, whole[1] ** 2, rtol=1e-9, atol=1e-25)
         torch.testing.assert_close(whole[0] * alpha_s, alpha_t, rtol=1e-10, atol=0)
-        carried = whole[0] ** 2 * sigma_s**2 + whole[1] ** 2
-        torch.testing.assert_close(carried, sigma_t**2, rtol=1e-10, atol=0)
+        total = whole[0] ** 2 * sigma_s**2 + whole[1] ** 2
+        torch.testing.assert_close(total, sigma_t**2, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-9, 1e-13])
-def test_transitions_over_tiny_steps_keep_their_digits(sde, gap):
-    """var / (t - s) tends to g^2; a difference of variances would return noise."""
+def test_transitions_over_tiny_steps_lose_no_digits(sde, gap):
+    """var / (t - s) tends to g^2; a difference of variances would lose all digits."""
     s = times(sde, [0.3, 0.6, 0.9])
     t = s * (1 + gap)
     _, std = sde.transition(s, t)
-    torch.testing.assert_close(
-        std**2 / (t - s), sde.diffusion(s) ** 2, rtol=20 * gap + 1e-9, atol=0
-    )
+    rate, rtol = std**2 / (t - s), 20 * gap + 1e-9
+    torch.testing.assert_close(rate, sde.diffusion(s) ** 2, rtol=rtol, atol=0)
 
 
-def test_transition_ends(sde):
+def test_transitions_of_zero_and_full_length(sde):
     zero, t = f64(0.0), f64(sde.T)
     assert float(sde.transition(t, t)[1]) == 0.0
     assert float(sde.transition(zero, zero)[1]) == 0.0
@@ -138,7 +133,7 @@ def test_transition_ends(sde):
 
 
 @given(u=fractions)
-def test_log_snr_and_its_inverse(sde, u):
+def test_time_at_log_snr_inverts_log_snr(sde, u):
     t = times(sde, u)
     for process in (sde, MarginalOnly(sde)):
         alpha, sigma = process.marginal(t)
@@ -153,12 +148,12 @@ def test_log_snr_and_its_inverse(sde, u):
     ("name", "expected"),
     [("vp", -2.45513546882), ("subvp", -2.37277093764), ("ve", 0.6931471806)],
 )
-def test_log_snr_against_30_digits(name, expected):
+def test_log_snr_matches_30_digit_values(name, expected):
     assert float(DEFAULTS[name].log_snr(f64(0.5))) == pytest.approx(expected, abs=1e-9)
 
 
-def test_defaults_at_time_zero_are_finite(sde):
-    """sigma starts like sqrt(t) in some processes; g does not notice."""
+def test_default_drift_and_diffusion_are_finite_at_time_zero(sde):
+    """sigma starts as sqrt(t) in some processes, but g is finite."""
     plain = MarginalOnly(sde)
     zero = f64(0.0)
     assert torch.isfinite(plain.drift_coefficient(zero)).all()
@@ -167,10 +162,10 @@ def test_defaults_at_time_zero_are_finite(sde):
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 4), (5, 3, 4, 4), (5, 1, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_perturb(sde, shape, dtype):
-    x0 = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+def test_perturb_adds_noise_to_the_scaled_data(sde, shape, dtype):
+    x0 = torch.randn(shape, generator=seeded(1), dtype=dtype)
     t = times(sde, torch.linspace(0, 1, 5))
-    sample = sde.perturb(x0, t, generator=torch.Generator().manual_seed(0))
+    sample = sde.perturb(x0, t, generator=seeded())
     assert sample.x.shape == sample.eps.shape == shape
     assert sample.x.dtype == sample.alpha.dtype == dtype
     assert sample.alpha.shape == sample.sigma.shape == (5,)
@@ -179,31 +174,31 @@ def test_perturb(sde, shape, dtype):
         torch.testing.assert_close(sample.x[i], alpha * x0[i] + sigma * sample.eps[i])
 
 
-def test_perturb_computes_half_precision_in_single():
+def test_perturb_computes_half_precision_in_float32():
     x0 = torch.full((1, 64), 1.0, dtype=torch.bfloat16)
-    sample = VESDE().perturb(x0, torch.tensor([0.3]), generator=torch.Generator().manual_seed(0))
+    sample = VESDE().perturb(x0, torch.tensor([0.3]), generator=seeded())
     sigma = VESDE().marginal(f64(0.3))[1]
     exact = x0.double() + sigma * sample.eps.double()
-    # One rounding to 8 bits, not three.
+    # A single rounding to 8 bits, not three.
     assert float(((sample.x.double() - exact) / exact).abs().max()) < 2**-8
 
 
-def test_prior(sde):
-    x = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_prior_is_gaussian(sde):
+    x = torch.randn(4, 3, 2, generator=seeded(), dtype=torch.float64)
     x = x * sde.prior_std
     normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), sde.prior_std)
     expected = normal.log_prob(x).sum((1, 2))
     torch.testing.assert_close(sde.prior_log_prob(x), expected, rtol=1e-12, atol=1e-12)
-    z = sde.prior_sample((20000, 2), generator=torch.Generator().manual_seed(0))
+    z = sde.prior_sample((20000, 2), generator=seeded())
     # The standard error of a standard deviation from 40000 normals is .35%.
     assert float(z.std()) == pytest.approx(sde.prior_std, rel=0.015)
 
 
-def test_prior_of_the_papers():
+def test_prior_std_of_the_papers():
     assert VPSDE().prior_std == SubVPSDE().prior_std == 1.0
     assert VESDE(sigma_max=50.0).prior_std == 50.0
     assert EDMSDE(sigma_max=80.0).prior_std == 80.0
-    # Of a process that says nothing of its prior: sigma(T).
+    # The default is sigma(T).
     assert MarginalOnly(VESDE(sigma_max=7.0)).prior_std == pytest.approx(7.0)
 
 
@@ -222,7 +217,7 @@ def test_learned_schedules_receive_gradients():
     assert not MarginalOnly(VPSDE()).diffusion(t).requires_grad
 
 
-def test_a_schedule_that_learns_alpha_alone_receives_gradients():
+def test_schedules_with_only_alpha_learned_receive_gradients():
     rate = torch.nn.Parameter(f64(1.5))
 
     class Scaled(ForwardSDE):
@@ -237,7 +232,7 @@ def test_a_schedule_that_learns_alpha_alone_receives_gradients():
     assert float(gradient) == pytest.approx(-1.0)
 
 
-def test_times_of_unreachable_log_snr_are_the_ends(sde):
+def test_time_at_log_snr_is_clamped_to_the_ends(sde):
     for process in (sde, MarginalOnly(sde)):
         t = process.time_at_log_snr(f64(-80.0, 80.0))
         assert float(t[0]) == pytest.approx(sde.T, rel=1e-9)
