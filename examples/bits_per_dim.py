@@ -1,6 +1,6 @@
 """Measure bits per dimension of real images: three processes, three ways to train, two baselines.
 
-The digits of scikit-learn (17 levels), or grey patches of its two photographs (256 levels). Every
+The digits of scikit-learn (17 levels), or gray patches of its two photographs (256 levels). Every
 model is the same network with the same budget. It prints a table as it goes, and leaves it in a
 file. One data set takes about half an hour on one CPU core; a look at it takes a minute:
 
@@ -85,12 +85,12 @@ def digits() -> Images:
 
 
 def patches() -> Images:
-    """Return grey patches of two photographs; those for testing share no pixel with the others."""
+    """Return gray patches of two photographs; those for testing share no pixel with the others."""
     train: list[Tensor] = []
     test: list[Tensor] = []
     for photograph in load_sample_images().images:
-        grey = torch.tensor(photograph).double().mean(-1).round().long()
-        for i, stripe in enumerate(torch.split(grey, 4 * SIZE, dim=1)):
+        gray = torch.tensor(photograph).double().mean(-1).round().long()
+        for i, stripe in enumerate(torch.split(gray, 4 * SIZE, dim=1)):
             cut = stripe.unfold(0, SIZE, SIZE // 2).unfold(1, SIZE, SIZE // 2).flatten(0, 1)
             (test if i % 5 == 4 else train).append(cut.flatten(1))
     chosen = torch.randperm(len(torch.cat(test)), generator=torch.Generator().manual_seed(0))[:500]
@@ -113,7 +113,7 @@ def train(
         rows = torch.randint(len(images.train), (BATCH,))
         return objective(model, dequantizer(images.train[rows]).x)
 
-    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY)
+    fit(model, loss, steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY)
     return model
 
 
@@ -207,11 +207,11 @@ def rows(images: Images, args: argparse.Namespace) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and leave it in a file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=DATA, default="digits", help="(%(default)s)")
-    add("--train-steps", type=count, default=3000, help="of each training (%(default)s)")
-    add("--seeds", type=count, default=3, help="how many of each (%(default)s)")
+    add("--train-steps", type=positive_int, default=3000, help="of each training (%(default)s)")
+    add("--seeds", type=positive_int, default=3, help="how many of each (%(default)s)")
     add("--output", type=Path, help="(outputs/bits_per_dim_DATA.md)")
     args = parser.parse_args(argv)
     path = args.output or Path(f"outputs/bits_per_dim_{args.data}.md")

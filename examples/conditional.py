@@ -208,13 +208,13 @@ def guided(model: ScoreModel, data: Patches, args: argparse.Namespace) -> Figure
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the model if there is none, ask it for four things, and leave four pictures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=count, default=1500, help="of both trainings (%(default)s)")
-    add("--patches", type=count, default=100, help="of each task (%(default)s)")
-    add("--samples", type=count, default=3, help="of each patch (%(default)s)")
-    add("--steps", type=count, default=40, help="of the sampler (%(default)s)")
-    add("--repeats", type=count, default=4, help="of time travel (%(default)s)")
+    add("--train-steps", type=positive_int, default=1500, help="of both trainings (%(default)s)")
+    add("--patches", type=positive_int, default=100, help="of each task (%(default)s)")
+    add("--samples", type=positive_int, default=3, help="of each patch (%(default)s)")
+    add("--steps", type=positive_int, default=40, help="sampler steps (%(default)s)")
+    add("--repeats", type=positive_int, default=4, help="of time travel (%(default)s)")
     add("--folder", type=Path, default=Path("outputs"), help="of the pictures (%(default)s)")
     args = parser.parse_args(argv)
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 The same network, with the same budget, is trained on the linear and the cosine chain with the
 simple, the hybrid and the variational objective, on the digits of scikit-learn (17 levels) or on
-grey patches of its two photographs (256 levels). Bits per dimension are the whole bound, summed
+gray patches of its two photographs (256 levels). Bits per dimension are the whole bound, summed
 over all steps; the quality of samples is their energy distance to the test images. It prints a
 table as it goes, and leaves it and a picture in files. One data set takes about 25 minutes on one
 CPU core; a look at it takes a minute:
@@ -96,7 +96,7 @@ def train(images: Images, schedule: str, name: str, args: argparse.Namespace, se
         return loss_of(model, data[torch.randint(len(data), (BATCH,))])
 
     fit(
-        model, loss, args.train_steps, rate=LEARNING_RATE, decay=EMA_DECAY,
+        model, loss, args.train_steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY,
         name=f"{schedule}, {name}, seed {seed}",
     )  # fmt: skip
     return network
@@ -208,7 +208,7 @@ def draw(
             style = "--" if key[2] == "DDIM" else "-"
             steps = numbers_of_steps(args.chain_steps)[: y.shape[1]]
             right.errorbar(steps, y.mean(0), error, label=", ".join(key[1:]), linestyle=style)
-    right.axhline(least, color="grey", linestyle=":", label="training images")
+    right.axhline(least, color="gray", linestyle=":", label="training images")
     right.set(xscale="log", yscale="log", xlabel="steps", ylabel="energy distance, cosine chain")
     right.legend(fontsize=7)
     return figure
@@ -216,14 +216,14 @@ def draw(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and leave it and a picture in files."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=DATA, default="digits", help="(%(default)s)")
     add("--objectives", choices=OBJECTIVES, nargs="+", default=OBJECTIVES, help="(all)")
-    add("--chain-steps", type=count, default=1000, help="of the chains (%(default)s)")
-    add("--train-steps", type=count, default=3000, help="of each training (%(default)s)")
-    add("--samples", type=count, default=500, help="of each sampler (%(default)s)")
-    add("--seeds", type=count, default=3, help="how many of each (%(default)s)")
+    add("--chain-steps", type=positive_int, default=1000, help="of the chains (%(default)s)")
+    add("--train-steps", type=positive_int, default=3000, help="of each training (%(default)s)")
+    add("--samples", type=positive_int, default=500, help="of each sampler (%(default)s)")
+    add("--seeds", type=positive_int, default=3, help="how many of each (%(default)s)")
     add("--output", type=Path, help="(outputs/improved_ddpm_DATA.md, and a .png beside it)")
     args = parser.parse_args(argv)
     path = args.output or Path(f"outputs/improved_ddpm_{args.data}.md")

@@ -64,14 +64,14 @@ def mean_and_error(values: Sequence[float], form: str) -> str:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--sdes", choices=SDES, nargs="+", default=["vp", "ve"], help="the processes (vp ve)")
-    add("--evaluations", type=count, nargs="+", default=[50, 100, 200], help="(50 100 200)")
-    add("--repeats", type=count, default=3, help="draws to average over (%(default)s)")
-    add("--samples", type=count, default=200, help="images in a draw (%(default)s)")
-    add("--train-steps", type=count, default=TRAIN_STEPS, help="of training (%(default)s)")
+    add("--evaluations", type=positive_int, nargs="+", default=[50, 100, 200], help="(50 100 200)")
+    add("--repeats", type=positive_int, default=3, help="draws to average over (%(default)s)")
+    add("--samples", type=positive_int, default=200, help="images in a draw (%(default)s)")
+    add("--train-steps", type=positive_int, default=TRAIN_STEPS, help="of training (%(default)s)")
     add("--seed", type=int, default=0, help="of the training (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.evaluations) < 3:

@@ -308,15 +308,15 @@ def show(
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     widths = [48, 64, 96, 128, 192, 256]
-    add("--widths", nargs="+", type=count, default=widths, help="of the network (%(default)s)")
-    add("--seeds", type=count, default=3, help="how many trainings of each (%(default)s)")
-    add("--train-steps", type=count, default=1200, help="of the widest (%(default)s)")
-    add("--samples", type=count, default=1000, help="of each evaluation (%(default)s)")
-    add("--output", type=picture_path, default="outputs/scaling.png", help="(%(default)s)")
+    add("--widths", nargs="+", type=positive_int, default=widths, help="of the network (%(default)s)")
+    add("--seeds", type=positive_int, default=3, help="how many trainings of each (%(default)s)")
+    add("--train-steps", type=positive_int, default=1200, help="of the widest (%(default)s)")
+    add("--samples", type=positive_int, default=1000, help="of each evaluation (%(default)s)")
+    add("--output", type=picture_path, default="outputs/scaling.png", help="the picture (%(default)s)")
     args = parser.parse_args(argv)
     if args.train_steps < FIRST:
         parser.error(f"--train-steps: expected at least {FIRST}, got {args.train_steps}")

@@ -109,7 +109,7 @@ def train(data: Tensor, steps: int, batch: int, generator: torch.Generator) -> S
         rows = torch.randint(len(data), (batch,), generator=generator, device=data.device)
         return objective(model, data[rows], generator=generator)
 
-    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY)
+    fit(model, loss, steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY)
     return model
 
 
@@ -234,14 +234,14 @@ def draw_figure(results: dict[str, dict[str, Tensor]]) -> Figure:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=count, default=SAMPLER_STEPS, help="of the sampler (%(default)s)")
+    add("--steps", type=positive_int, default=SAMPLER_STEPS, help="sampler steps (%(default)s)")
     usual = ", ".join(f"{name} {kind.train_steps}" for name, kind in KINDS.items())
-    add("--train-steps", type=count, help=f"of training ({usual})")
-    add("--samples", type=count, default=SAMPLES, help="how many to draw (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
+    add("--train-steps", type=positive_int, help=f"of training ({usual})")
+    add("--samples", type=positive_int, default=SAMPLES, help="how many to draw (%(default)s)")
+    add("--seed", type=int, default=0, help="the random seed (%(default)s)")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=best, help="of torch (%(default)s)")
     picture = "outputs/series_and_patches.png"

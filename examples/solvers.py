@@ -170,12 +170,12 @@ def plot(ax: Axes, found: dict[str, list[Point]], title: str, ylabel: str) -> No
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables and leave the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=count, default=3000, help="(%(default)s)")
-    add("--samples", type=count, default=500, help="(%(default)s)")
+    add("--train-steps", type=positive_int, default=3000, help="(%(default)s)")
+    add("--samples", type=positive_int, default=500, help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the training (%(default)s)")
-    add("--output", type=picture_path, default="outputs/solvers.png", help="(%(default)s)")
+    add("--output", type=picture_path, default="outputs/solvers.png", help="the picture (%(default)s)")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     mixture = on_mixture(args.samples)
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plot(left, mixture, "exact model of a mixture", "error")
     plot(middle, errors, "network trained on digits", "error against its flow")
     plot(right, energies, "network trained on digits", "energy distance to test digits")
-    right.axhline(least, color="grey", linestyle=":", label="training digits")
+    right.axhline(least, color="gray", linestyle=":", label="training digits")
     right.legend(fontsize=7)
     save(figure, args.output)
     print(f"\n{time.perf_counter() - start:.0f} s, picture {args.output}")

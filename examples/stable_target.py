@@ -253,17 +253,17 @@ def draw_figure(
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--processes", nargs="+", choices=list(PROCESSES), default=list(PROCESSES), help="(all)")
-    add("--seeds", type=count, default=3, help="how many trainings of each kind (%(default)s)")
-    add("--train-steps", type=count, default=3000, help="of each training (%(default)s)")
-    add("--samples", type=count, default=360, help="of each evaluation (%(default)s)")
-    add("--steps", type=count, default=32, help="of the sampler (%(default)s)")
-    add("--states", type=count, default=2000, help="noisy ones, of each variance (%(default)s)")
-    add("--pairs", type=count, default=32, help="of gradients, at least 2 (%(default)s)")
-    add("--output", type=picture_path, default="outputs/stable_target.png", help="(%(default)s)")
+    add("--seeds", type=positive_int, default=3, help="how many trainings of each kind (%(default)s)")
+    add("--train-steps", type=positive_int, default=3000, help="of each training (%(default)s)")
+    add("--samples", type=positive_int, default=360, help="of each evaluation (%(default)s)")
+    add("--steps", type=positive_int, default=32, help="sampler steps (%(default)s)")
+    add("--states", type=positive_int, default=2000, help="noisy ones, of each variance (%(default)s)")
+    add("--pairs", type=positive_int, default=32, help="of gradients, at least 2 (%(default)s)")
+    add("--output", type=picture_path, default="outputs/stable_target.png", help="the picture (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -72,7 +72,7 @@ def train(images: Tensor, steps: int, seed: int) -> ScoreModel:
         x0 = images[torch.randint(len(images), (BATCH,), generator=generator)]
         return objective(model, x0, low_res=shrink(x0), generator=generator)
 
-    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY, optimizer=torch.optim.AdamW)
+    fit(model, loss, steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY, optimizer=torch.optim.AdamW)
     return model
 
 
@@ -163,14 +163,14 @@ def draw_figure(samples: Tensor, truth: Tensor) -> Figure:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=count, default=2400, help="(%(default)s)")
-    add("--patches", type=count, default=128, help="held out, how many (%(default)s)")
-    add("--samples", type=count, default=8, help="of each, at least 2 (%(default)s)")
-    add("--steps", type=count, default=50, help="of the sampler (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
+    add("--train-steps", type=positive_int, default=2400, help="(%(default)s)")
+    add("--patches", type=positive_int, default=128, help="held out, how many (%(default)s)")
+    add("--samples", type=positive_int, default=8, help="of each, at least 2 (%(default)s)")
+    add("--steps", type=positive_int, default=50, help="sampler steps (%(default)s)")
+    add("--seed", type=int, default=0, help="the random seed (%(default)s)")
     picture = "outputs/super_resolution.png"
     add("--output", type=picture_path, default=picture, help="(%(default)s)")
     args = parser.parse_args(argv)
