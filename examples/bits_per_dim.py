@@ -207,7 +207,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=DATA, default="digits", help="the data set (%(default)s)")
-    add("--train-steps", type=positive_int, default=3000, help="training steps of a model (%(default)s)")
+    add(
+        "--train-steps",
+        type=positive_int,
+        default=3000,
+        help="training steps of a model (%(default)s)",
+    )
     add("--seeds", type=positive_int, default=3, help="seeds per model (%(default)s)")
     add("--output", type=Path, help="the table (outputs/bits_per_dim_DATA.md)")
     args = parser.parse_args(argv)

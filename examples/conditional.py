@@ -203,7 +203,9 @@ def guided(model: ScoreModel, data: Patches, args: argparse.Namespace) -> Figure
         x = sampler((len(class_labels), *SHAPE), class_labels=class_labels, generator=generator)
         accuracy = float((forest.predict(features(x)) == class_labels.numpy()).mean())
         near = precision_recall(data.test.flatten(1), x.flatten(1))
-        print(f"{scale:<8g}{accuracy:>12.1%}{near.precision:>12.1%}{near.recall:>12.1%}", flush=True)
+        print(
+            f"{scale:<8g}{accuracy:>12.1%}{near.precision:>12.1%}{near.recall:>12.1%}", flush=True
+        )
         for k, name in enumerate(CLASSES):
             rows[f"{name}, {scale:g}"] = x[class_labels == k]
     return draw_figure(rows)
@@ -213,7 +215,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train or load the model, and print a table and save a picture of each task."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=positive_int, default=1500, help="training steps of model and classifier (%(default)s)")
+    add(
+        "--train-steps",
+        type=positive_int,
+        default=1500,
+        help="training steps of model and classifier (%(default)s)",
+    )
     add("--patches", type=positive_int, default=100, help="patches per task (%(default)s)")
     add("--samples", type=positive_int, default=3, help="samples per patch (%(default)s)")
     add("--steps", type=positive_int, default=40, help="sampler steps (%(default)s)")

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from digits import Digits, Pixels, Quality, load, pixels
-from helpers import argument_parser, fit, picture_path, positive_int, save
 from einops import rearrange
+from helpers import argument_parser, fit, picture_path, positive_int, save
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -67,7 +67,9 @@ def train(data: Digits, steps: int, seed: int) -> ScoreModel:
 
     def loss() -> Tensor:
         rows = torch.randint(len(data.train), (BATCH,), generator=generator)
-        class_labels = drop_conditions(data.class_labels[rows], NULL, DROP_RATE, generator=generator)
+        class_labels = drop_conditions(
+            data.class_labels[rows], NULL, DROP_RATE, generator=generator
+        )
         return objective(model, data.train[rows], class_labels=class_labels, generator=generator)
 
     fit(model, loss, steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY, optimizer=torch.optim.AdamW)
@@ -132,7 +134,9 @@ def options(
     """Parse the command line of an example that samples digits by class."""
     parser = argument_parser(doc)
     add = parser.add_argument
-    add("--train-steps", type=positive_int, default=train_steps, help="training steps (%(default)s)")
+    add(
+        "--train-steps", type=positive_int, default=train_steps, help="training steps (%(default)s)"
+    )
     add("--samples", type=positive_int, default=500, help="samples per scale (%(default)s)")
     add("--steps", type=positive_int, default=50, help="sampler steps (%(default)s)")
     add("--scales", type=float, nargs="+", default=scales, help="guidance scales (%(default)s)")

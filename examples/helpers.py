@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,7 +85,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return float(2 * torch.cdist(x, y).mean() - within)
 
 
-def mean_and_error(values: Sequence[float], form: str) -> str:
+def mean_and_error(values: Sequence[float] | NDArray[np.float64], form: str) -> str:
     """Format the mean over seeds and, from two seeds on, its standard error."""
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:{form}}" if len(values) > 1 else ""
     return f"{np.mean(values):{form}}{error}"

@@ -223,10 +223,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data", choices=DATA, default="digits", help="the data set (%(default)s)")
     add("--objectives", choices=OBJECTIVES, nargs="+", default=OBJECTIVES, help="(all)")
     add("--chain-steps", type=positive_int, default=1000, help="steps of the chains (%(default)s)")
-    add("--train-steps", type=positive_int, default=3000, help="training steps of a model (%(default)s)")
+    add(
+        "--train-steps",
+        type=positive_int,
+        default=3000,
+        help="training steps of a model (%(default)s)",
+    )
     add("--samples", type=positive_int, default=500, help="samples per sampler (%(default)s)")
     add("--seeds", type=positive_int, default=3, help="seeds per model (%(default)s)")
-    add("--output", type=Path, help="the table (outputs/improved_ddpm_DATA.md); the picture is beside it")
+    add(
+        "--output",
+        type=Path,
+        help="the table (outputs/improved_ddpm_DATA.md); the picture is beside it",
+    )
     args = parser.parse_args(argv)
     path = args.output or Path(f"outputs/improved_ddpm_{args.data}.md")
     images: Images = DATA[args.data]()

@@ -61,10 +61,18 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--sdes", choices=SDES, nargs="+", default=["vp", "ve"], help="the processes (vp ve)")
-    add("--evaluations", type=positive_int, nargs="+", default=[50, 100, 200], help="the budgets (50 100 200)")
+    add(
+        "--evaluations",
+        type=positive_int,
+        nargs="+",
+        default=[50, 100, 200],
+        help="the budgets (50 100 200)",
+    )
     add("--repeats", type=positive_int, default=3, help="batches to average over (%(default)s)")
     add("--samples", type=positive_int, default=200, help="images per batch (%(default)s)")
-    add("--train-steps", type=positive_int, default=TRAIN_STEPS, help="training steps (%(default)s)")
+    add(
+        "--train-steps", type=positive_int, default=TRAIN_STEPS, help="training steps (%(default)s)"
+    )
     add("--seed", type=int, default=0, help="the training seed (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.evaluations) < 3:

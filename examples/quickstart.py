@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from digits import SHAPE, Digits, Quality, load, pixels
-from helpers import argument_parser, device, picture_path, positive_int, save, tile
+from helpers import argument_parser, device, picture_path, save, tile
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -199,7 +199,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the random seed (%(default)s)")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=best, help="the torch device (%(default)s)")
-    add("--output", type=picture_path, default="outputs/quickstart.png", help="the picture (%(default)s)")
+    add(
+        "--output",
+        type=picture_path,
+        default="outputs/quickstart.png",
+        help="the picture (%(default)s)",
+    )
     return parser.parse_args(argv)
 
 

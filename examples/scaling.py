@@ -313,11 +313,27 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     widths = [48, 64, 96, 128, 192, 256]
-    add("--widths", nargs="+", type=positive_int, default=widths, help="network widths (%(default)s)")
+    add(
+        "--widths",
+        nargs="+",
+        type=positive_int,
+        default=widths,
+        help="network widths (%(default)s)",
+    )
     add("--seeds", type=positive_int, default=3, help="seeds per width (%(default)s)")
-    add("--train-steps", type=positive_int, default=1200, help="training steps of the widest (%(default)s)")
+    add(
+        "--train-steps",
+        type=positive_int,
+        default=1200,
+        help="training steps of the widest (%(default)s)",
+    )
     add("--samples", type=positive_int, default=1000, help="samples per evaluation (%(default)s)")
-    add("--output", type=picture_path, default="outputs/scaling.png", help="the picture (%(default)s)")
+    add(
+        "--output",
+        type=picture_path,
+        default="outputs/scaling.png",
+        help="the picture (%(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.train_steps < FIRST:
         parser.error(f"--train-steps: expected at least {FIRST}, got {args.train_steps}")
