@@ -206,17 +206,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and save it."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--data", choices=DATA, default="digits", help="the data set (%(default)s)")
-    add(
-        "--train-steps",
-        type=positive_int,
-        default=3000,
-        help="training steps of a model (%(default)s)",
-    )
-    add("--seeds", type=positive_int, default=3, help="seeds per model (%(default)s)")
-    add("--output", type=Path, help="the table (outputs/bits_per_dim_DATA.md)")
+    add("--data", choices=DATA, default="digits", help="the data set")
+    add("--train-steps", type=positive_int, default=3000, help="training steps of a model")
+    add("--seeds", type=positive_int, default=3, help="seeds per model")
+    add("--output", default="outputs/bits_per_dim_{data}.md", help="the table")
     args = parser.parse_args(argv)
-    path = args.output or Path(f"outputs/bits_per_dim_{args.data}.md")
+    path = Path(args.output.format(data=args.data))
     start = time.perf_counter()
     report(rows(DATA[args.data](), args), path)
     print(f"\n{time.perf_counter() - start:.0f} s, table {path}")

@@ -247,28 +247,13 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--corrector", CORRECTORS),
     ):
         choices = list(table)
-        parser.add_argument(name, choices=choices, default=choices[0], help="(%(default)s)")
+        parser.add_argument(name, choices=choices, default=choices[0], help=f"the {name[2:]}")
     add = parser.add_argument
-    add(
-        "--train-steps",
-        type=positive_int,
-        default=400,
-        help="training steps on images (%(default)s)",
-    )
-    add(
-        "--toy-steps",
-        type=positive_int,
-        default=3000,
-        help="training steps on half-moons (%(default)s)",
-    )
-    add("--steps", type=positive_int, default=100, help="sampler steps (%(default)s)")
-    add("--seed", type=int, default=0, help="the random seed (%(default)s)")
-    add(
-        "--output",
-        type=picture_path,
-        default="outputs/compose.png",
-        help="the picture (%(default)s)",
-    )
+    add("--train-steps", type=positive_int, default=400, help="training steps on images")
+    add("--toy-steps", type=positive_int, default=3000, help="training steps on half-moons")
+    add("--steps", type=positive_int, default=100, help="sampler steps")
+    add("--seed", type=int, default=0, help="the random seed")
+    add("--output", type=picture_path, default="outputs/compose.png", help="the picture")
     args = parser.parse_args(argv)
     if args.predictor == args.corrector == "none":
         parser.error("--predictor, --corrector: expected at least one, got none for both")

@@ -2,9 +2,9 @@
 
 Inpainting, colorization and 4x super-resolution impose a measurement on every state of the sampler
 and harmonize the rest by time travel. Classifier guidance generates patches of either photograph.
-It prints tables and saves four pictures, `outputs/conditional_*.png`. Runtime on one CPU core: eight
-minutes to train the model, which is cached, and as long for the rest; the second command takes a
-minute.
+It prints tables and saves four pictures, `outputs/conditional_*.png`. Runtime on one core: eight
+minutes to train the model, which is cached, and as long for the rest; a minute for the second
+command.
 
     python examples/conditional.py
     python examples/conditional.py --train-steps 20 --patches 16 --steps 10 --folder outputs/look
@@ -215,17 +215,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train or load the model, and print a table and save a picture of each task."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--train-steps",
-        type=positive_int,
-        default=1500,
-        help="training steps of model and classifier (%(default)s)",
-    )
-    add("--patches", type=positive_int, default=100, help="patches per task (%(default)s)")
-    add("--samples", type=positive_int, default=3, help="samples per patch (%(default)s)")
-    add("--steps", type=positive_int, default=40, help="sampler steps (%(default)s)")
-    add("--repeats", type=positive_int, default=4, help="repeats of time travel (%(default)s)")
-    add("--folder", type=Path, default=Path("outputs"), help="for pictures (%(default)s)")
+    add("--train-steps", type=positive_int, default=1500, help="of model and classifier")
+    add("--patches", type=positive_int, default=100, help="patches per task")
+    add("--samples", type=positive_int, default=3, help="samples per patch")
+    add("--steps", type=positive_int, default=40, help="sampler steps")
+    add("--repeats", type=positive_int, default=4, help="repeats of time travel")
+    add("--folder", type=Path, default=Path("outputs"), help="the output folder")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     data = load()

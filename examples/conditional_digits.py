@@ -41,7 +41,7 @@ from diffusionkit import (
 from diffusionkit.metrics import precision_recall
 from diffusionkit.networks import ADMUNet
 
-CLASSES, NULL, DROP_RATE = 10, 10, 0.1  # NULL is the label of the unconditional model
+CLASSES, NULL, DROPPED = 10, 10, 0.1  # NULL is the label of the unconditional model
 LEVELS = 17
 SCALES = (0.0, 1.0, 2.0, 3.0, 4.0)
 BATCH, LEARNING_RATE, EMA_DECAY = 64, 1e-3, 0.998
@@ -67,9 +67,7 @@ def train(data: Digits, steps: int, seed: int) -> ScoreModel:
 
     def loss() -> Tensor:
         rows = torch.randint(len(data.train), (BATCH,), generator=generator)
-        class_labels = drop_conditions(
-            data.class_labels[rows], NULL, DROP_RATE, generator=generator
-        )
+        class_labels = drop_conditions(data.class_labels[rows], NULL, DROPPED, generator=generator)
         return objective(model, data.train[rows], class_labels=class_labels, generator=generator)
 
     fit(model, loss, steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY, optimizer=torch.optim.AdamW)
@@ -134,14 +132,12 @@ def options(
     """Parse the command line of an example that samples digits by class."""
     parser = argument_parser(doc)
     add = parser.add_argument
-    add(
-        "--train-steps", type=positive_int, default=train_steps, help="training steps (%(default)s)"
-    )
-    add("--samples", type=positive_int, default=500, help="samples per scale (%(default)s)")
-    add("--steps", type=positive_int, default=50, help="sampler steps (%(default)s)")
-    add("--scales", type=float, nargs="+", default=scales, help="guidance scales (%(default)s)")
-    add("--seed", type=int, default=0, help="the random seed (%(default)s)")
-    add("--output", type=picture_path, default=f"outputs/{name}.png", help="(%(default)s)")
+    add("--train-steps", type=positive_int, default=train_steps, help="training steps")
+    add("--samples", type=positive_int, default=500, help="samples per scale")
+    add("--steps", type=positive_int, default=50, help="sampler steps")
+    add("--scales", type=float, nargs="+", default=scales, help="guidance scales")
+    add("--seed", type=int, default=0, help="the random seed")
+    add("--output", type=picture_path, default=f"outputs/{name}.png", help="the picture")
     args = parser.parse_args(argv)
     if args.samples < SHOWN * CLASSES:
         parser.error(f"--samples: expected at least {SHOWN * CLASSES}, got {args.samples}")

@@ -92,8 +92,11 @@ def mean_and_error(values: Sequence[float] | NDArray[np.float64], form: str) -> 
 
 
 def argument_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose description is the first line of a module's docstring."""
-    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    """Return a parser that describes a module by its first line and shows defaults in the help."""
+    return argparse.ArgumentParser(
+        description=(doc or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
 
 def positive_int(text: str) -> int:

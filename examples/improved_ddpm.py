@@ -220,24 +220,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and save it and the picture."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--data", choices=DATA, default="digits", help="the data set (%(default)s)")
-    add("--objectives", choices=OBJECTIVES, nargs="+", default=OBJECTIVES, help="(all)")
-    add("--chain-steps", type=positive_int, default=1000, help="steps of the chains (%(default)s)")
-    add(
-        "--train-steps",
-        type=positive_int,
-        default=3000,
-        help="training steps of a model (%(default)s)",
-    )
-    add("--samples", type=positive_int, default=500, help="samples per sampler (%(default)s)")
-    add("--seeds", type=positive_int, default=3, help="seeds per model (%(default)s)")
-    add(
-        "--output",
-        type=Path,
-        help="the table (outputs/improved_ddpm_DATA.md); the picture is beside it",
-    )
+    add("--data", choices=DATA, default="digits", help="the data set")
+    add("--objectives", choices=OBJECTIVES, nargs="+", default=OBJECTIVES, help="the objectives")
+    add("--chain-steps", type=positive_int, default=1000, help="steps of the chains")
+    add("--train-steps", type=positive_int, default=3000, help="training steps of a model")
+    add("--samples", type=positive_int, default=500, help="samples per sampler")
+    add("--seeds", type=positive_int, default=3, help="seeds per model")
+    add("--output", default="outputs/improved_ddpm_{data}.md", help="the table, beside the picture")
     args = parser.parse_args(argv)
-    path = args.output or Path(f"outputs/improved_ddpm_{args.data}.md")
+    path = Path(args.output.format(data=args.data))
     images: Images = DATA[args.data]()
     found: dict[tuple[str, str, str], list[Row]] = {}
     start = time.perf_counter()

@@ -60,20 +60,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--sdes", choices=SDES, nargs="+", default=["vp", "ve"], help="the processes (vp ve)")
-    add(
-        "--evaluations",
-        type=positive_int,
-        nargs="+",
-        default=[50, 100, 200],
-        help="the budgets (50 100 200)",
-    )
-    add("--repeats", type=positive_int, default=3, help="batches to average over (%(default)s)")
-    add("--samples", type=positive_int, default=200, help="images per batch (%(default)s)")
-    add(
-        "--train-steps", type=positive_int, default=TRAIN_STEPS, help="training steps (%(default)s)"
-    )
-    add("--seed", type=int, default=0, help="the training seed (%(default)s)")
+    add("--sdes", choices=SDES, nargs="+", default=["vp", "ve"], help="the processes")
+    add("--evaluations", type=positive_int, nargs="+", default=[50, 100, 200], help="budgets")
+    add("--repeats", type=positive_int, default=3, help="batches to average over")
+    add("--samples", type=positive_int, default=200, help="images per batch")
+    add("--train-steps", type=positive_int, default=TRAIN_STEPS, help="training steps")
+    add("--seed", type=int, default=0, help="the training seed")
     args = parser.parse_args(argv)
     if min(args.evaluations) < 3:
         parser.error(f"--evaluations: expected at least 3, got {min(args.evaluations)}")
@@ -112,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.append(f"| {sde} | {name} | {evaluations} | " + " | ".join(cells) + " |")
     attainable = quality.attainable_energy_distance(args.samples)
     print("\n".join(lines))
-    print(f"\nEnergy distance of training digits: {attainable:.4f}. "
-          f"Confidently classified test digits: {quality.confident(quality.test):.1%}.")  # fmt: skip
+    print(f"\nTraining digits: energy distance {attainable:.4f}. "
+          f"Test digits: {quality.confident(quality.test):.1%} confident.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from digits import SHAPE, Digits, Quality, load, pixels
-from helpers import argument_parser, device, picture_path, save, tile
+from helpers import argument_parser, device, picture_path, positive_int, save, tile
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -191,20 +191,15 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--sde", choices=SDES, default="vp", help="the forward process (%(default)s)")
-    add("--sampler", choices=[*SAMPLERS, ODE], default="pc", help="the sampler (%(default)s)")
-    add("--steps", type=count, default=SAMPLER_STEPS, help="sampler steps (%(default)s)")
-    add("--train-steps", type=count, default=TRAIN_STEPS, help="training steps (%(default)s)")
-    add("--samples", type=count, default=SAMPLES, help="images to generate (%(default)s)")
-    add("--seed", type=int, default=0, help="the random seed (%(default)s)")
+    add("--sde", choices=SDES, default="vp", help="the forward process")
+    add("--sampler", choices=[*SAMPLERS, ODE], default="pc", help="the sampler")
+    add("--steps", type=positive_int, default=SAMPLER_STEPS, help="sampler steps")
+    add("--train-steps", type=positive_int, default=TRAIN_STEPS, help="training steps")
+    add("--samples", type=positive_int, default=SAMPLES, help="images to generate")
+    add("--seed", type=int, default=0, help="the random seed")
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=best, help="the torch device (%(default)s)")
-    add(
-        "--output",
-        type=picture_path,
-        default="outputs/quickstart.png",
-        help="the picture (%(default)s)",
-    )
+    add("--device", type=device, default=best, help="the torch device")
+    add("--output", type=picture_path, default="outputs/quickstart.png", help="the picture")
     return parser.parse_args(argv)
 
 

@@ -6,7 +6,7 @@ held-out patches. Compute is the FLOPs of the forward and backward passes. The p
 
     L(C) = floor + (C0 / C)^exponent
 
-is fitted to the lowest loss of any width at compute C, with 95 % bootstrap intervals over seeds. It
+is fitted to the lowest loss of any width at compute C, with 95% bootstrap intervals over seeds. It
 prints tables and saves a picture, `outputs/scaling.png`. Runtime: 20 minutes on one CPU core; the
 second command takes a minute.
 
@@ -247,7 +247,7 @@ def refits(compute: Floats, values: Floats, rng: np.random.Generator) -> list[Po
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the central 95 % interval."""
+    """Return the central 95% interval."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
@@ -313,27 +313,11 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     widths = [48, 64, 96, 128, 192, 256]
-    add(
-        "--widths",
-        nargs="+",
-        type=positive_int,
-        default=widths,
-        help="network widths (%(default)s)",
-    )
-    add("--seeds", type=positive_int, default=3, help="seeds per width (%(default)s)")
-    add(
-        "--train-steps",
-        type=positive_int,
-        default=1200,
-        help="training steps of the widest (%(default)s)",
-    )
-    add("--samples", type=positive_int, default=1000, help="samples per evaluation (%(default)s)")
-    add(
-        "--output",
-        type=picture_path,
-        default="outputs/scaling.png",
-        help="the picture (%(default)s)",
-    )
+    add("--widths", nargs="+", type=positive_int, default=widths, help="network widths")
+    add("--seeds", type=positive_int, default=3, help="seeds per width")
+    add("--train-steps", type=positive_int, default=1200, help="training steps of the widest")
+    add("--samples", type=positive_int, default=1000, help="samples per evaluation")
+    add("--output", type=picture_path, default="outputs/scaling.png", help="the picture")
     args = parser.parse_args(argv)
     if args.train_steps < FIRST:
         parser.error(f"--train-steps: expected at least {FIRST}, got {args.train_steps}")
@@ -351,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = decoder.encode(images.train[order[: args.samples]])
     floor = energy_distance(real, decoder.encode(images.test))
     print(f"\nenergy distance of {args.samples} real patches: {floor:.4f}\n")
-    print(f"{'':<22}{'floor':>10}{'95 %':>20}{'exponent':>10}{'95 %':>20}")
+    print(f"{'':<22}{'floor':>10}{'95%':>20}{'exponent':>10}{'95%':>20}")
     figure = Figure(figsize=(16, 5.5), layout="constrained")
     axes = figure.subplots(1, len(MEASURES))
     for ax, (measure, name) in zip(axes, MEASURES.items(), strict=True):

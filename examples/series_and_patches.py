@@ -245,15 +245,20 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=positive_int, default=SAMPLER_STEPS, help="sampler steps (%(default)s)")
+    add("--steps", type=positive_int, default=SAMPLER_STEPS, help="sampler steps")
     default = ", ".join(f"{name} {kind.train_steps}" for name, kind in KINDS.items())
-    add("--train-steps", type=positive_int, help=f"training steps ({default})")
-    add("--samples", type=positive_int, default=SAMPLES, help="samples of each kind (%(default)s)")
-    add("--seed", type=int, default=0, help="the random seed (%(default)s)")
+    add(
+        "--train-steps",
+        type=positive_int,
+        default=argparse.SUPPRESS,
+        help=f"training steps (default: {default})",
+    )
+    add("--samples", type=positive_int, default=SAMPLES, help="samples of each kind")
+    add("--seed", type=int, default=0, help="the random seed")
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=best, help="the torch device (%(default)s)")
+    add("--device", type=device, default=best, help="the torch device")
     picture = "outputs/series_and_patches.png"
-    add("--output", type=picture_path, default=picture, help="the picture (%(default)s)")
+    add("--output", type=picture_path, default=picture, help="the picture")
     return parser.parse_args(argv)
 
 
@@ -266,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, kind in KINDS.items():
         data = Windows(*(x.to(args.device) for x in kind.load()))
         start = time.perf_counter()
-        steps = args.train_steps or kind.train_steps
+        steps = getattr(args, "train_steps", kind.train_steps)
         model = train(data.train, steps, kind.batch, generator)
         trained = time.perf_counter()
         samples = sample(model, (args.samples, *data.train.shape[1:]), args.steps, generator)

@@ -2,9 +2,9 @@
 
 On a mixture of two Gaussians with its exact score, the error of deterministic solvers decreases
 with their order. On a small network trained on scikit-learn's digits, the table shows the error
-against the converged probability flow, and the energy distance to held-out digits, which the network
-limits. It prints tables and saves a picture, `outputs/solvers.png`. Runtime: three minutes on one
-CPU core; the second command takes half a minute.
+against the converged probability flow and the energy distance to held-out digits, for which the
+network sets a floor. It prints tables and saves a picture, `outputs/solvers.png`. Runtime: three
+minutes on one CPU core; the second command takes half a minute.
 
     python examples/solvers.py
     python examples/solvers.py --train-steps 100 --samples 100
@@ -171,15 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables and save the picture."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=positive_int, default=3000, help="training steps (%(default)s)")
-    add("--samples", type=positive_int, default=500, help="samples per solver (%(default)s)")
-    add("--seed", type=int, default=0, help="the training seed (%(default)s)")
-    add(
-        "--output",
-        type=picture_path,
-        default="outputs/solvers.png",
-        help="the picture (%(default)s)",
-    )
+    add("--train-steps", type=positive_int, default=3000, help="training steps")
+    add("--samples", type=positive_int, default=500, help="samples per solver")
+    add("--seed", type=int, default=0, help="the training seed")
+    add("--output", type=picture_path, default="outputs/solvers.png", help="the picture")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     mixture = on_mixture(args.samples)

@@ -250,29 +250,14 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--processes", nargs="+", choices=list(PROCESSES), default=list(PROCESSES), help="(all)")
-    add("--seeds", type=positive_int, default=3, help="seeds per process and target (%(default)s)")
-    add(
-        "--train-steps",
-        type=positive_int,
-        default=3000,
-        help="training steps of a run (%(default)s)",
-    )
-    add("--samples", type=positive_int, default=360, help="samples per evaluation (%(default)s)")
-    add("--steps", type=positive_int, default=32, help="sampler steps (%(default)s)")
-    add("--states", type=positive_int, default=2000, help="noisy states per variance (%(default)s)")
-    add(
-        "--pairs",
-        type=positive_int,
-        default=32,
-        help="pairs of gradients, at least 2 (%(default)s)",
-    )
-    add(
-        "--output",
-        type=picture_path,
-        default="outputs/stable_target.png",
-        help="the picture (%(default)s)",
-    )
+    add("--processes", nargs="+", choices=PROCESSES, default=[*PROCESSES], help="the processes")
+    add("--seeds", type=positive_int, default=3, help="seeds per process and target")
+    add("--train-steps", type=positive_int, default=3000, help="training steps of a run")
+    add("--samples", type=positive_int, default=360, help="samples per evaluation")
+    add("--steps", type=positive_int, default=32, help="sampler steps")
+    add("--states", type=positive_int, default=2000, help="noisy states per variance")
+    add("--pairs", type=positive_int, default=32, help="pairs of gradients, at least 2")
+    add("--output", type=picture_path, default="outputs/stable_target.png", help="the picture")
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,8 @@ A network conditioned on 4x4 pixels learns the distribution of the 16x16 pixels 
 of improved DDPM. Several samples of each held-out patch are drawn on a respaced chain with learned
 variances. The table compares them and their mean with interpolation: PSNR, the distribution of fine
 detail, and consistency with the low-resolution image. It prints the table and saves a picture,
-`outputs/super_resolution.png`. Runtime: seven minutes on one CPU core; the second command takes half
-a minute.
+`outputs/super_resolution.png`. Runtime: seven minutes on one CPU core; half a minute for the second
+command.
 
     python examples/super_resolution.py
     python examples/super_resolution.py --train-steps 50 --patches 16 --samples 2 --steps 10
@@ -168,18 +168,13 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=positive_int, default=2400, help="training steps (%(default)s)")
-    add("--patches", type=positive_int, default=128, help="held-out patches (%(default)s)")
-    add(
-        "--samples",
-        type=positive_int,
-        default=8,
-        help="samples per patch, at least 2 (%(default)s)",
-    )
-    add("--steps", type=positive_int, default=50, help="sampler steps (%(default)s)")
-    add("--seed", type=int, default=0, help="the random seed (%(default)s)")
+    add("--train-steps", type=positive_int, default=2400, help="training steps")
+    add("--patches", type=positive_int, default=128, help="held-out patches")
+    add("--samples", type=positive_int, default=8, help="samples per patch, at least 2")
+    add("--steps", type=positive_int, default=50, help="sampler steps")
+    add("--seed", type=int, default=0, help="the random seed")
     picture = "outputs/super_resolution.png"
-    add("--output", type=picture_path, default=picture, help="the picture (%(default)s)")
+    add("--output", type=picture_path, default=picture, help="the picture")
     args = parser.parse_args(argv)
     if args.samples < 2:
         parser.error("--samples: expected at least 2 to measure their spread, got 1")
