@@ -24,10 +24,20 @@ import torch
 from einops import rearrange
 from helpers import argument_parser, energy_distance, positive_int, save
 from matplotlib.figure import Figure
-from photographs import CLASSES, SHAPE, SIGMA_DATA, SIZE, Patches, load, trained
+from photographs import (
+    CLASSES,
+    FACTOR,
+    SHAPE,
+    SIGMA_DATA,
+    SIZE,
+    Patches,
+    enlarge,
+    load,
+    shrink,
+    trained,
+)
 from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import tqdm
 
 from diffusionkit import (
@@ -49,7 +59,6 @@ from diffusionkit.control import AveragePool
 from diffusionkit.metrics import precision_recall
 from diffusionkit.networks import MLP
 
-FACTOR = 4  # of super-resolution
 SHOWN = 10  # patches per row of a picture
 SCALES = (0.0, 1.0, 2.0, 4.0)
 HOLE = slice(SIZE // 4, 3 * SIZE // 4)
@@ -81,11 +90,6 @@ def mean_outside(x: Tensor) -> Tensor:
     return (x * mask()).sum((2, 3), keepdim=True) / mask().sum()
 
 
-def shrink(x: Tensor) -> Tensor:
-    """Return patches downsampled to (n, 3, 4, 4)."""
-    return avg_pool2d(x, FACTOR)
-
-
 def gray(x: Tensor) -> Tensor:
     """Return the mean over the color channels (n, 1, 16, 16)."""
     return x.mean(1, keepdim=True)
@@ -106,8 +110,8 @@ TASKS = {
     ),
     "super_resolution": Task(
         lambda x: LinearMeasurement(AveragePool(FACTOR), shrink(x)),
-        lambda x: interpolate(shrink(x), scale_factor=FACTOR),
-        lambda x: interpolate(shrink(x), scale_factor=FACTOR, mode="bicubic").clamp(-1, 1),
+        lambda x: enlarge(shrink(x), "nearest"),
+        lambda x: enlarge(shrink(x), "bicubic"),
         shrink,
     ),
 }

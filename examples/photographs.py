@@ -14,6 +14,7 @@ from helpers import fit
 from series_and_patches import windows
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
 
 from diffusionkit import EDMSDE, EDMModel, EDMWeighting, LogNormalTimes, ScoreMatching
 from diffusionkit.checkpoints import load_network, save_network
@@ -21,6 +22,7 @@ from diffusionkit.networks import NCSNpp
 
 SIZE = 16  # pixels along each side
 SHAPE = (3, SIZE, SIZE)
+FACTOR = 4  # of super-resolution
 CLASSES = ("temple", "flower")  # what the photographs show
 FLAT = 0.05  # the standard deviation of the colors below which a patch counts as flat
 SIGMA_DATA = 0.5
@@ -51,6 +53,16 @@ def load() -> Patches:
             found[testing].append((patches, torch.full((len(patches),), label)))
     parts = (zip(*found[testing], strict=True) for testing in (False, True))
     return Patches(*(torch.cat(part) for pair in parts for part in pair))
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Downsample images (n, 3, 16, 16) to (n, 3, 4, 4) by averaging."""
+    return avg_pool2d(images, FACTOR)
+
+
+def enlarge(small: Tensor, mode: str) -> Tensor:
+    """Interpolate small images (n, 3, 4, 4) to (n, 3, 16, 16)."""
+    return interpolate(small, scale_factor=FACTOR, mode=mode).clamp(-1, 1)
 
 
 def model_of(network: NCSNpp) -> EDMModel:

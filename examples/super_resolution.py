@@ -23,9 +23,8 @@ import torch
 from einops import rearrange, repeat
 from helpers import argument_parser, energy_distance, fit, picture_path, positive_int, save
 from matplotlib.figure import Figure
-from photographs import SIZE, load
+from photographs import SIZE, enlarge, load, shrink
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import tqdm
 
 from diffusionkit import (
@@ -40,19 +39,8 @@ from diffusionkit import (
 )
 from diffusionkit.networks import ADMUNet
 
-FACTOR = 4  # the ratio of side lengths
 BATCH, LEARNING_RATE, EMA_DECAY = 32, 1e-3, 0.998
 SHOWN, SAMPLES_SHOWN = 10, 4  # patches and samples per patch in the picture
-
-
-def shrink(images: Tensor) -> Tensor:
-    """Downsample images (n, 3, 16, 16) to (n, 3, 4, 4) by averaging."""
-    return avg_pool2d(images, FACTOR)
-
-
-def enlarge(small: Tensor, mode: str) -> Tensor:
-    """Interpolate small images (n, 3, 4, 4) to (n, 3, 16, 16)."""
-    return interpolate(small, scale_factor=FACTOR, mode=mode).clamp(-1, 1)
 
 
 def train(images: Tensor, steps: int, seed: int) -> ScoreModel:
@@ -94,7 +82,7 @@ def sample(model: ScoreModel, small: Tensor, n: int, steps: int, seed: int) -> T
 
 def psnr(images: Tensor, truth: Tensor) -> tuple[float, float]:
     """Return the mean peak signal-to-noise ratio in dB and its standard error over images."""
-    ratio = 10 * torch.log10(4 / (images - truth).square().mean((1, 2, 3)))  # the range is [-1, 1]
+    ratio = 10 * torch.log10(4 / (images - truth).square().mean((1, 2, 3)))  # the peak is 2
     return float(ratio.mean()), float(ratio.std()) / math.sqrt(len(ratio))
 
 
