@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from fir import RELEASED, Run, measure, released
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffusionkit import EMA, VESDE, RawScoreModel, ScoreMatching, clipped_step
 from diffusionkit.networks import NCSNpp
@@ -76,8 +77,8 @@ class Released(nn.Module):
         h = self.block(stage.block, x, emb, resample)
         return h if stage.attention is None else self.attention(stage.attention, h)
 
+    @override
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Evaluate the network."""
         net = self.net
         frequencies = net.embedding.noise_features.frequencies
         angle = torch.log(sigma)[:, None] * frequencies[None, :] * 2 * np.pi

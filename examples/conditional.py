@@ -39,6 +39,7 @@ from photographs import (
 from sklearn.ensemble import RandomForestClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import override
 
 from diffusionkit import (
     DDIM,
@@ -169,8 +170,8 @@ class Flattened(nn.Module):
         super().__init__()
         self.network = network
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
-        """Evaluate the network on patches (n, 3, 16, 16)."""
         out: Tensor = self.network(x.flatten(1), noise_label)
         return out
 
