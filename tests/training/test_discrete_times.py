@@ -190,7 +190,7 @@ import torch
 from datetime import timedelta
 from torch import distributed as dist
 from diffusionkit import DDPMChain
-from diffusionkit.training._gather import gathered
+from diffusionkit._distributed import gather_rows
 from diffusionkit.training.discrete_times import LossSecondMomentTimes
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -203,7 +203,7 @@ for k in range(6):
     n = 1 + 2 * rank  # unequal batches
     steps = (torch.arange(n) + k + rank) % 3
     times.update((steps + 1) / 3, 1.0 + steps + 0.1 * k + rank)
-rows = gathered(torch.full((1 + 2 * rank, 2), rank))
+rows = gather_rows(torch.full((1 + 2 * rank, 2), rank))
 torch.save([times.state_dict(), times.probabilities, rows], f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from .._checks import check_count, check_part
+from .._distributed import barrier, gather_objects, rank_and_world_size
 from .._files import atomic_write, read_torch
 from .._loops import Progress, evaluation_mode, with_progress
 from ..random import seeded
@@ -126,13 +126,12 @@ def evaluate_bits_per_dim(
     modules = [m for m in (getattr(likelihood, "model", None), dequantizer) if m is not None]
     device = _device(modules) if device is None else torch.device(device)
     settings = {"n": n, "draws": draws, "batch_size": batch_size, "seed": seed}
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _shared() else (0, 1)
+    rank, world = rank_and_world_size()
     file = None if path is None else _own_file(Path(path), rank, world)
     nats = torch.full((n, draws), math.nan, dtype=torch.float64)
     if path is not None:
         _resume(nats, Path(path), settings)
-    if _shared():
-        dist.barrier()  # before anybody writes what others still have to read
+    barrier()  # no process may write before all have read
 
     batches = [
         (draw, rows)
@@ -161,7 +160,8 @@ def evaluate_bits_per_dim(
             nats[index, draw] = found
             if file is not None:
                 atomic_write(file, partial(torch.save, {"settings": settings, "nats": nats}))
-    nats = _merge(nats)
+    for other in gather_objects(nats):
+        nats = torch.where(nats.isnan(), other, nats)
     dims = torch.as_tensor(data[0]).numel()
     bits = bits_per_dim(nats, dims)
     return _summary(bits)
@@ -194,10 +194,6 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _shared() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _own_file(path: Path, rank: int, world: int) -> Path:
     return path if world == 1 else path.with_name(f"{path.name}.{rank}")
 
@@ -212,14 +208,3 @@ def _resume(nats: Tensor, path: Path, settings: dict[str, int]) -> None:
             found = kept.get("settings") if isinstance(kept, dict) else type(kept).__name__
             raise ValueError(f"path: expected a run with {settings} in {file}, got {found}")
         nats.copy_(torch.where(nats.isnan(), kept["nats"], nats))
-
-
-def _merge(nats: Tensor) -> Tensor:
-    """Return what all processes found."""
-    if not _shared():
-        return nats
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, nats)
-    for other in everyone:
-        nats = torch.where(nats.isnan(), other, nats)
-    return nats

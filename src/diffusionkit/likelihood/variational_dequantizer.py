@@ -15,9 +15,9 @@ from .._gaussian import normal_log_prob
 from .._schedules import exact
 from ..random import Generators, randn
 from .dequantization import Dequantizer
+from .flow.bijections import ActNorm, Bijection, ChannelMixing, total
 from .flow.conditioner import Conditioner
-from .flow.coupling import LogisticCoupling
-from .flow.gated import ActNorm, Bijection, ChannelMixing, total
+from .flow.logistic_coupling import LogisticCoupling
 
 
 class _Squash(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_number
+from .._distributed import gather_rows
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand
-from ._gather import gathered
 
 
 def _steps(sde: ForwardSDE, law: TimeSampler) -> int:
@@ -155,7 +155,7 @@ class LossSecondMomentTimes(TimeSampler):
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Keep the losses (n,) found at times (n,), the oldest of a step making room."""
         dtype = torch.promote_types(loss.dtype, torch.float32)  # a half cannot number the steps
-        pairs = gathered(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
+        pairs = gather_rows(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
         steps = len(self._counts)
         for time, value in pairs[torch.isfinite(pairs).all(1)].tolist():
             i = round(time * steps / self._T) - 1

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionkit.likelihood.flow.logistics import LogisticMixture
+from diffusionkit.likelihood.flow.logistic_mixture import LogisticMixture
 
 WEIGHTS, MEANS, SCALES = [0.2, 0.5, 0.3], [-3.0, 0.5, 4.0], [0.25, 1.5, 0.5]
 # x, logit F(x) and log dy/dx of this mixture, in 60 digits by mpmath, rounded.

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from diffusionkit.likelihood.flow.coupling import LogisticCoupling, checkerboard
-from diffusionkit.likelihood.flow.gated import ActNorm, ChannelMixing
+from diffusionkit.likelihood.flow.bijections import ActNorm, ChannelMixing
+from diffusionkit.likelihood.flow.logistic_coupling import LogisticCoupling, checkerboard
 
 
 def coupling(dims: int, channels: int, parity: int = 0, heads: int = 2) -> LogisticCoupling:

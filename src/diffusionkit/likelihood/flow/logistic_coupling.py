@@ -8,9 +8,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .bijections import Bijection, total
 from .conditioner import Conditioner
-from .gated import Bijection, total
-from .logistics import LogisticMixture
+from .logistic_mixture import LogisticMixture
 
 
 class LogisticCoupling(Bijection):
