@@ -1,4 +1,4 @@
-"""Likelihoods: exact ones by the probability flow, bounds, dequantization, bits per dimension."""
+"""Likelihoods: the probability-flow ODE, bounds, dequantization and bits per dimension."""
 
 from ..decoders import LevelDecoder
 from .bits import bits_per_dim

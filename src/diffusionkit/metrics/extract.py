@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._checks import check_count
 from .._loops import Progress, evaluation_mode, with_progress
@@ -97,6 +98,7 @@ class _Inception(nn.Module):
         super().__init__()
         self.network = network
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (B, 2048) and logits (B, 1008)."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:

@@ -38,7 +38,6 @@ class FeatureMoments:
     """
 
     def __init__(self) -> None:
-        """Start with no samples."""
         self.count = 0
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # its upper triangle

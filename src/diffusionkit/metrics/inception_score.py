@@ -51,7 +51,6 @@ class InceptionScore:
     """
 
     def __init__(self, splits: int = 10) -> None:
-        """Start with no samples."""
         check_count(splits, "splits")
         self.splits, self.count = splits, 0
         self._probs = torch.zeros(splits, 0, dtype=torch.float64)
