@@ -7,7 +7,7 @@ import diffusionkit.decoders as module
 from diffusionkit.decoders import LevelDecoder
 from diffusionkit.sde.learned import LogSNRSDE
 
-# Expected cost of reading off one of 256 levels at gamma = -13.3, with 40 digits by other code.
+# Expected -log P of one of 256 levels at gamma = -13.3, to 40 digits by other code.
 INTERIOR, EDGE = 0.007245597810443312, 0.0036227989052217296
 
 
@@ -16,7 +16,7 @@ def f64(*values):
 
 
 @pytest.mark.parametrize(("level", "expected"), [(100, INTERIOR), (0, EDGE), (255, EDGE)])
-def test_expected_cost(level, expected) -> None:
+def test_expected_log_probability(level, expected) -> None:
     alpha, sigma = (c.item() for c in LogSNRSDE().marginal(f64(0.0)))
     h = 0.005
     eps = torch.arange(-12, 12, h, dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_probabilities_sum_to_one(parts, sigma) -> None:
     assert float(total) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_by_hand() -> None:
+def test_explicit_softmax() -> None:
     images, z = torch.tensor([[1, 0], [1, 1]]), f64(*[[0.2, -0.4], [0.5, 0.1]])
     alpha, sigma = (0.9, 0.5), (0.3, 0.8)
     expected = []
@@ -55,7 +55,7 @@ def test_by_hand() -> None:
     torch.testing.assert_close(got, f64(*expected))
 
 
-def test_blocks_change_neither_values_nor_gradients(monkeypatch) -> None:
+def test_values_and_gradients_do_not_depend_on_the_block_size(monkeypatch) -> None:
     torch.manual_seed(0)
     images = torch.randint(16, (3, 2, 5), dtype=torch.uint8)
     parts = [torch.randn(3, 2, 5).double(), f64(0.9, 0.5, 0.7), f64(0.1, 0.4, 2.0)]
@@ -72,8 +72,8 @@ def test_blocks_change_neither_values_nor_gradients(monkeypatch) -> None:
     )
 
 
-def test_memory_does_not_grow_with_the_levels(monkeypatch) -> None:
-    """Pixels times levels are neither held at once nor kept for the backward pass."""
+def test_memory_does_not_grow_with_the_number_of_levels(monkeypatch) -> None:
+    """Arrays of pixels times levels are neither allocated nor saved for the backward pass."""
     held, kept, whole = [], [], LevelDecoder._block
 
     def block(self, data, *rest):

@@ -60,7 +60,8 @@ class DiscreteNELBO:
 
     Args:
         model: the score model; its SDE is the process.
-        decoder: the likelihood of the levels given the state at t_min.
+        decoder: the likelihood of the levels given the state at t_min; 256 levels in [-1, 1] by
+            default.
         steps: the number N of steps, or None for continuous time.
 
     Raises:

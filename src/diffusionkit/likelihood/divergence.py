@@ -76,7 +76,6 @@ class Hutchinson(Divergence):
     def __init__(
         self, probes: int = 1, noise: Literal["rademacher", "gaussian"] = "rademacher"
     ) -> None:
-        """Keep the number and the distribution of the probes."""
         check_count(probes, "probes")
         if noise not in ("rademacher", "gaussian"):
             raise ValueError(f"noise: expected 'rademacher' or 'gaussian', got {noise!r}")

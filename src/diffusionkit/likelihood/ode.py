@@ -107,7 +107,6 @@ class ODELikelihood:
         t_min: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep the model and the settings."""
         check_part(model, ScoreModel, "model")
         self.model = model
         self.divergence = Hutchinson() if divergence is None else divergence
