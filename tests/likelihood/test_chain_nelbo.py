@@ -192,11 +192,7 @@ def test_an_error_names_the_step_of_a_prediction_that_is_not_finite() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (
-            lambda: ChainNELBO(EpsModel(lambda x, noise_label: x, VPSDE())),
-            TypeError,
-            "chain of steps",
-        ),
+        (lambda: ChainNELBO(EpsModel(torch.add, VPSDE())), TypeError, "chain of steps"),
         (lambda: ChainNELBO(3), TypeError, "model: expected a ScoreModel, got int"),
         (lambda: ChainNELBO(TOY_MODEL, 3), TypeError, "decoder: expected a GaussianDecoder"),
         (lambda: ChainNELBO(TOY_MODEL, steps_at_once=0), ValueError, "steps_at_once: .* got 0"),

@@ -132,7 +132,6 @@ def test_modes_and_gradients() -> None:
 
 def test_an_interrupted_run_resumes(tmp_path) -> None:
     path = tmp_path / "bits.pt"
-    whole = evaluate(bound(), images(), batch_size=3, draws=2)
     with pytest.raises(KeyboardInterrupt):
         evaluate(Counting(stop_at=3), images(), batch_size=3, path=path)
     rest = Counting()
@@ -142,7 +141,6 @@ def test_an_interrupted_run_resumes(tmp_path) -> None:
     none = Counting()
     assert torch.equal(evaluate(none, images(), batch_size=3, path=path).bits, result.bits)
     assert none.sizes == []
-    assert whole.bits.shape == (10, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bits.pt"]
 
 

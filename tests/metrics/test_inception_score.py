@@ -60,14 +60,9 @@ def test_splits() -> None:
 
 def test_torchmetrics() -> None:
     inception = pytest.importorskip("torchmetrics.image.inception")
-
-    class Identity(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
     x = logits(60).float()
     with pytest.warns(UserWarning, match="will save all extracted features"):
-        theirs = inception.InceptionScore(feature=Identity(), splits=4)
+        theirs = inception.InceptionScore(feature=torch.nn.Identity(), splits=4)
     torch.manual_seed(3)
     order = torch.randperm(60)  # torchmetrics shuffles before splitting
     theirs.update(x)

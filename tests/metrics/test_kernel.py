@@ -35,17 +35,12 @@ def test_mean_over_all_pairs(m, n) -> None:
 
 def test_torchmetrics() -> None:
     kid = pytest.importorskip("torchmetrics.image.kid")
-
-    class Identity(torch.nn.Module):
-        num_features = 8
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
+    identity = torch.nn.Identity()
+    identity.num_features = 8
     real, fake = uniform(60, 8, seeded()), uniform(60, 8, seeded(1), 0.3, 1.5)
     # One subset of all rows, so the result is deterministic.
     with pytest.warns(UserWarning, match="will save all extracted features"):
-        theirs = kid.KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=60)
+        theirs = kid.KernelInceptionDistance(feature=identity, subsets=1, subset_size=60)
     theirs.set_dtype(torch.float64)
     theirs.update(real, real=True)
     theirs.update(fake, real=False)

@@ -160,13 +160,7 @@ class Dequantizer(nn.Module, abc.ABC):
 
 
 class UniformDequantizer(Dequantizer):
-    """Uniform points in their bins: log q(u | image) = 0.
-
-    Args:
-        levels: the number of values an integer can take, 0..levels-1.
-        low: the lower end of the model's range.
-        high: the upper end of the model's range.
-        dtype: the dtype of x, torch's default dtype if None.
+    """Uniform points in their bins: log q(u | image) = 0. For arguments see `Dequantizer`.
 
     Source: Theis et al., A Note on the Evaluation of Generative Models, 2016, arXiv 1511.01844.
 

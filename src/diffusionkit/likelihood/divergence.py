@@ -86,8 +86,7 @@ class Hutchinson(Divergence):
         return f"Hutchinson(probes={self.probes}, noise={self.noise!r})"
 
     @override
-    def start(self, x: Tensor, generator: Generators = None) -> Tensor:
-        """Draw the probes (K, B, *D)."""
+    def start(self, x: Tensor, generator: Generators = None) -> Tensor:  # (K, B, *D)
         shape = (x.shape[0], self.probes, *x.shape[1:])
         v = randn(shape, generator=generator, device=x.device, dtype=x.dtype).transpose(0, 1)
         return v if self.noise == "gaussian" else torch.where(v < 0, -1.0, 1.0).to(x.dtype)

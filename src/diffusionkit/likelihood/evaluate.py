@@ -25,8 +25,7 @@ from .dequantization import Dequantizer
 class Data(Sized, Protocol):
     """A map-style data set of items (*D)."""
 
-    def __getitem__(self, index: int, /) -> Any:
-        """Return the item with an index."""
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +46,6 @@ class BitsPerDim:
     bits: Tensor
 
     def __str__(self) -> str:
-        """Return the mean and its standard error with their unit."""
         return f"{self.mean:.4f} +- {self.stderr:.4f} bits/dim"
 
 

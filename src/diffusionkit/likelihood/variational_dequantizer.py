@@ -110,7 +110,6 @@ class VariationalDequantizer(Dequantizer):
         squash: Literal["sigmoid", "normal"] = "sigmoid",
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build the flow."""
         super().__init__(levels, low, high, dtype=dtype)
         sizes = {"channels": channels, "steps": steps, "width": width, "components": components,
                  "context_width": context_width, "blocks": blocks}  # fmt: skip
@@ -130,6 +129,7 @@ class VariationalDequantizer(Dequantizer):
         self.context = Conditioner(
             dims, channels, context_width, width=context_width, blocks=blocks, heads=0
         )
+        network = {"width": width, "blocks": blocks, "heads": heads}
         layers: list[Bijection] = []
         for step in range(steps):
             layers.append(ActNorm(channels))
@@ -137,14 +137,7 @@ class VariationalDequantizer(Dequantizer):
                 layers.append(ChannelMixing(channels))
             layers.append(
                 LogisticCoupling(
-                    dims,
-                    channels,
-                    context_width,
-                    parity=step % 2,
-                    components=components,
-                    width=width,
-                    blocks=blocks,
-                    heads=heads,
+                    dims, channels, context_width, parity=step % 2, components=components, **network
                 )
             )
         self.layers = nn.ModuleList(layers)

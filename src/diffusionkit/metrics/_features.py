@@ -15,14 +15,11 @@ from .._distributed import gather_objects, is_distributed
 class Accumulator(Protocol):
     """Statistics of a stream of samples that can be merged with those of another stream."""
 
-    def merge(self, other: Any, /) -> None:
-        """Add the samples of another accumulator."""
+    def merge(self, other: Any, /) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the complete state, on the CPU."""
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Replace the state by a saved one."""
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
 
 
 Result = TypeVar("Result", bound=Tensor | Accumulator)

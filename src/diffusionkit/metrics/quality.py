@@ -35,7 +35,6 @@ class SampleQuality:
     fake: int
 
     def __str__(self) -> str:
-        """Return one line per metric."""
         rows = [
             ("Frechet distance", f"{self.frechet:.4f}"),
             ("kernel distance", f"{self.kernel.value:.6f} +- {self.kernel.stderr:.6f}"),

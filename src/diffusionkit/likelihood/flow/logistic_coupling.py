@@ -52,14 +52,8 @@ class LogisticCoupling(Bijection):
         super().__init__()
         self.parity = parity
         self.components = components
-        self.net = Conditioner(
-            dims,
-            channels + context_channels,
-            (2 + 3 * components) * channels,
-            width=width,
-            blocks=blocks,
-            heads=heads,
-        )
+        inputs, outputs = channels + context_channels, (2 + 3 * components) * channels
+        self.net = Conditioner(dims, inputs, outputs, width=width, blocks=blocks, heads=heads)
         # All components start as the standard logistic, for which logit F(z) = z. Their random
         # mixture weights break the symmetry: identical components would get identical gradients.
         for parameter in self.net.last.parameters():
