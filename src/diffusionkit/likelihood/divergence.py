@@ -18,7 +18,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Divergence(abc.ABC):
-    """The divergence of a function of a state, by reverse-mode differentiation.
+    """An exact or stochastic divergence of a function, by reverse-mode differentiation.
 
     A subclass calls the function once, with gradients, and may use `products` for
     vector-Jacobian products.
@@ -45,7 +45,7 @@ class Divergence(abc.ABC):
 
 
 class Hutchinson(Divergence):
-    r"""The stochastic estimate of the divergence by vector-Jacobian products.
+    r"""Hutchinson's stochastic estimate of the divergence, by vector-Jacobian products.
 
     .. math::
         \nabla \cdot f = E[v^\top J v], \quad E[v v^\top] = I
