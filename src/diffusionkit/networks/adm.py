@@ -1,5 +1,7 @@
 """The U-Net of Nichol and Dhariwal, 2021, and its successor ADM."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
@@ -24,49 +26,47 @@ class ADMUNet(UNet):
     label should be of the order of a step index, up to 1000 whatever the number of steps.
 
     Args:
-        channels: Number of input channels.
-        out_channels: Number of output channels; those of the input if None.
-        learn_sigma: Whether the output has twice as many channels, for a learned variance.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels that the multipliers multiply, even and at least 4.
-        multipliers: Channels of each level over `width`; each level halves the resolution.
-        blocks: Number of residual blocks per level.
-        attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        heads: Number of heads of each attention.
-        decoder_heads: Number of heads of each attention in the decoder; `heads` if None.
-        head_channels: Number of channels per head, instead of a number of heads, or None. A level
+        channels: number of input channels.
+        out_channels: number of output channels; those of the input if None.
+        learn_sigma: whether the output has twice as many channels, for a learned variance.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        width: number of channels that the multipliers multiply, even and at least 4.
+        multipliers: channels of each level over `width`; each level halves the resolution.
+        blocks: number of residual blocks per level.
+        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        heads: number of heads of each attention.
+        decoder_heads: number of heads of each attention in the decoder; `heads` if None.
+        head_channels: number of channels per head, instead of a number of heads, or None. A level
             has as many heads as fit, and no attention where none does.
-        dropout: Dropout probability within the residual blocks.
-        num_classes: Number of classes, or None for a network without classes.
-        condition_features: Size of a condition vector, such as augmentation labels, or None.
-        low_res_channels: Number of channels of a low-resolution image that the network is given
+        dropout: dropout probability within the residual blocks.
+        num_classes: number of classes, or None for a network without classes.
+        condition_features: size of a condition vector, such as augmentation labels, or None.
+        low_res_channels: number of channels of a low-resolution image that the network is given
             beside its input, or None: for super-resolution.
-        scale_shift: Whether the embedding scales and shifts the second normalisation of a
+        scale_shift: whether the embedding scales and shifts the second normalisation of a
             residual block, rather than being added before it.
-        group_channels: Least number of channels per group of a normalisation; there are at most
+        group_channels: least number of channels per group of a normalisation; there are at most
             32 groups. With groups of one channel and no scale the label would have no effect.
-        resblock_updown: Whether residual blocks resample inside, rather than separate layers.
-        resample_with_conv: Whether those separate layers have a convolution.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations are computed again in the backward pass
+        resblock_updown: whether residual blocks resample inside, rather than separate layers.
+        resample_with_conv: whether those separate layers have a convolution.
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations are computed again in the backward pass
             instead of being kept: less memory, more time, the same gradient. Not under
             transforms of torch.func.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int.
+        ValueError: if an argument is out of range.
 
-    Source:
-        A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021,
-        https://arxiv.org/abs/2102.09672; P. Dhariwal, A. Nichol, Diffusion Models Beat GANs on
-        Image Synthesis, 2021, https://arxiv.org/abs/2105.05233.
+    Source: A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021, arXiv
+    2102.09672; P. Dhariwal, A. Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv
+    2105.05233.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import ADMUNet
-        >>> net = ADMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,))
-        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
-        torch.Size([4, 2, 8, 12])
+    >>> import torch
+    >>> from diffusionkit.networks import ADMUNet
+    >>> net = ADMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,))
+    >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
+    torch.Size([4, 2, 8, 12])
     """
 
     @remembers
@@ -95,7 +95,6 @@ class ADMUNet(UNet):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Choose the parts and build the network."""
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         decoder_heads = heads if decoder_heads is None else decoder_heads
@@ -162,7 +161,7 @@ class ADMUNet(UNet):
         """Build the network of improved DDPM for CIFAR-10, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 52,546,438 parameters.
@@ -174,8 +173,8 @@ class ADMUNet(UNet):
         """Build the network of improved DDPM for ImageNet of 64 pixels, data in [-1, 1].
 
         Args:
-            large: Whether to take the class-conditional one of 270 million parameters.
-            **options: Options that differ from the published ones.
+            large: whether to take the class-conditional one of 270 million parameters.
+            **options: options that differ from the published ones.
 
         Returns:
             The network.
@@ -190,7 +189,7 @@ class ADMUNet(UNet):
         """Build the network of improved DDPM for LSUN of 256 pixels, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network.
@@ -209,7 +208,7 @@ class ADMUNet(UNet):
         """Build ADM for ImageNet of 64 pixels, class-conditional, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 295.90 million parameters.
@@ -230,7 +229,7 @@ class ADMUNet(UNet):
         """Build ADM for ImageNet of 128 pixels, class-conditional, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 421.53 million parameters.
@@ -247,7 +246,7 @@ class ADMUNet(UNet):
         """Build ADM for ImageNet of 256 pixels, class-conditional, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones, such as num_classes=None.
+            **options: options that differ from the published ones, such as num_classes=None.
 
         Returns:
             The network: 553.84 million parameters.
@@ -268,7 +267,7 @@ class ADMUNet(UNet):
         """Build ADM for ImageNet of 512 pixels, class-conditional, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 559.00 million parameters.
@@ -284,7 +283,7 @@ class ADMUNet(UNet):
         """Build the network of Karras et al., 2022, for ImageNet of 64 pixels: ADM, one output.
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network, for `EDMModel`.

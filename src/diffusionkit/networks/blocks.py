@@ -1,5 +1,7 @@
 """The residual block and the attention that all U-Nets of the library are made of."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,20 +24,17 @@ class ResidualBlock(nn.Module):
     embedding, whether the sum of the branches is divided by sqrt(2), and the activation.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        style: What the network's blocks have in common.
-        resample: Resampling of both branches, or None.
-        project: Whether the shortcut is a 1x1 convolution even if the channels stay the same.
-        shortcut_scale: Scale given to the initialiser of that convolution.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        style: what the network's blocks have in common.
+        resample: resampling of both branches, or None.
+        project: whether the shortcut is a 1x1 convolution even if the channels stay the same.
+        shortcut_scale: scale given to the initialiser of that convolution.
 
-    Source:
-        J. Ho et al., Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239; with resampling inside after A. Brock et al., Large
-        Scale GAN Training for High Fidelity Natural Image Synthesis, 2019,
-        https://arxiv.org/abs/1809.11096, by Y. Song et al., 2021,
-        https://arxiv.org/abs/2011.13456; adaptive scale by A. Nichol and P. Dhariwal, 2021,
-        https://arxiv.org/abs/2102.09672.
+    Source: J. Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; with
+    resampling inside after A. Brock et al., Large Scale GAN Training for High Fidelity Natural
+    Image Synthesis, 2019, arXiv 1809.11096, by Y. Song et al., 2021, arXiv 2011.13456; adaptive
+    scale by A. Nichol and P. Dhariwal, 2021, arXiv 2102.09672.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class ResidualBlock(nn.Module):
         project: bool = False,
         shortcut_scale: float = 1.0,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.style = style
         self.resample = resample
@@ -69,8 +67,8 @@ class ResidualBlock(nn.Module):
         r"""Apply the block.
 
         Args:
-            x: Feature map (B, in_channels, \*spatial).
-            emb: Embedding (B, embedding_width), or None if the network has none.
+            x: feature map (B, in_channels, \*spatial).
+            emb: embedding (B, embedding_width), or None if the network has none.
 
         Returns:
             Feature map (B, out_channels, \*resampled).
@@ -107,21 +105,18 @@ class SelfAttention(nn.Module):
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``; without it, torch raises an error.
 
     Args:
-        channels: Number C of channels.
-        style: What the network's blocks have in common.
-        heads: Number H of heads.
+        channels: number C of channels.
+        style: what the network's blocks have in common.
+        heads: number H of heads.
 
     Raises:
-        ValueError: If the heads do not divide the channels.
+        ValueError: if the heads do not divide the channels.
 
-    Source:
-        J. Ho et al., Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239; heads by A. Nichol and P. Dhariwal, 2021,
-        https://arxiv.org/abs/2102.09672.
+    Source: J. Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; heads by
+    A. Nichol and P. Dhariwal, 2021, arXiv 2102.09672.
     """
 
     def __init__(self, channels: int, style: Style, *, heads: int = 1) -> None:
-        """Build the layers."""
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads must divide the {channels} channels of a level, got {heads}")
@@ -135,7 +130,7 @@ class SelfAttention(nn.Module):
         r"""Apply the attention.
 
         Args:
-            x: Feature map (B, channels, \*spatial).
+            x: feature map (B, channels, \*spatial).
 
         Returns:
             Feature map of the same shape.

@@ -1,5 +1,7 @@
 """Networks that remember how they were built, so that a file can build them again."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable
@@ -15,7 +17,7 @@ def remembers(init: Init) -> Init:
     arguments of the outer one win.
 
     Args:
-        init: The ``__init__`` of a network.
+        init: the ``__init__`` of a network.
 
     Returns:
         The same constructor, which sets ``config`` first.

@@ -1,5 +1,7 @@
 """DDPM++, the U-Net of the variance-preserving models of Song et al., 2021."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -19,30 +21,27 @@ class DDPMpp(NCSNpp):
     order of a step index, for example 999 t.
 
     Args:
-        channels: Number of input channels.
-        embedding: What the embedding is made of, see `NCSNpp`.
-        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
+        channels: number of input channels.
+        embedding: what the embedding is made of, see `NCSNpp`.
+        fir_kernel: one-dimensional FIR kernel of all resampling, or None for repeated entries
             and means.
-        progressive_input: How the input enters, see `NCSNpp`.
-        scale_by_sigma: Whether the output is divided by the noise level.
-        **options: The other options of `NCSNpp`, with its defaults.
+        progressive_input: how the input enters, see `NCSNpp`.
+        scale_by_sigma: whether the output is divided by the noise level.
+        **options: the other options of `NCSNpp`, with its defaults.
 
     Raises:
-        TypeError: If a count is not an int or an option is unknown.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int or an option is unknown.
+        ValueError: if an argument is out of range.
 
-    Source:
-        Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
-        Generative Modeling through Stochastic Differential Equations, 2021,
-        https://arxiv.org/abs/2011.13456.
+    Source: Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
+    Generative Modeling through Stochastic Differential Equations, 2021, arXiv 2011.13456.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import DDPMpp
-        >>> net = DDPMpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
-        >>> x, t = torch.randn(4, 1, 8, 12), torch.rand(4)
-        >>> net(x, 999 * t).shape
-        torch.Size([4, 1, 8, 12])
+    >>> import torch
+    >>> from diffusionkit.networks import DDPMpp
+    >>> net = DDPMpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
+    >>> x, t = torch.randn(4, 1, 8, 12), torch.rand(4)
+    >>> net(x, 999 * t).shape
+    torch.Size([4, 1, 8, 12])
     """
 
     @remembers
@@ -56,7 +55,6 @@ class DDPMpp(NCSNpp):
         scale_by_sigma: bool = False,
         **options: Any,
     ) -> None:
-        """Build the network."""
         super().__init__(
             channels,
             embedding=embedding,
@@ -71,8 +69,8 @@ class DDPMpp(NCSNpp):
         """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
 
         Args:
-            deep: Whether to take 8 rather than 4 blocks per level.
-            **options: Options that differ from the published ones.
+            deep: whether to take 8 rather than 4 blocks per level.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 61,804,419 parameters (106,632,579 if deep), label 999 t, output the
@@ -85,7 +83,7 @@ class DDPMpp(NCSNpp):
         """Build the "ddpmpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones, such as num_classes=10.
+            **options: options that differ from the published ones, such as num_classes=10.
 
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
@@ -102,7 +100,7 @@ class DDPMpp(NCSNpp):
         """Build the "ddpmpp" network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.

@@ -1,5 +1,7 @@
 """What a network makes of the label (time) and of the class it is given."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Self
@@ -39,21 +41,19 @@ class PositionalEmbedding(nn.Module):
     frequencies are computed in the precision of the label, at least float32.
 
     Args:
-        features: Even number d of features, at least 4.
-        endpoint: Whether 1e-4 itself is the last frequency, as above. If not, d/2 - 1 is d/2.
+        features: even number d of features, at least 4.
+        endpoint: whether 1e-4 itself is the last frequency, as above. If not, d/2 - 1 is d/2.
 
     Raises:
-        ValueError: If `features` is odd or below 4.
+        ValueError: if `features` is odd or below 4.
 
-    Source:
-        A. Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762;
-        in this form J. Ho et al., Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239; without the end point P. Dhariwal and A. Nichol,
-        Diffusion Models Beat GANs on Image Synthesis, 2021, https://arxiv.org/abs/2105.05233.
+    Source: A. Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762; in this form J. Ho
+    et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; without the end point
+    P. Dhariwal and A. Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv
+    2105.05233.
     """
 
     def __init__(self, features: int, *, endpoint: bool = True) -> None:
-        """Keep the number of features."""
         super().__init__()
         _check_features(features)
         self.features = features
@@ -63,7 +63,7 @@ class PositionalEmbedding(nn.Module):
         """Embed labels.
 
         Args:
-            noise_label: Labels (B,).
+            noise_label: labels (B,).
 
         Returns:
             Features (B, features), float64 for float64 labels, else float32.
@@ -87,21 +87,19 @@ class FourierEmbedding(nn.Module):
     goes to half precision.
 
     Args:
-        features: Even number d of features, at least 4; there are d/2 frequencies.
-        scale: Standard deviation of the frequencies.
-        log: Whether the logarithm of the label is embedded: for labels that are a noise level.
+        features: even number d of features, at least 4; there are d/2 frequencies.
+        scale: standard deviation of the frequencies.
+        log: whether the logarithm of the label is embedded: for labels that are a noise level.
 
     Raises:
-        ValueError: If `features` is odd or below 4, or the scale is not positive and finite.
+        ValueError: if `features` is odd or below 4, or the scale is not positive and finite.
 
-    Source:
-        M. Tancik et al., Fourier Features Let Networks Learn High Frequency Functions in Low
-        Dimensional Domains, 2020, https://arxiv.org/abs/2006.10739; of log sigma Y. Song et al.,
-        2021, https://arxiv.org/abs/2011.13456.
+    Source: M. Tancik et al., Fourier Features Let Networks Learn High Frequency Functions in Low
+    Dimensional Domains, 2020, arXiv 2006.10739; of log sigma Y. Song et al., 2021, arXiv
+    2011.13456.
     """
 
     def __init__(self, features: int, *, scale: float = 16.0, log: bool = True) -> None:
-        """Draw the frequencies."""
         super().__init__()
         _check_features(features)
         if not 0 < scale < math.inf:
@@ -121,7 +119,7 @@ class FourierEmbedding(nn.Module):
         """Embed labels.
 
         Args:
-            noise_label: Labels (B,), positive where their logarithm is embedded.
+            noise_label: labels (B,), positive where their logarithm is embedded.
 
         Returns:
             Features (B, features), float64 for float64 labels, else float32.
@@ -148,14 +146,13 @@ class SignedLogEmbedding(nn.Module):
     frequency nor scrambled by the highest.
 
     Args:
-        features: Even number d of features, at least 4.
+        features: even number d of features, at least 4.
 
     Raises:
-        ValueError: If `features` is odd or below 4.
+        ValueError: if `features` is odd or below 4.
     """
 
     def __init__(self, features: int) -> None:
-        """Keep the number of features."""
         super().__init__()
         _check_features(features)
         self.features = features
@@ -164,7 +161,7 @@ class SignedLogEmbedding(nn.Module):
         """Embed labels.
 
         Args:
-            noise_label: Labels (B,).
+            noise_label: labels (B,).
 
         Returns:
             Features (B, features), float64 for float64 labels, else float32.
@@ -184,21 +181,20 @@ class ConditionEmbedding(nn.Module):
     with the class embedding added there, or to the output of :math:`L_2` (`late_classes`).
 
     Args:
-        noise_features: Module that maps labels (B,) to features (B, features).
-        features: Number of those features.
-        width: Number of embedding channels.
-        num_classes: Number of classes, or None for no classes.
-        condition_features: Size of the condition vector, or None for no condition.
-        late_classes: Whether the class embedding is added after both linear layers.
-        style: Whose initialiser and activation are taken, or None for fan-averaged and SiLU.
+        noise_features: module that maps labels (B,) to features (B, features).
+        features: number of those features.
+        width: number of embedding channels.
+        num_classes: number of classes, or None for no classes.
+        condition_features: size of the condition vector, or None for no condition.
+        late_classes: whether the class embedding is added after both linear layers.
+        style: whose initialiser and activation are taken, or None for fan-averaged and SiLU.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If a count is below 1.
+        TypeError: if a count is not an int.
+        ValueError: if a count is below 1.
 
-    Source:
-        Late classes as P. Dhariwal and A. Nichol, 2021, https://arxiv.org/abs/2105.05233; early
-        ones and the vector as T. Karras et al., 2022, https://arxiv.org/abs/2206.00364.
+    Source: Late classes as P. Dhariwal and A. Nichol, 2021, arXiv 2105.05233; early ones and the
+    vector as T. Karras et al., 2022, arXiv 2206.00364.
     """
 
     def __init__(
@@ -212,7 +208,6 @@ class ConditionEmbedding(nn.Module):
         late_classes: bool = False,
         style: Style | None = None,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         check_optional(num_classes=num_classes, condition_features=condition_features)
         make = linear if style is None else style.linear
@@ -238,9 +233,9 @@ class ConditionEmbedding(nn.Module):
         """Embed labels, classes and vectors that have been checked already.
 
         Args:
-            noise_label: Labels (B,).
-            class_labels: Classes (B,), int64, or None for a network without classes.
-            condition: Vectors (B, condition_features), or None for vectors of zeros.
+            noise_label: labels (B,).
+            class_labels: classes (B,), int64, or None for a network without classes.
+            condition: vectors (B, condition_features), or None for vectors of zeros.
 
         Returns:
             Embedding (B, width).
@@ -263,16 +258,15 @@ class SigmaTable(nn.Module):
     """The noise level of a numbered label.
 
     Args:
-        sigmas: Noise levels by number.
+        sigmas: noise levels by number.
 
     Raises:
-        ValueError: If a noise level is not positive and finite.
+        ValueError: if a noise level is not positive and finite.
     """
 
     sigmas: Tensor
 
     def __init__(self, sigmas: Sequence[float]) -> None:
-        """Keep the table."""
         super().__init__()
         if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
             raise ValueError(f"sigmas must be positive, finite numbers, got {list(sigmas)[:6]}")
@@ -294,13 +288,13 @@ class SigmaTable(nn.Module):
         """Look up noise levels.
 
         Args:
-            noise_label: Numbers (B,) of noise levels, which may be floating-point.
+            noise_label: numbers (B,) of noise levels, which may be floating-point.
 
         Returns:
             Noise levels (B,).
 
         Raises:
-            ValueError: If a label is out of range, on the CPU.
+            ValueError: if a label is out of range, on the CPU.
         """
         check_number(noise_label, len(self.values))
         return self.sigmas[noise_label.long()]
@@ -317,12 +311,12 @@ def make_embedding(
     """Make the embedding of the networks of Song et al., with all classes and conditions early.
 
     Args:
-        kind: What it is made of: "fourier", "fourier_linear" or "positional"; None for none.
-        width: Width of the network; the embedding has four times as many channels.
-        style: Whose initialiser and activation are taken.
-        fourier_scale: Standard deviation of the frequencies of Fourier features.
-        num_classes: Number of classes, or None.
-        condition_features: Size of the condition vector, or None.
+        kind: what it is made of: "fourier", "fourier_linear" or "positional"; None for none.
+        width: width of the network; the embedding has four times as many channels.
+        style: whose initialiser and activation are taken.
+        fourier_scale: standard deviation of the frequencies of Fourier features.
+        num_classes: number of classes, or None.
+        condition_features: size of the condition vector, or None.
 
     Returns:
         The embedding, or None.

@@ -1,5 +1,7 @@
 """Fourier features of the input, beside the input."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,27 +22,24 @@ class FourierFeatures(nn.Module):
     n = 6 alternate from one level to the next. Fewer levels want smaller n.
 
     Args:
-        network: Maps (input (B, (1 + 2 len(exponents)) C, ...), label, ...) to (B, C, ...).
-        exponents: The n.
+        network: maps (input (B, (1 + 2 len(exponents)) C, ...), label, ...) to (B, C, ...).
+        exponents: the n.
 
     Raises:
-        TypeError: If the network is not a module or an exponent is not an int.
-        ValueError: If there is no exponent.
+        TypeError: if the network is not a module or an exponent is not an int.
+        ValueError: if there is no exponent.
 
-    Source:
-        D. P. Kingma, T. Salimans, B. Poole, J. Ho, Variational Diffusion Models, 2021,
-        https://arxiv.org/abs/2107.00630 (appendix C).
+    Source: D. P. Kingma, T. Salimans, B. Poole, J. Ho, Variational Diffusion Models, 2021, arXiv
+    2107.00630 (appendix C).
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import MLP, FourierFeatures
-        >>> net = FourierFeatures(MLP(10, out_features=2))
-        >>> net(torch.randn(5, 2), torch.rand(5)).shape
-        torch.Size([5, 2])
+    >>> import torch
+    >>> from diffusionkit.networks import MLP, FourierFeatures
+    >>> net = FourierFeatures(MLP(10, out_features=2))
+    >>> net(torch.randn(5, 2), torch.rand(5)).shape
+    torch.Size([5, 2])
     """
 
     def __init__(self, network: nn.Module, *, exponents: Sequence[int] = (6, 7)) -> None:
-        """Keep the network."""
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must be a module, got {type(network).__name__}")
@@ -60,17 +59,17 @@ class FourierFeatures(nn.Module):
         """Evaluate the network on the input and its features.
 
         Args:
-            x: Input (B, C, ...).
-            noise_label: Time label (B,).
-            *args: Handed to the network.
-            **kwargs: Handed to the network.
+            x: input (B, C, ...).
+            noise_label: time label (B,).
+            *args: handed to the network.
+            **kwargs: handed to the network.
 
         Returns:
             What the network returns.
 
         Raises:
-            TypeError: If the input is not of a floating-point dtype.
-            ValueError: If it has no channels.
+            TypeError: if the input is not of a floating-point dtype.
+            ValueError: if it has no channels.
         """
         if not x.dtype.is_floating_point:
             raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}")

@@ -1,5 +1,7 @@
 """Initialisation, and the layers that the blocks of one network have in common."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,8 +44,8 @@ def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
     where fan_avg is the mean of the numbers of inputs and outputs of one unit.
 
     Args:
-        weight: Weight (out, in, \*kernel).
-        scale: Factor of the variance. Zero stands for 1e-10: nearly, but not quite, nothing.
+        weight: weight (out, in, \*kernel).
+        scale: factor of the variance. Zero stands for 1e-10: nearly, but not quite, nothing.
 
     Returns:
         The weight.
@@ -59,8 +61,8 @@ def fan_average_(layer: Layer, scale: float) -> None:
     """Initialise as the networks of Ho et al. and Song et al.: fan-averaged weight, zero bias.
 
     Args:
-        layer: Linear or convolutional layer, changed in place.
-        scale: Variance scale of the weight, see `variance_scaling_`.
+        layer: linear or convolutional layer, changed in place.
+        scale: variance scale of the weight, see `variance_scaling_`.
     """
     variance_scaling_(layer.weight, scale)
     if layer.bias is not None:
@@ -72,8 +74,8 @@ def default_or_zero_(layer: Layer, scale: float) -> None:
     """Initialise as the networks of Dhariwal and Nichol: torch's own law, or exact zeros.
 
     Args:
-        layer: Linear or convolutional layer, changed in place.
-        scale: Zero for zeros; torch's own initialisation is kept otherwise.
+        layer: linear or convolutional layer, changed in place.
+        scale: zero for zeros; torch's own initialisation is kept otherwise.
     """
     if scale == 0:
         nn.init.zeros_(layer.weight)
@@ -85,9 +87,9 @@ def linear(in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Lin
     """Linear layer with variance-scaled weight and zero bias.
 
     Args:
-        in_features: Number of inputs.
-        out_features: Number of outputs.
-        scale: Variance scale of the weight, see `variance_scaling_`.
+        in_features: number of inputs.
+        out_features: number of outputs.
+        scale: variance scale of the weight, see `variance_scaling_`.
 
     Returns:
         The layer, mapping (..., in_features) to (..., out_features).
@@ -102,16 +104,16 @@ class Style:
     """What all blocks of one network have in common, and the layers made accordingly.
 
     Args:
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        embedding_width: Channels of the embedding that blocks are given, or None for none.
-        dropout: Dropout probability within residual blocks.
-        rescale: Whether sums of two branches are divided by sqrt(2).
-        adaptive_scale: Whether the embedding scales and shifts the second normalisation of a
+        dims: number of spatial dimensions, 1, 2 or 3.
+        embedding_width: channels of the embedding that blocks are given, or None for none.
+        dropout: dropout probability within residual blocks.
+        rescale: whether sums of two branches are divided by sqrt(2).
+        adaptive_scale: whether the embedding scales and shifts the second normalisation of a
             residual block, rather than being added before it.
-        group_channels: Least number of channels per group of a normalisation.
-        eps: What normalisations add to the variance.
-        activation: Activation function of all layers.
-        initialise: Initialiser of a layer, given a scale: 0 where a branch is to start silent.
+        group_channels: least number of channels per group of a normalisation.
+        eps: what normalisations add to the variance.
+        activation: activation function of all layers.
+        initialise: initialiser of a layer, given a scale: 0 where a branch is to start silent.
     """
 
     dims: int
@@ -137,12 +139,12 @@ class Style:
         r"""Make a convolution; by default one that keeps the spatial size.
 
         Args:
-            in_channels: Number of input channels.
-            out_channels: Number of output channels.
-            kernel: Odd kernel size, the same along every dimension.
-            stride: Stride, the same along every dimension.
-            padding: Padding of both ends of every dimension; half the kernel by default.
-            scale: Scale given to the initialiser.
+            in_channels: number of input channels.
+            out_channels: number of output channels.
+            kernel: odd kernel size, the same along every dimension.
+            stride: stride, the same along every dimension.
+            padding: padding of both ends of every dimension; half the kernel by default.
+            scale: scale given to the initialiser.
 
         Returns:
             The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
@@ -156,9 +158,9 @@ class Style:
         """Make a linear layer.
 
         Args:
-            in_features: Number of inputs.
-            out_features: Number of outputs.
-            scale: Scale given to the initialiser.
+            in_features: number of inputs.
+            out_features: number of outputs.
+            scale: scale given to the initialiser.
 
         Returns:
             The layer, mapping (..., in_features) to (..., out_features).
@@ -173,7 +175,7 @@ class Style:
         Where that number does not divide the channels, the next smaller one that does is taken.
 
         Args:
-            channels: Number of channels.
+            channels: number of channels.
 
         Returns:
             The layer.
@@ -187,8 +189,8 @@ class Style:
         """Add two branches, over sqrt(2) if so chosen.
 
         Args:
-            x: Feature map.
-            h: Feature map of the same shape.
+            x: feature map.
+            h: feature map of the same shape.
 
         Returns:
             x + h or (x + h) / sqrt(2).
@@ -201,8 +203,8 @@ def over_level(h: Tensor, level: Tensor) -> Tensor:
     r"""Divide a network's output by noise levels, which half precision could not hold.
 
     Args:
-        h: Output (B, C, \*spatial).
-        level: Noise levels (B,).
+        h: output (B, C, \*spatial).
+        level: noise levels (B,).
 
     Returns:
         h / level, in the dtype of h.

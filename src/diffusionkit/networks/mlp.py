@@ -1,5 +1,7 @@
 """A residual multi-layer perceptron for vectors."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,27 +45,25 @@ class MLP(nn.Module):
     1e3 and of either sign serve equally well (999 t, log sigma / 4 or sigma).
 
     Args:
-        features: Size F of the input vectors.
-        out_features: Size of the output vectors; that of the input if None.
-        width: Number of hidden units, at least 2.
-        depth: Number of residual layers, of two linear maps each.
-        num_classes: Number of classes, or None for a network without classes.
+        features: size F of the input vectors.
+        out_features: size of the output vectors; that of the input if None.
+        width: number of hidden units, at least 2.
+        depth: number of residual layers, of two linear maps each.
+        num_classes: number of classes, or None for a network without classes.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int.
+        ValueError: if an argument is out of range.
 
-    Source:
-        The modulation is the feature-wise one of E. Perez et al., FiLM: Visual Reasoning with a
-        General Conditioning Layer, 2018, https://arxiv.org/abs/1709.07871.
+    Source: The modulation is the feature-wise one of E. Perez et al., FiLM: Visual Reasoning with a
+    General Conditioning Layer, 2018, arXiv 1709.07871.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import MLP
-        >>> net = MLP(2, num_classes=3)
-        >>> x, t = torch.randn(5, 2), torch.rand(5)
-        >>> net(x, 999 * t, class_labels=torch.tensor([0, 1, 2, 0, 1])).shape
-        torch.Size([5, 2])
+    >>> import torch
+    >>> from diffusionkit.networks import MLP
+    >>> net = MLP(2, num_classes=3)
+    >>> x, t = torch.randn(5, 2), torch.rand(5)
+    >>> net(x, 999 * t, class_labels=torch.tensor([0, 1, 2, 0, 1])).shape
+    torch.Size([5, 2])
     """
 
     config: dict[str, Any]
@@ -78,7 +78,6 @@ class MLP(nn.Module):
         depth: int = 3,
         num_classes: int | None = None,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         out_features = features if out_features is None else out_features
         check_positive(features=features, out_features=out_features, width=width, depth=depth)
@@ -98,16 +97,16 @@ class MLP(nn.Module):
         """Evaluate the network.
 
         Args:
-            x: Input (B, features).
-            noise_label: Time label (B,).
-            class_labels: Class labels (B,), int64, if and only if the network has classes.
+            x: input (B, features).
+            noise_label: time label (B,).
+            class_labels: class labels (B,), int64, if and only if the network has classes.
 
         Returns:
             Output (B, out_features).
 
         Raises:
-            TypeError: If a dtype is wrong, or class labels are missing or unexpected.
-            ValueError: If a shape, a device or a class label is wrong.
+            TypeError: if a dtype is wrong, or class labels are missing or unexpected.
+            ValueError: if a shape, a device or a class label is wrong.
         """
         check_input(x, self.features, 0, self.input.weight)
         check_noise_label(x, noise_label)

@@ -1,5 +1,7 @@
 """NCSN++, the U-Net of which DDPM++ and DDPM are other choices of options."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal, Self
@@ -15,7 +17,7 @@ from .progressive import Head, InputResidual, InputSkip, OutputResidual, OutputS
 from .resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
 from .unet import UNet
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class NCSNpp(UNet):
@@ -28,65 +30,62 @@ class NCSNpp(UNet):
     network with other defaults.
 
     Args:
-        channels: Number of input channels.
-        out_channels: Number of output channels; those of the input if None.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels of the first level, even and at least 4.
-        multipliers: Channels of each level over `width`; each level halves the resolution.
-        blocks: Number of residual blocks per level.
-        attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        dropout: Dropout probability within the residual blocks.
-        num_classes: Number of classes, or None for a network without classes.
-        condition_features: Size of a condition vector, such as augmentation labels, or None.
-        low_res_channels: Number of channels of a low-resolution image that the network is given
+        channels: number of input channels.
+        out_channels: number of output channels; those of the input if None.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        width: number of channels of the first level, even and at least 4.
+        multipliers: channels of each level over `width`; each level halves the resolution.
+        blocks: number of residual blocks per level.
+        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        dropout: dropout probability within the residual blocks.
+        num_classes: number of classes, or None for a network without classes.
+        condition_features: size of a condition vector, such as augmentation labels, or None.
+        low_res_channels: number of channels of a low-resolution image that the network is given
             beside its input, or None.
-        embedding: What the embedding is made of: "fourier" random Fourier features of the
+        embedding: what the embedding is made of: "fourier" random Fourier features of the
             logarithm of the label, which is sigma; "fourier_linear" those of the label itself;
             "positional" sines and cosines of a label of the order of a step index; None for a
             network that is not told the label.
-        fourier_scale: Standard deviation of the frequencies of the Fourier features.
+        fourier_scale: standard deviation of the frequencies of the Fourier features.
         resblock: "biggan" for residual blocks that resample inside, "ddpm" for separate layers
             of up- and down-sampling.
-        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
+        fir_kernel: one-dimensional FIR kernel of all resampling, or None for repeated entries
             and means.
-        resample_with_conv: Whether the separate layers of "ddpm" have a convolution.
-        progressive: How the output grows: "none" by the last level alone; "output_skip" as a sum
+        resample_with_conv: whether the separate layers of "ddpm" have a convolution.
+        progressive: how the output grows: "none" by the last level alone; "output_skip" as a sum
             of up-sampled outputs of all levels; "residual" by a convolutional branch that
             replaces the features.
-        progressive_input: How the input enters: "none" at the first level alone; "input_skip"
+        progressive_input: how the input enters: "none" at the first level alone; "input_skip"
             down-sampled and combined with the features of every level; "residual" by a
             convolutional branch that replaces the features.
-        progressive_combine: How "input_skip" combines, "sum" or "cat".
-        skip_rescale: Whether sums of two branches are divided by sqrt(2).
-        adaptive_scale: Whether the embedding scales and shifts the second normalisation of a
+        progressive_combine: how "input_skip" combines, "sum" or "cat".
+        skip_rescale: whether sums of two branches are divided by sqrt(2).
+        adaptive_scale: whether the embedding scales and shifts the second normalisation of a
             residual block, rather than being added before it.
-        group_channels: Least number of channels per group of a normalisation; there are at most
+        group_channels: least number of channels per group of a normalisation; there are at most
             32 groups. With groups of one channel and no scale the label would have no effect.
-        activation: Activation function of all layers; "leaky_relu" with a slope of 0.2.
-        scale_by_sigma: Whether the output is divided by the noise level.
-        sigmas: Noise levels by number, where the label is a number and not the level itself.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations are computed again in the backward pass
+        activation: activation function of all layers; "leaky_relu" with a slope of 0.2.
+        scale_by_sigma: whether the output is divided by the noise level.
+        sigmas: noise levels by number, where the label is a number and not the level itself.
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations are computed again in the backward pass
             instead of being kept: less memory, more time, the same gradient. Not under
             transforms of torch.func.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int.
+        ValueError: if an argument is out of range.
 
-    Source:
-        Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
-        Generative Modeling through Stochastic Differential Equations, 2021,
-        https://arxiv.org/abs/2011.13456.
+    Source: Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
+    Generative Modeling through Stochastic Differential Equations, 2021, arXiv 2011.13456.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit import RawScoreModel, VESDE
-        >>> from diffusionkit.networks import NCSNpp
-        >>> net = NCSNpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
-        >>> model = RawScoreModel(net, VESDE(sigma_max=50.0))
-        >>> model(torch.randn(4, 1, 8, 12), torch.rand(4)).shape
-        torch.Size([4, 1, 8, 12])
+    >>> import torch
+    >>> from diffusionkit import RawScoreModel, VESDE
+    >>> from diffusionkit.networks import NCSNpp
+    >>> net = NCSNpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
+    >>> model = RawScoreModel(net, VESDE(sigma_max=50.0))
+    >>> model(torch.randn(4, 1, 8, 12), torch.rand(4)).shape
+    torch.Size([4, 1, 8, 12])
     """
 
     @remembers
@@ -121,7 +120,6 @@ class NCSNpp(UNet):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Choose the parts and build the network."""
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         check_positive(group_channels=group_channels)
@@ -147,7 +145,7 @@ class NCSNpp(UNet):
 
         deaf = [c for c in widths if style.norm(c).num_groups == c]
         if embedding is not None and not adaptive_scale and deaf:
-            _LOG.warning(
+            logger.warning(
                 "groups of one channel do not hear the label, at levels of %s channels: "
                 "group_channels=4 would make them larger",
                 deaf,
@@ -215,8 +213,8 @@ class NCSNpp(UNet):
         """Build the network for CIFAR-10 and the continuous VE process, data in [0, 1].
 
         Args:
-            deep: Whether to take 8 rather than 4 blocks per level.
-            **options: Options that differ from the published ones.
+            deep: whether to take 8 rather than 4 blocks per level.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 62,758,915 parameters (107,587,075 if deep), label sigma.
@@ -229,8 +227,8 @@ class NCSNpp(UNet):
         """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
 
         Args:
-            deep: Whether to take 8 rather than 4 blocks per level.
-            **options: Options that differ from the published ones.
+            deep: whether to take 8 rather than 4 blocks per level.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 62,693,251 parameters if not deep, label 999 t, output the noise.
@@ -247,8 +245,8 @@ class NCSNpp(UNet):
         """Build the network for CIFAR-10 and 1000 discrete VE levels, data in [0, 1].
 
         Args:
-            sigma_max: Largest noise level.
-            **options: Options that differ from the published ones.
+            sigma_max: largest noise level.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 62,693,251 parameters, label the number of the level from the largest.
@@ -265,7 +263,7 @@ class NCSNpp(UNet):
         """Build the network for CelebA of 64 pixels and 1000 discrete VE levels, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 62,693,251 parameters, label the number of the level from the largest.
@@ -277,7 +275,7 @@ class NCSNpp(UNet):
         """Build the network for CelebA-HQ of 256 pixels and VE, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 65,574,549 parameters, label sigma.
@@ -308,7 +306,7 @@ class NCSNpp(UNet):
         """Build the network for CelebA-HQ of 1024 pixels and VE, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 105,785,896 parameters, label sigma.
@@ -331,7 +329,7 @@ class NCSNpp(UNet):
         """Build the "ncsnpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
 
         Args:
-            **options: Options that differ from the published ones, such as num_classes=10.
+            **options: options that differ from the published ones, such as num_classes=10.
 
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
@@ -350,7 +348,7 @@ class NCSNpp(UNet):
         """Build the "ncsnpp" network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network, with augmentation labels of size 9 as its condition, for `EDMModel`.

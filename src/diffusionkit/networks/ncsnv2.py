@@ -1,5 +1,7 @@
 """NCSNv2, the RefineNet of Song and Ermon, 2020."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self, TypeAlias
@@ -42,32 +44,30 @@ class NCSNv2(nn.Module):
     From the lowest level up, a refinement block joins each level to what was refined below.
 
     Args:
-        channels: Number of input and output channels.
-        sigmas: Noise levels by number, from the largest to the smallest in the papers.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels that the multipliers multiply, at least 2.
-        levels: One row (multiplier, dilation) per level: channels over `width`, and dilation of
+        channels: number of input and output channels.
+        sigmas: noise levels by number, from the largest to the smallest in the papers.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        width: number of channels that the multipliers multiply, at least 2.
+        levels: one row (multiplier, dilation) per level: channels over `width`, and dilation of
             the convolutions.
-        activation: Activation function of all layers; "leaky_relu" with a slope of 0.2.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations within levels and refinement blocks are
+        activation: activation function of all layers; "leaky_relu" with a slope of 0.2.
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations within levels and refinement blocks are
             computed again in the backward pass instead of being kept: less memory, more time,
             the same gradient. Not under transforms of torch.func.
 
     Raises:
-        TypeError: If a count is not an int or a row of `levels` not a pair.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int or a row of `levels` not a pair.
+        ValueError: if an argument is out of range.
 
-    Source:
-        Y. Song, S. Ermon, Improved Techniques for Training Score-Based Generative Models, 2020,
-        https://arxiv.org/abs/2006.09011.
+    Source: Y. Song, S. Ermon, Improved Techniques for Training Score-Based Generative Models, 2020,
+    arXiv 2006.09011.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import NCSNv2
-        >>> net = NCSNv2(channels=1, sigmas=(10.0, 1.0, 0.1), width=4)
-        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 1, 2, 2])).shape
-        torch.Size([4, 1, 8, 12])
+    >>> import torch
+    >>> from diffusionkit.networks import NCSNv2
+    >>> net = NCSNv2(channels=1, sigmas=(10.0, 1.0, 0.1), width=4)
+    >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 1, 2, 2])).shape
+    torch.Size([4, 1, 8, 12])
     """
 
     config: dict[str, Any]
@@ -85,7 +85,6 @@ class NCSNv2(nn.Module):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Build the network."""
         super().__init__()
         check_positive(channels=channels, width=width)
         if width < 2:  # the normalisation takes a variance over channels
@@ -123,17 +122,17 @@ class NCSNv2(nn.Module):
         r"""Evaluate the network.
 
         Args:
-            x: Input (B, channels, \*spatial), every size divisible by the total down-sampling,
+            x: input (B, channels, \*spatial), every size divisible by the total down-sampling,
                 2 for the default levels.
-            noise_label: Number (B,) of the noise level, below the number of noise levels.
-            class_labels: None: the network has no classes.
+            noise_label: number (B,) of the noise level, below the number of noise levels.
+            class_labels: none: the network has no classes.
 
         Returns:
             Output (B, channels, \*spatial).
 
         Raises:
-            TypeError: If a dtype is wrong or labels are given.
-            ValueError: If a shape or a device is wrong.
+            TypeError: if a dtype is wrong or labels are given.
+            ValueError: if a shape or a device is wrong.
         """
         check_input(x, self.channels, self.dims, self.input.weight)
         check_divisible(x, self.factor)
@@ -165,7 +164,7 @@ class NCSNv2(nn.Module):
         """Build the network for CIFAR-10, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 29,694,083 parameters, 232 noise levels from 50 to 0.01.
@@ -177,7 +176,7 @@ class NCSNv2(nn.Module):
         """Build the network for CelebA of 64 pixels, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 29,694,083 parameters, 500 noise levels from 90 to 0.01.
@@ -189,7 +188,7 @@ class NCSNv2(nn.Module):
         """Build the network for LSUN churches of 96 pixels, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 83,445,379 parameters, 788 noise levels from 140 to 0.01.
@@ -201,7 +200,7 @@ class NCSNv2(nn.Module):
         """Build the network for LSUN bedrooms of 128 pixels, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 83,445,379 parameters, 1086 noise levels from 190 to 0.01.
@@ -218,7 +217,7 @@ class NCSNv2(nn.Module):
         """Build the network for FFHQ of 256 pixels, data in [0, 1].
 
         Args:
-            **options: Options that differ from the published ones.
+            **options: options that differ from the published ones.
 
         Returns:
             The network: 94,132,611 parameters, 2311 noise levels from 348 to 0.01.

@@ -5,6 +5,8 @@ as the input of the network. An output branch does so after every level of the d
 coarsest, where there is no pyramid yet.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,16 +21,15 @@ class Head(nn.Module):
     """Normalisation, activation and a 3-tap convolution.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        style: What the network's blocks have in common.
-        scale: Scale given to the initialiser; almost zero by default.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        style: what the network's blocks have in common.
+        scale: scale given to the initialiser; almost zero by default.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, style: Style, *, scale: float = 0.0
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.style = style
         self.norm = style.norm(in_channels)
@@ -38,7 +39,7 @@ class Head(nn.Module):
         r"""Apply the layers.
 
         Args:
-            h: Feature map (B, in_channels, \*spatial).
+            h: feature map (B, in_channels, \*spatial).
 
         Returns:
             Feature map (B, out_channels, \*spatial).
@@ -51,10 +52,10 @@ class InputSkip(nn.Module):
     """The down-sampled input, through a 1x1 convolution, is added or joined to the features.
 
     Args:
-        channels: Number of channels of the network's input.
-        width: Number of channels of the features.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel of the down-sampling, or None for means.
+        channels: number of channels of the network's input.
+        width: number of channels of the features.
+        style: what the network's blocks have in common.
+        fir_kernel: one-dimensional FIR kernel of the down-sampling, or None for means.
         combine: "sum" to add, "cat" to concatenate.
     """
 
@@ -66,7 +67,6 @@ class InputSkip(nn.Module):
         fir_kernel: Sequence[float] | None,
         combine: Literal["sum", "cat"],
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.down = Downsample(fir_kernel)
         self.conv = style.conv(channels, width, kernel=1)
@@ -78,8 +78,8 @@ class InputSkip(nn.Module):
         r"""Go down one resolution.
 
         Args:
-            pyramid: The input at the resolution above (B, channels, \*(2 spatial)).
-            h: Features (B, width, \*spatial).
+            pyramid: the input at the resolution above (B, channels, \*(2 spatial)).
+            h: features (B, width, \*spatial).
 
         Returns:
             The input at this resolution, and the features joined to it.
@@ -94,16 +94,15 @@ class InputResidual(nn.Module):
     """The down-sampling convolution of the branch is joined to the features and replaces them.
 
     Args:
-        channels: Number of channels of the branch above.
-        width: Number of channels of the features.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel of the down-sampling, or None.
+        channels: number of channels of the branch above.
+        width: number of channels of the features.
+        style: what the network's blocks have in common.
+        fir_kernel: one-dimensional FIR kernel of the down-sampling, or None.
     """
 
     def __init__(
         self, channels: int, width: int, style: Style, fir_kernel: Sequence[float] | None
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.style = style
         self.down = ConvDownsample(channels, width, style, fir_kernel)
@@ -113,8 +112,8 @@ class InputResidual(nn.Module):
         r"""Go down one resolution.
 
         Args:
-            pyramid: The branch at the resolution above (B, channels, \*(2 spatial)).
-            h: Features (B, width, \*spatial).
+            pyramid: the branch at the resolution above (B, channels, \*(2 spatial)).
+            h: features (B, width, \*spatial).
 
         Returns:
             The branch at this resolution, twice: it is the features from here on.
@@ -127,16 +126,15 @@ class OutputSkip(nn.Module):
     """The output is the up-sampled output of the resolution below plus a head of this one.
 
     Args:
-        width: Number of channels of the features.
-        out_channels: Number of channels of the network's output.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel of the up-sampling, or None to repeat entries.
+        width: number of channels of the features.
+        out_channels: number of channels of the network's output.
+        style: what the network's blocks have in common.
+        fir_kernel: one-dimensional FIR kernel of the up-sampling, or None to repeat entries.
     """
 
     def __init__(
         self, width: int, out_channels: int, style: Style, fir_kernel: Sequence[float] | None
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.head = Head(width, out_channels, style)
         self.up = Upsample(fir_kernel)
@@ -145,8 +143,8 @@ class OutputSkip(nn.Module):
         r"""Go up one resolution.
 
         Args:
-            pyramid: The output at the resolution below, or None at the coarsest.
-            h: Features (B, width, \*spatial).
+            pyramid: the output at the resolution below, or None at the coarsest.
+            h: features (B, width, \*spatial).
 
         Returns:
             The output at this resolution (B, out_channels, \*spatial), and the features.
@@ -159,12 +157,11 @@ class OutputStart(nn.Module):
     """The convolutional branch of the output starts as a head of the coarsest features.
 
     Args:
-        width: Number of channels of the features and of the branch.
-        style: What the network's blocks have in common.
+        width: number of channels of the features and of the branch.
+        style: what the network's blocks have in common.
     """
 
     def __init__(self, width: int, style: Style) -> None:
-        """Build the layers."""
         super().__init__()
         self.head = Head(width, width, style, scale=1.0)
 
@@ -172,8 +169,8 @@ class OutputStart(nn.Module):
         r"""Start the branch.
 
         Args:
-            pyramid: None.
-            h: Features (B, width, \*spatial).
+            pyramid: none.
+            h: features (B, width, \*spatial).
 
         Returns:
             The branch (B, width, \*spatial), and the features as they are.
@@ -185,16 +182,15 @@ class OutputResidual(nn.Module):
     """The up-sampling convolution of the branch is joined to the features and replaces them.
 
     Args:
-        channels: Number of channels of the branch below.
-        width: Number of channels of the features.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel of the up-sampling, or None to repeat entries.
+        channels: number of channels of the branch below.
+        width: number of channels of the features.
+        style: what the network's blocks have in common.
+        fir_kernel: one-dimensional FIR kernel of the up-sampling, or None to repeat entries.
     """
 
     def __init__(
         self, channels: int, width: int, style: Style, fir_kernel: Sequence[float] | None
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.style = style
         self.up = ConvUpsample(channels, width, style, fir_kernel)
@@ -203,8 +199,8 @@ class OutputResidual(nn.Module):
         r"""Go up one resolution.
 
         Args:
-            pyramid: The branch at the resolution below (B, channels, \*(spatial / 2)).
-            h: Features (B, width, \*spatial).
+            pyramid: the branch at the resolution below (B, channels, \*(spatial / 2)).
+            h: features (B, width, \*spatial).
 
         Returns:
             The branch at this resolution, twice: it is the features from here on.

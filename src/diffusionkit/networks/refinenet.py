@@ -1,5 +1,7 @@
 """The parts of NCSNv2: its normalisation, its residual block and its refinement block."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -35,12 +37,12 @@ def conv(
     r"""Make a convolution that keeps the spatial size, with torch's own initialisation.
 
     Args:
-        dims: Number of spatial dimensions.
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        kernel: Odd kernel size, the same along every dimension.
-        dilation: Distance between the entries of the kernel.
-        bias: Whether there is a bias.
+        dims: number of spatial dimensions.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel: odd kernel size, the same along every dimension.
+        dilation: distance between the entries of the kernel.
+        bias: whether there is a bias.
 
     Returns:
         The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
@@ -63,17 +65,15 @@ class InstanceNormPlus(nn.Module):
     :math:`\epsilon = 10^{-5}`.
 
     Args:
-        channels: Number of channels, at least 2.
+        channels: number of channels, at least 2.
 
-    Source:
-        Y. Song, S. Ermon, Generative Modeling by Estimating Gradients of the Data Distribution,
-        2019, https://arxiv.org/abs/1907.05600, appendix A.
+    Source: Y. Song, S. Ermon, Generative Modeling by Estimating Gradients of the Data Distribution,
+    2019, arXiv 1907.05600, appendix A.
     """
 
     eps = 1e-5
 
     def __init__(self, channels: int) -> None:
-        """Draw the parameters."""
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
         self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
@@ -83,7 +83,7 @@ class InstanceNormPlus(nn.Module):
         r"""Normalise.
 
         Args:
-            x: Feature map (B, channels, \*spatial).
+            x: feature map (B, channels, \*spatial).
 
         Returns:
             Feature map of the same shape.
@@ -111,16 +111,15 @@ class DilatedBlock(nn.Module):
     keeps the size, p being the identity, and its shortcut is a dilated convolution.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels; for a block that is not the first, the same.
-        dims: Number of spatial dimensions.
-        activation: The activation.
-        dilation: Dilation of the convolutions.
-        first: Whether the block is the first of a level below another one.
+        in_channels: number of input channels.
+        out_channels: number of output channels; for a block that is not the first, the same.
+        dims: number of spatial dimensions.
+        activation: the activation.
+        dilation: dilation of the convolutions.
+        first: whether the block is the first of a level below another one.
 
-    Source:
-        F. Yu, V. Koltun, T. Funkhouser, Dilated Residual Networks, 2017,
-        https://arxiv.org/abs/1705.09914, as used by Song and Ermon, 2019 and 2020.
+    Source: F. Yu, V. Koltun, T. Funkhouser, Dilated Residual Networks, 2017, arXiv 1705.09914, as
+    used by Song and Ermon, 2019 and 2020.
     """
 
     def __init__(
@@ -133,7 +132,6 @@ class DilatedBlock(nn.Module):
         dilation: int = 1,
         first: bool = False,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.activation = activation
         self.pools = first and dilation == 1
@@ -151,7 +149,7 @@ class DilatedBlock(nn.Module):
         r"""Apply the block.
 
         Args:
-            x: Feature map (B, in_channels, \*spatial), of even sizes where it is halved.
+            x: feature map (B, in_channels, \*spatial), of even sizes where it is halved.
 
         Returns:
             Feature map (B, out_channels, \*spatial) or (B, out_channels, \*(spatial / 2)).
@@ -167,13 +165,12 @@ class ResidualUnit(nn.Module):
     r"""Residual convolution unit: ``x + conv_2(a(conv_1(a(x))))``, without biases.
 
     Args:
-        channels: Number of channels.
-        dims: Number of spatial dimensions.
-        activation: The activation a.
+        channels: number of channels.
+        dims: number of spatial dimensions.
+        activation: the activation a.
     """
 
     def __init__(self, channels: int, dims: int, activation: Activation) -> None:
-        """Build the layers."""
         super().__init__()
         self.activation = activation
         self.conv_1 = conv(dims, channels, channels, bias=False)
@@ -183,7 +180,7 @@ class ResidualUnit(nn.Module):
         r"""Apply the unit.
 
         Args:
-            x: Feature map (B, channels, \*spatial).
+            x: feature map (B, channels, \*spatial).
 
         Returns:
             Feature map of the same shape.
@@ -199,13 +196,12 @@ class ChainedPooling(nn.Module):
         \mathrm{out} = p_0 + p_1 + p_2
 
     Args:
-        channels: Number of channels.
-        dims: Number of spatial dimensions.
-        activation: The activation a.
+        channels: number of channels.
+        dims: number of spatial dimensions.
+        activation: the activation a.
     """
 
     def __init__(self, channels: int, dims: int, activation: Activation) -> None:
-        """Build the layers."""
         super().__init__()
         self.activation = activation
         self.pool = _MAX_POOL[dims](5, stride=1, padding=2)
@@ -215,7 +211,7 @@ class ChainedPooling(nn.Module):
         r"""Apply the chain.
 
         Args:
-            x: Feature map (B, channels, \*spatial).
+            x: feature map (B, channels, \*spatial).
 
         Returns:
             Feature map of the same shape.
@@ -235,16 +231,15 @@ class Refinement(nn.Module):
     Chained residual pooling and further residual units follow.
 
     Args:
-        channels: Number of channels of each input: the level's, then, except for the lowest
+        channels: number of channels of each input: the level's, then, except for the lowest
             level, those of what was refined below.
-        out_channels: Number of output channels; for the lowest level, its own.
-        dims: Number of spatial dimensions.
-        activation: The activation.
-        units: Number of residual units at the end.
+        out_channels: number of output channels; for the lowest level, its own.
+        dims: number of spatial dimensions.
+        activation: the activation.
+        units: number of residual units at the end.
 
-    Source:
-        G. Lin, A. Milan, C. Shen, I. Reid, RefineNet: Multi-Path Refinement Networks for
-        High-Resolution Semantic Segmentation, 2017, https://arxiv.org/abs/1611.06612.
+    Source: G. Lin, A. Milan, C. Shen, I. Reid, RefineNet: Multi-Path Refinement Networks for
+    High-Resolution Semantic Segmentation, 2017, arXiv 1611.06612.
     """
 
     def __init__(
@@ -255,7 +250,6 @@ class Refinement(nn.Module):
         activation: Activation,
         units: int,
     ) -> None:
-        """Build the layers."""
         super().__init__()
 
         def residual_units(c: int, count: int) -> nn.Sequential:
@@ -272,8 +266,8 @@ class Refinement(nn.Module):
         r"""Apply the block.
 
         Args:
-            x: Feature map (B, channels[0], \*spatial) of the level.
-            below: Refined feature map (B, channels[1], \*any spatial), or None.
+            x: feature map (B, channels[0], \*spatial) of the level.
+            below: refined feature map (B, channels[1], \*any spatial), or None.
 
         Returns:
             Feature map (B, out_channels, \*spatial).

@@ -1,5 +1,7 @@
 """Resampling of feature maps by two: parameterless functions, and layers with a convolution."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -19,11 +21,10 @@ class Upsample(nn.Module):
     r"""Double every spatial size, by an FIR filter or by repeating each entry.
 
     Args:
-        fir_kernel: One-dimensional FIR kernel, or None to repeat entries.
+        fir_kernel: one-dimensional FIR kernel, or None to repeat entries.
     """
 
     def __init__(self, fir_kernel: Sequence[float] | None = None) -> None:
-        """Keep the kernel."""
         super().__init__()
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
@@ -31,8 +32,8 @@ class Upsample(nn.Module):
         r"""Double every spatial size.
 
         Args:
-            x: Feature map (B, C, \*spatial) of 1 to 3 spatial dimensions.
-            emb: Not used; there so that the layer can take a block's place.
+            x: feature map (B, C, \*spatial) of 1 to 3 spatial dimensions.
+            emb: not used; there so that the layer can take a block's place.
 
         Returns:
             Feature map (B, C, \*(2 spatial)).
@@ -46,11 +47,10 @@ class Downsample(nn.Module):
     r"""Halve every spatial size, by an FIR filter or by averaging neighbours.
 
     Args:
-        fir_kernel: One-dimensional FIR kernel, or None to average 2 neighbours per dimension.
+        fir_kernel: one-dimensional FIR kernel, or None to average 2 neighbours per dimension.
     """
 
     def __init__(self, fir_kernel: Sequence[float] | None = None) -> None:
-        """Keep the kernel."""
         super().__init__()
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
@@ -58,8 +58,8 @@ class Downsample(nn.Module):
         r"""Halve every spatial size.
 
         Args:
-            x: Feature map (B, C, \*spatial) of 1 to 3 spatial dimensions, of even sizes.
-            emb: Not used; there so that the layer can take a block's place.
+            x: feature map (B, C, \*spatial) of 1 to 3 spatial dimensions, of even sizes.
+            emb: not used; there so that the layer can take a block's place.
 
         Returns:
             Feature map (B, C, \*(spatial / 2)).
@@ -76,10 +76,10 @@ class ConvUpsample(nn.Module):
     convolution, then the filter.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel, or None to repeat entries.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        style: what the network's blocks have in common.
+        fir_kernel: one-dimensional FIR kernel, or None to repeat entries.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class ConvUpsample(nn.Module):
         style: Style,
         fir_kernel: Sequence[float] | None = None,
     ) -> None:
-        """Make the convolution."""
         super().__init__()
         self.conv = style.conv(in_channels, out_channels)
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
@@ -98,8 +97,8 @@ class ConvUpsample(nn.Module):
         r"""Double every spatial size.
 
         Args:
-            x: Feature map (B, in_channels, \*spatial).
-            emb: Not used; there so that the layer can take a block's place.
+            x: feature map (B, in_channels, \*spatial).
+            emb: not used; there so that the layer can take a block's place.
 
         Returns:
             Feature map (B, out_channels, \*(2 spatial)).
@@ -114,11 +113,11 @@ class ConvDownsample(nn.Module):
     """Down-sampling by two through a 3-tap convolution of stride two.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel of a filter before the convolution, or None.
-        pad_front: Zeros put before the first entry of every dimension where there is no filter;
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        style: what the network's blocks have in common.
+        fir_kernel: one-dimensional FIR kernel of a filter before the convolution, or None.
+        pad_front: zeros put before the first entry of every dimension where there is no filter;
             one always follows the last. Ho et al. put none, Dhariwal and Nichol one.
     """
 
@@ -130,7 +129,6 @@ class ConvDownsample(nn.Module):
         fir_kernel: Sequence[float] | None = None,
         pad_front: int = 0,
     ) -> None:
-        """Make the convolution."""
         super().__init__()
         self.conv = style.conv(in_channels, out_channels, stride=2, padding=pad_front)
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
@@ -141,8 +139,8 @@ class ConvDownsample(nn.Module):
         r"""Halve every spatial size.
 
         Args:
-            x: Feature map (B, in_channels, \*spatial), of even sizes.
-            emb: Not used; there so that the layer can take a block's place.
+            x: feature map (B, in_channels, \*spatial), of even sizes.
+            emb: not used; there so that the layer can take a block's place.
 
         Returns:
             Feature map (B, out_channels, \*(spatial / 2)).

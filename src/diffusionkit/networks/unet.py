@@ -1,5 +1,7 @@
 """The skeleton that every U-Net of the library shares."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,16 +31,15 @@ class Stage(nn.Module):
     """A conditioned block and, if given, an attention after it.
 
     Args:
-        block: Module of a feature map and an embedding.
-        attention: Module of a feature map, or None.
-        recompute: Whether activations are computed again in the backward pass instead of being
+        block: module of a feature map and an embedding.
+        attention: module of a feature map, or None.
+        recompute: whether activations are computed again in the backward pass instead of being
             kept. Dropout draws the same mask both times.
     """
 
     def __init__(
         self, block: nn.Module, attention: nn.Module | None = None, *, recompute: bool = False
     ) -> None:
-        """Join block and attention."""
         super().__init__()
         self.block = block
         self.attention = attention
@@ -48,8 +49,8 @@ class Stage(nn.Module):
         r"""Apply block and attention.
 
         Args:
-            x: Feature map (B, C, \*spatial).
-            emb: Embedding (B, embedding_width), or None.
+            x: feature map (B, C, \*spatial).
+            emb: embedding (B, embedding_width), or None.
 
         Returns:
             Feature map.
@@ -68,11 +69,10 @@ class EncoderLevel(nn.Module):
     """The stages of one resolution on the way down.
 
     Args:
-        stages: The stages, in order.
+        stages: the stages, in order.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
-        """Keep the stages."""
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
@@ -80,8 +80,8 @@ class EncoderLevel(nn.Module):
         r"""Apply the stages.
 
         Args:
-            h: Feature map (B, C, \*spatial).
-            emb: Embedding (B, embedding_width), or None.
+            h: feature map (B, C, \*spatial).
+            emb: embedding (B, embedding_width), or None.
 
         Returns:
             The feature map after each stage.
@@ -97,11 +97,10 @@ class DecoderLevel(nn.Module):
     """The stages of one resolution on the way up, each of which takes one skip.
 
     Args:
-        stages: The stages, in order.
+        stages: the stages, in order.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
-        """Keep the stages."""
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
@@ -109,9 +108,9 @@ class DecoderLevel(nn.Module):
         r"""Apply the stages, each to the feature map joined to the last skip left.
 
         Args:
-            h: Feature map (B, C, \*spatial).
-            emb: Embedding (B, embedding_width), or None.
-            skips: Feature maps of the encoder; those used are taken off the end.
+            h: feature map (B, C, \*spatial).
+            emb: embedding (B, embedding_width), or None.
+            skips: feature maps of the encoder; those used are taken off the end.
 
         Returns:
             Feature map.
@@ -131,38 +130,38 @@ class UNet(nn.Module):
     `diffusionkit.networks.progressive`, run beside the levels.
 
     Args:
-        channels: Number of channels of the input and, by default, of the output.
-        out_channels: Number of channels of the output.
-        low_res_channels: Number of channels of a low-resolution image that the network is given
+        channels: number of channels of the input and, by default, of the output.
+        out_channels: number of channels of the output.
+        low_res_channels: number of channels of a low-resolution image that the network is given
             beside its input, or None.
-        style: What the blocks have in common.
-        input_width: Number of channels after the input convolution.
-        widths: Number of channels of each level; each level halves the resolution.
-        blocks: Number of blocks per level.
-        attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        attend_all: Whether attention follows every decoder block of those levels, not the last.
-        embedding: Embedding of labels, classes and conditions, or None for none of them.
-        block: Makes a block from its numbers of input and output channels.
-        attention: Makes an attention from its number of channels and whether it is in the decoder;
+        style: what the blocks have in common.
+        input_width: number of channels after the input convolution.
+        widths: number of channels of each level; each level halves the resolution.
+        blocks: number of blocks per level.
+        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        attend_all: whether attention follows every decoder block of those levels, not the last.
+        embedding: embedding of labels, classes and conditions, or None for none of them.
+        block: makes a block from its numbers of input and output channels.
+        attention: makes an attention from its number of channels and whether it is in the decoder;
             None where there is none.
-        down: Makes a down-sampling, a module of feature map and embedding, from its number of
+        down: makes a down-sampling, a module of feature map and embedding, from its number of
             channels.
-        up: Makes an up-sampling in the same way.
-        input_branch: Makes a step of the input branch from the numbers of channels of the branch
+        up: makes an up-sampling in the same way.
+        input_branch: makes a step of the input branch from the numbers of channels of the branch
             and of the features, or None.
-        output_branch: Makes a step of the output branch, from the number of channels of the
+        output_branch: makes a step of the output branch, from the number of channels of the
             branch (None at first) and of the features, or None.
-        head: Makes what turns the last features into the output, from their number of channels;
+        head: makes what turns the last features into the output, from their number of channels;
             None if the output branch is the output.
-        noise_level: Module that maps labels to noise levels by which the output is divided, or
+        noise_level: module that maps labels to noise levels by which the output is divided, or
             None.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations within stages are computed again in the
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations within stages are computed again in the
             backward pass instead of being kept.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int.
+        ValueError: if an argument is out of range.
     """
 
     config: dict[str, Any]
@@ -191,7 +190,6 @@ class UNet(nn.Module):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Build the network from its parts."""
         super().__init__()
         check_positive(channels=channels, out_channels=out_channels, blocks=blocks)
         check_optional(low_res_channels=low_res_channels)
@@ -263,21 +261,21 @@ class UNet(nn.Module):
         r"""Evaluate the network.
 
         Args:
-            x: Input (B, channels, \*spatial), every size divisible by the total down-sampling
+            x: input (B, channels, \*spatial), every size divisible by the total down-sampling
                 ``2 ** (levels - 1)``.
-            noise_label: Time label (B,).
-            class_labels: Class labels (B,), int64, if and only if the network has classes.
-            condition: Condition vectors (B, condition_features), for a network with a condition
+            noise_label: time label (B,).
+            class_labels: class labels (B,), int64, if and only if the network has classes.
+            condition: condition vectors (B, condition_features), for a network with a condition
                 only; None stands for zeros.
-            low_res: Image (B, low_res_channels, \*any spatial), if and only if the network takes
+            low_res: image (B, low_res_channels, \*any spatial), if and only if the network takes
                 one; it is brought to the size of the input linearly.
 
         Returns:
             Output (B, out_channels, \*spatial).
 
         Raises:
-            TypeError: If a dtype is wrong, or an argument is missing or unexpected.
-            ValueError: If a shape, a device or a class label is wrong.
+            TypeError: if a dtype is wrong, or an argument is missing or unexpected.
+            ValueError: if a shape, a device or a class label is wrong.
         """
         self._check(x, noise_label, class_labels, condition, low_res)
         emb = (

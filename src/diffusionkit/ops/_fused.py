@@ -3,6 +3,8 @@
 Plain torch is right everywhere; the kernel only where it cannot go wrong unnoticed.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 import logging
@@ -17,7 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import _plain
 from ._plan import Line, Plan
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_TAPS = 8  # the kernel is unrolled
 _MOST_INDEX = 2**30  # rows and columns are counted in 32 bits, elements in 64
@@ -67,12 +69,12 @@ def plan(
     """What the kernel has to do.
 
     Args:
-        x: Input (B, C, *spatial) with one or two spatial dimensions.
-        taps: The kernel, for each dimension.
-        gain: Factor of the output.
-        up: Upsampling factor.
-        down: Downsampling factor.
-        pads: Zeros before and after, for each dimension.
+        x: input (B, C, *spatial) with one or two spatial dimensions.
+        taps: the kernel, for each dimension.
+        gain: factor of the output.
+        up: upsampling factor.
+        down: downsampling factor.
+        pads: zeros before and after, for each dimension.
 
     Returns:
         The plan; a signal is an image of one row.
@@ -124,6 +126,8 @@ def _triton_launches() -> bool:
 
         load_driver()
     except Exception as error:  # of many kinds, none of which is a reason to fail
-        _LOG.warning("FIR resampling uses plain torch, as Triton cannot launch kernels: %s", error)
+        logger.warning(
+            "FIR resampling uses plain torch, as Triton cannot launch kernels: %s", error
+        )
         return False
     return True

@@ -1,5 +1,7 @@
 """FIR resampling in plain torch: one convolution of each channel with a kernel of its own."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
@@ -20,12 +22,12 @@ def upfirdn(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs)
     r"""Insert zeros, pad, filter and downsample.
 
     Args:
-        x: Input (B, C, \*spatial).
-        taps: The kernel.
-        gain: Factor of the output.
-        up: Upsampling factor.
-        down: Downsampling factor.
-        pads: Zeros before and after, negative to crop, for each dimension.
+        x: input (B, C, \*spatial).
+        taps: the kernel.
+        gain: factor of the output.
+        up: upsampling factor.
+        down: downsampling factor.
+        pads: zeros before and after, negative to crop, for each dimension.
 
     Returns:
         Output (B, C, \*filtered) with the dtype and the memory format of x.

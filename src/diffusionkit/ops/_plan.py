@@ -1,5 +1,7 @@
 """What the fused kernel does along each dimension."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 
@@ -7,12 +9,12 @@ class Line(NamedTuple):
     """`upfirdn` along one dimension.
 
     Attributes:
-        taps: The kernel.
-        up: Upsampling factor.
-        down: Downsampling factor.
-        before: Zeros before the first sample.
-        inputs: Number of samples.
-        outputs: Number of filtered samples.
+        taps: the kernel.
+        up: upsampling factor.
+        down: downsampling factor.
+        before: zeros before the first sample.
+        inputs: number of samples.
+        outputs: number of filtered samples.
     """
 
     taps: tuple[float, ...]
@@ -38,7 +40,7 @@ class Line(NamedTuple):
         The next `count` outputs are the same sums, `count * down / up` samples on.
 
         Args:
-            count: Number of outputs, a multiple of `up`.
+            count: number of outputs, a multiple of `up`.
 
         Returns:
             For each output the index of a sample, negative before the first one; and for each
@@ -57,9 +59,9 @@ class Plan(NamedTuple):
     """`upfirdn` of images.
 
     Attributes:
-        vertical: What to do along the columns of pixels.
-        horizontal: What to do along the rows.
-        gain: Factor of the output.
+        vertical: what to do along the columns of pixels.
+        horizontal: what to do along the rows.
+        gain: factor of the output.
     """
 
     vertical: Line

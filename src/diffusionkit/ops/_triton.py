@@ -2,6 +2,8 @@
 
 Importing this file imports Triton.
 """
+
+from __future__ import annotations
 # Triton brings no types, and its compiler takes no other annotation than constexpr.
 # mypy: allow-incomplete-defs, allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="import-untyped,import-not-found,assignment"
@@ -107,8 +109,8 @@ def launch(x: Tensor, plan: Plan) -> Tensor:
     r"""Run the kernel.
 
     Args:
-        x: Input (B, C, \*spatial) with one or two spatial dimensions, not empty.
-        plan: What to do along them; a signal is an image of one row.
+        x: input (B, C, \*spatial) with one or two spatial dimensions, not empty.
+        plan: what to do along them; a signal is an image of one row.
 
     Returns:
         Output (B, C, \*filtered) with the dtype and memory format of x.
@@ -161,6 +163,6 @@ def load_driver() -> None:
     """Load what launches kernels; where it is not cached it takes a compiler of C to build it.
 
     Raises:
-        Exception: Of a kind that depends on what is missing.
+        Exception: of a kind that depends on what is missing.
     """
     driver.active.utils  # noqa: B018

@@ -3,6 +3,8 @@
 All of it is one operation, `upfirdn`: insert zeros, pad, filter, keep every so-manieth sample.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -29,12 +31,12 @@ def upfirdn(
     after the last too, so y has :math:`\lfloor (n f + p_0 + p_1 - K) / d \rfloor + 1` samples.
 
     Args:
-        x: Input (B, C, \*spatial) with one to three spatial dimensions.
-        kernel: The taps k, not normalised here: numbers or a tensor with one dimension, used
+        x: input (B, C, \*spatial) with one to three spatial dimensions.
+        kernel: the taps k, not normalised here: numbers or a tensor with one dimension, used
             along every spatial dimension; or a tensor with as many dimensions as there are
             spatial ones. A tensor must be on the device of x; gradients flow to it.
-        up: Upsampling factor f.
-        down: Downsampling factor d.
+        up: upsampling factor f.
+        down: downsampling factor d.
         padding: :math:`(p_0, p_1)`, or one such pair per spatial dimension; negative numbers
             crop.
 
@@ -42,8 +44,8 @@ def upfirdn(
         Output (B, C, \*filtered) with the dtype, also under autocast, and the memory format of x.
 
     Raises:
-        TypeError: If x is no floating-point tensor or a number is not of the right kind.
-        ValueError: If a shape or number is wrong or nothing would be left of x.
+        TypeError: if x is no floating-point tensor or a number is not of the right kind.
+        ValueError: if a shape or number is wrong or nothing would be left of x.
     """
     dims = checks.check_signal(x)
     taps = checks.check_kernel(kernel, x)
@@ -68,17 +70,17 @@ def fir_upsample(
     https://arxiv.org/abs/1912.04958.
 
     Args:
-        x: Input (B, C, \*spatial) with one to three spatial dimensions.
-        kernel: The taps, as in `upfirdn`; they are divided by their sum.
-        factor: Upsampling factor f, at most K: else pixels would be left that no tap reaches.
-        gain: What a constant is multiplied with.
+        x: input (B, C, \*spatial) with one to three spatial dimensions.
+        kernel: the taps, as in `upfirdn`; they are divided by their sum.
+        factor: upsampling factor f, at most K: else pixels would be left that no tap reaches.
+        gain: what a constant is multiplied with.
 
     Returns:
         Output (B, C, \*(f spatial)) with the dtype and memory format of x.
 
     Raises:
-        TypeError: If x is no floating-point tensor or a number is not of the right kind.
-        ValueError: If a shape or number is wrong or the taps have sum zero.
+        TypeError: if x is no floating-point tensor or a number is not of the right kind.
+        ValueError: if a shape or number is wrong or the taps have sum zero.
     """
     dims = checks.check_signal(x)
     taps = checks.normalise(checks.check_kernel(kernel, x))
@@ -108,17 +110,17 @@ def fir_downsample(
     https://arxiv.org/abs/1912.04958.
 
     Args:
-        x: Input (B, C, \*spatial) with one to three spatial dimensions, each of at least f pixels.
-        kernel: The taps, as in `upfirdn`; they are divided by their sum.
-        factor: Downsampling factor f.
-        gain: What a constant is multiplied with.
+        x: input (B, C, \*spatial) with one to three spatial dimensions, each of at least f pixels.
+        kernel: the taps, as in `upfirdn`; they are divided by their sum.
+        factor: downsampling factor f.
+        gain: what a constant is multiplied with.
 
     Returns:
         Output (B, C, \*(spatial // f)) with the dtype and memory format of x.
 
     Raises:
-        TypeError: If x is no floating-point tensor or a number is not of the right kind.
-        ValueError: If a shape or number is wrong or the taps have sum zero.
+        TypeError: if x is no floating-point tensor or a number is not of the right kind.
+        ValueError: if a shape or number is wrong or the taps have sum zero.
     """
     dims = checks.check_signal(x)
     taps = checks.normalise(checks.check_kernel(kernel, x))
@@ -146,21 +148,21 @@ def fir_conv_downsample(
     https://arxiv.org/abs/1912.04958.
 
     Args:
-        x: Input (B, C, \*spatial) with one to three spatial dimensions, each of at least f pixels.
-        weight: Weight (out, C, \*k) of the convolution, as in torch. Under autocast the
+        x: input (B, C, \*spatial) with one to three spatial dimensions, each of at least f pixels.
+        weight: weight (out, C, \*k) of the convolution, as in torch. Under autocast the
             convolution, not the filter, runs in the dtype of autocast.
-        bias: Bias (out,), added at the end.
-        kernel: The taps, as in `upfirdn`; they are divided by their sum.
-        factor: Downsampling factor f.
-        gain: What the filter multiplies a constant with.
+        bias: bias (out,), added at the end.
+        kernel: the taps, as in `upfirdn`; they are divided by their sum.
+        factor: downsampling factor f.
+        gain: what the filter multiplies a constant with.
 
     Returns:
         Output (B, out, \*(spatial // f)).
 
     Raises:
-        TypeError: If a tensor is not floating-point, their dtypes differ without autocast, or a
+        TypeError: if a tensor is not floating-point, their dtypes differ without autocast, or a
             number is not of the right kind.
-        ValueError: If a shape or number is wrong or the taps have sum zero.
+        ValueError: if a shape or number is wrong or the taps have sum zero.
     """
     dims = checks.check_signal(x)
     checks.check_weight(weight, bias, x)
@@ -194,21 +196,21 @@ def fir_conv_upsample(
     https://arxiv.org/abs/1912.04958.
 
     Args:
-        x: Input (B, C, \*spatial) with one to three spatial dimensions.
-        weight: Weight (out, C, \*k) of the convolution, as in torch. Under autocast the
+        x: input (B, C, \*spatial) with one to three spatial dimensions.
+        weight: weight (out, C, \*k) of the convolution, as in torch. Under autocast the
             convolution runs in the dtype of autocast, and the filter in what it returns.
-        bias: Bias (out,), added at the end.
-        kernel: The taps, as in `upfirdn`; they are divided by their sum.
-        factor: Upsampling factor f.
-        gain: What the filter multiplies a constant with, beside factor^dims for the zeros.
+        bias: bias (out,), added at the end.
+        kernel: the taps, as in `upfirdn`; they are divided by their sum.
+        factor: upsampling factor f.
+        gain: what the filter multiplies a constant with, beside factor^dims for the zeros.
 
     Returns:
         Output (B, out, \*(f spatial)).
 
     Raises:
-        TypeError: If a tensor is not floating-point, their dtypes differ without autocast, or a
+        TypeError: if a tensor is not floating-point, their dtypes differ without autocast, or a
             number is not of the right kind.
-        ValueError: If a shape or number is wrong or the taps have sum zero.
+        ValueError: if a shape or number is wrong or the taps have sum zero.
     """
     dims = checks.check_signal(x)
     checks.check_weight(weight, bias, x)
