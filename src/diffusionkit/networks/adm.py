@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from ._arguments import check_counts, check_dropout, check_layout, check_optional_counts
 from .blocks import ResidualBlock, SelfAttention
-from .checks import check_dropout, check_layout, check_optional, check_positive
 from .config import remembers
 from .embeddings import ConditionEmbedding, PositionalEmbedding
 from .layers import Style, default_or_zero_
@@ -98,8 +98,8 @@ class ADMUNet(UNet):
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         decoder_heads = heads if decoder_heads is None else decoder_heads
-        check_positive(heads=heads, decoder_heads=decoder_heads, group_channels=group_channels)
-        check_optional(head_channels=head_channels)
+        check_counts(heads=heads, decoder_heads=decoder_heads, group_channels=group_channels)
+        check_optional_counts(head_channels=head_channels)
         out = (channels if out_channels is None else out_channels) * (2 if learn_sigma else 1)
         style = Style(
             dims,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from .dropout import Dropout
 from .layers import Style
@@ -63,6 +64,7 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels or project:
             self.shortcut = style.conv(in_channels, out_channels, 1, scale=shortcut_scale)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         r"""Apply the block.
 
@@ -126,6 +128,7 @@ class SelfAttention(nn.Module):
         self.qkv = style.linear(channels, 3 * channels, scale=0.2)  # 0.1 for each square map
         self.out = style.linear(channels, channels, scale=0)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         r"""Apply the attention.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
+from typing_extensions import override
+
 from .config import remembers
 from .embeddings import LabelEmbedding
 from .ncsnpp import NCSNpp
@@ -74,6 +76,7 @@ class DDPMUNet(NCSNpp):
         )
 
     @classmethod
+    @override
     def cifar10(cls, **options: Any) -> Self:
         """Build the network for CIFAR-10, data in [-1, 1].
 
@@ -86,6 +89,7 @@ class DDPMUNet(NCSNpp):
         return cls(**options)
 
     @classmethod
+    @override
     def celebahq_256(cls, **options: Any) -> Self:
         """Build the network for CelebA-HQ of 256 pixels, data in [-1, 1].
 
@@ -103,6 +107,7 @@ class DDPMUNet(NCSNpp):
         return cls(**published | options)
 
     @classmethod
+    @override
     def lsun_256(cls, **options: Any) -> Self:
         """Build the network for LSUN of 256 pixels: that of `celebahq_256`."""
         return cls.celebahq_256(**options)

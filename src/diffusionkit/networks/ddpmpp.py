@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
+from typing_extensions import override
+
 from .config import remembers
 from .embeddings import LabelEmbedding
 from .ncsnpp import NCSNpp
@@ -65,6 +67,7 @@ class DDPMpp(NCSNpp):
         )
 
     @classmethod
+    @override
     def cifar10(cls, *, deep: bool = False, **options: Any) -> Self:
         """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
 
@@ -79,6 +82,7 @@ class DDPMpp(NCSNpp):
         return cls(**{"blocks": 8 if deep else 4} | options)
 
     @classmethod
+    @override
     def edm_cifar10(cls, **options: Any) -> Self:
         """Build the "ddpmpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
 
@@ -94,20 +98,3 @@ class DDPMpp(NCSNpp):
             "condition_features": 9,
         }
         return cls(**published | options)
-
-    @classmethod
-    def edm_image_64(cls, **options: Any) -> Self:
-        """Build the "ddpmpp" network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
-
-        Args:
-            **options: options that differ from the published ones.
-
-        Returns:
-            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
-        """
-        published: dict[str, Any] = {
-            "multipliers": (1, 2, 2, 2),
-            "attention_levels": (2,),
-            "dropout": 0.05,
-        }
-        return cls.edm_cifar10(**published | options)

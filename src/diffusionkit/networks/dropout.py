@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 _LEVELS = 2**16
 
@@ -20,6 +21,7 @@ class Dropout(nn.Dropout):
     torch's own dropout is taken. The draws come from torch's global generator.
     """
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Apply dropout to a tensor of any shape."""
         if not self.training or self.p == 0:

@@ -9,8 +9,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from .checks import check_number, check_optional
+from ._arguments import check_level_index, check_optional_counts
 from .layers import Style, linear
 
 LabelEmbedding = Literal["fourier", "fourier_linear", "positional"]
@@ -59,6 +60,7 @@ class PositionalEmbedding(nn.Module):
         self.features = features
         self.endpoint = endpoint
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Embed labels.
 
@@ -107,6 +109,7 @@ class FourierEmbedding(nn.Module):
         self.log = log
         self.frequencies = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Half precision could not hold frequencies: angles would be off by whole radians.
         exact = self.frequencies.data
@@ -115,6 +118,7 @@ class FourierEmbedding(nn.Module):
             self.frequencies.data = exact.to(self.frequencies.device)
         return self
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Embed labels.
 
@@ -157,6 +161,7 @@ class SignedLogEmbedding(nn.Module):
         _check_features(features)
         self.features = features
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Embed labels.
 
@@ -209,7 +214,7 @@ class ConditionEmbedding(nn.Module):
         style: Style | None = None,
     ) -> None:
         super().__init__()
-        check_optional(num_classes=num_classes, condition_features=condition_features)
+        check_optional_counts(num_classes=num_classes, condition_features=condition_features)
         make = linear if style is None else style.linear
         self.activation = F.silu if style is None else style.activation
         self.noise_features = noise_features
@@ -224,6 +229,7 @@ class ConditionEmbedding(nn.Module):
         if condition_features is not None:
             self.condition = nn.Linear(condition_features, features, bias=False)
 
+    @override
     def forward(
         self,
         noise_label: Tensor,
@@ -278,12 +284,14 @@ class SigmaTable(nn.Module):
         exact = torch.float32 if device.type == "mps" else torch.float64
         return torch.tensor(self.values, dtype=exact, device=device)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Noise levels move with the network; its precision is not theirs.
         device = fn(self.sigmas.new_empty(0, dtype=torch.float32)).device
         self.sigmas = self._table(device)
         return self
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Look up noise levels.
 
@@ -296,7 +304,7 @@ class SigmaTable(nn.Module):
         Raises:
             ValueError: if a label is out of range, on the CPU.
         """
-        check_number(noise_label, len(self.values))
+        check_level_index(noise_label, len(self.values))
         return self.sigmas[noise_label.long()]
 
 

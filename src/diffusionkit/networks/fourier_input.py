@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 class FourierFeatures(nn.Module):
@@ -51,10 +52,12 @@ class FourierFeatures(nn.Module):
         self.network = network
         self.exponents = tuple(exponents)
 
+    @override
     def extra_repr(self) -> str:
         """Return the exponents."""
         return f"exponents={self.exponents}"
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the network on the input and its features.
 

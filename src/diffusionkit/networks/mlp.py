@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from .checks import check_class_labels, check_input, check_noise_label, check_positive
+from ._arguments import check_class_labels, check_counts, check_input, check_noise_label
 from .config import remembers
 from .embeddings import ConditionEmbedding, SignedLogEmbedding
 from .layers import linear
@@ -25,6 +26,7 @@ class _ResidualLayer(nn.Module):
         self.linear_1 = linear(width, width)
         self.linear_2 = linear(width, width, scale=0)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.modulation(emb).chunk(2, dim=1)
         r: Tensor = self.linear_1(self.norm(h) * (1 + scale) + shift)
@@ -80,7 +82,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         out_features = features if out_features is None else out_features
-        check_positive(features=features, out_features=out_features, width=width, depth=depth)
+        check_counts(features=features, out_features=out_features, width=width, depth=depth)
         if width < 2:  # normalising a single unit leaves nothing of it
             raise ValueError(f"width must be at least 2, got {width}")
         self.features = features
@@ -93,6 +95,7 @@ class MLP(nn.Module):
         self.output_norm = nn.LayerNorm(width)
         self.output = linear(width, out_features, scale=0)
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network.
 

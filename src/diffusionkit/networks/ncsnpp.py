@@ -8,8 +8,8 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
+from ._arguments import check_choice, check_counts, check_dropout, check_fir_kernel, check_layout
 from .blocks import ResidualBlock, SelfAttention
-from .checks import check_choice, check_dropout, check_fir_kernel, check_layout, check_positive
 from .config import remembers
 from .embeddings import LabelEmbedding, SigmaTable, make_embedding
 from .layers import ACTIVATIONS, Style
@@ -122,7 +122,7 @@ class NCSNpp(UNet):
     ) -> None:
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
-        check_positive(group_channels=group_channels)
+        check_counts(group_channels=group_channels)
         check_fir_kernel(fir_kernel)
         check_choice("embedding", embedding, ("fourier", "fourier_linear", "positional", None))
         check_choice("resblock", resblock, ("biggan", "ddpm"))

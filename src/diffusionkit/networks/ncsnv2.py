@@ -9,15 +9,16 @@ from typing import Any, Literal, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
-from .checks import (
+from ._arguments import (
     check_choice,
     check_class_labels,
+    check_counts,
     check_data_range,
     check_divisible,
     check_input,
     check_noise_label,
-    check_positive,
 )
 from .config import remembers
 from .embeddings import SigmaTable
@@ -86,7 +87,7 @@ class NCSNv2(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(channels=channels, width=width)
+        check_counts(channels=channels, width=width)
         if width < 2:  # the normalisation takes a variance over channels
             raise ValueError(f"width must be at least 2, got {width}")
         check_choice("dims", dims, (1, 2, 3))
@@ -118,6 +119,7 @@ class NCSNv2(nn.Module):
         self.norm = InstanceNormPlus(widths[0])
         self.output = conv(dims, widths[0], channels)
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         r"""Evaluate the network.
 
@@ -238,4 +240,4 @@ def _check_levels(levels: Levels) -> None:
     for row in levels:
         if not isinstance(row, Sequence) or len(row) != 2:
             raise TypeError(f"levels must be rows (multiplier, dilation), got {row!r}")
-        check_positive(multiplier=row[0], dilation=row[1])
+        check_counts(multiplier=row[0], dilation=row[1])

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .layers import Style
 from .resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
@@ -35,6 +36,7 @@ class Head(nn.Module):
         self.norm = style.norm(in_channels)
         self.conv = style.conv(in_channels, out_channels, scale=scale)
 
+    @override
     def forward(self, h: Tensor) -> Tensor:
         r"""Apply the layers.
 
@@ -74,6 +76,7 @@ class InputSkip(nn.Module):
         self.branch_channels = channels
         self.out_channels = 2 * width if combine == "cat" else width
 
+    @override
     def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         r"""Go down one resolution.
 
@@ -108,6 +111,7 @@ class InputResidual(nn.Module):
         self.down = ConvDownsample(channels, width, style, fir_kernel)
         self.branch_channels = self.out_channels = width
 
+    @override
     def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         r"""Go down one resolution.
 
@@ -139,6 +143,7 @@ class OutputSkip(nn.Module):
         self.head = Head(width, out_channels, style)
         self.up = Upsample(fir_kernel)
 
+    @override
     def forward(self, pyramid: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
         r"""Go up one resolution.
 
@@ -165,6 +170,7 @@ class OutputStart(nn.Module):
         super().__init__()
         self.head = Head(width, width, style, scale=1.0)
 
+    @override
     def forward(self, pyramid: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
         r"""Start the branch.
 
@@ -195,6 +201,7 @@ class OutputResidual(nn.Module):
         self.style = style
         self.up = ConvUpsample(channels, width, style, fir_kernel)
 
+    @override
     def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         r"""Go up one resolution.
 

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -79,6 +80,7 @@ class InstanceNormPlus(nn.Module):
         self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
         self.beta = nn.Parameter(torch.zeros(channels))
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise.
 
@@ -145,6 +147,7 @@ class DilatedBlock(nn.Module):
             kernel = 1 if self.pools else 3
             self.shortcut = conv(dims, in_channels, out_channels, kernel, dilation=dilation)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         r"""Apply the block.
 
@@ -176,6 +179,7 @@ class ResidualUnit(nn.Module):
         self.conv_1 = conv(dims, channels, channels, bias=False)
         self.conv_2 = conv(dims, channels, channels, bias=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         r"""Apply the unit.
 
@@ -207,6 +211,7 @@ class ChainedPooling(nn.Module):
         self.pool = _MAX_POOL[dims](5, stride=1, padding=2)
         self.convs = nn.ModuleList([conv(dims, channels, channels, bias=False) for _ in range(2)])
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         r"""Apply the chain.
 
@@ -262,6 +267,7 @@ class Refinement(nn.Module):
         self.pooling = ChainedPooling(out_channels, dims, activation)
         self.units = residual_units(out_channels, units)
 
+    @override
     def forward(self, x: Tensor, below: Tensor | None = None) -> Tensor:
         r"""Apply the block.
 

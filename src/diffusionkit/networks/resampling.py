@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from ..ops import fir_conv_downsample, fir_conv_upsample, fir_downsample, fir_upsample
 from .layers import Style
@@ -28,6 +29,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         r"""Double every spatial size.
 
@@ -54,6 +56,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         r"""Halve every spatial size.
 
@@ -93,6 +96,7 @@ class ConvUpsample(nn.Module):
         self.conv = style.conv(in_channels, out_channels)
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         r"""Double every spatial size.
 
@@ -135,6 +139,7 @@ class ConvDownsample(nn.Module):
         # Of a padding at both ends, the last zero is never met by a stride of two.
         self.pads = (0, 1) * style.dims if pad_front == 0 else ()
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         r"""Halve every spatial size.
 

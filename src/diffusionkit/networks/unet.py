@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
-from .checks import (
+from ._arguments import (
     check_class_labels,
     check_condition,
+    check_counts,
     check_data_range,
     check_divisible,
     check_input,
     check_low_res,
     check_noise_label,
-    check_optional,
-    check_positive,
+    check_optional_counts,
 )
 from .embeddings import ConditionEmbedding
 from .layers import Style, over_level
@@ -45,6 +46,7 @@ class Stage(nn.Module):
         self.attention = attention
         self.recompute = recompute
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
         r"""Apply block and attention.
 
@@ -76,6 +78,7 @@ class EncoderLevel(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor | None) -> list[Tensor]:
         r"""Apply the stages.
 
@@ -104,6 +107,7 @@ class DecoderLevel(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor | None, skips: list[Tensor]) -> Tensor:
         r"""Apply the stages, each to the feature map joined to the last skip left.
 
@@ -191,8 +195,8 @@ class UNet(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(channels=channels, out_channels=out_channels, blocks=blocks)
-        check_optional(low_res_channels=low_res_channels)
+        check_counts(channels=channels, out_channels=out_channels, blocks=blocks)
+        check_optional_counts(low_res_channels=low_res_channels)
         self.channels = channels
         self.low_res_channels = low_res_channels
         self.dims = style.dims
@@ -249,6 +253,7 @@ class UNet(nn.Module):
 
         self.head = head(c) if head else None
 
+    @override
     def forward(
         self,
         x: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from typing_extensions import override
 
 from . import _plain
 from ._plan import Line, Plan
@@ -101,6 +102,7 @@ def upfirdn(x: Tensor, plan: Plan) -> Tensor:
 
 class _Upfirdn(Function):
     @staticmethod
+    @override
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
         from ._triton import launch
 
@@ -108,10 +110,12 @@ class _Upfirdn(Function):
         return launch(x, plan)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return upfirdn(gradients[0], ctx.plan.adjoint()), None
 
     @staticmethod
+    @override
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return upfirdn(tangents[0], ctx.plan)
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
-from .checks import Taps
+from .._checks import autocast_enabled
+from ._signals import Taps, outer
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -34,12 +34,12 @@ def upfirdn(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs)
     """
     if isinstance(taps, tuple):
         line = torch.tensor(taps, dtype=torch.float64, device="cpu")
-        taps = checks.outer(line, x.ndim - 2)
+        taps = outer(line, x.ndim - 2)
     # On the CPU the transposed convolutions of half precision are slow: use float32.
     dtype = torch.float32 if x.dtype in _HALF and x.device.type == "cpu" else x.dtype
     # Without non_blocking the copy would wait for all work queued on the device.
     kernel = (taps * gain).to(dtype).to(x.device, non_blocking=True)
-    if checks.autocast(x):
+    if autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
             return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)
     return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)

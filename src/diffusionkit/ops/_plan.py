@@ -29,7 +29,7 @@ class Line(NamedTuple):
         reached = (self.outputs - 1) * self.down + len(self.taps)
         return reached - self.before - self.inputs * self.up
 
-    def adjoint(self) -> "Line":
+    def adjoint(self) -> Line:
         """The transpose of this linear map: it exchanges the factors and turns the kernel."""
         before = len(self.taps) - 1 - self.before
         return Line(self.taps[::-1], self.down, self.up, before, self.outputs, self.inputs)
@@ -68,6 +68,6 @@ class Plan(NamedTuple):
     horizontal: Line
     gain: float
 
-    def adjoint(self) -> "Plan":
+    def adjoint(self) -> Plan:
         """The transpose of this linear map."""
         return Plan(self.vertical.adjoint(), self.horizontal.adjoint(), self.gain)

@@ -2,12 +2,12 @@
 
 Importing this file imports Triton.
 """
-
-from __future__ import annotations
 # Triton brings no types, and its compiler takes no other annotation than constexpr.
 # mypy: allow-incomplete-defs, allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="import-untyped,import-not-found,assignment"
 # ruff: noqa: ANN001
+
+from __future__ import annotations
 
 import torch
 import triton

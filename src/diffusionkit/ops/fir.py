@@ -9,9 +9,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import _fused, _plain, checks
+from .._checks import check_count
+from . import _fused, _plain
 from ._plain import CONV, CONV_TRANSPOSE, Pairs
-from .checks import Padding, Taps
+from ._signals import (
+    Padding,
+    Taps,
+    check_finite_number,
+    check_kernel,
+    check_padding,
+    check_signal,
+    check_weight,
+    normalize,
+)
 
 
 def upfirdn(
@@ -47,10 +57,11 @@ def upfirdn(
         TypeError: if x is no floating-point tensor or a number is not of the right kind.
         ValueError: if a shape or number is wrong or nothing would be left of x.
     """
-    dims = checks.check_signal(x)
-    taps = checks.check_kernel(kernel, x)
-    checks.check_integer(least=1, up=up, down=down)
-    return _filter(x, taps, 1.0, up, down, checks.check_padding(padding, dims))
+    dims = check_signal(x)
+    taps = check_kernel(kernel, x)
+    check_count(up, "up")
+    check_count(down, "down")
+    return _filter(x, taps, 1.0, up, down, check_padding(padding, dims))
 
 
 def fir_upsample(
@@ -82,10 +93,10 @@ def fir_upsample(
         TypeError: if x is no floating-point tensor or a number is not of the right kind.
         ValueError: if a shape or number is wrong or the taps have sum zero.
     """
-    dims = checks.check_signal(x)
-    taps = checks.normalise(checks.check_kernel(kernel, x))
-    checks.check_integer(least=1, factor=factor)
-    checks.check_finite("gain", gain)
+    dims = check_signal(x)
+    taps = normalize(check_kernel(kernel, x))
+    check_count(factor, "factor")
+    check_finite_number(gain, "gain")
     sizes = _sizes(taps, dims)
     if min(sizes) < factor:
         raise ValueError(f"kernel must have at least factor = {factor} taps, got {min(sizes)}")
@@ -122,10 +133,10 @@ def fir_downsample(
         TypeError: if x is no floating-point tensor or a number is not of the right kind.
         ValueError: if a shape or number is wrong or the taps have sum zero.
     """
-    dims = checks.check_signal(x)
-    taps = checks.normalise(checks.check_kernel(kernel, x))
-    checks.check_integer(least=1, factor=factor)
-    checks.check_finite("gain", gain)
+    dims = check_signal(x)
+    taps = normalize(check_kernel(kernel, x))
+    check_count(factor, "factor")
+    check_finite_number(gain, "gain")
     pads = [((p + 1) // 2, p // 2) for p in (size - factor for size in _sizes(taps, dims))]
     return _filter(x, taps, gain, 1, factor, pads)
 
@@ -164,11 +175,11 @@ def fir_conv_downsample(
             number is not of the right kind.
         ValueError: if a shape or number is wrong or the taps have sum zero.
     """
-    dims = checks.check_signal(x)
-    checks.check_weight(weight, bias, x)
-    taps = checks.normalise(checks.check_kernel(kernel, x))
-    checks.check_integer(least=1, factor=factor)
-    checks.check_finite("gain", gain)
+    dims = check_signal(x)
+    check_weight(weight, bias, x)
+    taps = normalize(check_kernel(kernel, x))
+    check_count(factor, "factor")
+    check_finite_number(gain, "gain")
     if min(x.shape[2:]) < factor:
         raise ValueError(f"nothing is left of {min(x.shape[2:])} samples downsampled by {factor}")
     sizes = zip(_sizes(taps, dims), weight.shape[2:], strict=True)
@@ -212,11 +223,11 @@ def fir_conv_upsample(
             number is not of the right kind.
         ValueError: if a shape or number is wrong or the taps have sum zero.
     """
-    dims = checks.check_signal(x)
-    checks.check_weight(weight, bias, x)
-    taps = checks.normalise(checks.check_kernel(kernel, x))
-    checks.check_integer(least=1, factor=factor)
-    checks.check_finite("gain", gain)
+    dims = check_signal(x)
+    check_weight(weight, bias, x)
+    taps = normalize(check_kernel(kernel, x))
+    check_count(factor, "factor")
+    check_finite_number(gain, "gain")
     sizes = zip(_sizes(taps, dims), weight.shape[2:], strict=True)
     pads = [
         ((p + 1) // 2 + factor - 1, p // 2 + factor - 1)
