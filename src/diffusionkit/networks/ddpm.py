@@ -16,20 +16,24 @@ class DDPMUNet(NCSNpp):
     r"""The U-Net of DDPM: NCSN++ with plain residual blocks and separate resampling layers.
 
     Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
-    Close to zero at initialisation. The default arguments are the CIFAR-10 network (35,218,947
-    parameters for 3 channels). The label should be of the order of a step index.
+    Close to zero at initialization. The default arguments are the CIFAR-10 network (35,218,947
+    parameters for 3 channels). The noise label l should have the range of a step index, 0 to
+    1000.
+
+    Class methods build the published networks; their `options` replace the published ones.
 
     Args:
         channels: number of input channels.
         blocks: number of residual blocks per level.
-        embedding: what the embedding is made of, see `NCSNpp`.
+        embedding: the embedding of the noise label, see `NCSNpp`.
         resblock: the kind of residual blocks, see `NCSNpp`.
-        fir_kernel: one-dimensional FIR kernel of all resampling, or None for repeated entries
-            and strided convolutions.
-        progressive_input: how the input enters, see `NCSNpp`.
+        fir_kernel: one-dimensional FIR kernel of all resampling, or None to repeat entries and
+            use strided convolutions.
+        progressive_input: the input branch, see `NCSNpp`.
         skip_rescale: whether sums of two branches are divided by sqrt(2).
-        group_channels: least number of channels per group of a normalisation; there are at most
-            32 groups. Below a width of 64 take 4: groups of one channel do not hear the label.
+        group_channels: least number of channels per normalization group; there are at most
+            32 groups. Use 4 below a width of 64: with one channel per group, normalization
+            removes the noise embedding.
         scale_by_sigma: whether the output is divided by the noise level.
         **options: the other options of `NCSNpp`, with its defaults.
 
@@ -80,11 +84,7 @@ class DDPMUNet(NCSNpp):
     def cifar10(cls, **options: Any) -> Self:
         """Build the network for CIFAR-10, data in [-1, 1].
 
-        Args:
-            **options: options that differ from the published ones.
-
-        Returns:
-            The network: 35,218,947 parameters, label the step from 0 to 999, output the noise.
+        35,218,947 parameters; noise label: the step, 0 to 999; output: the noise.
         """
         return cls(**options)
 
@@ -93,11 +93,7 @@ class DDPMUNet(NCSNpp):
     def celebahq_256(cls, **options: Any) -> Self:
         """Build the network for CelebA-HQ of 256 pixels, data in [-1, 1].
 
-        Args:
-            **options: options that differ from the published ones.
-
-        Returns:
-            The network, label the step from 0 to 999, output the noise.
+        Noise label: the step, 0 to 999; output: the noise.
         """
         published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 2, 4, 4),
@@ -109,5 +105,5 @@ class DDPMUNet(NCSNpp):
     @classmethod
     @override
     def lsun_256(cls, **options: Any) -> Self:
-        """Build the network for LSUN of 256 pixels: that of `celebahq_256`."""
+        """Build the network for LSUN of 256 pixels, the same as `celebahq_256`."""
         return cls.celebahq_256(**options)

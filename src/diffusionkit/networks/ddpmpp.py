@@ -16,18 +16,20 @@ class DDPMpp(NCSNpp):
     r"""DDPM++: NCSN++ without filters, without an input branch and with a positional embedding.
 
     Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
-    Close to zero at initialisation. The default arguments are the CIFAR-10 network (61,804,419
+    Close to zero at initialization. The default arguments are the CIFAR-10 network (61,804,419
     parameters for 3 channels); ``blocks=8`` is the deep one (106,632,579).
 
-    The label is embedded as it comes, by frequencies from 1 down to 1e-4: it should be of the
-    order of a step index, for example 999 t.
+    The noise label l is embedded by frequencies from 1 down to 1e-4: it should have the range
+    of a step index, for example 999 t.
+
+    Class methods build the published networks; their `options` replace the published ones.
 
     Args:
         channels: number of input channels.
-        embedding: what the embedding is made of, see `NCSNpp`.
-        fir_kernel: one-dimensional FIR kernel of all resampling, or None for repeated entries
-            and means.
-        progressive_input: how the input enters, see `NCSNpp`.
+        embedding: the embedding of the noise label, see `NCSNpp`.
+        fir_kernel: one-dimensional FIR kernel of all resampling, or None to repeat entries and
+            take means.
+        progressive_input: the input branch, see `NCSNpp`.
         scale_by_sigma: whether the output is divided by the noise level.
         **options: the other options of `NCSNpp`, with its defaults.
 
@@ -72,12 +74,12 @@ class DDPMpp(NCSNpp):
         """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
 
         Args:
-            deep: whether to take 8 rather than 4 blocks per level.
-            **options: options that differ from the published ones.
+            deep: whether each level has 8 blocks rather than 4.
+            **options: options that replace the published ones.
 
         Returns:
-            The network: 61,804,419 parameters (106,632,579 if deep), label 999 t, output the
-            noise.
+            The network: 61,804,419 parameters (106,632,579 if deep); noise label: 999 t;
+            output: the noise.
         """
         return cls(**{"blocks": 8 if deep else 4} | options)
 
@@ -86,11 +88,8 @@ class DDPMpp(NCSNpp):
     def edm_cifar10(cls, **options: Any) -> Self:
         """Build the "ddpmpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
 
-        Args:
-            **options: options that differ from the published ones, such as num_classes=10.
-
-        Returns:
-            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        For `EDMModel`; the condition is a vector of 9 augmentation labels; num_classes=10 makes
+        it class-conditional.
         """
         published: dict[str, Any] = {
             "multipliers": (2, 2, 2),

@@ -1,4 +1,4 @@
-"""Dropout that does not wait for its random numbers."""
+"""Dropout with a fast mask on the CPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Dropout(nn.Dropout):
 
     .. math:: y = x m / (1 - p), \qquad m \in \{0, 1\}, \quad P(m = 0) = p
 
-    On the CPU torch draws a number for each feature one after the other, which took three percent
-    of a training step of NCSN++. Here one number decides on four features, 16 bits for each, and
-    p is rounded to the nearest of their :math:`2^{16}` levels. Elsewhere, and in compiled code,
-    torch's own dropout is taken. The draws come from torch's global generator.
+    On the CPU torch draws one number per feature sequentially, which took three percent of a
+    training step of NCSN++. Here one 64-bit number covers four features, 16 bits each, and p is
+    rounded to the nearest multiple of :math:`2^{-16}`. On other devices and in compiled code this
+    is torch's own dropout. Random numbers come from torch's global generator.
     """
 
     @override

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from .._checks import check_count
 from ._arguments import check_class_labels, check_counts, check_input, check_noise_label
 from .config import remembers
 from .embeddings import ConditionEmbedding, SignedLogEmbedding
@@ -17,7 +18,7 @@ _LABEL_FEATURES = 32
 
 
 class _ResidualLayer(nn.Module):
-    """Two linear layers around a residual, its normalised input modulated by the embedding."""
+    """Residual branch of two linear layers on the normalized input, modulated by the embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,29 +36,29 @@ class _ResidualLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    r"""Residual multi-layer perceptron for vectors, conditioned on a label.
+    r"""Residual multi-layer perceptron for vectors, conditioned on a noise label.
 
     .. math::
         h &\leftarrow h + L_2(\mathrm{SiLU}(L_1(\mathrm{LN}(h) \odot (1 + a) + b))), \qquad
         (a, b) = L(\mathrm{emb})
 
-    for each of `depth` layers, between a linear input and a normalised, almost zero linear
-    output. The embedding is of asinh(label), by sines of frequency 1/4 to 16: linear in the
-    label within about one of zero and logarithmic beyond, so that labels of magnitude 1e-2 to
-    1e3 and of either sign serve equally well (999 t, log sigma / 4 or sigma).
+    for each of `depth` layers, between a linear input layer and a normalized, almost zero linear
+    output layer. The noise label l is embedded as asinh(l) by sines of frequency 1/4 to 16:
+    linear for \|l\| < 1 and logarithmic beyond, so labels of either sign and of magnitude 1e-2 to
+    1e3 work equally well (999 t, log sigma / 4 or sigma).
 
     Args:
         features: size F of the input vectors.
-        out_features: size of the output vectors; that of the input if None.
+        out_features: size of the output vectors; F if None.
         width: number of hidden units, at least 2.
         depth: number of residual layers, of two linear maps each.
         num_classes: number of classes, or None for a network without classes.
 
     Raises:
-        TypeError: if a count is not an int.
+        TypeError: if a count is not an integer.
         ValueError: if an argument is out of range.
 
-    Source: The modulation is the feature-wise one of E. Perez et al., FiLM: Visual Reasoning with a
+    Source: feature-wise modulation of E. Perez et al., FiLM: Visual Reasoning with a
     General Conditioning Layer, 2018, arXiv 1709.07871.
 
     >>> import torch
@@ -82,9 +83,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         out_features = features if out_features is None else out_features
-        check_counts(features=features, out_features=out_features, width=width, depth=depth)
-        if width < 2:  # normalising a single unit leaves nothing of it
-            raise ValueError(f"width must be at least 2, got {width}")
+        check_counts(features=features, out_features=out_features, depth=depth)
+        check_count(width, "width", least=2)  # normalizing a single unit would yield zero
         self.features = features
         self.num_classes = num_classes
         self.embedding = ConditionEmbedding(
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
         Args:
             x: input (B, features).
-            noise_label: time label (B,).
+            noise_label: noise label (B,).
             class_labels: class labels (B,), int64, if and only if the network has classes.
 
         Returns:

@@ -1,8 +1,8 @@
-"""Progressive branches: the input at every resolution of the encoder, the output likewise.
+"""Progressive branches of NCSN++: the input and the output at every resolution.
 
-An input branch maps (pyramid, h) to (pyramid, h) after every down-sampling; the pyramid starts
-as the input of the network. An output branch does so after every level of the decoder, from the
-coarsest, where there is no pyramid yet.
+An input branch maps (pyramid, features) to their successors after every downsampling of the
+encoder; its pyramid starts as the network's input. An output branch does the same after every
+level of the decoder; at the coarsest level its pyramid is None.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
 
 
 class Head(nn.Module):
-    """Normalisation, activation and a 3-tap convolution.
+    """Normalization, activation and a 3-tap convolution.
 
     Args:
         in_channels: number of input channels.
         out_channels: number of output channels.
-        style: what the network's blocks have in common.
-        scale: scale given to the initialiser; almost zero by default.
+        style: settings shared by the network's blocks.
+        scale: scale passed to the initializer; by default the output is almost zero.
     """
 
     def __init__(
@@ -38,26 +38,19 @@ class Head(nn.Module):
 
     @override
     def forward(self, h: Tensor) -> Tensor:
-        r"""Apply the layers.
-
-        Args:
-            h: feature map (B, in_channels, \*spatial).
-
-        Returns:
-            Feature map (B, out_channels, \*spatial).
-        """
+        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*spatial)."""
         out: Tensor = self.conv(self.style.activation(self.norm(h)))
         return out
 
 
 class InputSkip(nn.Module):
-    """The down-sampled input, through a 1x1 convolution, is added or joined to the features.
+    """Add or concatenate a 1x1 convolution of the downsampled input to the features.
 
     Args:
         channels: number of channels of the network's input.
         width: number of channels of the features.
-        style: what the network's blocks have in common.
-        fir_kernel: one-dimensional FIR kernel of the down-sampling, or None for means.
+        style: settings shared by the network's blocks.
+        fir_kernel: one-dimensional FIR kernel of the downsampling, or None to take means.
         combine: "sum" to add, "cat" to concatenate.
     """
 
@@ -78,14 +71,11 @@ class InputSkip(nn.Module):
 
     @override
     def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Go down one resolution.
+        r"""Return the input at this resolution, and the features combined with it.
 
         Args:
             pyramid: the input at the resolution above (B, channels, \*(2 spatial)).
             h: features (B, width, \*spatial).
-
-        Returns:
-            The input at this resolution, and the features joined to it.
         """
         pyramid = self.down(pyramid)
         skip: Tensor = self.conv(pyramid)
@@ -94,13 +84,13 @@ class InputSkip(nn.Module):
 
 
 class InputResidual(nn.Module):
-    """The down-sampling convolution of the branch is joined to the features and replaces them.
+    """Replace the features by their sum with a downsampling convolution of the branch.
 
     Args:
         channels: number of channels of the branch above.
         width: number of channels of the features.
-        style: what the network's blocks have in common.
-        fir_kernel: one-dimensional FIR kernel of the down-sampling, or None.
+        style: settings shared by the network's blocks.
+        fir_kernel: one-dimensional FIR kernel of the downsampling, or None.
     """
 
     def __init__(
@@ -113,27 +103,24 @@ class InputResidual(nn.Module):
 
     @override
     def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Go down one resolution.
+        r"""Return the branch at this resolution twice: it replaces the features.
 
         Args:
             pyramid: the branch at the resolution above (B, channels, \*(2 spatial)).
             h: features (B, width, \*spatial).
-
-        Returns:
-            The branch at this resolution, twice: it is the features from here on.
         """
         pyramid = self.style.join(self.down(pyramid), h)
         return pyramid, pyramid
 
 
 class OutputSkip(nn.Module):
-    """The output is the up-sampled output of the resolution below plus a head of this one.
+    """Add the output of a head to the upsampled output of the resolution below.
 
     Args:
         width: number of channels of the features.
         out_channels: number of channels of the network's output.
-        style: what the network's blocks have in common.
-        fir_kernel: one-dimensional FIR kernel of the up-sampling, or None to repeat entries.
+        style: settings shared by the network's blocks.
+        fir_kernel: one-dimensional FIR kernel of the upsampling, or None to repeat entries.
     """
 
     def __init__(
@@ -145,25 +132,22 @@ class OutputSkip(nn.Module):
 
     @override
     def forward(self, pyramid: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Go up one resolution.
+        r"""Return the output at this resolution (B, out_channels, \*spatial), and the features.
 
         Args:
             pyramid: the output at the resolution below, or None at the coarsest.
             h: features (B, width, \*spatial).
-
-        Returns:
-            The output at this resolution (B, out_channels, \*spatial), and the features.
         """
         out: Tensor = self.head(h)
         return out if pyramid is None else self.up(pyramid) + out, h
 
 
 class OutputStart(nn.Module):
-    """The convolutional branch of the output starts as a head of the coarsest features.
+    """Start the residual output branch with a head on the coarsest features.
 
     Args:
         width: number of channels of the features and of the branch.
-        style: what the network's blocks have in common.
+        style: settings shared by the network's blocks.
     """
 
     def __init__(self, width: int, style: Style) -> None:
@@ -172,26 +156,18 @@ class OutputStart(nn.Module):
 
     @override
     def forward(self, pyramid: Tensor | None, h: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Start the branch.
-
-        Args:
-            pyramid: none.
-            h: features (B, width, \*spatial).
-
-        Returns:
-            The branch (B, width, \*spatial), and the features as they are.
-        """
+        r"""Return the branch, and the features (B, width, \*spatial) unchanged."""
         return self.head(h), h
 
 
 class OutputResidual(nn.Module):
-    """The up-sampling convolution of the branch is joined to the features and replaces them.
+    """Replace the features by their sum with an upsampling convolution of the branch.
 
     Args:
         channels: number of channels of the branch below.
         width: number of channels of the features.
-        style: what the network's blocks have in common.
-        fir_kernel: one-dimensional FIR kernel of the up-sampling, or None to repeat entries.
+        style: settings shared by the network's blocks.
+        fir_kernel: one-dimensional FIR kernel of the upsampling, or None to repeat entries.
     """
 
     def __init__(
@@ -203,14 +179,11 @@ class OutputResidual(nn.Module):
 
     @override
     def forward(self, pyramid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Go up one resolution.
+        r"""Return the branch at this resolution twice: it replaces the features.
 
         Args:
             pyramid: the branch at the resolution below (B, channels, \*(spatial / 2)).
             h: features (B, width, \*spatial).
-
-        Returns:
-            The branch at this resolution, twice: it is the features from here on.
         """
         pyramid = self.style.join(self.up(pyramid), h)
         return pyramid, pyramid

@@ -1,4 +1,4 @@
-"""The skeleton that every U-Net of the library shares."""
+"""The structure shared by all U-Nets of the library."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Stage(nn.Module):
-    """A conditioned block and, if given, an attention after it.
+    """A conditioned block, optionally followed by attention.
 
     Args:
-        block: module of a feature map and an embedding.
-        attention: module of a feature map, or None.
-        recompute: whether activations are computed again in the backward pass instead of being
-            kept. Dropout draws the same mask both times.
+        block: module called with features and an embedding.
+        attention: module called with features, or None.
+        recompute: whether activations are recomputed in the backward pass instead of stored.
+            Dropout draws the same mask both times.
     """
 
     def __init__(
@@ -48,15 +48,7 @@ class Stage(nn.Module):
 
     @override
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
-        r"""Apply block and attention.
-
-        Args:
-            x: feature map (B, C, \*spatial).
-            emb: embedding (B, embedding_width), or None.
-
-        Returns:
-            Feature map.
-        """
+        r"""Apply block and attention to features (B, C, \*spatial), given an embedding or None."""
         if self.recompute and torch.is_grad_enabled():
             h: Tensor = checkpoint(self._apply_parts, x, emb, use_reentrant=False)
             return h
@@ -68,7 +60,7 @@ class Stage(nn.Module):
 
 
 class EncoderLevel(nn.Module):
-    """The stages of one resolution on the way down.
+    """The stages of one resolution of the encoder.
 
     Args:
         stages: the stages, in order.
@@ -80,15 +72,7 @@ class EncoderLevel(nn.Module):
 
     @override
     def forward(self, h: Tensor, emb: Tensor | None) -> list[Tensor]:
-        r"""Apply the stages.
-
-        Args:
-            h: feature map (B, C, \*spatial).
-            emb: embedding (B, embedding_width), or None.
-
-        Returns:
-            The feature map after each stage.
-        """
+        r"""Return the features after each stage, from features (B, C, \*spatial)."""
         outputs = []
         for stage in self.stages:
             h = stage(h, emb)
@@ -97,7 +81,7 @@ class EncoderLevel(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """The stages of one resolution on the way up, each of which takes one skip.
+    """The stages of one resolution of the decoder, each with one skip connection.
 
     Args:
         stages: the stages, in order.
@@ -109,15 +93,12 @@ class DecoderLevel(nn.Module):
 
     @override
     def forward(self, h: Tensor, emb: Tensor | None, skips: list[Tensor]) -> Tensor:
-        r"""Apply the stages, each to the feature map joined to the last skip left.
+        r"""Apply the stages, each to the features concatenated with the last remaining skip.
 
         Args:
-            h: feature map (B, C, \*spatial).
+            h: features (B, C, \*spatial).
             emb: embedding (B, embedding_width), or None.
-            skips: feature maps of the encoder; those used are taken off the end.
-
-        Returns:
-            Feature map.
+            skips: features of the encoder; those used are popped off the end.
         """
         for stage in self.stages:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
@@ -125,46 +106,46 @@ class DecoderLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    r"""U-Net over feature maps of 1 to 3 dimensions, given its parts.
+    r"""U-Net over 1 to 3 spatial dimensions, assembled from its parts.
 
-    The input convolution and every block and down-sampling of the encoder leave one skip; the
-    decoder has one block more per level than the encoder and takes one skip per block. Attention
-    follows every encoder block at the chosen levels, the first of the two middle blocks, and the
-    last or every decoder block at those levels. Input and output branches, see
-    `diffusionkit.networks.progressive`, run beside the levels.
+    The input convolution and every block and downsampling of the encoder produce one skip; the
+    decoder has one more block per level than the encoder and consumes one skip per block.
+    Attention follows every encoder block at the chosen levels, the first of the two middle
+    blocks, and the last or every decoder block at those levels. Input and output branches, see
+    `diffusionkit.networks.progressive`, run in parallel to the levels.
 
     Args:
-        channels: number of channels of the input and, by default, of the output.
+        channels: number of channels of the input.
         out_channels: number of channels of the output.
-        low_res_channels: number of channels of a low-resolution image that the network is given
-            beside its input, or None.
-        style: what the blocks have in common.
+        low_res_channels: number of channels of a low-resolution image that is a second input of
+            the network, or None.
+        style: settings shared by the blocks.
         input_width: number of channels after the input convolution.
         widths: number of channels of each level; each level halves the resolution.
         blocks: number of blocks per level.
         attention_levels: indices of the levels with attention; 0 is the full resolution.
-        attend_all: whether attention follows every decoder block of those levels, not the last.
-        embedding: embedding of labels, classes and conditions, or None for none of them.
-        block: makes a block from its numbers of input and output channels.
-        attention: makes an attention from its number of channels and whether it is in the decoder;
-            None where there is none.
-        down: makes a down-sampling, a module of feature map and embedding, from its number of
-            channels.
-        up: makes an up-sampling in the same way.
-        input_branch: makes a step of the input branch from the numbers of channels of the branch
-            and of the features, or None.
-        output_branch: makes a step of the output branch, from the number of channels of the
-            branch (None at first) and of the features, or None.
-        head: makes what turns the last features into the output, from their number of channels;
-            None if the output branch is the output.
-        noise_level: module that maps labels to noise levels by which the output is divided, or
+        attend_all: whether attention follows every decoder block of those levels, or the last.
+        embedding: embedding of noise label, class labels and condition, or None.
+        block: makes a block from the numbers of its input and output channels.
+        attention: makes an attention from the number of its channels and whether it is in the
+            decoder, or returns None.
+        down: makes a downsampling, a module called with features and embedding, from the number
+            of its channels.
+        up: makes an upsampling, likewise.
+        input_branch: makes one level of the input branch from the numbers of channels of branch
+            and features, or None.
+        output_branch: makes one level of the output branch from the numbers of channels of branch
+            (None at the coarsest level) and features, or None.
+        head: makes the module that maps the last features to the output from the number of their
+            channels; None if the output branch yields the output.
+        noise_level: module that maps noise labels to the noise levels that divide the output, or
             None.
         data_range: range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: whether activations within stages are computed again in the
-            backward pass instead of being kept.
+        activation_checkpointing: whether activations within stages are recomputed in the backward
+            pass instead of stored.
 
     Raises:
-        TypeError: if a count is not an int.
+        TypeError: if a count is not an integer.
         ValueError: if an argument is out of range.
     """
 
@@ -200,7 +181,7 @@ class UNet(nn.Module):
         self.channels = channels
         self.low_res_channels = low_res_channels
         self.dims = style.dims
-        self.factor = 2 ** (len(widths) - 1)  # total down-sampling
+        self.factor = 2 ** (len(widths) - 1)  # total downsampling
         self.scale, self.shift = check_data_range(data_range)
         self.embedding = embedding
         self.noise_level = noise_level
@@ -212,10 +193,10 @@ class UNet(nn.Module):
                 recompute=activation_checkpointing,
             )
 
-        seen = channels + (low_res_channels or 0)
-        self.input = style.conv(seen, input_width)
+        in_channels = channels + (low_res_channels or 0)
+        self.input = style.conv(in_channels, input_width)
 
-        c, skips, branch = input_width, [input_width], seen
+        c, skips, branch = input_width, [input_width], in_channels
         self.encoder, self.downs = nn.ModuleList(), nn.ModuleList()
         self.input_branch = nn.ModuleList() if input_branch else None
         for level, width in enumerate(widths):
@@ -266,14 +247,14 @@ class UNet(nn.Module):
         r"""Evaluate the network.
 
         Args:
-            x: input (B, channels, \*spatial), every size divisible by the total down-sampling
+            x: input (B, channels, \*spatial), every size divisible by the total downsampling
                 ``2 ** (levels - 1)``.
-            noise_label: time label (B,).
+            noise_label: noise label (B,).
             class_labels: class labels (B,), int64, if and only if the network has classes.
             condition: condition vectors (B, condition_features), for a network with a condition
-                only; None stands for zeros.
+                only; None for zeros.
             low_res: image (B, low_res_channels, \*any spatial), if and only if the network takes
-                one; it is brought to the size of the input linearly.
+                one; it is interpolated linearly to the size of the input.
 
         Returns:
             Output (B, out_channels, \*spatial).

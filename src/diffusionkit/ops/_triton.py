@@ -91,7 +91,7 @@ def upfirdn_kernel(
         mask_h = inside & (out_h < out_height)
         target = y_pointer + ((plane * out_height + out_h).to(tl.int64) * out_stride)[:, None]
         if len(FIRST_W) == 2 and not CHANNELS_LAST:
-            # Neighbours in memory are stored together.
+            # Neighbors in memory are stored together.
             out_w = block * (2 * BLOCK_W) + tl.arange(0, 2 * BLOCK_W)
             mask = mask_h[:, None] & (out_w < out_width)[None, :]
             pairs = tl.interleave(outputs[2 * a], outputs[2 * a + 1])

@@ -42,7 +42,7 @@ def upfirdn(
 
     Args:
         x: input (B, C, \*spatial) with one to three spatial dimensions.
-        kernel: the taps k, not normalised here: numbers or a tensor with one dimension, used
+        kernel: the taps k, not normalized here: numbers or a tensor with one dimension, used
             along every spatial dimension; or a tensor with as many dimensions as there are
             spatial ones. A tensor must be on the device of x; gradients flow to it.
         up: upsampling factor f.
