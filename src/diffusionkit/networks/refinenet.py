@@ -142,7 +142,7 @@ class DilatedBlock(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*spatial), or half that."""
+        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*resampled)."""
         h = self.conv_1(self.activation(self.norm_1(x)))
         h = self.conv_2(self.activation(self.norm_2(h)))
         # A mean and a 1x1 convolution commute; this order is cheaper.

@@ -34,7 +34,7 @@ class Upsample(nn.Module):
 
     @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Map features (B, C, \*spatial) to (B, C, \*(2 spatial)); `emb` is ignored."""
+        r"""Map features (B, C, \*spatial) to (B, C, \*(2 spatial))."""
         if self.fir_kernel is None:
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return fir_upsample(x, self.fir_kernel)
@@ -53,7 +53,7 @@ class Downsample(nn.Module):
 
     @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Map features (B, C, \*spatial) to (B, C, \*(spatial / 2)); `emb` is ignored."""
+        r"""Map features (B, C, \*spatial) to (B, C, \*(spatial / 2))."""
         if self.fir_kernel is None:
             return _AVG_POOL[x.ndim - 2](x, 2)
         return fir_downsample(x, self.fir_kernel)
@@ -85,7 +85,7 @@ class ConvUpsample(nn.Module):
 
     @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*(2 spatial)); `emb` is ignored."""
+        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*(2 spatial))."""
         if self.fir_kernel is None:
             h: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
             return h
@@ -120,7 +120,7 @@ class ConvDownsample(nn.Module):
 
     @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*(spatial / 2)); `emb` is ignored."""
+        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*(spatial / 2))."""
         if self.fir_kernel is None:
             h: Tensor = self.conv(F.pad(x, self.pads) if self.pads else x)
             return h

@@ -1,6 +1,6 @@
-"""When the fused kernel may be used, and its derivatives.
+"""Conditions for using the fused kernel, and its derivatives.
 
-Plain torch is right everywhere; the kernel only where it cannot go wrong unnoticed.
+Everything else is computed in plain torch, which supports all cases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_INDEX = 2**30  # rows and columns are counted in 32 bits, elements in 64
 
 
 def suits(x: Tensor, taps: tuple[float, ...], up: int, pads: Sequence[tuple[int, int]]) -> bool:
-    """Whether the fused kernel may filter x with these numbers."""
+    """Whether the fused kernel supports this input, kernel and padding."""
     if not x.is_cuda or x.ndim > 4 or _hidden(x):
         return False
     longest = max(
@@ -44,11 +44,11 @@ def suits(x: Tensor, taps: tuple[float, ...], up: int, pads: Sequence[tuple[int,
 
 
 def _hidden(x: Tensor) -> bool:
-    """Whether x stands for something else, or something looks on that would not see the kernel.
+    """Whether x is a proxy, or torch is observed by something that cannot see the kernel.
 
-    That are compilers, which make kernels of their own; torch.func, whose tensors have no storage
-    and which asks for functions of another form; and dispatch modes, which for instance record
-    operations or count them.
+    That is the case under torch.compile, which generates its own kernels; under torch.func, whose
+    tensors have no storage and which needs another form of autograd functions; and in dispatch
+    modes, which, for instance, record or count operations.
     """
     return (
         torch.compiler.is_compiling()
@@ -67,20 +67,17 @@ def plan(
     down: int,
     pads: Sequence[tuple[int, int]],
 ) -> Plan:
-    """What the kernel has to do.
+    """Return the plan of the kernel; a signal is an image of one row.
 
     Args:
         x: input (B, C, *spatial) with one or two spatial dimensions.
-        taps: the kernel, for each dimension.
+        taps: the kernel, the same for each dimension.
         gain: factor of the output.
         up: upsampling factor.
         down: downsampling factor.
         pads: zeros before and after, for each dimension.
-
-    Returns:
-        The plan; a signal is an image of one row.
     """
-    taps = tuple(map(float, taps))  # integers would make kernels of their own
+    taps = tuple(map(float, taps))  # integers would be compiled separately
     lines = [
         Line(taps, up, down, before, n, (n * up + before + after - len(taps)) // down + 1)
         for n, (before, after) in zip(x.shape[2:], pads, strict=True)
@@ -90,8 +87,8 @@ def plan(
 
 
 def upfirdn(x: Tensor, plan: Plan) -> Tensor:
-    """Run the kernel, any number of times differentiable."""
-    if _hidden(x):  # as a backward pass can be whose forward pass was not
+    """Run the kernel; differentiable any number of times."""
+    if _hidden(x):  # the backward pass may be hidden although the forward pass was not
         lines = (plan.vertical, plan.horizontal)[4 - x.ndim :]
         taps, up, down = lines[0][:3]
         pads = [(line.before, line.after()) for line in lines]
@@ -122,14 +119,14 @@ class _Upfirdn(Function):
 
 @functools.cache
 def _triton_launches() -> bool:
-    """Whether Triton is installed and finds all that it needs."""
+    """Whether Triton is installed and can launch kernels."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
         from ._triton import load_driver
 
         load_driver()
-    except Exception as error:  # of many kinds, none of which is a reason to fail
+    except Exception as error:  # of many types; plain torch works in any case
         logger.warning(
             "FIR resampling uses plain torch, as Triton cannot launch kernels: %s", error
         )

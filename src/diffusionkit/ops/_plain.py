@@ -1,4 +1,4 @@
-"""FIR resampling in plain torch: one convolution of each channel with a kernel of its own."""
+"""FIR resampling in plain torch: one grouped convolution, with one group per channel."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def _convolve(x: Tensor, kernel: Tensor, up: int, down: int, pads: Pairs) -> Ten
     if up == 1:
         even = _even(pads)
         x = _pad(x, [(p - e, q - e) for (p, q), e in zip(pads, even, strict=True)])
-        # torch's convolutions do not turn their kernel round.
+        # torch's convolutions do not flip their kernel.
         weight = kernel.flip(tuple(range(dims))).expand(channels, 1, *kernel.shape)
         return CONV[dims](x, weight, stride=down, padding=even, groups=channels)
-    # Transposed ones do. They return every sample that a tap reaches, of which some are cropped.
+    # Transposed ones do. They return every sample within reach of a tap; some are cropped.
     crops = [(k - 1 - p, k - up - q) for k, (p, q) in zip(kernel.shape, pads, strict=True)]
     even = _even(crops)
     weight = kernel.expand(channels, 1, *kernel.shape)
@@ -61,12 +61,12 @@ def _convolve(x: Tensor, kernel: Tensor, up: int, down: int, pads: Pairs) -> Ten
     y = _pad(y, [(e - p, e - q) for (p, q), e in zip(crops, even, strict=True)])
     if down == 1:
         return y
-    # Slices would hold on to all of y and lose its memory format.
+    # A slice would keep all of y alive and lose its memory format.
     return _convolve(y, kernel.new_ones((1,) * dims), 1, down, ((0, 0),) * dims)
 
 
 def _even(pads: Pairs) -> list[int]:
-    """What of each pair a convolution can pad by itself: as much before as after."""
+    """Return the part of each pair that a convolution can pad: the same before and after."""
     return [max(0, min(pair)) for pair in pads]
 
 

@@ -1,4 +1,4 @@
-"""What the fused kernel does along each dimension."""
+"""The work of the fused kernel along each dimension."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Line(NamedTuple):
     outputs: int
 
     def after(self) -> int:
-        """Zeros after the last sample: as many as are needed."""
+        """Return the number of zeros needed after the last sample."""
         reached = (self.outputs - 1) * self.down + len(self.taps)
         return reached - self.before - self.inputs * self.up
 
     def adjoint(self) -> Line:
-        """The transpose of this linear map: it exchanges the factors and turns the kernel."""
+        """Return the transpose of this linear map: factors swapped, kernel flipped."""
         before = len(self.taps) - 1 - self.before
         return Line(self.taps[::-1], self.down, self.up, before, self.outputs, self.inputs)
 
     def sums(self, count: int) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
-        """The first outputs as weighted sums of samples.
+        """Return the first outputs as weighted sums of samples.
 
-        The next `count` outputs are the same sums, `count * down / up` samples on.
+        The next `count` outputs are the same sums, `count * down / up` samples later.
 
         Args:
             count: number of outputs, a multiple of `up`.
 
         Returns:
-            For each output the index of a sample, negative before the first one; and for each
-            the weights of this and the following samples. Zeros between samples need no weight.
+            For each output, the index of the first sample (negative before the input), and the
+            weights of this and the following samples. Zeros between samples have no weight.
         """
         starts = [output * self.down - self.before for output in range(count)]  # of the windows
         first = [-(-start // self.up) for start in starts]
@@ -59,8 +59,8 @@ class Plan(NamedTuple):
     """`upfirdn` of images.
 
     Attributes:
-        vertical: what to do along the columns of pixels.
-        horizontal: what to do along the rows.
+        vertical: `upfirdn` along the columns of pixels.
+        horizontal: `upfirdn` along the rows.
         gain: factor of the output.
     """
 
@@ -69,5 +69,5 @@ class Plan(NamedTuple):
     gain: float
 
     def adjoint(self) -> Plan:
-        """The transpose of this linear map."""
+        """Return the transpose of this linear map."""
         return Plan(self.vertical.adjoint(), self.horizontal.adjoint(), self.gain)
