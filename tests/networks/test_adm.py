@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import check_against_reference
-from tiny import EVERYTHING, TINY, arguments, tiny
+from support.reference_unet import check_against_reference
+from support.tiny_networks import EVERYTHING, TINY, arguments, tiny
 
 from diffusionkit.checkpoints import load_improved_diffusion
 from diffusionkit.networks import ADMUNet
@@ -169,21 +169,21 @@ def test_released_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
-        ({"dims": 0}, ValueError, "dims must be at least 1, got 0"),
-        ({"width": 9}, ValueError, "width must be even and at least 4, got 9"),
+        ({"channels": 0}, ValueError, "channels: expected an integer >= 1, got 0"),
+        ({"dims": 0}, ValueError, "dims: expected an integer >= 1, got 0"),
+        ({"width": 9}, ValueError, "width: expected an even integer >= 4, got 9"),
         ({"attention_levels": (2,)}, ValueError, "attention_levels .* got 2"),
-        ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
-        ({"heads": 3}, ValueError, "heads must divide the 16 channels of a level, got 3"),
-        ({"decoder_heads": 0}, ValueError, "decoder_heads must be at least 1, got 0"),
-        ({"decoder_heads": 3}, ValueError, "heads must divide the 16 channels of a level, got 3"),
-        ({"head_channels": 0}, ValueError, "head_channels must be at least 1, got 0"),
-        ({"group_channels": 0}, ValueError, "group_channels must be at least 1, got 0"),
-        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-        ({"low_res_channels": 0}, ValueError, "low_res_channels must be at least 1, got 0"),
-        ({"out_channels": 0}, ValueError, "out_channels must be at least 1, got 0"),
-        ({"data_range": (2.0, 1.0)}, ValueError, "data_range must be finite and increasing"),
+        ({"heads": 0}, ValueError, "heads: expected an integer >= 1, got 0"),
+        ({"heads": 3}, ValueError, "heads: expected a divisor of 16 channels, got 3"),
+        ({"decoder_heads": 0}, ValueError, "decoder_heads: expected an integer >= 1, got 0"),
+        ({"decoder_heads": 3}, ValueError, "heads: expected a divisor of 16 channels, got 3"),
+        ({"head_channels": 0}, ValueError, "head_channels: expected an integer >= 1, got 0"),
+        ({"group_channels": 0}, ValueError, "group_channels: expected an integer >= 1, got 0"),
+        ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
+        ({"low_res_channels": 0}, ValueError, "low_res_channels: expected an integer >= 1, got 0"),
+        ({"out_channels": 0}, ValueError, "out_channels: expected an integer >= 1, got 0"),
+        ({"data_range": (2.0, 1.0)}, ValueError, "data_range: expected finite, increasing"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fill
+from support.tiny_networks import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -160,5 +160,5 @@ def test_attention_initialisation_scales() -> None:
 
 
 def test_heads_must_divide_the_channels() -> None:
-    with pytest.raises(ValueError, match="heads must divide the 8 channels of a level, got 3"):
+    with pytest.raises(ValueError, match="heads: expected a divisor of 8 channels, got 3"):
         SelfAttention(8, style(), heads=3)

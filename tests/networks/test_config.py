@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from published import PUBLISHED, built
-from tiny import FAMILIES, arguments, tiny
+from support.published_networks import PUBLISHED, built
+from support.tiny_networks import FAMILIES, arguments, tiny
 from torch import nn
 
 from diffusionkit.networks import MLP

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import check_against_reference
-from tiny import TINY, arguments, tiny
+from support.reference_unet import check_against_reference
+from support.tiny_networks import TINY, arguments, tiny
 
 from diffusionkit.networks import DDPMUNet
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import fill
+from support.tiny_networks import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,7 +95,7 @@ def test_fourier_frequencies_are_drawn_at_their_scale() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
 def test_fourier_scale_out_of_range(scale: float) -> None:
-    with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+    with pytest.raises(ValueError, match=f"scale: expected a finite number > 0, got {scale}"):
         FourierEmbedding(8, scale=scale)
 
 
@@ -156,7 +156,7 @@ def test_half_precision_labels_are_embedded_in_float32(kind: type[nn.Module]) ->
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 @pytest.mark.parametrize("features", [2, 5])
 def test_features_out_of_range(kind: type[nn.Module], features: int) -> None:
-    with pytest.raises(ValueError, match=f"even and at least 4, got {features}"):
+    with pytest.raises(ValueError, match=f"features: expected an even number >= 4, got {features}"):
         kind(features)
 
 
@@ -210,7 +210,7 @@ def test_condition_embedding_is_initialised_by_its_style() -> None:
 @pytest.mark.parametrize("name", ["num_classes", "condition_features"])
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError)])
 def test_condition_embedding_errors(name: str, value: float, error: type[Exception]) -> None:
-    with pytest.raises(error, match=f"{name} must be .*got {value}"):
+    with pytest.raises(error, match=f"{name}: expected an integer.*got"):
         ConditionEmbedding(PositionalEmbedding(4), 4, 6, **{name: value})
 
 
@@ -227,14 +227,14 @@ def test_sigma_table() -> None:
 
 @pytest.mark.parametrize(("noise_label", "low", "high"), [(3.0, 0.0, 3.0), (-1.0, -1.0, 0.0)])
 def test_number_out_of_range(noise_label: float, low: float, high: float) -> None:
-    message = rf"noise_label must be the number .* in \[0, 3\), got values {low} to {high}"
+    message = rf"noise_label: expected the index .* in \[0, 3\), got values from {low} to {high}"
     with pytest.raises(ValueError, match=message):
         SigmaTable((3.0, 2.0, 1.0))(torch.tensor([0.0, noise_label]))
 
 
 @pytest.mark.parametrize("sigmas", [(), (1.0, 0.0), (-1.0,), (1.0, math.inf), (math.nan, 1.0)])
 def test_sigmas_out_of_range(sigmas: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="sigmas must be positive, finite numbers, got"):
+    with pytest.raises(ValueError, match="sigmas: expected finite numbers > 0, got"):
         SigmaTable(sigmas)
 
 

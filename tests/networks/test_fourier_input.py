@@ -73,14 +73,14 @@ def test_around_the_networks_of_the_library() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(TypeError, match="network must be a module, got function"):
+    with pytest.raises(TypeError, match="network: expected a module, got function"):
         FourierFeatures(lambda x, noise_label: x)
-    with pytest.raises(ValueError, match="at least one entry, got none"):
+    with pytest.raises(ValueError, match="exponents: expected at least one entry, got none"):
         FourierFeatures(Seen(), exponents=())
     for bad in (1.5, True):
-        with pytest.raises(TypeError, match="exponents must be ints"):
+        with pytest.raises(TypeError, match="exponents: expected integers"):
             FourierFeatures(Seen(), exponents=(1, bad))
-    with pytest.raises(TypeError, match=r"floating-point dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating-point tensor, got torch.int64"):
         FourierFeatures(Seen())(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1))
     with pytest.raises(ValueError, match=r"\(B, C, ...\), got \(3,\)"):
         FourierFeatures(Seen())(torch.zeros(3), torch.zeros(3))

@@ -147,12 +147,12 @@ def test_learns_the_noise_of_a_two_point_mixture() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"features": 0}, ValueError, "features must be at least 1, got 0"),
-        ({"out_features": 0}, ValueError, "out_features must be at least 1, got 0"),
-        ({"width": 1}, ValueError, "width must be at least 2, got 1"),
-        ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
-        ({"depth": True}, TypeError, "depth must be an int, got True"),
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"features": 0}, ValueError, "features: expected an integer >= 1, got 0"),
+        ({"out_features": 0}, ValueError, "out_features: expected an integer >= 1, got 0"),
+        ({"width": 1}, ValueError, "width: expected an integer >= 2, got 1"),
+        ({"depth": 0}, ValueError, "depth: expected an integer >= 1, got 0"),
+        ({"depth": True}, TypeError, "depth: expected an integer, got bool"),
+        ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -169,10 +169,10 @@ T = torch.zeros(2)
     [
         (X[:, :2], T, None, ValueError, r"\(B, 3\), got \(2, 2\)"),
         (X[:, :, None], T, None, ValueError, r"\(B, 3\), got \(2, 3, 1\)"),
-        (X[:0], T[:0], None, ValueError, "must not be empty"),
-        (X.double(), T, None, TypeError, "torch.float32 like the network, got torch.float64"),
-        (X, T[:1], None, ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
-        (X, T, torch.tensor([0, 0]), TypeError, "class_labels must be None"),
+        (X[:0], T[:0], None, ValueError, "expected a non-empty tensor"),
+        (X.double(), T, None, TypeError, "dtype of the network, torch.float32, got torch.float64"),
+        (X, T[:1], None, ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
+        (X, T, torch.tensor([0, 0]), TypeError, "class_labels: expected None"),
     ],
 )
 def test_input_errors(

@@ -254,12 +254,16 @@ X, I = torch.zeros(2, 1, 4, 6), torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ((X[0], I), ValueError, r"x must have shape \(B, 1, H, W\), got \(1, 4, 6\)"),
+        ((X[0], I), ValueError, r"x: expected shape \(B, 1, H, W\), got \(1, 4, 6\)"),
         ((X[..., :5], I), ValueError, r"divisible by 2, got \(4, 5\)"),
         ((X[:, :, :3], I), ValueError, r"divisible by 2, got \(3, 6\)"),
-        ((X.double(), I), TypeError, "x must be torch.float32 .* got torch.float64"),
-        ((X, I[:1]), ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
-        ((X, I, I), TypeError, "class_labels must be None"),
+        (
+            (X.double(), I),
+            TypeError,
+            "x: expected the dtype of the network, torch.float32, got torch.float64",
+        ),
+        ((X, I[:1]), ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
+        ((X, I, I), TypeError, "class_labels: expected None"),
     ],
 )
 def test_bad_input(arguments: tuple[Tensor, ...], error: type[Exception], match: str) -> None:
@@ -270,18 +274,22 @@ def test_bad_input(arguments: tuple[Tensor, ...], error: type[Exception], match:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
-        ({"width": 4.0}, TypeError, "width must be an int, got 4.0"),
-        ({"width": 1}, ValueError, "width must be at least 2, got 1"),
-        ({"dims": 4}, ValueError, "dims must be one of 1, 2, 3, got 4"),
-        ({"activation": "gelu"}, ValueError, "activation must be one of 'silu', .* got 'gelu'"),
-        ({"levels": ()}, ValueError, "levels must have one row .* got none"),
-        ({"levels": (1, 2, 2)}, TypeError, r"levels must be rows \(multiplier, dilation\), got 1"),
-        ({"levels": ((1, 1, 1),)}, TypeError, r"levels must be rows .* got \(1, 1, 1\)"),
-        ({"levels": ((1, 0),)}, ValueError, "dilation must be at least 1, got 0"),
-        ({"levels": ((0, 1),)}, ValueError, "multiplier must be at least 1, got 0"),
-        ({"data_range": (1.0, 0.0)}, ValueError, r"data_range must be .* got \(1.0, 0.0\)"),
-        ({"sigmas": (1.0, 0.0)}, ValueError, r"sigmas must be positive"),
+        ({"channels": 0}, ValueError, "channels: expected an integer >= 1, got 0"),
+        ({"width": 4.0}, TypeError, "width: expected an integer, got float"),
+        ({"width": 1}, ValueError, "width: expected an integer >= 2, got 1"),
+        ({"dims": 4}, ValueError, "dims: expected one of 1, 2, 3, got 4"),
+        ({"activation": "gelu"}, ValueError, "activation: expected one of 'silu', .* got 'gelu'"),
+        ({"levels": ()}, ValueError, "levels: expected one row .* got none"),
+        (
+            {"levels": (1, 2, 2)},
+            TypeError,
+            r"levels: expected rows \(multiplier, dilation\), got 1",
+        ),
+        ({"levels": ((1, 1, 1),)}, TypeError, r"levels: expected rows .* got \(1, 1, 1\)"),
+        ({"levels": ((1, 0),)}, ValueError, "dilation: expected an integer >= 1, got 0"),
+        ({"levels": ((0, 1),)}, ValueError, "multiplier: expected an integer >= 1, got 0"),
+        ({"data_range": (1.0, 0.0)}, ValueError, r"data_range: expected .* got \(1.0, 0.0\)"),
+        ({"sigmas": (1.0, 0.0)}, ValueError, r"sigmas: expected finite numbers > 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from published import ALIASES, OPTIONS, PUBLISHED, built
+from support.published_networks import ALIASES, OPTIONS, PUBLISHED, built
 
 from diffusionkit.networks import NCSNpp
 from diffusionkit.networks.unet import UNet

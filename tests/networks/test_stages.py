@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, TINY, arguments, fill, tiny
+from support.tiny_networks import FAMILIES, TINY, arguments, fill, tiny
 from torch import Tensor, nn
 
 from diffusionkit.networks.unet import DecoderLevel, EncoderLevel, Stage, UNet

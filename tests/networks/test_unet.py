@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CLASSES, FAMILIES, TINY, arguments, fill, tiny
+from support.tiny_networks import CLASSES, FAMILIES, TINY, arguments, fill, tiny
 from torch import nn
 
 kinds = pytest.mark.parametrize("kind", FAMILIES)
@@ -165,21 +165,26 @@ def plain(options: dict[str, Any] | None = None) -> Any:
 @pytest.mark.parametrize(
     ("x", "noise_label", "error", "message"),
     [
-        (X[:, :1], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 1, 4, 4\)"),
-        (X[0], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 4, 4\)"),
-        (X[:0], T[:0], ValueError, r"must not be empty, got shape \(0, 2, 4, 4\)"),
-        (X[..., :0], T, ValueError, r"must not be empty, got shape \(2, 2, 4, 0\)"),
+        (X[:, :1], T, ValueError, r"x: expected shape \(B, 2, H, W\), got \(2, 1, 4, 4\)"),
+        (X[0], T, ValueError, r"x: expected shape \(B, 2, H, W\), got \(2, 4, 4\)"),
+        (X[:0], T[:0], ValueError, r"expected a non-empty tensor, got shape \(0, 2, 4, 4\)"),
+        (X[..., :0], T, ValueError, r"expected a non-empty tensor, got shape \(2, 2, 4, 0\)"),
         (X[..., :3], T, ValueError, r"divisible by 2, got \(4, 3\)"),
         (X[:, :, :1], T, ValueError, r"divisible by 2, got \(1, 4\)"),
-        (X.double(), T, TypeError, "torch.float32 like the network, got torch.float64"),
+        (X.double(), T, TypeError, "dtype of the network, torch.float32, got torch.float64"),
         (X.to(torch.uint8), T, TypeError, "torch.float32 like the network, got torch.uint8"),
-        (X.to("meta"), T, ValueError, "x must be on cpu like the network, got meta"),
-        (X, T[0], ValueError, r"noise_label must have shape \(2,\), got \(\)"),
-        (X, T[:, None], ValueError, r"noise_label must have shape \(2,\), got \(2, 1\)"),
-        (X, T[:1], ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
-        (X, T.bool(), TypeError, "noise_label must be real, got torch.bool"),
-        (X, T.to(torch.complex64), TypeError, "noise_label must be real, got torch.complex64"),
-        (X, T.to("meta"), ValueError, "noise_label must be on cpu like x, got meta"),
+        (X.to("meta"), T, ValueError, "x: expected the device of the network, cpu, got meta"),
+        (X, T[0], ValueError, r"noise_label: expected shape \(2,\), got \(\)"),
+        (X, T[:, None], ValueError, r"noise_label: expected shape \(2,\), got \(2, 1\)"),
+        (X, T[:1], ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
+        (X, T.bool(), TypeError, "noise_label: expected real numbers, got torch.bool"),
+        (
+            X,
+            T.to(torch.complex64),
+            TypeError,
+            "noise_label: expected real numbers, got torch.complex64",
+        ),
+        (X, T.to("meta"), ValueError, "noise_label: expected the device of x, cpu, got meta"),
     ],
 )
 def test_input_errors(x, noise_label, error: type[Exception], message: str) -> None:
@@ -202,14 +207,14 @@ def test_shapes_are_named_in_every_dimension() -> None:
         (3, None, TypeError, "num_classes=3, got None"),
         (3, torch.tensor([0.0, 1.0]), TypeError, "torch.int64, got torch.float32"),
         (3, torch.tensor([0, 1], dtype=torch.int32), TypeError, "torch.int64, got torch.int32"),
-        (3, torch.tensor([0]), ValueError, r"class_labels must have shape \(2,\), got \(1,\)"),
+        (3, torch.tensor([0]), ValueError, r"class_labels: expected shape \(2,\), got \(1,\)"),
         (3, torch.tensor([0, 3]), ValueError, r"in \[0, 3\), got values 0 to 3"),
         (3, torch.tensor([-1, 2]), ValueError, r"in \[0, 3\), got values -1 to 2"),
         (
             3,
             torch.tensor([0, 1], device="meta"),
             ValueError,
-            "class_labels must be on cpu .* got meta",
+            "class_labels: expected the device of x, cpu, got meta",
         ),
     ],
 )
@@ -228,10 +233,15 @@ C = torch.zeros(2, 5)
     ("features", "condition", "error", "message"),
     [
         (None, C, TypeError, r"condition_features=None.*got a tensor of shape \(2, 5\)"),
-        (5, C[:1], ValueError, r"condition must have shape \(2, 5\), got \(1, 5\)"),
-        (5, C[:, :4], ValueError, r"condition must have shape \(2, 5\), got \(2, 4\)"),
-        (5, C.double(), TypeError, "condition must be torch.float32 like x, got torch.float64"),
-        (5, C.to("meta"), ValueError, "condition must be on cpu like x, got meta"),
+        (5, C[:1], ValueError, r"condition: expected shape \(2, 5\), got \(1, 5\)"),
+        (5, C[:, :4], ValueError, r"condition: expected shape \(2, 5\), got \(2, 4\)"),
+        (
+            5,
+            C.double(),
+            TypeError,
+            "condition: expected the dtype of x, torch.float32, got torch.float64",
+        ),
+        (5, C.to("meta"), ValueError, "condition: expected the device of x, cpu, got meta"),
     ],
 )
 def test_condition_errors(features, condition, error: type[Exception], message: str) -> None:
@@ -247,12 +257,17 @@ L = torch.zeros(2, 1, 2, 2)
     [
         (None, L, TypeError, r"low_res_channels=None.*got a tensor of shape \(2, 1, 2, 2\)"),
         (1, None, TypeError, "low_res_channels=1, got None"),
-        (1, L[:1], ValueError, r"low_res must have shape \(2, 1, H, W\), got \(1, 1, 2, 2\)"),
-        (3, L, ValueError, r"low_res must have shape \(2, 3, H, W\), got \(2, 1, 2, 2\)"),
-        (1, L[..., 0], ValueError, r"low_res must have shape .*got \(2, 1, 2\)"),
-        (1, L[..., :0], ValueError, r"low_res must have shape .*got \(2, 1, 2, 0\)"),
-        (1, L.double(), TypeError, "low_res must be torch.float32 like x, got torch.float64"),
-        (1, L.to("meta"), ValueError, "low_res must be on cpu like x, got meta"),
+        (1, L[:1], ValueError, r"low_res: expected shape \(2, 1, H, W\), got \(1, 1, 2, 2\)"),
+        (3, L, ValueError, r"low_res: expected shape \(2, 3, H, W\), got \(2, 1, 2, 2\)"),
+        (1, L[..., 0], ValueError, r"low_res: expected shape .*got \(2, 1, 2\)"),
+        (1, L[..., :0], ValueError, r"low_res: expected shape .*got \(2, 1, 2, 0\)"),
+        (
+            1,
+            L.double(),
+            TypeError,
+            "low_res: expected the dtype of x, torch.float32, got torch.float64",
+        ),
+        (1, L.to("meta"), ValueError, "low_res: expected the device of x, cpu, got meta"),
     ],
 )
 def test_low_resolution_errors(channels, low_res, error: type[Exception], message: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import CLASSES, FAMILIES, arguments, tiny
+from support.tiny_networks import CLASSES, FAMILIES, arguments, tiny
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from direct import direct
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from support.direct_fir import direct
 from torch import Tensor
 from torch.autograd import forward_ad
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from direct import direct
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from support.direct_fir import direct
 from torch import Tensor
 
 from diffusionkit.ops import (

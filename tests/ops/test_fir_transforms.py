@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from direct import direct
+from support.direct_fir import direct
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fill
+from support.tiny_networks import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
