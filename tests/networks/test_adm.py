@@ -57,20 +57,20 @@ def test_a_learned_variance_doubles_the_output() -> None:
         assert net(**arguments(net)).shape == (2, channels, 4, 6)
 
 
-def test_silent_layers_are_exactly_zero_and_others_as_torch_makes_them() -> None:
+def test_last_layers_start_at_zero_and_others_at_the_torch_default() -> None:
     torch.manual_seed(0)
     net = ADMUNet(**TINY | {"width": 32})
-    silent = {name.rsplit(".", 1)[0] for name, p in net.named_parameters() if not p.any()}
-    silent = {name for name in silent if "norm" not in name}
+    zero = {name.rsplit(".", 1)[0] for name, p in net.named_parameters() if not p.any()}
+    zero = {name for name in zero if "norm" not in name}
     parts = ("conv_2", "attention.out", "head.conv")
-    assert silent == {n for n, _ in net.named_modules() if n.endswith(parts)}
+    assert zero == {n for n, _ in net.named_modules() if n.endswith(parts)}
     bound = 1 / (9 * 32) ** 0.5
     for p in (net.get_parameter(f"downs.0.block.conv.{name}") for name in ("weight", "bias")):
         assert 0.8 * bound < p.abs().max() <= bound
 
 
-# Of the model of 2 levels, width 32, 4 heads and 10 classes in the released layout, worked out in
-# float64 by other code: entries 0 to 7 and the last 8, then the sum of absolute values.
+# Output of a model with 2 levels, width 32, 4 heads and 10 classes in the released layout, computed
+# in float64 by other code: the first and last 8 entries, then the sum of absolute values.
 RELEASED_FIRST = [
     -0.09294580401,
     -0.1229590757,
@@ -117,7 +117,7 @@ SHAPES = {
 
 
 def released_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the released layout, a block or an attention at a time."""
+    """Return names and shapes of the released layout, built block by block."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, shape: tuple[int, ...], bias: bool = True) -> None:

@@ -11,7 +11,7 @@ from diffusionkit.networks import MLP
 
 
 def small(**options: Any) -> MLP:
-    """Build a small network all of whose parts matter."""
+    """Build a small network in which no part is negligible."""
     torch.manual_seed(0)
     net = MLP(**{"features": 3, "width": 16, "depth": 2, **options}).double()
     for p in net.parameters():
@@ -20,7 +20,7 @@ def small(**options: Any) -> MLP:
 
 
 def inputs(n: int) -> tuple[Tensor, Tensor]:
-    """Draw an input and labels."""
+    """Draw inputs and noise labels."""
     torch.manual_seed(1)
     return torch.randn(n, 3, dtype=torch.float64), 999 * torch.rand(n, dtype=torch.float64)
 
@@ -61,7 +61,7 @@ def test_starts_near_zero() -> None:
 
 
 @pytest.mark.parametrize("noise_label", [0.01, 0.3, -1.2, 30.0, 900.0])
-def test_depends_on_labels_of_every_magnitude(noise_label: float) -> None:
+def test_depends_on_noise_labels_of_every_magnitude(noise_label: float) -> None:
     net = small()
     x, _ = inputs(1)
     t = torch.tensor([noise_label], dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_autocast() -> None:
 
 def test_learns_the_noise_of_a_two_point_mixture() -> None:
     # The data are +-(1, 0): the best noise prediction is (x - alpha x0_hat) / sigma with
-    # x0_hat = tanh(alpha x_1 / sigma^2) (1, 0). Predicting nothing leaves an error near 1/2.
+    # x0_hat = tanh(alpha x_1 / sigma^2) (1, 0). Predicting zero leaves an error near 1/2.
     torch.manual_seed(0)
     net = MLP(2, width=64, depth=2)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)

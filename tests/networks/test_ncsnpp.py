@@ -1,4 +1,4 @@
-"""NCSN++: every option against a second implementation, and its refusals."""
+"""NCSN++: all options against a second implementation, and errors."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def test_noise_level_divides_the_output() -> None:
     given = arguments(net)
     expected = plain(**given) / given["noise_label"].view(-1, 1, 1, 1)
     torch.testing.assert_close(net(**given), expected)
-    # An integer label is a noise level too.
+    # Integer noise labels are noise levels too.
     given["noise_label"] = torch.tensor([3, 7])
     torch.testing.assert_close(
         net(**given), plain(**given) / given["noise_label"].view(-1, 1, 1, 1)
@@ -114,24 +114,24 @@ def test_scale_of_the_frequencies() -> None:
         ({"multipliers": (1, True)}, TypeError, "multipliers: expected a number, got bool"),
         ({"multipliers": (1, "2")}, TypeError, "multipliers: expected a number, got str"),
         ({"blocks": 0}, ValueError, "blocks: expected an integer >= 1, got 0"),
-        ({"attention_levels": (2,)}, ValueError, r"attention_levels: expected levels in \[0, 2\), got 2"),
+        ({"attention_levels": (2,)}, ValueError, r"expected levels in \[0, 2\), got 2"),
         ({"attention_levels": (-1,)}, ValueError, "attention_levels .* got -1"),
         ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, ValueError, r"dropout: expected a probability in \[0, 1\), got -0.1"),
         ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
-        ({"condition_features": 0}, ValueError, "condition_features: expected an integer >= 1, got 0"),
+        ({"condition_features": 0}, ValueError, "condition_features: expected .* 1, got 0"),
         ({"low_res_channels": 0}, ValueError, "low_res_channels: expected an integer >= 1, got 0"),
         ({"low_res_channels": 1.0}, TypeError, "low_res_channels: expected an integer, got float"),
         ({"embedding": "none"}, ValueError, "embedding: expected one of 'fourier', .*got 'none'"),
         ({"fourier_scale": 0.0}, ValueError, "scale: expected a finite number > 0, got 0.0"),
-        ({"embedding": None, "num_classes": 2}, ValueError, "embedding: expected one for classes or conditions"),
-        ({"embedding": None, "condition_features": 2}, ValueError, "embedding: expected one for classes or conditions"),
+        ({"embedding": None, "num_classes": 2}, ValueError, "embedding: expected one for"),
+        ({"embedding": None, "condition_features": 2}, ValueError, "embedding: expected one for"),
         ({"resblock": "adm"}, ValueError, "resblock: expected one of 'biggan', 'ddpm', got 'adm'"),
         ({"fir_kernel": (1,)}, ValueError, r"fir_kernel: expected at least two taps.*got \(1,\)"),
         ({"fir_kernel": (1, -1)}, ValueError, "fir_kernel: expected .* of nonzero sum"),
         ({"fir_kernel": (1, float("nan"))}, ValueError, "fir_kernel: expected"),
-        ({"progressive": "input_skip"}, ValueError, "progressive: expected one of 'none', 'output_"),
-        ({"progressive_input": "skip"}, ValueError, "progressive_input: expected one of 'none', 'in"),
+        ({"progressive": "input_skip"}, ValueError, "progressive: expected one of 'none', 'out"),
+        ({"progressive_input": "skip"}, ValueError, "progressive_input: expected one of 'none'"),
         ({"progressive_combine": "add"}, ValueError, "combine: expected one of 'sum', 'cat', got"),
         ({"activation": "gelu"}, ValueError, "activation: expected one of 'silu', .*got 'gelu'"),
         ({"group_channels": 0}, ValueError, "group_channels: expected an integer >= 1, got 0"),

@@ -1,4 +1,4 @@
-"""Bad arguments of FIR resampling are refused, with what was expected and what came."""
+"""Errors of FIR resampling state what was expected and what was received."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_input(function, x, error, message) -> None:
         (
             torch.ones(2, dtype=torch.complex64),
             TypeError,
-            "kernel: expected real numbers, got torch.complex",
+            "expected real numbers, got torch.complex",
         ),
         (torch.ones(2) > 0, TypeError, "kernel: expected real numbers, got torch.bool"),
         (
@@ -85,7 +85,7 @@ def test_numbers(function) -> None:
         function(X, [1, 0, -1])
 
 
-def test_upsampling_leaves_no_pixel_out() -> None:
+def test_upsampling_needs_as_many_taps_as_its_factor() -> None:
     with pytest.raises(ValueError, match="kernel: expected at least factor = 3 taps, got 2"):
         fir_upsample(X, [1, 1], factor=3)
 
@@ -118,14 +118,14 @@ def test_padding(padding, error) -> None:
         upfirdn(X, [1], padding=padding)
 
 
-def test_nothing_left() -> None:
+def test_too_few_samples() -> None:
     with pytest.raises(ValueError, match=r"x: expected enough samples to filter, got 8 .*9 taps"):
         upfirdn(X, [1] * 9)
     with pytest.raises(ValueError, match=r"upsampled by 2, padded by \(-16, 20\)"):
         upfirdn(X, [1], up=2, padding=(-16, 20))
-    with pytest.raises(ValueError, match="x: expected .* samples.*, got 1"):
+    with pytest.raises(ValueError, match=r"x: expected enough samples to filter, got 1 \("):
         fir_downsample(X[..., :1])
-    with pytest.raises(ValueError, match="x: expected .* samples.*, got 1"):
+    with pytest.raises(ValueError, match="x: expected at least 2 samples, got 1"):
         fir_conv_downsample(X[..., :1], W)
 
 
@@ -135,12 +135,7 @@ def test_nothing_left() -> None:
     [
         (None, None, TypeError, "weight: expected a floating-point tensor, got NoneType"),
         (W.int(), None, TypeError, "weight: expected a floating-point tensor, got torch.int32"),
-        (
-            W.double(),
-            None,
-            TypeError,
-            "weight: expected the dtype of x, torch.float32, got torch.float64",
-        ),
+        (W.double(), None, TypeError, "weight: expected the dtype of x, torch.float32"),
         (W[0], None, ValueError, r"weight: expected shape \(\*, 3, \*, \*\), got \(3, 3, 3\)"),
         (W[:, :2], None, ValueError, r"weight: expected shape .*, got \(5, 2, 3, 3\)"),
         (W[..., :0], None, ValueError, r"weight: expected shape .*, got \(5, 3, 3, 0\)"),
@@ -156,7 +151,7 @@ def test_weight(function, weight, bias, error, message) -> None:
 
 
 @pytest.mark.parametrize("function", CONVOLUTIONS)
-def test_convolutions_check_the_rest(function) -> None:
+def test_convolutions_validate_their_other_arguments(function) -> None:
     with pytest.raises(TypeError, match="x: expected"):
         function(X.int(), W)
     with pytest.raises(ValueError, match="kernel: expected taps of nonzero sum"):

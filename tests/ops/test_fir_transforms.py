@@ -18,7 +18,7 @@ from diffusionkit.ops import (
 TAPS = (1.0, 2.0, 5.0, 3.0)
 KERNEL = torch.tensor(TAPS, dtype=torch.float64)
 WEIGHT = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-# Each is linear in x; the second is the same by definition.
+# Pairs of a function, linear in x, and its definition.
 FUNCTIONS = {
     "up": (
         lambda x: fir_upsample(x, TAPS),
@@ -58,8 +58,8 @@ def pair(request):
     return FUNCTIONS[request.param]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's forward mode
-def test_derivatives_equal_the_definition(pair) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
+def test_derivatives_match_the_definition(pair) -> None:
     ours, definition = pair
     x, t = normal(2, 1, 3, 4), normal(2, 1, 3, 4, seed=1)
     y, tangent = jvp(ours, (x,), (t,))
@@ -132,7 +132,7 @@ def test_compiles_to_one_graph(name) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of inductor itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from inductor
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_compiles_with_inductor(name, dynamic) -> None:

@@ -1,4 +1,4 @@
-"""FIR resampling written out from its definition, in numpy and float64."""
+"""FIR resampling by its definition, in numpy and float64."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def direct(
     x: Tensor, kernel: Tensor, up: int, down: int, padding: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Zero-stuff, pad or crop, convolve each window with the turned kernel, keep every down-th."""
+    """Zero-stuff, pad or crop, convolve with the flipped kernel, keep every down-th sample."""
     signal, taps = x.detach().double().numpy(), kernel.detach().double().numpy()
     dims = signal.ndim - 2
     if taps.ndim == 1:
