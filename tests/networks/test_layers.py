@@ -121,9 +121,7 @@ def test_join() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_noise_levels_keep_their_precision(dtype: torch.dtype) -> None:
     h = torch.tensor([0.5, 1000.0, 1000.0], dtype=dtype).view(3, 1, 1)
-    level = torch.tensor(
-        [1e-4, 1e8, 1001.0], dtype=torch.float64
-    )  # not representable in half precision
+    level = torch.tensor([1e-4, 1e8, 1001.0], dtype=torch.float64)  # not in half precision
     expected = (h.double() / level.view(3, 1, 1)).to(dtype)
     got = over_level(h, level)
     assert got.dtype == dtype

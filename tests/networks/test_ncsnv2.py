@@ -24,8 +24,8 @@ def small(channels: int = 1, **options: Any) -> NCSNv2:
     return NCSNv2(channels, **{"sigmas": SIGMAS, "width": 4} | options)
 
 
-# Outputs of the released code in float64, with the weights below: entries 0, n // 3, -1 of the first
-# and 1, n // 2, -1 of the second sample, then the sums of absolute values of both.
+# Outputs of the released code in float64, with the weights below: entries 0, n // 3, -1 of the
+# first and 1, n // 2, -1 of the second sample, then the sums of absolute values of both.
 RELEASED = [
     (
         {"channels": 3, "data_range": UNIT},
