@@ -172,7 +172,7 @@ def test_released_numbers(tmp_path: Path) -> None:
         ({"channels": 0}, ValueError, "channels: expected an integer >= 1, got 0"),
         ({"dims": 0}, ValueError, "dims: expected an integer >= 1, got 0"),
         ({"width": 9}, ValueError, "width: expected an even integer >= 4, got 9"),
-        ({"attention_levels": (2,)}, ValueError, "attention_levels .* got 2"),
+        ({"attention_levels": (2,)}, ValueError, "attention_levels: .* got 2"),
         ({"heads": 0}, ValueError, "heads: expected an integer >= 1, got 0"),
         ({"heads": 3}, ValueError, "heads: expected a divisor of 16 channels, got 3"),
         ({"decoder_heads": 0}, ValueError, "decoder_heads: expected an integer >= 1, got 0"),
