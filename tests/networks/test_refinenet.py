@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -148,7 +149,7 @@ def test_chained_pooling_matches_its_definition() -> None:
     for factor, layer in zip((0.5, 3.0), pooling.convs, strict=True):
         nn.init.dirac_(layer.weight)
         layer.weight.mul_(factor)
-    x = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(20, generator=seeded())
     positive = [max(value, 0.0) for value in x.tolist()]
 
     def greatest(i: int, reach: int) -> float:

@@ -3,13 +3,14 @@
 The interpreter must be selected before Triton is imported, hence in a separate process.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from support.direct_fir import direct
+from support.direct_fir import direct, normal
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -24,13 +25,10 @@ from diffusionkit.ops import (
 )
 
 TAPS = (1.0, 2.0, 5.0, 3.0)
+normal = partial(normal, dtype=torch.float32)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from torch
 # up, down, pads; the last one crops both sides.
 RATES = [(2, 1, (2, 1)), (1, 2, (1, 1)), (1, 1, (2, 2)), (3, 2, (-1, 4)), (2, 3, (-2, -1))]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def bound(x: Tensor, kernel: Tensor, up: int, down: int, pads: list) -> float:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from support.direct_fir import direct
+from support.direct_fir import direct, normal
 from torch import Tensor
 
 from diffusionkit.ops import (
@@ -17,10 +17,6 @@ from diffusionkit.ops import (
 )
 
 LETTERS = {1: "oif,bi...f->bo...", 2: "oifg,bi...fg->bo...", 3: "oifgh,bi...fgh->bo..."}
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def line(*values: float) -> Tensor:

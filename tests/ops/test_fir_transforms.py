@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.direct_fir import direct
+from support.direct_fir import direct, normal
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap
@@ -17,7 +17,7 @@ from diffusionkit.ops import (
 
 TAPS = (1.0, 2.0, 5.0, 3.0)
 KERNEL = torch.tensor(TAPS, dtype=torch.float64)
-WEIGHT = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+WEIGHT = normal(2, 3, 3, 3)
 # Pairs of a function, linear in x, and its definition.
 FUNCTIONS = {
     "up": (
@@ -42,10 +42,6 @@ CONVOLUTIONS = {
     "conv_down": lambda x: fir_conv_downsample(x, WEIGHT.to(x.dtype), kernel=TAPS),
 }
 LINEAR = {name: ours for name, (ours, _) in FUNCTIONS.items()} | CONVOLUTIONS
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def basis(shape: tuple[int, ...]) -> Tensor:

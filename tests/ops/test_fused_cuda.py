@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import seeded
 from torch.profiler import ProfilerActivity, profile
 
 from diffusionkit.ops import _fused, _plain, fir_downsample, fir_upsample, upfirdn
@@ -11,8 +12,7 @@ TAPS = (1.0, 2.0, 5.0, 3.0)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to("cuda", dtype)
+    return torch.randn(*shape, generator=seeded(), dtype=torch.float64).to("cuda", dtype)
 
 
 @pytest.fixture(autouse=True)

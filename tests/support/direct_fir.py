@@ -1,10 +1,12 @@
-"""FIR resampling by its definition, in numpy and float64."""
+"""FIR resampling by its definition, in numpy and float64, and random inputs for it."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import seeded
 
 
 def direct(
@@ -33,3 +35,8 @@ def direct(
     windows = windows[(..., *(slice(None, None, down),) * dims, *(slice(None),) * dims)]
     axes = tuple(range(-dims, 0))
     return torch.from_numpy(np.asarray((windows * np.flip(taps)).sum(axis=axes)))
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw seeded Gaussian noise."""
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
