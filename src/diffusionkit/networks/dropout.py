@@ -11,7 +11,7 @@ _LEVELS = 2**16
 
 
 class Dropout(nn.Dropout):
-    r"""Set each feature to zero with probability p while training, and scale up the others.
+    r"""Zeroing of each feature with probability p in training, with the others scaled up.
 
     .. math:: y = x m / (1 - p), \qquad m \in \{0, 1\}, \quad P(m = 0) = p
 

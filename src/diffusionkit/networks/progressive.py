@@ -44,7 +44,7 @@ class Head(nn.Module):
 
 
 class InputSkip(nn.Module):
-    """Add or concatenate a 1x1 convolution of the downsampled input to the features.
+    """Input branch that adds or concatenates a 1x1 convolution of the downsampled input.
 
     Args:
         channels: number of channels of the network's input.
@@ -84,7 +84,7 @@ class InputSkip(nn.Module):
 
 
 class InputResidual(nn.Module):
-    """Replace the features by their sum with a downsampling convolution of the branch.
+    """Input branch of downsampling convolutions; its sum with the features replaces them.
 
     Args:
         channels: number of channels of the branch above.
@@ -114,7 +114,7 @@ class InputResidual(nn.Module):
 
 
 class OutputSkip(nn.Module):
-    """Add the output of a head to the upsampled output of the resolution below.
+    """Output branch that adds a head to the upsampled output of the resolution below.
 
     Args:
         width: number of channels of the features.
@@ -143,7 +143,7 @@ class OutputSkip(nn.Module):
 
 
 class OutputStart(nn.Module):
-    """Start the residual output branch with a head on the coarsest features.
+    """Start of the residual output branch: a head on the coarsest features.
 
     Args:
         width: number of channels of the features and of the branch.
@@ -161,7 +161,7 @@ class OutputStart(nn.Module):
 
 
 class OutputResidual(nn.Module):
-    """Replace the features by their sum with an upsampling convolution of the branch.
+    """Output branch of upsampling convolutions; its sum with the features replaces them.
 
     Args:
         channels: number of channels of the branch below.

@@ -22,7 +22,7 @@ _AVG_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
 
 
 class Upsample(nn.Module):
-    r"""Double every spatial size, by an FIR filter or by repeating each entry.
+    r"""Upsampling by two with an FIR filter or by repeating each entry.
 
     Args:
         fir_kernel: one-dimensional FIR kernel, or None to repeat entries.
@@ -41,7 +41,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    r"""Halve every spatial size, by an FIR filter or by averaging neighbors.
+    r"""Downsampling by two with an FIR filter or by averaging neighbors.
 
     Args:
         fir_kernel: one-dimensional FIR kernel, or None to average 2 neighbors per dimension.
@@ -53,7 +53,7 @@ class Downsample(nn.Module):
 
     @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Map features (B, C, \*spatial) to (B, C, \*(spatial / 2))."""
+        r"""Map features (B, C, \*spatial) of even sizes to (B, C, \*(spatial / 2))."""
         if self.fir_kernel is None:
             return _AVG_POOL[x.ndim - 2](x, 2)
         return fir_downsample(x, self.fir_kernel)
@@ -120,7 +120,7 @@ class ConvDownsample(nn.Module):
 
     @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*(spatial / 2))."""
+        r"""Map features (B, in_channels, \*spatial) of even sizes to (B, out_channels, \*half)."""
         if self.fir_kernel is None:
             h: Tensor = self.conv(F.pad(x, self.pads) if self.pads else x)
             return h
