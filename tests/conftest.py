@@ -1,4 +1,4 @@
-"""Processes and oracles that many tests share."""
+"""Shared processes and oracles."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def sde(request) -> ForwardSDE:
 
 @pytest.fixture(scope="session")
 def mixture(sde) -> GaussianMixtureModel:
-    """Two unlike Gaussians in the plane, of unequal weight."""
+    """Return a mixture of two different Gaussians in the plane with unequal weights."""
     return GaussianMixtureModel(
         sde, means=[[-1.0, 0.0], [1.0, 0.5]], stds=[0.2, 0.3], weights=[0.3, 0.7]
     )

@@ -1,4 +1,4 @@
-"""Bad input: a ValueError or TypeError that says what was expected and what came."""
+"""Invalid arguments raise a ValueError or TypeError that states what was expected and received."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import seeded
 from torch import nn
 
 import diffusionkit
@@ -62,7 +63,7 @@ INF = torch.tensor([[0.0, math.inf]] * 3)
 
 
 class MarginalOnly(ForwardSDE):
-    """A user's SDE, whose `marginal` checks nothing."""
+    """A user-defined SDE, whose `marginal` validates nothing."""
 
     def marginal(self, t):
         return torch.exp(-t), torch.sqrt(-torch.expm1(-2 * t))
@@ -78,7 +79,7 @@ def zero(x, label, **cond):
 MODEL = EpsModel(zero, VP)
 
 
-def says(output: Callable[[torch.Tensor], Any]) -> EpsModel:
+def returning(output: Callable[[torch.Tensor], Any]) -> EpsModel:
     return EpsModel(lambda x, noise_label: output(x), VP)
 
 
@@ -89,7 +90,7 @@ def sample(model: Any = MODEL, start: Any = (3, 2), **options: Any) -> Any:
 
 
 def generators(n: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(i) for i in range(n)]
+    return [seeded(i) for i in range(n)]
 
 
 def build(part: str, name: str, value: Any) -> Any:
@@ -100,11 +101,11 @@ CASES: list[Any] = []
 
 
 def bad(name: str, error: type[Exception], match: str, call: Callable[[], Any]) -> None:
-    """Add a row to the table."""
+    """Add a case."""
     CASES.append(pytest.param(call, error, match, id=name))
 
 
-# Times. Every public function that takes times refuses the same ones.
+# Times. Every public function validates times alike.
 BAD_TIMES = {
     "scalar": (torch.tensor(0.5), ValueError, r"expected one time for each sample.*got \(\)"),
     "column": (T[:, None], ValueError, r"expected one time for each sample.*got \(3, 1\)"),
@@ -169,7 +170,7 @@ for where, call in WITH_STATE.items():
     for name, (t, error, match) in {**BAD_TIMES, **OTHER_BATCH}.items():
         bad(f"times-{where}-{name}", error, match, lambda call=call, t=t: call(t))
 
-# Moves in time.
+# Steps and transitions.
 for name, sde in {**SDES, "user": USER}.items():
     bad(f"{name}.transition-backwards", ValueError, r"expected s <= t, got s = .*0\.5.*t = .*0\.25",
         lambda sde=sde: sde.transition(T, S))  # fmt: skip
@@ -271,11 +272,11 @@ for name, (output, error, match) in {
     "tuple": (lambda x: (x, x), TypeError, r"network: .*shape \(3, 2\), got tuple"),
     "none": (lambda x: None, TypeError, r"network: .*shape \(3, 2\), got NoneType"),
 }.items():
-    bad(f"network-{name}-predict", error, match, lambda o=output: says(o).predict(X, T))
-    bad(f"network-{name}-loss", error, match, lambda o=output: ScoreMatching()(says(o), X))
-    bad(f"network-{name}-PCSampler", error, match, lambda o=output: sample(says(o)))
+    bad(f"network-{name}-predict", error, match, lambda o=output: returning(o).predict(X, T))
+    bad(f"network-{name}-loss", error, match, lambda o=output: ScoreMatching()(returning(o), X))
+    bad(f"network-{name}-PCSampler", error, match, lambda o=output: sample(returning(o)))
     bad(f"network-{name}-ProbabilityFlow", error, match,
-        lambda o=output: ProbabilityFlow(says(o)).sample((3, 2)))  # fmt: skip
+        lambda o=output: ProbabilityFlow(returning(o)).sample((3, 2)))  # fmt: skip
 
 # Parameters of processes.
 for kind in (VESDE, EDMSDE):
@@ -353,7 +354,7 @@ bad("ProbabilityFlow-method", ValueError, r"method: expected one of \['dopri8', 
 for name, (grid, match) in {
     "increasing": ([0.1, 0.5, 1.0], r"strictly decreasing times, got \[0\.1"),
     "constant": ([1.0, 0.5, 0.5], r"strictly decreasing times, got \[1\.0, 0\.5, 0\.5\]"),
-    "turning": ([1.0, 0.5, 0.7], r"strictly decreasing times, got"),
+    "not-monotone": ([1.0, 0.5, 0.7], r"strictly decreasing times, got"),
     "nan": ([1.0, math.nan, 0.1], r"strictly decreasing times, got .*nan"),
     "late": ([1.5, 0.5], r"within \[0, T\] = \[0, 1\], got 1\.5 to 0\.5"),
     "infinite": ([math.inf, 0.5], r"within \[0, T\] = \[0, 1\], got inf to 0\.5"),
@@ -401,7 +402,7 @@ for name, call in {
 bad("generator-StratifiedTimes", TypeError, r"expected a torch\.Generator or None, got list",
     lambda: StratifiedTimes().sample(VP, 3, generator=generators(3)))  # fmt: skip
 
-# Parts of the wrong type: a network for a model, a class for an instance.
+# Arguments of the wrong type: a network for a model, a class for an instance.
 NET = nn.Linear(2, 2)
 for name, (match, call) in {
     "sampler-predictor-class": (
@@ -459,18 +460,18 @@ for name, (match, call) in {
 }.items():  # fmt: skip
     bad(f"type-{name}", TypeError, match, call)
 
-# Oracles, labels, averages, steps.
+# Oracles, labels, EMA, optimizer steps.
 for name, (means, stds, weights, match) in {
-    "flat": ([0.0, 1.0], [1.0, 1.0], None, r"means \(K, \*D\).*got \(2,\), \(2,\) and \(2,\)"),
-    "stds": ([[0.0], [1.0]], [1.0], None, r"stds \(K,\).*got \(2, 1\), \(1,\) and"),
-    "weights": ([[0.0], [1.0]], [1.0, 1.0], [1.0], r"weights \(K,\).*and \(1,\)"),
+    "flat": ([0.0, 1.0], [1.0, 1.0], None, r"means, .*\(K, \*D\).*got \(2,\), \(2,\) and \(2,\)"),
+    "stds": ([[0.0], [1.0]], [1.0], None, r"stds, .*\(K,\).*got \(2, 1\), \(1,\) and"),
+    "weights": ([[0.0], [1.0]], [1.0, 1.0], [1.0], r"weights: .*\(K,\).*and \(1,\)"),
     "negative-std": ([[0.0]], [-1.0], None, r"expected stds >= 0 .*got \[-1\.0\]"),
     "negative-weight": ([[0.0], [1.0]], [1.0, 1.0], [2.0, -1.0], r"weights >= 0.*-1\.0"),
-    "zero-weights": ([[0.0]], [1.0], [0.0], r"not all zero.*\[0\.0\]"),
+    "zero-weights": ([[0.0]], [1.0], [0.0], r"not all 0.*\[0\.0\]"),
     "nan-mean": ([[math.nan]], [1.0], None, r"means: expected finite values, got 1"),
     "nan-std": ([[0.0]], [math.nan], None, r"stds: expected finite values, got 1"),
     "nan-weight": ([[0.0]], [1.0], [math.nan], r"weights: expected finite values, got 1"),
-    "empty": (torch.zeros(0, 1), [], None, r"got \(0, 1\), \(0,\)|not all zero"),
+    "empty": (torch.zeros(0, 1), [], None, r"got \(0, 1\), \(0,\)|not all 0"),
 }.items():
     bad(f"mixture-{name}", ValueError, match,
         lambda m=means, s=stds, w=weights: GaussianMixtureModel(VP, m, s, w))  # fmt: skip
@@ -492,6 +493,6 @@ bad("check_score_model-shape", ValueError, r"shape: expected positive integers.*
 
 
 @pytest.mark.parametrize(("call", "error", "match"), CASES)
-def test_bad_input(call, error, match) -> None:
+def test_invalid_arguments_raise(call, error, match) -> None:
     with pytest.raises(error, match=match):
         call()

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_checks": set(),
     "_schedules": set(),
     "_gaussian": {"_schedules"},
-    "_grid_times": {"_schedules"},
+    "_grid_times": {"_checks", "_schedules", "values"},
     "_loops": set(),
     "_nfe": set(),
     "random": {"_checks"},

@@ -69,7 +69,7 @@ def test_sdes_that_are_right(sde) -> None:
     report = check_sde(sde)
     assert report.ok
     assert report.problems == ()
-    assert str(report) == f"{type(sde).__name__}: 7 checks, no problems"
+    assert str(report) == f"{type(sde).__name__}: 8 checks, no problems"
 
 
 class WrongStart(Cosine):
@@ -282,7 +282,7 @@ def test_exact_models_that_are_right(sde) -> None:
     means = torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
     mixture = GaussianMixtureModel(sde, means, stds=[0.2, 0.3, 0.4], weights=[0.2, 0.3, 0.5])
     report = check_score_model(mixture, (4, 3), exact=True)
-    assert str(report) == "GaussianMixtureModel: 6 checks, no problems"
+    assert str(report) == "GaussianMixtureModel: 7 checks, no problems"
     assert check_score_model(EmpiricalModel(sde, means), (4, 3), exact=True).ok
 
 

@@ -3,13 +3,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 
 from diffusionkit import Perturbed, Prediction, Step, expand
 from diffusionkit.values import add_noise, linear
 
 
 def setup(dtype=torch.float64):
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     x0, eps = (torch.randn(3, 2, 4, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
     alpha = torch.tensor([1.0, 0.6, 0.1], dtype=torch.float64)
     sigma = torch.tensor([0.02, 0.8, 40.0], dtype=torch.float64)
@@ -17,8 +18,8 @@ def setup(dtype=torch.float64):
     return x, x0, eps, alpha, sigma
 
 
-def statements(x, x0, eps, alpha, sigma):
-    """The same prediction, made in every way there is."""
+def predictions(x, x0, eps, alpha, sigma):
+    """Return the same prediction in every parameterization."""
     a, s = expand(alpha, x), expand(sigma, x)
     return {
         "pair": Prediction(x, x0, eps, alpha, sigma),
@@ -34,9 +35,9 @@ KINDS = ["pair", "eps", "x0", "v", "score", "mixed"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_statement_means_the_same(kind):
+def test_every_parameterization_gives_the_same_prediction(kind):
     x, x0, eps, alpha, sigma = setup()
-    prediction = statements(x, x0, eps, alpha, sigma)[kind]
+    prediction = predictions(x, x0, eps, alpha, sigma)[kind]
     a, s = expand(alpha, x), expand(sigma, x)
     torch.testing.assert_close(prediction.x0, x0, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(prediction.eps, eps, rtol=1e-9, atol=1e-9)
@@ -47,34 +48,31 @@ def test_every_statement_means_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_combine_is_the_linear_combination(kind):
+def test_combine_returns_the_linear_combination(kind):
     x, x0, eps, alpha, sigma = setup()
-    prediction = statements(x, x0, eps, alpha, sigma)[kind]
+    prediction = predictions(x, x0, eps, alpha, sigma)[kind]
     c, d = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([3.0, 0.0, -0.7]).double()
     expected = expand(c, x) * x + expand(d, x) * x0
     torch.testing.assert_close(prediction.combine(x=c, x0=d), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        prediction.combine(x=0.5, x0=2.0), 0.5 * x + 2 * x0, rtol=1e-9, atol=1e-9
-    )
+    got, expected = prediction.combine(x=0.5, x0=2.0), 0.5 * x + 2 * x0
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_error_is_the_difference_of_the_noises(kind):
     x, x0, eps, alpha, sigma = setup()
-    # Another prediction of the same state: its noise is off by .01.
+    # Another prediction of the same state, whose noise differs by 0.01.
     other = Prediction.from_eps(x, eps - 0.01, alpha, sigma)
-    prediction = statements(x, x0, eps, alpha, sigma)[kind]
+    prediction = predictions(x, x0, eps, alpha, sigma)[kind]
     target = Prediction(x, other.x0, other.eps, alpha, sigma)
-    torch.testing.assert_close(
-        prediction.noise_error(target), torch.full_like(x, 0.01), rtol=1e-7, atol=1e-9
-    )
+    got = prediction.noise_error(target)
+    torch.testing.assert_close(got, torch.full_like(x, 0.01), rtol=1e-7, atol=1e-9)
 
 
 @given(sigma=st.floats(1e-3, 1e3), kind=st.sampled_from(KINDS[1:5]))
 def test_noise_error_keeps_float32_digits_at_every_noise_level(sigma, kind):
-    """The difference of two noises that were computed from x0 has lost log10(1 / sigma) digits."""
-    g = torch.Generator().manual_seed(0)
-    x0, eps = (torch.randn(1, 500, generator=g) for _ in range(2))
+    """The difference of two noises computed from x0 loses log10(1 / sigma) digits."""
+    x0, eps = torch.randn(2, 1, 500, generator=seeded())
     one, s = torch.ones(1), torch.tensor([sigma])
     x = x0 + sigma * eps
     value = {
@@ -85,7 +83,7 @@ def test_noise_error_keeps_float32_digits_at_every_noise_level(sigma, kind):
     }[kind]
     build = getattr(Prediction, f"from_{kind}")
     got = build(x, value, one, s).noise_error(Prediction(x, x0, eps, one, s))
-    # In float64, from the float32 numbers the two sides were given.
+    # In float64, from the same float32 inputs.
     x0, eps, value = x0.double(), eps.double(), value.double()
     s64 = float(s)
     expected = {
@@ -98,29 +96,22 @@ def test_noise_error_keeps_float32_digits_at_every_noise_level(sigma, kind):
     assert float(error) < 1e-4
 
 
-def test_floats_stand_for_a_whole_batch():
+def test_floats_apply_to_a_whole_batch():
     x, x0, eps, _, _ = setup()
     alpha, sigma = torch.full((3,), 0.6).double(), torch.full((3,), 0.8).double()
     for build, value in ((Prediction.from_v, x0), (Prediction.from_eps, eps)):
         one, many = build(x, value, 0.6, 0.8), build(x, value, alpha, sigma)
         for name in ("x0", "eps", "score", "v", "alpha", "sigma"):
-            torch.testing.assert_close(
-                getattr(one, name), getattr(many, name), rtol=1e-7, atol=1e-7
-            )
+            got, expected = getattr(one, name), getattr(many, name)
+            torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(dtype):
+def test_predictions_keep_the_dtype_of_the_state(dtype):
     x, x0, _eps, alpha, sigma = setup(dtype)
     x = x.to(dtype)
     prediction = Prediction.from_v(x, x0, alpha, sigma)
-    assert (
-        prediction.x0.dtype
-        == prediction.eps.dtype
-        == prediction.score.dtype
-        == prediction.v.dtype
-        == dtype
-    )
+    assert {getattr(prediction, name).dtype for name in ("x0", "eps", "score", "v")} == {dtype}
     wide = dtype if dtype.itemsize >= 4 else torch.float32
     assert prediction.alpha.dtype == prediction.sigma.dtype == wide
 
@@ -142,14 +133,14 @@ def test_add_noise(std):
     expected = torch.tensor([[2.0, 1.0], [5.0, 4.0]])  # mean + 2 * .5 * noise
     kept = noise.clone()
     assert torch.equal(add_noise(mean, std, noise, 2.0), expected)
-    assert torch.equal(noise, kept)  # where gradients are recorded it is left alone
+    assert torch.equal(noise, kept)  # not modified while gradients are recorded
     assert torch.equal(add_noise(mean.requires_grad_(), std, noise, 2.0), expected)
     with torch.no_grad():
         assert torch.equal(add_noise(mean, std, noise, 2.0), expected)
 
 
-def test_coefficients_may_be_any_number():
-    """An integer is the float it equals, for values and for what is refused."""
+def test_coefficients_may_be_any_real_number():
+    """Integers and numpy numbers behave as floats, also in errors."""
     x, x0, *_ = setup()
     for one, two in ((1, 2), (np.float32(1), np.float64(2))):
         assert torch.equal(linear(one, x, two, x0), x + 2 * x0)

@@ -1,4 +1,4 @@
-"""Terms of the variational bound of a discrete chain."""
+"""Terms of the variational bound of discrete chains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .values import Prediction, expand
 
 
 def prior_kl(sde: ForwardSDE, x: Tensor) -> Tensor:
-    r"""Return KL(N(alpha_T x, sigma_T^2 I) || N(0, prior_std^2 I)), (B,), nats.
+    r"""Return KL(N(alpha_T x, sigma_T^2 I) || N(0, prior_std^2 I)) in nats, (B,).
 
     .. math::
         \tfrac12 \sum (r + \alpha^2 x^2 / \pi^2 - 1 - \log r), \quad r = \sigma^2 / \pi^2
@@ -29,12 +29,12 @@ def prior_kl(sde: ForwardSDE, x: Tensor) -> Tensor:
 
 
 def chain_length(model: ScoreModel) -> int:
-    """Return the number of steps of a model's process, or raise if it is no chain."""
+    """Return the number of steps of a model's process, or raise unless it is a chain."""
     check_part(model, ScoreModel, "model")
     steps = getattr(model.sde, "steps", None)
     if not isinstance(steps, int):
         raise TypeError(
-            "model: expected one whose process is a chain of steps, such as DDPMChain, "
+            "model.sde: expected a chain of steps, such as DDPMChain, "
             f"got {type(model.sde).__name__}"
         )
     return steps
@@ -47,8 +47,8 @@ def step_log_variances(sde: ForwardSDE, s: Tensor, t: Tensor) -> tuple[Tensor, T
         v_{forward} = \mathrm{std}^2, \quad
         v_{posterior} = \mathrm{std}^2 \sigma_s^2 / \sigma_t^2
 
-    with std that of p(x_t | x_s). The posterior of a step to s = 0 has no variance; it takes that
-    of a step from 2t to t, the chain's second.
+    with the std of p(x_t | x_s). At s = 0 the posterior variance is zero; it is replaced by that
+    of the step from 2t to t, the second step of a chain.
     """
     ends = s == 0
     later, earlier = torch.where(ends, 2 * t, t), torch.where(ends, t, s)
@@ -67,26 +67,26 @@ def step_nats(
     detach_mean: bool = False,
     clip: bool = False,
 ) -> Tensor:
-    r"""Return what the steps of a chain cost in its variational bound, nats, (B,).
+    r"""Return the terms of the variational bound that belong to the given steps, in nats, (B,).
 
     .. math::
         KL(q(x_{i} | x_{i+1}, x_0) \,\|\, p(x_{i} | x_{i+1})), \quad i > 0; \qquad
         -\log p(x_0 | x_1), \quad i = 0
 
     Args:
-        model: the score model; its SDE is a chain, its `variance`, if any, what it says of that.
-        prediction: what it predicts of the states x_{i+1} at the later ends of the steps.
+        model: the score model of a chain.
+        prediction: its prediction for the states x_{i+1} at the ends of the steps.
         x0: the data (B, *D), on the decoder's levels.
-        step: the numbers i of the steps, (B,), from 0.
-        decoder: the likelihood of the data in the first step.
-        detach_mean: whether only the variance learns.
-        clip: whether the predicted data are kept within the decoder's levels.
+        step: the steps i (B,), counted from 0.
+        decoder: the likelihood of the data in step 0.
+        detach_mean: whether only the variance receives gradients.
+        clip: whether the predicted data are clipped to the decoder's range.
     """
     sde, count = model.sde, chain_length(model)
     i = exact(step.to(torch.float32))
     s, t = i / count, (i + 1) / count
-    # Both means have the same share of x_{i+1}, and in the first step none.
-    share = sde.marginal(s)[0] * (sde.transition(s, t)[1] / sde.marginal(t)[1]).square()
+    # Both posterior means contain the same multiple of x_{i+1}, and none of it in step 0.
+    weight = sde.marginal(s)[0] * (sde.transition(s, t)[1] / sde.marginal(t)[1]).square()
     dtype = torch.promote_types(x0.dtype, torch.float32)
     x0, mean = x0.to(dtype), prediction.x0.to(dtype)
     mean = mean.clamp(decoder.low, decoder.high) if clip else mean
@@ -102,7 +102,7 @@ def step_nats(
         log_var = prediction.log_var.to(dtype)
     elif prediction.log_var_fraction is not None:
         log_var = lower + prediction.log_var_fraction.to(dtype) * (upper - lower)
-    difference = (x0 - mean) * expand(share, x0)
+    difference = (x0 - mean) * expand(weight, x0)
     divergence = gaussian_kl(difference, lower, log_var).reshape(len(x0), -1).sum(1)
-    read = decoder.log_prob(x0, mean, log_var).reshape(len(x0), -1).sum(1)
-    return torch.where(step == 0, -read, divergence)
+    log_prob = decoder.log_prob(x0, mean, log_var).reshape(len(x0), -1).sum(1)
+    return torch.where(step == 0, -log_prob, divergence)

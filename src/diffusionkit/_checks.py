@@ -1,7 +1,7 @@
-"""Checks of what users hand in: each names what was expected and what came.
+"""Argument validation. Errors state what was expected and what was received.
 
-Values are read only where that costs no device synchronisation, that is on the CPU and outside
-compiled code; shapes, dtypes and devices are checked everywhere.
+Values are read only where this needs no device synchronization: on the CPU and outside compiled
+code. Shapes, dtypes and devices are always checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a tensor's values may be read without stalling a device, a compiler or a vmap."""
+    """Return whether values can be read without stalling a device, a compiler or a vmap."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -35,7 +35,7 @@ def check_state(x: Tensor, name: str = "x") -> None:
 
 
 def check_finite(x: Tensor, name: str = "x") -> None:
-    """Raise if x holds a NaN or an infinity (read on the CPU only)."""
+    """Raise if x contains a NaN or an infinity (read on the CPU only)."""
     if readable(x) and not math.isfinite(x.detach().float().sum().item()):
         bad = int((~torch.isfinite(x)).sum())
         if bad:
@@ -43,11 +43,11 @@ def check_finite(x: Tensor, name: str = "x") -> None:
 
 
 def check_range(x: Tensor, model: object) -> None:
-    """Raise if x lies outside the range of data that a model states (read on the CPU only)."""
-    stated = getattr(model, "data_range", None)
-    if stated is None or not readable(x):
+    """Raise if x is outside the data range of a model (read on the CPU only)."""
+    data_range = getattr(model, "data_range", None)
+    if data_range is None or not readable(x):
         return
-    low, high = stated
+    low, high = data_range
     slack = 1e-3 * (high - low)
     first, last = (end.item() for end in x.detach().aminmax())
     if first < low - slack or last > high + slack:
@@ -71,7 +71,7 @@ def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | No
         raise ValueError(f"t: expected the device of x, {like.device}, got {t.device}")
     if readable(t) and t.numel():
         low, high = t.detach().aminmax()
-        # Written so that a NaN fails.
+        # A NaN fails this test.
         if not (low.item() >= 0.0 and high.item() <= T * (1 + 1e-6)):
             raise ValueError(
                 f"t: expected times within [0, T] = [0, {T:g}], "
@@ -91,17 +91,16 @@ def check_transition(s: Tensor, t: Tensor, T: float) -> None:
     check_times(s, T)
     check_times(t, T, s.shape[0], s)
     if readable(s) and readable(t) and bool((s > t).any()):
-        raise ValueError(
-            f"transition: expected s <= t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}"
-        )
+        got = f"s = {s.tolist()[:4]} and t = {t.tolist()[:4]}"
+        raise ValueError(f"s, t: expected s <= t, got {got}")
 
 
-def check_move(s: Tensor, t: Tensor, T: float, x: Tensor) -> None:
-    """Raise unless s and t are times (B,) of a state x, within [0, T], with s < t."""
+def check_step_times(s: Tensor, t: Tensor, T: float, x: Tensor) -> None:
+    """Raise unless s and t are times (B,) for a state x, within [0, T], with s < t."""
     check_times(t, T, x.shape[0], x)
     check_times(s, T, x.shape[0], x)
     if readable(t) and not bool((s < t).all()):
-        raise ValueError(f"expected s < t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}")
+        raise ValueError(f"s, t: expected s < t, got s = {s.tolist()[:4]} and t = {t.tolist()[:4]}")
 
 
 def check_same(x: Tensor, like: Tensor, name: str, like_name: str) -> None:
@@ -120,15 +119,14 @@ def check_reference(reference: Tensor, x0: Tensor) -> None:
     check_state(reference, "reference")
     if reference.shape[1:] != x0.shape[1:]:
         raise ValueError(
-            f"reference: expected shape (n, *{tuple(x0.shape[1:])}) as the data's, "
-            f"got {tuple(reference.shape)}"
+            f"reference: expected shape (n, *{tuple(x0.shape[1:])}), got {tuple(reference.shape)}"
         )
     check_same(reference[:1], x0[:1], "reference", "x0")
     check_finite(reference, "reference")
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape (B, *D) as a tuple, or raise if it is not one of positive integers."""
+    """Return a shape (B, *D) as a tuple, or raise unless it consists of positive integers."""
     sizes = tuple(shape)
     if not sizes or not all(type(n) is not bool and isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"shape: expected positive integers (B, *D), got {sizes}")
@@ -136,7 +134,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_part(part: object, kind: type, name: str) -> None:
-    """Raise unless a part is an instance of its interface."""
+    """Raise unless an object is an instance of a class."""
     if not isinstance(part, kind):
         got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
         raise TypeError(f"{name}: expected a {kind.__name__}, got {got}")
@@ -146,6 +144,15 @@ def check_number(value: float, name: str) -> None:
     """Raise unless a value is a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_interval(low: float, high: float, low_name: str, high_name: str) -> None:
+    """Raise unless two numbers are finite and low < high."""
+    check_number(low, low_name)
+    check_number(high, high_name)
+    if not (low < high and math.isfinite(high - low)):
+        names, order = f"{low_name}, {high_name}", f"{low_name} < {high_name}"
+        raise ValueError(f"{names}: expected finite {order}, got {low} and {high}")
 
 
 def check_positive(value: float, name: str) -> None:

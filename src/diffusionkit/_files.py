@@ -1,4 +1,4 @@
-"""Files of tensors: written whole or not at all, read without running code."""
+"""Files of tensors: written atomically, read without running code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STARTS = {
     b"GIF8": "a GIF image",
     b"\x1f\x8b": "a gzip file",
     b"\x89HDF": "an HDF5 file",
-    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
 }
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -51,7 +51,7 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "storage.UntypedStorage": torch.uint8,
 }
-# The pickles that a file of torch before 1.6 starts with: a magic number, and a version.
+# The first two pickles of a file of torch before 1.6: a magic number and a version.
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY: list[Any] = [
@@ -64,15 +64,15 @@ _LOADING = threading.Lock()
 
 
 class CheckpointError(ValueError):
-    """A file is not a checkpoint that fits: it says what was expected and what came."""
+    """A file is not the expected checkpoint."""
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Write a file under a temporary name and rename it: a crash leaves the previous file.
+    """Write a file under a temporary name and rename it, so a crash leaves the previous file.
 
     Args:
         path: the file.
-        write: writes the content to a file that is open for writing and reading.
+        write: writes the content to a file open for writing and reading.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -89,16 +89,16 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
 
 @contextmanager
 def opened(path: str | os.PathLike[str], expected: str, *kinds: str) -> Iterator[BinaryIO]:
-    """Open a file to read; whatever goes wrong with its content is a `CheckpointError`.
+    """Open a file for reading; any error in the block is raised as a `CheckpointError`.
 
     Args:
         path: the file.
-        expected: what it should be, for the error.
-        *kinds: what its first bytes may look like: `ZIP`, `PICKLE`, `SAFETENSORS`.
+        expected: a description of the file, for the error.
+        *kinds: the formats allowed by its first bytes: `ZIP`, `PICKLE`, `SAFETENSORS`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is something else, or if the block raises anything.
+        CheckpointError: if it has another format, or if the block raises an exception.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -113,7 +113,7 @@ def opened(path: str | os.PathLike[str], expected: str, *kinds: str) -> Iterator
             yield file
         except CheckpointError as error:
             raise CheckpointError(f"{path}: expected {expected}, got {error}") from error.__cause__
-        # Whatever a damaged or hostile file makes the readers raise is the same news to a user.
+        # Damaged or hostile files make the readers raise almost any exception.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: expected {expected}, got {reason:.1000}") from error
@@ -143,23 +143,23 @@ def read_torch(
     """Read a file written by `torch.save`, of any version, without running code.
 
     Tensors, numbers of Python and numpy, strings, lists, tuples, sets and dictionaries are read.
-    In the format of torch 1.6 and later every record has a checksum; the earlier one has none.
+    The format of torch 1.6 and later has a checksum of every record, the earlier one none.
 
     Args:
         path: the file.
-        expected: what it should be, for the error.
-        map_location: where the tensors are read to.
+        expected: a description of the file, for the error.
+        map_location: the device of the tensors.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged or foreign, or holds anything else.
+        CheckpointError: if the file is truncated, damaged or foreign, or holds other objects.
     """
     with opened(path, expected, ZIP, PICKLE) as file:
         return load_torch(file, map_location)
 
 
 def load_torch(file: BinaryIO, map_location: torch.device | str | None = "cpu") -> Any:
-    """Load what `torch.save` wrote, from an open file; see `read_torch`."""
+    """Load the content of an open file written by `torch.save`; see `read_torch`."""
     check_torch(file)
     file.seek(0)
     if file.read(4) == b"PK\x03\x04":
@@ -167,7 +167,7 @@ def load_torch(file: BinaryIO, map_location: torch.device | str | None = "cpu") 
             if damaged := archive.testzip():
                 raise CheckpointError(f"a file damaged at {damaged}")
     file.seek(0)
-    # The list of safe globals is the whole process's: leave it as the user made it.
+    # The list of safe globals belongs to the whole process: restore it.
     with _LOADING:
         known = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([entry for entry in _NUMPY if entry not in known]):
@@ -175,10 +175,10 @@ def load_torch(file: BinaryIO, map_location: torch.device | str | None = "cpu") 
 
 
 def check_torch(file: BinaryIO) -> None:
-    """Check that a file written by `torch.save` holds plain data and tensors that lie in it.
+    """Check that a file written by `torch.save` holds only plain data and complete tensors.
 
-    `torch.load(weights_only=True)` runs no foreign code, but it lets a small file ask for much
-    memory, and for types that nobody needs here.
+    `torch.load(weights_only=True)` runs no foreign code, but lets a small file allocate much
+    memory, and allows types that checkpoints do not need.
 
     Raises:
         Exception: of many types, if it does not.
@@ -204,7 +204,7 @@ def _check_zip(file: BinaryIO, length: int) -> None:
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise CheckpointError("a zip file with compressed records")
         if len(sizes) != len(records) or sum(sizes.values()) > length:
-            raise CheckpointError("a zip file with records one over another")
+            raise CheckpointError("a zip file with overlapping records")
         content = BytesIO(archive.read(f"{root}/data.pkl"))
 
     def storage(identity: Any) -> _Storage:
@@ -221,7 +221,7 @@ def _check_legacy(file: BinaryIO, length: int) -> None:
 
     def storage(identity: Any) -> _Storage:
         if type(identity) is not tuple or identity[-1] is not None:
-            raise UnpicklingError("expected a storage of its own, got a view of another")
+            raise UnpicklingError("expected a whole storage, got a view of another")
         key, found = _storage(*identity[:-1])
         if storages.setdefault(key, found) != found:
             raise UnpicklingError(f"expected one storage {key}, got {found} and {storages[key]}")
@@ -230,7 +230,7 @@ def _check_legacy(file: BinaryIO, length: int) -> None:
     find = _Globals(length).find
     if tuple(_pickles.run(file, find) for _ in _LEGACY) != _LEGACY:
         raise UnpicklingError("expected the first numbers of a file of torch, got others")
-    _pickles.run(file, find)  # what machine wrote it
+    _pickles.run(file, find)  # the machine that wrote it
     _pickles.run(file, find, storage)
     keys = _pickles.run(file, find)
     if type(keys) is not list or sorted(keys) != sorted(storages):
@@ -266,7 +266,7 @@ def _storage(
 
 
 class _Globals:
-    """The globals that `torch.save` writes for tensors; nothing is made of what is checked."""
+    """The globals that `torch.save` writes for tensors, checked without building any."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -316,13 +316,13 @@ def check_weights(
     """Check that a state dict has the names and shapes of a module's own.
 
     Args:
-        path: where the state comes from, for the error.
-        what: what it is, for the error.
+        path: the file of the state dict, for the error.
+        what: the part of the file, for the error.
         module: the module.
         state: the state dict.
 
     Raises:
-        CheckpointError: if not; it lists what is missing, unexpected and misshapen.
+        CheckpointError: if not; it lists missing, unexpected and misshapen tensors.
     """
     wanted = module.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in state]
@@ -333,8 +333,13 @@ def check_weights(
         if key in state and isinstance(value, Tensor) and _shape(state[key]) != tuple(value.shape)
     ]
     if problems:
-        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
-        raise CheckpointError(f"{path}: the {what} does not fit, {len(problems)} problems: {shown}")
+        raise CheckpointError(f"{path}: the {what} does not fit, {listed(problems)}")
+
+
+def listed(problems: list[str]) -> str:
+    """Return the number of problems and the first 20, for an error."""
+    shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
+    return f"{len(problems)} problems: {shown}"
 
 
 def _shape(value: Any) -> Any:
@@ -344,6 +349,6 @@ def _shape(value: Any) -> Any:
 def assign(
     path: str | os.PathLike[str], what: str, module: nn.Module, state: Mapping[str, Any]
 ) -> None:
-    """Load a state dict into a module if it fits, else leave it as it was; see `check_weights`."""
+    """Load a state dict into a module, after `check_weights`."""
     check_weights(path, what, module, state)
     module.load_state_dict(state)

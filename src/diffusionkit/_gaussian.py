@@ -1,4 +1,4 @@
-"""Gaussian log-densities, tail probabilities and divergences that keep their digits."""
+"""Accurate Gaussian log-densities, tail probabilities and divergences."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def normal_log_prob(x: Tensor, std: float) -> Tensor:
 
 
 def log_normal_cdf(z: Tensor) -> Tensor:
-    """Return log Phi(z), with the digits of value and gradient however far out z is.
+    """Return log Phi(z), with an accurate value and gradient arbitrarily far in the tails.
 
-    The gradient of torch's own log_ndtr is the exponential of a difference of large numbers.
+    The gradient of torch.special.log_ndtr is the exponential of a difference of large numbers.
     """
     low, high = z.clamp_max(0.0), z.clamp_min(0.0)
     tail = torch.log(0.5 * torch.special.erfcx(low * -math.sqrt(0.5))) - 0.5 * low.square()
@@ -30,17 +30,17 @@ def log_normal_cdf(z: Tensor) -> Tensor:
 def log_mass(offset: Tensor, half: float, scale: Tensor) -> Tensor:
     """Return log(Phi((offset + half) scale) - Phi((offset - half) scale))."""
     distance, width = offset.abs() * scale, 2 * half * scale
-    # On the negative side, where both values of Phi keep their digits.
+    # In the negative tail, where both values of Phi are accurate.
     top = log_normal_cdf(0.5 * width - distance)
     gap = top - log_normal_cdf(-0.5 * width - distance)
-    # Where the density hardly changes within the bin, the gap has few digits; Taylor's sum has all.
+    # In narrow bins the gap loses digits; the Taylor expansion of the density does not.
     density = torch.log(width) - 0.5 * distance.square() - 0.5 * math.log(2 * math.pi)
     density = density + width.square() * (distance.square() - 1) / 24
     return torch.where(width < 1e-2, density, top + torch.log(-torch.expm1(-gap.clamp_min(1e-3))))
 
 
 def gaussian_kl(difference: Tensor, log_var_q: Tensor, log_var_p: Tensor) -> Tensor:
-    r"""Return KL(N(m + difference, v_q) || N(m, v_p)) elementwise, nats.
+    r"""Return KL(N(m + difference, v_q) || N(m, v_p)) elementwise, in nats.
 
     .. math::
         \tfrac12 (v_q / v_p - 1 - \log(v_q / v_p) + \mathrm{difference}^2 / v_p)

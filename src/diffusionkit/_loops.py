@@ -1,4 +1,4 @@
-"""What every run of a model needs around its loop: evaluation mode, the bare network, progress."""
+"""Helpers for loops that evaluate a model: evaluation mode, unwrapped networks, progress bars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and each module back to its own mode at the end."""
+    """Put a model in evaluation mode, and restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -30,10 +30,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bare_networks(model: nn.Module) -> Iterator[None]:
-    """Take networks out of DistributedDataParallel, and put them back at the end.
+    """Replace DistributedDataParallel wrappers by their networks, and restore them afterwards.
 
-    An adaptive solver calls the network as often as its own data ask for: ranks that differ in
-    that would wait for one another for ever.
+    Adaptive solvers call the network a data-dependent number of times, so wrapped networks on
+    different ranks would wait for each other forever.
     """
     wrapped = [
         (parent, name, child)
@@ -51,7 +51,7 @@ def bare_networks(model: nn.Module) -> Iterator[None]:
 
 
 def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:
-    """Show progress over items: with tqdm where it is installed, or with the user's wrapper."""
+    """Return items wrapped in a progress bar: tqdm if installed, or the user's wrapper."""
     if not progress:
         return items
     if callable(progress):
@@ -59,16 +59,16 @@ def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        logger.warning("progress=True shows a bar where tqdm is installed: pip install tqdm")
+        logger.warning("progress=True requires tqdm: pip install tqdm")
         return items
     bar: Iterable[Item] = tqdm(items, leave=False)
     return bar
 
 
 def repeated(value: Any, n: int, times: int) -> Any:
-    """Return what belongs to a batch of n, a tensor (n, ...), for that batch put `times` in a row.
+    """Return a tensor (n, ...) that belongs to a batch of n repeated `times` along the batch.
 
-    Anything else belongs to all, and is returned as it is.
+    Other values apply to the whole batch and are returned unchanged.
     """
     if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
         return value

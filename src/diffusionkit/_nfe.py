@@ -1,4 +1,4 @@
-"""Counting the evaluations of score models, wherever they are called from."""
+"""The number of function evaluations: calls of score models, wherever they are made."""
 
 from __future__ import annotations
 
@@ -9,30 +9,25 @@ from typing import Any
 
 import torch
 
-_current: ContextVar[Tally | None] = ContextVar("tally", default=None)
+# A context variable, so that samplers in several threads count their own evaluations.
+_current: ContextVar[EvaluationCounter | None] = ContextVar("counter", default=None)
 
 
-class Tally:
-    """Counts the evaluations made inside `with tally:`, which may be entered many times.
-
-    Args:
-        keep: whether the last prediction is kept, which keeps its memory too.
+class EvaluationCounter:
+    """Counts the evaluations made inside `with counter:`, which may be entered many times.
 
     Attributes:
         evaluations: the number of evaluations so far.
-        last: the last prediction, if it is kept.
     """
 
-    __slots__ = ("_before", "_token", "evaluations", "keep", "last")
+    __slots__ = ("_before", "_token", "evaluations")
 
-    def __init__(self, *, keep: bool = False) -> None:
-        """Start at none."""
+    def __init__(self) -> None:
         self.evaluations = 0
-        self.keep, self.last = keep, None
 
-    def __enter__(self) -> Tally:
+    def __enter__(self) -> EvaluationCounter:
         self._before = self.evaluations
-        self._token: Token[Tally | None] = _current.set(self)
+        self._token: Token[EvaluationCounter | None] = _current.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,22 +38,30 @@ class Tally:
 
 
 def counted(predict: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model's predict so that a call counts as one, unless it called another model's.
+    """Wrap a model's predict so that a call counts as one, unless it calls other models.
 
-    A wrapper, such as guidance, therefore counts as the evaluations it makes.
+    A wrapper of models, such as guidance, counts as the evaluations it makes.
     """
 
     @functools.wraps(predict)
     def wrapper(*args: Any, **cond: Any) -> Any:
-        tally = None if torch.compiler.is_compiling() else _current.get()
-        if tally is None:
+        counter = None if torch.compiler.is_compiling() else _current.get()
+        if counter is None:
             return predict(*args, **cond)
-        before = tally.evaluations
+        before = counter.evaluations
         prediction = predict(*args, **cond)
-        if tally.evaluations == before:
-            tally.evaluations += 1
-        if tally.keep:
-            tally.last = prediction
+        if counter.evaluations == before:
+            counter.evaluations += 1
         return prediction
 
+    wrapper._counted = True  # type: ignore[attr-defined]
     return wrapper
+
+
+def counts(cls: type) -> type:
+    """Return a class of score models whose predict, its own or inherited, counts evaluations."""
+    predict = cls.predict  # type: ignore[attr-defined]
+    abstract = getattr(predict, "__isabstractmethod__", False)
+    if not abstract and not hasattr(predict, "_counted"):
+        cls.predict = counted(predict)  # type: ignore[attr-defined]
+    return cls

@@ -1,4 +1,4 @@
-"""The probability flow of any linear SDE, solved in its angle."""
+"""The probability flow ODE of any linear SDE, solved in the angle atan(sigma / alpha)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive
-from ._grid_times import grid_times
+from ._grid_times import grid_times, schedule
 from ._loops import bare_networks, evaluation_mode
-from ._nfe import Tally
+from ._nfe import EvaluationCounter
 from ._schedules import home, schedule_dtype
 from .interfaces import ForwardSDE, ScoreModel
 
@@ -28,7 +28,7 @@ def angles(sde: ForwardSDE, start: float, end: float) -> Tensor:
     """Return theta = atan(sigma / alpha) at two times, (2,).
 
     Raises:
-        ValueError: if sigma = 0 at one of them.
+        ValueError: if sigma = 0 at either time.
     """
     here = home(sde)
     times = torch.tensor([start, end], dtype=schedule_dtype(here), device=here)
@@ -36,16 +36,16 @@ def angles(sde: ForwardSDE, start: float, end: float) -> Tensor:
     for t, value in zip((start, end), sigma.tolist(), strict=True):
         if not value > 0.0:
             raise ValueError(
-                f"expected a time with sigma > 0, got t = {t:g}, where sigma = {value:g} and the "
-                f"probability flow is singular; pass a later one, such as t_min = {sde.t_min:g} "
-                "of the process"
+                f"t: expected a time with sigma > 0, got t = {t:g}, where sigma = {value:g} and "
+                "the probability flow is singular; "
+                f"pass a later time, such as t_min = {sde.t_min:g}"
             )
     return torch.atan2(sigma, alpha)
 
 
 @dataclass(frozen=True)
 class Solver:
-    r"""A solver of torchdiffeq, applied to the probability flow of any linear SDE.
+    r"""A torchdiffeq solver for the probability flow of any linear SDE.
 
     With r^2 = alpha^2 + sigma^2, z = x / r, tan(theta) = sigma / alpha and the predicted
     velocity v = alpha eps - sigma x0,
@@ -54,16 +54,16 @@ class Solver:
         \frac{dz}{d\theta} = \frac{v(x, t)}{r}, \quad
         \nabla_z \cdot \frac{dz}{d\theta} = \nabla_x \cdot v,
 
-    the same equation for every process, which only maps theta to t.
+    the same equation for every process, which determines only the map from theta to t.
 
     Args:
-        method: the solver's name.
-        rtol: relative tolerance of an adaptive solver.
-        atol: absolute tolerance.
-        options: further options of torchdiffeq's.
+        method: the name of the solver.
+        rtol: the relative tolerance of an adaptive solver.
+        atol: the absolute tolerance of an adaptive solver.
+        options: further options of torchdiffeq.
 
     Raises:
-        ValueError: unless the method is known and the tolerances are positive.
+        ValueError: if the method is unknown or a tolerance is not positive.
     """
 
     method: str = "dopri5"
@@ -72,7 +72,6 @@ class Solver:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if self.method not in (*ADAPTIVE, *FIXED):
             raise ValueError(f"method: expected one of {[*ADAPTIVE, *FIXED]}, got {self.method!r}")
         check_positive(self.rtol, "rtol")
@@ -88,35 +87,35 @@ class Solver:
         totals: tuple[Tensor, ...] = (),
         dtype: torch.dtype | None = None,
     ) -> tuple[tuple[Tensor, ...], int]:
-        """Follow the flow from one time to another.
+        """Integrate the flow from one time to another.
 
         Args:
-            model: the score model, switched to evaluation while it runs.
-            evaluate: maps (x (B, *D), t (B,)) to the model's v and the rates d total / d theta.
+            model: the score model, in evaluation mode during the call.
+            evaluate: maps (x (B, *D), t (B,)) to the predicted v and the rates d total / d theta.
             x: the state at `start` (B, *D).
-            start: the time to start from.
-            end: the time to end at.
-            totals: what to integrate along the path, at its start.
-            dtype: the dtype of the states that `evaluate` sees, that of x by default.
+            start: the initial time.
+            end: the final time.
+            totals: the initial values of quantities integrated along the path.
+            dtype: the dtype of the states passed to `evaluate`, that of x by default.
 
         Returns:
-            The state at `end` and the totals, in float64 where the device has it, and the number
-            of evaluations.
+            The state at `end` and the totals, in float64 if the device supports it, and the number
+            of model evaluations.
 
         Raises:
-            ValueError: if the flow is singular at one end, or an evaluation is not finite.
+            ValueError: if the flow is singular at either end or an evaluation is not finite.
         """
-        # torchdiffeq imports scipy, which would double the time to import this library.
+        # torchdiffeq imports scipy, which would double the import time of this library.
         torchdiffeq = importlib.import_module("torchdiffeq")
         sde, low, high = model.sde, min(start, end), max(start, end)
-        # torchdiffeq keeps time in the dtype of the state, and float32 does not resolve an angle
+        # torchdiffeq keeps time in the dtype of the state, and float32 does not resolve angles
         # near pi / 2.
         state_dtype, dtype = schedule_dtype(x.device), dtype or x.dtype
         clock = angles(sde, start, end).to(x.device, state_dtype)
         options, length = dict(self.options), abs(float(clock[1] - clock[0]))
         if self.method in ADAPTIVE:
-            # Near the data little moves, and torchdiffeq's own guess of a first step is
-            # then far too long. Without step_t it steps past the end, where there is no time.
+            # Near the data the state hardly changes, and torchdiffeq's initial step is far too
+            # long. Without step_t it steps past the end, to angles without a time.
             options.setdefault("first_step", 0.02 * length)
             options.setdefault("step_t", clock[1:])
         elif not {"step_size", "grid_constructor"} & options.keys():
@@ -129,7 +128,7 @@ class Solver:
             time = sde.time_at_log_snr(value).clamp(low, high)
             z = state[0]
             (t,) = grid_times(sde, time, z.new_empty(len(z), dtype=dtype))
-            alpha, sigma = sde.kernel(t)
+            alpha, sigma = schedule(sde, t)
             r = math.hypot(float(alpha), float(sigma))
             rates = [y.to(state_dtype) for y in evaluate((r * z).to(dtype), t)]
             for rate in rates:
@@ -141,7 +140,7 @@ class Solver:
             return rates[0] / r, *rates[1:]
 
         first, last = radii(sde, start, end)
-        with evaluation_mode(model), bare_networks(model), Tally() as tally:
+        with evaluation_mode(model), bare_networks(model), EvaluationCounter() as counter:
             z, *sums = torchdiffeq.odeint(
                 velocity,
                 (x.to(state_dtype) / first, *totals),
@@ -151,11 +150,11 @@ class Solver:
                 method=self.method,
                 options=options,
             )
-        return (z[-1] * last, *(total[-1] for total in sums)), tally.evaluations
+        return (z[-1] * last, *(total[-1] for total in sums)), counter.evaluations
 
 
 def radii(sde: ForwardSDE, *times: float) -> list[float]:
-    """Return r = sqrt(alpha^2 + sigma^2) at some times."""
+    """Return r = sqrt(alpha^2 + sigma^2) at the given times."""
     here = home(sde)
     alpha, sigma = sde.marginal(torch.tensor(times, dtype=schedule_dtype(here), device=here))
     radii: list[float] = torch.hypot(alpha, sigma).tolist()

@@ -1,9 +1,9 @@
-"""A machine for pickles that knows data only.
+"""A restricted unpickler for plain data.
 
-`pickle.Unpickler` calls what a file names, sets attributes of what comes back, hashes what it is
-told to hash, and sizes its memory by numbers in the file. This machine builds dictionaries,
-lists, tuples and plain values, looks every global up in a table of ours, and refuses the rest.
-Its errors show values by `reprlib`, which ends even where a value repeats without end.
+`pickle.Unpickler` calls any function that a file names, sets attributes of the results, hashes
+any object and allocates memory by sizes in the file. This one builds dictionaries, lists, tuples
+and plain values, looks every global up in a fixed table and raises on everything else. Its errors
+show values by `reprlib`, which terminates even for a value that contains itself.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ NUMPY_DTYPES = [np.dtype(code) for code in sorted(_NUMBERS)]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of ours that a pickle may call, by the name of a global.
+    """A function of ours that a pickle may call by the name of a global.
 
     Args:
-        function: checks its arguments itself, for they come from the file.
+        function: checks its arguments, which come from the file.
     """
 
     function: Callable[..., Any]
@@ -57,12 +57,12 @@ class Call:
 
 @dataclass(repr=False)
 class Node:
-    """What stands for an object whose class is not imported.
+    """A placeholder for an object whose class is not imported.
 
     Args:
         name: the global that was called.
-        args: with what.
-        state: what the object's attributes were set to.
+        args: the arguments of the call.
+        state: the state of the object, as set by the pickle.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Node:
 
 
 class _Source:
-    """A file that sets no more memory aside than it has bytes left, whatever is asked for."""
+    """A file whose reads never allocate more memory than it has bytes left."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.tell, self.readline = file, file.tell, file.readline
@@ -90,23 +90,23 @@ def run(
     find: Callable[[str], Any],
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Return the value of the pickle that starts at the source's position.
+    """Return the value of the pickle at the current position of a file.
 
-    What comes back is a tree, at most 100 levels deep. It is not much larger than the pickle is
-    long, and no more is handed to functions, although a pickle may say one part many times.
+    The value is a tree of at most 100 levels. A pickle may refer to one part many times; still,
+    neither the value nor the arguments of all calls are much larger than the pickle is long.
 
     Args:
-        source: a file open for reading; it is left behind the pickle's end.
-        find: gives a global's value by its full name, a `Call` for what may be called.
-        persistent: gives the value of a persistent id.
+        source: a file open for reading; it is left after the end of the pickle.
+        find: returns the value of a global by its full name, a `Call` for a function.
+        persistent: returns the value of a persistent id.
 
     Raises:
-        Exception: of many types, if the pickle is damaged or asks for what is not allowed.
+        Exception: of many types, if the pickle is damaged or uses anything not allowed.
     """
     stack: list[Any] = []
     marked: list[list[Any]] = []
     memo: dict[int, Any] = {}
-    start, steps, handed = source.tell(), 0, 0
+    start, steps, passed = source.tell(), 0, 0
     argument: Any
     for opcode, argument, position in pickletools.genops(cast(BinaryIO, _Source(source))):
         steps += 1
@@ -144,8 +144,8 @@ def run(
             callee, args = _popped(stack, 2)
             if not isinstance(callee, Call) or type(args) is not tuple:
                 raise UnpicklingError(f"expected a call of an allowed global, got {repr(callee)}")
-            handed += sum(len(part) for part in args if isinstance(part, _SIZED))
-            if handed > 1000 + (position or 0) - start:
+            passed += sum(len(part) for part in args if isinstance(part, _SIZED))
+            if passed > 1000 + (position or 0) - start:
                 raise UnpicklingError("expected each part to be used once, got more than was read")
             stack.append(callee.function(*args))
         elif name == "BUILD":
@@ -180,7 +180,7 @@ def _extend(operation: str, target: Any, items: list[Any]) -> None:
 
 
 def _key(key: Any) -> Any:
-    # Nested tuples overflow C's stack when they are hashed; long integers collide at will.
+    # Hashing nested tuples overflows the C stack; long integers can be made to collide.
     if isinstance(key, int) and abs(key) < 2**63:
         return key
     if key is None or isinstance(key, (str, bytes, float)):
@@ -192,7 +192,7 @@ def _build(target: Any, state: Any) -> None:
     if isinstance(target, Node) and target.state is None:
         target.state = state
     elif type(target) is OrderedDict and type(state) is dict and {*state} == {"_metadata"}:
-        target.__dict__.update(state)  # the versions of the modules that a state dict is from
+        target.__dict__.update(state)  # the versions of a state dict's modules
     else:
         raise UnpicklingError(f"expected plain data, got a state for {type(target).__name__}")
 
@@ -214,7 +214,9 @@ def _check_size(value: Any, budget: int) -> None:
             continue
         budget -= len(parts)
         if budget < 0 or depth > _MAX_DEPTH:
-            raise UnpicklingError("expected a tree of values, got one that repeats without end")
+            raise UnpicklingError(
+                "expected a tree of values, got one that contains itself or repeats too often"
+            )
         pending += [(part, depth + 1) for part in parts]
 
 
@@ -234,7 +236,7 @@ def check_view(numel: int, offset: int, size: Any, stride: Any, limit: int) -> N
         offset: the element where the tensor starts.
         size: its shape, from a file.
         stride: its strides, from a file.
-        limit: how many elements it may have; with strides of 0 they can be more than are stored.
+        limit: the largest number of elements; with strides of 0 it may exceed `numel`.
 
     Raises:
         UnpicklingError: if it does not.
@@ -304,7 +306,7 @@ PLAIN_GLOBALS: Mapping[str, Any] = {
     "collections.OrderedDict": Call(lambda: OrderedDict()),
     "_codecs.encode": Call(_encoded),
     "numpy.dtype": Call(_dtype),
-    # The names that Python 2 and protocol 2 use, then Python 3's; numpy 1's, then numpy 2's.
+    # Names of Python 2 and protocol 2, then of Python 3; of numpy 1, then of numpy 2.
     "__builtin__.set": Call(_set),
     "builtins.set": Call(_set),
     "__builtin__.complex": Call(_complex),
@@ -312,4 +314,4 @@ PLAIN_GLOBALS: Mapping[str, Any] = {
     "numpy.core.multiarray.scalar": Call(_scalar),
     "numpy._core.multiarray.scalar": Call(_scalar),
 }
-"""What any file may name: each gives plain data."""
+"""The globals that are allowed in any file; their values are plain data."""

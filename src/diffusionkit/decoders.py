@@ -1,4 +1,9 @@
-"""Discrete data: the levels of images, and their likelihood given a prediction or a noisy state."""
+"""Discrete data: integer levels of images, and decoders that give their likelihood.
+
+`Levels` maps integers to intervals that fill the model's range. `LevelDecoder` is their likelihood
+given a noisy state, for VDM. `GaussianDecoder` is their likelihood given a predicted Gaussian, for
+DDPM, whose levels are points from one end of the range to the other.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +14,30 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import check_count, check_number, check_state, readable
+from ._checks import check_count, check_interval, check_state, readable
 from ._gaussian import log_mass, log_normal_cdf
 from .values import expand
 
-_BLOCK = 2**22  # numbers held at once: 16 MB in float32
+__all__ = ["GaussianDecoder", "LevelDecoder", "Levels"]
+
+_BLOCK = 2**22  # values in memory at once: 16 MB in float32
 
 
 @dataclass(frozen=True)
 class Levels:
-    r"""Integers 0 ... levels - 1 as equal intervals of the model's range.
+    r"""Integers 0 ... levels - 1 as equal intervals of a model's data range.
 
-    Level k is the interval of width w = (high - low) / levels from low + w k, its centre
-    low + w (k + 1/2).
+    Level k is the interval of width w = (high - low) / levels that starts at low + w k; its center
+    is low + w (k + 1/2).
 
     Args:
-        levels: the number of levels, 256 for images of 8 bits.
+        levels: the number of levels, 256 for 8-bit images.
         low: the lower end of the range.
         high: the upper end of the range.
 
     Raises:
-        ValueError: unless levels >= 2 and low < high, both finite.
-        TypeError: if levels is not an integer, or low or high not a number.
+        ValueError: if levels < 2, low >= high or a bound is not finite.
+        TypeError: if levels is not an integer, or low or high is not a number.
 
     >>> Levels(4).encode(torch.tensor([[0, 3]]))
     tensor([[-0.7500,  0.7500]])
@@ -42,22 +49,19 @@ class Levels:
 
     def __post_init__(self) -> None:
         check_count(self.levels, "levels", least=2)
-        check_number(self.low, "low")
-        check_number(self.high, "high")
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"expected finite low < high, got {self.low} and {self.high}")
+        check_interval(self.low, self.high, "low", "high")
 
     @property
     def width(self) -> float:
-        """The width of a level in the model's range."""
+        """The width w of an interval."""
         return (self.high - self.low) / self.levels
 
     def check(self, images: Tensor) -> None:
-        """Raise unless images (B, *D) are integers within 0 ... levels - 1.
+        """Raise unless images (B, *D) are integers in 0 ... levels - 1.
 
         Raises:
             TypeError: if images is not a tensor of an integer dtype.
-            ValueError: if the batch is empty, or (read on the CPU only) a value is no level.
+            ValueError: if the batch is empty or a value is out of range (read on the CPU only).
         """
         if not isinstance(images, Tensor):
             raise TypeError(
@@ -66,7 +70,7 @@ class Levels:
         if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
             raise TypeError(
                 f"images: expected integers 0 ... {self.levels - 1}, got {images.dtype}; "
-                "undo the map to the model's range first, then .long() or .to(torch.uint8)"
+                "undo the scaling to the model's range, then call .long() or .to(torch.uint8)"
             )
         if images.ndim == 0 or images.numel() == 0:
             raise ValueError(
@@ -80,21 +84,21 @@ class Levels:
                 )
 
     def encode(self, images: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the centres of the levels of images (B, *D), of a dtype or the default one."""
+        """Return the centers of the levels of images (B, *D), in a dtype or the default one."""
         self.check(images)
         return self.low + self.width * (images.to(dtype or torch.get_default_dtype()) + 0.5)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Return the levels, int64, nearest to points x (B, *D); beyond the range, the outermost.
+        """Return the levels, int64, of points x (B, *D), clamped to the range.
 
-        NaN has no level; check samples for it first.
+        The level of a NaN is undefined; check samples first.
         """
         return ((x - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
 
 
 @dataclass(frozen=True)
 class GaussianDecoder:
-    r"""The probability of each level of each pixel under a Gaussian of its own.
+    r"""The likelihood of the levels of each pixel under a predicted Gaussian.
 
     .. math::
         P(k) = \Phi\!\left(\frac{x_k + h - \mu}{s}\right)
@@ -102,25 +106,26 @@ class GaussianDecoder:
         x_k = \mathrm{low} + 2 h k, \quad h = \frac{\mathrm{high} - \mathrm{low}}
         {2 (\mathrm{levels} - 1)},
 
-    the first bin open below and the last above, so that the levels share out all probability.
-    The levels lie at the ends of the range, as k / 127.5 - 1 of images of 8 bits does. A
-    dequantizer's or a `LevelDecoder`'s levels are intervals that fill their range instead; their
-    centres are the levels of this with both ends drawn in by half of (high - low) / levels.
+    where the first bin extends to minus infinity and the last to infinity, so the probabilities
+    sum to one. The first and the last level are the ends of the range, as in k / 127.5 - 1 for
+    8-bit images. The intervals of `Levels`, which dequantizers and `LevelDecoder` use, fill their
+    range instead: their centers are the levels of a GaussianDecoder whose range is smaller by
+    half of (high - low) / levels at each end.
 
     Args:
-        levels: the number of levels, 256 for images of 8 bits.
+        levels: the number of levels, 256 for 8-bit images.
         low: the value of the first level.
         high: the value of the last level.
-        cdf: "exact", in log space and right in both tails; or "tanh", the approximation with
-            probabilities of at least 1e-12 with which published numbers were computed, whose
-            gradient vanishes in the tails.
+        cdf: "exact", in log space and accurate in both tails; or "tanh", the approximation used
+            for published numbers, with probabilities clamped to at least 1e-12 and no gradient in
+            the tails.
 
     Raises:
-        ValueError: unless levels >= 2 and low < high, both finite, and cdf is one of the two.
-        TypeError: if levels is not an integer, or low or high not a number.
+        ValueError: if levels < 2, low >= high, a bound is not finite or cdf is unknown.
+        TypeError: if levels is not an integer, or low or high is not a number.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
-    (section 3.3); the tanh: Nichol and Dhariwal, 2021, arXiv 2102.09672.
+    (section 3.3); Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (tanh).
 
     >>> x = GaussianDecoder(levels=3).encode(torch.tensor([[0, 1, 2]]))
     >>> x, GaussianDecoder(levels=3).log_prob(x, torch.zeros(1, 3), torch.zeros(1, 3)).exp()
@@ -133,7 +138,7 @@ class GaussianDecoder:
     cdf: str = "exact"
 
     def __post_init__(self) -> None:
-        Levels(self.levels, self.low, self.high)  # says what is wrong
+        Levels(self.levels, self.low, self.high)  # validates the arguments
         if self.cdf not in ("exact", "tanh"):
             raise ValueError(f'cdf: expected "exact" or "tanh", got {self.cdf!r}')
 
@@ -146,11 +151,11 @@ class GaussianDecoder:
         return Levels(self.levels, self.low - self._half, self.high + self._half)
 
     def encode(self, images: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the values of the levels of images (B, *D), of a dtype or the default one.
+        """Return the values of the levels of images (B, *D), in a dtype or the default one.
 
         Raises:
             TypeError: if images are not integers.
-            ValueError: if a value is no level.
+            ValueError: if a value is not a level.
         """
         return self._bins.encode(images, dtype=dtype)
 
@@ -158,7 +163,7 @@ class GaussianDecoder:
         """Raise unless data x (B, *D) lie on the levels (read on the CPU only).
 
         Raises:
-            ValueError: if a value is further from every level than a hundredth of a bin.
+            ValueError: if a value is further than a hundredth of a bin from every level.
         """
         if readable(x):
             off = (x - self.encode(self._bins.decode(x), dtype=x.dtype)).abs()
@@ -166,16 +171,16 @@ class GaussianDecoder:
                 worst = float(x.flatten()[off.flatten().argmax()])
                 raise ValueError(
                     f"x0: expected data on {self.levels} levels from {self.low:g} to "
-                    f"{self.high:g}, as GaussianDecoder.encode makes of integers, got {worst:g}"
+                    f"{self.high:g}, as returned by GaussianDecoder.encode, got {worst:g}"
                 )
 
     def log_prob(self, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-        """Return the log-probabilities of single pixels x (B, *D), on levels, in nats (B, *D).
+        """Return the log-probabilities of pixels x (B, *D) in nats, (B, *D).
 
         Args:
             x: the values of the levels (B, *D).
             mean: the means mu (B, *D).
-            log_var: the logarithms of the variances s^2 (B, *D), or what broadcasts to it.
+            log_var: the log-variances log(s^2), broadcastable to (B, *D).
         """
         scale, half = torch.exp(-0.5 * log_var), self._half
         first, last = x < self.low + half, x > self.high - half
@@ -194,22 +199,22 @@ def _tanh_cdf(z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LevelDecoder(Levels):
-    r"""The probability of each level of each pixel, given the pixel's own noisy value.
+    r"""The likelihood of the levels of each pixel, given its noisy value.
 
     .. math::
         p(k \mid z) = \mathrm{softmax}_k\!\left(-\tfrac12 \frac{\alpha^2}{\sigma^2}
         (z / \alpha - x_k)^2\right), \quad x_k = \mathrm{low} + w (k + \tfrac12).
 
-    Exact where the noise hides nothing but what lies within a pixel: with 256 levels in [-1, 1]
-    and gamma = -13.3, sigma is a sixth of the distance w of two levels.
+    Exact if the noise is small compared with the spacing w of the levels: with 256 levels in
+    [-1, 1] and gamma = -13.3, sigma is w / 6.
 
     Args:
-        levels: the number of levels, 256 for images of 8 bits.
+        levels: the number of levels, 256 for 8-bit images.
         low: the lower end of the model's range.
         high: the upper end of the model's range.
 
     Raises:
-        ValueError: unless levels >= 2 and low < high, both finite.
+        ValueError: if levels < 2, low >= high or a bound is not finite.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (section 3.3).
 
@@ -222,18 +227,18 @@ class LevelDecoder(Levels):
     def log_prob(self, images: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return log P(images | z), summed over pixels, in nats (B,).
 
-        The levels are looked at block by block, again in the backward pass, so that memory does
-        not grow with their number.
+        Pixels are processed in blocks, which the backward pass recomputes, so that memory does not
+        grow with the number of levels.
 
         Args:
-            images: the levels (B, *D), of any integer dtype.
+            images: the levels (B, *D), in any integer dtype.
             z: the noisy state alpha x + sigma eps (B, *D).
             alpha: the scale of the data (B,).
             sigma: the standard deviation of the noise (B,).
 
         Raises:
-            TypeError: if images are not integers, or z is not floating-point.
-            ValueError: if shapes differ, or a value is no level.
+            TypeError: if images are not integers or z is not floating-point.
+            ValueError: if shapes differ or a value is not a level.
         """
         self.check(images)
         check_state(z, "z")
@@ -247,7 +252,7 @@ class LevelDecoder(Levels):
                     f"{name}: expected shape ({z.shape[0]},), got {tuple(value.shape)}"
                 )
         if readable(sigma) and not bool((sigma > 0).all()):
-            raise ValueError(f"sigma: expected noise > 0, got {float(sigma.min()):g}")
+            raise ValueError(f"sigma: expected values > 0, got {float(sigma.min()):g}")
         precision = expand(alpha / sigma, z)
         data = z / expand(alpha, z)
         columns = (data, torch.as_tensor(precision).expand_as(z), images.long())
@@ -257,8 +262,8 @@ class LevelDecoder(Levels):
         return torch.cat(parts).view(z.shape[0], -1).sum(1)
 
     def _block(self, data: Tensor, precision: Tensor, images: Tensor) -> Tensor:
-        """Return the log-probabilities of single pixels (n,)."""
-        centres = self.encode(torch.arange(self.levels, device=data.device), dtype=data.dtype)
-        distance = (data.unsqueeze(1) - centres) * precision.unsqueeze(1)
+        """Return the log-probabilities of pixels (n,)."""
+        centers = self.encode(torch.arange(self.levels, device=data.device), dtype=data.dtype)
+        distance = (data.unsqueeze(1) - centers) * precision.unsqueeze(1)
         log_probs = torch.log_softmax(-0.5 * distance.square(), 1)
         return log_probs.gather(1, images.unsqueeze(1)).squeeze(1)

@@ -1,9 +1,9 @@
-r"""The whole contract: seven interfaces, and the times a loss is taken at.
+r"""The whole contract: seven interfaces, and the distribution of training times.
 
 B is the batch and D the shape of one sample, of any rank. Every public time is a tensor (B,).
 Randomness is explicit: `generator` is a torch.Generator, a sequence of B of them (then a sample
-does not depend on the batch it is drawn in, as far as the network's own arithmetic does not), or
-None for torch's global state.
+does not depend on its batch, up to the network's own rounding), or None for torch's global state.
+What a user writes always gets tensors (B,) for times, alpha and sigma.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch import Tensor, nn
 
 from ._checks import check_shape, check_state, check_times, check_transition
 from ._gaussian import normal_log_prob
-from ._grid_times import instant
-from ._nfe import counted
+from ._grid_times import kernel_tensors, schedule
+from ._nfe import counts
 from ._schedules import bisect, drift_and_diffusion, exact, home
 from .random import Generators, randn, randn_like
-from .values import Coefficient, Perturbed, Prediction, Step, linear
+from .values import Perturbed, Prediction, Step, linear
 
 
 class ForwardSDE(abc.ABC):
     r"""A linear SDE dx = f(t) x dt + g(t) dw on [0, T] with scalar coefficients.
 
-    Its kernel p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I) determines everything:
+    Its perturbation kernel p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I) determines everything:
 
     .. math::
         f = \frac{d \log \alpha}{dt}, \quad g^2 = \frac{d \sigma^2}{dt} - 2 f \sigma^2, \quad
         \mathrm{log\,snr} = \log \frac{\alpha^2}{\sigma^2}.
 
-    A subclass writes `marginal`; the rest follows by automatic differentiation and bisection,
-    and may be overridden by closed forms. `diffusionkit.testing.check_sde` says what does not
-    fit together.
+    A subclass defines `marginal`; the rest follows by automatic differentiation and bisection,
+    and may be overridden with closed forms. `diffusionkit.testing.check_sde` reports what is
+    inconsistent.
 
     Attributes:
-        T: the last time, where the data are forgotten.
+        T: the largest time, where almost nothing of the data is left.
         t_min: the smallest time for training and likelihood.
         t_stop: the time at which samplers stop by default.
-        prior_std: the standard deviation of the prior, the law of x_T.
+        prior_std: the standard deviation of the prior, the distribution of x_T.
     """
 
     T: float = 1.0
@@ -60,12 +60,24 @@ class ForwardSDE(abc.ABC):
 
     @abc.abstractmethod
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha(t) and sigma(t), each (B,), for times t (B,), in the dtype of t."""
+        """Return alpha(t) and sigma(t), each (B,), in the dtype of the times t (B,).
 
-    def kernel(self, t: Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return alpha and sigma in float64, as floats where a sampler has tabulated them."""
-        known = instant(t, self)
-        return (known.alpha, known.sigma) if known else self.marginal(exact(t))
+        This is the definition of the process. Code that uses a process with a state calls
+        `perturbation_kernel`, which validates and does not lose digits.
+        """
+
+    def perturbation_kernel(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma, each (B,), in float64, for a state x (B, *D) at times t (B,).
+
+        Raises:
+            ValueError: if shapes or devices differ, or a time is outside [0, T].
+            TypeError: if x or t is not a floating-point tensor.
+        """
+        return kernel_tensors(self, x, t)
+
+    def kernel(self, t: Tensor) -> Any:
+        """Until guidance is merged."""
+        return schedule(self, t)
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
         """Return f(t) = d log alpha / dt, (B,)."""
@@ -108,7 +120,7 @@ class ForwardSDE(abc.ABC):
         """Draw x = alpha x0 + sigma eps for data x0 (B, *D) at times t (B,).
 
         Raises:
-            ValueError: if shapes or devices differ, or a time lies outside [0, T].
+            ValueError: if shapes or devices differ, or a time is outside [0, T].
             TypeError: if x0 or t is not a floating-point tensor.
         """
         check_state(x0, "x0")
@@ -138,7 +150,7 @@ class ForwardSDE(abc.ABC):
 
 
 class ScoreModel(nn.Module, abc.ABC):
-    """A model of the score of p_t. It owns its process: one source of truth.
+    """A model of the score of p_t, which owns its process: one source of truth.
 
     Attributes:
         sde: the forward process.
@@ -147,14 +159,13 @@ class ScoreModel(nn.Module, abc.ABC):
     sde: ForwardSDE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Count the evaluations of every model, so that samplers can tell their number."""
+        """Count evaluations: a sampler's `nfe`."""
         super().__init_subclass__(**kwargs)
-        if "predict" in cls.__dict__:
-            cls.predict = counted(cls.predict)  # type: ignore[method-assign]
+        counts(cls)
 
     @abc.abstractmethod
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict data and noise of a state x (B, *D) at times t (B,)."""
+        """Predict the data and the noise in a state x (B, *D) at times t (B,)."""
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """Return the score, the gradient of log p_t at x, (B, *D)."""
@@ -170,21 +181,21 @@ class Weighting(abc.ABC):
 
 
 class TargetEstimator(abc.ABC):
-    """What a model is regressed on."""
+    """The regression target."""
 
     @abc.abstractmethod
     def __call__(
         self, sample: Perturbed, reference: Tensor | None = None, **cond: Any
     ) -> Prediction:
-        """Return the target for noisy data, given reference data (n, *D) if it uses any."""
+        """Return the target for noisy data; some targets use reference data (n, *D)."""
 
 
 class TimeSampler(abc.ABC):
-    """The law of the times a loss is taken at.
+    """The distribution of training times.
 
     Attributes:
-        unbiased: whether E[weight h(t)] is the mean of h over [t_min, T]; a law that defines the
-            objective by itself, as EDM's log-normal, returns weights of one instead.
+        unbiased: whether E[weight h(t)] is the mean of h over [t_min, T]. A distribution that is
+            part of the objective, such as EDM's log-normal, returns weights of one instead.
     """
 
     unbiased: bool = True
@@ -202,11 +213,11 @@ class TimeSampler(abc.ABC):
         """Draw times (n,) and weights (n,), E[weight h(t)] = mean of h over [t_min, T]."""
 
     def update(self, t: Tensor, loss: Tensor) -> None:  # noqa: B027 - adaptive samplers override
-        """Learn from the losses (n,) found at times (n,)."""
+        """Adapt to the losses (n,) at times (n,)."""
 
 
 class Predictor(abc.ABC):
-    """A move from time t to an earlier time s, on any grid."""
+    """A step from time t to an earlier time s, on any grid."""
 
     @abc.abstractmethod
     def step(
@@ -220,35 +231,41 @@ class Predictor(abc.ABC):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        """Move a state x (B, *D) from times t (B,) to s (B,), s < t.
+        """Take a state x (B, *D) from times t (B,) to s (B,), s < t.
 
-        `state` is what this predictor returned in its last Step, None at the first.
+        `state` is `Step.state` of this predictor's previous step, None in the first. Noise comes
+        from `diffusionkit.random.step_noise`, which follows a Brownian path if there is one.
         """
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:  # noqa: B027
-        """Precompute what depends on the times alone; samplers call it before the first step."""
+        """Precompute what depends on the times alone; samplers call this before a run."""
 
 
 class Corrector(abc.ABC):
-    """A move that leaves the time, and the law p_t, where they are."""
+    """A Markov chain step at a fixed time t, which leaves the distribution p_t unchanged."""
 
     @abc.abstractmethod
     def step(
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
-        """Move a state x (B, *D) at times t (B,)."""
+        """Update a state x (B, *D) at times t (B,)."""
 
 
 class Constraint(abc.ABC):
-    """What is known of the data, and how a state is made to agree with it at any noise."""
+    """Known information about the data, imposed on a noisy state."""
 
     @abc.abstractmethod
     def __call__(
-        self, x: Tensor, alpha: Coefficient, sigma: Coefficient, *, generator: Generators = None
+        self, x: Tensor, alpha: Tensor, sigma: Tensor, *, generator: Generators = None
     ) -> Tensor:
-        """Return a state x (B, *D) with its known part drawn anew from p(x_t | x_0).
+        """Return a state x (B, *D) whose known part is drawn from p(x_t | x_0).
 
-        At sigma = 0 nothing is drawn: a mean gets its alpha, data get alpha = 1.
+        Args:
+            x: the state (B, *D).
+            alpha: the scale of the data (B,); 1 for the data themselves.
+            sigma: the standard deviation of the noise (B,). Where all are 0, for a mean or for
+                data, nothing is drawn.
+            generator: the source of randomness.
         """
 
 

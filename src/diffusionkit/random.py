@@ -1,4 +1,9 @@
-"""Normal and uniform draws from one generator, from one generator for each sample, or from none."""
+"""Random draws for parts of your own: with one generator, one for each sample, or a Brownian path.
+
+`torch.randn(..., generator=generator)` takes one generator only. Draws of this module take every
+`generator` of the library, so that a part that uses them works with one generator for each sample,
+and with a `BrownianPath` if its steps use `step_noise`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+__all__ = ["Generators", "NoisePath", "rand", "randn", "randn_like", "step_noise"]
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
@@ -67,17 +75,51 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
 
 
 class NoisePath(Sequence[torch.Generator], abc.ABC):
-    """Generators, one for each sample, that also know the noise of a move between two times."""
+    """One generator for each sample, and the noise between any two times along a path."""
 
     @abc.abstractmethod
     def increment(self, x: Tensor, sde: Any, t: Tensor, s: Tensor) -> Tensor:
-        """Return the noise of a move from times t (B,) to s (B,), standard normal, like x."""
+        """Return standard normal noise for the step from times t (B,) to s (B,), like x."""
 
 
-def increment_like(x: Tensor, generator: Generators, sde: Any, t: Tensor, s: Tensor) -> Tensor:
-    """Return the standard normal noise of a predictor's move from times t (B,) to s (B,), like x.
+class ObservedPath(NoisePath):
+    """A path that records whether an increment was drawn from it.
 
-    New noise, unless `generator` is a path: then its increment over the move.
+    Args:
+        path: the path.
+
+    Attributes:
+        used: whether an increment was drawn.
+    """
+
+    def __init__(self, path: NoisePath) -> None:
+        self._path, self.used = path, False
+
+    def __len__(self) -> int:
+        return len(self._path)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._path[index]
+
+    @override
+    def increment(self, x: Tensor, sde: Any, t: Tensor, s: Tensor) -> Tensor:
+        self.used = True
+        return self._path.increment(x, sde, t, s)
+
+
+def step_noise(
+    x: Tensor, sde: Any, t: Tensor, s: Tensor, *, generator: Generators = None
+) -> Tensor:
+    """Return standard normal noise for a predictor's step from times t (B,) to s (B,), like x.
+
+    New noise, unless the generator is a path, such as `BrownianPath`: then the path's increment.
+
+    Args:
+        x: a state (B, *D), for the shape, dtype and device.
+        sde: the forward process, whose log-SNR is the clock of a path.
+        t: the times at the beginning of the step (B,).
+        s: the times at its end (B,).
+        generator: one generator, one for each sample, a path, or None.
     """
     if isinstance(generator, NoisePath):
         return generator.increment(x, sde, t, s)
@@ -97,9 +139,9 @@ def rand(
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """Return a generator whose numbers are those of a tuple of whole numbers >= 0, and no other's.
+    """Return a generator seeded by a tuple of integers >= 0; different tuples do not collide.
 
-    Seeds that are sums or products of such numbers would meet.
+    Sums or products of such integers as seeds would.
     """
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))

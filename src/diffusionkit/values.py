@@ -1,7 +1,7 @@
-r"""The small frozen values the parts hand to one another: Perturbed, Prediction, Step.
+r"""The small frozen values that parts pass to one another: Perturbed, Prediction, Step.
 
 A coefficient is either a tensor of shape (B,), one number for each sample, or a plain float
-where the whole batch stands at one time. `expand` makes either ready to multiply a state.
+where the whole batch is at one time. `expand` shapes either so that it multiplies a state.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
 def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0) -> Tensor:
     """Return mean + value * std * noise, in the dtype of mean.
 
-    The result takes the noise's memory where no gradient is recorded: hand in noise that nothing
-    else holds. The standard deviation is (B,), (B, 1, ..., 1) or a float.
+    The result reuses the noise's memory where no gradient is recorded: pass noise that nothing else
+    holds. The standard deviation is (B,), (B, 1, ..., 1) or a float.
     """
     out = None if torch.is_grad_enabled() else noise
     if not isinstance(std, Tensor):
@@ -86,32 +86,34 @@ class Perturbed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """The outcome of a predictor's or corrector's step.
+    """The result of a predictor's or corrector's step.
 
     Args:
         x: the new state (B, *D).
         mean: the same update without the noise that was added last (B, *D).
-        state: whatever a predictor with memory wants back at its next step.
+        state: what a predictor with memory gets back in its next step.
+        prediction: the model's last prediction in this step, if the part returns it.
     """
 
     x: Tensor
     mean: Tensor
     state: Any = None
+    prediction: Prediction | None = None
 
 
 class Prediction:
-    r"""What a model says of a noisy state: x = alpha x0 + sigma eps, solved for x0 and eps.
+    r"""The data and the noise that a model predicts in a noisy state x = alpha x0 + sigma eps.
 
-    A prediction is a statement F = a x0 + b eps about one linear combination of data and
-    noise. With x = alpha x0 + sigma eps it determines both:
+    A network predicts one linear combination F = a x0 + b eps of data and noise, its
+    parameterization. With x = alpha x0 + sigma eps it determines both:
 
     .. math::
         x_0 = (b x - \sigma F) / \Delta, \quad \epsilon = (\alpha F - a x) / \Delta,
         \quad \Delta = \alpha b - \sigma a.
 
-    The statement is kept as it was made, so that an error can be measured in it: at sigma =
-    1e-3 the difference of two noises that were computed from two x0 has lost three digits, the
-    difference of the two x0 has lost none.
+    The output is kept in the model's parameterization, so that errors are measured in it: at
+    sigma = 1e-3 the difference of two noises computed from two x0 has lost three digits, the
+    difference of the two x0 none.
 
     Args:
         x: the noisy state (B, *D).
@@ -120,8 +122,8 @@ class Prediction:
         alpha: the scale of the data (B,).
         sigma: the standard deviation of the noise (B,).
         log_var: the logarithm of a learned transition variance (B, *D), or None.
-        log_var_fraction: where a learned log-variance lies between that of the posterior, 0, and
-            that of the forward step, 1, (B, *D), or None: one statement for steps of any length.
+        log_var_fraction: where a learned log-variance lies between the posterior's, 0, and the
+            forward step's, 1, (B, *D), or None: one output for steps of any length.
     """
 
     __slots__ = (
@@ -175,7 +177,7 @@ class Prediction:
         log_var: Tensor | None = None,
         log_var_fraction: Tensor | None = None,
     ) -> Prediction:
-        """Build a prediction from the statement output = a x0 + b eps.
+        """Build a prediction from a network output = a x0 + b eps.
 
         Args:
             x: the noisy state (B, *D).
@@ -280,7 +282,7 @@ class Prediction:
     def combine(self, *, x: Coefficient, x0: Coefficient) -> Tensor:
         """Return x * (the noisy state) + x0 * (the predicted data), in one pass.
 
-        Every linear move of a sampler has this form. The two coefficients are first turned
+        Every linear step of a sampler has this form. The two coefficients are first turned
         into those of the noisy state and the model's own output, so that no prediction is
         converted and nothing is rounded twice.
 
@@ -305,7 +307,7 @@ class Prediction:
         return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)
 
     def noise_error(self, target: Prediction) -> Tensor:
-        r"""Return eps - target.eps (B, *D), measured in the model's own parameterisation.
+        r"""Return eps - target.eps (B, *D), measured in the model's own parameterization.
 
         .. math::
             \hat\epsilon - \epsilon = \frac{\alpha}{\Delta} (F - a x_0 - b \epsilon)

@@ -1,4 +1,4 @@
-"""Files of every format, made with their real writers, and EDM's way of pickling."""
+"""Contents and files of every format, written by the real writers."""
 
 import io
 import pickle
@@ -11,19 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-SOURCE = "open('victim', 'w')\nraise SystemExit"  # what reading an EDM pickle must not run
+from diffusionkit._files import CheckpointError, read_torch
+
+SOURCE = "open('victim', 'w')\nraise SystemExit"  # must not run when an EDM pickle is read
 
 
 class EasyDict(dict):
-    """Stands for EDM's class of this name."""
+    """A stand-in for EDM's class."""
 
 
 def _reconstruct_persistent_obj(meta):
-    raise AssertionError("the readers never call what a file names")
+    raise AssertionError("the readers call no function that a file names")
 
 
 def persistent(cls: type) -> type:
-    """Let a class be pickled as EDM's persistent classes are."""
+    """Make a class pickle like EDM's persistent classes."""
 
     def reduce(self) -> tuple[Any, ...]:
         meta = {
@@ -97,7 +99,7 @@ def edm_network() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def pickled():
-    """Pickle with stand-ins for EDM's modules, which the project does not have."""
+    """A function that pickles with stand-ins for EDM's modules."""
 
     def dump(value: Any, protocol: int = 4) -> bytes:
         names = {
@@ -124,7 +126,7 @@ def edm_content(edm_network) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def torch_content() -> dict[str, Any]:
-    """What a training run saves, and whatever else is plain."""
+    """The state of a training run, with plain values of every type."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
@@ -178,7 +180,7 @@ def torch_content() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def saved():
-    """The bytes that torch.save writes."""
+    """A function that returns the bytes written by torch.save."""
 
     def save(value: Any, *, legacy: bool = False) -> bytes:
         file = io.BytesIO()
@@ -186,3 +188,29 @@ def saved():
         return file.getvalue()
 
     return save
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """A function that lets the loaders find a content at a path, without writing a file."""
+
+    def give(content: Any) -> str:
+        for module in ("_score_sde_file", "improved_diffusion"):
+            name = f"diffusionkit.checkpoints.{module}.read_torch"
+            monkeypatch.setattr(name, lambda path, *, expected: content)
+        return "checkpoint.pth"
+
+    return give
+
+
+@pytest.fixture
+def rejected(tmp_path):
+    """A function that checks the error for a file's content: the path and a reason."""
+
+    def check(content: bytes, match: str, read: Any = read_torch) -> None:
+        path = tmp_path / "x.bin"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"(?s)x\.bin: expected a .*, got .*{match}"):
+            read(path)
+
+    return check

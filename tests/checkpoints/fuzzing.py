@@ -1,9 +1,9 @@
-"""Mutate files and read them, under watch; run by test_reading_fuzz.py in a process of its own.
+"""Mutate files and read them under audit; run by test_fuzzing.py in a separate process.
 
     python fuzzing.py FOLDER SEED COUNT
 
-FOLDER holds whole files; the word before the first "-" in a name says which reader they are for.
-Each file is mutated COUNT times. What was seen is printed as JSON.
+FOLDER holds whole files, named READER-anything. Each file is mutated COUNT times. The results are
+printed as JSON.
 """
 
 import codecs
@@ -72,7 +72,7 @@ def splice(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
 
 
 def renumber(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
-    """Write an odd number over some bytes: in headers, sizes, offsets."""
+    """Overwrite bytes, perhaps of headers, sizes or offsets, with an extreme number."""
     form = draw.choice(["<B", "<H", "<I", "<Q", ">I", ">Q"])
     size = struct.calcsize(form)
     number = draw.choice(NUMBERS) % 2 ** (8 * size)
@@ -82,7 +82,7 @@ def renumber(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
 
 
 def operations(data: bytes) -> list[tuple[str, int, int]]:
-    """The name, start and end of each operation of a pickle, or of the first few of a file."""
+    """Return name, start and end of the operations of all pickles in a file, at most 5000."""
     found, source = [], io.BytesIO(data)
     try:
         while len(found) < 5000:
@@ -97,7 +97,7 @@ def operations(data: bytes) -> list[tuple[str, int, int]]:
 
 
 def reoperate(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
-    """Replace, repeat, drop or exchange whole operations of a pickle."""
+    """Replace, repeat, drop or swap whole operations of a pickle."""
     places = operations(data)
     for _ in range(draw.choice([1, 1, 2, 5])):
         name, start, end = draw.choice(places)
@@ -116,7 +116,7 @@ def reoperate(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
 
 
 def repickle(data: bytes, draw: random.Random, others: list[bytes]) -> bytes:
-    """Change the pickle or the records in a zip file, with right checksums."""
+    """Change the pickle or the records in a zip file, with correct checksums."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
@@ -137,7 +137,7 @@ OWN = {"zip": [repickle] * 4, "legacy": [reoperate] * 4, "edm": [reoperate] * 4,
 def main(folder: Path, seed: int, count: int) -> None:
     draw, path = random.Random(seed), folder / "mutated"
     files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-    for name in files:  # whatever is imported late is imported now
+    for name in files:  # trigger all late imports
         READERS[name.split("-")[0]](folder / name)
         path.write_bytes(files[name][: len(files[name]) // 2])
         with contextlib.suppress(CheckpointError):
@@ -169,7 +169,7 @@ def main(folder: Path, seed: int, count: int) -> None:
                 results[f"{kind} read"] += 1
             except CheckpointError as error:
                 watching = False
-                results[f"{kind} refused"] += 1
+                results[f"{kind} rejected"] += 1
                 if len(str(error)) > 2000 or str(path) not in str(error):
                     failures.append(f"{name} {mutation.__name__}: {error}"[:2000])
             except BaseException:

@@ -1,10 +1,10 @@
-"""Files of improved-diffusion and guided-diffusion: their outputs, their flags, every mistake."""
+"""Files of improved-diffusion and guided-diffusion: outputs, flags and errors."""
 
 import math
 
 import pytest
 import torch
-from released import OPENAI, assert_released, inputs, shapes, unread, weights
+from support.released import OPENAI, assert_released, inputs, shapes, weights
 
 from diffusionkit import DDPMChain, EpsModel, StepLabel, X0Model
 from diffusionkit._files import CheckpointError
@@ -12,11 +12,6 @@ from diffusionkit.checkpoints import load_improved_diffusion
 from diffusionkit.networks import ADMUNet
 
 CASES = [case for case in OPENAI if not case.startswith("golden")]
-
-
-@pytest.fixture
-def given(monkeypatch):
-    return lambda content: unread(monkeypatch, "improved_diffusion", content)
 
 
 def content_of(case):
@@ -38,7 +33,7 @@ def output(model, case, label=(250.0, 800.0)):
         return model.network(x, torch.tensor(label), **conditions(case))
 
 
-# Without the order of q, k and v and the numbers of heads, which leave no trace.
+# The flags that leave no trace: the order of q, k and v and the numbers of heads.
 NEEDED = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 
 
@@ -46,14 +41,14 @@ NEEDED = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_atten
     ("case", "flags"),
     [*((case, "needed") for case in CASES), ("improved_classes", "all"), ("guided_no_conv", "all")],
 )
-def test_outputs_are_those_of_the_released_code(given, case, flags) -> None:
-    told = OPENAI[case]["flags"]
+def test_outputs_match_released_code(given, case, flags) -> None:
+    given_flags = OPENAI[case]["flags"]
     if flags == "needed":
-        told = {name: value for name, value in told.items() if name in NEEDED}
-    # What equal numbers of channels leave open is decided for images of three.
+        given_flags = {name: value for name, value in given_flags.items() if name in NEEDED}
+    # Equal numbers of input and output channels are ambiguous.
     if case == "improved_one_channel":
-        told = told | {"learn_sigma": True}
-    model = load_improved_diffusion(given(content_of(case)), **told)
+        given_flags = given_flags | {"learn_sigma": True}
+    model = load_improved_diffusion(given(content_of(case)), **given_flags)
     assert not model.training
     assert isinstance(model.network, ADMUNet)
     assert_released(output(model, case), OPENAI[case]["out"], 2e-4)
@@ -63,27 +58,27 @@ def test_outputs_are_those_of_the_released_code(given, case, flags) -> None:
 
 
 @pytest.mark.parametrize("case", ["improved_plain", "improved_superres", "guided_updown_new"])
-def test_predictions_take_the_half_that_is_noise(given, case) -> None:
-    """At time (i + 1) / N the network is told i * 1000 / N, and its first half is the noise."""
+def test_predictions_use_the_noise_half_of_the_output(given, case) -> None:
+    """At time (i + 1) / N the noise label is i * 1000 / N; the first output half is the noise."""
     model = load_improved_diffusion(given(content_of(case)), **OPENAI[case]["flags"])
     channels = OPENAI[case]["channels"]
     x, t = inputs(2, channels, 8, 8), torch.tensor([0.251, 0.801])
     with torch.no_grad():
         eps = model.predict(x, t, **conditions(case)).eps
-    # float32 knows the label 800 to 6e-5, and the network its features to as much.
+    # In float32 the label 800 has an error of 6e-5, and so do its features.
     torch.testing.assert_close(eps, output(model, case)[:, :channels], rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_real_file(tmp_path, legacy) -> None:
+def test_real_file_is_loaded(tmp_path, legacy) -> None:
     path = tmp_path / "ema_0.9999_500000.pt"
     torch.save(content_of("improved_classes"), path, _use_new_zipfile_serialization=not legacy)
     model = load_improved_diffusion(path, **OPENAI["improved_classes"]["flags"])
     assert_released(output(model, "improved_classes"), OPENAI["improved_classes"]["out"])
 
 
-def test_a_golden_network(given) -> None:
-    """UNetModel(3, 32, 6, 1, (2,), (1, 2), num_classes=10), computed in float64 by other code."""
+def test_outputs_match_an_independent_implementation(given) -> None:
+    """UNetModel(3, 32, 6, 1, (2,), (1, 2), num_classes=10), in float64."""
     content = weights(shapes("openai", "golden"), amplitude=0.05, chirp=0.0)
     assert sum(tensor.numel() for tensor in content.values()) == 758310
     model = load_improved_diffusion(given(content))
@@ -101,7 +96,7 @@ def test_a_golden_network(given) -> None:
 
 
 @pytest.mark.slow
-def test_the_golden_network_of_cifar10(tmp_path) -> None:
+def test_outputs_of_the_cifar10_network_match_an_independent_implementation(tmp_path) -> None:
     content = weights(shapes("openai", "golden_cifar10"), amplitude=0.05, chirp=0.0)
     assert sum(tensor.numel() for tensor in content.values()) == 52546438
     torch.save(content, tmp_path / "cifar10.pt")
@@ -121,7 +116,7 @@ def load(given, case="improved_plain", **flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "betas", "class_labels"),
+    ("flags", "betas", "noise_labels"),
     [
         ({}, (1e-4, 0.02, 1000), (0, 999)),
         ({"diffusion_steps": 4000}, (2.5e-5, 0.005, 4000), (0, 999.75)),
@@ -140,7 +135,7 @@ def load(given, case="improved_plain", **flags):
         ({"noise_schedule": "linear", "rescale_timesteps": False}, (1e-4, 0.02, 1000), (0, 999)),
     ],
 )
-def test_the_flags_of_the_diffusion(given, flags, betas, class_labels) -> None:
+def test_flags_set_the_chain_and_the_noise_label(given, flags, betas, noise_labels) -> None:
     model = load(given, **flags)
     assert isinstance(model.sde, DDPMChain)
     first, last, steps = betas
@@ -148,11 +143,11 @@ def test_the_flags_of_the_diffusion(given, flags, betas, class_labels) -> None:
     assert float(model.sde.betas[0]) == pytest.approx(first, rel=1e-12)
     assert float(model.sde.betas[-1]) == pytest.approx(last, rel=1e-12)
     assert isinstance(model.label, StepLabel)
-    told = model.label(model.sde, torch.tensor([1 / steps, 1.0], dtype=torch.float64))
-    assert told.tolist() == pytest.approx(class_labels, abs=1e-9)
+    got = model.label(model.sde, torch.tensor([1 / steps, 1.0], dtype=torch.float64))
+    assert got.tolist() == pytest.approx(noise_labels, abs=1e-9)
 
 
-def test_what_the_network_predicts(given) -> None:
+def test_predict_xstart_gives_an_x0_model(given) -> None:
     assert type(load(given)) is EpsModel
     model = load(given, predict_xstart=True)
     assert type(model) is X0Model
@@ -162,13 +157,13 @@ def test_what_the_network_predicts(given) -> None:
     torch.testing.assert_close(x0, output(model, "improved_plain"), rtol=0, atol=2e-4)
 
 
-def test_dropout_is_kept_for_training_on(given) -> None:
+def test_dropout_is_kept_for_further_training(given) -> None:
     assert load(given, dropout=0.25).network.config["dropout"] == 0.25
     assert load(given).network.config["dropout"] == 0.0
 
 
-def test_six_channels_of_what(given) -> None:
-    """Three and as many of a low-resolution image, unless the flag says that it is six."""
+def test_six_channels_include_a_low_resolution_image_by_default(given) -> None:
+    """The flag `learn_sigma` distinguishes 3 + 3 channels from 6."""
     content = content_of("improved_superres_plain")
     three = load_improved_diffusion(given(content)).network.config
     assert (three["channels"], three["low_res_channels"], three["learn_sigma"]) == (3, 3, False)
@@ -194,13 +189,15 @@ def test_six_channels_of_what(given) -> None:
         ("improved_plain", "resblock_updown", True, "False"),
     ],
 )
-def test_flags_that_contradict_the_file(given, case, flag, value, stored) -> None:
-    with pytest.raises(ValueError, match=rf"^{flag}: the file says {stored}, got {value}$"):
+def test_flags_that_contradict_the_file_are_rejected(given, case, flag, value, stored) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{flag}: expected {stored} as in the file, got {value}$"
+    ):
         load(given, case, **{flag: value})
 
 
-def test_flags_that_are_none(given) -> None:
-    with pytest.raises(TypeError, match=r"num_head: expected one of the released flags.*num_heads"):
+def test_unknown_flags_and_values_are_rejected(given) -> None:
+    with pytest.raises(TypeError, match=r"flags: expected released ones.*num_heads.*'num_head'$"):
         load(given, num_head=3)
     with pytest.raises(ValueError, match="noise_schedule: expected linear or cosine, got 'sqrt'"):
         load(given, noise_schedule="sqrt")
@@ -214,13 +211,13 @@ def test_flags_that_are_none(given) -> None:
     "flag",
     ["image_size", "timestep_respacing", "use_kl", "sigma_small", "use_fp16", "use_checkpoint"],
 )
-def test_flags_without_effect_are_taken(given, flag) -> None:
+def test_flags_without_effect_are_accepted(given, flag) -> None:
     model = load(given, **{flag: "anything"})
     assert_released(output(model, "improved_plain"), OPENAI["improved_plain"]["out"])
 
 
-def test_what_leaves_no_trace_matters(given) -> None:
-    """Were it not so, a wrong default would go unnoticed."""
+def test_flags_without_trace_change_the_output(given) -> None:
+    """Otherwise a wrong default would go unnoticed."""
     case = "guided_half_new"
     right = output(load(given, case), case)
     for flag, value in [("num_heads", 2), ("use_new_attention_order", False)]:
@@ -236,29 +233,29 @@ def test_what_leaves_no_trace_matters(given) -> None:
         (lambda c: c.update(more=torch.ones(2)), "1 problems: unexpected more"),
         (
             lambda c: c.update({"out.0.weight": torch.ones(33)}),
-            r"1 problems: out\.0\.weight: expected what makes \(32,\), got \(33,\)",
+            r"1 problems: out\.0\.weight: expected tensors for \(32,\), got \(33,\)",
         ),
         (
             lambda c: c.update({"middle_block.1.qkv.bias": torch.ones(191)}),
-            r"1 problems: middle_block\.1\.qkv\.bias: expected what makes \(192,\), got \(191,\)",
+            r"1 problems: middle_block\.1\.qkv\.bias: expected tensors for \(192,\), got \(191,\)",
         ),
         (
             lambda c: c.update({"middle_block.1.qkv.weight": torch.ones(192, 64, 2)}),
-            r"1 problems: middle_block\.1\.qkv\.weight: expected what makes \(192, 64\), got \(192",
+            r"1 problems: middle_block\.1\.qkv\.weight: expected tensors for \(192, 64\), got",
         ),
         (
             lambda c: c.update({"middle_block.1.proj_out.weight": torch.ones(64, 64, 3)}),
-            r"1 problems: middle_block\.1\.proj_out\.weight: expected what makes \(64, 64\), got",
+            r"1 problems: middle_block\.1\.proj_out\.weight: expected tensors for \(64, 64\), got",
         ),
         (lambda c: c["out.2.bias"].fill_(math.nan), r"1 problems: out\.2\.bias: expected finite"),
         (lambda c: c.pop("label_emb.weight"), "released|problems|state dict"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(given, change, match) -> None:
+def test_tensors_that_do_not_fit_are_listed(given, change, match) -> None:
     content = content_of("improved_classes")
     change(content)
     flags = {name: OPENAI["improved_classes"]["flags"][name] for name in NEEDED[:2]}
-    if match == "released|problems|state dict":  # without classes it is another network's file
+    if match == "released|problems|state dict":  # a valid file of a network without classes
         assert (
             load_improved_diffusion(given(content), **flags).network.config["num_classes"] is None
         )
@@ -284,12 +281,12 @@ def test_files_that_do_not_fit_are_refused(given, change, match) -> None:
         lambda c: {name: t[:0] for name, t in c.items()},
     ],
 )
-def test_foreign_contents(given, change) -> None:
+def test_foreign_contents_are_rejected(given, change) -> None:
     path = given(change(content_of("improved_plain")))
     with pytest.raises(CheckpointError, match=r"checkpoint\.pth: .*expected a state dict of imp"):
         load_improved_diffusion(path)
 
 
-def test_no_file(tmp_path) -> None:
+def test_missing_file_is_an_error(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         load_improved_diffusion(tmp_path / "none.pt")

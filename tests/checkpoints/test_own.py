@@ -1,4 +1,4 @@
-"""Our own files: the same network again, or an error that says what is wrong."""
+"""Files of our own networks: the same network again, or an error that names the problem."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def outputs(network):
         return network.eval()(x, label, **cond)
 
 
-def randomised(name, dtype=torch.float32):
+def randomized(name, dtype=torch.float32):
     torch.manual_seed(0)
     network = MAKES[name]()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def randomised(name, dtype=torch.float32):
     return network.to(dtype)
 
 
-def test_every_class_is_here() -> None:
+def test_every_network_class_is_tested() -> None:
     assert set(MAKES) == set(networks.__all__) - {"FourierFeatures"}  # a wrapper
 
 
@@ -57,8 +57,8 @@ def test_every_class_is_here() -> None:
     ("ending", "dtype"), [("pt", torch.float32), ("safetensors", torch.float64)], ids=str
 )
 @pytest.mark.parametrize("name", MAKES)
-def test_a_network_comes_back(tmp_path, name, ending, dtype) -> None:
-    network, path = randomised(name, dtype), tmp_path / f"network.{ending}"
+def test_loaded_network_equals_the_saved_one(tmp_path, name, ending, dtype) -> None:
+    network, path = randomized(name, dtype), tmp_path / f"network.{ending}"
     save_network(path, network)
     back = load_network(str(path))
     assert type(back) is type(network)
@@ -69,15 +69,15 @@ def test_a_network_comes_back(tmp_path, name, ending, dtype) -> None:
         assert back.state_dict()[key].dtype == value.dtype
     assert torch.equal(outputs(back), outputs(network))
     assert os.listdir(tmp_path) == [path.name]
-    # What came back can be saved again.
+    # The loaded network can be saved again.
     save_network(path, back)
     assert torch.equal(outputs(load_network(path)), outputs(network))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_half_precision_comes_back(tmp_path, ending, dtype) -> None:
-    network = randomised("NCSNpp", dtype)
+def test_half_precision_is_kept(tmp_path, ending, dtype) -> None:
+    network = randomized("NCSNpp", dtype)
     save_network(tmp_path / f"half.{ending}", network)
     back = load_network(tmp_path / f"half.{ending}")
     for key, value in network.state_dict().items():
@@ -87,8 +87,8 @@ def test_half_precision_comes_back(tmp_path, ending, dtype) -> None:
     assert back.embedding.noise_features.frequencies.dtype == torch.float32
 
 
-def test_weights_in_other_memory_layouts(tmp_path) -> None:
-    network = randomised("NCSNpp").to(memory_format=torch.channels_last)
+def test_channels_last_weights_are_saved(tmp_path) -> None:
+    network = randomized("NCSNpp").to(memory_format=torch.channels_last)
     for ending in ("pt", "safetensors"):
         save_network(tmp_path / f"last.{ending}", network)
         back = load_network(tmp_path / f"last.{ending}")
@@ -96,7 +96,7 @@ def test_weights_in_other_memory_layouts(tmp_path) -> None:
 
 
 class Mine(MLP):
-    """A subclass, which a file could not name, not even if it has the name."""
+    """A subclass of the same name, which cannot be rebuilt."""
 
 
 Mine.__name__ = "MLP"
@@ -112,14 +112,14 @@ Mine.__name__ = "MLP"
     ],
     ids=["parallel", "sequential", "subclass", "dict"],
 )
-def test_what_is_no_network_of_ours_is_not_saved(tmp_path, network, name) -> None:
-    match = rf"network: expected one of MLP, ADMUNet.*out of any wrapper, got {name}$"
+def test_foreign_modules_and_wrappers_are_not_saved(tmp_path, network, name) -> None:
+    match = rf"network: expected one of MLP, ADMUNet.*without a wrapper, got {name}$"
     with pytest.raises(TypeError, match=match):
         save_network(tmp_path / "network.pt", network)
     assert not os.listdir(tmp_path)
 
 
-def test_arguments_that_are_no_plain_values(tmp_path) -> None:
+def test_arguments_other_than_plain_values_are_rejected(tmp_path) -> None:
     network = NCSNpp(2, **SMALL, dropout=np.float32(0.25))
     with pytest.raises(ValueError, match="expected a configuration of plain values, got"):
         save_network(tmp_path / "network.pt", network)
@@ -127,7 +127,7 @@ def test_arguments_that_are_no_plain_values(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, ending) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, ending) -> None:
     path, old = tmp_path / f"network.{ending}", MLP(2, width=4)
     save_network(path, old)
 
@@ -147,7 +147,7 @@ def content(tmp_path):
     return torch.load(tmp_path / "network.pt", weights_only=True)
 
 
-def refused(tmp_path, content, match) -> None:
+def rejected(tmp_path, content, match) -> None:
     torch.save(content, tmp_path / "changed.pt")
     with pytest.raises(CheckpointError, match=rf"(?s)changed\.pt: .*{match}"):
         load_network(tmp_path / "changed.pt")
@@ -184,42 +184,42 @@ def config_of(**changes):
         ({"state": [torch.ones(1)]}, "expected a network written by save_network"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, content, change, match) -> None:
-    refused(tmp_path, content | change, match)
+def test_error_names_the_problem_in_the_file(tmp_path, content, change, match) -> None:
+    rejected(tmp_path, content | change, match)
 
 
-def test_what_is_wrong_with_the_weights_is_said(tmp_path, content) -> None:
+def test_error_names_the_problem_in_the_weights(tmp_path, content) -> None:
     name = next(iter(content["state"]))
     for wrong, match in [
         (1.0, rf"{name}: expected shape \(4, 32\), got float"),
         (torch.ones(1), rf"{name}: expected shape \(4, 32\), got \(1,\)"),
     ]:
         state = content["state"] | {name: wrong}
-        refused(tmp_path, content | {"state": state}, match)
+        rejected(tmp_path, content | {"state": state}, match)
     for dtype in (torch.int64, torch.complex64, torch.bool):
         state = {key: value.to(dtype) for key, value in content["state"].items()}
-        refused(tmp_path, content | {"state": state}, "expected floating-point weights, got")
+        rejected(tmp_path, content | {"state": state}, "expected floating-point weights, got")
 
 
 @pytest.mark.parametrize("missing", ["format", "version", "network", "config", "state"])
-def test_a_part_that_is_missing(tmp_path, content, missing) -> None:
+def test_missing_parts_are_rejected(tmp_path, content, missing) -> None:
     del content[missing]
-    refused(tmp_path, content, "expected")
+    rejected(tmp_path, content, "expected")
 
 
 @pytest.mark.parametrize("foreign", [{"model": {}}, [1], torch.ones(2), {}], ids=str)
-def test_foreign_files(tmp_path, foreign) -> None:
-    refused(tmp_path, foreign, "expected a network written by save_network, got a foreign file")
+def test_foreign_files_are_rejected(tmp_path, foreign) -> None:
+    rejected(tmp_path, foreign, "expected a network written by save_network, got a foreign file")
 
 
-def test_foreign_safetensors(tmp_path) -> None:
+def test_foreign_safetensors_are_rejected(tmp_path) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match="written by save_network, got a foreign file"):
         load_network(path)
-    # A file of torch under the name of another format.
+    # A file of torch with the ending of another format.
     save_network(tmp_path / "network.pt", MLP(2, width=4))
     os.replace(tmp_path / "network.pt", path)
     with pytest.raises(CheckpointError, match="expected a safetensors file"):
@@ -228,7 +228,7 @@ def test_foreign_safetensors(tmp_path) -> None:
         load_network(tmp_path / "none.pt")
 
 
-def test_without_the_package_safetensors(tmp_path, monkeypatch) -> None:
+def test_error_without_safetensors_names_the_operation(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     path = tmp_path / "network.safetensors"

@@ -1,4 +1,4 @@
-"""Files of score_sde: the scores of the released code, and every mistake in a file named."""
+"""Files of score_sde: scores match released code, and errors name every problem in a file."""
 
 import copy
 import re
@@ -6,13 +6,18 @@ import re
 import numpy as np
 import pytest
 import torch
-from released import (
+from support import seeded
+from support.released import (
     SCORE_SDE,
     assert_released,
-    inputs,
     score_sde_config,
     score_sde_content,
-    unread,
+)
+from support.released import (
+    score_sde_score as score,
+)
+from support.released import (
+    score_sde_state as state_of,
 )
 
 from diffusionkit import (
@@ -34,27 +39,12 @@ from diffusionkit._files import CheckpointError
 from diffusionkit.checkpoints import load_score_sde
 from diffusionkit.networks import DDPMUNet, NCSNpp, NCSNv2
 
-# The released code cannot run up-sampling by a filtered convolution: it has the names alone.
+# Upsampling by a filtered convolution fails in the released code: only the names are recorded.
 WITH_OUTPUT = [case for case, data in SCORE_SDE.items() if "ema" in data]
 
 
-@pytest.fixture
-def given(monkeypatch):
-    return lambda content: unread(monkeypatch, "score_sde", content)
-
-
-def state_of(case):
-    data = score_sde_config(case)["data"]
-    return inputs(2, data["num_channels"], data["image_size"], data["image_size"])
-
-
-def score(model, case):
-    with torch.no_grad():
-        return model(state_of(case), torch.tensor(SCORE_SDE[case]["t"]))
-
-
 @pytest.mark.parametrize("case", WITH_OUTPUT)
-def test_scores_are_those_of_the_released_code(given, case) -> None:
+def test_scores_match_released_code(given, case) -> None:
     model = load_score_sde(given(score_sde_content(case)), score_sde_config(case))
     assert_released(score(model, case), SCORE_SDE[case]["ema"])
     kinds = {"ncsnpp": NCSNpp, "ddpm": DDPMUNet}
@@ -64,7 +54,7 @@ def test_scores_are_those_of_the_released_code(given, case) -> None:
 
 @pytest.mark.parametrize(("prefix", "legacy"), [("module.", False), ("", True)])
 @pytest.mark.parametrize("case", ["ve_skip_cat", "ncsnv2_64", "vp_ddpm"])
-def test_real_files_of_last_and_averaged_weights(tmp_path, case, prefix, legacy) -> None:
+def test_real_files_hold_last_and_averaged_weights(tmp_path, case, prefix, legacy) -> None:
     path, config = tmp_path / "checkpoint_8.pth", score_sde_config(case)
     content = score_sde_content(case, prefix)
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
@@ -75,7 +65,7 @@ def test_real_files_of_last_and_averaged_weights(tmp_path, case, prefix, legacy)
     assert not averaged.network.training
 
 
-def test_the_last_weights_need_no_averages(given) -> None:
+def test_last_weights_load_without_averages(given) -> None:
     content = score_sde_content("vp_ddpmpp")
     del content["ema"], content["optimizer"], content["step"]
     config = score_sde_config("vp_ddpmpp")
@@ -87,7 +77,7 @@ def test_the_last_weights_need_no_averages(given) -> None:
     ("case", "layer"),
     [("ve_ddpmres_fir_conv", "ups.0.block"), ("ve_res_fir", "output_branch.1.up")],
 )
-def test_filtered_convolutions_that_sample_up(given, case, layer) -> None:
+def test_filtered_upsampling_convolutions_are_loaded(given, case, layer) -> None:
     content = score_sde_content(case)
     network = load_score_sde(given(content), score_sde_config(case), ema=False).network
     last = [n for n in content["model"] if n.endswith("Conv2d_0.weight")][-1]
@@ -100,7 +90,7 @@ SIGMAS = [0.01 * 5000**0.3, 0.01 * 5000**0.85]
 
 
 @pytest.mark.parametrize(
-    ("case", "kind", "sde", "label", "class_labels", "data_range"),
+    ("case", "kind", "sde", "label", "noise_labels", "data_range"),
     [
         ("ve_ncsnpp", *VE, SigmaLabel, SIGMAS, (0, 1)),
         ("ve_centered_noscale", *VE, SigmaLabel, SIGMAS, (-1, 1)),
@@ -122,24 +112,24 @@ SIGMAS = [0.01 * 5000**0.3, 0.01 * 5000**0.85]
         ("vp_ddpm_noconv_notcentered", EpsModel, DDPMChain.linear(), StepLabel, [250, 800], (0, 1)),
     ],
 )
-def test_the_model_of_each_kind_samples(
-    given, case, kind, sde, label, class_labels, data_range
+def test_models_of_every_process_sample(
+    given, case, kind, sde, label, noise_labels, data_range
 ) -> None:
     model = load_score_sde(given(score_sde_content(case)), score_sde_config(case))
     assert type(model) is kind
     assert repr(model.sde) == repr(sde)
     assert type(model.label) is label
-    told = model.label(model.sde, torch.tensor(SCORE_SDE[case]["t"]))
-    torch.testing.assert_close(told, torch.tensor(class_labels).float(), rtol=1e-5, atol=1e-4)
+    got = model.label(model.sde, torch.tensor(SCORE_SDE[case]["t"]))
+    torch.testing.assert_close(got, torch.tensor(noise_labels).float(), rtol=1e-5, atol=1e-4)
     assert model.data_range == model.network.config["data_range"] == data_range
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(snr=0.16), steps=3)
-    samples = sampler(state_of(case).shape, generator=torch.Generator().manual_seed(0))
+    samples = sampler(state_of(case).shape, generator=seeded())
     assert samples.shape == state_of(case).shape
     assert samples.isfinite().all()
     assert sampler.nfe == 7
 
 
-def refused(given, content, match, error=CheckpointError, config="ve_ncsnpp", **options) -> None:
+def rejected(given, content, match, error=CheckpointError, config="ve_ncsnpp", **options) -> None:
     config = score_sde_config(config) if isinstance(config, str) else config
     with pytest.raises(error, match=match):
         load_score_sde(given(content), config, **options)
@@ -157,10 +147,10 @@ FIRST = "all_modules.4.GroupNorm_0.weight"
 def test_missing_and_extra_tensors_are_listed(given, content, options) -> None:
     del content["model"][f"module.{FIRST}"]
     content["model"]["module.another"] = content["model"]["module.all_modules.0.W"]
-    if options["ema"]:  # the list has no names, only as many entries as there are
+    if options["ema"]:  # the list holds no names, so only its length is checked
         content["ema"]["shadow_params"].append(torch.zeros(8))
         del content["ema"]["shadow_params"][6]
-    refused(given, content, rf"2 problems: missing {FIRST}; unexpected another", **options)
+    rejected(given, content, rf"2 problems: missing {FIRST}; unexpected another", **options)
 
 
 def test_misshapen_tensors_are_listed(given, content) -> None:
@@ -168,34 +158,34 @@ def test_misshapen_tensors_are_listed(given, content) -> None:
     model[f"module.{FIRST}"] = torch.ones(9)
     model["module.all_modules.1.weight"] = torch.ones(32, 17)
     match = (
-        r"2 problems: all_modules\.1\.weight: expected what makes \(32, 16\), got \(32, 17\); "
-        r"all_modules\.4\.GroupNorm_0\.weight: expected what makes \(8,\), got \(9,\)"
+        r"2 problems: all_modules\.1\.weight: expected tensors for \(32, 16\), got \(32, 17\); "
+        r"all_modules\.4\.GroupNorm_0\.weight: expected tensors for \(8,\), got \(9,\)"
     )
-    refused(given, content, match, ema=False)
+    rejected(given, content, match, ema=False)
 
 
 def test_joined_tensors_are_checked_one_by_one(given, content) -> None:
     nin = next(name for name in content["model"] if name.endswith("NIN_1.W"))
     content["model"][nin] = torch.ones(16, 17)
-    match = r"NIN_2\.W: expected what makes \(48, 16\), got \(16, 16\), \(16, 17\), \(16, 16\)"
-    refused(given, content, match, ema=False)
+    match = r"NIN_2\.W: expected tensors for \(48, 16\), got \(16, 16\), \(16, 17\), \(16, 16\)"
+    rejected(given, content, match, ema=False)
     del content["model"][nin]
-    refused(given, content, rf"1 problems: missing {nin.removeprefix('module.')}$", ema=False)
-    # Three matrices that make a joined one of the right shape, each of another.
+    rejected(given, content, rf"1 problems: missing {nin.removeprefix('module.')}$", ema=False)
+    # The joined matrix would have the right shape.
     content["model"][nin] = torch.ones(16, 17)
     content["model"][nin.replace("NIN_1", "NIN_2")] = torch.ones(16, 15)
-    refused(given, content, r"expected what makes \(48, 16\)", ema=False)
+    rejected(given, content, r"expected tensors for \(48, 16\)", ema=False)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("options", [{"ema": True}, {"ema": False}], ids=["ema", "model"])
-def test_numbers_that_are_not_finite(given, content, value, options) -> None:
+def test_non_finite_weights_are_rejected(given, content, value, options) -> None:
     content["model"]["module.all_modules.1.bias"][3] = value
     content["ema"]["shadow_params"][1][3] = value
-    refused(given, content, r"all_modules\.1\.bias: expected finite numbers", **options)
+    rejected(given, content, r"all_modules\.1\.bias: expected finite numbers", **options)
 
 
-def test_averages_that_do_not_fit(given, content) -> None:
+def test_averages_that_do_not_fit_are_rejected(given, content) -> None:
     shadows = content["ema"]["shadow_params"]
     n = len(shadows)
     for changed, match in [
@@ -207,11 +197,11 @@ def test_averages_that_do_not_fit(given, content) -> None:
         ({}, "expected a list of tensors under 'ema', 'shadow_params'"),
     ]:
         content["ema"]["shadow_params"] = changed
-        refused(given, content, match)
+        rejected(given, content, match)
     content["ema"] = [shadows]
-    refused(given, content, "expected a list of tensors under 'ema', 'shadow_params'")
+    rejected(given, content, "expected a list of tensors under 'ema', 'shadow_params'")
     del content["ema"]
-    refused(given, content, r"expected a checkpoint of score_sde.*got \['optimizer', 'model', 'st")
+    rejected(given, content, r"expected a checkpoint of score_sde.*got \['optimizer', 'model', 'st")
 
 
 @pytest.mark.parametrize(
@@ -226,14 +216,14 @@ def test_averages_that_do_not_fit(given, content) -> None:
         (lambda c: c | {"model": c["model"] | {1: torch.ones(1)}}, "tensors by name under 'model'"),
     ],
 )
-def test_foreign_contents(given, content, change, match) -> None:
-    refused(given, change(content), match, ema="ema" in match)
-    refused(given, change(content), match, config=None, ema=False)
+def test_foreign_contents_are_rejected(given, content, change, match) -> None:
+    rejected(given, change(content), match, ema="ema" in match)
+    rejected(given, change(content), match, config=None, ema=False)
 
 
-def test_two_tensors_of_one_name(given, content) -> None:
+def test_duplicate_names_are_rejected(given, content) -> None:
     content["model"]["all_modules.1.bias"] = torch.zeros(32)
-    refused(given, content, "with or without 'module.', got one as both", ema=False)
+    rejected(given, content, "with or without 'module.', got one as both", ema=False)
 
 
 @pytest.mark.parametrize(
@@ -251,11 +241,11 @@ def test_two_tensors_of_one_name(given, content) -> None:
     ids=["empty", "one", "nan", "inf", "rising", "zero", "complex", "bool"],
 )
 @pytest.mark.parametrize("config", [None, "ve_ncsnpp"])
-def test_noise_levels_that_are_none(given, content, sigmas, config) -> None:
+def test_invalid_noise_levels_are_rejected(given, content, sigmas, config) -> None:
     content["model"]["module.sigmas"] = sigmas
-    refused(given, content, "expected sigmas, decreasing noise levels, got", config=config)
+    rejected(given, content, "expected sigmas, decreasing noise levels, got", config=config)
     del content["model"]["module.sigmas"]
-    refused(given, content, "expected sigmas, decreasing noise levels, got 0", config=config)
+    rejected(given, content, "expected sigmas, decreasing noise levels, got 0", config=config)
 
 
 @pytest.mark.parametrize(
@@ -268,16 +258,16 @@ def test_noise_levels_that_are_none(given, content, sigmas, config) -> None:
         ("ncsnv2_64", {"sigma_max": 90.0}),
     ],
 )
-def test_configurations_of_other_noise_levels(given, case, change) -> None:
+def test_configurations_with_other_noise_levels_are_rejected(given, case, change) -> None:
     config = score_sde_config(case)
     config["model"] |= change
-    refused(given, score_sde_content(case), "sigmas: expected .* levels, got", config=config)
+    rejected(given, score_sde_content(case), "sigmas: expected .* levels, got", config=config)
 
 
 @pytest.mark.parametrize(
     ("change", "problems"),
     [
-        ({"nf": 16}, "expected what makes"),
+        ({"nf": 16}, "expected tensors for"),
         ({"num_res_blocks": 2}, "missing"),
         ({"attn_resolutions": []}, "missing|expected what"),
         ({"fir": False}, r"missing all_modules\.\d+\.Conv_0"),
@@ -289,11 +279,11 @@ def test_configurations_of_other_noise_levels(given, case, change) -> None:
         ({"embedding_type": "positional"}, "missing"),
     ],
 )
-def test_configurations_of_another_network(given, content, change, problems) -> None:
+def test_configurations_of_another_network_are_rejected(given, content, change, problems) -> None:
     config = copy.deepcopy(score_sde_config("ve_ncsnpp"))
     config["model"] |= change
     match = rf"checkpoint\.pth: the file does not fit the network, \d+ problems: .*(?:{problems})"
-    refused(given, content, match, config=config)
+    rejected(given, content, match, config=config)
 
 
 def test_at_most_twenty_problems_are_shown(given, content) -> None:
@@ -306,20 +296,20 @@ def test_at_most_twenty_problems_are_shown(given, content) -> None:
     assert str(caught.value).endswith("; ...")
 
 
-def test_a_network_is_left_alone_by_a_file_that_does_not_fit(given, content) -> None:
+def test_network_is_unchanged_by_a_file_that_does_not_fit(given, content) -> None:
     network = load_score_sde(given(content), score_sde_config("ve_ncsnpp")).network
     before = copy.deepcopy(network.state_dict())
     content["ema"]["shadow_params"][-1] = torch.full((3,), np.nan)
-    refused(given, content, "finite", config=network)
+    rejected(given, content, "finite", config=network)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
-def test_other_networks(given, content) -> None:
-    refused(given, content, "expected an NCSNpp.*got Linear", TypeError, torch.nn.Linear(2, 2))
+def test_networks_of_other_classes_are_rejected(given, content) -> None:
+    rejected(given, content, "expected an NCSNpp.*got Linear", TypeError, torch.nn.Linear(2, 2))
 
 
-def test_no_file_and_foreign_files(tmp_path) -> None:
+def test_missing_and_foreign_files_are_rejected(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         load_score_sde(tmp_path / "none.pth")
     (tmp_path / "page.pth").write_text("<html>")

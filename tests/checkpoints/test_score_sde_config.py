@@ -1,38 +1,26 @@
-"""What score_sde's networks are: said by a configuration, by a name, or by the file itself."""
+"""Networks of score_sde from a configuration, a published name or a network."""
 
 import copy
-import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from released import (
+from support.released import (
     SCORE_SDE,
     assert_released,
-    inputs,
     score_sde_config,
     score_sde_content,
-    unread,
+)
+from support.released import (
+    score_sde_score as score,
 )
 from torch import nn
 
 from diffusionkit import VESDE, VPSDE, DDPMChain, EpsModel, RawScoreModel, SubVPSDE
 from diffusionkit._files import CheckpointError
 from diffusionkit.checkpoints import load_score_sde
-from diffusionkit.checkpoints._score_sde_settings import PUBLISHED
-from diffusionkit.networks import DDPMpp, DDPMUNet, NCSNpp, NCSNv2
-
-
-@pytest.fixture
-def given(monkeypatch):
-    return lambda content: unread(monkeypatch, "score_sde", content)
-
-
-def score(model, case):
-    data = score_sde_config(case)["data"]
-    x = inputs(2, data["num_channels"], data["image_size"], data["image_size"])
-    with torch.no_grad():
-        return model(x, torch.tensor(SCORE_SDE[case]["t"]))
+from diffusionkit.checkpoints._score_sde_config import PUBLISHED
+from diffusionkit.networks import DDPMpp, DDPMUNet, NCSNpp
 
 
 def as_object(config):
@@ -40,13 +28,13 @@ def as_object(config):
 
 
 @pytest.mark.parametrize("case", ["ve_ncsnpp_deep", "vp_ddpm", "ncsnv2_128", "subvp_ddpmpp"])
-def test_a_configuration_object(given, case) -> None:
+def test_configuration_may_be_an_object(given, case) -> None:
     model = load_score_sde(given(score_sde_content(case)), as_object(score_sde_config(case)))
     assert_released(score(model, case), SCORE_SDE[case]["ema"])
 
 
-def test_what_a_configuration_may_leave_out(given) -> None:
-    """What the older configurations do not have is what their network does."""
+def test_missing_entries_have_released_defaults(given) -> None:
+    """Older configurations lack entries that were added later."""
     config = score_sde_config("vp_ddpm")
     for name in ("fir", "fir_kernel", "progressive", "progressive_input", "progressive_combine"):
         del config["model"][name]
@@ -61,7 +49,7 @@ def test_what_a_configuration_may_leave_out(given) -> None:
     assert_released(score(model, "vp_ddpm"), SCORE_SDE["vp_ddpm"]["ema"])
 
 
-def test_what_only_training_uses_is_kept(given) -> None:
+def test_options_of_training_are_kept(given) -> None:
     config = score_sde_config("ve_ncsnpp")
     config["model"] |= {"dropout": 0.25, "fourier_scale": 8}
     network = load_score_sde(given(score_sde_content("ve_ncsnpp")), config).network
@@ -69,7 +57,7 @@ def test_what_only_training_uses_is_kept(given) -> None:
     assert network.config["fourier_scale"] == 8
 
 
-def test_ncsnv2_has_its_channels_under_another_name(given) -> None:
+def test_ncsnv2_names_its_channels_differently(given) -> None:
     case = "ncsnv2_64_size28_one_channel"
     config = score_sde_config(case)
     del config["data"]["num_channels"]
@@ -79,10 +67,10 @@ def test_ncsnv2_has_its_channels_under_another_name(given) -> None:
 
 @pytest.mark.parametrize("make", [dict, as_object], ids=["mapping", "object"])
 @pytest.mark.parametrize("section", ["model", "data", "training"])
-def test_a_missing_section_is_named(given, make, section) -> None:
+def test_error_names_the_missing_section(given, make, section) -> None:
     config = score_sde_config("ve_ncsnpp")
     del config[section]
-    with pytest.raises(ValueError, match=rf"config: expected config\.{section}, got a conf"):
+    with pytest.raises(ValueError, match=rf"network: expected config\.{section}, got none"):
         load_score_sde(given(score_sde_content("ve_ncsnpp")), make(config))
 
 
@@ -96,10 +84,10 @@ def test_a_missing_section_is_named(given, make, section) -> None:
         *(("training", name) for name in ("sde", "continuous")),
     ],
 )
-def test_a_missing_entry_is_named(given, section, name) -> None:
+def test_error_names_the_missing_entry(given, section, name) -> None:
     config = score_sde_config("ve_ncsnpp")
     del config[section][name]
-    with pytest.raises(ValueError, match=rf"config: expected {section}\.{name}, got a conf"):
+    with pytest.raises(ValueError, match=rf"network: expected {section}\.{name}, got none"):
         load_score_sde(given(score_sde_content("ve_ncsnpp")), config)
 
 
@@ -115,14 +103,14 @@ def test_a_missing_entry_is_named(given, section, name) -> None:
         ("training", {"sde": "edm"}, r"expected training\.sde vesde, vpsde or subvpsde, got 'edm'"),
     ],
 )
-def test_unknown_values_are_named(given, section, change, match) -> None:
+def test_error_names_the_unknown_value(given, section, change, match) -> None:
     config = score_sde_config("ve_ncsnpp")
     config[section] |= change
     with pytest.raises(ValueError, match=match):
         load_score_sde(given(score_sde_content("ve_ncsnpp")), config)
 
 
-# Trainable parameters counted from the released configurations, and what they were trained for.
+# Numbers of trainable parameters of the released configurations, their processes and steps.
 DDPM = DDPMChain.linear(1000)
 RELEASED = {
     "subvp/cifar10_ddpm_continuous": (35218947, SubVPSDE(), None),
@@ -162,10 +150,10 @@ def published(name):
     make, setting = PUBLISHED[name]
     with torch.device("cpu" if "ncsnv2" in name else "meta"):
         network = make()
-    return network, setting.model(network, network.config["data_range"])
+    return network, setting.model(network)
 
 
-def test_every_published_name_is_here() -> None:
+def test_every_published_name_is_tested() -> None:
     # The released code cannot build the last one.
     assert set(PUBLISHED) == {*RELEASED, "vp/ddpm/cifar10_unconditional"}
     network, model = published("vp/ddpm/cifar10_unconditional")
@@ -180,14 +168,14 @@ def test_every_published_name_is_here() -> None:
         for name in RELEASED
     ],
 )
-def test_published_networks(name) -> None:
+def test_published_names_give_the_released_networks(name) -> None:
     count, sde, steps = RELEASED[name]
     network, model = published(name)
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == count
     assert repr(model.sde) == repr(sde)
     assert isinstance(model, RawScoreModel if name.startswith("ve") else EpsModel)
     assert model.data_range == ((0, 1) if name.startswith("ve") else (-1, 1))
-    # The label goes from the first to the last step, the noise level, or 0 to 999.
+    # The noise label is the number of the step, the noise level, or from 0 to 999.
     t = torch.tensor([1 / steps if isinstance(sde, DDPMChain) else 0.0, 1.0])
     first, last = model.label(model.sde, t).tolist()
     if steps is None:
@@ -195,13 +183,13 @@ def test_published_networks(name) -> None:
     else:
         expected = (steps - 1, 0) if name.startswith("ve") else (0, steps - 1)
     assert (first, last) == pytest.approx(expected, rel=1e-5)
-    if steps and name.startswith("ve"):  # whose networks divide by the level of that number
+    if steps and name.startswith("ve"):  # these networks divide by the numbered level
         levels = network.config["sigmas"]
         assert len(levels) == steps
         assert (levels[0], levels[-1]) == pytest.approx((sde.sigma_max, 0.01))
 
 
-def test_a_file_by_its_published_name(given, monkeypatch) -> None:
+def test_file_is_loaded_by_published_name(given, monkeypatch) -> None:
     case = "ve_ncsnpp"
     small = NCSNpp(3, width=8, multipliers=(1, 2), blocks=1, data_range=(0.0, 1.0))
     name = "ve/cifar10_ncsnpp_continuous"
@@ -216,137 +204,9 @@ def test_a_file_by_its_published_name(given, monkeypatch) -> None:
         load_score_sde(given(score_sde_content(case)), "ve/ffhq_ncsnpp_continuous")
 
 
-def test_unknown_names(given) -> None:
+def test_unknown_names_are_rejected(given) -> None:
     with pytest.raises(ValueError, match=r"expected one of .*ve/cifar10_ncsnpp.*got 've/mnist'"):
         load_score_sde(given(score_sde_content("ve_ncsnpp")), "ve/mnist")
-
-
-# What leaves a trace in names and shapes, whatever the network.
-VISIBLE = (
-    "channels",
-    "dims",
-    "width",
-    "multipliers",
-    "blocks",
-    "attention_levels",
-    "embedding",
-    "resblock",
-    "progressive",
-    "progressive_input",
-)
-# The published combinations: there the file alone gives the right scores too.
-AS_PUBLISHED = [
-    "ve_ncsnpp",
-    "ve_ncsnpp_deep",
-    "ve_sigma_max_1348",
-    "ve_skip_cat",
-    "ve_outskip_inres",
-    "ve_none_inskip",
-    "ve_none_none_fir",
-    "ve_one_channel",
-    "ve_one_level",
-    "vp_ddpmpp",
-    "vp_ncsnpp",
-    "vp_ddpm_continuous",
-    "ncsnv2_64",
-    "ncsnv2_64_size28_one_channel",
-    "ncsnv2_128",
-]
-
-
-@pytest.mark.parametrize("case", [case for case in SCORE_SDE if not case.startswith("ncsnv2")])
-def test_the_network_is_inferred(given, case, caplog) -> None:
-    content = score_sde_content(case)
-    wanted = load_score_sde(given(content), score_sde_config(case)).network.config
-    with caplog.at_level(logging.WARNING):
-        model = load_score_sde(given(content))
-    config = model.network.config
-    visible = [
-        *VISIBLE,
-        *(["progressive_combine"] if wanted["progressive_input"] == "input_skip" else []),
-        *(["resample_with_conv"] if wanted["resblock"] == "ddpm" else []),
-    ]
-    assert {key: config[key] for key in visible} == {key: wanted[key] for key in visible}
-    fourier = wanted["embedding"] == "fourier"
-    assert isinstance(model, RawScoreModel if fourier else EpsModel)
-    assert isinstance(model.sde, VESDE if fourier else VPSDE)
-    # The file leaves much open, and the user is told what was assumed.
-    (told,) = [r.message for r in caplog.records if "checkpoints" in r.name]
-    assert f"assumed {'VE' if fourier else 'VP'} at all times and" in told
-    if case in AS_PUBLISHED:
-        assert_released(score(model, case), SCORE_SDE[case]["ema"])
-        assert model.data_range == wanted["data_range"]
-
-
-@pytest.mark.parametrize("case", [case for case in SCORE_SDE if case.startswith("ncsnv2")])
-def test_ncsnv2_is_inferred(given, case) -> None:
-    model = load_score_sde(given(score_sde_content(case)))
-    wanted = score_sde_config(case)["model"]
-    assert isinstance(model.network, NCSNv2)
-    assert isinstance(model, RawScoreModel)
-    assert len(model.network.config["sigmas"]) == wanted["num_scales"]
-    assert model.sde == VESDE(wanted["sigma_min"], wanted["sigma_max"])
-    assert model.data_range == (0, 1)
-    if case in AS_PUBLISHED:
-        assert_released(score(model, case), SCORE_SDE[case]["ema"])
-
-
-def test_the_levels_are_inferred_too(given) -> None:
-    sde = load_score_sde(given(score_sde_content("ve_sigma_max_1348"))).sde
-    assert sde == VESDE(0.01, 1348.0)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda names: [name for name in names if ".0." not in name],
-        lambda names: names[:20],
-        lambda names: names[:1],
-        lambda names: [name.replace("all_modules", "modules") for name in names],
-        lambda names: [name.replace("Conv_1", "Conv_9") for name in names],
-        lambda names: [name for name in names if "NIN" not in name],
-        lambda names: [name.replace("all_modules.3.", "all_modules.9999.") for name in names],
-    ],
-)
-def test_files_whose_network_cannot_be_inferred(given, change) -> None:
-    content = score_sde_content("ve_ncsnpp", prefix="")
-    model = content["model"]
-    names = [name for name in model if name != "sigmas"]
-    changed = {name: model.get(name, torch.zeros(())) for name in change(names)}
-    content["model"] = changed | {"sigmas": model["sigmas"]}
-    with pytest.raises(CheckpointError, match=r"expected the tensors of an NCSN\+\+|does not fit"):
-        load_score_sde(given(content), ema=False)
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (8,), (8, 0), (10**9, 0, 3, 3)], ids=str)
-def test_files_of_shapes_that_belong_to_no_network(given, shape) -> None:
-    content = score_sde_content("ve_ncsnpp")
-    for name in set(content["model"]) - {"module.sigmas"}:
-        content["model"][name] = torch.zeros(shape)
-    with pytest.raises(CheckpointError, match=r"expected the tensors of an NCSN\+\+"):
-        load_score_sde(given(content), ema=False)
-
-
-@pytest.mark.parametrize(
-    ("case", "name", "shape"),
-    [
-        ("ncsnv2_64", "begin_conv.weight", (8,)),
-        ("ncsnv2_64", "begin_conv.weight", (1, 3, 3, 3)),
-        ("vp_ddpmpp", "all_modules.2.weight", (3, 3, 3, 3)),
-    ],
-)
-def test_widths_that_no_network_has(given, case, name, shape) -> None:
-    content = score_sde_content(case, prefix="")
-    content["model"][name] = torch.zeros(shape)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pth: expected .* got"):
-        load_score_sde(given(content), ema=False)
-
-
-def test_ncsnv2_of_another_depth(given) -> None:
-    content = score_sde_content("ncsnv2_64", prefix="")
-    del content["model"]["res3.0.conv1.weight"]
-    with pytest.raises(CheckpointError, match="expected an NCSNv2 of 4 to 6 levels, got 3"):
-        load_score_sde(given(content), ema=False)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +230,7 @@ def test_ncsnv2_of_another_depth(given) -> None:
         ),
     ],
 )
-def test_into_a_network_of_ones_own(given, case, make, sde) -> None:
+def test_weights_load_into_a_given_network(given, case, make, sde) -> None:
     network = make()
     model = load_score_sde(given(score_sde_content(case)), network)
     assert model.network is network
@@ -380,7 +240,7 @@ def test_into_a_network_of_ones_own(given, case, make, sde) -> None:
 
 
 @pytest.mark.parametrize("case", ["ve_discrete_positional_scaled", "ncsnv2_64"])
-def test_into_a_network_with_numbered_levels(given, case) -> None:
+def test_weights_load_into_a_network_with_numbered_levels(given, case) -> None:
     content, config = score_sde_content(case), score_sde_config(case)
     network = load_score_sde(given(content), config).network
     model = load_score_sde(given(content), network)

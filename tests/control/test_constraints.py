@@ -1,7 +1,9 @@
-"""Constraints: the move itself, where a sampler makes it, and bad input."""
+"""Constraints: the formula, their use in a sampler, and invalid arguments."""
 
 import pytest
 import torch
+from support import seeded
+from support.gaussian_oracle import DOUBLE, randn64
 
 from diffusionkit import (
     DDIM,
@@ -24,43 +26,38 @@ from diffusionkit.interfaces import Constraint
 from diffusionkit.sampling.heun import Heun
 from diffusionkit.sampling.time_travel import TimeTravel
 
-DOUBLE = torch.float64
+# --- the formula --------------------------------------------------------------------------------
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=DOUBLE)
-
-
-# --- the move itself ---------------------------------------------------------------------------
-
-X = drawn(2, 3, 4, 6)
+X = randn64(2, 3, 4, 6)
 OPERATORS = {
-    "mask": Mask(drawn(4, 6, seed=1) > 0),
+    "mask": Mask(randn64(4, 6, seed=1) > 0),
     "pool": AveragePool(2),
     "gray": Gray(),
     "blur": Blur(torch.ones(3, 3) / 9, (4, 6)),
-    "matrix": Matrix(drawn(5, 3, 4, 6)),
+    "matrix": Matrix(randn64(5, 3, 4, 6)),
 }
 
 
+def constrained(constraint, x, alpha=1.0, sigma=0.0, **options):
+    """Return a state with a constraint imposed at one noise level."""
+    alpha, sigma = (torch.full((len(x),), c, dtype=DOUBLE) for c in (alpha, sigma))
+    return constraint(x, alpha, sigma, **options)
+
+
 @pytest.mark.parametrize("name", OPERATORS)
-def test_known_coordinates_are_drawn_and_the_others_kept(name):
-    """A x = alpha y + sigma A z in law; what A does not see stays as it was."""
+def test_known_part_is_resampled_and_the_rest_kept(name):
+    """A x has the distribution of alpha y + sigma A z."""
     operator, n, alpha, sigma = OPERATORS[name], 2000, 0.6, 0.3
-    y, state = operator(X[:1]), 5.0 * drawn(1, 3, 4, 6, seed=2)
+    y, state = operator(X[:1]), 5.0 * randn64(1, 3, 4, 6, seed=2)
     constraint = LinearMeasurement(operator, y)
-    x = constraint(state.expand(n, -1, -1, -1), alpha, sigma, generator=seeded())
-    noise = operator(drawn(n, 3, 4, 6, seed=3)).flatten(1)  # its law, by another draw
+    x = constrained(constraint, state.expand(n, -1, -1, -1), alpha, sigma, generator=seeded())
+    noise = operator(randn64(n, 3, 4, 6, seed=3)).flatten(1)
     found = operator(x).flatten(1)
     error = found.mean(0) - alpha * y.flatten()
-    seen = noise.std(0) > 1e-9  # a mask measures the rest as 0
-    assert float((error / (sigma * noise.std(0)))[seen].abs().max()) < 4.5 / n**0.5
-    assert float(error[~seen].abs().sum()) == 0
-    ratio = found.std(0)[seen] / noise.std(0)[seen]
+    measured = noise.std(0) > 1e-9  # a mask measures the rest as 0
+    assert float((error / (sigma * noise.std(0)))[measured].abs().max()) < 4.5 / n**0.5
+    assert float(error[~measured].abs().sum()) == 0
+    ratio = found.std(0)[measured] / noise.std(0)[measured]
     torch.testing.assert_close(ratio, torch.full_like(ratio, sigma), rtol=0.15, atol=0)
     spread, wanted = torch.cov(found.T) / sigma**2, torch.cov(noise.T)
     torch.testing.assert_close(spread, wanted, rtol=0, atol=0.16 * float(wanted.max()))
@@ -70,44 +67,33 @@ def test_known_coordinates_are_drawn_and_the_others_kept(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_mean_and_data_are_not_noised(name):
+def test_nothing_is_drawn_where_sigma_is_zero(name):
     operator = OPERATORS[name]
     y, before = operator(X), torch.get_rng_state()
     constraint = LinearMeasurement(operator, y)
     for alpha in (1.0, 0.3):
-        x = constraint(drawn(2, 3, 4, 6, seed=2), alpha, 0.0)
+        x = constrained(constraint, randn64(2, 3, 4, 6, seed=2), alpha)
         torch.testing.assert_close(operator(x), alpha * y, rtol=1e-10, atol=1e-12)
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_coefficients_may_be_integers():
-    """The data themselves are at alpha = 1 and sigma = 0, which draws nothing."""
-    operator, before = OPERATORS["pool"], torch.get_rng_state()
-    constraint = LinearMeasurement(operator, operator(X))
-    state = drawn(2, 3, 4, 6, seed=2)
-    assert torch.equal(constraint(state, 1, 0), constraint(state, 1.0, 0.0))
-    assert torch.equal(before, torch.get_rng_state())
-    found = (constraint(state, a, s, generator=seeded()) for a, s in ((0, 2), (0.0, 2.0)))
-    assert torch.equal(*found)
 
 
 DEPENDENT = torch.tensor([[1.0, 2.0, 0.0], [3.0, 6.0, 0.0]])
 
 
-def test_rows_that_depend_on_one_another():
-    """The second measures three times what the first does; a 5 less is no measurement of it."""
+def test_linearly_dependent_rows():
+    """The second row is three times the first, and so must be its measurement."""
     rows, y = DEPENDENT, torch.tensor([[0.5, 1.5], [-2.0, -6.0], [0.0, 0.0]], requires_grad=True)
-    x = LinearMeasurement(rows, y)(drawn(3, 3).float(), 1.0, 0.0)
+    x = constrained(LinearMeasurement(rows, y), randn64(3, 3).float())
     torch.testing.assert_close(x @ rows.T, y.detach())
     # The nearest to (1, -2) on (1, 3) is (-.5, -1.5).
     with pytest.raises(ValueError, match=r"y: .* values up to 6 that are off by 1\.5"):
         LinearMeasurement(rows, torch.tensor([[1.0, -2.0], [2.0, 6.0]], requires_grad=True))
 
 
-def test_orthonormal_rows_by_hand():
+def test_orthonormal_rows():
     """x + A^T (alpha y + sigma A z - A x)."""
-    rows = torch.linalg.qr(drawn(4, 2)).Q.T.contiguous()
-    y, x = drawn(3, 2, seed=1), drawn(3, 4, seed=2)
+    rows = torch.linalg.qr(randn64(4, 2)).Q.T.contiguous()
+    y, x = randn64(3, 2, seed=1), randn64(3, 4, seed=2)
     alpha = torch.tensor([0.9, 0.5, 0.1], dtype=DOUBLE)
     sigma = torch.tensor([0.1, 0.5, 2.0], dtype=DOUBLE)
     z = torch.randn((3, 4), generator=seeded(), dtype=DOUBLE)
@@ -116,40 +102,41 @@ def test_orthonormal_rows_by_hand():
     torch.testing.assert_close(found, x + (target - x @ rows.T) @ rows, rtol=1e-12, atol=1e-12)
 
 
-def test_masks_in_every_shape():
-    data, state = X, drawn(2, 3, 4, 6, seed=5)
+def test_masks_of_every_shape():
+    data, state = X, randn64(2, 3, 4, 6, seed=5)
     for known, mask in (
-        (data, drawn(4, 6, seed=1) > 0),
-        (data, drawn(2, 1, 4, 6, seed=1) > 0),
-        (data[0], drawn(2, 3, 4, 6, seed=1) > 0),  # one image, a mask for each sample
-        (data[:1], drawn(2, 1, 4, 6, seed=1) > 0),
-        (data[:1], (drawn(1, 4, 1, seed=1) > 0).int()),
-        (data[0], (drawn(3, 1, 6, seed=1) > 0).float()),
+        (data, randn64(4, 6, seed=1) > 0),
+        (data, randn64(2, 1, 4, 6, seed=1) > 0),
+        (data[0], randn64(2, 3, 4, 6, seed=1) > 0),  # one image, a mask for each sample
+        (data[:1], randn64(2, 1, 4, 6, seed=1) > 0),
+        (data[:1], (randn64(1, 4, 1, seed=1) > 0).int()),
+        (data[0], (randn64(3, 1, 6, seed=1) > 0).float()),
     ):
-        x = Inpainting(known, mask)(state, 1.0, 0.0)
+        x = constrained(Inpainting(known, mask), state)
         full = mask.bool().expand_as(state)
         assert torch.equal(x, torch.where(full, known.expand_as(state), state))
 
 
 def test_one_measurement_or_one_for_each_sample():
-    state = drawn(2, 3, 4, 6, seed=2)
+    state = randn64(2, 3, 4, 6, seed=2)
     gray = X.mean(1, keepdim=True)
-    each = Colorization(gray)(state, 1.0, 0.0)
+    each = constrained(Colorization(gray), state)
     for i in range(2):
         one = Colorization(gray[i])
-        torch.testing.assert_close(one(state[i : i + 1], 1.0, 0.0), each[i : i + 1])
-        torch.testing.assert_close(one(state, 1.0, 0.0)[i], each[i])
-        torch.testing.assert_close(Colorization(gray[i : i + 1])(state, 1.0, 0.0)[i], each[i])
+        batch_of_one = Colorization(gray[i : i + 1])
+        torch.testing.assert_close(constrained(one, state[i : i + 1]), each[i : i + 1])
+        torch.testing.assert_close(constrained(one, state)[i], each[i])
+        torch.testing.assert_close(constrained(batch_of_one, state)[i], each[i])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_the_state_keeps_its_dtype(name, dtype):
+def test_state_keeps_its_dtype(name, dtype):
     operator = OPERATORS[name]
     constraint = LinearMeasurement(operator, operator(X))
-    x = constraint(X.to(dtype), 0.5, torch.tensor([0.1, 0.2], dtype=DOUBLE))
+    x = constraint(X.to(dtype), *torch.tensor([[0.5, 0.5], [0.1, 0.2]], dtype=DOUBLE))
     assert x.dtype == dtype
-    x = constraint(torch.zeros_like(X, dtype=dtype), 1.0, 0.0)
+    x = constrained(constraint, torch.zeros_like(X, dtype=dtype))
     error = (operator(x.double()) - operator(X)).abs().max()
     assert float(error) < 40 * torch.finfo(dtype).eps * float(X.abs().max())
 
@@ -158,7 +145,7 @@ def test_the_state_keeps_its_dtype(name, dtype):
 
 
 class Recorded(Constraint):
-    """Says where it was asked, and moves nothing."""
+    """A constraint that records its calls and changes nothing."""
 
     def __init__(self):
         self.calls = []
@@ -174,8 +161,8 @@ class Marked(Predictor):
 
 
 @pytest.mark.parametrize("corrector_first", [True, False])
-def test_where_a_sampler_applies_it(corrector_first):
-    """At the start, after every move to state and mean, and to the result."""
+def test_where_a_sampler_applies_a_constraint(corrector_first):
+    """At the start, to state and mean after every step, and to the result."""
 
     class Noting(Langevin):
         def step(self, model, x, t, *, generator=None, **cond):
@@ -220,11 +207,11 @@ GRIDS = {
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("corrector", [None, Langevin()], ids=["p", "pc"])
 @pytest.mark.parametrize("predictor", [None, ReverseDiffusion(), DDIM(), Heun()], ids=str)
-def test_the_known_part_ends_equal_to_the_data(sde, predictor, corrector, grid):
+def test_known_entries_of_samples_equal_the_data(sde, predictor, corrector, grid):
     if predictor is None and corrector is None:
-        pytest.skip("nothing moves")
+        pytest.skip("no predictor or corrector")
     model = GaussianMixtureModel(sde, torch.stack([X[0], -X[0]]).float(), [0.3, 0.2])
-    known, mask = X.float(), drawn(2, 1, 4, 6, seed=1) > 0
+    known, mask = X.float(), randn64(2, 1, 4, 6, seed=1) > 0
     grids = {**GRIDS, "noisy end": LogSNRGrid(t_end=0.2 * sde.T)}
     sampler = PCSampler(
         model, predictor, corrector, steps=5, grid=grids[grid], constraint=Inpainting(known, mask)
@@ -238,7 +225,7 @@ def test_the_known_part_ends_equal_to_the_data(sde, predictor, corrector, grid):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_measurements_hold_at_the_end(name):
+def test_samples_have_the_measurement(name):
     operator = OPERATORS[name]
     y = operator(X)
     model = GaussianMixtureModel(VPSDE(), torch.stack([X[0], -X[0]]), [0.3, 0.2])
@@ -249,8 +236,8 @@ def test_measurements_hold_at_the_end(name):
     torch.testing.assert_close(operator(x), y, rtol=1e-9, atol=1e-9)
 
 
-def test_the_unknown_part_is_denoised(sde):
-    """Data that are two points: a result with any noise left would lie between them."""
+def test_unknown_part_is_denoised(sde):
+    """The data are two points; a sample with noise left would not be one of them."""
     points = torch.tensor([[-1.0, 0.5, 0.2], [-1.0, -0.7, 0.2]])
     model = GaussianMixtureModel(sde, points, [0.0, 0.0])
     grid = LogSNRGrid(t_end=float(sde.time_at_log_snr(torch.tensor([4.0], dtype=DOUBLE))))
@@ -266,8 +253,8 @@ def test_the_unknown_part_is_denoised(sde):
         assert float((x.x[:, 1].unsqueeze(1) - points[:, 1]).abs().amin(1).max()) < 0.02
 
 
-def test_known_entries_have_their_noise_from_the_start_on(sde):
-    """State: alpha y and noise sigma; mean: alpha y alone, after going back too."""
+def test_known_entries_have_the_noise_of_their_time(sde):
+    """alpha y + sigma z in states and alpha y in means, also after time travel."""
     n, y = 3000, 3.0
     model = GaussianMixtureModel(sde, [[y, 0.0]], [0.5])
     times = LogSNRGrid(t_end=0.4 * sde.T)(sde, 3)[1:]
@@ -301,7 +288,7 @@ def test_a_sample_with_its_own_generator_does_not_depend_on_its_batch(predictor)
     assert torch.equal(whole[1:], alone)
 
 
-# --- bad input ---------------------------------------------------------------------------------
+# --- invalid arguments ---------------------------------------------------------------------------
 
 
 class Halved(LinearOperator):
@@ -320,7 +307,7 @@ KNOWN = Inpainting(torch.tensor([NAN, 1.0]), torch.tensor([0, 1]))
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: Inpainting(X, drawn(4, 6)), ValueError, "mask: expected 0 and 1"),
+        (lambda: Inpainting(X, randn64(4, 6)), ValueError, "mask: expected 0 and 1"),
         (
             lambda: Inpainting(X, torch.ones(4, 5)),
             ValueError,
@@ -353,7 +340,7 @@ KNOWN = Inpainting(torch.tensor([NAN, 1.0]), torch.tensor([0, 1]))
             "y: expected fin",
         ),
         (
-            lambda: LinearMeasurement(drawn(2, 4), torch.ones(3)),
+            lambda: LinearMeasurement(randn64(2, 4), torch.ones(3)),
             ValueError,
             r"y: expected .*2\), got",
         ),
@@ -376,16 +363,16 @@ KNOWN = Inpainting(torch.tensor([NAN, 1.0]), torch.tensor([0, 1]))
         (
             lambda: PCSampler(MODEL, DDIM(), constraint=KNOWN)((4, 3)),
             ValueError,
-            r"Inpainting: expected a state that fits .* \(2,\), got \(4, 3\)",
+            r"x: expected a state .* Inpainting, of shape \(2,\), got \(4, 3\)",
         ),
         (
-            lambda: Inpainting(X, torch.ones(4, 6))(X[:1], 1.0, 0.0),
+            lambda: constrained(Inpainting(X, torch.ones(4, 6)), X[:1]),
             ValueError,
             r"got \(1, 3, 4, 6\)",
         ),
     ],
 )
-def test_bad_input(make, error, match):
+def test_invalid_arguments(make, error, match):
     with pytest.raises(error, match=match):
         make()
 

@@ -1,8 +1,11 @@
+"""Guidance by classifiers and by gradients, against exact scores."""
+
 import math
 
 import pytest
 import torch
-from gaussian_oracle import Classes, GaussianOracle, states
+from support import seeded
+from support.gaussian_oracle import Classes, GaussianOracle, randn64, random_states
 
 from diffusionkit import (
     DDIM,
@@ -34,18 +37,14 @@ def plain():
     return GaussianMixtureModel(VPSDE(), [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.3])
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, -1.0])
-def test_the_true_classifier_gives_the_tilted_score(sde, scale) -> None:
+def test_true_classifier_gives_the_score_of_the_class(sde, scale) -> None:
     classes = Classes(sde)
-    x, t = states(sde, 12)
-    y = torch.arange(12) % 2
+    x, t = random_states(sde, 12)
+    labels = torch.arange(12) % 2
     guided = ClassifierGuidance(classes.model, classes.classifier, scale)
-    base, wanted = classes.model(x, t), classes.score(x, t, y)
-    prediction = guided.predict(x, t, y=y)
+    base, wanted = classes.model(x, t), classes.score(x, t, labels)
+    prediction = guided.predict(x, t, class_labels=labels)
     tilted = base + scale * (wanted - base)
     torch.testing.assert_close(prediction.score, tilted, rtol=1e-9, atol=1e-9)
     alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
@@ -54,15 +53,15 @@ def test_the_true_classifier_gives_the_tilted_score(sde, scale) -> None:
     torch.testing.assert_close(prediction.x0, x0, rtol=1e-10, atol=1e-8)
 
 
-def test_data_and_noise_keep_their_digits(sde) -> None:
-    """At the smallest sigma and the smallest alpha, in float32, as the float64 ones."""
+def test_float32_keeps_its_digits(sde) -> None:
+    """At the smallest sigma and at the smallest alpha."""
     classes = Classes(sde)
     guided = ClassifierGuidance(classes.model, lambda x, t: torch.cat([x, -x], 1), 2.0)
     t = torch.tensor([max(sde.t_min, sde.t_stop), sde.T], dtype=torch.float64)
     alpha, sigma = (c.unsqueeze(1) for c in sde.marginal(t))
     x = (alpha * torch.tensor([0.7, -0.4]) + 0.3 * sigma).float()
-    y = torch.tensor([0, 0])
-    prediction, exact = (guided.predict(state, t, y=y) for state in (x, x.double()))
+    labels = torch.tensor([0, 0])
+    prediction, exact = (guided.predict(state, t, class_labels=labels) for state in (x, x.double()))
     torch.testing.assert_close(prediction.x0.double(), exact.x0, rtol=3e-6, atol=0)
     torch.testing.assert_close(prediction.eps.double(), exact.eps, rtol=3e-6, atol=0)
 
@@ -72,17 +71,17 @@ def test_data_and_noise_keep_their_digits(sde) -> None:
     [(DDIM(), None), (Ancestral(), None), (ReverseDiffusion(), Langevin(snr=0.1, norm="batch"))],
     ids=["ddim", "ancestral", "pc"],
 )
-def test_samples_are_of_the_class_asked_for(sde, predictor, corrector) -> None:
+def test_samples_are_of_the_class(sde, predictor, corrector) -> None:
     """Means, spread and the weights within a class."""
     classes = Classes(sde)
     guided = ClassifierGuidance(classes.model, classes.classifier)
     n = 1500
-    y = torch.arange(2 * n) // n
+    labels = torch.arange(2 * n) // n
     steps = 200 if corrector is None else 80
     sampler = PCSampler(guided, predictor, corrector, steps=steps, grid=LogSNRGrid())
-    z = torch.randn(n, 2, generator=seeded(1), dtype=torch.float64)
+    z = randn64(n, 2, seed=1)
     z = torch.stack([z, -z], 1).view(2 * n, 2)  # a mean of zero in either class
-    x = sampler(z * sde.prior_std, generator=seeded(), y=y)
+    x = sampler(z * sde.prior_std, generator=seeded(), class_labels=labels)
     assert sampler.nfe == (steps + 1 if corrector is None else 2 * steps + 1)
     nearest = torch.cdist(x, classes.means).argmin(1)
     assert (nearest[:n] < 2).double().mean() > 0.995
@@ -96,11 +95,14 @@ def test_samples_are_of_the_class_asked_for(sde, predictor, corrector) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classifier", "gradient"])
-def test_every_gradient_mode_gives_the_same(mixture, kind) -> None:
-    x, t = states(mixture.sde, 4)
-    y = torch.tensor([0, 1, 0, 1])
+def test_predictions_agree_in_every_gradient_mode(mixture, kind) -> None:
+    x, t = random_states(mixture.sde, 4)
+    labels = torch.tensor([0, 1, 0, 1])
     guided, cond = {
-        "classifier": (ClassifierGuidance(mixture, lambda x, t: x**3 * t[:, None]), {"y": y}),
+        "classifier": (
+            ClassifierGuidance(mixture, lambda x, t: x**3 * t[:, None]),
+            {"class_labels": labels},
+        ),
         "gradient": (GradientGuidance(mixture, lambda x0: -(x0**4).sum(1)), {}),
     }[kind]
     wanted = guided.predict(x, t, **cond)
@@ -118,8 +120,8 @@ def test_every_gradient_mode_gives_the_same(mixture, kind) -> None:
     assert torch.equal(sampled, PCSampler(guided, DDIM(), steps=5)(x * 1.0, **cond))
 
 
-def test_a_sampler_s_times_are_known_in_inference_mode() -> None:
-    """In float32 a time alone is not exact enough to give the same bits."""
+def test_tabulated_times_are_kept_in_inference_mode() -> None:
+    """A float32 time alone would not give the same bits."""
     guided = GradientGuidance(
         EpsModel(lambda x, noise_label: torch.tanh(x), VPSDE()), lambda x0: -(x0**2).sum(1)
     )
@@ -130,14 +132,17 @@ def test_a_sampler_s_times_are_known_in_inference_mode() -> None:
     assert torch.equal(*runs)
 
 
-def test_guidance_can_be_differentiated() -> None:
-    """By the state, as likelihoods do, through the gradient itself."""
+def test_guided_scores_are_differentiable() -> None:
+    """By the state, as likelihoods need, through the classifier's gradient."""
     sde = VPSDE()
     classes = Classes(sde)
-    x, t = states(sde, 3)
-    y = torch.tensor([0, 0, 1])
+    x, t = random_states(sde, 3)
+    labels = torch.tensor([0, 0, 1])
     for guided, cond in (
-        (ClassifierGuidance(classes.model, classes.classifier, 1.5), {"y": y}),
+        (
+            ClassifierGuidance(classes.model, classes.classifier, 1.5),
+            {"class_labels": labels},
+        ),
         (GradientGuidance(classes.model, lambda x0: -(x0**2).sum(1)), {}),
     ):
         function = lambda x, guided=guided, cond=cond: guided(x, t, **cond)  # noqa: E731
@@ -145,14 +150,13 @@ def test_guidance_can_be_differentiated() -> None:
     assert not x.requires_grad
 
 
-def test_the_likelihood_of_a_class() -> None:
-    """Of the guided flow, the density of the class."""
+def test_flow_of_a_guided_model_is_invertible() -> None:
     classes = Classes(VPSDE())
     guided = ClassifierGuidance(classes.model, classes.classifier)
     x = torch.tensor([[-0.5, -0.9], [0.7, 0.0]], dtype=torch.float64)
-    y = torch.tensor([0, 1])
+    labels = torch.tensor([0, 1])
     flow = ProbabilityFlow(guided)
-    back = flow.decode(flow.encode(x, y=y), y=y)
+    back = flow.decode(flow.encode(x, class_labels=labels), class_labels=labels)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-2)
 
 
@@ -162,13 +166,13 @@ def test_training_through_guidance_reaches_the_parameters() -> None:
     guided = ClassifierGuidance(
         X0Model(lambda x, noise_label: net(x), VPSDE()), lambda x, t: classifier(x)
     )
-    x, t = states(VPSDE(), 2)
-    guided(x, t, y=torch.tensor([0, 2])).square().sum().backward()
+    x, t = random_states(VPSDE(), 2)
+    guided(x, t, class_labels=torch.tensor([0, 2])).square().sum().backward()
     assert net.weight.grad.abs().sum() > 0
     assert classifier[0].weight.grad.abs().sum() > 0
 
 
-def test_a_classifier_is_put_in_evaluation_mode_and_gets_no_gradient() -> None:
+def test_samplers_put_classifiers_in_evaluation_mode() -> None:
     modes = []
 
     class Watched(torch.nn.Linear):
@@ -179,28 +183,28 @@ def test_a_classifier_is_put_in_evaluation_mode_and_gets_no_gradient() -> None:
     classifier = Watched(2, 2)
     model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [1.0])
     guided = ClassifierGuidance(model, classifier)
-    PCSampler(guided, DDIM(), steps=3)((4, 2), y=torch.tensor([0, 1, 1, 0]))
+    PCSampler(guided, DDIM(), steps=3)((4, 2), class_labels=torch.tensor([0, 1, 1, 0]))
     assert modes == [False] * 4
     assert classifier.training
     assert classifier.weight.grad is None
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), EDMSDE(), DDPMChain.cosine(100)], ids=repr)
-def test_guided_models_keep_the_contract(sde) -> None:
+def test_guided_models_pass_the_model_checks(sde) -> None:
     classes = Classes(sde)
-    y = torch.tensor([0, 1, 1, 0])
+    labels = torch.tensor([0, 1, 1, 0])
     guided = ClassifierGuidance(classes.model, classes.classifier)
-    assert check_score_model(guided, (4, 2), exact=True, y=y).ok
+    assert check_score_model(guided, (4, 2), exact=True, class_labels=labels).ok
     gradient = GradientGuidance(classes.model, lambda x0: -(x0**2).sum(1), 0.5)
     assert check_score_model(gradient, (4, 2), exact=True).ok
 
 
-def test_what_the_model_states_is_handed_on(mixture) -> None:
+def test_guided_models_keep_variance_and_data_range(mixture) -> None:
     both = lambda x, noise_label, shift=0.0: torch.cat([x + shift, 0.3 * x], 1)  # noqa: E731
-    x, t = states(mixture.sde, 2)
+    x, t = random_states(mixture.sde, 2)
     inner = EpsModel(both, mixture.sde, variance="learned_range", data_range=(0.0, 1.0))
     for guided, cond in (
-        (ClassifierGuidance(inner, lambda x, t: x), {"y": torch.tensor([0, 1])}),
+        (ClassifierGuidance(inner, lambda x, t: x), {"class_labels": torch.tensor([0, 1])}),
         (GradientGuidance(inner, lambda x0: -(x0**2).sum(1)), {}),
         (ClassifierFreeGuidance(inner, 2.0), {"shift": 1.0}),
     ):
@@ -213,26 +217,26 @@ def test_what_the_model_states_is_handed_on(mixture) -> None:
         PCSampler(guided, Ancestral(variance="model"), steps=3)((2, 2), **cond)
 
 
-def test_conditions_reach_the_model_and_labels_do_not(mixture) -> None:
+def test_conditions_reach_the_model_and_class_labels_do_not(mixture) -> None:
     def network(x, label, shift):
         return x + shift
 
-    x, t = states(mixture.sde, 2)
+    x, t = random_states(mixture.sde, 2)
     model = X0Model(network, mixture.sde)
     guided = ClassifierGuidance(model, lambda x, t: 0 * x)
-    assert torch.equal(guided.predict(x, t, y=torch.tensor([0, 1]), shift=1.0).x0, x + 1)
+    assert torch.equal(guided.predict(x, t, class_labels=torch.tensor([0, 1]), shift=1.0).x0, x + 1)
     gradient = GradientGuidance(model, lambda x0: 0 * x0.sum(1))
     assert torch.equal(gradient.predict(x, t, shift=2.0).x0, x + 2)
 
 
 def dawson_from(low, x):
-    """The integral of exp(u^2 - x^2) over u from low to x: Dawson's function, for low = 0."""
+    """Return the integral of exp(u^2 - x^2) from low to x, Dawson's function for low = 0."""
     u = torch.linspace(low, x, 10001, dtype=torch.float64)
     return torch.trapezoid(torch.exp(u**2 - x**2), u)
 
 
-def test_the_bias_of_gradient_guidance(sde) -> None:
-    """The closed forms of the docstring, which are not those of the posterior."""
+def test_bias_of_gradient_guidance(sde) -> None:
+    """Means and variances are those in the docstring, not those of the posterior."""
     y, n = 1.3, 2000
     model = GaussianOracle(sde, [0.0], [[1.0]])
     r = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
@@ -246,7 +250,7 @@ def test_the_bias_of_gradient_guidance(sde) -> None:
     def close(got, wanted, tolerance):
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=0)
 
-    # The flow is affine: where it takes 0 is the mean.
+    # The flow is affine, so it maps 0 to the mean.
     ends = torch.tensor([[0.0], [sde.prior_std]], dtype=torch.float64).repeat(3, 1)
     mean, above = sampled(DDIM(), ends, 500, 2).unbind(1)
     alpha, sigma = sde.marginal(torch.tensor([sde.T], dtype=torch.float64))
@@ -255,14 +259,14 @@ def test_the_bias_of_gradient_guidance(sde) -> None:
     close(mean, y * math.sqrt(2) * r * dawson, 0.02)
     close(above - mean, torch.exp(-(r**2) / 2), 0.03)
 
-    noise = torch.randn(3 * n, 1, generator=seeded(1), dtype=torch.float64)
+    noise = randn64(3 * n, 1, seed=1)
     x = sampled(Ancestral(), noise * sde.prior_std, 300, n)
     close(x.mean(1), y * -torch.expm1(-(r**2)), 0.08)
     close(x.var(1), -torch.expm1(-2 * r**2) / (2 * r**2), 0.08)
 
 
-def test_the_scale_of_gradient_guidance(mixture) -> None:
-    x, t = states(mixture.sde, 5)
+def test_scale_of_gradient_guidance(mixture) -> None:
+    x, t = random_states(mixture.sde, 5)
     log_likelihood = lambda x0: -(x0**4).sum(1)  # noqa: E731
     base = mixture(x, t)
     one, three = (GradientGuidance(mixture, log_likelihood, s)(x, t) for s in (1.0, 3.0))
@@ -285,7 +289,7 @@ def test_the_scale_of_gradient_guidance(mixture) -> None:
         (lambda m: GradientGuidance(m, m, -math.inf), ValueError, "scale: .* got -inf"),
     ],
 )
-def test_bad_parts(plain, make, error, match) -> None:
+def test_invalid_options(plain, make, error, match) -> None:
     with pytest.raises(error, match=match):
         make(plain)
 
@@ -294,26 +298,26 @@ GOOD = torch.tensor([0, 1, 0])
 
 
 @pytest.mark.parametrize(
-    ("classifier", "y", "error", "match"),
+    ("classifier", "labels", "error", "match"),
     [
-        (lambda x, t: x, None, TypeError, r"y: expected a tensor of labels \(3,\), got NoneType"),
-        (lambda x, t: x, [0, 1, 0], TypeError, "y: expected a tensor of labels"),
-        (lambda x, t: x, torch.tensor([0, 1]), ValueError, r"y: .* shape \(3,\), got \(2,\)"),
-        (lambda x, t: x, GOOD.view(3, 1), ValueError, r"y: .* got \(3, 1\)"),
-        (lambda x, t: x, GOOD.double(), TypeError, "y: expected integer labels, got torch.float64"),
-        (lambda x, t: x, GOOD.bool(), TypeError, "y: expected integer labels, got torch.bool"),
-        (lambda x, t: x, GOOD + 1, ValueError, r"y: expected labels in \[0, 2\), .* got 1 to 2"),
-        (lambda x, t: x, -GOOD, ValueError, r"y: expected labels in \[0, 2\), .* got -1 to 0"),
+        (lambda x, t: x, None, TypeError, r"class_labels: .* of shape \(3,\), got NoneType"),
+        (lambda x, t: x, [0, 1, 0], TypeError, "class_labels: expected a tensor"),
+        (lambda x, t: x, torch.tensor([0, 1]), ValueError, r"labels: .* \(3,\), got \(2,\)"),
+        (lambda x, t: x, GOOD.view(3, 1), ValueError, r"class_labels: .* got \(3, 1\)"),
+        (lambda x, t: x, GOOD.double(), TypeError, "labels: expected integers, got torch.float64"),
+        (lambda x, t: x, GOOD.bool(), TypeError, "labels: expected integers, got torch.bool"),
+        (lambda x, t: x, GOOD + 1, ValueError, r"class_labels: .* in \[0, 2\), .* got 1 to 2"),
+        (lambda x, t: x, -GOOD, ValueError, r"class_labels: .* in \[0, 2\), .* got -1 to 0"),
         (lambda x, t: x[:, 0], GOOD, ValueError, r"logits of shape \(3, K\), got \(3,\)"),
         (lambda x, t: x[:2], GOOD, ValueError, r"logits of shape \(3, K\), got \(2, 2\)"),
         (lambda x, t: None, GOOD, ValueError, r"logits of shape \(3, K\), got NoneType"),
         (lambda x, t: x.detach(), GOOD, ValueError, "classifier: expected a differentiable"),
     ],
 )  # fmt: skip
-def test_bad_labels_and_classifiers(plain, classifier, y, error, match) -> None:
-    x, t = states(plain.sde, 3)
+def test_invalid_class_labels_and_logits(plain, classifier, labels, error, match) -> None:
+    x, t = random_states(plain.sde, 3)
     with pytest.raises(error, match=match):
-        ClassifierGuidance(plain, classifier).predict(x, t, y=y)
+        ClassifierGuidance(plain, classifier).predict(x, t, class_labels=labels)
 
 
 @pytest.mark.parametrize(
@@ -326,8 +330,8 @@ def test_bad_labels_and_classifiers(plain, classifier, y, error, match) -> None:
         (lambda x0: torch.ones(3, requires_grad=True) * 2, "log_likelihood: expected a differen"),
     ],
 )
-def test_bad_likelihoods(plain, log_likelihood, match) -> None:
-    x, t = states(plain.sde, 3)
+def test_invalid_likelihoods(plain, log_likelihood, match) -> None:
+    x, t = random_states(plain.sde, 3)
     with pytest.raises(ValueError, match=match):
         GradientGuidance(plain, log_likelihood).predict(x, t)
 
@@ -341,16 +345,16 @@ def test_bad_likelihoods(plain, log_likelihood, match) -> None:
     ],
     ids=["chain", "beta", "T"],
 )
-def test_a_classifier_of_another_process(plain, other, match) -> None:
+def test_classifier_of_another_process(plain, other, match) -> None:
     with pytest.raises(ValueError, match=match):
         ClassifierGuidance(plain, NoiseClassifier(lambda x, noise_label: x, other))
-    ClassifierGuidance(plain, NoiseClassifier(lambda x, noise_label: x, VPSDE()))  # one like it
+    ClassifierGuidance(plain, NoiseClassifier(lambda x, noise_label: x, VPSDE()))  # an equal one
     free = lambda x, t: x  # noqa: E731
     free.sde = "no process"
     ClassifierGuidance(plain, free)
 
 
-def test_it_says_what_it_is(plain) -> None:
+def test_repr(plain) -> None:
     assert "ClassifierGuidance(\n  scale=2.5\n" in repr(ClassifierGuidance(plain, len, 2.5))
     assert "scale=0.5" in repr(GradientGuidance(plain, len, 0.5))
     free = ClassifierFreeGuidance(plain, 3.0, (0.1, 2.0), 0.7, null={"class_labels": 10})
@@ -359,14 +363,14 @@ def test_it_says_what_it_is(plain) -> None:
     assert "noise_std=0.25, iterations=20, tolerance=1e-06" in repr(linear)
 
 
-def test_no_data_left_to_guide() -> None:
+def test_error_where_alpha_is_zero() -> None:
     sde = DDPMChain.linear(100).zero_terminal_snr()
     model = X0Model(lambda x, noise_label: x, sde)
     x, t = torch.zeros(2, 2), torch.ones(2)
     with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
-        ClassifierGuidance(model, lambda x, t: x).predict(x, t, y=torch.tensor([0, 1]))
+        ClassifierGuidance(model, lambda x, t: x).predict(x, t, class_labels=torch.tensor([0, 1]))
     guided = GradientGuidance(model, lambda x0: -(x0**2).sum(1))
     with pytest.raises(ValueError, match=r"got alpha = 0: .* a sampler's grid of times such as"):
         PCSampler(guided, DDIM(), steps=2)((2, 2))
-    times = torch.linspace(0.99 * sde.T, sde.t_stop, 3)  # what it says
+    times = torch.linspace(0.99 * sde.T, sde.t_stop, 3)  # as the error suggests
     assert PCSampler(guided, DDIM(), steps=2, grid=times)((2, 2)).isfinite().all()

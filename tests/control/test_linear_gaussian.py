@@ -1,8 +1,11 @@
+"""Guidance by linear measurements, against exact posteriors."""
+
 import math
 
 import pytest
 import torch
-from gaussian_oracle import DOUBLE, GaussianOracle, states
+from support import seeded
+from support.gaussian_oracle import DOUBLE, GaussianOracle, randn64, random_states
 
 from diffusionkit import (
     DDIM,
@@ -30,7 +33,7 @@ Y = torch.tensor([0.6, 1.1], dtype=DOUBLE)
 
 
 def covariance():
-    root = torch.randn(DIMS, DIMS, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)
+    root = randn64(DIMS, DIMS, seed=5)
     return 0.15 * root @ root.T + 0.02 * torch.eye(DIMS, dtype=DOUBLE)
 
 
@@ -46,23 +49,23 @@ def guided_and_posterior(sde, noise_std, **options):
 
 
 @pytest.mark.parametrize("noise_std", [0.0, 0.1, 2.0])
-def test_exact_on_gaussian_data(sde, noise_std) -> None:
+def test_prediction_is_exact_for_gaussian_data(sde, noise_std) -> None:
     guided, posterior = guided_and_posterior(sde, noise_std)
-    x, t = states(sde, 15, DIMS)
+    x, t = random_states(sde, 15, DIMS)
     prediction, wanted = guided.predict(x, t), posterior.predict(x, t)
     torch.testing.assert_close(prediction.eps, wanted.eps, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(prediction.x0, wanted.x0, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("noise_std", [0.05, 1.0])
-def test_the_posterior_is_reached(sde, noise_std) -> None:
-    """Without noise the sampler is affine: its mean and covariance are known exactly."""
+def test_deterministic_samples_are_of_the_posterior(sde, noise_std) -> None:
+    """The sampler is affine, so its mean and covariance are known exactly."""
     guided, posterior = guided_and_posterior(sde, noise_std)
     ends = torch.cat([torch.zeros(1, DIMS), torch.eye(DIMS)]).double() * sde.prior_std
     x = PCSampler(guided, DDIM(), steps=300, grid=LogSNRGrid())(ends)
     columns = x[1:] - x[0]
-    # The flow begins at N(0, prior_std^2) and not at the posterior's own law at T: VE and EDM
-    # forget the data by a share of about 1 / 20.
+    # The flow starts from N(0, prior_std^2) and not from the posterior at T: with VE and EDM a
+    # fraction of about 1 / 20 of the data is left there.
     torch.testing.assert_close(x[0], posterior.mean, rtol=0, atol=0.04)
     torch.testing.assert_close(columns.T @ columns, posterior.cov, rtol=0, atol=0.02)
 
@@ -72,17 +75,17 @@ def test_the_posterior_is_reached(sde, noise_std) -> None:
     [(Ancestral(), None), (ReverseDiffusion(), Langevin(snr=0.1, norm="batch"))],
     ids=["ancestral", "pc"],
 )
-def test_the_posterior_is_reached_with_noise(predictor, corrector) -> None:
+def test_stochastic_samples_are_of_the_posterior(predictor, corrector) -> None:
     guided, posterior = guided_and_posterior(VPSDE(), 0.3)
     n = 4000
     sampler = PCSampler(guided, predictor, corrector, steps=100, grid=LogSNRGrid())
-    x = sampler((n, DIMS), generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    x = sampler((n, DIMS), generator=seeded(), dtype=DOUBLE)
     torch.testing.assert_close(x.mean(0), posterior.mean, rtol=0, atol=0.03)
     torch.testing.assert_close(x.T.cov(), posterior.cov, rtol=0, atol=0.05)
 
 
-def test_of_the_class_asked_for(sde) -> None:
-    """Guidance of a guided model: a mixture's component is a Gaussian, and its posterior known."""
+def test_guidance_of_a_guided_model(sde) -> None:
+    """A component of a mixture is Gaussian, and its posterior known."""
     means, stds = torch.tensor([[-1.0, 0.5], [0.8, 0.2]], dtype=DOUBLE), (0.3, 0.5)
     mixture = GaussianMixtureModel(sde, means, stds)
     parts = [GaussianMixtureModel(sde, means[k : k + 1], stds[k : k + 1]) for k in (0, 1)]
@@ -93,9 +96,9 @@ def test_of_the_class_asked_for(sde) -> None:
     guided = LinearGaussianGuidance(
         of_class, lambda x0: x0 @ add.T, seen.unsqueeze(0), 0.2, tolerance=1e-12
     )
-    x, t = states(sde, 8)
+    x, t = random_states(sde, 8)
     with torch.no_grad():
-        prediction = guided(x, t, y=torch.arange(8) % 2)
+        prediction = guided(x, t, class_labels=torch.arange(8) % 2)
     for k in (0, 1):
         cov = stds[k] ** 2 * torch.eye(2, dtype=DOUBLE)
         posterior = GaussianOracle(sde, means[k], cov).posterior(add, seen, 0.2)
@@ -104,8 +107,8 @@ def test_of_the_class_asked_for(sde) -> None:
         )
 
 
-def test_the_bias_on_mixtures(sde) -> None:
-    """The shares of the docstring's table; the posterior's is .85."""
+def test_bias_on_mixtures(sde) -> None:
+    """The weights are those of the docstring's table; the posterior's is .85."""
     means = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=DOUBLE)
     model = GaussianMixtureModel(sde, means, [0.3, 0.3])
     guides = {
@@ -114,7 +117,7 @@ def test_the_bias_on_mixtures(sde) -> None:
     }
     for share, guided in guides.items():
         sampler = PCSampler(guided, DDIM(), steps=80, grid=LogSNRGrid())
-        x = sampler((1500, 2), generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+        x = sampler((1500, 2), generator=seeded(), dtype=DOUBLE)
         found = torch.cdist(x, means).argmin(1).double().mean()
         assert float(found) == pytest.approx(share, abs=0.03)
 
@@ -122,8 +125,8 @@ def test_the_bias_on_mixtures(sde) -> None:
 def test_one_measurement_for_each_sample() -> None:
     sde = VESDE(sigma_max=10.0)
     model = GaussianOracle(sde, MEAN, covariance())
-    y = torch.randn(5, 2, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
-    x, t = states(sde, 5, DIMS)
+    y = randn64(5, 2, seed=3)
+    x, t = random_states(sde, 5, DIMS)
     together = LinearGaussianGuidance(model, measure, y, 0.2, tolerance=1e-12)(x, t)
     for k in range(5):
         wanted = model.posterior(A, y[k], 0.2)(x[k : k + 1], t[k : k + 1])
@@ -131,11 +134,11 @@ def test_one_measurement_for_each_sample() -> None:
 
 
 def test_measurements_of_any_shape() -> None:
-    """Images (B, C, H, W), pooled; one component of a mixture is a Gaussian of its own."""
+    """Images (B, C, H, W), pooled; the mixture has one component, a Gaussian."""
     sde, tau = VPSDE(), 0.5
     model = GaussianMixtureModel(sde, torch.zeros(1, 2, 4, 4), [0.7])
     pool = torch.nn.functional.avg_pool2d
-    y = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)
+    y = randn64(1, 2, 2, 2, seed=4)
     guided = LinearGaussianGuidance(model, lambda x0: pool(x0, 2), y, tau)
     t = torch.ones(3, dtype=DOUBLE)
     prediction = guided.predict(torch.zeros(3, 2, 4, 4, dtype=DOUBLE), t).x0
@@ -145,18 +148,18 @@ def test_measurements_of_any_shape() -> None:
 
 
 def test_float32_keeps_its_digits(sde) -> None:
-    """Over all times, whatever sigma and alpha."""
+    """At all times, so for all sigma and alpha."""
     guided, posterior = guided_and_posterior(sde, 0.1, tolerance=1e-6)
-    x, t = states(sde, 15, DIMS)
+    x, t = random_states(sde, 15, DIMS)
     prediction, wanted = guided.predict(x.float(), t), posterior.predict(x, t)
     torch.testing.assert_close(prediction.eps.double(), wanted.eps, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(prediction.x0.double(), wanted.x0, rtol=1e-3, atol=1e-3)
 
 
-def test_less_iterations_and_tolerance() -> None:
-    """They bound what is done: here two iterations are exact, one is not."""
+def test_iterations_and_tolerance_limit_the_accuracy() -> None:
+    """With two measurements, two iterations are exact and one is not."""
     sde = VPSDE()
-    x, t = states(sde, 6, DIMS)
+    x, t = random_states(sde, 6, DIMS)
     exact = guided_and_posterior(sde, 0.1)[1](x, t)
     for options, ok in (({"iterations": 2}, True), ({"iterations": 1}, False),
                         ({"tolerance": 0.9}, False)):  # fmt: skip
@@ -164,9 +167,9 @@ def test_less_iterations_and_tolerance() -> None:
         assert torch.allclose(score, exact, rtol=1e-6, atol=1e-6) is ok
 
 
-def test_every_gradient_mode_gives_the_same() -> None:
+def test_predictions_agree_in_every_gradient_mode() -> None:
     guided, _ = guided_and_posterior(VPSDE(), 0.2)
-    x, t = states(VPSDE(), 4, DIMS)
+    x, t = random_states(VPSDE(), 4, DIMS)
     wanted = guided(x, t)
     with torch.no_grad():
         plain = guided(x, t)
@@ -180,31 +183,30 @@ def test_every_gradient_mode_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), EDMSDE(), DDPMChain.cosine(100)], ids=repr)
-def test_it_keeps_the_contract_of_models(sde) -> None:
+def test_guided_models_pass_the_model_checks(sde) -> None:
     guided, _ = guided_and_posterior(sde, 0.2)
     assert check_score_model(guided, (4, DIMS), exact=True).ok
 
 
-def test_what_the_model_states_and_is_told() -> None:
+def test_guided_models_keep_variance_and_conditions() -> None:
     both = lambda x, noise_label, shift: torch.cat([x * shift, 0.3 * x], 1)  # noqa: E731
     inner = EpsModel(both, VPSDE(), variance="learned_range", data_range=(0.0, 1.0))
     guided = LinearGaussianGuidance(inner, measure, Y.unsqueeze(0), 0.2)
     assert (guided.variance, guided.data_range) == ("learned_range", (0.0, 1.0))
-    x, t = states(VPSDE(), 3, DIMS)
+    x, t = random_states(VPSDE(), 3, DIMS)
     with torch.no_grad():
         prediction = guided.predict(x, t, shift=0.5)
     assert torch.equal(prediction.log_var_fraction, (0.3 * x + 1) / 2)
     assert not prediction.log_var_fraction.requires_grad
 
 
-def test_systems_of_their_own() -> None:
-    """Good, easy, hopeless and empty systems do not disturb one another."""
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randn(4, 6, 6, generator=generator, dtype=DOUBLE)
+def test_systems_are_solved_independently() -> None:
+    """General, diagonal, negative definite and zero systems do not affect one another."""
+    root = randn64(4, 6, 6)
     matrices = root @ root.mT + 0.1 * torch.eye(6, dtype=DOUBLE)
     matrices[1] = 3 * torch.eye(6, dtype=DOUBLE)
     matrices[2] = -matrices[2]
-    b = torch.randn(4, 6, generator=generator, dtype=DOUBLE)
+    b = randn64(4, 6, seed=1)
     b[3] = 0.0
     calls = []
 
@@ -221,8 +223,8 @@ def test_systems_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-4])
-def test_the_tolerance_is_of_the_residual(tolerance) -> None:
-    """It is met, and by not much more than one iteration does."""
+def test_tolerance_applies_to_the_residual(tolerance) -> None:
+    """It is met, by no more than one iteration too many."""
     diagonal = torch.linspace(1.0, 30.0, 60, dtype=DOUBLE)
     b = torch.ones(1, 60, dtype=DOUBLE)
     v = conjugate_gradients(lambda v: diagonal * v, b, iterations=60, tolerance=tolerance)
@@ -245,7 +247,7 @@ def test_the_tolerance_is_of_the_residual(tolerance) -> None:
         ({"tolerance": 0.0}, ValueError, "tolerance: expected a finite number > 0"),
     ],
 )
-def test_bad_parts(change, error, match) -> None:
+def test_invalid_options(change, error, match) -> None:
     parts = {"operator": measure, "y": Y.unsqueeze(0), "noise_std": 0.1}
     parts["model"] = GaussianOracle(VPSDE(), MEAN, covariance())
     with pytest.raises(error, match=match):
@@ -255,16 +257,16 @@ def test_bad_parts(change, error, match) -> None:
 @pytest.mark.parametrize(
     ("operator", "y", "match"),
     [
-        (lambda x0: x0[:, :3], torch.zeros(1, 2), r"operator: .* shape \(5, 2\), as y, got \(5, 3"),
+        (lambda x0: x0[:, :3], torch.zeros(1, 2), r"operator: .* of y, \(5, 2\), got \(5, 3"),
         (lambda x0: x0[:1, :2], torch.zeros(5, 2), r"operator: .* got \(1, 2\)"),
         (lambda x0: None, torch.zeros(5, 2), "operator: .* got NoneType"),
         (measure, torch.zeros(3, 2), "y: expected one measurement, or .* 5 samples, got 3"),
         (lambda x0: x0[:, :2].detach(), torch.zeros(1, 2), "operator: expected a differentiable"),
     ],
 )
-def test_operators_that_do_not_match(operator, y, match) -> None:
+def test_invalid_operators(operator, y, match) -> None:
     model = GaussianOracle(VPSDE(), MEAN, covariance())
-    x, t = states(VPSDE(), 5, DIMS)
+    x, t = random_states(VPSDE(), 5, DIMS)
     with pytest.raises(ValueError, match=match):
         LinearGaussianGuidance(model, operator, y, 0.1).predict(x, t)
 
@@ -280,7 +282,7 @@ def test_operators_that_do_not_match(operator, y, match) -> None:
     ],
     ids=["square", "clamp", "affine", "nan"],
 )
-def test_operators_that_are_not_linear(dtype, operator, what) -> None:
+def test_operators_must_be_linear(dtype, operator, what) -> None:
     model = X0Model(lambda x, noise_label: x, VPSDE())
     x, t = torch.randn(6, DIMS, dtype=dtype), torch.linspace(0.1, 0.9, 6)
     with pytest.raises(ValueError, match=f"operator: expected a linear function, with {what}"):
@@ -288,7 +290,7 @@ def test_operators_that_are_not_linear(dtype, operator, what) -> None:
     LinearGaussianGuidance(model, measure, torch.ones(1, 2), 0.3).predict(x, t)
 
 
-def test_an_operator_is_checked_once() -> None:
+def test_linearity_is_checked_once() -> None:
     calls = []
 
     def counted(x0):
@@ -298,7 +300,7 @@ def test_an_operator_is_checked_once() -> None:
     model = X0Model(lambda x, noise_label: x, VPSDE())
     guided = LinearGaussianGuidance(model, counted, Y.unsqueeze(0), 0.3, iterations=1)
     state = torch.get_rng_state()
-    x, t = states(VPSDE(), 3, DIMS)
+    x, t = random_states(VPSDE(), 3, DIMS)
     counts = []
     for _ in range(3):
         calls.clear()
@@ -308,7 +310,7 @@ def test_an_operator_is_checked_once() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_no_data_left_to_guide() -> None:
+def test_error_where_alpha_is_zero() -> None:
     model = X0Model(lambda x, noise_label: x, DDPMChain.linear(100).zero_terminal_snr())
     guided = LinearGaussianGuidance(model, measure, Y.unsqueeze(0), 0.1)
     for t in (torch.ones(2), torch.tensor([0.5, 1.0])):

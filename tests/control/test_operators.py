@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.gaussian_oracle import DOUBLE, randn64
 from torch.nn import functional
 
 from diffusionkit.control.operators import (
@@ -18,27 +19,20 @@ from diffusionkit.control.operators import (
     check_operator,
 )
 
-DOUBLE = torch.float64
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-
-
 BOX = torch.ones(2, 3, dtype=DOUBLE) / 6  # even along one axis; it loses some frequencies of (4, 6)
 OPERATORS = {
-    "mask": (Mask(drawn(3, 4) > 0), (3, 4)),
-    "mask of all channels": (Mask(drawn(3, 4) > 0), (2, 3, 4)),
+    "mask": (Mask(randn64(3, 4) > 0), (3, 4)),
+    "mask of all channels": (Mask(randn64(3, 4) > 0), (2, 3, 4)),
     "pool": (AveragePool(2), (3, 4, 6)),
     "pool 1": (AveragePool(3, dims=1), (2, 6)),
     "pool 3": (AveragePool(2, dims=3), (2, 4, 2)),
     "gray": (Gray(), (3, 2, 2)),
     "gray of five": (Gray(5), (5, 1, 3)),
     "blur": (Blur(BOX, (4, 6)), (2, 4, 6)),
-    "blur odd": (Blur(drawn(3, 2), (5, 3)), (5, 3)),
-    "blur floor": (Blur(drawn(3), (9,), floor=0.5), (9,)),
-    "matrix": (Matrix(drawn(3, 2, 4)), (2, 4)),
-    "wide matrix": (Matrix(drawn(2, 5)[[0, 1, 0]]), (5,)),
+    "blur odd": (Blur(randn64(3, 2), (5, 3)), (5, 3)),
+    "blur floor": (Blur(randn64(3), (9,), floor=0.5), (9,)),
+    "matrix": (Matrix(randn64(3, 2, 4)), (2, 4)),
+    "wide matrix": (Matrix(randn64(2, 5)[[0, 1, 0]]), (5,)),
 }
 
 
@@ -48,25 +42,25 @@ def case(request):
 
 
 def dense(linear, shape):
-    """The matrix of a linear function of tensors of a shape."""
+    """Return the matrix of a linear function of tensors of a shape."""
     size = int(np.prod(shape))
     columns = [linear(e.view(shape)).flatten() for e in torch.eye(size, dtype=DOUBLE)]
     return torch.stack(columns, 1)
 
 
-def test_the_inverse_is_the_pseudo_inverse(case):
+def test_inverse_is_the_pseudo_inverse(case):
     operator, shape = case
     forward = dense(operator, shape)
     back = dense(operator.inverse, operator(torch.zeros(shape, dtype=DOUBLE)).shape)
-    # From numpy's singular values; those that the filters leave out are rounding errors.
+    # Singular values that the filters leave out are rounding errors.
     expected = np.linalg.pinv(forward.numpy(), rcond=1e-10)
     np.testing.assert_allclose(back.numpy(), expected, atol=1e-11)
     check_operator(operator, torch.zeros(shape, dtype=DOUBLE))
 
 
-def test_axes_in_front_do_not_matter(case):
+def test_leading_axes_are_independent(case):
     operator, shape = case
-    x = drawn(2, 3, *shape, seed=1)
+    x = randn64(2, 3, *shape, seed=1)
     y = operator(x)
     for i, j in itertools.product(range(2), range(3)):
         torch.testing.assert_close(y[i, j], operator(x[i, j]))
@@ -76,7 +70,7 @@ def test_axes_in_front_do_not_matter(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes_are_kept(case, dtype):
     operator, shape = case
-    x = drawn(2, *shape)
+    x = randn64(2, *shape)
     y = operator(x.to(dtype))
     back = operator.inverse(y)
     assert y.dtype == back.dtype == dtype
@@ -86,14 +80,14 @@ def test_dtypes_are_kept(case, dtype):
     check_operator(operator, x.to(dtype))
 
 
-def test_mask():
+def test_mask_ignores_unknown_entries():
     x = torch.tensor([1.0, float("nan"), 3.0])
     for mask in ([1, 0, 1], [1.0, 0.0, 1.0], [True, False, True]):
         assert Mask(torch.tensor(mask))(x).tolist() == [1.0, 0.0, 3.0]
 
 
 def test_pooling_is_average_pooling():
-    x = drawn(2, 3, 6, 9)
+    x = randn64(2, 3, 6, 9)
     torch.testing.assert_close(AveragePool(3)(x), functional.avg_pool2d(x, 3))
     torch.testing.assert_close(
         AveragePool(3).inverse(x), functional.interpolate(x, scale_factor=3, mode="nearest")
@@ -101,7 +95,7 @@ def test_pooling_is_average_pooling():
 
 
 def test_gray_is_the_mean_over_channels():
-    x = drawn(2, 3, 4, 5)
+    x = randn64(2, 3, 4, 5)
     expected = (x[:, 0] + x[:, 1] + x[:, 2]) / 3
     torch.testing.assert_close(Gray()(x)[:, 0], expected)
     torch.testing.assert_close(Gray().inverse(Gray()(x))[:, 2], expected)
@@ -109,7 +103,7 @@ def test_gray_is_the_mean_over_channels():
 
 @pytest.mark.parametrize(("kernel", "size"), [((3, 3), (5, 4)), ((1, 2), (4, 4)), ((4, 5), (4, 5))])
 def test_blur_is_a_circular_convolution(kernel, size):
-    weights, x = drawn(*kernel), drawn(*size, seed=1)
+    weights, x = randn64(*kernel), randn64(*size, seed=1)
     expected = torch.zeros(size, dtype=DOUBLE)
     for (a, b), (i, j) in itertools.product(np.ndindex(kernel), np.ndindex(size)):
         at = (i - (a - kernel[0] // 2)) % size[0], (j - (b - kernel[1] // 2)) % size[1]
@@ -117,7 +111,7 @@ def test_blur_is_a_circular_convolution(kernel, size):
     torch.testing.assert_close(Blur(weights, size, floor=1e-9)(x), expected)
 
 
-def test_blur_leaves_out_what_it_cannot_undo():
+def test_blur_drops_lost_frequencies():
     """cos(2 pi k i / 8) is multiplied by 2 + 4 cos(2 pi k / 8), 6 times 1, .8, .33, -.14, -.33."""
     waves = torch.cos(torch.arange(5.0).double().unsqueeze(1) * torch.arange(8) * np.pi / 4)
     kernel = torch.full((3,), 2.0, dtype=DOUBLE)
@@ -129,7 +123,7 @@ def test_blur_leaves_out_what_it_cannot_undo():
         factor = expected.clone()
         factor[lost] = 0.0
         torch.testing.assert_close(gain, factor, rtol=1e-6, atol=1e-12)
-        # The whole of a blurred signal may be handed in.
+        # The blurred signal may contain the lost frequencies.
         blurred = Blur(kernel, (8,), 1e-9)(waves.sum(0))
         kept = waves[[k for k in range(5) if k not in lost]].sum(0)
         torch.testing.assert_close(operator.inverse(blurred), kept, rtol=1e-6, atol=1e-9)
@@ -138,30 +132,30 @@ def test_blur_leaves_out_what_it_cannot_undo():
 FRESH = {
     "mask": lambda: Mask(torch.tensor([1, 0, 1, 1])),
     "blur": lambda: Blur(torch.ones(3), (4,)),
-    "matrix": lambda: Matrix(drawn(3, 4)),
+    "matrix": lambda: Matrix(randn64(3, 4)),
 }
 
 
 @pytest.mark.parametrize("name", FRESH)
 def test_tables_are_converted_once(name, monkeypatch):
-    """For each dtype, though the data come in another one between."""
-    operator, x = FRESH[name](), drawn(2, 4)
+    """Once for each dtype, when calls alternate between dtypes."""
+    operator, x = FRESH[name](), randn64(2, 4)
     data = [x, x.float()]
     wanted = [operator.inverse(operator(z)) for z in data]
     used, to = [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *a: used.append(self) or to(self, *a))
     for z, expected in zip(data, wanted, strict=True):
         assert torch.equal(operator.inverse(operator(z)), expected)
-    assert all(one.shape == x.shape for one in used)  # data alone
+    assert all(one.shape == x.shape for one in used)  # only the data, no table
 
 
 @pytest.mark.parametrize(
     "around", [torch.inference_mode(), torch.func.grad, torch.func.vmap], ids=["mode", "grad", "vm"]
 )
 @pytest.mark.parametrize("name", FRESH)
-def test_tables_first_used_where_tensors_do_not_last(name, around):
-    """Afterwards there are gradients, and copies of the operator."""
-    operator, x = FRESH[name](), drawn(2, 4).float()
+def test_tables_first_used_in_a_transform(name, around):
+    """Gradients and copies of the operator work afterwards."""
+    operator, x = FRESH[name](), randn64(2, 4).float()
 
     def size(x):
         return operator.inverse(operator(x)).square().sum()
@@ -179,10 +173,10 @@ def test_repr():
     assert repr(AveragePool(4)) == "AveragePool(4, dims=2)"
     assert repr(Gray()) == "Gray(3)"
     assert repr(Blur(BOX, (4, 6))) == "Blur(kernel of shape (2, 3), size=(4, 6))"
-    assert repr(Matrix(drawn(3, 2, 4))) == "Matrix(rows of shape (3, 2, 4))"
+    assert repr(Matrix(randn64(3, 2, 4))) == "Matrix(rows of shape (3, 2, 4))"
 
 
-class Own(LinearOperator):
+class Pair(LinearOperator):
     def __init__(self, forward, inverse):
         self.forward, self.backward = forward, inverse
 
@@ -200,26 +194,29 @@ A = torch.tensor([[0.6, 0.8, 0.0]], dtype=DOUBLE)
     ("operator", "message"),
     [
         # Rows of length 2 with their adjoint: A A^T A = 4 A.
+        (Pair(lambda x: x @ (2 * A).T, lambda y: y @ (2 * A)), r"A = A, .* error of 3.0e\+00"),
         (
-            Own(lambda x: x @ (2 * A).T, lambda y: y @ (2 * A)),
-            r"A A\^\+ A = A, .* error of 3.0e\+00",
+            Pair(lambda x: x @ A.T, lambda y: 0 * (y @ A)),
+            r"A A\^\+ A = A, .* 1.0e\+00 with Pair",
         ),
-        (Own(lambda x: x @ A.T, lambda y: 0 * (y @ A)), r"A A\^\+ A = A, .* 1.0e\+00 with Own"),
-        (Own(lambda x: x @ A.T, lambda y: y @ (A + torch.tensor([0.8, -0.6, 0.0]))), "symmetric"),
-        (Own(lambda x: x @ A.T + 1, lambda y: y @ A), r"A A\^\+ A = A"),
-        (Own(lambda x: x.relu(), lambda y: y), r"A\^\+ A A\^\+"),
-        (Own(lambda x: x * float("nan"), lambda y: y), "A = A, got a relative error of nan"),
-        (Own(lambda x: x @ A.T, lambda y: y), r"gives data of shape \(4, 3\), got \(4, 1\)"),
+        (
+            Pair(lambda x: x @ A.T, lambda y: y @ (A + torch.tensor([0.8, -0.6, 0.0]))),
+            "symmetric",
+        ),
+        (Pair(lambda x: x @ A.T + 1, lambda y: y @ A), r"A A\^\+ A = A"),
+        (Pair(lambda x: x.relu(), lambda y: y), r"A\^\+ A A\^\+"),
+        (Pair(lambda x: x * float("nan"), lambda y: y), "A = A, got a relative error of nan"),
+        (Pair(lambda x: x @ A.T, lambda y: y), r"returns data of shape \(4, 3\), got \(4, 1\)"),
     ],
 )
-def test_operators_that_do_not_fit_their_inverse(operator, message):
+def test_inverse_must_be_the_pseudo_inverse(operator, message):
     with pytest.raises(ValueError, match="operator: expected .*" + message):
         check_operator(operator, torch.zeros(4, 3, dtype=DOUBLE))
 
 
-def test_a_pair_that_only_fits_one_way():
-    """The inverse answers more than the operator asks for."""
-    odd = Own(lambda x: torch.cat([x[..., :1], 0 * x[..., :1]], -1), lambda y: y)
+def test_inverse_that_returns_too_much():
+    """A A^+ A = A holds, A^+ A A^+ = A^+ does not."""
+    odd = Pair(lambda x: torch.cat([x[..., :1], 0 * x[..., :1]], -1), lambda y: y)
     with pytest.raises(ValueError, match=r"A\^\+ A A\^\+ = A\^\+"):
         check_operator(odd, torch.zeros(2, dtype=DOUBLE))
 
@@ -243,7 +240,7 @@ def test_a_pair_that_only_fits_one_way():
         (lambda: Blur(torch.ones(5), (4,)), ValueError, r"no longer than the data's, \(4,\)"),
         (lambda: Blur(torch.ones(3, 3), (4,)), ValueError, "kernel: expected 1 axes"),
         (lambda: Blur(torch.ones(3), 4), TypeError, "size: expected a Sequence, got int"),
-        (lambda: Blur(torch.zeros(3), (4,)), ValueError, "not zero"),
+        (lambda: Blur(torch.zeros(3), (4,)), ValueError, "non-zero"),
         (lambda: Blur(torch.tensor([float("nan")]), (4,)), ValueError, "kernel: expected finite"),
         (lambda: Blur(torch.ones(3), (4,), floor=1.0), ValueError, r"floor: .*\(0, 1\), got 1"),
         (lambda: Blur(torch.ones(3), (4,), floor=0.0), ValueError, "floor: .* got 0.0"),
@@ -257,6 +254,6 @@ def test_a_pair_that_only_fits_one_way():
         (lambda: check_operator(lambda x: x, torch.zeros(2)), TypeError, "LinearOperator"),
     ],
 )
-def test_bad_input(make, error, match):
+def test_invalid_arguments(make, error, match):
     with pytest.raises(error, match=match):
         make()

@@ -1,5 +1,8 @@
+"""The variance of an objective's gradient."""
+
 import pytest
 import torch
+from support import seeded
 from torch import nn
 
 from diffusionkit import (
@@ -17,7 +20,7 @@ POINTS = torch.tensor([[-1.0], [1.0]])
 
 
 class Slope(nn.Module):
-    """theta x, with theta = 0, beside a parameter that is not used and one that is frozen."""
+    """The network theta x at theta = 0, with an unused and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +33,7 @@ class Slope(nn.Module):
 
 
 class Level(nn.Module):
-    """theta, with theta = 0."""
+    """The network theta at theta = 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,12 +43,8 @@ class Level(nn.Module):
         return self.theta.expand_as(x)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize("batch", [1, 8])
-def test_closed_form(batch):
+def test_the_variance_in_closed_form(batch) -> None:
     """The gradient of (theta x - eps)^2 at 0 is -2 x eps: variance 4 (alpha^2 + 2 sigma^2)."""
     model, t = EpsModel(Slope(), VPSDE()), torch.tensor([0.1, 0.4, 1.0])
     found = gradient_variance(
@@ -59,7 +58,7 @@ def test_closed_form(batch):
     assert found.quantity == "variance (gradient)"
 
 
-def test_errors_are_honest():
+def test_standard_errors_match_the_spread_of_estimates() -> None:
     model, t = EpsModel(Slope(), EDMSDE()), torch.tensor([1.0]).expand(60)
     found = gradient_variance(
         model, ScoreMatching(), POINTS, t, batch_size=8, pairs=25, generator=seeded()
@@ -69,7 +68,7 @@ def test_errors_are_honest():
     assert float(found.value.mean()) == pytest.approx(12 / 8, abs=4 * spread / 60**0.5)
 
 
-def test_the_batch_is_inside_a_fresh_reference():
+def test_each_batch_is_inside_a_new_reference() -> None:
     seen = []
 
     def objective(model, x0, *, reference, t, generator):
@@ -92,10 +91,10 @@ def test_the_batch_is_inside_a_fresh_reference():
 
 
 @pytest.mark.parametrize(("n", "stable"), [(1, 0.4495995092066729), (4, 0.09788584048027271)])
-def test_stable_target(n, stable):
+def test_the_variance_with_a_stable_target(n, stable) -> None:
     """For eps_hat = theta the gradient at 0 is -2 eps: variance 4 (1 - V_DSM + V_STF).
 
-    V_DSM and V_STF are those of the points -1 and 1 at sigma 1, by quadrature.
+    V_DSM and V_STF are those of the points -1 and 1 at sigma = 1, by quadrature.
     """
     found = gradient_variance(
         EpsModel(Level(), EDMSDE()), ScoreMatching(target=StableTarget()), POINTS,
@@ -106,7 +105,7 @@ def test_stable_target(n, stable):
     assert float(found.value) == pytest.approx(exact, abs=4 * float(found.stderr))
 
 
-def test_two_objectives_of_one_seed_see_the_same_data_and_noise():
+def test_objectives_with_the_same_seed_get_the_same_data_and_noise() -> None:
     first, second = (
         gradient_variance(
             EpsModel(Level(), EDMSDE()), ScoreMatching(target=target), POINTS[:1],
@@ -117,7 +116,7 @@ def test_two_objectives_of_one_seed_see_the_same_data_and_noise():
     torch.testing.assert_close(first.value, second.value, rtol=1e-6, atol=0)
 
 
-def test_the_model_is_left_as_it_was():
+def test_mode_and_gradients_of_the_model_do_not_change() -> None:
     model = EpsModel(Slope(), EDMSDE()).eval()
     model.network.theta.grad = torch.tensor(5.0)
     with torch.no_grad():
@@ -129,7 +128,7 @@ def test_the_model_is_left_as_it_was():
     assert model.network.unused.grad is None
 
 
-def test_progress_and_label():
+def test_progress_and_label() -> None:
     steps = []
     found = gradient_variance(
         EpsModel(Slope(), EDMSDE()), ScoreMatching(), POINTS, torch.tensor([1.0, 2.0]),
@@ -156,7 +155,7 @@ def test_progress_and_label():
         ({"generator": 3}, TypeError, "generator: expected a Generator"),
     ],
 )
-def test_bad_input(change, error, message):
+def test_invalid_arguments(change, error, message) -> None:
     usual = {"model": EpsModel(Slope(), EDMSDE()), "objective": ScoreMatching(), "data": POINTS,
              "t": torch.tensor([1.0]), "batch_size": 4}  # fmt: skip
     with pytest.raises(error, match=message):

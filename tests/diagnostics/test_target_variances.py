@@ -1,7 +1,10 @@
+"""The variance of regression targets at each noise level."""
+
 import math
 
 import pytest
 import torch
+from support import seeded
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from diffusionkit import EDMSDE, VPSDE, EmpiricalModel, ForwardSDE, GaussianMixtureModel, Perturbed
@@ -15,7 +18,7 @@ from diffusionkit.training.stable_target import StableTarget
 
 POINTS = torch.tensor([[-1.0], [1.0]])
 
-# Variances of the target for the data of the points -1 and 1, by n, n = 1 being DSM: exact, from
+# Variances of the target in x0 for the data -1 and 1, by sigma and n (n = 1 is DSM): exact, from
 # binomial sums and quadrature.
 EXACT = {
     1.0: {
@@ -35,35 +38,31 @@ EXACT = {
         256: 0.0034831278930131217,
     },
 }
-# The same at sigma 0.25, where one state in a few thousand decides.
+# The same at sigma = 0.25, where one state in a few thousand dominates.
 RARE = 9.821868401813184e-05
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def at(sde, ratio):
-    """The time at which sigma / alpha has a value, (1,)."""
+    """The time at which sigma / alpha = ratio, (1,)."""
     return sde.time_at_log_snr(torch.tensor([-2 * math.log(ratio)], dtype=torch.float64))
 
 
 def check(found, exact, relative):
-    """An estimate is within 4 of its errors, which are small enough to mean something."""
+    """Check that an estimate is within 4 standard errors, and that these are small."""
     assert float(found.stderr) < relative * exact
     assert float(found.value) == pytest.approx(exact, abs=4 * float(found.stderr))
 
 
 @pytest.mark.parametrize("ratio", EXACT)
-def test_dsm_of_two_points_whatever_the_process(sde, ratio):
+def test_dsm_variance_of_two_points_for_every_process(sde, ratio) -> None:
     found = dsm_variance(
         sde, POINTS, at(sde, ratio), units="x0", samples=20_000, generator=seeded()
     )
     check(found, EXACT[ratio][1], 0.01)
-    assert float(found.noise) == pytest.approx(ratio, rel=1e-2)  # the chain has its own times
+    assert float(found.noise) == pytest.approx(ratio, rel=1e-2)  # a chain has only its steps
 
 
-def test_dsm_where_few_states_decide():
+def test_dsm_variance_where_few_states_dominate() -> None:
     found = dsm_variance(
         EDMSDE(), POINTS, torch.tensor([0.25]), units="x0", samples=1_000_000, generator=seeded()
     )
@@ -72,23 +71,23 @@ def test_dsm_where_few_states_decide():
 
 @pytest.mark.parametrize("n", EXACT[1.0])
 @pytest.mark.parametrize("ratio", EXACT)
-def test_stf_of_two_points(ratio, n):
+def test_stf_variance_of_two_points(ratio, n) -> None:
     found = stf_variance(
         VPSDE(), POINTS, at(VPSDE(), ratio), n, units="x0", samples=10_000, generator=seeded(n)
     )
     check(found, EXACT[ratio][n], 0.05)
 
 
-def test_stf_is_the_variance_of_what_a_model_is_regressed_on():
-    """The spread of `StableTarget` itself over reference batches, given the noisy state."""
+def test_stf_variance_is_that_of_the_stable_target() -> None:
+    """Compared with `StableTarget` over reference batches, given the noisy state."""
     sde, generator = EDMSDE(), seeded(1)
     data = torch.randn(5, 2, generator=generator, dtype=torch.float64)
     t = torch.tensor([0.8], dtype=torch.float64)
-    ideal, spreads = EmpiricalModel(sde, data), []
+    exact_model, spreads = EmpiricalModel(sde, data), []
     for _ in range(300):
         x = sde.perturb(data[torch.randint(5, (1,), generator=generator)], t, generator=generator).x
         posterior = torch.softmax(-(x - data).square().sum(1) / (2 * t**2), 0)
-        torch.testing.assert_close(posterior @ data, ideal.predict(x, t).x0[0])
+        torch.testing.assert_close(posterior @ data, exact_model.predict(x, t).x0[0])
         found = []
         for _ in range(2):
             source = torch.multinomial(posterior, 1, generator=generator)
@@ -105,7 +104,7 @@ def test_stf_is_the_variance_of_what_a_model_is_regressed_on():
     assert float(spreads.mean()) == pytest.approx(float(exact.value), abs=4 * error)
 
 
-def test_more_draws_leave_the_value_and_lower_the_error():
+def test_more_draws_lower_the_standard_error() -> None:
     t = torch.tensor([4.0])
     few, many = (
         stf_variance(
@@ -119,7 +118,7 @@ def test_more_draws_leave_the_value_and_lower_the_error():
 
 
 @pytest.mark.parametrize("n", [None, 3])
-def test_units(sde, n):
+def test_units_differ_by_their_factors(sde, n) -> None:
     t = at(sde, 0.7)
     alpha, sigma = (float(c) for c in sde.marginal(t))
     values = {
@@ -139,7 +138,7 @@ def test_units(sde, n):
     ]  # fmt: skip
 
 
-# By quadrature for V_DSM; the others are means over 200,000 or more states.
+# V_DSM by quadrature, the others as means over 200,000 or more states.
 @pytest.mark.parametrize(
     ("sigma", "variance", "distance", "stable"),
     [
@@ -148,9 +147,9 @@ def test_units(sde, n):
         (4.0, 3.588995146611067, 0.19743, 0.20894),
     ],
 )
-def test_two_gaussians_from_a_sample_of_them(sigma, variance, distance, stable):
-    law = GaussianMixtureModel(EDMSDE(), means=[[2.0, 0.0], [-2.0, 0.0]], stds=[0.5, 0.5])
-    data, t = law.sample(5000, generator=seeded()), torch.tensor([sigma])
+def test_a_sample_approximates_its_distribution(sigma, variance, distance, stable) -> None:
+    mixture = GaussianMixtureModel(EDMSDE(), means=[[2.0, 0.0], [-2.0, 0.0]], stds=[0.5, 0.5])
+    data, t = mixture.sample(5000, generator=seeded()), torch.tensor([sigma])
     found = dsm_variance(EDMSDE(), data, t, units="x0", samples=1000, generator=seeded())
     assert float(found.value) == pytest.approx(variance, rel=0.06)
     found = stf_variance(EDMSDE(), data, t, 16, units="x0", samples=1000, generator=seeded())
@@ -159,19 +158,19 @@ def test_two_gaussians_from_a_sample_of_them(sigma, variance, distance, stable):
     assert float(found.value) == pytest.approx(distance, abs=0.015)
 
 
-def test_divergence_of_two_gaussians():
-    """0.3019 is a mean over many states, with p0 itself; a sample of p0 is a little off."""
-    law = GaussianMixtureModel(EDMSDE(), means=[[2.0, 0.0], [-2.0, 0.0]], stds=[0.5, 0.5])
+def test_divergence_of_two_gaussians() -> None:
+    """0.3019 is a mean over many states with the exact p0, which the sample approximates."""
+    mixture = GaussianMixtureModel(EDMSDE(), means=[[2.0, 0.0], [-2.0, 0.0]], stds=[0.5, 0.5])
     found = posterior_divergence(
-        EDMSDE(), law.sample(5000, generator=seeded()), torch.tensor([4.0]), generator=seeded()
+        EDMSDE(), mixture.sample(5000, generator=seeded()), torch.tensor([4.0]), generator=seeded()
     )
     assert float(found.value) == pytest.approx(0.3019, abs=4 * float(found.stderr))
     assert float(found.stderr) < 0.03
     assert found.quantity == "divergence"
 
 
-def test_divergence_of_a_posterior_that_is_one_point():
-    """Weight 1 on one of N: (N - 1)^2 from it, 8 / (27 N) from each other."""
+def test_divergence_of_a_posterior_at_one_point() -> None:
+    """With all weight on one of N points, it adds (N - 1)^2 and each other 8 / (27 N)."""
     data, n = 100.0 * torch.arange(5.0)[:, None], 5
     t = torch.tensor([0.01])
     found = posterior_divergence(EDMSDE(), data, t, samples=10, generator=seeded())
@@ -180,16 +179,16 @@ def test_divergence_of_a_posterior_that_is_one_point():
     assert float(found.value) == pytest.approx(1 - 1 / n, rel=1e-9)
 
 
-def test_f_divergence_of_given_weights():
-    """N w_k are 2, 0.8, 0.64 and 0.56: two of them above 2 / 3, where y is below 3 / 2."""
+def test_f_divergence_of_given_weights() -> None:
+    """N w_k = 2, 0.8, 0.64 and 0.56: two are above 2 / 3, where y < 3 / 2."""
     log = torch.log(torch.tensor([[0.5, 0.2, 0.16, 0.14]], dtype=torch.float64))
     exact = 0.5 * 1.0**2 + 0.2 * 0.2**2
     exact += 0.16 * (8 / 27 / 0.64 - 1 / 3) + 0.14 * (8 / 27 / 0.56 - 1 / 3)
     assert float(target_variances._f_divergence(log, POINTS)) == pytest.approx(exact, rel=1e-12)
 
 
-def test_divergence_of_two_points():
-    """Weights w and 1 - w, by hand on both sides of y = 3 / 2, averaged by quadrature."""
+def test_divergence_of_two_points() -> None:
+    """Weights w and 1 - w, on both sides of y = 3 / 2, averaged by quadrature."""
     x = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
     density = (torch.exp(-((x - 1) ** 2) / 2) + torch.exp(-((x + 1) ** 2) / 2)) / math.sqrt(
         8 * math.pi
@@ -207,7 +206,7 @@ def test_divergence_of_two_points():
         check(found, exact, 0.01)
 
 
-def test_errors_are_honest():
+def test_standard_errors_match_the_spread_of_estimates() -> None:
     t = torch.tensor([1.0]).expand(400)
     for found, exact in (
         (dsm_variance(EDMSDE(), POINTS, t, samples=100, generator=seeded()), EXACT[1.0][1]),
@@ -218,7 +217,7 @@ def test_errors_are_honest():
         assert 0.85 < float(z.std()) < 1.15
 
 
-def test_no_rounding_where_the_posterior_is_one_point():
+def test_the_variance_is_not_rounded_where_the_posterior_is_one_point() -> None:
     far = 3 * torch.randn(20, 50, generator=seeded())
     found = dsm_variance(EDMSDE(), far, torch.tensor([0.01]), samples=100, generator=seeded())
     assert float(found.value) < 1e-100
@@ -227,7 +226,7 @@ def test_no_rounding_where_the_posterior_is_one_point():
     assert float(moved.value) == pytest.approx(float(wide.value), rel=1e-8)
 
 
-def test_any_shape_of_data_and_any_holder():
+def test_tensors_data_sets_and_loaders_give_the_same_estimates() -> None:
     data = torch.randn(10, 2, 3, generator=seeded())
     t, class_labels = torch.tensor([0.3, 2.0]), torch.arange(10)
 
@@ -251,7 +250,7 @@ def test_any_shape_of_data_and_any_holder():
         assert torch.equal(first.value, other.value)
 
 
-def test_every_chunk_counts(monkeypatch):
+def test_chunks_together_have_all_samples(monkeypatch) -> None:
     monkeypatch.setattr(target_variances, "_NUMBERS", 70)
     seen = []
 
@@ -269,7 +268,7 @@ def test_every_chunk_counts(monkeypatch):
         assert 0 < float(stderr) < 0.05 * EXACT[4.0][4]
 
 
-def test_global_randomness_and_labels():
+def test_without_a_generator_estimates_differ() -> None:
     torch.manual_seed(0)
     first = stf_variance(EDMSDE(), POINTS, torch.tensor([1.0]), 16, samples=50)
     second = stf_variance(EDMSDE(), POINTS, torch.tensor([1.0]), 16, samples=50)
@@ -304,12 +303,12 @@ class Fading(ForwardSDE):
         ({"draws": 0}, ValueError, "draws: expected an integer >= 1"),
     ],
 )
-def test_bad_input(change, error, message):
+def test_invalid_arguments(change, error, message) -> None:
     usual = {"sde": EDMSDE(), "data": POINTS, "t": torch.tensor([1.0]), "n": 2}
     with pytest.raises(error, match=message):
         stf_variance(**{**usual, **change})
 
 
-def test_bad_kind():
+def test_an_unknown_kind_raises() -> None:
     with pytest.raises(ValueError, match=r"kind: expected one of .*'tv'.*, got 'kl'"):
         posterior_divergence(EDMSDE(), POINTS, torch.tensor([1.0]), kind="kl")

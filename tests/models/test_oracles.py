@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support import f64, seeded
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from diffusionkit import VESDE, VPSDE, EmpiricalModel, ForwardSDE, GaussianMixtureModel
@@ -10,7 +11,7 @@ POINTS = torch.tensor(
 
 
 class Fixed(ForwardSDE):
-    """One kernel for all times, to meet reference values at a given alpha and sigma."""
+    """A process with the same alpha and sigma at all times."""
 
     def __init__(self, alpha, sigma):
         self.values = alpha, sigma
@@ -37,7 +38,7 @@ class Fixed(ForwardSDE):
          [-0.7584216335211676, 0.497530315785514], -2.587873071062836),
     ],
 )  # fmt: skip
-def test_finite_sets_against_60_digits(alpha, sigma, x, x0, score, log_p):
+def test_finite_data_sets_match_60_digit_values(alpha, sigma, x, x0, score, log_p):
     sde, t = Fixed(alpha, sigma), torch.tensor([0.5], dtype=torch.float64)
     x, x0, score = (torch.tensor([v], dtype=torch.float64) for v in (x, x0, score))
     mixture = GaussianMixtureModel(sde, POINTS, torch.zeros(5))
@@ -66,7 +67,7 @@ def test_mixture_score_is_the_gradient_of_its_density(mixture):
 
 
 def test_mixture_x0_is_the_posterior_mean():
-    """Tweedie's formula, (x + sigma^2 score) / alpha, where it is not ill-conditioned."""
+    """Tweedie's formula, (x + sigma^2 score) / alpha, where it is well-conditioned."""
     model = GaussianMixtureModel(VPSDE(), [[-1.0], [2.0]], [0.3, 0.1])
     x, t = torch.tensor([[0.1], [-0.4]], dtype=torch.float64), torch.tensor([0.2, 0.4]).double()
     alpha, sigma = (c.unsqueeze(1) for c in VPSDE().marginal(t))
@@ -74,21 +75,19 @@ def test_mixture_x0_is_the_posterior_mean():
     torch.testing.assert_close(model.predict(x, t).x0, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_mixture_samples():
+def test_mixture_samples_have_the_right_moments():
     model = GaussianMixtureModel(VPSDE(), [[-2.0, 0.0], [2.0, 1.0]], [0.5, 0.1], [0.25, 0.75])
-    x = model.sample(40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = model.sample(40000, generator=seeded(), dtype=torch.float64)
     right = x[:, 0] > 0.5
     # Standard errors: weight .2%, means .5% and .06%, standard deviations .35% of themselves.
     assert float(right.double().mean()) == pytest.approx(0.75, abs=0.008)
-    torch.testing.assert_close(
-        x[right].mean(0), torch.tensor([2.0, 1.0]).double(), rtol=0, atol=3e-3
-    )
+    torch.testing.assert_close(x[right].mean(0), f64(2.0, 1.0), rtol=0, atol=3e-3)
     assert float((x[~right][:, 1]).std()) == pytest.approx(0.5, rel=0.03)
     assert float((x[right][:, 1]).std()) == pytest.approx(0.1, rel=0.03)
 
 
-def test_mixture_of_images():
-    means = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+def test_mixtures_of_images():
+    means = torch.randn(3, 1, 4, 4, generator=seeded())
     model = GaussianMixtureModel(VESDE(), means, [0.1, 0.1, 0.1])
     x = model.sample(5)
     assert x.shape == (5, 1, 4, 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusionkit.checkpoints._ncsnv2_keys import ncsnv2_keys
+from diffusionkit.checkpoints._score_sde_keys import ncsnv2_keys
 from diffusionkit.networks.ncsnv2 import NCSNv2
 
 SIGMAS = (20.0, 5.0, 0.5, 0.01)

@@ -297,7 +297,7 @@ def guidance():
     pulled = GradientGuidance(model, lambda x0: -(x0 - 1.0).square().sum(1), 0.5)
     measured = LinearGaussianGuidance(model, Matrix(torch.tensor([[1.0, 0.5]])), randn(4, 1), 0.1)
     return {
-        "classifier": sampler(SHAPE, generator=seeded(), y=randint(3, 4)),
+        "classifier": sampler(SHAPE, generator=seeded(), class_labels=randint(3, 4)),
         "gradient": _sample(pulled, DDIM()),
         "measurement": _sample(measured, Ancestral()),
     }

@@ -18,7 +18,7 @@ from diffusionkit import (
     PCSampler,
     ReverseDiffusion,
 )
-from diffusionkit.random import increment_like, randn_like
+from diffusionkit.random import randn_like, step_noise
 from diffusionkit.sampling.brownian import BrownianPath, _normals
 
 
@@ -200,10 +200,10 @@ def test_all_other_draws_are_new_noise():
 
 def test_without_a_path_a_move_draws_new_noise():
     x, t, s = torch.zeros(2, 5), full(0.9, 2), full(0.4, 2)
-    found = increment_like(x, torch.Generator().manual_seed(0), VPSDE(), t, s)
+    found = step_noise(x, VPSDE(), t, s, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found, randn_like(x, torch.Generator().manual_seed(0)))
     path = BrownianPath([0, 1])
-    found = increment_like(x, path, VPSDE(), t, s)
+    found = step_noise(x, VPSDE(), t, s, generator=path)
     assert torch.equal(found, path.increment(x, VPSDE(), t, s))
 
 

@@ -159,7 +159,7 @@ def times_of(schedule, steps, spec, i):
 
 @pytest.fixture
 def given_noise(monkeypatch):
-    draw = "diffusionkit.sampling.predictors.increment_like"
+    draw = "diffusionkit.sampling.predictors.step_noise"
     monkeypatch.setattr(draw, lambda x, *rest: row(NOISE).clone())
 
 

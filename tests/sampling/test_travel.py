@@ -30,7 +30,7 @@ def seeded(seed=0):
 
 
 def path(time_travel, first, last):
-    moves = time_travel.moves(first, last)
+    moves = time_travel.steps(first, last)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(moves))
     return [moves[0][0], *(to for _, to in moves)]
 

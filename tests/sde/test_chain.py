@@ -1,270 +1,74 @@
-import math
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from diffusionkit import VPSDE, Ancestral, DDPMChain, EpsModel, PCSampler, StepLabel
-from diffusionkit.testing import check_sde
+from diffusionkit.interfaces import ForwardSDE
+from diffusionkit.sde.ddpm_chain import DDPMChain
+from diffusionkit.sde.smld_chain import SMLDChain
 
-# Step, beta, alpha-bar, and of the posterior of a step: its variance and its coefficients of the
-# data and of the state; the two schedules of the papers, computed in float64 by other code.
-REFERENCE = {
-    ("linear", 1000): [
-        (0, 0.0001, 0.9999, 0.0, 1.0, 0.0),
-        (1, 0.00011991991991991993, 0.9997800920720721, 5.4531876613021935e-05,
-         0.5452914995102903, 0.4547084989905303),
-        (250, 0.00507997997997998, 0.5214230306185275, 0.005051719844085794,
-         0.007684422330458198, 0.9919078832742143),
-        (500, 0.010059959959959959, 0.07779665836502389, 0.010051335778909593,
-         0.003058057075629619, 0.9941043507567258),
-        (998, 0.01998008008008008, 4.118193638138445e-05, 0.019980063304243196,
-         0.00012952423622957632, 0.9899587234910675),
-        (999, 0.02, 4.035829765375676e-05, 0.01999998352656061,
-         0.00012835148717224682, 0.9899486782675173),
-    ],
-    ("linear", 4000): [
-        (0, 2.5e-05, 0.999975, 0.0, 1.0, 0.0),
-        (1, 2.6244061015253815e-05, 0.9999487565950862, 1.280362861301587e-05,
-         0.5121387426652356, 0.48786125725231805),
-        (2000, 0.002513122030507627, 0.07874647522425243, 0.00251258081289121,
-         0.0007664721528674842, 0.9985275626176147),
-        (3999, 0.005, 4.246652275802249e-05, 0.004999998932956627,
-         3.2666323460324486e-05, 0.9974966542885159),
-    ],
-    ("cosine", 1000): [
-        (0, 4.128422482196914e-05, 0.999958715775178, 0.0, 1.0, 0.0),
-        (1, 4.614175273665033e-05, 0.9999125759273678, 2.178949614569182e-05,
-         0.5277814093344871, 0.47221859042675934),
-        (500, 0.003155691441585007, 0.49228517244880304, 0.0031460051254634824,
-         0.004367866899526329, 0.9953562794552251),
-        (998, 0.7499993929011166, 2.4287669070348544e-06, 0.7499939281844208,
-         0.002337676189817342, 0.49999696394667836),
-        (999, 0.999, 2.4287669070348567e-09, 0.9989975760881921,
-         0.0015568917154901703, 0.03162269987413465),
-    ],
-    ("cosine", 4000): [
-        (0, 9.865818813681315e-06, 0.9999901341811863, 0.0, 1.0, 0.0),
-        (2000, 0.0007889355535104503, 0.49345397967426397, 0.0007883287423357745,
-         0.0010945039446133586, 0.9988366060890295),
-        (3998, 0.749999962056056, 1.5179804688514504e-07, 0.7499996205104851,
-         0.000584419047247992, 0.49999981024686646),
-        (3999, 0.999, 1.5179804688514517e-10, 0.9989998485053974,
-         0.00038922307567179875, 0.03162277180620835),
-    ],
-}  # fmt: skip
+# Chain, specification, step after respacing and before, its beta and alpha-bar after respacing.
+RESPACED = [
+    ("cosine", 4000, "50", 1, 82, 0.0018409056364813159, 0.9981492467067464),
+    ("cosine", 4000, "50", 25, 2040, 0.06193848428464421, 0.477875367483632),
+    ("cosine", 4000, "50", 48, 3917, 0.7466688492469885, 0.0010203429506643236),
+    ("cosine", 4000, "50", 49, 3999, 0.9999998512284063, 1.5179804690207613e-10),
+    ("linear", 1000, "250", 0, 0, 9.999999999998899e-05, 0.9999),
+    ("linear", 1000, "250", 125, 502, 0.04929790363417974, 0.07623466678988594),
+    ("linear", 1000, "ddim50", 1, 20, 0.006165187946595374, 0.9937354285721993),
+    ("linear", 1000, "ddim50", 49, 980, 0.3246144475291255, 5.9037513708533764e-05),
+]
 
 
-def chain(kind, steps) -> DDPMChain:
-    return getattr(DDPMChain, kind)(steps)
+def chain_of(steps) -> DDPMChain:
+    return DDPMChain(torch.full((steps,), 0.1))
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
+@pytest.mark.parametrize(("kind", "steps", "spec", "new", "old", "beta", "alpha_bar"), RESPACED)
+def test_respaced_times_are_a_sampler_grid(kind, steps, spec, new, old, beta, alpha_bar) -> None:
+    chain: DDPMChain = getattr(DDPMChain, kind)(steps)
+    t = chain.respaced(spec).flip(0)
+    assert int(chain.step(t)[new]) == old
+    before = t[new - 1 : new] if new else torch.zeros(1, dtype=torch.float64)
+    scale, std = chain.transition(before, t[new : new + 1])
+    assert float(std**2) == pytest.approx(beta, rel=1e-10)
+    assert float(scale**2) == pytest.approx(1 - beta, rel=1e-6)
+    assert float(chain.marginal(t[new : new + 1])[0] ** 2) == pytest.approx(alpha_bar, rel=1e-8)
 
 
-@pytest.mark.parametrize(("kind", "steps"), REFERENCE)
-def test_at_its_steps_it_is_the_table(kind, steps) -> None:
-    sde = chain(kind, steps)
-    assert sde.steps == steps
-    i, beta, alpha_bar = (
-        f64(*column) for column in list(zip(*REFERENCE[kind, steps], strict=True))[:3]
-    )
-    t, s = (i + 1) / steps, i / steps
-    torch.testing.assert_close(sde.betas[i.long()], beta, rtol=1e-11, atol=0)
-    alpha, sigma = sde.marginal(t)
-    torch.testing.assert_close(alpha**2, alpha_bar, rtol=1e-11, atol=0)
-    torch.testing.assert_close(sigma**2, 1 - alpha_bar, rtol=1e-10, atol=0)
-    scale, std = sde.transition(s, t)
-    torch.testing.assert_close(scale**2, 1 - beta, rtol=1e-10, atol=0)
-    torch.testing.assert_close(std**2, beta, rtol=1e-10, atol=0)
-    ratio = alpha_bar / (1 - alpha_bar)
-    torch.testing.assert_close(sde.log_snr(t), ratio.log(), rtol=1e-10, atol=0)
+def test_time_and_step_are_inverse() -> None:
+    chain = chain_of(1000)
+    steps = torch.arange(1000)
+    t = chain.time(steps)
+    assert t.dtype == torch.float64
+    assert (float(t[0]), float(t[-1])) == (1e-3, 1.0)
+    for dtype in (torch.float64, torch.float32):
+        assert chain.step(t.to(dtype)).equal(steps)
+    assert chain.step(torch.tensor([0.0314, 0.0316])).tolist() == [30, 31]
+    assert float(chain.time(499)) == 0.5
+    assert chain.time([[0, 1], [2, 3]]).shape == (2, 2)
+    torch.testing.assert_close(chain.respaced([3]), chain.time([999, 500, 0]))
 
 
-@pytest.mark.parametrize(("kind", "steps"), REFERENCE)
-def test_the_ancestral_step_is_the_posterior_of_the_papers(kind, steps) -> None:
-    sde = chain(kind, steps)
-    i, _, _, variance, data, state = (
-        f64(*column) for column in zip(*REFERENCE[kind, steps], strict=True)
-    )
-    move = Ancestral().coefficients(sde, (i + 1) / steps, i / steps)
-    torch.testing.assert_close(move.std**2, variance, rtol=1e-9, atol=1e-18)
-    torch.testing.assert_close(move.x0, data, rtol=1e-9, atol=0)
-    torch.testing.assert_close(move.x, state, rtol=1e-9, atol=1e-15)
+@pytest.mark.parametrize("steps", [-1, 1000, [0, 1000]])
+def test_steps_out_of_range_raise(steps) -> None:
+    with pytest.raises(ValueError, match=r"step: expected integers 0 \.\.\. 999, got"):
+        chain_of(1000).time(steps)
 
 
-def test_three_steps_by_hand() -> None:
-    sde = DDPMChain([0.1, 0.36, 0.51])
-    t = f64(0, 1 / 3, 0.5, 2 / 3, 1)
-    expected = f64(1, 0.9, 0.9 * 0.8, 0.9 * 0.64, 0.9 * 0.64 * 0.49)  # of alpha^2
-    alpha, sigma = sde.marginal(t)
-    torch.testing.assert_close(alpha**2, expected, rtol=1e-14, atol=0)
-    torch.testing.assert_close(sigma**2, 1 - expected, rtol=1e-14, atol=1e-16)
-    # In between log(alpha) is linear: f and g are the constants of each step.
-    inside = f64(0.2, 0.5, 0.9)
-    rates = -3 * f64(0.9, 0.64, 0.49).log()
-    torch.testing.assert_close(sde.drift_coefficient(inside), -rates / 2, rtol=1e-14, atol=0)
-    torch.testing.assert_close(sde.diffusion(inside) ** 2, rates, rtol=1e-14, atol=0)
-    # At its end a step is itself, not the next one: samplers come from above.
-    ends = f64(1 / 3, 2 / 3, 1.0)
-    torch.testing.assert_close(sde.drift_coefficient(ends), -rates / 2, rtol=1e-14, atol=0)
-    assert float(sde.drift_coefficient(f64(0.0))) == pytest.approx(float(-rates[0] / 2))
-    scale, std = sde.transition(f64(0.5), f64(1.0))
-    assert float(scale**2) == pytest.approx(0.8 * 0.49, rel=1e-14)
-    assert float(std**2) == pytest.approx(1 - 0.8 * 0.49, rel=1e-14)
-    assert sde.t_min == sde.t_stop == 1 / 3
-    assert sde.prior_std == 1.0
-    assert repr(sde) == "DDPMChain(3 steps, betas 0.1 ... 0.51)"
+@pytest.mark.parametrize("steps", [1.0, torch.tensor([True]), torch.tensor([0.5])])
+def test_non_integer_steps_raise(steps) -> None:
+    with pytest.raises(TypeError, match="step: expected integers, got torch"):
+        chain_of(10).time(steps)
 
 
 @pytest.mark.parametrize(
-    "sde",
-    [
-        DDPMChain([0.9, 0.99]),
-        DDPMChain.linear(50),
-        DDPMChain.linear(1000),
-        DDPMChain.cosine(4000),
-        DDPMChain.cosine(20, s=0.1, max_beta=0.9),
-        DDPMChain(torch.linspace(0.3, 0.01, 30)),
-    ],
-    ids=repr,
+    ("t", "match"),
+    [(0.0, "times of steps, from 1/10 to 1, got 0"), (1.2, "within"), (-1, "within")],
 )
-def test_it_keeps_the_contract_of_processes(sde) -> None:
-    assert check_sde(sde).ok
+def test_times_without_a_step_raise(t, match) -> None:
+    with pytest.raises(ValueError, match=f"t: expected.*{match}"):
+        chain_of(10).step(torch.tensor([0.5, t]))
 
 
-@given(st.floats(1e-6, 1.0), st.sampled_from([("linear", 30), ("linear", 1000), ("cosine", 100)]))
-def test_log_snr_and_its_inverse(t, which) -> None:
-    sde, t = chain(*which), f64(t)
-    log_snr = sde.log_snr(t)
-    alpha, sigma = sde.marginal(t)
-    torch.testing.assert_close(log_snr, 2 * (alpha / sigma).log(), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(sde.time_at_log_snr(log_snr), t, rtol=1e-8, atol=0)
-
-
-def test_times_of_log_snr_beyond_the_ends() -> None:
-    sde = DDPMChain.linear(100)
-    assert sde.time_at_log_snr(f64(-1e3, -50.0)).tolist() == [1.0, 1.0]
-    assert float(sde.time_at_log_snr(f64(800.0))) == 0.0
-    shape = (2, 3)
-    assert sde.time_at_log_snr(torch.zeros(shape)).shape == shape
-
-
-def test_the_limit_of_many_steps_is_vp() -> None:
-    t = torch.linspace(0.01, 1, 100, dtype=torch.float64)
-
-    def error(steps):
-        got, limit = DDPMChain.linear(steps).log_snr(t), VPSDE(0.1, 20.0).log_snr(t)
-        return float((got - limit).abs().max())
-
-    errors = [error(steps) for steps in (1000, 10_000, 100_000)]
-    assert errors[0] < 0.2
-    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
-    assert errors[1] / errors[2] == pytest.approx(10, rel=0.1)
-    slow = DDPMChain.linear(10_000, beta_min=0.2, beta_max=5.0).log_snr(t)
-    torch.testing.assert_close(slow, VPSDE(0.2, 5.0).log_snr(t), rtol=1e-2, atol=2e-3)
-
-
-def test_only_the_end_of_the_cosine_is_clipped() -> None:
-    betas = DDPMChain.cosine(1000).betas
-    assert float(betas[-1]) == 0.999
-    assert int((betas == 0.999).sum()) == 1
-    assert float(DDPMChain.cosine(1000, max_beta=0.5).betas[-1]) == 0.5
-    wide = DDPMChain.cosine(10, s=0.5)
-
-    def alpha_bar(u):
-        return math.cos((u + 0.5) / 1.5 * math.pi / 2) ** 2
-
-    assert float(wide.betas[3]) == pytest.approx(1 - alpha_bar(0.4) / alpha_bar(0.3), rel=1e-12)
-
-
-@pytest.mark.parametrize("steps", [1000, 4000])
-def test_float32_times_are_steps(steps) -> None:
-    """Where float32 holds a time to 6e-8, the table and the label are hit as closely."""
-    i = torch.arange(steps)
-    t = ((i + 1).double() / steps).float()
-    sde = DDPMChain.linear(steps)
-    assert float((StepLabel(steps)(sde, t) - i).abs().max()) < steps * 2**-23
-    exact = sde.marginal((i + 1).double() / steps)
-    for got, wanted in zip(sde.marginal(t), exact, strict=True):
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
-    scale, std = sde.transition(t[:-1].double(), t[1:].double())
-    torch.testing.assert_close(std**2, sde.betas[1:], rtol=2e-3, atol=0)
-    torch.testing.assert_close(scale**2, 1 - sde.betas[1:], rtol=1e-6, atol=0)
-
-
-def test_samplers_go_through_its_steps_to_the_first() -> None:
-    sde, told = DDPMChain.cosine(20), []
-
-    def network(x, label):
-        told.extend(label.unique().tolist())
-        return torch.zeros_like(x)
-
-    model = EpsModel(network, sde, label=StepLabel(20))
-    sampler = PCSampler(model, Ancestral(), steps=19)
-    sampler((2, 3), generator=torch.Generator().manual_seed(0))
-    assert told == pytest.approx([19.0 - k for k in range(20)], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("betas", "got"),
-    [
-        ([], r"\[\] \.\.\. of 0"),
-        ([0.1], r"\[0\.1\] \.\.\. of 1"),
-        ([0.1, 0.0], r"\[0\.1, 0\.0\] \.\.\. of 2"),
-        ([1.0, 0.1], r"\[1\.0, 0\.1\] \.\.\. of 2"),
-        ([0.1, 1.1], r"\[0\.1, 1\.1\] \.\.\. of 2"),
-        ([-0.1, 0.5], r"\[-0\.1, 0\.5\] \.\.\. of 2"),
-        ([0.1, math.nan], r"\[0\.1, nan\] \.\.\. of 2"),
-        ([0.1] * 8 + [2.0], r"of 9"),
-    ],
-)
-def test_betas_that_make_no_chain(betas, got) -> None:
-    match = rf"betas: expected at least two .* between 0 and 1 \(the last may be 1\), got.*{got}"
-    with pytest.raises(ValueError, match=match):
-        DDPMChain(betas)
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: DDPMChain.linear(0), "steps"),
-        (lambda: DDPMChain.linear(20), "steps: expected more than 20, so that .*, got 20"),
-        (lambda: DDPMChain.linear(beta_min=0.0), "beta_min"),
-        (lambda: DDPMChain.linear(beta_max=math.inf), "beta_max"),
-        (lambda: DDPMChain.cosine(-1), "steps"),
-        (lambda: DDPMChain.cosine(s=0.0), "s: expected"),
-        (lambda: DDPMChain.cosine(max_beta=1.0), "max_beta: expected a number below 1, got 1"),
-        (lambda: DDPMChain.cosine(max_beta=0.0), "max_beta: expected"),
-        (lambda: DDPMChain.from_alphas_bar([0.9, 0.9]), "alphas_bar: expected .* decreasing"),
-        (lambda: DDPMChain.from_alphas_bar([1.0, 0.9]), "alphas_bar: expected"),
-        (lambda: DDPMChain.from_alphas_bar([0.9, -0.1]), "alphas_bar: expected"),
-        (lambda: DDPMChain.from_alphas_bar([0.9, math.nan]), "alphas_bar: expected"),
-        (lambda: DDPMChain.from_alphas_bar([0.9, 0.0, 0.0]), "alphas_bar: expected"),
-        (lambda: DDPMChain.from_alphas_bar([0.9]), r"alphas_bar: expected .* of 1"),
-    ],
-)
-def test_schedules_that_are_none(make, match) -> None:
-    with pytest.raises(ValueError, match=match):
-        make()
-
-
-@pytest.mark.parametrize("method", ["marginal", "log_snr", "drift_coefficient", "diffusion"])
-@pytest.mark.parametrize("time", [-0.1, 1.1, math.nan])
-def test_times_outside(method, time) -> None:
-    with pytest.raises(ValueError, match="t: expected"):
-        getattr(DDPMChain.linear(), method)(f64(time))
-
-
-def test_transitions_backwards() -> None:
-    with pytest.raises(ValueError, match="expected"):
-        DDPMChain.linear().transition(f64(0.5), f64(0.4))
-
-
-def test_its_own_table_is_not_the_users() -> None:
-    betas = torch.full((3,), 0.1, dtype=torch.float64)
-    sde = DDPMChain(betas)
-    betas += 0.5
-    assert sde.betas.tolist() == pytest.approx([0.1] * 3)
+def test_chains_are_forward_sdes() -> None:
+    assert isinstance(chain_of(5), ForwardSDE)
+    assert isinstance(SMLDChain.geometric(5), ForwardSDE)

@@ -4,25 +4,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import f64, seeded
 
 from diffusionkit import DDIM, VPSDE, EpsModel, LogSigmaLabel, PCSampler
 from diffusionkit.networks import MLP
 from diffusionkit.sde.learned import LearnedSDE, LogSNRSDE
 from diffusionkit.testing import check_sde
 
-# Computed with 40 digits by other code.
+# Computed independently with 40 digits.
 VAR_0, VAR_1, GAMMA_MID = 1.6744904055114538e-06, 0.9933071490757152, -4.15
 VP_GAMMA = (-13.81451555215112, 10.049956813318408)
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def shaken(seed: int, scale: float = 1.0, **options) -> LearnedSDE:
-    """A schedule far from its start."""
+def perturbed(seed: int, scale: float = 1.0, **options) -> LearnedSDE:
+    """Return a schedule far from its initialization."""
     sde = LearnedSDE(hidden=16, **options).double()
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for p, most in zip(sde.interior(), (0.3, 30.0, 30.0), strict=True):
             p += min(scale, most) * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -38,26 +35,26 @@ def test_end_points_and_middle_of_the_published_range(make) -> None:
     torch.testing.assert_close(-sde.log_snr(f64(0.5)).detach(), f64(GAMMA_MID))
 
 
-def test_other_processes_have_a_range_too() -> None:
+def test_log_snr_sde_reproduces_the_range_of_vp() -> None:
     gamma = -VPSDE().log_snr(f64(1e-5, 1.0))
     torch.testing.assert_close(gamma, f64(*VP_GAMMA), rtol=1e-9, atol=0)
     sde = LogSNRSDE(*VP_GAMMA)
-    ends = (c for t in (f64(1e-5, 1.0),) for c in VPSDE().marginal(t))
+    ends = VPSDE().marginal(f64(1e-5, 1.0))
     for got, expected in zip(sde.marginal(f64(0.0, 1.0)), ends, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
     "sde",
-    [LogSNRSDE(), LogSNRSDE(-10.0, 9.0), LearnedSDE(), shaken(0), shaken(1, learn_ends=True)],
+    [LogSNRSDE(), LogSNRSDE(-10.0, 9.0), LearnedSDE(), perturbed(0), perturbed(1, learn_ends=True)],
     ids=["fixed", "fixed wide", "new", "learned", "learned ends"],
 )
-def test_fits_the_contract(sde) -> None:
+def test_passes_check_sde(sde) -> None:
     check_sde(sde)
 
 
-@pytest.mark.parametrize("sde", [LogSNRSDE(), shaken(2)], ids=["fixed", "learned"])
-def test_drift_and_diffusion_are_those_of_the_variance(sde) -> None:
+@pytest.mark.parametrize("sde", [LogSNRSDE(), perturbed(2)], ids=["fixed", "learned"])
+def test_drift_and_diffusion_match_finite_differences(sde) -> None:
     t, h = f64(0.05, 0.3, 0.8), 1e-6
     with torch.no_grad():
         (a, s), (b, u) = sde.marginal(t - h), sde.marginal(t + h)
@@ -68,8 +65,8 @@ def test_drift_and_diffusion_are_those_of_the_variance(sde) -> None:
         torch.testing.assert_close(sde.diffusion(t) ** 2, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_formula_of_the_learned_schedule() -> None:
-    sde = shaken(3, learn_ends=True)
+def test_learned_schedule_matches_its_formula() -> None:
+    sde = perturbed(3, learn_ends=True)
     with torch.no_grad():
         sde.ends.copy_(f64(-9.0, math.log(12.0)))
         sde.raw_steepness -= 16
@@ -94,8 +91,8 @@ def test_starts_nearly_linear() -> None:
 
 
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.1, 3.0, 30.0]))
-def test_monotone_and_pinned_whatever_the_parameters(seed, scale) -> None:
-    sde = shaken(seed, scale)
+def test_monotone_with_fixed_ends_for_all_parameters(seed, scale) -> None:
+    sde = perturbed(seed, scale)
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     with torch.no_grad():
         log_snr = sde.log_snr(t)
@@ -104,7 +101,7 @@ def test_monotone_and_pinned_whatever_the_parameters(seed, scale) -> None:
     torch.testing.assert_close(log_snr[[0, -1]], f64(13.3, -5.0), rtol=0, atol=1e-12)
 
 
-def test_end_points_stay_where_they_are_in_training() -> None:
+def test_end_points_stay_fixed_in_training() -> None:
     sde = LearnedSDE(hidden=8)
     optimizer = torch.optim.Adam(sde.parameters(), lr=0.1)
     for _ in range(20):
@@ -116,10 +113,10 @@ def test_end_points_stay_where_they_are_in_training() -> None:
         assert abs(float(sde.log_snr(f64(0.5))) - 4.15) > 0.5
 
 
-def test_learned_end_points_keep_their_order() -> None:
+def test_learned_end_points_stay_ordered() -> None:
     sde = LearnedSDE(-3.0, 2.0, hidden=4, learn_ends=True)
     optimizer = torch.optim.SGD([sde.ends], lr=0.3)
-    for _ in range(20):  # pulls the ends together, and past one another if it could
+    for _ in range(20):  # pulls the ends together
         optimizer.zero_grad()
         gamma = -sde.log_snr(torch.tensor([0.0, 1.0]))
         (gamma[1] - gamma[0]).backward()
@@ -131,23 +128,19 @@ def test_learned_end_points_keep_their_order() -> None:
 
 @pytest.mark.parametrize("quantity", ["log_snr", "diffusion", "drift_coefficient", "transition"])
 def test_differentiable_in_every_parameter(quantity) -> None:
-    sde = shaken(4, learn_ends=True)
+    sde = perturbed(4, learn_ends=True)
     t = f64(0.2, 0.5)
     times = (0.5 * t, t) if quantity == "transition" else (t,)
 
     def value(*parameters):
-        names = [name for name, _ in sde.named_parameters()]
-        out = torch.func.functional_call(
-            Caller(sde, quantity), {f"sde.{n}": p for n, p in zip(names, parameters, strict=True)},
-            times,
-        )  # fmt: skip
-        return out
+        named = zip((f"sde.{name}" for name, _ in sde.named_parameters()), parameters, strict=True)
+        return torch.func.functional_call(Caller(sde, quantity), dict(named), times)
 
-    assert torch.autograd.gradcheck(value, tuple(p for p in sde.parameters()))
+    assert torch.autograd.gradcheck(value, tuple(sde.parameters()))
 
 
 class Caller(torch.nn.Module):
-    """A quantity of a process as a module's forward."""
+    """Evaluates a method of a process in `forward`."""
 
     def __init__(self, sde, quantity) -> None:
         super().__init__()
@@ -157,12 +150,12 @@ class Caller(torch.nn.Module):
         return getattr(self.sde, self.quantity)(*times)
 
 
-def test_belongs_to_the_model_and_samples() -> None:
+def test_parameters_belong_to_the_model_and_sampling_works() -> None:
     sde = LearnedSDE(hidden=8, learn_ends=True)
     model = EpsModel(MLP(2, width=8, depth=1), sde, label=LogSigmaLabel())
     assert {id(p) for p in sde.parameters()} <= {id(p) for p in model.parameters()}
     assert not {id(p) for p in sde.interior()} & {id(sde.ends)}
-    x = PCSampler(model, DDIM(), steps=5)((3, 2), generator=torch.Generator().manual_seed(0))
+    x = PCSampler(model, DDIM(), steps=5)((3, 2), generator=seeded())
     assert torch.isfinite(x).all()
     assert not x.requires_grad
     log_snr = model.sde.log_snr(torch.tensor([0.25]))
@@ -171,7 +164,7 @@ def test_belongs_to_the_model_and_samples() -> None:
 
 
 @pytest.mark.parametrize("make", [LogSNRSDE, LearnedSDE])
-def test_bad_input(make) -> None:
+def test_invalid_arguments_raise(make) -> None:
     with pytest.raises(ValueError, match=r"gamma_min < gamma_max, got 1.0 and 1.0"):
         make(1.0, 1.0)
     with pytest.raises(ValueError, match="finite"):
@@ -183,6 +176,6 @@ def test_bad_input(make) -> None:
             getattr(make(), method)(torch.tensor([1.5]))
 
 
-def test_bad_number_of_sigmoids() -> None:
+def test_invalid_number_of_sigmoids_raises() -> None:
     with pytest.raises(ValueError, match="hidden: expected an integer >= 1, got 0"):
         LearnedSDE(hidden=0)

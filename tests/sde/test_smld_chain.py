@@ -4,17 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import f64
 
 from diffusionkit.sde import VESDE
 from diffusionkit.sde.smld_chain import SMLDChain
 from diffusionkit.testing import check_sde
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def test_three_levels_by_hand() -> None:
+def test_three_levels_computed_by_hand() -> None:
     chain = SMLDChain([0.1, 1.0, 10.0])
     t = f64(0, 1 / 6, 1 / 3, 0.5, 2 / 3, 5 / 6, 1)
     variance = f64(0, 0.005, 0.01, 0.505, 1, 50.5, 100)
@@ -36,8 +33,8 @@ def test_three_levels_by_hand() -> None:
     assert repr(chain) == "SMLDChain(3 steps, sigmas 0.1 ... 10)"
 
 
-def test_close_levels_keep_their_difference() -> None:
-    """sigma^2 of 1e6 and a difference of 2e-3: subtracting squares would leave seven digits."""
+def test_close_levels_lose_no_digits() -> None:
+    """Subtracting squares of 1e6 that differ by 2e-3 would leave seven digits."""
     chain = SMLDChain([1.0, 1000.0, 1000.000001])
     wanted = (1000.000001 - 1000.0) * 2000.000001
     std = chain.transition(f64(2 / 3), f64(1.0))[1]
@@ -49,22 +46,22 @@ def test_close_levels_keep_their_difference() -> None:
     [SMLDChain([0.5, 3.0]), SMLDChain.geometric(30), SMLDChain.geometric(1000, sigma_max=300.0)],
     ids=repr,
 )
-def test_it_keeps_the_contract_of_processes(chain) -> None:
+def test_passes_check_sde(chain) -> None:
     assert check_sde(chain).ok
 
 
 @given(st.floats(1e-6, 1.0))
-def test_log_snr_and_its_inverse(t) -> None:
+def test_time_at_log_snr_inverts_log_snr(t) -> None:
     chain, t = SMLDChain.geometric(40), f64(t)
     torch.testing.assert_close(chain.time_at_log_snr(chain.log_snr(t)), t, rtol=1e-12, atol=0)
 
 
-def test_levels_beyond_the_ends() -> None:
+def test_time_at_log_snr_is_clamped_to_the_ends() -> None:
     chain = SMLDChain.geometric(10)
     assert chain.time_at_log_snr(f64(-1e3, math.inf)).tolist() == [1.0, 0.0]
 
 
-def test_the_limit_of_many_levels_is_ve() -> None:
+def test_converges_to_ve_with_many_levels() -> None:
     t = torch.linspace(0.01, 1, 100, dtype=torch.float64)
     limit = VESDE(sigma_min=0.02, sigma_max=30.0).log_snr(t)
 
@@ -87,7 +84,7 @@ def test_geometric_levels() -> None:
     [
         ([], r"strictly increasing, got \[\] \.\.\. of 0$"),
         ([1.0], "of 1$"),
-        ([50.0, 1.0, 0.01], "of 3; hand them in the other way round"),
+        ([50.0, 1.0, 0.01], "of 3; reverse their order"),
         ([0.1, 0.1], "of 2$"),
         ([0.0, 0.1], "of 2$"),
         ([-1.0, 0.1], "of 2$"),
@@ -95,7 +92,7 @@ def test_geometric_levels() -> None:
         ([0.1, math.nan], "of 2$"),
     ],
 )
-def test_levels_that_make_no_chain(sigmas, match) -> None:
+def test_invalid_levels_raise(sigmas, match) -> None:
     with pytest.raises(ValueError, match=f"sigmas: expected at least two positive.*{match}"):
         SMLDChain(sigmas)
 
@@ -112,12 +109,12 @@ def test_levels_that_make_no_chain(sigmas, match) -> None:
         lambda: SMLDChain.geometric(10).transition(f64(0.5), f64(0.4)),
     ],
 )
-def test_bad_input(make) -> None:
+def test_invalid_arguments_raise(make) -> None:
     with pytest.raises(ValueError, match="expected"):
         make()
 
 
-def test_its_own_table_is_not_the_users() -> None:
+def test_sigmas_are_copied() -> None:
     sigmas = f64(1, 2, 3)
     chain = SMLDChain(sigmas)
     sigmas *= 2

@@ -1,4 +1,4 @@
-"""Training state in a file: resuming, damage, and what is refused."""
+"""Training state in a file: resuming, damage and rejected values."""
 
 import copy
 import os
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.nested import same
 from torch import nn
 
 from diffusionkit import (
@@ -36,7 +37,7 @@ class Network(nn.Module):
 
 
 class Run:
-    """A training run with everything that has a state."""
+    """A training run with every object that has state."""
 
     def __init__(self, seed: int = 0, **options: Any) -> None:
         torch.manual_seed(seed)
@@ -57,7 +58,7 @@ class Run:
         }
 
     def train(self, steps: int) -> list[float]:
-        """Draw data from Python, numpy and torch, times and noise from the loop's generator."""
+        """Draw data from the global generators, times and noise from the loop's generator."""
         losses = []
         for _ in range(steps):
             x0 = torch.randn(6, 3) + random.random() + np.random.rand()
@@ -91,20 +92,9 @@ class Run:
         )
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two nested states are equal, bit for bit."""
-    if isinstance(a, (torch.Tensor, np.ndarray)):
-        return type(a) is type(b) and a.dtype == b.dtype and bool((a == b).all())
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture(autouse=True)
 def global_states():
-    """Leave the global generators as they were."""
+    """Seed the global generators, and restore them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(0)
     np.random.seed(0)
@@ -117,7 +107,7 @@ def global_states():
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory) -> bytes:
-    """The checkpoint of a run of two steps."""
+    """The content of a checkpoint after two steps."""
     run, path = Run(), tmp_path_factory.mktemp("run") / "run.pt"
     run.train(2)
     run.save(path, extra={"epoch": 7, "note": "x", "mean": torch.ones(2)})
@@ -126,14 +116,14 @@ def content(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def saved(tmp_path, content) -> Path:
-    """A file with the checkpoint of a run of two steps."""
+    """A checkpoint file after two steps."""
     path = tmp_path / "run.pt"
     path.write_bytes(content)
     return path
 
 
-def refused(path: Path, match: str, run: Run | None = None, **options: Any) -> None:
-    """Check that a file is refused with a CheckpointError, and that nothing was changed."""
+def rejected(path: Path, match: str, run: Run | None = None, **options: Any) -> None:
+    """Check that a file raises CheckpointError and that no state has changed."""
     run = Run(seed=5) if run is None else run
     before = run.states()
     with pytest.raises(CheckpointError, match=match):
@@ -163,7 +153,7 @@ def test_saving_changes_nothing(tmp_path) -> None:
     assert same(run.states(), before)
 
 
-def test_step_and_extra_come_back(saved) -> None:
+def test_step_and_extra_are_returned(saved) -> None:
     checkpoint = Run().load(saved)
     assert checkpoint.step == 2
     assert checkpoint.extra["epoch"] == 7
@@ -180,7 +170,7 @@ def test_parts_may_be_left_out(saved) -> None:
     assert same(after, before)
 
 
-def test_file_has_the_usual_permissions_and_no_company(tmp_path) -> None:
+def test_file_has_default_permissions_and_no_temporary_file_remains(tmp_path) -> None:
     Run().save(tmp_path / "run.pt")
     (tmp_path / "plain").touch()
     assert (tmp_path / "run.pt").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -193,7 +183,7 @@ def test_path_may_be_a_string(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_crash_while_writing_leaves_the_previous_file(saved, monkeypatch, error) -> None:
+def test_crash_while_writing_leaves_the_previous_file(saved, monkeypatch, error) -> None:
     old = saved.read_bytes()
 
     def crash(payload, file):
@@ -208,25 +198,25 @@ def test_a_crash_while_writing_leaves_the_previous_file(saved, monkeypatch, erro
     assert os.listdir(saved.parent) == ["run.pt"]
 
 
-def test_no_file() -> None:
+def test_missing_file_is_an_error() -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere\.pt"):
         load_checkpoint("nowhere.pt", nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("twentieths", range(20))
-def test_truncated(saved, twentieths) -> None:
+def test_truncated_files_are_rejected(saved, twentieths) -> None:
     whole = saved.read_bytes()
     saved.write_bytes(whole[: len(whole) * twentieths // 20])
-    refused(saved, "expected a checkpoint written by save_checkpoint, got")
+    rejected(saved, "expected a checkpoint written by save_checkpoint, got")
 
 
-def test_last_byte_missing(saved) -> None:
+def test_missing_last_byte_is_detected(saved) -> None:
     saved.write_bytes(saved.read_bytes()[:-1])
-    refused(saved, "expected a checkpoint written by save_checkpoint, got")
+    rejected(saved, "expected a checkpoint written by save_checkpoint, got")
 
 
-def test_one_bit_flipped_is_an_error_or_harmless(saved) -> None:
-    """Padding between the records of the file has no meaning; everything else has a checksum."""
+def test_flipped_bit_is_detected_or_harmless(saved) -> None:
+    """Only the padding between the records of the file has no checksum, and no meaning."""
     whole, draw = saved.read_bytes(), random.Random(0)
     run, errors = Run(seed=5), 0
     run.load(saved)
@@ -244,48 +234,48 @@ def test_one_bit_flipped_is_an_error_or_harmless(saved) -> None:
     assert errors > 150
 
 
-def test_foreign_files(tmp_path) -> None:
+def test_foreign_files_are_rejected(tmp_path) -> None:
     path, expected = tmp_path / "x", "expected a checkpoint written by save_checkpoint, got"
     for content in (b"", b"hello\n" * 100, b"\x80\x04K\x01.", random.Random(0).randbytes(4096)):
         path.write_bytes(content)
-        refused(path, expected)
+        rejected(path, expected)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
-    refused(path, expected)
+    rejected(path, expected)
 
 
-def test_foreign_torch_files(tmp_path) -> None:
+def test_foreign_torch_files_are_rejected(tmp_path) -> None:
     path = tmp_path / "x.pt"
     for content in (torch.ones(3), {"model": {}}, nn.Linear(3, 3).state_dict(), [1], None):
         torch.save(content, path)
-        refused(path, "got a foreign file")
+        rejected(path, "got a foreign file")
     torch.save(nn.Linear(3, 3), path)  # a pickled module
-    refused(path, "expected a checkpoint written by save_checkpoint, got")
+    rejected(path, "expected a checkpoint written by save_checkpoint, got")
     torch.save(torch.ones(3), path, _use_new_zipfile_serialization=False)
-    refused(path, "expected a checkpoint written by save_checkpoint, got")
+    rejected(path, "expected a checkpoint written by save_checkpoint, got")
 
 
-def test_another_version(saved) -> None:
+def test_other_versions_are_rejected(saved) -> None:
     state = torch.load(saved, weights_only=True)
     torch.save({**state, "version": 99}, saved)
-    refused(saved, "expected version 1, got 99")
+    rejected(saved, "expected version 1, got 99")
 
 
 @pytest.mark.parametrize(
     "part", ["model", "ema", "optimizer", "stateful", "generators", "random", "step"]
 )
 @pytest.mark.parametrize("odd", ["absent", 7.5, {"odd": 1}, torch.ones(2)], ids=repr)
-def test_a_file_with_an_odd_part(saved, part, odd) -> None:
+def test_invalid_or_missing_parts_are_rejected(saved, part, odd) -> None:
     state = torch.load(saved, weights_only=True)
     del state[part]
     if odd != "absent":
         state[part] = odd
     torch.save(state, saved)
-    refused(saved, "expected|does not fit")
+    rejected(saved, "expected|does not fit")
 
 
 class Payload:
-    """Unpickled by code that trusts it, this creates a file."""
+    """Creates a file when unpickled without restrictions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -294,57 +284,57 @@ class Payload:
         return os.system, (f"touch {self.path}",)
 
 
-def test_malicious_pickles_are_not_run(saved, tmp_path) -> None:
+def test_malicious_pickles_do_not_run(saved, tmp_path) -> None:
     state, victim = torch.load(saved, weights_only=True), tmp_path / "victim"
     for content in (Payload(victim), {**state, "extra": {"x": Payload(victim)}}):
         torch.save(content, saved)
-        refused(saved, "expected a checkpoint written by save_checkpoint, got UnpicklingError")
+        rejected(saved, "expected a checkpoint written by save_checkpoint, got UnpicklingError")
         torch.save(content, saved, _use_new_zipfile_serialization=False)
-        refused(saved, "expected a checkpoint written by save_checkpoint, got")
+        rejected(saved, "expected a checkpoint written by save_checkpoint, got")
     assert not victim.exists()
     torch.load(saved, weights_only=False)  # the trap works
     assert victim.exists()
 
 
 def test_missing_extra_and_misshapen_tensors_are_listed(saved) -> None:
-    refused(saved, r"model does not fit.*unexpected network\.first\.bias", Run(bias=False))
-    refused(saved, r"first\.weight: expected shape \(4, 3\), got \(8, 3\)", Run(width=4))
+    rejected(saved, r"model does not fit.*unexpected network\.first\.bias", Run(bias=False))
+    rejected(saved, r"first\.weight: expected shape \(4, 3\), got \(8, 3\)", Run(width=4))
     Run(bias=False).save(saved)
-    refused(saved, r"model does not fit.*missing network\.first\.bias")
+    rejected(saved, r"model does not fit.*missing network\.first\.bias")
 
 
 def test_misshapen_averages_are_listed(saved) -> None:
     run = Run(seed=5)
     run.ema = EMA(EpsModel(Network(width=4), VPSDE()))
-    refused(saved, r"ema does not fit.*first\.bias: expected shape \(4,\), got \(8,\)", run)
+    rejected(saved, r"ema does not fit.*first\.bias: expected shape \(4,\), got \(8,\)", run)
 
 
-def test_a_part_that_was_not_saved(saved) -> None:
+def test_parts_that_were_not_saved_are_rejected(saved) -> None:
     run = Run()
-    refused(saved, r"expected stateful \['scaler'\], got \['scheduler'\]",
+    rejected(saved, r"expected stateful \['scaler'\], got \['scheduler'\]",
             stateful={"scaler": run.scheduler})  # fmt: skip
-    refused(saved, r"expected generators \['noise'\], got \['loop'\]",
+    rejected(saved, r"expected generators \['noise'\], got \['loop'\]",
             generators={"noise": run.generator})  # fmt: skip
     run.save(saved, ema=None)
-    refused(saved, "expected a checkpoint with ema, got one without")
+    rejected(saved, "expected a checkpoint with ema, got one without")
     run.save(saved, optimizer=None)
-    refused(saved, "expected a checkpoint with optimizer, got one without")
+    rejected(saved, "expected a checkpoint with optimizer, got one without")
     run.save(saved, generators=None)
-    refused(saved, r"expected generators \['loop'\], got none")
+    rejected(saved, r"expected generators \['loop'\], got none")
 
 
-def test_another_optimizer(saved) -> None:
+def test_other_optimizers_are_rejected(saved) -> None:
     run = Run(seed=5)
     sgd = torch.optim.SGD(run.model.parameters())
-    match = r"optimizer does not fit: expected SGD with groups of \[6\].*got Adam with groups"
-    refused(saved, match, run, optimizer=sgd)
+    match = r"optimizer: expected SGD with groups of \[6\].*got Adam with groups"
+    rejected(saved, match, run, optimizer=sgd)
     fewer = torch.optim.Adam(run.model.network.last.parameters())
-    refused(saved, r"expected Adam with groups of \[2\] tensors, got Adam with groups of \[6\]",
+    rejected(saved, r"expected Adam with groups of \[2\] tensors, got Adam with groups of \[6\]",
             run, optimizer=fewer)  # fmt: skip
 
 
 class Odd:
-    """Something with a state that refuses every other state."""
+    """An object that accepts only its own state."""
 
     def state_dict(self):
         return {"odd": 1}
@@ -354,13 +344,13 @@ class Odd:
             raise RuntimeError("no")
 
 
-def test_what_was_loaded_before_a_later_part_failed_is_undone(saved) -> None:
+def test_failed_load_restores_the_parts_already_loaded(saved) -> None:
     run = Run(seed=5)
     parts = {"scheduler": run.scheduler, "odd": Odd()}
     state = torch.load(saved, weights_only=True)
     state["stateful"]["odd"] = {"other": 1}
     torch.save(state, saved)
-    refused(saved, "expected states that fit the objects given, got RuntimeError: no",
+    rejected(saved, "expected states that fit the objects given, got RuntimeError: no",
             run, stateful=parts)  # fmt: skip
 
 
@@ -369,15 +359,15 @@ def test_what_was_loaded_before_a_later_part_failed_is_undone(saved) -> None:
     [nn.Linear(1, 1), lambda: 0, VPSDE(), np.ones(2), Path("a")],
     ids=["module", "function", "process", "array", "path"],
 )
-def test_what_cannot_be_read_back_safely_is_refused_when_saving(saved, unsafe) -> None:
+def test_unsafe_values_are_rejected_when_saving(saved, unsafe) -> None:
     old = saved.read_bytes()
-    with pytest.raises(ValueError, match=r"expected tensors, numbers, .* got something that"):
+    with pytest.raises(ValueError, match=r"expected tensors, numbers, .* got values that"):
         Run().save(saved, extra={"part": unsafe})
     assert saved.read_bytes() == old
     assert os.listdir(saved.parent) == ["run.pt"]
 
 
-def test_global_generators_are_restored_only_when_asked(saved) -> None:
+def test_global_generators_are_restored_only_on_request(saved) -> None:
     run = Run()
 
     def states() -> list[Any]:

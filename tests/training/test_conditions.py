@@ -1,31 +1,30 @@
+"""Random dropping of conditions."""
+
 import math
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit.training.conditions import drop_conditions
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_the_share_that_is_dropped(p) -> None:
+def test_the_dropped_fraction_is_the_probability(p) -> None:
     n = 20000
-    y = torch.arange(n) % 7
-    got = drop_conditions(y, 7, p, generator=seeded())
+    class_labels = torch.arange(n) % 7
+    got = drop_conditions(class_labels, 7, p, generator=seeded())
     dropped = got == 7
-    assert torch.equal(got[~dropped], y[~dropped])
+    assert torch.equal(got[~dropped], class_labels[~dropped])
     assert float(dropped.double().mean()) == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / n))
-    assert got.dtype == y.dtype
+    assert got.dtype == class_labels.dtype
 
 
-def test_none_and_all() -> None:
-    y = torch.arange(5000)
-    assert torch.equal(drop_conditions(y, -1, 0.0), y)
-    assert torch.equal(drop_conditions(y, -1, 1), torch.full((5000,), -1))
-    assert torch.equal(y, torch.arange(5000))
+def test_probabilities_zero_and_one() -> None:
+    class_labels = torch.arange(5000)
+    assert torch.equal(drop_conditions(class_labels, -1, 0.0), class_labels)
+    assert torch.equal(drop_conditions(class_labels, -1, 1), torch.full((5000,), -1))
+    assert torch.equal(class_labels, torch.arange(5000))
 
 
 def test_a_condition_is_dropped_as_a_whole() -> None:
@@ -40,14 +39,16 @@ def test_a_condition_is_dropped_as_a_whole() -> None:
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    y = torch.arange(20)
-    together = drop_conditions(y, -1, 0.5, generator=[seeded(k) for k in range(20)])
-    alone = [drop_conditions(y[k : k + 1], -1, 0.5, generator=[seeded(k)]) for k in range(20)]
+    class_labels = torch.arange(20)
+    together = drop_conditions(class_labels, -1, 0.5, generator=[seeded(k) for k in range(20)])
+    alone = [
+        drop_conditions(class_labels[k : k + 1], -1, 0.5, generator=[seeded(k)]) for k in range(20)
+    ]
     assert torch.equal(torch.cat(alone), together)
     assert 0 < int((together == -1).sum()) < 20
 
 
-def test_dtypes_and_gradients() -> None:
+def test_the_dtype_is_kept_and_the_null_gets_its_gradient() -> None:
     null = torch.zeros(3, requires_grad=True)  # as a learned embedding
     condition = torch.ones(40, 3, dtype=torch.bfloat16)
     got = drop_conditions(condition, null, 0.5, generator=seeded())
@@ -70,6 +71,6 @@ def test_dtypes_and_gradients() -> None:
         (torch.tensor(1), 1, 0.1, TypeError, "condition: expected a tensor"),
     ],
 )  # fmt: skip
-def test_bad_input(condition, null, probability, error, match) -> None:
+def test_invalid_arguments(condition, null, probability, error, match) -> None:
     with pytest.raises(error, match=match):
         drop_conditions(condition, null, probability)

@@ -1,39 +1,33 @@
-"""Times that are the steps of a chain."""
-
-import subprocess
-import sys
-import textwrap
+"""Distributions of training times over the steps of a chain."""
 
 import pytest
 import torch
+from support import seeded
+from support.processes import run_in_two_processes
 
 from diffusionkit import VPSDE, DDPMChain, EpsModel, LikelihoodWeighting, ScoreMatching
 from diffusionkit.training import SimpleWeighting, load_checkpoint, save_checkpoint
 from diffusionkit.training.discrete_times import DiscreteTimes, LossSecondMomentTimes
 
 CHAIN = DDPMChain([0.1, 0.2, 0.3, 0.4])
-# Ten losses of each of four steps, and what they make of the law, from independent code.
+# Ten losses of each of four steps, and the probabilities and weights by independent code.
 HISTORY = [
     [0.5, 0.6, 0.4, 0.55, 0.45, 0.5, 0.52, 0.48, 0.51, 0.49],
     [0.1] * 10,
     [0.02, 0.01, 0.03, 0.02, 0.015, 0.025, 0.01, 0.02, 0.03, 0.02],
     [0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009000000000000001, 0.01],
 ]
-LAW = [0.7973545465728348, 0.15884833116380753, 0.0337063546106497, 0.010090767652708162]
+PROBABILITIES = [0.7973545465728348, 0.15884833116380753, 0.0337063546106497, 0.010090767652708162]
 WEIGHTS = [0.3135368087816674, 1.573828306337037, 7.416999046257325, 24.775122032752876]
-LAW_AFTER = [0.8609455878681381, 0.1088945909720193, 0.023168601573018, 0.006991219586824619]
+AFTER = [0.8609455878681381, 0.1088945909720193, 0.023168601573018, 0.006991219586824619]
 
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def learned(rows=HISTORY, **options) -> LossSecondMomentTimes:
-    """The law after so many losses of each step, handed in column by column."""
+    """The sampler after updates with the columns of losses."""
     times = LossSecondMomentTimes(**options)
     times.sample(CHAIN, 1)
     for losses in zip(*rows, strict=True):
@@ -41,29 +35,29 @@ def learned(rows=HISTORY, **options) -> LossSecondMomentTimes:
     return times
 
 
-@pytest.mark.parametrize("law", [DiscreteTimes(), LossSecondMomentTimes(), learned()])
-def test_draws_are_steps(law) -> None:
+@pytest.mark.parametrize("sampler", [DiscreteTimes(), LossSecondMomentTimes(), learned()])
+def test_draws_are_steps_of_the_chain(sampler) -> None:
     for dtype in (None, torch.float32):
-        t, weight = law.sample(CHAIN, 4000, generator=seeded(), dtype=dtype)
+        t, weight = sampler.sample(CHAIN, 4000, generator=seeded(), dtype=dtype)
         assert t.shape == weight.shape == (4000,)
         assert t.dtype == weight.dtype == (dtype or torch.float64)
         assert t.unique().tolist() == [0.25, 0.5, 0.75, 1.0]
-    again, _ = law.sample(CHAIN, 4000, generator=seeded())
+    again, _ = sampler.sample(CHAIN, 4000, generator=seeded())
     assert torch.equal(again.float(), t)
-    assert not law.unbiased
+    assert not sampler.unbiased
     own = [seeded(i) for i in range(3)]
-    alone = [float(law.sample(CHAIN, 1, generator=[seeded(i)])[0]) for i in range(3)]
-    assert law.sample(CHAIN, 3, generator=own)[0].tolist() == alone
+    alone = [float(sampler.sample(CHAIN, 1, generator=[seeded(i)])[0]) for i in range(3)]
+    assert sampler.sample(CHAIN, 3, generator=own)[0].tolist() == alone
 
 
-def test_every_step_is_as_likely() -> None:
+def test_discrete_times_are_uniform_over_the_steps() -> None:
     t, weight = DiscreteTimes().sample(CHAIN, 40_000, generator=seeded())
     assert torch.equal(weight, torch.ones(40_000, dtype=torch.float64))
     counts = CHAIN.step(t).bincount(minlength=4)
     assert (counts - 10_000).abs().max() < 5 * (40_000 * 0.25 * 0.75) ** 0.5
 
 
-def test_steps_of_a_long_chain_are_met_in_single_precision() -> None:
+def test_float32_times_of_a_long_chain_are_its_steps() -> None:
     chain = DDPMChain.linear(4000)
     t, _ = DiscreteTimes().sample(chain, 2000, generator=seeded(), dtype=torch.float32)
     exact, _ = DiscreteTimes().sample(chain, 2000, generator=seeded())
@@ -71,37 +65,37 @@ def test_steps_of_a_long_chain_are_met_in_single_precision() -> None:
     assert torch.equal(chain.time(chain.step(t)).float(), t)
 
 
-def test_the_law_of_the_released_code() -> None:
+def test_probabilities_match_the_released_code() -> None:
     times = learned()
-    torch.testing.assert_close(times.probabilities, f64(*LAW), rtol=1e-12, atol=0)
+    torch.testing.assert_close(times.probabilities, f64(*PROBABILITIES), rtol=1e-12, atol=0)
     t, weight = times.sample(CHAIN, 4000, generator=seeded())
     expected = f64(*WEIGHTS)[CHAIN.step(t)]
     torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
     share = CHAIN.step(t).bincount(minlength=4) / 4000
-    error = (f64(*LAW) * (1 - f64(*LAW)) / 4000).sqrt()
-    assert ((share - f64(*LAW)).abs() < 5 * error).all()
-    times.update(f64(0.25), f64(2.0))  # .5 makes room
-    torch.testing.assert_close(times.probabilities, f64(*LAW_AFTER), rtol=1e-12, atol=0)
+    error = (f64(*PROBABILITIES) * (1 - f64(*PROBABILITIES)) / 4000).sqrt()
+    assert ((share - f64(*PROBABILITIES)).abs() < 5 * error).all()
+    times.update(f64(0.25), f64(2.0))  # replaces .5
+    torch.testing.assert_close(times.probabilities, f64(*AFTER), rtol=1e-12, atol=0)
 
 
-def test_uniform_until_every_step_has_its_history() -> None:
+def test_sampling_is_uniform_until_every_history_is_full() -> None:
     times = learned([row[:9] for row in HISTORY])
     assert times.probabilities.tolist() == [0.25] * 4
     times.update(f64(0.25, 0.5, 0.75), f64(0.49, 0.1, 0.02))
     assert times.probabilities.tolist() == [0.25] * 4
     assert times.sample(CHAIN, 3)[1].tolist() == [1.0] * 3
     times.update(f64(1.0), f64(0.01))
-    torch.testing.assert_close(times.probabilities, f64(*LAW), rtol=1e-12, atol=0)
+    torch.testing.assert_close(times.probabilities, f64(*PROBABILITIES), rtol=1e-12, atol=0)
 
 
-def test_the_oldest_loss_makes_room() -> None:
+def test_the_oldest_loss_is_replaced() -> None:
     times = learned([[9.0, 1.0, 2.0]] * 4, history=3)
-    times.update(f64(0.25, 0.25), f64(3.0, 4.0))  # 9 and 1 go
+    times.update(f64(0.25, 0.25), f64(3.0, 4.0))  # replace 9 and 1
     size = f64((4 + 9 + 16) / 3, *[(81 + 1 + 4) / 3] * 3).sqrt()
     torch.testing.assert_close(times.probabilities, 0.999 * size / size.sum() + 0.001 / 4)
 
 
-def test_the_expectation_is_the_mean_over_the_table() -> None:
+def test_the_weighted_mean_is_the_mean_over_all_steps() -> None:
     h = f64(2.0, -1.0, 5.0, 7.0)
     for uniform in (1e-3, 0.3):
         times = learned(uniform=uniform)
@@ -115,21 +109,21 @@ def test_the_expectation_is_the_mean_over_the_table() -> None:
 def test_importance_lowers_the_variance() -> None:
     sizes = f64(*(row[0] for row in HISTORY))
     spread = []
-    for law in (DiscreteTimes(), learned()):
-        t, weight = law.sample(CHAIN, 20_000, generator=seeded())
+    for sampler in (DiscreteTimes(), learned()):
+        t, weight = sampler.sample(CHAIN, 20_000, generator=seeded())
         spread.append(float((weight * sizes[CHAIN.step(t)]).std()))
     assert spread[1] < 0.2 * spread[0]
 
 
-def test_losses_of_zero_and_losses_that_are_none() -> None:
+def test_losses_that_are_zero_or_not_finite() -> None:
     times = learned([[0.0]] * 4, history=1)
     assert times.probabilities.tolist() == [0.25] * 4
     before = learned(history=10)
     before.update(f64(0.25, 0.5), f64(float("nan"), float("inf")))
-    torch.testing.assert_close(before.probabilities, f64(*LAW), rtol=1e-12, atol=0)
+    torch.testing.assert_close(before.probabilities, f64(*PROBABILITIES), rtol=1e-12, atol=0)
 
 
-def test_losses_in_half_precision_find_their_step() -> None:
+def test_bfloat16_losses_are_recorded_at_the_right_step() -> None:
     times, chain = LossSecondMomentTimes(history=1), DDPMChain.linear(1000)
     times.sample(chain, 1)
     t = chain.time(list(range(1000))).float()
@@ -137,7 +131,7 @@ def test_losses_in_half_precision_find_their_step() -> None:
     assert times.state_dict()["counts"].tolist() == [1] * 1000
 
 
-def test_it_learns_from_the_losses_before_the_weights_of_times() -> None:
+def test_recorded_losses_are_not_weighted_by_the_times() -> None:
     times = LossSecondMomentTimes(history=1, uniform=0.5)
     times.sample(CHAIN, 1)
     times.update(f64(0.25, 0.5, 0.75, 1.0), f64(4.0, 2.0, 1.0, 1.0))
@@ -146,20 +140,20 @@ def test_it_learns_from_the_losses_before_the_weights_of_times() -> None:
     p = times.probabilities
     x0 = torch.zeros(1, 64, dtype=torch.float64)
     weighted = objective(model, x0, generator=seeded(3))
-    t, weight = learned_draw(p)
-    kept = times.state_dict()["losses"][int(CHAIN.step(t)), 0]
-    assert float(weighted) == pytest.approx(float(kept * weight), rel=1e-12)
+    t, weight = expected_draw(p)
+    recorded = times.state_dict()["losses"][int(CHAIN.step(t)), 0]
+    assert float(weighted) == pytest.approx(float(recorded * weight), rel=1e-12)
     assert float(weight) != 1.0
 
 
-def learned_draw(p):
-    """What the law draws from the generator that the objective was given."""
+def expected_draw(p):
+    """The time and weight drawn with the objective's generator."""
     u = torch.rand(1, generator=seeded(3), dtype=torch.float64)
     i = int((u > p.cumsum(0)).sum())
     return CHAIN.time([i]), 1 / (4 * p[i])
 
 
-def test_losses_before_the_first_draw_are_left_out() -> None:
+def test_losses_before_the_first_draw_are_ignored() -> None:
     times = LossSecondMomentTimes(history=1)
     model = EpsModel(lambda x, noise_label: x, CHAIN)
     ScoreMatching(times=times)(model, torch.randn(2, 3), t=torch.tensor([0.25, 1.0]))
@@ -174,10 +168,10 @@ def test_it_is_saved_and_resumed(tmp_path) -> None:
     resumed = LossSecondMomentTimes()
     load_checkpoint(tmp_path / "a.pt", model=model, stateful={"times": resumed})
     assert torch.equal(resumed.probabilities, times.probabilities)
-    for law in (times, resumed):
-        law.update(f64(0.25), f64(2.0))
-    torch.testing.assert_close(resumed.probabilities, f64(*LAW_AFTER), rtol=1e-12, atol=0)
-    # What was saved is not what goes on.
+    for sampler in (times, resumed):
+        sampler.update(f64(0.25), f64(2.0))
+    torch.testing.assert_close(resumed.probabilities, f64(*AFTER), rtol=1e-12, atol=0)
+    # The saved state is a copy.
     assert state["counts"].tolist() == [10] * 4
     early = LossSecondMomentTimes()
     early.load_state_dict(LossSecondMomentTimes().state_dict())
@@ -185,18 +179,10 @@ def test_it_is_saved_and_resumed(tmp_path) -> None:
 
 
 PROCESS = """
-import sys
-import torch
-from datetime import timedelta
-from torch import distributed as dist
 from diffusionkit import DDPMChain
 from diffusionkit.training._gather import gathered
 from diffusionkit.training.discrete_times import LossSecondMomentTimes
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
 times, chain = LossSecondMomentTimes(history=2), DDPMChain([0.1, 0.2, 0.3])
 times.sample(chain, 1)
 for k in range(6):
@@ -205,14 +191,11 @@ for k in range(6):
     times.update((steps + 1) / 3, 1.0 + steps + 0.1 * k + rank)
 rows = gathered(torch.full((1 + 2 * rank, 2), rank))
 torch.save([times.state_dict(), times.probabilities, rows], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
 """
 
 
-def test_processes_learn_from_the_losses_of_all(tmp_path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+def test_every_process_records_the_losses_of_all(tmp_path) -> None:
+    run_in_two_processes(PROCESS, tmp_path)
     (state, p, rows), (other, other_p, _) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert torch.equal(p, other_p)
     assert rows.tolist() == [[0, 0], [1, 1], [1, 1], [1, 1]]
@@ -227,17 +210,17 @@ def test_processes_learn_from_the_losses_of_all(tmp_path) -> None:
     assert p.max() > 0.34
 
 
-@pytest.mark.parametrize("law", [DiscreteTimes(), LossSecondMomentTimes()], ids=repr)
-def test_processes_without_steps(law) -> None:
-    with pytest.raises(TypeError, match=r"expected a chain of steps, such as DDPMChain, got VPSDE"):
-        law.sample(VPSDE(), 3)
+@pytest.mark.parametrize("sampler", [DiscreteTimes(), LossSecondMomentTimes()], ids=repr)
+def test_a_process_without_steps_raises(sampler) -> None:
+    with pytest.raises(TypeError, match=r"sde: expected a chain of steps, .* got VPSDE"):
+        sampler.sample(VPSDE(), 3)
     with pytest.raises(ValueError, match="n: expected"):
-        law.sample(CHAIN, 0)
+        sampler.sample(CHAIN, 0)
 
 
-def test_a_law_over_a_table_is_no_likelihood() -> None:
+def test_discrete_times_have_no_nats() -> None:
     objective = ScoreMatching(LikelihoodWeighting(), times=DiscreteTimes())
-    with pytest.raises(ValueError, match="weighted mean is that of uniform ones"):
+    with pytest.raises(ValueError, match="times: expected a sampler whose weighted mean"):
         objective.nats(EpsModel(lambda x, noise_label: x, CHAIN), torch.randn(2, 3))
 
 
@@ -252,7 +235,7 @@ def test_a_law_over_a_table_is_no_likelihood() -> None:
         (
             lambda: learned().sample(DDPMChain([0.1, 0.2]), 1),
             ValueError,
-            "sde: expected the 4 steps that losses were learned for, got 2",
+            "sde: expected 4 steps, as in the recorded losses, got 2",
         ),
         (
             lambda: LossSecondMomentTimes(5).load_state_dict(learned().state_dict()),
@@ -261,10 +244,10 @@ def test_a_law_over_a_table_is_no_likelihood() -> None:
         ),
     ],
 )
-def test_bad_input(make, error, match) -> None:
+def test_invalid_arguments(make, error, match) -> None:
     with pytest.raises(error, match=match):
         make()
 
 
-def test_its_words() -> None:
+def test_repr() -> None:
     assert repr(LossSecondMomentTimes(5)) == "LossSecondMomentTimes(history=5, uniform=0.001)"

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights."""
+"""Exponential moving average of a model's weights."""
 
 import copy
 
@@ -25,15 +25,15 @@ def follow(ema: EMA, model: Weight, values: list[float]) -> list[float]:
     return averages
 
 
-def test_warm_up_by_hand() -> None:
+def test_warmup_matches_hand_computed_values() -> None:
     """From 0 towards 1 with d = 2/11, 3/12, 4/13: the distances are 2/11, 1/22, 2/143."""
     model = Weight(0.0)
     averages = follow(EMA(model, decay=0.9999), model, [1.0, 1.0, 1.0])
     assert averages == pytest.approx([9 / 11, 21 / 22, 141 / 143], rel=1e-14)
 
 
-def test_warm_up_ends_at_the_decay() -> None:
-    """d = min(0.2, (1 + n) / (10 + n)) is 2/11, then 0.2 for ever."""
+def test_warmup_ends_at_the_decay() -> None:
+    """d = min(0.2, (1 + n) / (10 + n)) is 2/11, then 0.2 from then on."""
     model = Weight(0.0)
     averages = follow(EMA(model, decay=0.2), model, [1.0] * 3)
     assert averages == pytest.approx([9 / 11, 1 - 0.4 / 11, 1 - 0.08 / 11], rel=1e-14)
@@ -48,18 +48,18 @@ def test_fixed_decay_lags_behind_a_drifting_weight() -> None:
     assert ema.updates == 5
 
 
-def test_decay_zero_is_the_model() -> None:
+def test_with_decay_zero_the_average_is_the_model() -> None:
     model = Weight(3.0)
     assert follow(EMA(model, decay=0.0), model, [7.0]) == [7.0]
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0, float("nan")])
-def test_decay_outside_zero_to_one(decay) -> None:
+def test_a_decay_outside_zero_to_one_raises(decay) -> None:
     with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\), got"):
         EMA(Weight(), decay=decay)
 
 
-def test_starts_as_a_copy_that_needs_no_gradient() -> None:
+def test_it_starts_as_a_copy_without_gradients() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     ema = EMA(model)
     assert not ema.model.training
@@ -80,15 +80,15 @@ def test_buffers_are_copied_not_averaged() -> None:
     assert int(ema.model.num_batches_tracked) == 1
 
 
-def test_applied_swaps_and_restores() -> None:
+def test_applied_swaps_weights_in_and_restores_them() -> None:
     model = nn.BatchNorm1d(2)
     ema = EMA(model, decay=0.5, warmup=False)
     with torch.no_grad():
         model.weight.fill_(3.0)  # from 1, so that the average is 2
     ema.update(model)
     model.running_mean.fill_(9.0)
-    with ema.applied(model) as lent:
-        assert lent is model
+    with ema.applied(model) as given:
+        assert given is model
         assert model.weight.tolist() == [2.0, 2.0]
         assert model.running_mean.tolist() == [0.0, 0.0]
     assert model.weight.tolist() == [3.0, 3.0]
@@ -96,7 +96,7 @@ def test_applied_swaps_and_restores() -> None:
     assert ema.model.weight.tolist() == [2.0, 2.0]
 
 
-def interrupt(model: Weight) -> None:
+def fail_inside(model: Weight) -> None:
     assert float(model.w.detach()) == 2.0
     raise RuntimeError("stop")
 
@@ -106,12 +106,12 @@ def test_applied_restores_after_an_exception() -> None:
     ema = EMA(model, decay=0.5, warmup=False)
     follow(ema, model, [3.0])
     with pytest.raises(RuntimeError, match="stop"), ema.applied(model):
-        interrupt(model)
+        fail_inside(model)
     assert float(model.w.detach()) == 3.0
     assert float(ema.model.w) == 2.0
 
 
-def test_the_optimizer_keeps_its_references() -> None:
+def test_the_optimizer_keeps_its_references_to_the_parameters() -> None:
     model = Weight(1.0)
     ema = EMA(model, decay=0.5, warmup=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -125,7 +125,7 @@ def test_the_optimizer_keeps_its_references() -> None:
     assert float(model.w.detach()) == 2.0
 
 
-def test_follows_a_score_model() -> None:
+def test_it_averages_a_score_model() -> None:
     model = EpsModel(nn.Linear(2, 2), VPSDE())
     ema = EMA(model, decay=0.0)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_follows_a_score_model() -> None:
     assert ema.model.sde == model.sde
 
 
-def test_state_round_trip_continues_the_warm_up() -> None:
+def test_a_restored_state_continues_the_warmup() -> None:
     model = Weight(0.0)
     first = EMA(model)
     follow(first, model, [1.0, 1.0])
@@ -145,21 +145,18 @@ def test_state_round_trip_continues_the_warm_up() -> None:
     assert follow(second, Weight(), [1.0]) == pytest.approx([141 / 143], rel=1e-14)
 
 
-def test_another_model_is_refused() -> None:
+def test_applying_to_another_model_raises() -> None:
     ema = EMA(nn.Linear(2, 2))
     for other in (nn.Linear(2, 3), nn.Linear(2, 2, bias=False)):
-        with (
-            pytest.raises(ValueError, match=r"expected the parameters of the model that was"),
-            ema.applied(other),
-        ):
+        with pytest.raises(ValueError, match=r"expected . tensors of the"), ema.applied(other):
             pass
 
 
 @pytest.mark.parametrize("other", [nn.Linear(2, 3), nn.Linear(2, 2, bias=False), nn.Linear(1, 2)])
-def test_updating_from_another_model_is_refused(other) -> None:
+def test_updating_from_another_model_raises_and_changes_nothing(other) -> None:
     ema = EMA(nn.Linear(2, 2))
     before = copy.deepcopy(ema.state_dict())
-    with pytest.raises(ValueError, match=r"expected the parameters of the model that was"):
+    with pytest.raises(ValueError, match=r"model: expected . tensors of the averaged"):
         ema.update(other)
     after = ema.state_dict()
     assert after["updates"] == before["updates"] == 0

@@ -1,4 +1,4 @@
-"""The score-matching objective."""
+"""The score-matching objective, and its losses in nats."""
 
 import math
 
@@ -6,19 +6,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 from torch import nn
 
 from diffusionkit import (
     EDMSDE,
     VESDE,
+    VLB,
     VPSDE,
+    DDPMChain,
     DenoisingTarget,
     EDMModel,
     EpsModel,
+    ForwardSDE,
     GaussianMixtureModel,
+    ImportanceTimes,
     LikelihoodWeighting,
+    LogNormalTimes,
     RawScoreModel,
     ScoreMatching,
+    StableTarget,
     StratifiedTimes,
     SubVPSDE,
     TargetEstimator,
@@ -27,13 +34,10 @@ from diffusionkit import (
     VModel,
     X0Model,
 )
+from diffusionkit._grid_times import grid_times
 
 SDES = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(), "edm": EDMSDE()}
 MODELS = [EpsModel, X0Model, VModel, RawScoreModel, EDMModel]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def zero(x, label, **cond):
@@ -41,7 +45,7 @@ def zero(x, label, **cond):
 
 
 class Scale(nn.Module):
-    """One weight: the output is w x."""
+    """The network w x, with one parameter w."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,43 +56,43 @@ class Scale(nn.Module):
 
 
 class FixedTimes(TimeSampler):
-    """Always the same time, with the same weight; remembers what it was told."""
+    """A constant time and weight; records its updates."""
 
     def __init__(self, time: float = 0.5, weight: float = 1.0) -> None:
-        self.time, self.weight, self.told = time, weight, []
+        self.time, self.weight, self.updates = time, weight, []
 
     def sample(self, sde, n, *, generator=None, device=None, dtype=None):
         t = torch.full((n,), self.time, device=device, dtype=dtype or torch.float64)
         return t, torch.full_like(t, self.weight)
 
     def update(self, t, loss):
-        self.told.append((t, loss))
+        self.updates.append((t, loss))
 
 
 class SpyTarget(TargetEstimator):
-    """Says what DenoisingTarget says, and remembers what it was given."""
+    """The denoising target; records its arguments."""
 
     def __call__(self, sample, reference=None, **cond):
         self.given = (sample, reference, cond)
         return DenoisingTarget()(sample)
 
 
-def test_loss_of_a_network_that_says_nothing_is_the_mean_square_of_the_noise() -> None:
+def test_the_loss_of_a_zero_network_is_the_mean_square_of_the_noise() -> None:
     x0, t = torch.randn(4, 3, 2), torch.tensor([0.1, 0.3, 0.5, 0.9])
     eps = VPSDE().perturb(x0, t, generator=seeded()).eps
     loss = ScoreMatching()(EpsModel(zero, VPSDE()), x0, t=t, generator=seeded())
     torch.testing.assert_close(loss, eps.square().mean((1, 2)))
 
 
-def test_loss_carries_the_weight() -> None:
-    """On VE(.01, 50) the likelihood weight is 2 ln 5000 at every time."""
+def test_the_loss_is_weighted() -> None:
+    """The likelihood weight of VE(.01, 50) is 2 ln 5000 at every time."""
     model, x0 = EpsModel(zero, VESDE()), torch.randn(4, 3, dtype=torch.float64)
     plain = ScoreMatching()(model, x0, generator=seeded())
     weighted = ScoreMatching(LikelihoodWeighting())(model, x0, generator=seeded())
     torch.testing.assert_close(weighted / plain, torch.full_like(plain, 17.034386382832475))
 
 
-def test_loss_carries_the_weight_of_the_time_law() -> None:
+def test_the_loss_is_weighted_by_the_time_sampler() -> None:
     model, x0 = EpsModel(zero, VPSDE()), torch.randn(4, 3, dtype=torch.float64)
     one = ScoreMatching(times=FixedTimes())(model, x0, generator=seeded())
     two = ScoreMatching(times=FixedTimes(weight=2.5))(model, x0, generator=seeded())
@@ -97,14 +101,14 @@ def test_loss_carries_the_weight_of_the_time_law() -> None:
 
 @pytest.mark.parametrize("kind", [EpsModel, RawScoreModel])
 @pytest.mark.parametrize("name", SDES)
-def test_a_network_that_says_nothing_of_noise_has_loss_one(name, kind) -> None:
+def test_zero_as_predicted_noise_has_loss_one(name, kind) -> None:
     n = 200_000
     loss = ScoreMatching()(kind(zero, SDES[name]), torch.randn(4, n // 4), generator=seeded())
     assert float(loss.mean()) == pytest.approx(1.0, abs=4 * math.sqrt(2 / n))
 
 
-def test_a_network_that_says_nothing_of_the_data() -> None:
-    """eps_hat = x / sigma, so the error is alpha x0 / sigma whatever the noise was."""
+def test_the_loss_of_zero_as_predicted_data() -> None:
+    """eps_hat = x / sigma, so the error is alpha x0 / sigma for any noise."""
     x0 = torch.tensor([[1.0, 3.0]] * 2, dtype=torch.float64)  # mean square 5
     t = torch.tensor([0.5, 4.0], dtype=torch.float64)
     loss = ScoreMatching()(X0Model(zero, EDMSDE()), x0, t=t)
@@ -114,7 +118,7 @@ def test_a_network_that_says_nothing_of_the_data() -> None:
     assert loss.tolist() == pytest.approx([5 * 0.08585156444310038], rel=1e-12)
 
 
-def test_a_network_that_says_nothing_of_the_velocity(monkeypatch) -> None:
+def test_the_loss_of_zero_as_predicted_velocity(monkeypatch) -> None:
     """With alpha = 1, sigma = 2: v = eps - 2 x0, and eps_hat - eps = -v / (alpha^2 + sigma^2)."""
     eps = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     monkeypatch.setattr("diffusionkit.interfaces.randn_like", lambda x, generator: eps)
@@ -124,10 +128,10 @@ def test_a_network_that_says_nothing_of_the_velocity(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_expected_loss_of_the_exact_model(name) -> None:
-    """Data from N(0, s^2): the best expected loss is alpha^2 s^2 / (alpha^2 s^2 + sigma^2).
+def test_the_expected_loss_of_the_exact_model(name) -> None:
+    """For data from N(0, s^2) it is alpha^2 s^2 / (alpha^2 s^2 + sigma^2).
 
-    The errors are normal, so the mean of n squares has relative standard error sqrt(2 / n).
+    The errors are Gaussian, so the mean of n squares has relative standard error sqrt(2 / n).
     """
     sde, s, n = SDES[name], 0.6, 60_000
     model = GaussianMixtureModel(sde, means=torch.zeros(1, n), stds=[s])
@@ -140,8 +144,8 @@ def test_expected_loss_of_the_exact_model(name) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_all_models_of_one_denoiser_have_one_loss(kind) -> None:
-    """Each class is handed what it should say of the denoiser x0_hat = 0.3 x."""
+def test_the_loss_does_not_depend_on_the_parameterization(kind) -> None:
+    """The network of each class returns its output for the denoiser x0_hat = 0.3 x."""
     sde, x0 = VPSDE(), torch.randn(5, 4, generator=seeded(), dtype=torch.float64)
     t = torch.tensor([0.02, 0.1, 0.3, 0.6, 0.95], dtype=torch.float64)
     alpha, sigma = (c.view(5, 1) for c in sde.marginal(t))
@@ -149,7 +153,7 @@ def test_all_models_of_one_denoiser_have_one_loss(kind) -> None:
     x0_hat = 0.3 * noisy
     eps_hat = (noisy - alpha * x0_hat) / sigma
     ratio, sd = sigma / alpha, 0.5
-    says = {
+    outputs = {
         EpsModel: eps_hat,
         X0Model: x0_hat,
         VModel: alpha * eps_hat - sigma * x0_hat,
@@ -157,14 +161,14 @@ def test_all_models_of_one_denoiser_have_one_loss(kind) -> None:
         EDMModel: (x0_hat - sd**2 / (ratio**2 + sd**2) * noisy / alpha)
         / (ratio * sd / (ratio**2 + sd**2).sqrt()),
     }
-    model = kind(lambda x, noise_label: says[kind], sde)
+    model = kind(lambda x, noise_label: outputs[kind], sde)
     loss = ScoreMatching()(model, x0, t=t, generator=seeded(1))
     eps = (noisy - alpha * x0) / sigma
     torch.testing.assert_close(loss, (eps_hat - eps).square().mean(1), rtol=1e-9, atol=0)
 
 
-def test_gradient_is_that_of_the_loss() -> None:
-    """With eps_hat = w x: d loss / d w = 2 mean((w x - eps) x)."""
+def test_the_gradient_in_closed_form() -> None:
+    """For eps_hat = w x, d loss / d w = 2 mean((w x - eps) x)."""
     net, t = Scale(), torch.tensor([0.2, 0.7], dtype=torch.float64)
     x0 = torch.randn(2, 3, dtype=torch.float64)
     sample = VPSDE().perturb(x0, t, generator=seeded())
@@ -175,7 +179,7 @@ def test_gradient_is_that_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_gradient_reaches_every_parameter(kind) -> None:
+def test_every_parameter_gets_a_gradient(kind) -> None:
     net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
     model = kind(lambda x, noise_label: net(x), VPSDE())
     ScoreMatching()(model, torch.randn(6, 3), generator=seeded()).mean().backward()
@@ -190,7 +194,7 @@ def test_gradient_reaches_every_parameter(kind) -> None:
     kind=st.sampled_from(MODELS),
     name=st.sampled_from(sorted(SDES)),
 )
-def test_one_finite_loss_for_each_sample_of_any_shape(shape, dtype, kind, name) -> None:
+def test_samples_of_any_shape_have_one_finite_loss_each(shape, dtype, kind, name) -> None:
     loss = ScoreMatching()(kind(zero, SDES[name]), torch.ones(shape, dtype=dtype))
     assert loss.shape == (shape[0],)
     assert loss.dtype == (dtype if dtype.itemsize > 2 else torch.float32)
@@ -198,20 +202,21 @@ def test_one_finite_loss_for_each_sample_of_any_shape(shape, dtype, kind, name) 
         assert bool(torch.isfinite(loss).all())
 
 
-def test_conditions_reach_network_and_target() -> None:
-    seen, target, y = {}, SpyTarget(), torch.arange(4)
+def test_conditions_are_passed_to_network_and_target() -> None:
+    seen, target, class_labels = {}, SpyTarget(), torch.arange(4)
 
     def network(x, label, **cond):
         seen.update(cond)
         return torch.zeros_like(x)
 
-    ScoreMatching(target=target)(EpsModel(network, VPSDE()), torch.randn(4, 2), y=y, scale=3)
-    assert seen["y"] is y
+    options = {"class_labels": class_labels, "scale": 3}
+    ScoreMatching(target=target)(EpsModel(network, VPSDE()), torch.randn(4, 2), **options)
+    assert seen["class_labels"] is class_labels
     assert seen["scale"] == 3
-    assert target.given[2]["y"] is y
+    assert target.given[2]["class_labels"] is class_labels
 
 
-def test_reference_reaches_the_target() -> None:
+def test_the_reference_is_passed_to_the_target() -> None:
     target, reference, x0 = SpyTarget(), torch.randn(9, 2), torch.randn(4, 2)
     objective = ScoreMatching(target=target)
     objective(EpsModel(zero, VPSDE()), x0, reference=reference)
@@ -221,23 +226,38 @@ def test_reference_reaches_the_target() -> None:
     assert target.given[1] is None
 
 
-def test_times_are_told_the_losses_without_their_own_weight() -> None:
+def test_the_time_sampler_is_updated_with_losses_without_its_weight() -> None:
     times, net = FixedTimes(weight=3.0), Scale()
     x0 = torch.randn(4, 2, dtype=torch.float64)
     loss = ScoreMatching(LikelihoodWeighting(), times=times)(EpsModel(net, VESDE()), x0)
-    (told,) = times.told
-    assert torch.equal(told[0], torch.full((4,), 0.5, dtype=torch.float64))
-    torch.testing.assert_close(told[1], loss.detach() / 3)
-    assert not told[1].requires_grad
+    ((t, passed),) = times.updates
+    assert torch.equal(t, torch.full((4,), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(passed, loss.detach() / 3)
+    assert not passed.requires_grad
 
 
-def test_given_times_have_weight_one_and_are_used() -> None:
+def test_given_times_are_used_with_weight_one() -> None:
     target = SpyTarget()
     t = torch.tensor([0.2, 0.4])
     objective = ScoreMatching(target=target, times=FixedTimes(0.9, weight=7.0))
     loss = objective(EpsModel(zero, VPSDE()), torch.randn(2, 50), t=t, generator=seeded())
-    assert target.given[0].t is t
+    assert torch.equal(target.given[0].t, t)
     torch.testing.assert_close(loss, target.given[0].eps.square().mean(1))
+
+
+@pytest.mark.parametrize("objective", [ScoreMatching(), VLB()])
+def test_models_get_tensors_at_times_of_a_sampler(objective) -> None:
+    kernels = []
+
+    class Spy(EpsModel):
+        def predict(self, x, t, **cond):
+            kernels.extend(self.sde.kernel(t))
+            return super().predict(x, t, **cond)
+
+    chain, x0 = DDPMChain.cosine(10), torch.ones(2, 3)
+    (t,) = grid_times(chain, torch.tensor([0.5]), x0)
+    assert objective(Spy(zero, chain), x0, t=t).shape == (2,)
+    assert [c.shape for c in kernels] == [(2,), (2,)]
 
 
 def test_a_sample_with_its_own_generator_does_not_depend_on_the_batch() -> None:
@@ -253,7 +273,7 @@ def test_a_sample_with_its_own_generator_does_not_depend_on_the_batch() -> None:
         assert torch.equal(alone, together[i : i + 1])
 
 
-def test_one_generator_decides_times_and_noise() -> None:
+def test_the_generator_determines_times_and_noise() -> None:
     model, x0, objective = EpsModel(zero, VPSDE()), torch.randn(3, 2), ScoreMatching()
     first, second, other = (objective(model, x0, generator=seeded(s)) for s in (0, 0, 1))
     assert torch.equal(first, second)
@@ -263,8 +283,8 @@ def test_one_generator_decides_times_and_noise() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_stratified_times_make_the_mean_loss_vary_less() -> None:
-    """The loss of x0_hat = 0 is alpha^2 / sigma^2 x0^2: its spread comes from the times alone."""
+def test_stratified_times_lower_the_variance_of_the_mean_loss() -> None:
+    """The loss of x0_hat = 0 is alpha^2 / sigma^2 x0^2: it varies with the times only."""
     sde, x0 = EDMSDE(sigma_min=1.0, sigma_max=3.0), torch.ones(16, 1)
     model, spread = X0Model(zero, sde), []
     for times in (UniformTimes(), StratifiedTimes()):
@@ -275,7 +295,90 @@ def test_stratified_times_make_the_mean_loss_vary_less() -> None:
     assert float(spread[1].std()) < 0.5 * float(spread[0].std())
 
 
-def test_defaults_are_the_simple_loss() -> None:
+def test_the_defaults_are_the_simple_loss() -> None:
     assert repr(ScoreMatching()) == (
         "ScoreMatching(SimpleWeighting(), target=DenoisingTarget(), times=UniformTimes())"
     )
+
+
+def gaussian(sde: ForwardSDE) -> GaussianMixtureModel:
+    return GaussianMixtureModel(sde, means=[[0.0]], stds=[1.0])
+
+
+# J_DSM at the optimum for N(0, 1) data, and the variance of twice the estimate, 40 digits.
+OPTIMA = [
+    (VPSDE(), 6.907236683232264, 726.5954256833179),
+    (SubVPSDE(), 13.81449445837578, 2246.7005381010995),
+    (SubVPSDE(t_min=1e-2), 6.2170914585418, 616.6574395255789),
+    (VESDE(), 4.604935060062747, 334.74993971502397),
+    # From t = .5: log(2500 / 2501 * 1.5 / .5) / 2.
+    (VESDE(t_min=0.5), 0.5 * math.log(7500 / 2501), None),
+]
+
+
+@pytest.mark.parametrize(("sde", "optimum", "variance"), OPTIMA)
+def test_nats_of_an_exact_score_and_their_variance(sde, optimum, variance) -> None:
+    n = 200_000
+    model = gaussian(sde)
+    objective = ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes(stratified=False))
+    g = seeded(1)
+    x = torch.randn(n, 1, generator=g, dtype=torch.float64)
+    nats = objective.nats(model, x, generator=g)
+    error = math.sqrt((variance / 4 if variance else float(nats.var())) / n)
+    assert abs(float(nats.mean()) - optimum) < 4 * error
+    # The relative error of the sample variance is about sqrt(kurtosis / n), below 1%.
+    assert variance is None or float((2 * nats).var()) == pytest.approx(variance, rel=0.04)
+
+
+def test_importance_sampling_lowers_the_variance_by_the_exact_ratio() -> None:
+    # Sub-VP from t = .01: 3066.4 with uniform times, 616.7 with importance sampling.
+    sde, n = SubVPSDE(t_min=1e-2), 400_000
+    model, variances = gaussian(sde), []
+    for times in (UniformTimes(), ImportanceTimes(stratified=False)):
+        g = seeded(2)
+        x = torch.randn(n, 1, generator=g, dtype=torch.float64)
+        nats = ScoreMatching(LikelihoodWeighting(), times=times).nats(model, x, generator=g)
+        assert float(nats.mean()) == pytest.approx(6.2170914585418, abs=0.15)
+        variances.append(float((2 * nats).var()))
+    assert variances[0] / variances[1] == pytest.approx(4.972560813832785, rel=0.08)
+
+
+def test_stratified_times_estimate_the_same_nats() -> None:
+    objective = ScoreMatching(LikelihoodWeighting(), times=StratifiedTimes())
+    x = torch.randn(100_000, 1, generator=seeded(3), dtype=torch.float64)
+    nats = objective.nats(gaussian(VESDE()), x, generator=seeded(4))
+    assert float(nats.mean()) == pytest.approx(4.604935060062747, abs=0.12)
+
+
+def test_nats_scale_with_the_dimension() -> None:
+    sde = VPSDE()
+    model = GaussianMixtureModel(sde, means=torch.zeros(1, 3, 4, 4), stds=[1.0])
+    objective = ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes())
+    x = torch.randn(4000, 3, 4, 4, generator=seeded(5))
+    nats = objective.nats(model, x, generator=seeded(6))
+    assert float(nats.mean()) / 48 == pytest.approx(6.907236683232264, rel=0.02)
+
+
+def test_nats_require_the_likelihood_weighting_and_unbiased_times() -> None:
+    x = torch.randn(2, 1)
+    with pytest.raises(TypeError, match="weighting: expected LikelihoodWeighting"):
+        ScoreMatching().nats(gaussian(VPSDE()), x)
+    objective = ScoreMatching(LikelihoodWeighting(), times=LogNormalTimes())
+    with pytest.raises(ValueError, match=r"times: expected .* got LogNormalTimes"):
+        objective.nats(gaussian(VPSDE()), x)
+
+
+def test_nats_with_references_of_the_same_class() -> None:
+    model = EpsModel(lambda x, noise_label, class_labels=None: torch.zeros_like(x), VESDE())
+    objective = ScoreMatching(
+        LikelihoodWeighting(), target=StableTarget(), times=ImportanceTimes(stratified=False)
+    )
+    data = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    options = {"class_labels": torch.tensor([0, 1]), "generator": seeded(7)}
+    nats = objective.nats(
+        model, data, reference=data, reference_class_labels=torch.tensor([0, 1]), **options
+    )
+    # With one reference per class it is the denoising target.
+    plain = ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes(stratified=False))
+    expected = plain.nats(model, data, class_labels=options["class_labels"], generator=seeded(7))
+    torch.testing.assert_close(nats, expected)

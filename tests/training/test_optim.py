@@ -1,4 +1,4 @@
-"""Learning-rate warm-up, and the clipped step that refuses NaN."""
+"""Learning-rate warm-up, and clipped steps that skip NaN gradients."""
 
 import copy
 import logging
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support import seeded
 from torch import nn
 
 from diffusionkit import clipped_step, linear_warmup
@@ -16,7 +17,7 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 2))]
 
 
-def test_warm_up_rates() -> None:
+def test_learning_rates_rise_linearly() -> None:
     optimizer = torch.optim.SGD(parameters(), lr=0.4)
     scheduler, rates = linear_warmup(optimizer, steps=4), []
     for _ in range(6):
@@ -26,14 +27,14 @@ def test_warm_up_rates() -> None:
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
-def test_warm_up_of_one_step_is_none() -> None:
+def test_a_warmup_of_one_step_changes_nothing() -> None:
     optimizer = torch.optim.SGD(parameters(), lr=0.4)
     linear_warmup(optimizer, steps=1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4)
 
 
-def test_norm_of_all_gradients_is_reported_and_clipped() -> None:
-    """Gradients 2, 3 and 6 together have norm 7."""
+def test_the_norm_of_all_gradients_is_reported_and_clipped() -> None:
+    """The norm of gradients 2, 3 and 6 is 7."""
     a, b = parameters()
     a.grad = torch.tensor([2.0, 0.0])
     b.grad = torch.tensor([[0.0, -3.0], [6.0, 0.0]])
@@ -45,16 +46,16 @@ def test_norm_of_all_gradients_is_reported_and_clipped() -> None:
     assert b.grad is None
 
 
-def test_norm_agrees_with_float64() -> None:
+def test_the_norm_agrees_with_float64() -> None:
     p = nn.Parameter(torch.zeros(1000))
-    p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    p.grad = torch.randn(1000, generator=seeded())
     expected = math.sqrt(math.fsum(g * g for g in p.grad.tolist()))
     assert clipped_step(torch.optim.SGD([p], lr=1.0)).norm == pytest.approx(expected, rel=1e-6)
     assert float(p.detach().double().norm()) == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("max_norm", [7.5, math.inf])
-def test_smaller_gradients_are_left_alone(max_norm) -> None:
+def test_gradients_below_the_norm_are_not_clipped(max_norm) -> None:
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
     report = clipped_step(torch.optim.SGD([p], lr=1.0), max_norm=max_norm)
@@ -72,7 +73,7 @@ def adam_after_a_step() -> tuple[list[nn.Parameter], torch.optim.Adam]:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad, caplog) -> None:
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(bad, caplog) -> None:
     params, optimizer = adam_after_a_step()
     before = copy.deepcopy((params, optimizer.state_dict()))
     params[0].grad = torch.ones(2)
@@ -90,7 +91,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, caplog) -> None:
             assert torch.equal(state[index][name], value)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "skipped an optimiser step" in record.getMessage()
+    assert "skipped an optimizer step" in record.getMessage()
 
 
 def test_the_next_finite_step_is_taken(caplog) -> None:
@@ -112,7 +113,7 @@ def test_only_the_given_parameters_are_clipped() -> None:
     assert bool((b == -1).all())
 
 
-def test_a_nan_outside_the_given_parameters_is_refused_too(caplog) -> None:
+def test_a_nan_outside_the_given_parameters_skips_the_step(caplog) -> None:
     a, b = parameters()
     a.grad, b.grad = torch.ones(2), torch.full((2, 2), math.nan)
     report = clipped_step(torch.optim.SGD([a, b], lr=1.0), parameters=[a])
@@ -122,19 +123,19 @@ def test_a_nan_outside_the_given_parameters_is_refused_too(caplog) -> None:
     assert len(caplog.records) == 1
 
 
-def test_no_gradients() -> None:
-    with pytest.raises(ValueError, match=r"expected gradients, got none"):
+def test_a_step_without_gradients_raises() -> None:
+    with pytest.raises(ValueError, match=r"parameters: expected gradients, got none"):
         clipped_step(torch.optim.SGD(parameters(), lr=1.0))
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
-def test_a_norm_that_is_not_positive(max_norm) -> None:
+def test_a_norm_that_is_not_positive_raises(max_norm) -> None:
     optimizer = torch.optim.SGD(parameters(), lr=1.0)
     with pytest.raises(ValueError, match=r"max_norm: expected a finite number > 0, got"):
         clipped_step(optimizer, max_norm=max_norm)
 
 
 @pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (True, TypeError), (1.5, TypeError)])
-def test_warm_up_of_no_steps(steps, error) -> None:
+def test_an_invalid_number_of_warmup_steps_raises(steps, error) -> None:
     with pytest.raises(error, match=r"steps: expected an integer"):
         linear_warmup(torch.optim.SGD(parameters(), lr=1.0), steps=steps)

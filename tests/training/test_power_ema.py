@@ -1,4 +1,4 @@
-"""Power-function averages, their snapshots, and averages of other lengths from them."""
+"""Power-function averages, their snapshots, and reconstructions of other lengths."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from diffusionkit.training.power_ema import (
 
 
 class Weights(nn.Module):
-    """Two weights, one of them under two names, and a buffer."""
+    """A parameter under two names, and a buffer."""
 
     def __init__(self, size: int = 2) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Weights(nn.Module):
         self.count += 1
 
 
-# The largest root of the cubic, independently computed.
+# The largest root of the cubic, computed independently.
 @pytest.mark.parametrize(
     ("sigma_rel", "gamma"),
     [
@@ -41,13 +41,13 @@ class Weights(nn.Module):
         (0.15, 3.5578687748994664),
     ],
 )
-def test_exponents(sigma_rel, gamma) -> None:
+def test_exponents_match_an_independent_solver(sigma_rel, gamma) -> None:
     assert power_exponent(sigma_rel) == pytest.approx(gamma, rel=1e-12)
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-3, 0.02, 0.2, 0.28, 0.2886])
-def test_exponents_by_the_variance_of_their_profile(sigma_rel) -> None:
-    """A profile t^gamma on [0, 1] has moments (gamma + 1) / (gamma + 1 + n)."""
+def test_profiles_have_the_given_standard_deviation(sigma_rel) -> None:
+    """The n-th moment of t^gamma on [0, 1] is (gamma + 1) / (gamma + 1 + n)."""
     g = power_exponent(sigma_rel)
     assert g > 0
     mean, square = (g + 1) / (g + 2), (g + 1) / (g + 3)
@@ -55,12 +55,12 @@ def test_exponents_by_the_variance_of_their_profile(sigma_rel) -> None:
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.2887, 1.0, math.nan])
-def test_lengths_out_of_range(sigma_rel) -> None:
+def test_lengths_out_of_range_raise(sigma_rel) -> None:
     with pytest.raises(ValueError, match=r"sigma_rel: expected a number in \(0, 0\.2887\), got"):
         PowerEMA(Weights(), sigma_rels=(0.05, sigma_rel))
 
 
-def test_updates_by_hand() -> None:
+def test_updates_match_hand_computed_values() -> None:
     """beta = (1 - 1/t)^(gamma + 1); at t = 1000 and .10 it is .9920902726450789."""
     model = Weights()
     model.set(100.0, 100.0)
@@ -70,12 +70,12 @@ def test_updates_by_hand() -> None:
         model.set(1.0 if t == 1000 else 0.0, float(t))
         kept = float(ema.averages[0.10].model.w[1])
         ema.update(model)
-        if t == 1:  # the weights before training are gone
+        if t == 1:  # the initial weights have no share
             assert ema.averages[0.10].model.w.tolist() == [0.0, 1.0]
     beta = 0.9920902726450789
     found = ema.averages[0.10].model.w.tolist()
     assert found == pytest.approx([1 - beta, beta * kept + (1 - beta) * 1000], rel=1e-12)
-    # A drift averages to that of its profile, (gamma + 1) / (gamma + 2) of the way.
+    # A weight equal to t averages to (gamma + 1) / (gamma + 2) of its last value.
     assert found[1] == pytest.approx(1000 * 7.937203937601807 / 8.937203937601807, rel=1e-3)
     assert int(ema.averages[0.10].model.count) == int(model.count)
     assert ema.updates == 1000
@@ -84,7 +84,7 @@ def test_updates_by_hand() -> None:
 BASIS = [(t, sigma_rel) for t in range(1, 9) for sigma_rel in (0.05, 0.10)]
 
 
-def test_coefficients_of_an_independent_solver() -> None:
+def test_coefficients_match_an_independent_solver() -> None:
     found, error = power_coefficients(BASIS, (8, 0.15))
     expected = [
         -2.3106212516330822e-05, 7.992397244271987e-05, -0.0005405309602212721,
@@ -98,15 +98,15 @@ def test_coefficients_of_an_independent_solver() -> None:
     assert error**2 == pytest.approx(0.0010841678647117265, rel=1e-6)
 
 
-def test_coefficients_of_a_profile_that_is_there() -> None:
+def test_a_saved_profile_is_fitted_exactly() -> None:
     found, error = power_coefficients(BASIS, (5, 0.10))
     expected = [1.0 if key == (5, 0.10) else 0.0 for key in BASIS]
     assert found.tolist() == pytest.approx(expected, abs=1e-9)
     assert error < 1e-6
 
 
-def test_coefficients_at_a_million_updates() -> None:
-    """The scale of the updates cancels, where powers of them would overflow."""
+def test_coefficients_do_not_overflow_at_large_updates() -> None:
+    """Powers of the updates would overflow, but only their ratios matter."""
     large = [(t * 10**30, sigma_rel) for t, sigma_rel in BASIS]
     small, _ = power_coefficients(BASIS, (8, 0.15))
     found, _ = power_coefficients(large, (8 * 10**30, 0.15))
@@ -114,7 +114,7 @@ def test_coefficients_at_a_million_updates() -> None:
 
 
 def trained(folder, wanted=0.15, every=50, steps=400, **options):
-    """The direct average of a wandering weight, with snapshots of two other lengths."""
+    """Average a random walk directly, and save snapshots of two other lengths."""
     torch.manual_seed(0)
     model = Weights()
     ema, direct = PowerEMA(model), PowerEMA(model, (wanted,))
@@ -130,10 +130,10 @@ def trained(folder, wanted=0.15, every=50, steps=400, **options):
 
 
 @pytest.mark.parametrize("wanted", [0.06, 0.08, 0.12])
-def test_reconstruction_is_the_average_of_that_length(tmp_path, wanted) -> None:
+def test_a_reconstruction_matches_the_direct_average(tmp_path, wanted) -> None:
     model, direct = trained(tmp_path, wanted)
     weights = reconstruct_ema(tmp_path, wanted)
-    # The walk's standard deviation is about 20; a fit and the steps of the sum leave .4%.
+    # The walk has standard deviation 20; the fit and the discrete sum leave .4% of error.
     torch.testing.assert_close(weights["w"], direct.w.detach(), rtol=0, atol=0.08)
     assert weights["w"].dtype == torch.float64
     assert torch.equal(weights["tied"], weights["w"])
@@ -141,7 +141,7 @@ def test_reconstruction_is_the_average_of_that_length(tmp_path, wanted) -> None:
     model.load_state_dict(weights)
 
 
-def test_reconstruction_at_an_earlier_update(tmp_path) -> None:
+def test_a_reconstruction_at_an_earlier_update(tmp_path) -> None:
     _, direct = trained(tmp_path / "short", 0.08, steps=200)
     trained(tmp_path / "long", 0.08, steps=400)
     weights = reconstruct_ema(tmp_path / "long", 0.08, updates=200)
@@ -150,14 +150,14 @@ def test_reconstruction_at_an_earlier_update(tmp_path) -> None:
     assert weights["w"].tolist() == reconstruct_ema(tmp_path / "short", 0.08)["w"].tolist()
 
 
-def test_a_saved_length_comes_back(tmp_path) -> None:
+def test_the_reconstruction_of_a_saved_length_is_its_snapshot(tmp_path) -> None:
     trained(tmp_path)
     saved = torch.load(tmp_path / "000000400-0.05.pt", weights_only=True)
     weights = reconstruct_ema([*tmp_path.glob("*.pt")], 0.05)
     torch.testing.assert_close(weights["w"], saved["model"]["w"], rtol=1e-9, atol=1e-9)
 
 
-def test_half_precision_snapshots(tmp_path) -> None:
+def test_snapshots_in_half_precision(tmp_path) -> None:
     _, direct = trained(tmp_path, 0.08, dtype=torch.float16)
     saved = torch.load(tmp_path / "000000400-0.05.pt", weights_only=True)
     assert saved["model"]["w"].dtype == torch.float16
@@ -172,7 +172,7 @@ def test_half_precision_snapshots(tmp_path) -> None:
     torch.testing.assert_close(weights["w"].double(), total, rtol=1e-6, atol=0)
 
 
-def test_a_score_model_and_its_loan() -> None:
+def test_applied_averages_of_a_score_model() -> None:
     model = EpsModel(nn.Linear(2, 2), VPSDE())
     ema = PowerEMA(model, (0.1, 0.05))
     before = model.network.weight.detach().clone()
@@ -210,10 +210,10 @@ def test_a_poor_fit_is_logged(tmp_path, caplog) -> None:
         reconstruct_ema(tmp_path, 0.08)
         assert not caplog.records
         reconstruct_ema(tmp_path, 0.25)
-    assert "the fit to sigma_rel = 0.25 is off by" in caplog.text
+    assert "the fit to sigma_rel = 0.25 has an error of" in caplog.text
 
 
-def test_too_few_snapshots(tmp_path) -> None:
+def test_too_few_snapshots_raise(tmp_path) -> None:
     trained(tmp_path, every=200)
     for files, updates, message in (
         ([], None, "at least two up to update 0, got 0 of 0"),
@@ -226,7 +226,7 @@ def test_too_few_snapshots(tmp_path) -> None:
         reconstruct_ema(tmp_path, 0.3)
 
 
-def test_files_that_do_not_belong_together(tmp_path) -> None:
+def test_snapshots_of_different_models_raise(tmp_path) -> None:
     trained(tmp_path)
     other = PowerEMA(Weights(size=3), (0.07,))
     other.update(Weights(size=3))
@@ -237,7 +237,7 @@ def test_files_that_do_not_belong_together(tmp_path) -> None:
         reconstruct_ema(tmp_path, 0.08)
 
 
-def test_files_that_are_no_snapshots(tmp_path) -> None:
+def test_files_that_are_not_snapshots_raise(tmp_path) -> None:
     path = tmp_path / "a.pt"
     with pytest.raises(FileNotFoundError):
         reconstruct_ema([path], 0.08)
@@ -246,10 +246,10 @@ def test_files_that_are_no_snapshots(tmp_path) -> None:
         "averaged": ["w"], "model": {"w": torch.ones(2)},
     }  # fmt: skip
     for change, message in (
-        ({"format": "other"}, "got a foreign file"),
+        ({"format": "other"}, "got a file of another format"),
         ({"version": 2}, "expected version 1, got 2"),
-        ({"updates": "3"}, r"odd or missing: \['updates'\]"),
-        ({"averaged": ["v"]}, "odd or missing"),
+        ({"updates": "3"}, r"wrong entries: \['updates'\]"),
+        ({"averaged": ["v"]}, "wrong entries"),
     ):
         torch.save(good | change, path)
         with pytest.raises(CheckpointError, match=message):
@@ -259,18 +259,18 @@ def test_files_that_are_no_snapshots(tmp_path) -> None:
         reconstruct_ema([path], 0.08)
 
 
-def test_bad_input(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"sigma_rels: expected different numbers, got \(0.1, 0.1"):
+def test_invalid_arguments(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"sigma_rels: expected distinct numbers, got \(0.1, 0.1"):
         PowerEMA(Weights(), (0.1, 0.1))
-    with pytest.raises(ValueError, match="sigma_rels: expected different numbers"):
+    with pytest.raises(ValueError, match="sigma_rels: expected distinct numbers"):
         PowerEMA(Weights(), ())
     with pytest.raises(TypeError, match="model: expected a Module, got int"):
         PowerEMA(3)
     with pytest.raises(ValueError, match="updates: expected an integer >= 1, got 0"):
         PowerEMA(Weights()).save(tmp_path)
-    with pytest.raises(ValueError, match="model: expected the parameters of the model"):
+    with pytest.raises(ValueError, match="model: expected 2 tensors of the averaged"):
         PowerEMA(Weights()).update(Weights(size=3))
-    with pytest.raises(ValueError, match=r"snapshots: expected different ones"):
+    with pytest.raises(ValueError, match=r"snapshots: expected distinct ones"):
         power_coefficients([(1, 0.1), (1, 0.1)], (2, 0.1))
     with pytest.raises(ValueError, match="updates: expected an integer >= 1, got 0"):
         power_coefficients([(0, 0.1), (1, 0.1)], (2, 0.1))

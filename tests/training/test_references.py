@@ -1,4 +1,4 @@
-"""Batches within references: what they hold, how often it is loaded, and their law."""
+"""Reference batches: their contents, their loading and their distribution."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from diffusionkit.training.stable_target import StableTarget
 
 
 class Counting:
-    """Items that are their own number, and how often each was loaded."""
+    """A data set of the numbers 0, 1, ... that counts how often each is loaded."""
 
     def __init__(self, n: int) -> None:
         self.loaded = [0] * n
@@ -33,7 +33,7 @@ def numbers(pairs) -> list[tuple[list[float], list[float]]]:
     ("n", "batch", "reference"),
     [(40, 4, 16), (43, 4, 16), (43, 4, 18), (40, 8, 8), (20, 6, 20), (41, 8, 9)],
 )
-def test_an_epoch(n, batch, reference) -> None:
+def test_an_epoch_uses_each_item_at_most_once(n, batch, reference) -> None:
     data = Counting(n)
     loader = ReferenceBatches(data, batch, reference)
     steps = numbers(loader)
@@ -45,12 +45,12 @@ def test_an_epoch(n, batch, reference) -> None:
     seen = list(itertools.chain.from_iterable(part for part, _ in steps))
     assert len(seen) == len(set(seen))
     assert max(data.loaded) == 1
-    # Windows roll: each shares all but a batch with the one before.
+    # Consecutive windows differ by one batch at most.
     for (_, before), (_, after) in itertools.pairwise(steps):
         assert len(set(after) - set(before)) <= batch
 
 
-def test_only_what_a_step_needs_is_loaded() -> None:
+def test_each_step_loads_only_its_new_items() -> None:
     data = Counting(40)
     pairs = iter(ReferenceBatches(data, 4, 16))
     assert sum(data.loaded) == 0
@@ -60,7 +60,7 @@ def test_only_what_a_step_needs_is_loaded() -> None:
     assert loads == [16, 20, 24, 28, 32, 36, 40, 40, 40, 40]
 
 
-def test_one_seed_one_order() -> None:
+def test_seed_and_epoch_determine_the_order() -> None:
     make = lambda seed=0: ReferenceBatches(torch.arange(30.0)[:, None], 5, 10, seed=seed)  # noqa: E731
     state = torch.get_rng_state()
     loader = make()
@@ -74,7 +74,7 @@ def test_one_seed_one_order() -> None:
     assert numbers(again) == second
 
 
-def test_ranks_share_the_data() -> None:
+def test_ranks_use_disjoint_parts_of_the_data() -> None:
     data = torch.arange(43.0)[:, None]
     shares = []
     for rank in range(4):
@@ -85,23 +85,27 @@ def test_ranks_share_the_data() -> None:
     assert len(set.union(*shares)) == 40
 
 
-def test_labels_go_with_their_items() -> None:
+def test_class_labels_stay_with_their_items() -> None:
     x = torch.arange(24.0)[:, None]
     class_labels = x.flatten().long() % 3
     for data in (TensorDataset(x, class_labels), list(zip(x, class_labels.tolist(), strict=True))):
-        for (batch, told), (pool, classes) in ReferenceBatches(data, 4, 12):
-            assert torch.equal(batch.flatten() % 3, told.float())
-            assert torch.equal(pool.flatten() % 3, classes.float())
+        for (batch, labels), (pool, pool_labels) in ReferenceBatches(data, 4, 12):
+            assert torch.equal(batch.flatten() % 3, labels.float())
+            assert torch.equal(pool.flatten() % 3, pool_labels.float())
             model = EpsModel(lambda x, noise_label, class_labels: torch.zeros_like(x), VPSDE())
             objective = ScoreMatching(target=StableTarget())
             loss = objective(
-                model, batch, class_labels=told, reference=pool, reference_class_labels=classes
+                model,
+                batch,
+                class_labels=labels,
+                reference=pool,
+                reference_class_labels=pool_labels,
             )
             assert loss.shape == (4,)
 
 
-def test_given_the_window_any_item_is_as_likely_in_the_batch() -> None:
-    """Of five items three are seen; the batch is one of them, in each step of an epoch."""
+def test_given_the_window_each_item_is_equally_likely_in_the_batch() -> None:
+    """With five items, windows of three and batches of one, at each step of an epoch."""
     loader = ReferenceBatches(torch.arange(5.0)[:, None], 1, 3)
     counts: list[dict] = [{} for _ in range(5)]
     for _ in range(1500):
@@ -110,27 +114,27 @@ def test_given_the_window_any_item_is_as_likely_in_the_batch() -> None:
             count[key] = count.get(key, 0) + 1
     for count in counts:
         assert len(count) == 30
-        # Each of ten windows with each of its three items: 50 +- 7, the largest of 150.
+        # Each of ten windows with each of its items: 50 +- 7, in 150 counts.
         assert min(count.values()) > 50 - 4 * 7
         assert max(count.values()) < 50 + 4 * 7
 
 
 @pytest.mark.slow
-def test_workers_load_the_same() -> None:
+def test_workers_do_not_change_the_batches() -> None:
     data = torch.arange(30.0)[:, None]
     options = {"num_workers": 2, "multiprocessing_context": "spawn"}
     helped = ReferenceBatches(data, 5, 10, **options)
     assert numbers(helped) == numbers(ReferenceBatches(data, 5, 10))
 
 
-def test_what_does_not_fit() -> None:
+def test_invalid_arguments() -> None:
     data = torch.zeros(20, 3)
     for batch, reference in ((8, 4), (4, 21), (0, 4)):
         with pytest.raises(ValueError, match="expected"):
             ReferenceBatches(data, batch, reference)
-    with pytest.raises(ValueError, match="reference_size <= 10, the items of each process"):
+    with pytest.raises(ValueError, match=r"reference_size <= 10, .* process, got 4, 11"):
         ReferenceBatches(data, 4, 11, rank=0, world_size=2)
-    with pytest.raises(ValueError, match="rank: expected a number below 2, got 2"):
+    with pytest.raises(ValueError, match="rank: expected an integer < 2, got 2"):
         ReferenceBatches(data, 4, 8, rank=2, world_size=2)
     with pytest.raises(TypeError, match="with a length, got generator"):
         ReferenceBatches((x for x in data), 4, 8)

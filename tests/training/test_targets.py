@@ -1,11 +1,11 @@
-"""What a model is regressed on."""
+"""The denoising target."""
 
 import torch
 
 from diffusionkit import VPSDE, DenoisingTarget
 
 
-def test_the_target_is_what_made_the_state() -> None:
+def test_the_target_is_the_data_and_noise_of_the_state() -> None:
     x0 = torch.randn(3, 2, 2)
     sample = VPSDE().perturb(x0, torch.tensor([0.1, 0.5, 0.9]))
     target = DenoisingTarget()(sample, reference=torch.randn(9, 2, 2), label=torch.arange(3))

@@ -1,11 +1,10 @@
-"""Network pickles of EDM, read without running the source code that they carry."""
+"""Network pickles of EDM, read without running the source code in them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pickle import UnpicklingError
 from reprlib import repr
@@ -23,13 +22,13 @@ _MODULES = "torch.nn.modules."
 
 @dataclass(frozen=True)
 class EDMObject:
-    """An object of an EDM pickle, as data.
+    """An object in an EDM pickle, as data.
 
     Args:
         class_name: the name of its class, such as "EDMPrecond".
-        init_args: the positional arguments that it was made with.
-        init_kwargs: the named ones; those of a preconditioned network hold its `model_type` too.
-        state_dict: the parameters and buffers by torch's names; empty for what is no module.
+        init_args: the positional arguments of its constructor.
+        init_kwargs: the keyword arguments; a preconditioned network's include its `model_type`.
+        state_dict: the parameters and buffers by torch's names; empty unless it is a module.
     """
 
     class_name: str
@@ -39,30 +38,29 @@ class EDMObject:
 
 
 class _Persistent(Node):
-    """An object whose class is in source code within the pickle, which is left unread."""
+    """An object whose class is defined by source code in the pickle, which is not read."""
 
 
 def read_edm_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a network pickle that EDM's training wrote, without running code.
+    """Read a network pickle written by EDM's training, without running code.
 
-    Such a pickle carries the source code of its classes and would run it when unpickled; here
-    the source is dropped and the objects come back as data.
+    Such a pickle carries the source code of its classes, which unpickling would run. Here the
+    source is dropped and the objects are returned as data.
 
     Args:
         path: the file.
 
     Returns:
-        The entries of the pickle: `ema` is an `EDMObject`, and so are `loss_fn` and
-        `augment_pipe` unless they are None; the others are plain values.
+        The entries of the pickle: `ema` is an `EDMObject`, as are `loss_fn` and `augment_pipe`
+        unless they are None; the others are plain values.
 
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is truncated, damaged or foreign, has another version or
-            names anything that such pickles do not; no code is run.
+            names a global that such pickles do not.
 
-    Source:
-        Karras, Aittala, Aila, Laine (2022), Elucidating the Design Space of Diffusion-Based
-        Generative Models, https://arxiv.org/abs/2206.00364; its released code.
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
+    2022, arXiv 2206.00364 (released code).
     """
     with opened(path, "a network pickle of EDM", PICKLE) as file:
         data = run(file, _find)
@@ -108,19 +106,15 @@ def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 def _find(name: str) -> Any:
     if name.startswith(_MODULES):
-        return Call(partial(_module, name))
+        return Call(lambda: Node(name))
     if name not in _GLOBALS:
         raise UnpicklingError(f"the global {name}, which is not among the safe ones")
     return _GLOBALS[name]
 
 
-def _module(name: str) -> Node:
-    return Node(name)
-
-
 def _persistent(meta: Any) -> _Persistent:
     if type(meta) is not dict or meta.get("type") != "class":
-        raise UnpicklingError("expected the description of an object of a class, got another")
+        raise UnpicklingError("expected a persistent class instance, got another object")
     if meta.get("version") != _VERSION:
         raise UnpicklingError(
             f"expected persistence version {_VERSION}, got {repr(meta.get('version'))}"

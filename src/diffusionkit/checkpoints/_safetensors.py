@@ -36,6 +36,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         opened(path, "a safetensors file", SAFETENSORS),
         safe_open(path, framework="pt") as archive,
     ):
-        # A copy, for the tensors are otherwise the file itself, which may be written again.
+        # Copied: the tensors are mapped from the file, which may be overwritten.
         tensors = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118
         return tensors, archive.metadata() or {}

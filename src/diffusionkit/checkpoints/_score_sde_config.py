@@ -1,24 +1,90 @@
-"""The configurations of score_sde: what they say about a network."""
+"""Stage 2 of `load_score_sde`: the network and the setting of a configuration."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import nn
 
-from .._files import CheckpointError
-from ..networks import DDPMUNet, NCSNpp, NCSNv2
+from ..interfaces import ForwardSDE
+from ..models import EpsModel, IndexLabel, RawScoreModel, SigmaLabel, StepLabel
+from ..models.labels import Label
+from ..models.network import NetworkModel
+from ..networks import DDPMpp, DDPMUNet, NCSNpp, NCSNv2
 from ..networks.ncsnv2 import LEVELS_64, LEVELS_128, LEVELS_256
-from ..sde import VPSDE, SubVPSDE
-from ._score_sde_settings import PUBLISHED, Configured, Setting, ddpm, smld, smld_sigmas, ve
+from ..sde import VESDE, VPSDE, DDPMChain, SubVPSDE
 
 _ACTIVATIONS = {"swish": "silu", "lrelu": "leaky_relu", "elu": "elu", "relu": "relu"}
+_NCSNV2_LEVELS = {"ncsnv2_64": LEVELS_64, "ncsnv2_128": LEVELS_128, "ncsnv2_256": LEVELS_256}
+
+Network = NCSNpp | NCSNv2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The process and the score model that a network was trained for.
+
+    Args:
+        sde: the process.
+        kind: the class of score model, which defines what the network predicts.
+        label: the noise label; the default of `kind` if None.
+        sigmas: the noise levels by number, or only the largest and the smallest; None for VP.
+    """
+
+    sde: ForwardSDE
+    kind: type[NetworkModel] = EpsModel
+    label: Label | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    def model(self, network: Network) -> NetworkModel:
+        """Return the score model of a network."""
+        data_range = network.config["data_range"]
+        return self.kind(network, self.sde, label=self.label, data_range=data_range)
+
+
+def configured(config: Any, sigmas: Sequence[float]) -> tuple[Network, Setting]:
+    """Return the network that a configuration describes, and its setting.
+
+    Args:
+        config: a name in `PUBLISHED`; a mapping or an object with attributes, with the sections
+            ``model``, ``data`` and ``training``; or a network itself.
+        sigmas: the noise levels in the file, for the setting of a network.
+
+    Raises:
+        ValueError: if an entry is missing or unknown.
+        TypeError: if a network of another class is given.
+    """
+    if isinstance(config, nn.Module):
+        return _of_network(config, sigmas)
+    if isinstance(config, str):
+        if config not in PUBLISHED:
+            raise ValueError(f"network: expected one of {', '.join(PUBLISHED)}, got {config!r}")
+        make, setting = PUBLISHED[config]
+        return make(), setting
+    return _of_sections(config)
+
+
+def _of_network(network: nn.Module, sigmas: Sequence[float]) -> tuple[Network, Setting]:
+    if not isinstance(network, Network):
+        raise TypeError(
+            "network: expected an NCSNpp, DDPMpp, DDPMUNet or NCSNv2, a configuration or its "
+            f"name, got {type(network).__name__}"
+        )
+    config = network.config
+    if config.get("sigmas") is not None:
+        return network, _smld(config["sigmas"])
+    if config["scale_by_sigma"] or config["embedding"] == "fourier":
+        return network, _ve(sigmas[-1], sigmas[0])
+    return network, Setting(VPSDE())
 
 
 @dataclass(frozen=True)
 class _Section:
-    """One level of a configuration: a mapping or an object with attributes."""
+    """A section of a configuration: a mapping or an object with attributes."""
 
     name: str
     values: Any
@@ -30,31 +96,15 @@ class _Section:
         if not isinstance(values, Mapping) and hasattr(values, name):
             return getattr(values, name)
         if not default:
-            raise ValueError(f"config: expected {self.name}.{name}, got a configuration without it")
+            raise ValueError(f"network: expected {self.name}.{name}, got none")
         return default[0]
 
 
-def configured(config: Any) -> Configured:
-    """Read a configuration of score_sde.
-
-    Args:
-        config: Name of a published one, a mapping, or an object with attributes, with the
-            sections model, data and training.
-
-    Returns:
-        What makes the network, and its setting.
-
-    Raises:
-        ValueError: If something is missing or unknown.
-    """
-    if isinstance(config, str):
-        if config not in PUBLISHED:
-            raise ValueError(f"config: expected one of {', '.join(PUBLISHED)}, got {config!r}")
-        return PUBLISHED[config]
+def _of_sections(config: Any) -> tuple[Network, Setting]:
     root = _Section("config", config)
     model, data, training = (_Section(s, root.get(s)) for s in ("model", "data", "training"))
     kind = model.get("name")
-    sigmas = smld_sigmas(model.get("sigma_min"), model.get("sigma_max"), model.get("num_scales"))
+    sigmas = _smld_sigmas(model.get("sigma_min"), model.get("sigma_max"), model.get("num_scales"))
     setting = _setting(training, model, sigmas)
     size, multipliers = data.get("image_size"), tuple(model.get("ch_mult", (1,)))
     options: dict[str, Any] = {
@@ -63,13 +113,13 @@ def configured(config: Any) -> Configured:
         "data_range": (-1.0, 1.0) if data.get("centered") else (0.0, 1.0),
     }
     if str(kind).startswith("ncsnv2"):
-        return partial(ncsnv2_of, kind, size, sigmas=tuple(sigmas), **options), setting
+        return _ncsnv2(kind, sigmas=tuple(sigmas), **options), setting
     if kind not in ("ncsnpp", "ddpm"):
-        raise ValueError(f"config: expected model.name ncsnpp, ddpm or ncsnv2_*, got {kind!r}")
+        raise ValueError(f"network: expected model.name ncsnpp, ddpm or ncsnv2_*, got {kind!r}")
     activation = model.get("nonlinearity", "swish")
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"config: expected model.nonlinearity {', '.join(_ACTIVATIONS)}, got {activation!r}"
+            f"network: expected model.nonlinearity {', '.join(_ACTIVATIONS)}, got {activation!r}"
         )
     conditional = model.get("conditional", True)
     embedding = model.get("embedding_type", "positional") if kind == "ncsnpp" else "positional"
@@ -88,7 +138,7 @@ def configured(config: Any) -> Configured:
         "sigmas": tuple(sigmas) if scaled and embedding == "positional" else None,
     }
     if kind == "ddpm":
-        return partial(DDPMUNet, **options), setting
+        return DDPMUNet(**options), setting
     kernel = tuple(model.get("fir_kernel", (1, 3, 3, 1)))
     options |= {
         "fir_kernel": kernel if model.get("fir", False) else None,
@@ -99,35 +149,100 @@ def configured(config: Any) -> Configured:
         "progressive_combine": model.get("progressive_combine", "sum").lower(),
         "skip_rescale": model.get("skip_rescale"),
     }
-    return partial(NCSNpp, **options), setting
+    return NCSNpp(**options), setting
 
 
 def _setting(training: _Section, model: _Section, sigmas: list[float]) -> Setting:
     kind, continuous = str(training.get("sde")).lower(), training.get("continuous")
     if kind == "vesde":
-        return ve(model.get("sigma_min"), model.get("sigma_max")) if continuous else smld(sigmas)
+        return _ve(model.get("sigma_min"), model.get("sigma_max")) if continuous else _smld(sigmas)
     betas = model.get("beta_min", 0.1), model.get("beta_max", 20.0)
     if kind == "subvpsde":
         return Setting(SubVPSDE(*betas))
     if kind != "vpsde":
-        raise ValueError(f"config: expected training.sde vesde, vpsde or subvpsde, got {kind!r}")
-    return Setting(VPSDE(*betas)) if continuous else ddpm(len(sigmas), *betas)
+        raise ValueError(f"network: expected training.sde vesde, vpsde or subvpsde, got {kind!r}")
+    return Setting(VPSDE(*betas)) if continuous else _ddpm(len(sigmas), *betas)
 
 
-def ncsnv2_of(kind: str, size: int, **options: Any) -> NCSNv2:
-    """Make the NCSNv2 that score_sde calls ncsnv2_64, ncsnv2_128 or ncsnv2_256."""
-    levels = {"ncsnv2_64": LEVELS_64, "ncsnv2_128": LEVELS_128, "ncsnv2_256": LEVELS_256}
-    if kind not in levels:
-        raise ValueError(f"config: expected model.name {', '.join(levels)}, got {kind!r}")
-    return NCSNv2(levels=levels[kind], **options)
+def _ncsnv2(kind: str, **options: Any) -> NCSNv2:
+    if kind not in _NCSNV2_LEVELS:
+        known = ", ".join(_NCSNV2_LEVELS)
+        raise ValueError(f"network: expected model.name {known}, got {kind!r}")
+    return NCSNv2(levels=_NCSNV2_LEVELS[kind], **options)
 
 
-def infer_ncsnv2(path: object, tensors: Mapping[str, Tensor], sigmas: list[float]) -> NCSNv2:
-    """Make the NCSNv2 that tensors belong to, for data in [0, 1]."""
-    width, channels = tensors["begin_conv.weight"].shape[:2]
-    count = sum(f"res{i}.0.conv1.weight" in tensors for i in (1, 2, 3, 31, 4, 5))
-    kind = {4: "ncsnv2_64", 5: "ncsnv2_128", 6: "ncsnv2_256"}.get(count)
-    if kind is None:
-        raise CheckpointError(f"{path}: expected an NCSNv2 of 4 to 6 levels, got {count}")
-    options = {"channels": channels, "width": width, "data_range": (0.0, 1.0)}
-    return ncsnv2_of(kind, 0, sigmas=tuple(sigmas), **options)
+def _ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Setting:
+    """VE at all times: the network is conditioned on sigma."""
+    sde = VESDE(sigma_min, sigma_max)
+    return Setting(sde, RawScoreModel, SigmaLabel(), (sigma_max, sigma_min))
+
+
+def _smld(sigmas: Sequence[float]) -> Setting:
+    """VE with numbered levels, the largest first: the network is conditioned on the number."""
+    sde = VESDE(sigmas[-1], sigmas[0])
+    return Setting(sde, RawScoreModel, IndexLabel(list(sigmas)), tuple(sigmas))
+
+
+def _ddpm(steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Setting:
+    """VP with numbered steps: the network is conditioned on the number."""
+    chain = DDPMChain.linear(steps, beta_min=beta_min, beta_max=beta_max)
+    return Setting(chain, label=StepLabel(steps))
+
+
+def _smld_sigmas(sigma_min: float, sigma_max: float, levels: int) -> list[float]:
+    """Return the noise levels of a discrete VE chain, the largest first."""
+    ratio = torch.linspace(0, 1, levels, dtype=torch.float64)
+    sigmas: list[float] = (sigma_max * (sigma_min / sigma_max) ** ratio).tolist()
+    return sigmas
+
+
+Configured = tuple[Callable[[], Network], Setting]
+
+
+def _continuous(make: Callable[[], Network], sigma_max: float) -> Configured:
+    return make, _ve(sigma_max=sigma_max)
+
+
+def _numbered(make: Callable[..., Network], sigma_max: float, levels: int = 1000) -> Configured:
+    sigmas = _smld_sigmas(0.01, sigma_max, levels)
+    return partial(make, sigmas=tuple(sigmas)), _smld(sigmas)
+
+
+_ddpm_on_smld = partial(DDPMUNet.cifar10, scale_by_sigma=True, data_range=(0.0, 1.0))
+_unconditional = partial(DDPMUNet.cifar10, embedding=None)
+_VP, _SUBVP, _DDPM = Setting(VPSDE()), Setting(SubVPSDE()), _ddpm()
+
+# The published configurations by their names in the released code.
+PUBLISHED: dict[str, Configured] = {
+    "ve/cifar10_ncsnpp": _numbered(NCSNpp.cifar10_smld, 50.0),
+    "ve/cifar10_ncsnpp_continuous": _continuous(NCSNpp.cifar10, 50.0),
+    "ve/cifar10_ncsnpp_deep_continuous": _continuous(partial(NCSNpp.cifar10, deep=True), 50.0),
+    "ve/cifar10_ddpm": _numbered(_ddpm_on_smld, 50.0),
+    "ve/celeba_ncsnpp": _numbered(NCSNpp.celeba_64_smld, 90.0),
+    "ve/bedroom_ncsnpp_continuous": _continuous(NCSNpp.lsun_256, 378.0),
+    "ve/church_ncsnpp_continuous": _continuous(NCSNpp.lsun_256, 380.0),
+    "ve/celebahq_256_ncsnpp_continuous": _continuous(NCSNpp.celebahq_256, 348.0),
+    "ve/ffhq_256_ncsnpp_continuous": _continuous(NCSNpp.ffhq_256, 348.0),
+    "ve/celebahq_ncsnpp_continuous": _continuous(NCSNpp.celebahq_1024, 1348.0),
+    "ve/ffhq_ncsnpp_continuous": _continuous(NCSNpp.ffhq_1024, 1348.0),
+    "vp/cifar10_ddpmpp": (DDPMpp.cifar10, _DDPM),
+    "vp/cifar10_ddpmpp_continuous": (DDPMpp.cifar10, _VP),
+    "vp/cifar10_ddpmpp_deep_continuous": (partial(DDPMpp.cifar10, deep=True), _VP),
+    "vp/cifar10_ncsnpp": (NCSNpp.cifar10_vp, _DDPM),
+    "vp/cifar10_ncsnpp_continuous": (NCSNpp.cifar10_vp, _VP),
+    "vp/cifar10_ncsnpp_deep_continuous": (partial(NCSNpp.cifar10_vp, deep=True), _VP),
+    "vp/ddpm/cifar10": (DDPMUNet.cifar10, _DDPM),
+    "vp/ddpm/cifar10_continuous": (DDPMUNet.cifar10, _VP),
+    "vp/ddpm/cifar10_unconditional": (_unconditional, _DDPM),
+    "vp/ddpm/celebahq": (DDPMUNet.celebahq_256, _DDPM),
+    "vp/ddpm/bedroom": (DDPMUNet.lsun_256, _DDPM),
+    "vp/ddpm/church": (DDPMUNet.lsun_256, _DDPM),
+    "ve/ncsnv2/cifar10": _numbered(NCSNv2.cifar10, 50.0, 232),
+    "ve/ncsnv2/celeba": _numbered(NCSNv2.celeba_64, 90.0, 500),
+    "ve/ncsnv2/bedroom": _numbered(NCSNv2.bedroom_128, 190.0, 1086),
+    "subvp/cifar10_ddpm_continuous": (DDPMUNet.cifar10, _SUBVP),
+    "subvp/cifar10_ddpmpp_continuous": (DDPMpp.cifar10, _SUBVP),
+    "subvp/cifar10_ddpmpp_deep_continuous": (partial(DDPMpp.cifar10, deep=True), _SUBVP),
+    "subvp/cifar10_ncsnpp_continuous": (NCSNpp.cifar10_vp, _SUBVP),
+    "subvp/cifar10_ncsnpp_deep_continuous": (partial(NCSNpp.cifar10_vp, deep=True), _SUBVP),
+}

@@ -1,20 +1,90 @@
-"""What the names and shapes in a score_sde file say about its network."""
+"""Stage 2 of `load_score_sde` without a configuration: the network inferred from its weights."""
 
+from __future__ import annotations
+
+import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from .._files import CheckpointError
+from ..networks import NCSNpp, NCSNv2
+from ..networks.ncsnv2 import LEVELS_64, LEVELS_128, LEVELS_256
 
-FIR = (1, 3, 3, 1)
+logger = logging.getLogger(__name__)
+
+_FIR = (1, 3, 3, 1)
+
+
+def infer_network(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], sigmas: Sequence[float]
+) -> NCSNpp | NCSNv2:
+    """Build the network that weights belong to.
+
+    Options that leave no trace in names and shapes - the FIR kernel where no filtered
+    convolution has weights, the rescaling of skips, the division by sigma, the range of the
+    data - are those of the published networks of the same kind; a warning lists them.
+
+    Args:
+        path: the file, for messages.
+        tensors: the weights by name, without ``sigmas``.
+        sigmas: the noise levels, the largest first.
+
+    Raises:
+        CheckpointError: if the weights belong to no network of score_sde.
+    """
+    try:
+        if "begin_conv.weight" in tensors:
+            return _ncsnv2(tensors, sigmas)
+        return _ncsnpp(path, tensors)
+    except (IndexError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path}: expected the tensors of an NCSN++, DDPM++, DDPM or NCSNv2 of score_sde, got "
+            f"other names or shapes ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _ncsnv2(tensors: Mapping[str, Tensor], sigmas: Sequence[float]) -> NCSNv2:
+    width, channels = tensors["begin_conv.weight"].shape[:2]
+    count = sum(f"res{i}.0.conv1.weight" in tensors for i in (1, 2, 3, 31, 4, 5))
+    levels = {4: LEVELS_64, 5: LEVELS_128, 6: LEVELS_256}.get(count)
+    if levels is None:
+        raise ValueError(f"expected an NCSNv2 of 4 to 6 levels, got {count}")
+    options: dict[str, Any] = {"channels": channels, "width": width, "data_range": (0.0, 1.0)}
+    return NCSNv2(levels=levels, sigmas=tuple(sigmas), **options)
+
+
+def _ncsnpp(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> NCSNpp:
+    if any(tensor.numel() == 0 for tensor in tensors.values()):
+        raise ValueError("a tensor without elements")
+    options = _Reader(_modules(tensors)).options()
+    fourier, ddpm = options["embedding"] == "fourier", options["resblock"] == "ddpm"
+    # The options of the published networks of this kind.
+    assumed: dict[str, Any] = {
+        "fir_kernel": _FIR if fourier or options["progressive_input"] == "input_skip" else None,
+        "skip_rescale": not ddpm,
+        "group_channels": 1 if ddpm and not fourier else 4,
+        "scale_by_sigma": fourier,
+        "data_range": (0.0, 1.0) if fourier else (-1.0, 1.0),
+    }
+    logger.warning(
+        "%s: the file does not determine the process that its network was trained for; assumed %s "
+        "at all times and %s. To be sure, pass the configuration, by name if it is a published "
+        "one, such as 've/cifar10_ncsnpp_continuous'",
+        path,
+        "VE" if fourier else "VP",
+        {key: value for key, value in assumed.items() if key not in options},
+    )
+    return NCSNpp(**assumed | options)
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One entry of ``all_modules``: the shapes in it by the names in it."""
+    """An entry of ``all_modules``: shapes by names."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -49,39 +119,12 @@ def _modules(tensors: Mapping[str, Tensor]) -> list[_Module]:
         if match:
             module = found.setdefault(int(match[1]), _Module())
             module.shapes[match[2]] = tuple(tensor.shape)
-    # A resampling without weights has a number all the same.
+    # A resampling without weights has a number too.
     return [found.get(i, _Module()) for i in range(max(found, default=-1) + 1)]
 
 
-def infer_options(path: object, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the options of NCSN++ off the names and shapes of its tensors.
-
-    What leaves no trace is not in the answer: the FIR kernel where no filtered convolution has a
-    name of its own, the rescaling of skips, the division by sigma, the range of the data.
-
-    Args:
-        path: File the tensors came from, for messages.
-        tensors: Tensors by name, without ``sigmas``.
-
-    Returns:
-        Options of `NCSNpp`.
-
-    Raises:
-        CheckpointError: If the tensors are of no network of this kind.
-    """
-    try:
-        if any(tensor.numel() == 0 for tensor in tensors.values()):
-            raise ValueError("a tensor without elements")
-        return _Reader(_modules(tensors)).options()
-    except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{path}: expected the tensors of an NCSN++, DDPM++ or DDPM of score_sde, got names or "
-            "shapes that do not follow its order"
-        ) from error
-
-
 class _Reader:
-    """Goes through the modules in the order of the forward pass."""
+    """A walk over the modules in the order of the forward pass."""
 
     def __init__(self, modules: list[_Module]) -> None:
         self.modules = modules
@@ -94,7 +137,7 @@ class _Reader:
         }
         for module in modules:
             if "Conv2d_0.weight" in module:
-                self.found["fir_kernel"] = FIR
+                self.found["fir_kernel"] = _FIR
             elif "Conv_0.weight" in module and not (module.is_block or module.is_pointwise):
                 self.found["fir_kernel"] = None
 
@@ -119,7 +162,7 @@ class _Reader:
     def encoder(self, width: int) -> None:
         c = width
         outs, blocks, attentions = [c], [0], [0]
-        # The first block of the decoder is the first that takes more than what came before it.
+        # The decoder starts at the first block with more input channels than the output before it.
         while not (self.modules[self.at].is_block and self.modules[self.at].ins != c):
             module = self.modules[self.at]
             inside = module.is_block and "Conv_2.weight" in module and module.outs == c
@@ -129,16 +172,16 @@ class _Reader:
             elif module.is_block and not inside:
                 c = outs[-1] = module.outs
                 blocks[-1] += 1
-            else:  # a down-sampling: a block, a convolution or nothing
+            else:  # a downsampling: a block, a convolution or nothing
                 if not module.is_block:
                     self.found["resample_with_conv"] = bool(module.shapes)
                 c = self.input_branch(c)
                 for counts, start in ((outs, c), (blocks, 0), (attentions, 0)):
                     counts.append(start)
-        blocks[-1] -= 2  # those of the middle,
-        attentions[-1] -= 1  # and its attention
+        blocks[-1] -= 2  # the middle blocks
+        attentions[-1] -= 1  # and their attention
         if len(set(blocks)) > 1:
-            raise ValueError("levels of different numbers of blocks")
+            raise ValueError("levels with different numbers of blocks")
         self.found |= {
             "blocks": blocks[0],
             "multipliers": tuple(out // width for out in outs),

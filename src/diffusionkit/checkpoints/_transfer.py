@@ -1,44 +1,39 @@
-"""Foreign tensors into our networks: every tensor accounted for, or an error that lists them."""
+"""Transfer of foreign weights into our networks, strict in names, shapes and values."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from .._files import CheckpointError
-
-_SHOWN = 20
-
-
-def _only(tensor: Tensor) -> Tensor:
-    return tensor
+from .._files import CheckpointError, listed
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one tensor of ours comes from.
+    """The origin of one of our tensors.
 
     Args:
-        keys: Names of the foreign tensors.
-        make: Makes our tensor of them.
+        keys: names of the foreign tensors.
+        make: computes our tensor from them.
     """
 
     keys: tuple[str, ...]
-    make: Callable[..., Tensor] = _only
+    make: Callable[..., Tensor] = lambda tensor: tensor
 
 
 def rename(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, Source]:
-    """Say that modules with a weight and a bias are called otherwise.
+    """Return the sources of modules that differ in name only, each with a weight and a bias.
 
     Args:
-        ours: Prefix of our names.
-        theirs: Prefix of the foreign names.
-        names: Our module names to the foreign ones.
-
-    Returns:
-        Sources of the weights and biases.
+        ours: prefix of our names.
+        theirs: prefix of the foreign names.
+        names: foreign module names by our module names.
     """
     return {
         f"{ours}{mine}.{part}": Source((f"{theirs}{other}.{part}",))
@@ -47,22 +42,64 @@ def rename(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, Source
     }
 
 
+def attention(ours: str, theirs: str, heads: int, order: str, **names: str) -> dict[str, Source]:
+    """Return the sources of an attention with one projection to queries, keys and values.
+
+    Args:
+        ours: our name of the module.
+        theirs: the foreign name.
+        heads: number of heads.
+        order: order of the projection's outputs; see `by_kind`.
+        **names: foreign names of ``norm``, ``qkv`` and ``out``, within `theirs`.
+    """
+    sources = rename(f"{ours}.", f"{theirs}.", names)
+    for name, make in (("qkv", partial(by_kind, heads=heads, order=order)), ("out", matrix)):
+        for part in ("weight", "bias"):
+            sources[f"{ours}.{name}.{part}"] = Source((f"{theirs}.{names[name]}.{part}",), make)
+    return sources
+
+
+def by_kind(weight: Tensor, heads: int, order: str) -> Tensor:
+    """Reorder the outputs of a projection to queries, keys and values: kind, head, channel.
+
+    Args:
+        weight: weight (3 C, C, 1, ...) or bias (3 C,).
+        heads: number of heads.
+        order: order of the outputs in the file, such as "head kind channel".
+
+    Returns:
+        Weight (3 C, C) or bias (3 C,).
+    """
+    pattern = f"({order}) ... -> (kind head channel) ..."
+    return rearrange(matrix(weight), pattern, kind=3, head=heads)
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """Return the matrix (out, in) of a convolution (out, in, 1, ...) with a kernel of size 1."""
+    return weight.reshape(weight.shape[:2])
+
+
+def sines_first(weight: Tensor) -> Tensor:
+    """Swap the halves of a linear layer's inputs, for features with the cosines first."""
+    return weight.roll(-(weight.shape[1] // 2), dims=1)
+
+
 def transfer(
     path: str | os.PathLike[str],
     network: nn.Module,
     sources: Mapping[str, Source],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Load foreign tensors into a network, strictly: all are checked before any is copied.
+    """Load foreign tensors into a network, after checking all of them.
 
     Args:
-        path: File the tensors came from, for messages.
-        network: The network.
-        sources: Where each tensor of its state comes from.
-        tensors: The foreign tensors.
+        path: the file, for error messages.
+        network: the network.
+        sources: the source of each tensor of its state dict.
+        tensors: the foreign tensors.
 
     Raises:
-        CheckpointError: If tensors are missing, extra or misshapen; it lists them.
+        CheckpointError: if tensors are missing, extra, misshapen or not finite; it lists them.
     """
     problems: list[str] = []
     state: dict[str, Tensor] = {}
@@ -70,35 +107,30 @@ def transfer(
     for name, wanted in network.state_dict().items():
         source = sources.get(name)
         if source is None:
-            problems.append(f"missing what {name} could come from")
+            problems.append(f"missing a source of {name}")
             continue
         used.update(source.keys)
         if absent := [key for key in source.keys if key not in tensors]:
             problems += [f"missing {key}" for key in absent]
             continue
         given = [tensors[key] for key in source.keys]
+        keys = ", ".join(source.keys)
         try:
             made = source.make(*given)
         except (RuntimeError, IndexError, ValueError):
             made = None
         if made is None or made.shape != wanted.shape:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
-            problems.append(
-                f"{', '.join(source.keys)}: expected what makes {tuple(wanted.shape)}, got {shapes}"
-            )
+            shape = tuple(wanted.shape)
+            problems.append(f"{keys}: expected tensors for {shape}, got {shapes}")
         elif not made.is_floating_point():
-            problems.append(
-                f"{', '.join(source.keys)}: expected floating-point numbers, got {made.dtype}"
-            )
+            problems.append(f"{keys}: expected floating-point numbers, got {made.dtype}")
         elif not made.isfinite().all():
-            problems.append(f"{', '.join(source.keys)}: expected finite numbers, got others")
+            problems.append(f"{keys}: expected finite numbers, got NaN or infinity")
         else:
             state[name] = made
     problems += [f"unexpected {key}" for key in tensors if key not in used]
     if problems:
-        shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
-        raise CheckpointError(
-            f"{path}: the file does not fit the network, {len(problems)} problems: {shown}"
-        )
+        raise CheckpointError(f"{path}: the file does not fit the network, {listed(problems)}")
     with torch.no_grad():
         network.load_state_dict(state)

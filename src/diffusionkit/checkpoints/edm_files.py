@@ -1,9 +1,10 @@
 """Network pickles of EDM, the code of Karras et al., 2022."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from ..models.network import NetworkModel
 from ..networks import ADMUNet, NCSNpp
 from ..sde import EDMSDE, VESDE, VPSDE, DDPMChain
 from ._edm_keys import EDMObject, read_edm_pickle
-from ._orders import by_kind, matrix, sines_first
-from ._transfer import Source, rename, transfer
+from ._transfer import Source, attention, rename, sines_first, transfer
 
 _BLOCK = {
     "norm_1": "norm0",
@@ -26,6 +26,7 @@ _BLOCK = {
     "conv_2": "conv1",
     "shortcut": "skip",
 }
+_ATTENTION = {"norm": "norm2", "qkv": "qkv", "out": "proj"}
 _ORDER = "head channel kind"
 _RANGE = (-1.0, 1.0)
 
@@ -34,26 +35,24 @@ def load_edm(path: str | os.PathLike[str]) -> NetworkModel:
     """Load a network pickle of EDM, with its averaged weights, ready to sample.
 
     Such a pickle carries source code, which unpickling would run. It is never unpickled: a
-    restricted reader takes the tensors and the arguments out of it, and anything that is not on
-    its list is an error that names it. Loading is strict: missing, extra or misshapen tensors
-    are an error that lists them.
+    restricted reader extracts the tensors and arguments and raises an error that names anything
+    else. Loading is strict: missing, extra or misshapen tensors raise an error that lists them.
 
     Args:
-        path: The file.
+        path: the file.
 
     Returns:
         The score model in evaluation mode: `EDMModel` on `EDMSDE` for EDM's own preconditioning,
         `EpsModel` on `VPSDE` for VP, `ScaledScoreModel` on `VESDE` for VE and `EpsModel` on
-        `DDPMChain` for iDDPM. A class-conditional one takes ``class_labels=``, one that was trained
+        `DDPMChain` for iDDPM. A class-conditional model takes ``class_labels=``, a model trained
         with augmentation ``condition=``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, foreign or hostile, or holds another network.
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged, foreign or hostile, or holds another network.
 
-    Source:
-        T. Karras, M. Aittala, T. Aila, S. Laine, Elucidating the Design Space of
-        Diffusion-Based Generative Models, 2022, https://arxiv.org/abs/2206.00364.
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
+    2022, arXiv 2206.00364.
     """
     ema: EDMObject = read_edm_pickle(path)["ema"]
     try:
@@ -106,12 +105,12 @@ _MODELS: dict[str, Callable[[torch.nn.Module, Mapping[str, Any]], NetworkModel]]
 def _network(
     path: str | os.PathLike[str], ema: EDMObject
 ) -> tuple[NCSNpp | ADMUNet, dict[str, Source]]:
-    """Make the network of a preconditioned one, and say where its tensors come from."""
+    """Build the network inside a preconditioning, and return the sources of its tensors."""
     given = dict(ema.init_kwargs)
     iddpm = ema.class_name == "iDDPMPrecond"
     dhariwal = {"EDMPrecond": "DhariwalUNet", "iDDPMPrecond": "DhariwalUNet"}
     kind = given.get("model_type", dhariwal.get(ema.class_name, "SongUNet"))
-    size, multipliers = given["img_resolution"], None
+    size = given["img_resolution"]
     song = kind == "SongUNet"
     if kind not in ("SongUNet", "DhariwalUNet"):
         raise KeyError(kind)
@@ -138,7 +137,7 @@ def _network(
 
 
 def _song(given: Mapping[str, Any], options: dict[str, Any]) -> NCSNpp:
-    """Make the network that EDM calls SongUNet."""
+    """Build the network that EDM calls SongUNet."""
     embedding = given.get("embedding_type", "positional")
     noise = given.get("channel_mult_noise", 1)
     if noise != {"positional": 1, "fourier": 2}[embedding]:
@@ -157,18 +156,18 @@ def _song(given: Mapping[str, Any], options: dict[str, Any]) -> NCSNpp:
 
 
 def _sources(network: NCSNpp | ADMUNet, size: int, song: bool) -> dict[str, Source]:
-    """Say where each tensor of a network comes from, given the resolution of the images."""
+    """Return the source of each tensor of a network for images of a resolution."""
     sources = {
         **rename("", "", {"embedding.linear_1": "map_layer0", "embedding.linear_2": "map_layer1"}),
         **rename("", "", {"input": f"enc.{size}x{size}_conv"}),
         "embedding.noise_features.frequencies": Source(("map_noise.freqs",)),
         "embedding.condition.weight": Source(("map_augment.weight",)),
-        "embedding.classes.weight": Source(("map_label.weight", "map_label.bias"), _early_classes),
+        "embedding.classes.weight": Source(("map_label.weight", "map_label.bias"), _scaled_classes),
     }
     if not song:
         sources |= {
             "embedding.linear_1.weight": Source(("map_layer0.weight",), sines_first),
-            "embedding.condition.weight": Source(("map_augment.weight",), _sines_above),
+            "embedding.condition.weight": Source(("map_augment.weight",), _sines_first_rows),
             "embedding.classes.weight": Source(("map_label.weight",), Tensor.t),
             **rename("", "", {"head.norm": "out_norm", "head.conv": "out_conv"}),
         }
@@ -177,9 +176,11 @@ def _sources(network: NCSNpp | ADMUNet, size: int, song: bool) -> dict[str, Sour
 
     def stage(ours: str, theirs: str) -> None:
         sources.update(rename(f"{ours}.block.", f"{theirs}.", _BLOCK))
-        attention = net.get_submodule(ours).attention
-        if attention is not None:
-            sources.update(_attention(f"{ours}.attention", theirs, attention.heads))
+        module = net.get_submodule(ours).attention
+        if module is not None:
+            sources.update(
+                attention(f"{ours}.attention", theirs, module.heads, _ORDER, **_ATTENTION)
+            )
 
     last = len(net.encoder) - 1
     for level, encoder in enumerate(net.encoder):
@@ -206,21 +207,10 @@ def _sources(network: NCSNpp | ADMUNet, size: int, song: bool) -> dict[str, Sour
     return sources
 
 
-def _attention(ours: str, theirs: str, heads: int) -> dict[str, Source]:
-    make = partial(by_kind, heads=heads, order=_ORDER)
-    return {
-        **rename(f"{ours}.", f"{theirs}.", {"norm": "norm2"}),
-        f"{ours}.qkv.weight": Source((f"{theirs}.qkv.weight",), make),
-        f"{ours}.qkv.bias": Source((f"{theirs}.qkv.bias",), make),
-        f"{ours}.out.weight": Source((f"{theirs}.proj.weight",), matrix),
-        f"{ours}.out.bias": Source((f"{theirs}.proj.bias",)),
-    }
-
-
-def _early_classes(weight: Tensor, bias: Tensor) -> Tensor:
-    # A class is there a vector with one entry of sqrt(number of classes).
+def _scaled_classes(weight: Tensor, bias: Tensor) -> Tensor:
+    # EDM encodes a class as a one-hot vector times sqrt(number of classes).
     return weight.t() * math.sqrt(weight.shape[1]) + bias
 
 
-def _sines_above(weight: Tensor) -> Tensor:
+def _sines_first_rows(weight: Tensor) -> Tensor:
     return sines_first(weight.t()).t()

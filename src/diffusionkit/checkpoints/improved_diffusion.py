@@ -1,9 +1,10 @@
 """Checkpoints of improved-diffusion and guided-diffusion, by Nichol and Dhariwal, 2021."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +16,7 @@ from ..networks import ADMUNet
 from ..networks.blocks import ResidualBlock
 from ..networks.resampling import ConvDownsample
 from ..sde import DDPMChain
-from ._orders import by_kind, matrix, sines_first
-from ._transfer import Source, rename, transfer
+from ._transfer import Source, attention, rename, sines_first, transfer
 
 _EXPECTED = "a state dict of improved-diffusion or guided-diffusion"
 _BLOCK = {
@@ -27,8 +27,9 @@ _BLOCK = {
     "conv_2": "out_layers.3",
     "shortcut": "skip_connection",
 }
+_ATTENTION = {"norm": "norm", "qkv": "qkv", "out": "proj_out"}
 _NEW_ORDER, _LEGACY_ORDER = "kind head channel", "head kind channel"
-# The released defaults of what the tensors do not tell.
+# The released defaults of the flags that leave no trace in the tensors.
 _DEFAULTS: dict[str, Any] = {
     "num_heads": 4,
     "num_heads_upsample": -1,
@@ -41,7 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     "predict_xstart": False,
     "sigma_small": False,
 }
-# Flags of training and sampling, and those that the tensors answer.
+# Flags of training and sampling, and flags that the tensors determine.
 _WITHOUT_EFFECT = {
     "attention_resolutions",
     "channel_mult",
@@ -59,43 +60,42 @@ _WITHOUT_EFFECT = {
 def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> NetworkModel:
     """Load a checkpoint of improved-diffusion or guided-diffusion, ready to sample.
 
-    The file is read without running code in it, and strictly: missing, extra or misshapen
-    tensors are an error that lists them. Averaged weights are files of their own there.
+    The file is read without running its code, and strictly: missing, extra or misshapen tensors
+    raise an error that lists them. The released code saves averaged weights in separate files.
 
-    The widths, levels, blocks and classes are read off the tensors. What leaves no trace in them
-    is taken from the flags that the network was trained with, under their released names:
-    ``num_heads``, ``num_heads_upsample``, ``num_head_channels``, ``use_new_attention_order``,
-    ``dropout``, ``diffusion_steps``, ``noise_schedule`` ("linear" or "cosine"),
-    ``rescale_timesteps``, ``predict_xstart`` and ``sigma_small``, with their released defaults.
-    The other flags may be given too; they must agree with the file.
+    Widths, levels, blocks and classes are inferred from the tensors. Options that leave no trace
+    in them are taken from the flags that the network was trained with, under their released
+    names: ``num_heads``, ``num_heads_upsample``, ``num_head_channels``,
+    ``use_new_attention_order``, ``dropout``, ``diffusion_steps``, ``noise_schedule`` ("linear" or
+    "cosine"), ``rescale_timesteps``, ``predict_xstart`` and ``sigma_small``, with their released
+    defaults. Other flags are optional and must agree with the file.
 
     Args:
-        path: The file.
-        **flags: The flags of the network and its diffusion.
+        path: the file.
+        **flags: the flags of the network and its diffusion.
 
     Returns:
-        The score model in evaluation mode, with the `DDPMChain` that it was trained for. A
-        class-conditional one takes ``class_labels=``, one for super-resolution ``low_res=``.
+        The score model in evaluation mode, on the `DDPMChain` that it was trained for. A
+        class-conditional model takes ``class_labels=``, a super-resolution model ``low_res=``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, foreign or hostile, or does not fit the flags.
-        TypeError: If a flag is unknown.
-        ValueError: If a flag has an unknown value or contradicts the file.
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged, foreign or hostile, or does not fit the flags.
+        TypeError: if a flag is unknown.
+        ValueError: if a flag has an unknown value or contradicts the file.
 
-    Source:
-        A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021,
-        https://arxiv.org/abs/2102.09672; P. Dhariwal, A. Nichol, Diffusion Models Beat GANs on
-        Image Synthesis, 2021, https://arxiv.org/abs/2105.05233.
+    Source: Nichol and Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021, arXiv
+    2102.09672; Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv
+    2105.05233.
     """
     data = read_torch(path, expected=_EXPECTED)
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
         raise CheckpointError(f"{path}: expected {_EXPECTED}, got {type(data).__name__}")
     tensors = dict(data)
-    read = _infer(path, tensors, flags.get("learn_sigma"))
-    given = _DEFAULTS | _checked(flags, _flags_of(read))
+    options = _infer(path, tensors, flags.get("learn_sigma"))
+    given = _DEFAULTS | _checked(flags, _flags_of(options))
     network = ADMUNet(
-        **read,
+        **options,
         group_channels=1,  # always 32 groups
         heads=given["num_heads"],
         decoder_heads=None if given["num_heads_upsample"] == -1 else given["num_heads_upsample"],
@@ -111,7 +111,7 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
         _chain(given["noise_schedule"], steps),
         label=StepLabel(steps, scale=1000 / steps if given["rescale_timesteps"] else 1.0),
         data_range=(-1.0, 1.0),
-        variance="learned_range" if read["learn_sigma"] else fixed,
+        variance="learned_range" if options["learn_sigma"] else fixed,
     ).eval()
 
 
@@ -123,13 +123,13 @@ def _chain(schedule: str, steps: int) -> DDPMChain:
     raise ValueError(f"noise_schedule: expected linear or cosine, got {schedule!r}")
 
 
-def _checked(flags: dict[str, Any], answered: dict[str, Any]) -> dict[str, Any]:
+def _checked(flags: dict[str, Any], inferred: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
-        if name in answered and value != answered[name]:
-            raise ValueError(f"{name}: the file says {answered[name]!r}, got {value!r}")
-        if name not in answered and name not in _DEFAULTS and name not in _WITHOUT_EFFECT:
-            known = ", ".join(sorted(_DEFAULTS.keys() | answered | _WITHOUT_EFFECT))
-            raise TypeError(f"{name}: expected one of the released flags {known}")
+        if name in inferred and value != inferred[name]:
+            raise ValueError(f"{name}: expected {inferred[name]!r} as in the file, got {value!r}")
+        if name not in inferred and name not in _DEFAULTS and name not in _WITHOUT_EFFECT:
+            known = ", ".join(sorted(_DEFAULTS.keys() | inferred | _WITHOUT_EFFECT))
+            raise TypeError(f"flags: expected released ones, {known}, got {name!r}")
     return {name: value for name, value in flags.items() if name in _DEFAULTS}
 
 
@@ -141,17 +141,15 @@ def _infer(
             raise ValueError("a tensor without elements")
         return _options({key: tuple(t.shape) for key, t in tensors.items()}, learn_sigma)
     except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{path}: expected {_EXPECTED}, got names or shapes that are of none"
-        ) from error
+        raise CheckpointError(f"{path}: expected {_EXPECTED}, got other names or shapes") from error
 
 
 def _options(shapes: Mapping[str, tuple[int, ...]], learn_sigma: bool | None) -> dict[str, Any]:
     width = shapes["time_embed.0.weight"][1]
     seen, *kernel = shapes["input_blocks.0.0.weight"][1:]
     out = shapes["out.2.weight"][0]
-    # Two halves of the output, or of the input, or both, which equal numbers leave open: then
-    # images of three channels decide.
+    # Learned variances double the output channels, a low-resolution image the input channels.
+    # Equal numbers are both or neither: without the flag, 6 channels are taken for both.
     both = seen == out and (learn_sigma if learn_sigma is not None else seen == 6)
     channels = seen // 2 if both or seen == 2 * out else seen
 
@@ -196,7 +194,7 @@ def _up(layer: str, shapes: Mapping[str, Any]) -> bool:
 
 
 def _flags_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Say under the names of the flags what was read off the tensors."""
+    """Return the inferred options under the names of the flags."""
     return {
         "num_channels": options["width"],
         "num_res_blocks": options["blocks"],
@@ -208,7 +206,7 @@ def _flags_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sources(network: ADMUNet, order: str) -> dict[str, Source]:
-    """Say where each tensor of a network comes from, given the order of q, k and v."""
+    """Return the source of each tensor of a network, given the order of q, k and v."""
     sources = {
         "embedding.linear_1.weight": Source(("time_embed.0.weight",), sines_first),
         "embedding.linear_1.bias": Source(("time_embed.0.bias",)),
@@ -229,10 +227,14 @@ def _sources(network: ADMUNet, order: str) -> dict[str, Source]:
 
     def stage(ours: str, theirs: str) -> bool:
         layer(f"{ours}.block", f"{theirs}.0")
-        attention = net.get_submodule(ours).attention
-        if attention is not None:
-            sources.update(_attention(f"{ours}.attention", f"{theirs}.1", attention.heads, order))
-        return attention is not None
+        module = net.get_submodule(ours).attention
+        if module is not None:
+            attend(f"{ours}.attention", f"{theirs}.1")
+        return module is not None
+
+    def attend(ours: str, theirs: str) -> None:
+        heads = net.get_submodule(ours).heads
+        sources.update(attention(ours, theirs, heads, order, **_ATTENTION))
 
     i = 1
     for level, encoder in enumerate(net.encoder):
@@ -243,8 +245,7 @@ def _sources(network: ADMUNet, order: str) -> dict[str, Source]:
             stage(f"encoder.{level}.stages.{b}", f"input_blocks.{i}")
             i += 1
     layer("middle.0.block", "middle_block.0")
-    middle = net.get_submodule("middle.0.attention")
-    sources.update(_attention("middle.0.attention", "middle_block.1", middle.heads, order))
+    attend("middle.0.attention", "middle_block.1")
     layer("middle.1.block", "middle_block.2")
     j = 0
     for level, decoder in enumerate(net.decoder):
@@ -254,14 +255,3 @@ def _sources(network: ADMUNet, order: str) -> dict[str, Source]:
                 layer(f"ups.{level}.block", f"output_blocks.{j}.{1 + attends}")
             j += 1
     return sources
-
-
-def _attention(ours: str, theirs: str, heads: int, order: str) -> dict[str, Source]:
-    make = partial(by_kind, heads=heads, order=order)
-    return {
-        **rename(f"{ours}.", f"{theirs}.", {"norm": "norm"}),
-        f"{ours}.qkv.weight": Source((f"{theirs}.qkv.weight",), make),
-        f"{ours}.qkv.bias": Source((f"{theirs}.qkv.bias",), make),
-        f"{ours}.out.weight": Source((f"{theirs}.proj_out.weight",), matrix),
-        f"{ours}.out.bias": Source((f"{theirs}.proj_out.bias",)),
-    }

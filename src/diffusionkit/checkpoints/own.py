@@ -1,4 +1,6 @@
-"""Our own networks in one file that builds them again."""
+"""Files of our own networks, configuration included."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -13,7 +15,7 @@ from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"
 _VERSION = 1
-# A wrapper is not a network of its own: what it wraps is saved.
+# Of the wrapper FourierFeatures only the wrapped network is saved.
 _CLASSES: dict[str, type[nn.Module]] = {
     name: getattr(networks, name) for name in networks.__all__ if name != "FourierFeatures"
 }
@@ -21,33 +23,31 @@ _EXPECTED = "a network written by save_network"
 
 
 def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
-    """Write a network of `diffusionkit.networks` to a file, with all that it takes to rebuild it.
+    """Write a network of `diffusionkit.networks` to a file, with its configuration.
 
     The file is written under a temporary name and renamed. With the ending ``.safetensors`` it is
-    a safetensors file, which needs that package; else a file of torch.
+    a safetensors file, which needs that package; otherwise a file of torch.
 
     Args:
-        path: The file.
-        network: The network itself, out of any wrapper.
+        path: the file.
+        network: the network, without wrappers.
 
     Raises:
-        TypeError: If it is of another class.
-        ValueError: If an argument that it was built with is more than numbers, strings, lists
-            and tuples.
+        TypeError: if the network is of another class.
+        ValueError: if it was built with anything but numbers, strings, lists and tuples.
 
-    Example:
-        >>> import tempfile, torch
-        >>> from diffusionkit.checkpoints import load_network, save_network
-        >>> from diffusionkit.networks import MLP
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_network(f"{folder}/mlp.pt", MLP(2, width=16))
-        ...     load_network(f"{folder}/mlp.pt").config["width"]
-        16
+    >>> import tempfile, torch
+    >>> from diffusionkit.checkpoints import load_network, save_network
+    >>> from diffusionkit.networks import MLP
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_network(f"{folder}/mlp.pt", MLP(2, width=16))
+    ...     load_network(f"{folder}/mlp.pt").config["width"]
+    16
     """
     name = type(network).__name__
     if type(network) is not _CLASSES.get(name):
         raise TypeError(
-            f"network: expected one of {', '.join(_CLASSES)}, out of any wrapper, "
+            f"network: expected one of {', '.join(_CLASSES)}, without a wrapper, "
             f"got {type(network).__module__}.{name}"
         )
     try:
@@ -81,17 +81,17 @@ def _safetensors(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
 
 
 def load_network(path: str | os.PathLike[str]) -> nn.Module:
-    """Build a network again from a file of `save_network`, weights and data type included.
+    """Rebuild a network from a file of `save_network`, weights and dtype included.
 
     Args:
-        path: The file.
+        path: the file.
 
     Returns:
-        The network, in training mode as any new one.
+        The network, in training mode like any new one.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged or foreign, or its parts do not fit together.
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged or foreign, or its parts do not fit together.
     """
     about, state = _read(path)
     if about.get("format") != _FORMAT:
@@ -105,7 +105,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
         )
     try:
         config = json.loads(about["config"])
-        with torch.device("meta"):  # so that a damaged width asks for no memory
+        with torch.device("meta"):  # a damaged width allocates no memory
             check_weights(path, "network", kind(**config), state)
         network = kind(**config)
     except CheckpointError:
@@ -117,7 +117,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     dtypes = {value.dtype for value in state.values()}
     if not all(dtype.is_floating_point for dtype in dtypes):
         raise CheckpointError(f"{path}: expected floating-point weights, got {dtypes}")
-    # Of a network in half precision some tensors stay in float32, by themselves.
+    # A network in half precision keeps some of its tensors in float32.
     network.to(min(dtypes, key=lambda dtype: dtype.itemsize))
     assign(path, "network", network, state)
     return network

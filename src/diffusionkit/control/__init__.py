@@ -1,6 +1,6 @@
-"""Controlled generation: guidance, which wraps a model, and constraints, which a sampler is handed.
+"""Controlled generation: guidance wraps a model, constraints are passed to a sampler.
 
-Every linear measurement that a constraint knows of is an operator with its inverse.
+The linear measurements of a constraint are operators with a pseudo-inverse.
 """
 
 from .classifier import NoiseClassifier, classifier_loss, train_noise_classifier

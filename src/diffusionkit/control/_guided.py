@@ -1,12 +1,15 @@
-"""What all guidance shares: a model within a model, and gradients in any gradient mode."""
+"""Shared parts of guidance: wrapping a model, and gradients in any gradient mode."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_number, check_part, readable
 from .._grid_times import instant
@@ -15,32 +18,33 @@ from ..values import Coefficient, Prediction, expand, linear
 
 
 class GuidedPrediction(Prediction):
-    """Data and noise of a state in half precision, kept in float32 and handed out as the state is.
+    """A prediction kept in float32 and read in the dtype of the state.
 
-    Where alpha is 5e-5, as at the end of a cosine chain, guided data can be beyond float16.
+    Where alpha is 5e-5, as at the end of a cosine chain, guided data may overflow float16.
     """
 
     __slots__ = ()
 
     @property
+    @override
     def x0(self) -> Tensor:
-        """The predicted data (B, *D)."""
         return super().x0.to(self._x.dtype)
 
     @property
+    @override
     def eps(self) -> Tensor:
-        """The predicted noise (B, *D)."""
         return super().eps.to(self._x.dtype)
 
+    @override
     def _noise(self, factor: Coefficient) -> Tensor:
         return super()._noise(factor).to(self._x.dtype)
 
 
 class GuidedModel(ScoreModel):
-    """A model that changes what another one says; what the other states is handed on."""
+    """A wrapper that changes another model's predictions and keeps its attributes."""
 
     def __init__(self, model: ScoreModel) -> None:
-        """Keep the model, and take over its process, range of data and variance."""
+        """Keep the model, and copy its process, data range and variance."""
         super().__init__()
         check_part(model, ScoreModel, "model")
         self.model = model
@@ -49,65 +53,53 @@ class GuidedModel(ScoreModel):
         self.variance = getattr(model, "variance", None)
 
     def _kernel(self, t: Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return alpha and sigma, or raise where there is no data left to be guided."""
+        """Return alpha and sigma, or raise where alpha is 0."""
         alpha, sigma = self.sde.kernel(t)
         known = not isinstance(alpha, Tensor) or readable(alpha)
         if known and float(torch.as_tensor(alpha).min()) == 0.0:
             raise ValueError(
-                "expected alpha > 0, got alpha = 0: a gradient of the score does not determine "
-                "the data there; begin a little before, with a sampler's grid of times such as "
+                "t: expected alpha > 0, got alpha = 0: a gradient of the score does not "
+                "determine x0; start a little before, with a sampler's grid of times such as "
                 "torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
             )
         return alpha, sigma
 
-    def _pushed(self, prediction: Prediction, x: Tensor, t: Tensor, push: Tensor) -> Prediction:
-        """Return a prediction whose score is the said one plus a push (B, *D).
+    def _shifted(self, prediction: Prediction, x: Tensor, t: Tensor, grad: Tensor) -> Prediction:
+        """Return a prediction with a gradient (B, *D) added to its score.
 
-        Data and noise are changed each on their own: neither has digits to lose to the other,
-        however small sigma or alpha.
+        Data and noise are shifted separately, so that neither loses digits to the other at any
+        sigma or alpha.
         """
         alpha, sigma = self._kernel(t)
-        return GuidedPrediction(
-            x,
-            linear(1.0, _settled(wide_data(prediction, alpha)), sigma * (sigma / alpha), push),
-            linear(1.0, _settled(widened(prediction.eps)), -sigma, push),
-            alpha,
-            sigma,
-            None if prediction.log_var is None else _settled(prediction.log_var),
-            None if prediction.log_var_fraction is None else _settled(prediction.log_var_fraction),
+        x0 = _without_graph(float32_x0(prediction, alpha))
+        eps = _without_graph(at_least_float32(prediction.eps))
+        learned = (
+            None if value is None else _without_graph(value)
+            for value in (prediction.log_var, prediction.log_var_fraction)
         )
+        x0, eps = linear(1.0, x0, sigma * (sigma / alpha), grad), linear(1.0, eps, -sigma, grad)
+        return GuidedPrediction(x, x0, eps, alpha, sigma, *learned)
+
+    @contextlib.contextmanager
+    def _differentiable(
+        self, x: Tensor, t: Tensor, cond: Mapping[str, Any]
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any], bool]]:
+        """Record gradients by a state, also where the caller has disabled them.
+
+        Yields the state as a leaf, the times and the conditions in a form that autograd may save,
+        and whether the caller differentiates through the gradient.
+        """
+        keep = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x if x.requires_grad else _recordable(x).detach().requires_grad_()
+            saved = {name: _recordable(value) for name, value in cond.items()}
+            yield leaf, _recordable(t, self.sde), saved, keep
 
 
-def widened(value: Tensor) -> Tensor:
-    """Return a value in float32 at least."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def held_share(x: Tensor, alpha: Coefficient, room: float = 1.0) -> Coefficient | None:
-    """Return what to multiply data by in a state's half precision, room * alpha; else None.
-
-    The data by themselves, (x - sigma eps) / alpha, may be beyond it before the difference; so
-    may gradients by them, which get room: what is below 6e-5 has few digits in float16.
-    """
-    if x.dtype.itemsize >= 4:
-        return None
-    if isinstance(alpha, Tensor):
-        return torch.where(alpha > 0, (room * alpha).clamp(max=1.0), 1.0)
-    return min(room * alpha, 1.0) or 1.0
-
-
-def wide_data(prediction: Prediction, alpha: Coefficient) -> Tensor:
-    """Return the predicted data (B, *D) in float32 at least."""
-    share = held_share(prediction.x, alpha)
-    if share is None:
-        return prediction.x0
-    part = widened(prediction.combine(x=0.0, x0=share))
-    return part / expand(share, part)
-
-
-def _settled(value: Tensor) -> Tensor:
-    """Return a value without the graph that guidance had made for itself."""
-    return value if torch.is_grad_enabled() else value.detach()
+def check_callable(function: object, name: str) -> None:
+    """Raise unless an argument is callable."""
+    if not callable(function):
+        raise TypeError(f"{name}: expected a callable, got {type(function).__name__}")
 
 
 def check_scale(scale: float) -> None:
@@ -117,15 +109,49 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
-def leaf(x: Tensor) -> Tensor:
-    """Return a state by which one can differentiate: the same where gradients are wanted of it."""
-    return x if x.requires_grad else recordable(x).detach().requires_grad_()
+def shape_or_type(value: object) -> str:
+    """Return the shape of a tensor, or the type of anything else, for an error message."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def recordable(value: Any, sde: ForwardSDE | None = None) -> Any:
-    """Return what autograd may keep for the way back: a copy, if made in inference mode.
+def at_least_float32(value: Tensor) -> Tensor:
+    """Return a tensor in float32, or float64 if it is that already."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
-    Call it where inference mode is off. A time tensor keeps what is known of it for the process.
+
+def half_precision_factor(
+    x: Tensor, alpha: Coefficient, headroom: float = 1.0
+) -> Coefficient | None:
+    """Return the factor headroom * alpha that keeps data in range; None unless x is in half.
+
+    In half precision the data (x - sigma eps) / alpha may overflow before the difference is
+    taken. Gradients by the data may too, and need headroom: below 6e-5, float16 has few digits.
+    """
+    if x.dtype.itemsize >= 4:
+        return None
+    if isinstance(alpha, Tensor):
+        return torch.where(alpha > 0, (headroom * alpha).clamp(max=1.0), 1.0)
+    return min(headroom * alpha, 1.0) or 1.0
+
+
+def float32_x0(prediction: Prediction, alpha: Coefficient) -> Tensor:
+    """Return the predicted data (B, *D), in at least float32."""
+    factor = half_precision_factor(prediction.x, alpha)
+    if factor is None:
+        return prediction.x0
+    scaled = at_least_float32(prediction.combine(x=0.0, x0=factor))
+    return scaled / expand(factor, scaled)
+
+
+def _without_graph(value: Tensor) -> Tensor:
+    """Return a tensor without guidance's own graph, unless the caller records gradients."""
+    return value if torch.is_grad_enabled() else value.detach()
+
+
+def _recordable(value: Any, sde: ForwardSDE | None = None) -> Any:
+    """Return a value that autograd may save: a tensor made in inference mode is copied.
+
+    Call it outside inference mode. A copy of a sampler's time keeps its tabulated values.
     """
     if not (isinstance(value, Tensor) and value.is_inference()):
         return value
@@ -141,32 +167,33 @@ def gradient(
     name: str,
     *,
     along: Tensor | None = None,
-    share: Coefficient | None = None,
+    factor: Coefficient | None = None,
     keep: bool = False,
 ) -> Tensor:
     """Return the gradient by x (B, *D) of a value's sum, or of its product with `along`.
 
     Args:
-        value: what was made of x, with its graph.
+        value: a function of x, with its graph.
         x: the state.
-        name: who made it, for the message.
-        along: the vector of the product, of the value's shape.
-        share: a factor (B,) or float to go the way back with, so that nothing overflows there:
-            `held_share` with room 64, for a value of the data. The gradient is then in float32.
-        keep: whether the gradient is to be differentiated itself.
+        name: the function's name, for the error.
+        along: the vector of a vector-Jacobian product, of the value's shape.
+        factor: scales the backward pass, (B,) or a float, so that it does not overflow:
+            `half_precision_factor` with headroom 64, for a function of the data. The gradient is
+            then in float32.
+        keep: whether the gradient is differentiated in turn.
 
     Raises:
         ValueError: if no gradient flows from the value to x.
     """
     found: Tensor | None = None
     if value.requires_grad:
-        again = along is not None or keep  # products are asked for one after another
+        again = along is not None or keep  # there are several products with one graph
         along = torch.ones_like(value) if along is None else along
-        if share is not None:
-            along = (along * expand(share, along)).to(value.dtype)
+        if factor is not None:
+            along = (along * expand(factor, along)).to(value.dtype)
         (found,) = torch.autograd.grad(
             value, x, along, retain_graph=again, create_graph=keep, allow_unused=True
         )
     if found is None:
         raise ValueError(f"{name}: expected a differentiable function, got one without a gradient")
-    return found if share is None else widened(found) / expand(share, found)
+    return found if factor is None else at_least_float32(found) / expand(factor, found)

@@ -1,4 +1,4 @@
-"""Classifiers of noisy data: what they are told, their loss, and a loop that trains one."""
+"""Classifiers of noisy data: a network with preconditioning, its loss and its training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._checks import (
     check_count,
@@ -25,24 +26,25 @@ from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes
 from ..values import expand
+from ._guided import at_least_float32, check_callable, shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
 
 class NoiseClassifier(nn.Module):
-    r"""A network that classifies noisy data of any process, told the level of the noise.
+    r"""A classifier of noisy data, conditioned on the noise level of any process.
 
     .. math::
         \mathrm{logits} = F\!\left(\frac{x}{\sqrt{\alpha^2 \sigma_d^2 + \sigma^2}};\
         \mathrm{label}(t)\right)
 
-    so that what the network sees has unit variance at every time.
+    so that the network's input has unit variance at every time.
 
     Args:
         network: maps (x (B, *D), noise_label (B,)) to logits (B, K).
         sde: the forward process.
         sigma_data: the standard deviation of the data.
-        label: what the network is told about time, log(sigma / alpha) / 4 by default.
+        label: the noise label, log(sigma / alpha) / 4 by default.
 
     Raises:
         ValueError: unless sigma_data is finite and positive.
@@ -62,7 +64,7 @@ class NoiseClassifier(nn.Module):
         *,
         label: Label | None = None,
     ) -> None:
-        """Join the network and the process."""
+        """Keep the network and the process."""
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
         check_positive(sigma_data, "sigma_data")
@@ -70,14 +72,14 @@ class NoiseClassifier(nn.Module):
         self.sde = sde
         self.sigma_data = sigma_data
         self.label = LogSigmaLabel() if label is None else label
-        for name, part in (("network", network), ("label", self.label)):
-            if not callable(part):
-                raise TypeError(f"{name}: expected a callable, got {type(part).__name__}")
+        check_callable(network, "network")
+        check_callable(self.label, "label")
 
+    @override
     def extra_repr(self) -> str:
-        """Return what the network does not show."""
         return f"sde={self.sde!r}, sigma_data={self.sigma_data}, label={self.label!r}"
 
+    @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the logits (B, K) of a state x (B, *D) at times t (B,)."""
         check_state(x)
@@ -90,37 +92,40 @@ class NoiseClassifier(nn.Module):
 
 
 def class_log_probs(
-    classifier: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, y: Tensor
+    classifier: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, class_labels: Tensor
 ) -> Tensor:
-    """Return log p(y | x, t) (B,), in float32 at least, of labels y (B,) by a classifier.
+    """Return a classifier's log p(y | x, t) (B,) of class labels y (B,), in at least float32.
 
     Raises:
-        ValueError: if the logits are not (B, K), or y is not (B,) or not in [0, K).
-        TypeError: if y does not hold integers.
+        ValueError: if the logits are not (B, K), or class_labels is not (B,) or not in [0, K).
+        TypeError: if class_labels does not hold integers.
     """
-    check_labels(y, len(x))
+    check_class_labels(class_labels, len(x))
     logits = classifier(x, t)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"classifier: expected logits of shape ({len(x)}, K), got {got}")
-    if readable(y) and not (int(y.min()) >= 0 and int(y.max()) < logits.shape[1]):
         raise ValueError(
-            f"y: expected labels in [0, {logits.shape[1]}), as the classifier's, "
-            f"got {int(y.min())} to {int(y.max())}"
+            f"classifier: expected logits of shape ({len(x)}, K), got {shape_or_type(logits)}"
         )
-    logs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
-    return logs.gather(1, y.long().unsqueeze(1)).squeeze(1)
+    if readable(class_labels):
+        low, high, classes = int(class_labels.min()), int(class_labels.max()), logits.shape[1]
+        if not 0 <= low <= high < classes:
+            raise ValueError(
+                f"class_labels: expected integers in [0, {classes}), as many as the classifier "
+                f"has logits, got {low} to {high}"
+            )
+    logs = torch.log_softmax(at_least_float32(logits), 1)
+    return logs.gather(1, class_labels.long().unsqueeze(1)).squeeze(1)
 
 
 def check_process(classifier: object, sde: ForwardSDE) -> None:
-    """Raise if a classifier has a process of its own, and it is another (read on the CPU only)."""
+    """Raise if a classifier was made for another process (values are read on the CPU only)."""
     own = getattr(classifier, "sde", None)
     if own is sde or not isinstance(own, ForwardSDE):
         return
     if own.T != sde.T:
         raise ValueError(f"classifier: expected a process with T = {sde.T:g}, got {own.T:g}")
     t = sde.T * torch.linspace(0.1, 1.0, 4, dtype=torch.float64)
-    expected, got = (_marginals(one, t) for one in (sde, own))
+    expected, got = (_marginals(process, t) for process in (sde, own))
     if not readable(t) or torch.allclose(got, expected, rtol=1e-3):
         return
     k = int((got - expected).abs().sum(0).argmax())
@@ -137,15 +142,18 @@ def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
     return torch.stack(sde.marginal(t.to(home(sde), schedule_dtype(home(sde))))).to(t)
 
 
-def check_labels(y: object, batch: int, name: str = "y") -> None:
-    """Raise unless y is a tensor of one integer for each sample."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name}: expected a tensor of labels ({batch},), got {type(y).__name__}")
-    if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integer labels, got {y.dtype}")
-    if y.shape != (batch,):
+def check_class_labels(class_labels: object, batch: int) -> None:
+    """Raise unless class labels are a tensor of integers, one for each sample."""
+    if not isinstance(class_labels, Tensor):
+        got = type(class_labels).__name__
+        raise TypeError(f"class_labels: expected a tensor of shape ({batch},), got {got}")
+    dtype = class_labels.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise TypeError(f"class_labels: expected integers, got {dtype}")
+    if class_labels.shape != (batch,):
         raise ValueError(
-            f"{name}: expected one label for each sample, shape ({batch},), got {tuple(y.shape)}"
+            f"class_labels: expected one label for each sample, shape ({batch},), "
+            f"got {tuple(class_labels.shape)}"
         )
 
 
@@ -153,7 +161,7 @@ def classifier_loss(
     classifier: Callable[[Tensor, Tensor], Tensor],
     sde: ForwardSDE,
     x0: Tensor,
-    y: Tensor,
+    class_labels: Tensor,
     *,
     times: TimeSampler | None = None,
     t: Tensor | None = None,
@@ -164,43 +172,43 @@ def classifier_loss(
     .. math::
         \ell_i = -w_i \log p(y_i \mid \alpha x_{0,i} + \sigma \epsilon_i, t_i)
 
-    Its minimum over all classifiers is the true p(y | x, t), which is what guidance needs.
+    The true p(y | x, t), which guidance needs, minimizes it.
 
     Args:
         classifier: maps (x (B, *D), t (B,)) to logits (B, K).
         sde: the forward process, that of the model to be guided.
         x0: the data (B, *D).
-        y: their labels (B,).
-        times: the law of the times, uniform by default; w are its weights.
-        t: times (B,) to use instead of drawn ones, with weight 1.
+        class_labels: their classes y (B,).
+        times: the distribution of training times, uniform by default; w are its weights.
+        t: times (B,) to use instead of random ones, with weight 1.
         generator: the source of times and noise.
 
     Raises:
-        ValueError: if shapes do not match, data are not finite, a label is out of range, the
+        ValueError: if shapes do not match, data are not finite, a class label is out of range, the
             classifier is a `NoiseClassifier` of another process, or both times and t are given.
-        TypeError: if x0 or t is not a floating-point tensor, y does not hold integers, or times
-            is not a TimeSampler.
+        TypeError: if x0 or t is not a floating-point tensor, class_labels does not hold integers,
+            or times is not a TimeSampler.
 
-    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
-    (appendix I); Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021,
-    arXiv 2105.05233.
+    Source: Song et al., Score-Based Generative Modeling through Stochastic Differential Equations,
+    2021, arXiv 2011.13456 (appendix I); Dhariwal and Nichol, Diffusion Models Beat GANs on Image
+    Synthesis, 2021, arXiv 2105.05233.
     """
     check_part(sde, ForwardSDE, "sde")
     check_state(x0, "x0")
     check_finite(x0, "x0")
     check_process(classifier, sde)
     if t is None:
-        law = UniformTimes() if times is None else times
-        check_part(law, TimeSampler, "times")
+        times = UniformTimes() if times is None else times
+        check_part(times, TimeSampler, "times")
         dtype = torch.promote_types(x0.dtype, torch.float32)
-        t, weight = law.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
+        t, weight = times.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
     else:
         if times is not None:
-            raise ValueError("expected times or t, got both")
+            raise ValueError("times: expected times or t, got both")
         check_times(t, sde.T, len(x0), x0)
         weight = torch.ones_like(t)
     x = sde.perturb(x0, t, generator=generator).x
-    return -weight * class_log_probs(classifier, x, t, y)
+    return -weight * class_log_probs(classifier, x, t, class_labels)
 
 
 def train_noise_classifier(
@@ -216,10 +224,10 @@ def train_noise_classifier(
     generator: torch.Generator | None = None,
     progress: Progress = False,
 ) -> Classifier:
-    """Train a classifier on noisy data of all times, by Adam, and return it in evaluation mode.
+    """Train a classifier of noisy data with Adam, and return it in evaluation mode.
 
-    A plain loop for data that fit in memory, its learning rate falling to zero over the run; for
-    more than that, write your own around `classifier_loss`.
+    A plain loop for data that fit in memory, with a learning rate that decays linearly to zero.
+    For anything else, write your own around `classifier_loss`.
 
     Args:
         classifier: maps (x (B, *D), t (B,)) to logits (B, K); trained in place, on its device.
@@ -228,23 +236,22 @@ def train_noise_classifier(
         class_labels: their classes (N,).
         steps: the number of steps.
         batch_size: the size B of the batches, drawn with replacement.
-        lr: the learning rate at the start.
-        times: the law of the times, uniform by default.
+        lr: the initial learning rate.
+        times: the distribution of training times, uniform by default.
         generator: the source of batches, times and noise.
-        progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
+        progress: True for a bar (tqdm, if installed), or a function that wraps an iterable.
 
     Raises:
         ValueError: if shapes do not match, data are not finite, a number is out of range, or the
             classifier is a `NoiseClassifier` of another process.
-        TypeError: if classifier is not a module, data or labels are not tensors of their kind,
-            or times or generator is not one.
+        TypeError: if an argument has the wrong type, or class_labels does not hold integers.
 
-    Source: as `classifier_loss`.
+    Source: as for `classifier_loss`.
     """
     check_part(classifier, nn.Module, "classifier")
     check_state(data, "data")
     check_finite(data, "data")
-    check_labels(class_labels, len(data), "class_labels")
+    check_class_labels(class_labels, len(data))
     check_count(steps, "steps")
     check_count(batch_size, "batch_size")
     check_positive(lr, "lr")

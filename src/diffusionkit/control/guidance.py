@@ -1,6 +1,6 @@
-r"""Guidance: models whose score is pushed towards what is asked for.
+r"""Guidance: models whose score is shifted towards a condition.
 
-Each wraps a ScoreModel and is one: every sampler, corrector and likelihood takes it.
+Each wraps a ScoreModel and is one, so every sampler, corrector and likelihood accepts it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_number, check_times, readable
 from .._grid_times import instant
@@ -19,13 +20,13 @@ from ..values import Coefficient, Prediction, expand, linear
 from ._guided import (
     GuidedModel,
     GuidedPrediction,
+    at_least_float32,
+    check_callable,
     check_scale,
+    float32_x0,
     gradient,
-    held_share,
-    leaf,
-    recordable,
-    wide_data,
-    widened,
+    half_precision_factor,
+    shape_or_type,
 )
 from .classifier import check_process, class_log_probs
 
@@ -36,11 +37,10 @@ class ClassifierGuidance(GuidedModel):
     .. math::
         s(x, t, y) = \nabla \log p_t(x) + \mathrm{scale}\; \nabla_x \log p(y \mid x, t)
 
-    With the true classifier, scale 1 is the score of the data of class y; a larger one is that
-    of p_t(x) p(y | x)^scale, which favours what the classifier is sure of. The labels y (B,) are
-    handed in when sampling, `sampler(shape, y=y)`, and are the classifier's alone; whatever else
-    is handed in is the model's. So one cannot go around another: the outer takes y, and the inner
-    is left without.
+    With the true classifier, scale 1 gives the score of the data of class y. A larger scale gives
+    that of p_t(x) p(y | x)^scale, which favors samples that the classifier is sure of. Pass the
+    class labels y (B,) when sampling, `sampler(shape, class_labels=y)`. Only the classifier gets
+    them; all other conditions go to the model.
 
     Args:
         model: the score model.
@@ -49,19 +49,20 @@ class ClassifierGuidance(GuidedModel):
 
     Raises:
         ValueError: unless scale is finite, or if classifier is a `NoiseClassifier` of another
-            process than the model's; when asked, if y is not (B,) or not of the classifier's
-            labels, the logits are not (B, K), or alpha is 0.
+            process than the model's; in a call, if class_labels is not (B,) or out of range, the
+            logits are not (B, K), or alpha is 0.
         TypeError: if model is not a ScoreModel, classifier not callable, or scale not a number;
-            when asked, if y is missing or does not hold integers.
+            in a call, if class_labels is missing or does not hold integers.
 
-    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
-    (section 5); Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021,
-    arXiv 2105.05233.
+    Source: Song et al., Score-Based Generative Modeling through Stochastic Differential Equations,
+    2021, arXiv 2011.13456 (section 5); Dhariwal and Nichol, Diffusion Models Beat GANs on Image
+    Synthesis, 2021, arXiv 2105.05233.
 
     >>> from diffusionkit import GaussianMixtureModel, VPSDE
     >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
     >>> guided = ClassifierGuidance(model, lambda x, t: torch.cat([-4 * x, 4 * x], 1), scale=2.0)
-    >>> guided(torch.zeros(2, 1), torch.tensor([0.5, 0.5]), y=torch.tensor([0, 1])).detach()
+    >>> x, t = torch.zeros(2, 1), torch.tensor([0.5, 0.5])
+    >>> guided(x, t, class_labels=torch.tensor([0, 1])).detach()
     tensor([[-8.],
             [ 8.]])
     """
@@ -72,40 +73,38 @@ class ClassifierGuidance(GuidedModel):
         classifier: Callable[[Tensor, Tensor], Tensor],
         scale: float = 1.0,
     ) -> None:
-        """Join the model and the classifier."""
+        """Keep the model and the classifier."""
         super().__init__(model)
-        if not callable(classifier):
-            raise TypeError(f"classifier: expected a callable, got {type(classifier).__name__}")
+        check_callable(classifier, "classifier")
         check_scale(scale)
         check_process(classifier, self.sde)
         self.classifier = classifier
         self.scale = scale
 
+    @override
     def extra_repr(self) -> str:
-        """Return the scale."""
         return f"scale={self.scale}"
 
-    def predict(self, x: Tensor, t: Tensor, *, y: Any = None, **cond: Any) -> Prediction:
-        """Predict data and noise of a state x (B, *D) at times t (B,), for labels y (B,)."""
+    @override
+    def predict(self, x: Tensor, t: Tensor, *, class_labels: Any = None, **cond: Any) -> Prediction:
         prediction = self.model.predict(x, t, **cond)
-        keep = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
-            at = leaf(x)
-            log_p = class_log_probs(self.classifier, at, recordable(t, self.sde), recordable(y))
-            push = gradient(log_p, at, "classifier", keep=keep)
-        return self._pushed(prediction, x, t, self.scale * push)
+        labels = {"class_labels": class_labels}
+        with self._differentiable(x, t, labels) as (leaf, time, saved, keep):
+            log_p = class_log_probs(self.classifier, leaf, time, **saved)
+            grad = gradient(log_p, leaf, "classifier", keep=keep)
+        return self._shifted(prediction, x, t, self.scale * grad)
 
 
 class GradientGuidance(GuidedModel):
-    r"""A model guided by any differentiable log p(y | x0), taken at the predicted data (DPS).
+    r"""A model guided by a differentiable log p(y | x0), evaluated at the predicted data (DPS).
 
     .. math::
         s(x, t) = \nabla \log p_t(x) + \mathrm{scale}\; \nabla_x \log p(y \mid \hat x_0(x, t))
 
-    The gradient goes through the model, which costs about two evaluations more. It is an
-    approximation: the predicted data are taken for the data, as if nothing were uncertain of
-    them, so the push is too strong while there is much noise. For data N(0, c^2), y = x0 + noise
-    of standard deviation tau, r = c / tau and Dawson's function D, the law of the samples is
+    The gradient is taken through the model, at the cost of about two more evaluations. This is an
+    approximation: it ignores the uncertainty of the predicted data, so guidance is too strong at
+    high noise. For data N(0, c^2), y = x0 + noise of standard deviation tau, r = c / tau and
+    Dawson's function D, the samples have
 
     ================  ==============================  =========================================
     \                 mean / y                        variance / c^2
@@ -115,14 +114,14 @@ class GradientGuidance(GuidedModel):
     reverse SDE       1 - exp(-r^2)                   (1 - exp(-2 r^2)) / (2 r^2)
     ================  ==============================  =========================================
 
-    with any process, as T goes to infinity and steps to 0. At tau = c / 2 these are means of
-    .80, 1.28 and .98, and standard deviations of .45, .14 and .35 c: samples are too much alike,
-    and with a deterministic sampler may go beyond the measurement. `LinearGaussianGuidance`
-    takes the uncertainty into account.
+    with any process, as T goes to infinity and steps to 0. At tau = c / 2 the means are .80, 1.28
+    and .98, and the standard deviations .45, .14 and .35 c: samples are not diverse enough, and
+    deterministic samplers may overshoot the measurement. `LinearGaussianGuidance` takes the
+    uncertainty into account.
 
-    DPS divides the gradient of a squared residual by its norm. For steps of its size whatever
-    the residual, hand in `lambda x0: -zeta * (y - A(x0)).flatten(1).norm(dim=1)`, which is that
-    gradient up to a factor of two; but no likelihood any more.
+    DPS divides the gradient of a squared residual by its norm. For steps of that size, whatever
+    the residual, pass `lambda x0: -zeta * (y - A(x0)).flatten(1).norm(dim=1)`: its gradient is the
+    same up to a factor of two, but it is no longer a likelihood.
 
     Args:
         model: the score model.
@@ -130,8 +129,8 @@ class GradientGuidance(GuidedModel):
         scale: the factor of its gradient.
 
     Raises:
-        ValueError: unless scale is finite; when asked, if log_likelihood is not (B,) or has no
-            gradient, or alpha is 0.
+        ValueError: unless scale is finite; in a call, if log_likelihood does not return (B,) or
+            has no gradient, or alpha is 0.
         TypeError: if model is not a ScoreModel, log_likelihood not callable, or scale not a
             number.
 
@@ -148,74 +147,66 @@ class GradientGuidance(GuidedModel):
     def __init__(
         self, model: ScoreModel, log_likelihood: Callable[[Tensor], Tensor], scale: float = 1.0
     ) -> None:
-        """Join the model and the log-likelihood."""
+        """Keep the model and the log-likelihood."""
         super().__init__(model)
-        if not callable(log_likelihood):
-            raise TypeError(
-                f"log_likelihood: expected a callable, got {type(log_likelihood).__name__}"
-            )
+        check_callable(log_likelihood, "log_likelihood")
         check_scale(scale)
         self.log_likelihood = log_likelihood
         self.scale = scale
 
+    @override
     def extra_repr(self) -> str:
-        """Return the scale."""
         return f"scale={self.scale}"
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict data and noise of a state x (B, *D) at times t (B,)."""
-        keep = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
-            at = leaf(x)
-            known = {name: recordable(value) for name, value in cond.items()}
-            prediction = self.model.predict(at, recordable(t, self.sde), **known)
+        with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
+            prediction = self.model.predict(leaf, time, **saved)
             alpha, _ = self._kernel(t)
-            log_p = self.log_likelihood(wide_data(prediction, alpha).to(x.dtype))
+            log_p = self.log_likelihood(float32_x0(prediction, alpha).to(x.dtype))
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
-                got = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
                 raise ValueError(
                     f"log_likelihood: expected one number for each sample, shape ({len(x)},), "
-                    f"got {got}"
+                    f"got {shape_or_type(log_p)}"
                 )
-            share = held_share(x, alpha, 64.0)
-            push = gradient(log_p, at, "log_likelihood", share=share, keep=keep)
-        return self._pushed(prediction, x, t, self.scale * push)
+            factor = half_precision_factor(x, alpha, 64.0)
+            grad = gradient(log_p, leaf, "log_likelihood", factor=factor, keep=keep)
+        return self._shifted(prediction, x, t, self.scale * grad)
 
 
 class ClassifierFreeGuidance(GuidedModel):
-    r"""A conditional model guided away from what it says without the condition.
+    r"""A conditional model extrapolated away from its unconditional prediction.
 
     .. math::
         \hat x_0 = \hat x_0(x, \varnothing) + \mathrm{scale}\,
         (\hat x_0(x, c) - \hat x_0(x, \varnothing))
 
-    and the same for the noise: scale 0 is the unconditional model, 1 the conditional one, each in
-    one evaluation; all others take two, and beyond 1 go further than the condition asks.
-    Train the model with `drop_conditions`.
+    and the same for the noise. Scale 0 is the unconditional model and 1 the conditional one, each
+    in one evaluation; all other scales take two. Above 1, samples are more typical of the
+    condition and less diverse. Train the model with `drop_conditions`.
 
     Args:
-        model: a score model that takes conditions.
+        model: a conditional score model.
         scale: the factor of the difference.
         interval: the noise levels, low < sigma / alpha <= high, in which to guide. Outside, the
-            conditional model is taken as it is; in one evaluation, where no sample is inside.
-        rescale: how far, in [0, 1], each sample's predicted data are brought to the standard
-            deviation that the conditional model's have: against the saturation that a large
-            scale brings. The paper does it to a network's output, which is not the same thing
-            for every model; here it is the data, whatever the model predicts.
-        null: what the conditions are without a condition, such as {"class_labels": 10}: numbers, or
-            tensors like the condition, in whole or of one sample. All other conditions stay as
-            they are. None leaves all of them out.
+            conditional model is used, in one evaluation where no sample of the batch is inside.
+        rescale: how far, in [0, 1], to bring the standard deviation of each sample's predicted
+            data to that of the conditional prediction, against the saturation at large scales. The
+            paper rescales the network's output; this rescales the data for every model.
+        null: values of conditions that stand for no condition, such as {"class_labels": 10}:
+            numbers, or tensors like the condition or one sample of it. Other conditions are
+            passed unchanged. None leaves all conditions out.
 
     Raises:
         ValueError: unless scale is finite, interval a pair with 0 <= low < high, rescale in
-            [0, 1], and null not empty; when asked, if there is no condition, or one that null
-            names is missing, None or of another shape.
+            [0, 1], and null not empty; in a call, if there is no condition, or one named in null
+            is missing, None or of another shape.
         TypeError: if a part or a number has the wrong type, or null is not a mapping of names.
 
     Source: Ho and Salimans, Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598;
-    Kynkaanniemi et al., Applying Guidance in a Limited Interval, 2024, arXiv 2404.07724;
-    Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2023,
-    arXiv 2305.08891 (section 3.4).
+    Kynkaanniemi et al., Applying Guidance in a Limited Interval Improves Sample and Distribution
+    Quality in Diffusion Models, 2024, arXiv 2404.07724; Lin et al., Common Diffusion Noise
+    Schedules and Sample Steps are Flawed, 2023, arXiv 2305.08891 (section 3.4).
 
     >>> from diffusionkit import VPSDE, X0Model
     >>> network = lambda x, noise_label, class_labels: 0 * x + class_labels.unsqueeze(1)
@@ -234,7 +225,7 @@ class ClassifierFreeGuidance(GuidedModel):
         *,
         null: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep the model and the numbers."""
+        """Keep the model and the options."""
         super().__init__(model)
         check_scale(scale)
         if interval is not None:
@@ -255,48 +246,48 @@ class ClassifierFreeGuidance(GuidedModel):
             if not isinstance(null, Mapping) or not all(isinstance(name, str) for name in null):
                 raise TypeError(f"null: expected a mapping of names to values, got {null!r}")
             if not null:
-                raise ValueError("null: expected a name and a value at least, or None, got none")
+                raise ValueError("null: expected at least one name and value, or None, got none")
         self.scale = scale
         self.interval = interval
         self.rescale = rescale
         self.null = null
 
+    @override
     def extra_repr(self) -> str:
-        """Return the numbers, and which conditions have a null."""
         names = None if self.null is None else list(self.null)
         return f"scale={self.scale}, interval={self.interval}, rescale={self.rescale}, null={names}"
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict data and noise of a state x (B, *D) at times t (B,), with conditions."""
         if instant(t, self.sde) is None:
             check_times(t, self.sde.T, len(x), x)
-        nothing = self._without(cond)
+        null = self._null_conditions(cond)
         alpha, sigma = self.sde.kernel(t)
         scale = self._scale(alpha, sigma)
         if not isinstance(scale, Tensor) and scale in (0.0, 1.0):
-            return self.model.predict(x, t, **(cond if scale else nothing))
-        without, prediction = self.model.predict(x, t, **nothing), self.model.predict(x, t, **cond)
-        start, end = wide_data(without, alpha), wide_data(prediction, alpha)
+            return self.model.predict(x, t, **(cond if scale else null))
+        without, prediction = self.model.predict(x, t, **null), self.model.predict(x, t, **cond)
+        start, end = float32_x0(without, alpha), float32_x0(prediction, alpha)
         x0 = linear(1.0, start, scale, end - start)
         learned = {"log_var": prediction.log_var, "log_var_fraction": prediction.log_var_fraction}
         if self.rescale:
             x0 = _rescaled(x0, end, self.rescale)
             return GuidedPrediction.from_output(x, x0, alpha, sigma, a=1.0, b=0.0, **learned)
-        start, end = widened(without.eps), widened(prediction.eps)
+        start, end = at_least_float32(without.eps), at_least_float32(prediction.eps)
         eps = linear(1.0, start, scale, end - start)
         return GuidedPrediction(x, x0, eps, alpha, sigma, **learned)
 
-    def _without(self, cond: Mapping[str, Any]) -> dict[str, Any]:
+    def _null_conditions(self, cond: Mapping[str, Any]) -> dict[str, Any]:
         """Return the conditions of the unconditional model."""
         if self.null is None:
             if all(value is None for value in cond.values()):
-                raise ValueError("expected a condition to guide by, got none")
+                raise ValueError("cond: expected a condition to guide by, got none")
             return {}
         given = [name for name, value in cond.items() if value is not None]
         missing = [name for name in self.null if name not in given]
         if missing:
             raise ValueError(
-                f"expected a condition {missing[0]}=..., got {given} that are not None"
+                f"cond: expected a condition {missing[0]}=..., got {given} that are not None"
             )
         values = {
             name: null_like(value, cond[name], name) if isinstance(cond[name], Tensor) else value
@@ -305,7 +296,7 @@ class ClassifierFreeGuidance(GuidedModel):
         return {**cond, **values}
 
     def _scale(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient:
-        """Return the scale at a noise level: a float, or (B,) where samples differ in it."""
+        """Return the scale at a noise level: a float, or (B,) where it differs between samples."""
         scale = float(self.scale)
         if self.interval is None:
             return scale
@@ -319,11 +310,10 @@ class ClassifierFreeGuidance(GuidedModel):
         return torch.where(inside, scale, torch.ones_like(sigma))
 
 
-def _rescaled(x0: Tensor, like: Tensor, share: float) -> Tensor:
-    """Return data (B, *D) brought, to a share, to the standard deviation of other ones."""
-    rows = (
-        y.reshape(len(y), -1).to(torch.promote_types(y.dtype, torch.float32)) for y in (x0, like)
+def _rescaled(x0: Tensor, like: Tensor, amount: float) -> Tensor:
+    """Return data (B, *D) with their standard deviation moved towards that of other data."""
+    now, wanted = (
+        at_least_float32(data.reshape(len(data), -1)).std(1, correction=0) for data in (x0, like)
     )
-    now, wanted = (y.std(1, correction=0) for y in rows)
-    factor = torch.where(now > 0, wanted / now, 1.0)  # nothing to bring where all are equal
-    return (x0 * expand(share * factor + 1 - share, x0)).to(x0.dtype)
+    factor = torch.where(now > 0, wanted / now, 1.0)  # constant data have no scale
+    return (x0 * expand(amount * factor + 1 - amount, x0)).to(x0.dtype)

@@ -1,4 +1,4 @@
-"""Guidance by linear measurements that knows how uncertain the predicted data are."""
+"""Guidance by linear measurements that accounts for the uncertainty of the predicted data."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_finite, check_number, check_positive, check_state, readable
 from ..interfaces import ScoreModel
 from ..random import randn_like
 from ..values import Coefficient, Prediction, expand
-from ._guided import GuidedModel, gradient, held_share, leaf, recordable, wide_data
+from ._guided import (
+    GuidedModel,
+    at_least_float32,
+    check_callable,
+    float32_x0,
+    gradient,
+    half_precision_factor,
+    shape_or_type,
+)
 
 Linear = Callable[[Tensor], Tensor]
 
 
 class LinearGaussianGuidance(GuidedModel):
-    r"""A model given a measurement y = A x0 + noise, exact for Gaussian data.
+    r"""A model guided by a measurement y = A x0 + noise, exact for Gaussian data.
 
     .. math::
         s(x, t) &= \nabla \log p_t(x) +
@@ -27,42 +36,42 @@ class LinearGaussianGuidance(GuidedModel):
         S &= \tau^2 I + A C A^\top, \quad
         C = \mathrm{Cov}[x_0 \mid x] = \frac{\sigma^2}{\alpha} \nabla_x \hat x_0,
 
-    the score of p(x | y) where x0 given x is Gaussian: for Gaussian data this is so at all times,
-    for all others as the noise goes to zero. S is never formed: the equation is solved by
-    conjugate gradients, each iteration one backward pass through the model. They stop for a
-    sample when its residual is small enough, and where the covariance of a network, which is not
-    quite symmetric, turns out not to be positive.
+    the score of p(x | y) where x0 given x is Gaussian: at all times for Gaussian data, and as the
+    noise goes to zero for any other. S is never formed. The system is solved by conjugate
+    gradients, with one backward pass through the model per iteration. A sample stops when its
+    residual is below the tolerance, or when the covariance of a network, which is not exactly
+    symmetric, turns out not to be positive definite.
 
-    The modes of data that are far from Gaussian get shares too much alike, where those of
-    `GradientGuidance` are too unlike: for two Gaussians of standard deviation .3 at (-1, 1) and
-    (1, -1), and a first coordinate measured as .3 with noise tau, the second has
+    If the data are far from Gaussian, the weights of the modes are too equal; with
+    `GradientGuidance` they are too unequal. For two Gaussians of standard deviation .3 at (-1, 1)
+    and (1, -1), and a first coordinate measured as .3 with noise tau, the second has the weight
 
     ====  =========  ===========  ==================
-    tau   posterior  this         `GradientGuidance`
+    tau   posterior  this class   `GradientGuidance`
     ====  =========  ===========  ==================
     1     .63        .62 (.60)    .75 (.66)
     .5    .85        .72 (.69)    .98 (.95)
     .25   .98        .82 (.78)    .96 (.99)
     ====  =========  ===========  ==================
 
-    of 4000 samples of `DDIM` (`Ancestral`) in 200 steps, with VE, VP and sub-VP alike within
-    .01. At tau = .25, 7 percent of DDIM's samples are further than 1 from both, 45 percent with
-    `GradientGuidance`.
+    among 4000 samples of `DDIM` (`Ancestral`) in 200 steps, within .01 for VE, VP and sub-VP. At
+    tau = .25, 7 percent of DDIM's samples are more than 1 away from both modes, and 45 percent
+    with `GradientGuidance`.
 
     Args:
         model: the score model.
-        operator: A, a linear function of data (B, \*D) to measurements (B, \*E). Its adjoint is
-            found by automatic differentiation.
+        operator: A, a linear function from data (B, \*D) to measurements (B, \*E). Its adjoint is
+            computed by automatic differentiation.
         y: the measurements (B, \*E), or (1, \*E), one for all samples.
-        noise_std: tau, the standard deviation of the measurement's noise; it may be 0.
-        iterations: the largest number of iterations. As many as a measurement has dimensions
-            are always enough but for rounding, a few do where y tells little of x0.
-        tolerance: the residual to stop at, as a share of that at the start.
+        noise_std: tau, the standard deviation of the measurement noise; it may be 0.
+        iterations: the maximum number of iterations. As many as a measurement has dimensions are
+            enough up to rounding; a few are enough where y says little about x0.
+        tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
         ValueError: if y is not finite, noise_std negative or not finite, or a number out of
-            range; when asked, if the operator's output has another shape than y, no gradient
-            flows through it, or alpha is 0; when first asked, if it is not linear.
+            range; in a call, if the operator's output has another shape than y, no gradient
+            flows through it, or alpha is 0; in the first call, if it is not linear.
         TypeError: if a part or a number has the wrong type.
 
     Source: Boys et al., Tweedie Moment Projected Diffusions for Inverse Problems, 2023,
@@ -91,8 +100,7 @@ class LinearGaussianGuidance(GuidedModel):
     ) -> None:
         """Keep the measurement."""
         super().__init__(model)
-        if not callable(operator):
-            raise TypeError(f"operator: expected a callable, got {type(operator).__name__}")
+        check_callable(operator, "operator")
         check_state(y, "y")
         check_finite(y, "y")
         check_number(noise_std, "noise_std")
@@ -107,57 +115,55 @@ class LinearGaussianGuidance(GuidedModel):
         self.tolerance = tolerance
         self._known_linear = False
 
+    @override
     def extra_repr(self) -> str:
-        """Return the noise of the measurement and when to stop."""
         return (
             f"noise_std={self.noise_std}, iterations={self.iterations}, tolerance={self.tolerance}"
         )
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict data and noise of a state x (B, *D) at times t (B,), given y."""
-        keep = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
-            at = leaf(x)
-            known = {name: recordable(value) for name, value in cond.items()}
-            prediction = self.model.predict(at, recordable(t, self.sde), **known)
+        with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
+            prediction = self.model.predict(leaf, time, **saved)
             alpha, sigma = self._kernel(t)
-            seen = self.operator(wide_data(prediction, alpha).to(x.dtype))
-            self._check(seen, x)
-            share = held_share(x, alpha, 64.0)
+            predicted = self.operator(float32_x0(prediction, alpha).to(x.dtype))
+            self._check(predicted, x)
+            factor = half_precision_factor(x, alpha, 64.0)
 
             def backward(v: Tensor) -> Tensor:
-                return gradient(
-                    seen, at, "operator", along=v.to(seen.dtype), share=share, keep=keep
-                )
+                v = v.to(predicted.dtype)
+                return gradient(predicted, leaf, "operator", along=v, factor=factor, keep=keep)
 
             with torch.set_grad_enabled(keep):
-                residual = self.y.to(seen) - seen
+                residual = self.y.to(predicted) - predicted
                 variance = sigma * (sigma / alpha)
 
                 def covariance(v: Tensor) -> Tensor:
                     spread = self.operator(_times(variance, backward(v)).to(x.dtype))
                     return self.noise_std**2 * v + spread.to(v.dtype)
 
-                work = residual.to(torch.promote_types(residual.dtype, torch.float32))
                 solved = conjugate_gradients(
-                    covariance, work, iterations=self.iterations, tolerance=self.tolerance
+                    covariance,
+                    at_least_float32(residual),
+                    iterations=self.iterations,
+                    tolerance=self.tolerance,
                 )
-                push = backward(solved)
-        return self._pushed(prediction, x, t, push)
+                grad = backward(solved)
+        return self._shifted(prediction, x, t, grad)
 
-    def _check(self, seen: Any, x: Tensor) -> None:
-        expected, batch = tuple(self.y.shape[1:]), len(x)
-        if not isinstance(seen, Tensor) or seen.shape[1:] != expected or len(seen) != batch:
-            got = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+    def _check(self, predicted: Any, x: Tensor) -> None:
+        expected = (len(x), *self.y.shape[1:])
+        if not isinstance(predicted, Tensor) or predicted.shape != expected:
             raise ValueError(
-                f"operator: expected measurements of shape {(batch, *expected)}, as y, got {got}"
+                f"operator: expected measurements of the shape of y, {expected}, "
+                f"got {shape_or_type(predicted)}"
             )
-        if len(self.y) not in (1, batch):
+        if len(self.y) not in (1, len(x)):
             raise ValueError(
-                f"y: expected one measurement, or one for each of the {batch} samples, "
+                f"y: expected one measurement, or one for each of the {len(x)} samples, "
                 f"got {len(self.y)}"
             )
-        # Once only, so that a device may be waited for.
+        # Only once, as it makes the host wait for a device.
         if not self._known_linear and readable(torch.empty(0)):
             check_linear(self.operator, x)
             self._known_linear = True
@@ -169,10 +175,10 @@ def check_linear(operator: Linear, like: Tensor) -> None:
 
     Args:
         operator: A.
-        like: data (B, *D) to take the shape, dtype and device from.
+        like: data (B, *D) of the shape, dtype and device to use.
 
     Raises:
-        ValueError: if one of the two does not hold, saying by how much.
+        ValueError: if one of the two does not hold.
     """
     generator = torch.Generator().manual_seed(0)
     u, v = (randn_like(like, generator) for _ in range(2))
@@ -183,7 +189,7 @@ def check_linear(operator: Linear, like: Tensor) -> None:
         ("A (u + v) = A u + A v", operator(u + v) - parts),
     ):
         error = float(off.float().norm())
-        # Written so that a NaN fails. Four: for convolutions that a GPU does in TF32.
+        # Written so that a NaN fails. The factor 4 allows for convolutions in TF32 on GPUs.
         if not error <= 4 * torch.finfo(like.dtype).eps ** 0.5 * size:
             raise ValueError(
                 f"operator: expected a linear function, with {what}, "
@@ -196,15 +202,15 @@ def _times(factor: Coefficient, x: Tensor) -> Tensor:
 
 
 def conjugate_gradients(matrix: Linear, b: Tensor, *, iterations: int, tolerance: float) -> Tensor:
-    """Solve matrix(v) = b (B, *E), each sample a system of its own, positive definite.
+    """Solve matrix(v) = b (B, *E), a separate positive definite system for each sample.
 
-    A sample stands still once its residual is below tolerance times the norm of b, or where the
-    matrix is found not to be positive: what is found does not depend on the other samples.
+    A sample's solution is final once its residual is below tolerance times the norm of b, or the
+    matrix turns out not to be positive definite, so it does not depend on the other samples.
 
     Args:
         matrix: maps vectors (B, *E) to their products.
         b: the right-hand sides (B, *E).
-        iterations: the largest number of iterations.
+        iterations: the maximum number of iterations.
         tolerance: the relative residual to stop at.
     """
 

@@ -1,4 +1,4 @@
-"""How noisy targets and gradients are, by noise level, with standard errors."""
+"""The variance of targets and gradients at each noise level, with standard errors."""
 
 from .estimates import Estimate, plot_variances
 from .gradient_variances import gradient_variance

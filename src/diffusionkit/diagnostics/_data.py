@@ -1,4 +1,4 @@
-"""Data gathered and drawn from, and what the averages over them need."""
+"""Data sets as one tensor, draws from them, and means with standard errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..interfaces import ForwardSDE
 from ..random import rand
 
 
-def gathered(data: Tensor | Iterable[Any]) -> Tensor:
-    """Return all data as one tensor (N, *D)."""
+def as_tensor(data: Tensor | Iterable[Any]) -> Tensor:
+    """Return a data set as one tensor (N, *D)."""
     if not isinstance(data, Tensor):
         if isinstance(data, Sized) and hasattr(data, "__getitem__"):
             parts = [_first(data[i])[None] for i in range(len(data))]
@@ -52,7 +52,7 @@ def kernel(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_generator(generator: torch.Generator | None) -> None:
-    """Raise unless `generator` is one generator, or None."""
+    """Raise unless `generator` is a torch.Generator or None."""
     if generator is not None:
         check_part(generator, torch.Generator, "generator")
 
@@ -60,16 +60,16 @@ def check_generator(generator: torch.Generator | None) -> None:
 def draw_index(
     n: int, shape: Sequence[int], generator: torch.Generator | None, like: Tensor
 ) -> Tensor:
-    """Draw numbers below n, of a shape, on the device of `like`."""
+    """Draw integers in [0, n), in a shape, on the device of `like`."""
     u = rand(shape, generator=generator, device=like.device, dtype=schedule_dtype(like.device))
     return (u * n).long().clamp_max(n - 1)
 
 
 def draw_rows(data: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    """Draw rows of the data (N, *D), of a shape, with replacement."""
+    """Draw rows of the data (N, *D) with replacement, (*shape, *D)."""
     return data[draw_index(len(data), shape, generator, data)]
 
 
-def mean_and_error(found: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means of rows (K, samples) and their standard errors, (K,)."""
-    return found.mean(1), found.std(1) / math.sqrt(found.shape[1])
+def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of rows (K, samples) and their standard errors, each (K,)."""
+    return values.mean(1), values.std(1) / math.sqrt(values.shape[1])

@@ -1,4 +1,4 @@
-"""Quantities with standard errors over the noise level, and their picture."""
+"""Estimates with standard errors as functions of the noise level, and their plot."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Estimate:
-    """A quantity at several noise levels, for `plot_variances`.
+    """Estimates of a quantity at several noise levels.
 
     Args:
         t: the times (K,).
         noise: sigma / alpha at these times (K,).
         value: the estimates (K,), in float64.
         stderr: their standard errors (K,).
-        quantity: what the values are, such as "variance (score)".
+        quantity: the name of the quantity, such as "variance (score)".
         label: the name in a legend.
     """
 
@@ -34,17 +34,17 @@ class Estimate:
 
 
 def plot_variances(results: Estimate | Sequence[Estimate], ax: Axes | None = None) -> Axes:
-    """Plot estimates over sigma / alpha, both axes logarithmic, with two standard errors around.
+    """Plot estimates over sigma / alpha on logarithmic axes, with bands of two standard errors.
 
     Args:
         results: one or several estimates of the same quantity.
-        ax: where to plot, in a new figure by default.
+        ax: the axes to plot on, by default those of a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if there is nothing to plot, or the quantities differ.
+        ValueError: if there are no estimates, or their quantities differ.
         ImportError: if matplotlib is not installed.
     """
     results = [results] if isinstance(results, Estimate) else list(results)
@@ -63,7 +63,7 @@ def plot_variances(results: Estimate | Sequence[Estimate], ax: Axes | None = Non
             y[order].cpu().numpy() for y in (result.noise, result.value, result.stderr)
         )
         (line,) = ax.plot(noise, value, label=result.label)
-        low = (value - 2 * stderr).clip(min=value / 100)  # a logarithmic axis has no zero
+        low = (value - 2 * stderr).clip(min=value / 100)  # > 0, for the logarithmic axis
         ax.fill_between(noise, low, value + 2 * stderr, color=line.get_color(), alpha=0.25, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="sigma / alpha", ylabel=quantities[0])
     ax.legend()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_count, check_part
 from .._loops import Progress, with_progress
 from ..interfaces import ScoreModel
-from ._data import check_generator, draw_rows, gathered, kernel, mean_and_error
+from ._data import as_tensor, check_generator, draw_rows, kernel, mean_and_error
 from .estimates import Estimate
 
 
@@ -28,36 +28,38 @@ def gradient_variance(
     generator: torch.Generator | None = None,
     progress: Progress = False,
 ) -> Estimate:
-    r"""Return the trace of the covariance of the gradient of a batch's mean loss, time by time.
+    r"""Estimate the variance of the gradient of a batch's mean loss at each time.
 
     .. math::
         \mathrm{Tr\,Cov}(g) = \tfrac12 E \|g - g'\|^2, \quad
         g = \nabla_\theta \frac1B \sum_{i=1}^B \ell_i(\theta; t)
 
-    over independent pairs of batches, each with its own data, noise and references: unbiased. All
-    times of a batch are the same. The model stays in the mode it is in and its .grad as it is. With
-    one seed and one reference size, two objectives see the same data and noise.
+    with the mean over independent pairs of batches, each with new data, noise and references. The
+    estimate is unbiased. All samples of a batch have the same time. The model's training mode and
+    .grad do not change. With the same seed and reference size, different objectives get the same
+    data and noise.
 
     Args:
-        model: the score model; its parameters that require a gradient count.
-        objective: returns losses (B,) of (model, x0, reference=, t=, generator=), such as
-            `ScoreMatching`.
+        model: the score model; its parameters that require a gradient are included.
+        objective: a function of (model, x0, reference=, t=, generator=) that returns losses (B,),
+            such as `ScoreMatching`.
         data: the data set, as in `dsm_variance`, in the model's dtype.
         t: the times (K,).
-        batch_size: B.
-        reference_size: the size of the reference batch, drawn anew with each batch, which is
-            inside it; None for objectives that need none.
-        pairs: how many pairs of batches each mean is over.
+        batch_size: the size B of the batches.
+        reference_size: the size of the reference batch, which contains the batch; None for
+            objectives without references.
+        pairs: the number of pairs of batches at each time.
         label: the name in a legend.
-        generator: the source of data, noise and references.
-        progress: whether to show progress, or a wrapper of the pairs that does.
+        generator: the generator of data, noise and references.
+        progress: whether to show progress, or a function that wraps the iterable of pairs.
 
     Raises:
-        ValueError: if the model has no parameters to train, there are fewer references than data
-            in a batch, a count is too small, and as `dsm_variance` does.
+        ValueError: if the model has no trainable parameters, reference_size < batch_size, a count
+            is too small, and as `dsm_variance` does.
         TypeError: if a part has the wrong type.
 
-    Source: Xu et al., 2023, arXiv 2302.00670 (section 5, where the target's variance is measured).
+    Source: Xu et al., Stable Target Field for Reduced Variance Score Estimation in Diffusion
+    Models, 2023, arXiv 2302.00670 (section 5, on the variance of the target).
     """
     check_part(model, ScoreModel, "model")
     check_count(batch_size, "batch_size")
@@ -68,13 +70,12 @@ def gradient_variance(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model: expected parameters that require a gradient, got none")
-    rows, (alpha, sigma) = gathered(data), kernel(model.sde, t)
+    rows, (alpha, sigma) = as_tensor(data), kernel(model.sde, t)
     device = parameters[0].device
 
     def gradient(time: float) -> Sequence[Tensor]:
         drawn = draw_rows(rows, (reference_size or batch_size,), generator).to(device)
-        # As the objective's own times are.
-        dtype = torch.promote_types(drawn.dtype, torch.float32)
+        dtype = torch.promote_types(drawn.dtype, torch.float32)  # as when an objective draws times
         times = torch.full((batch_size,), time, device=device, dtype=dtype)
         reference = None if reference_size is None else drawn
         x0 = drawn[:batch_size]
@@ -82,9 +83,9 @@ def gradient_variance(
             losses = objective(model, x0, reference=reference, t=times, generator=generator)
             return torch.autograd.grad(losses.mean(), parameters, materialize_grads=True)
 
-    found = torch.zeros(len(t), pairs, dtype=torch.float64)
+    values = torch.zeros(len(t), pairs, dtype=torch.float64)
     steps = [(i, k) for i in range(len(t)) for k in range(pairs)]
     for i, k in with_progress(steps, progress):
-        both = zip(gradient(float(t[i])), gradient(float(t[i])), strict=True)
-        found[i, k] = 0.5 * sum(float((a - b).double().square().sum()) for a, b in both)
-    return Estimate(t, sigma / alpha, *mean_and_error(found), "variance (gradient)", label)
+        pair = zip(gradient(float(t[i])), gradient(float(t[i])), strict=True)
+        values[i, k] = 0.5 * sum(float((a - b).double().square().sum()) for a, b in pair)
+    return Estimate(t, sigma / alpha, *mean_and_error(values), "variance (gradient)", label)

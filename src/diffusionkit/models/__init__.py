@@ -1,4 +1,4 @@
-"""Score models: a network with its process, and exact oracles."""
+"""Score models: networks combined with their processes, and exact oracles."""
 
 from .denoised import Clip, DenoisedModel, DynamicThreshold
 from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel

@@ -1,39 +1,40 @@
-"""A model whose predicted data are changed on the way: clipped, thresholded, or as you like."""
+"""A score model whose predicted data are modified: clipped, thresholded or by a function."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_number, check_part
+from .._checks import check_interval, check_number, check_part
+from .._grid_times import kernel
 from ..interfaces import ScoreModel
 from ..values import Prediction
 
 
 class DenoisedModel(ScoreModel):
-    r"""A model with a function of its predicted data in their place.
+    r"""A score model that applies a function to the predicted data of another model.
 
     .. math::
         \hat x_0' = f(\hat x_0), \quad \hat\epsilon' = (x - \alpha \hat x_0') / \sigma
 
-    The noise, the score and every sampler's step follow the changed data; the model's variance
-    and range of data stay as they are. With `Clip` this is the released samplers' clip_denoised,
-    with a function of yours their denoised_fn.
+    The predicted noise, the score and sampler steps are computed from the modified data;
+    `variance` and `data_range` are those of the model. With `Clip` this is the clip_denoised
+    option of released samplers, with another function their denoised_fn.
 
     Args:
         model: the score model.
         fn: maps predicted data (B, *D) to data of the same shape and dtype.
 
     Raises:
-        TypeError: if model is not a ScoreModel or fn not callable.
+        TypeError: if model is not a ScoreModel or fn is not callable.
 
-    Source: Ho et al., 2020, arXiv 2006.11239; Nichol and Dhariwal, 2021, arXiv 2102.09672 (their
-    code).
+    Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; Nichol and
+    Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (released code).
 
     >>> from diffusionkit import EpsModel, VPSDE
     >>> model = DenoisedModel(EpsModel(lambda x, noise_label: 0 * x, VPSDE()), Clip(-1.0, 1.0))
@@ -42,7 +43,7 @@ class DenoisedModel(ScoreModel):
     """
 
     def __init__(self, model: ScoreModel, fn: Callable[[Tensor], Tensor]) -> None:
-        """Join the model and the function."""
+        """Validate and store the model and the function."""
         super().__init__()
         check_part(model, ScoreModel, "model")
         if not callable(fn):
@@ -53,11 +54,12 @@ class DenoisedModel(ScoreModel):
         self.data_range = getattr(model, "data_range", None)
         self.variance = getattr(model, "variance", None)
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,).
 
         Raises:
-            ValueError: if the function returns another shape or dtype than it was given.
+            ValueError: if the function changes the shape or the dtype.
         """
         prediction = self.model.predict(x, t, **cond)
         x0 = self.fn(prediction.x0)
@@ -66,7 +68,7 @@ class DenoisedModel(ScoreModel):
                 f"fn: expected data of shape {tuple(x.shape)}, {prediction.x0.dtype}, "
                 f"got {tuple(x0.shape)}, {x0.dtype}"
             )
-        alpha, sigma = self.sde.kernel(t)
+        alpha, sigma = kernel(self.sde, x, t)
         return Prediction.from_output(
             x,
             x0,
@@ -81,14 +83,14 @@ class DenoisedModel(ScoreModel):
 
 @dataclass(frozen=True)
 class Clip:
-    """Static thresholding: data beyond the ends of a range are put there.
+    """Static thresholding: clip data to a range.
 
     Args:
-        low: the lower end.
-        high: the upper end.
+        low: the lower end of the range.
+        high: the upper end of the range.
 
     Raises:
-        ValueError: unless low < high.
+        ValueError: if low >= high.
 
     >>> Clip()(torch.tensor([-3.0, 0.5]))
     tensor([-1.0000,  0.5000])
@@ -101,31 +103,31 @@ class Clip:
         check_number(self.low, "low")
         check_number(self.high, "high")
         if not self.low < self.high:
-            raise ValueError(f"expected low < high, got {self.low} and {self.high}")
+            raise ValueError(f"low, high: expected low < high, got {self.low} and {self.high}")
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """Return the data within the range."""
+        """Return the data clipped to the range."""
         return x0.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    r"""Dynamic thresholding: each sample is shrunk until a share of it lies in the range.
+    r"""Dynamic thresholding: rescale each sample so that a quantile of its values is in range.
 
     .. math::
         x_0' = c + h \frac{\mathrm{clip}(z, -s, s)}{s}, \quad z = \frac{x_0 - c}{h}, \quad
         s = \max(1, \mathrm{quantile}_q |z|),
 
-    with c the centre of the range and h half its width, s one number for each sample. Against
-    the saturation that strong guidance brings.
+    where c is the center of the range, h half its width, and s is computed per sample. Prevents
+    saturation under strong guidance.
 
     Args:
-        quantile: the share q of a sample's values.
+        quantile: the quantile q of a sample's absolute values.
         low: the lower end of the range.
         high: the upper end of the range.
 
     Raises:
-        ValueError: unless 0 < quantile <= 1 and low < high, both finite.
+        ValueError: if quantile is outside (0, 1], low >= high or a bound is not finite.
 
     Source: Saharia et al., Photorealistic Text-to-Image Diffusion Models with Deep Language
     Understanding, 2022, arXiv 2205.11487 (section 2.3).
@@ -139,19 +141,17 @@ class DynamicThreshold:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("quantile", "low", "high"):
-            check_number(getattr(self, name), name)
+        check_number(self.quantile, "quantile")
+        check_interval(self.low, self.high, "low", "high")
         if not 0.0 < self.quantile <= 1.0:
             raise ValueError(f"quantile: expected a number in (0, 1], got {self.quantile}")
-        if not (self.low < self.high and math.isfinite(self.high - self.low)):
-            raise ValueError(f"expected finite low < high, got {self.low} and {self.high}")
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """Return the data (B, *D) within the range."""
-        centre, half = 0.5 * (self.low + self.high), 0.5 * (self.high - self.low)
-        z = (x0 - centre) / half
+        """Return the data (B, *D) thresholded to the range."""
+        center, half = 0.5 * (self.low + self.high), 0.5 * (self.high - self.low)
+        z = (x0 - center) / half
         rows = z.reshape(len(z), -1).abs().to(torch.promote_types(z.dtype, torch.float32))
-        # Row by row: torch.quantile takes no more than 2^24 numbers.
+        # Row by row: torch.quantile accepts at most 2^24 numbers.
         size = torch.stack([torch.quantile(row, self.quantile) for row in rows]).clamp_min(1.0)
         size = size.to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
-        return centre + half * (z.clamp(-size, size) / size)
+        return center + half * (z.clamp(-size, size) / size)

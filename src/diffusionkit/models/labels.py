@@ -1,6 +1,6 @@
-"""What a network is told about time: labels (B,) made from the process and the times (B,).
+"""Noise labels (B,): the scalar that conditions a network on the noise level.
 
-A label is any callable (sde, t) -> (B,). Networks know no SDE; they embed the label they get.
+A label is any callable (sde, t) -> (B,). Networks embed the label and do not depend on an SDE.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_positive
+from .._grid_times import schedule
 from ..interfaces import ForwardSDE
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
@@ -21,10 +23,10 @@ Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TimeLabel:
-    """The time as a fraction of T, times a scale: 999 t for the VP networks of the papers.
+    """The time relative to T, times a scale: 999 t for published VP networks.
 
     Args:
-        scale: the label at t = T. A scale of T, or of 1 where T = 1, is plain t.
+        scale: the label at t = T. With a scale of T the label is t.
 
     >>> from diffusionkit import VPSDE
     >>> TimeLabel(999.0)(VPSDE(), torch.tensor([0.0, 0.5, 1.0]))
@@ -43,7 +45,7 @@ class TimeLabel:
 
 @dataclass(frozen=True)
 class SigmaLabel:
-    """The noise-to-signal ratio sigma / alpha: sigma for VE networks, which embed its logarithm.
+    """The noise-to-signal ratio sigma / alpha: sigma for VE networks, which embed log(sigma).
 
     >>> from diffusionkit import VESDE
     >>> SigmaLabel()(VESDE(), torch.tensor([1.0]))
@@ -52,18 +54,18 @@ class SigmaLabel:
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return sigma / alpha, (B,)."""
-        alpha, sigma = sde.kernel(t)
+        alpha, sigma = schedule(sde, t)
         ratio = sigma / alpha
         return ratio.to(t.dtype) if isinstance(ratio, Tensor) else torch.full_like(t, ratio)
 
 
 @dataclass(frozen=True)
 class LogSigmaLabel:
-    """The logarithm of the noise-to-signal ratio, scaled: log(sigma) / 4 for EDM networks.
+    """The scaled logarithm of the noise-to-signal ratio: log(sigma) / 4 for EDM networks.
 
     Args:
-        scale: the factor of the logarithm.
-        reference: the ratio whose label is 0.
+        scale: the factor applied to the logarithm.
+        reference: the ratio at which the label is 0.
 
     >>> from diffusionkit import EDMSDE
     >>> LogSigmaLabel()(EDMSDE(), torch.tensor([1.0]))
@@ -84,11 +86,11 @@ class LogSigmaLabel:
 
 @dataclass(frozen=True)
 class StepLabel:
-    """The step of a chain: i at t = (i + 1) / steps, between the steps what lies between.
+    """The step of a chain: i at t = (i + 1) / steps, linear in between.
 
     Args:
         steps: the number of steps.
-        scale: the factor of the step; improved DDPM tells its networks i * 1000 / steps.
+        scale: the factor applied to the step; improved DDPM uses 1000 / steps.
 
     >>> from diffusionkit import DDPMChain
     >>> StepLabel(1000)(DDPMChain.linear(1000), torch.tensor([0.001, 0.5, 1.0]))
@@ -110,14 +112,14 @@ class StepLabel:
 class IndexLabel:
     """The index of the nearest entry in a table of noise-to-signal ratios sigma / alpha.
 
-    For networks that were trained on numbered levels: NCSN numbers its sigmas from the largest,
-    so its table is decreasing and level 0 is sigma_max. Nearest is meant in log sigma.
+    For networks trained on numbered noise levels: NCSN counts from the largest sigma, so its
+    table is decreasing and level 0 is sigma_max. Distances are measured in log(sigma).
 
     Args:
         sigmas: the table, positive and strictly monotone in either direction.
 
     Raises:
-        ValueError: if the table has fewer than two entries, or is not positive and monotone.
+        ValueError: if the table has fewer than two entries or is not positive and monotone.
 
     >>> from diffusionkit import VESDE
     >>> IndexLabel([50.0, 1.0, 0.01])(VESDE(), torch.tensor([0.0, 1.0]))
@@ -125,7 +127,7 @@ class IndexLabel:
     """
 
     def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
-        """Keep the table."""
+        """Store the midpoints between adjacent entries, in log(sigma)."""
         table = torch.as_tensor(sigmas, dtype=torch.float64).flatten().cpu()
         steps = table.diff()
         if len(table) < 2 or not (table > 0).all() or not ((steps > 0).all() or (steps < 0).all()):
@@ -137,11 +139,12 @@ class IndexLabel:
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])
 
+    @override
     def __repr__(self) -> str:
         return f"IndexLabel({len(self._edges) + 1} levels)"
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return the index of the nearest level as a floating-point number, (B,)."""
+        """Return the index of the nearest level, (B,), in the dtype of t."""
         log_sigma = -0.5 * sde.log_snr(t)
         index = torch.bucketize(log_sigma, self._edges.to(log_sigma.device, log_sigma.dtype))
         return (len(self._edges) - index if self._flip else index).to(t.dtype)

@@ -1,4 +1,4 @@
-"""A network made into a score model, one class for each thing a network may predict."""
+"""Score models made of a network, one class for each quantity that a network may predict."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_part, check_state, check_times
-from .._grid_times import instant
+from .._checks import check_part
+from .._grid_times import evaluate, floats, kernel_tensors
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
 from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
@@ -20,32 +21,32 @@ _VARIANCES = (*_LEARNED, "fixed_small", "fixed_large")
 
 
 class NetworkModel(ScoreModel):
-    r"""A network whose output F states a x0 + b eps; subclasses say which a and b.
+    r"""A score model made of a network, whose output F predicts a x0 + b eps.
 
-    The variance of the model's steps may be learned with it. The output is then (B, 2 C, ...):
-    first C channels of what is described here, then as many v, which say
+    A subclass defines the `parameterization`, a and b. The variance of reverse steps may be
+    learned as well. The output is then (B, 2 C, ...): C channels for F, and C channels v with
 
     .. math::
         \log \mathrm{var} = u \log v_{forward} + (1 - u) \log v_{posterior}, \quad
         u = (v + 1) / 2,
 
-    with "learned_range", of a step of any length, or log var = v itself with "learned", of the
-    steps that the network was trained on. Without learning it is v_posterior, which None and
-    "fixed_small" mean, or v_forward, "fixed_large". Who takes steps reads it off the prediction
-    and off the model's `variance`.
+    for "learned_range", valid for steps of any length, or log var = v for "learned", valid for the
+    steps that the network was trained on. A variance that is not learned is v_posterior, for None
+    and "fixed_small", or v_forward, for "fixed_large". Samplers read it from the prediction and
+    from `model.variance`.
 
     Args:
-        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D). An output object
-            with the tensor in `.sample`, as diffusers' networks return, will do too.
+        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D), or to an object
+            with that tensor in `.sample`, like diffusers' networks.
         sde: the forward process.
-        label: what the network is told about time, a callable (sde, t) -> (B,).
-        data_range: the range of the data that the network was trained on. Likelihoods refuse
-            data outside it, and whoever makes pictures of samples will want it.
+        label: the noise label that the network is conditioned on, a callable (sde, t) -> (B,).
+        data_range: the range of the training data. Likelihoods refuse data outside it; use it to
+            convert samples to images.
         variance: "learned_range", "learned", "fixed_small", "fixed_large" or None.
 
     Raises:
         TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
-        ValueError: if there is no such variance.
+        ValueError: if variance is none of these.
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.1).
     """
@@ -81,41 +82,40 @@ class NetworkModel(ScoreModel):
         return TimeLabel()
 
     @abc.abstractmethod
-    def parameterization(
-        self, alpha: Coefficient, sigma: Coefficient
-    ) -> tuple[Coefficient, Coefficient]:
-        """Return a and b of the output a x0 + b eps, from alpha and sigma, (B,) or floats."""
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+        """Return a and b of the output a x0 + b eps, (B,) or constants.
 
-    def scale_input(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-        """Return what the network sees of the state, (B, *D): the state itself by default."""
+        The values are elementwise functions of alpha and sigma, each (B,).
+        """
+
+    def scale_input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return the network's input (B, *D) for a state x (B, *D); by default the state."""
         return x
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict data and noise of a state x (B, *D) at times t (B,).
+        """Predict the data and the noise in a state x (B, *D) at times t (B,).
 
         Raises:
-            ValueError: if t is not (B,), lies outside [0, T] or on another device, or the
-                network's output has another shape than x.
+            ValueError: if t is not (B,), is outside [0, T] or on another device, or the network's
+                output has another shape than x.
             TypeError: if x or t is not a floating-point tensor.
         """
-        check_state(x)
-        if instant(t, self.sde) is None:
-            check_times(t, self.sde.T, x.shape[0], x)
-        alpha, sigma = self.sde.kernel(t)
-        # A half-precision label could not tell a thousand times apart.
-        label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
-        output = self.network(self.scale_input(x, alpha, sigma), label, **cond)
+        kernel = kernel_tensors(self.sde, x, t)
+        # In half precision a label could not distinguish a thousand times.
+        noise_label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
+        output = self.network(self.scale_input(x, *kernel), noise_label, **cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
-        a, b = self.parameterization(alpha, sigma)
+        (alpha, sigma), (a, b) = floats(*kernel), evaluate(self.parameterization, *kernel)
         if not learned:
             return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
         output, v = output.chunk(2, 1)
-        prediction = (
-            {"log_var": v} if self.variance == "learned" else {"log_var_fraction": (v + 1) / 2}
+        name, value = (
+            ("log_var", v) if self.variance == "learned" else ("log_var_fraction", (v + 1) / 2)
         )
-        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b, **prediction)
+        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b, **{name: value})
 
     def _tensor(self, output: Any, x: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
@@ -143,12 +143,7 @@ class EpsModel(NetworkModel):
 
     The default label is 999 t / T.
 
-    Args:
-        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
-        sde: the forward process.
-        label: what the network is told about time, a callable (sde, t) -> (B,).
-        data_range: the range of the data, for whoever makes pictures of samples.
-        variance: what the network says of a step's variance, see `NetworkModel`.
+    Args: those of `NetworkModel`.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
@@ -159,9 +154,8 @@ class EpsModel(NetworkModel):
     torch.Size([2, 3])
     """
 
-    def parameterization(
-        self, alpha: Coefficient, sigma: Coefficient
-    ) -> tuple[Coefficient, Coefficient]:
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return 0.0, 1.0
 
 
@@ -170,19 +164,13 @@ class X0Model(NetworkModel):
 
     The default label is 999 t / T.
 
-    Args:
-        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
-        sde: the forward process.
-        label: what the network is told about time, a callable (sde, t) -> (B,).
-        data_range: the range of the data, for whoever makes pictures of samples.
-        variance: what the network says of a step's variance, see `NetworkModel`.
+    Args: those of `NetworkModel`.
 
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
 
-    def parameterization(
-        self, alpha: Coefficient, sigma: Coefficient
-    ) -> tuple[Coefficient, Coefficient]:
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return 1.0, 0.0
 
 
@@ -191,19 +179,13 @@ class VModel(NetworkModel):
 
     The default label is 999 t / T.
 
-    Args:
-        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
-        sde: the forward process.
-        label: what the network is told about time, a callable (sde, t) -> (B,).
-        data_range: the range of the data, for whoever makes pictures of samples.
-        variance: what the network says of a step's variance, see `NetworkModel`.
+    Args: those of `NetworkModel`.
 
     Source: Salimans and Ho, Progressive Distillation, 2022, arXiv 2202.00512.
     """
 
-    def parameterization(
-        self, alpha: Coefficient, sigma: Coefficient
-    ) -> tuple[Coefficient, Coefficient]:
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return -sigma, alpha
 
 
@@ -213,23 +195,18 @@ class RawScoreModel(NetworkModel):
     Its output spans as many decades as sigma does, so the network is expected to divide by
     sigma, as the NCSN++ of VE does. The default label is sigma / alpha.
 
-    Args:
-        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
-        sde: the forward process.
-        label: what the network is told about time, a callable (sde, t) -> (B,).
-        data_range: the range of the data, for whoever makes pictures of samples.
-        variance: what the network says of a step's variance, see `NetworkModel`.
+    Args: those of `NetworkModel`.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
     """
 
     @staticmethod
+    @override
     def _default_label() -> Label:
         return SigmaLabel()
 
-    def parameterization(
-        self, alpha: Coefficient, sigma: Coefficient
-    ) -> tuple[Coefficient, Coefficient]:
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return 0.0, -1.0 / sigma
 
 
@@ -238,22 +215,17 @@ class ScaledScoreModel(NetworkModel):
 
     The default label is log(sigma / (2 alpha)), with which this is EDM's VE preconditioning.
 
-    Args:
-        network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
-        sde: the forward process.
-        label: what the network is told about time, a callable (sde, t) -> (B,).
-        data_range: the range of the data, for whoever makes pictures of samples.
-        variance: what the network says of a step's variance, see `NetworkModel`.
+    Args: those of `NetworkModel`.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (table 1).
     """
 
     @staticmethod
+    @override
     def _default_label() -> Label:
         return LogSigmaLabel(1.0, reference=2.0)
 
-    def parameterization(
-        self, alpha: Coefficient, sigma: Coefficient
-    ) -> tuple[Coefficient, Coefficient]:
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return 0.0, -1.0

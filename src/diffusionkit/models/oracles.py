@@ -1,4 +1,4 @@
-"""Models whose score is known exactly, for tests, teaching and the development of solvers."""
+"""Models with exactly known scores, for testing, teaching and developing solvers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_finite, check_part, check_state, check_times
 from .._schedules import exact
@@ -16,23 +17,32 @@ from ..random import Generators, rand, randn
 from ..values import Prediction, expand
 
 
+def _check_query(sde: ForwardSDE, x: Tensor, t: Tensor, points: Tensor) -> None:
+    """Raise unless x (B, *D) is a state at times t (B,) with the shape D of points (n, *D)."""
+    check_state(x)
+    check_times(t, sde.T, x.shape[0], x)
+    if x.shape[1:] != points.shape[1:]:
+        shape = tuple(points.shape[1:])
+        raise ValueError(f"x: expected shape (B, *{shape}), got {tuple(x.shape)}")
+
+
 class GaussianMixtureModel(ScoreModel):
-    r"""The exact model of data from a mixture of isotropic Gaussians.
+    r"""The exact score model of a mixture of isotropic Gaussians.
 
     .. math::
         p_t(x) = \sum_k w_k N(x; \alpha m_k, V_k I), \quad V_k = \alpha^2 s_k^2 + \sigma^2, \quad
         \epsilon = \sum_k r_k(x) \frac{\sigma (x - \alpha m_k)}{V_k}
 
-    with the posterior weights r_k of the components. Computed in float64, whatever the state.
+    with the posterior weights r_k of the components. Always computed in float64.
 
     Args:
         sde: the forward process.
         means: the means m_k (K, *D).
         stds: the standard deviations s_k (K,), 0 allowed.
-        weights: the weights w_k (K,), normalised here; equal by default.
+        weights: the weights w_k (K,), normalized automatically; equal by default.
 
     Raises:
-        ValueError: if shapes do not match, a standard deviation or weight is negative, or no
+        ValueError: if shapes do not match, a standard deviation or a weight is negative, or no
             weight is positive.
 
     >>> from diffusionkit import VPSDE
@@ -52,7 +62,7 @@ class GaussianMixtureModel(ScoreModel):
         stds: Tensor | Sequence[float],
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Keep the mixture in float64."""
+        """Store the mixture in float64."""
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
         self.sde = sde
@@ -61,20 +71,22 @@ class GaussianMixtureModel(ScoreModel):
         w = torch.ones_like(s) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         if m.ndim < 2 or s.shape != m.shape[:1] or w.shape != s.shape:
             raise ValueError(
-                "expected means (K, *D), stds (K,) and weights (K,), "
+                "means, stds, weights: expected shapes (K, *D), (K,) and (K,), "
                 f"got {tuple(m.shape)}, {tuple(s.shape)} and {tuple(w.shape)}"
             )
         for name, part in (("means", m), ("stds", s), ("weights", w)):
             check_finite(part, name)
         if (s < 0).any() or (w < 0).any() or not (w > 0).any():
-            raise ValueError("expected stds >= 0 and weights >= 0 that are not all zero, "
-                             f"got {s.tolist()} and {w.tolist()}")  # fmt: skip
+            got = f"{s.tolist()} and {w.tolist()}"
+            raise ValueError(
+                f"stds, weights: expected stds >= 0 and weights >= 0, not all 0, got {got}"
+            )
         self.register_buffer("means", m)
         self.register_buffer("stds", s)
         self.register_buffer("weights", w / w.sum())
 
     def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return alpha, sigma (B, 1), variances (B, K), differences, log-joints."""
+        """Return alpha, sigma (B, 1), variances, differences (B, K, d) and log joint densities."""
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
         variance = (alpha * self.stds) ** 2 + sigma**2
         diff = exact(x).flatten(1).unsqueeze(1) - alpha.unsqueeze(2) * self.means.flatten(1)
@@ -82,35 +94,28 @@ class GaussianMixtureModel(ScoreModel):
         log = torch.log(self.weights) - 0.5 * diff.square().sum(2) / variance
         return alpha, sigma, variance, diff, log - 0.5 * d * torch.log(2 * math.pi * variance)
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Return the exact prediction for a state x (B, *D) at times t (B,)."""
-        self._check(x, t)
+        _check_query(self.sde, x, t, self.means)
         alpha, sigma, variance, diff, log = self._components(x, t)
-        share = (torch.softmax(log, 1) / variance).unsqueeze(2)
-        eps = sigma * (share * diff).sum(1)
-        # x0 from its own sum: (x - sigma eps) / alpha has no digits left where alpha is tiny.
+        weight = (torch.softmax(log, 1) / variance).unsqueeze(2)
+        eps = sigma * (weight * diff).sum(1)
+        # A separate sum for x0: (x - sigma eps) / alpha loses all digits where alpha is tiny.
         within = alpha.unsqueeze(2) * self.stds.square().unsqueeze(1) * diff
         means = self.means.flatten(1) * variance.unsqueeze(2)
-        x0 = (share * (means + within)).sum(1)
+        x0 = (weight * (means + within)).sum(1)
         eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, x0))
         return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
 
-    def _check(self, x: Tensor, t: Tensor) -> None:
-        check_state(x)
-        check_times(t, self.sde.T, x.shape[0], x)
-        if x.shape[1:] != self.means.shape[1:]:
-            raise ValueError(f"x: expected shape (B, *{tuple(self.means.shape[1:])}), "
-                             f"got {tuple(x.shape)}")  # fmt: skip
-
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """Return log p_t(x) in nats (B,), for a state x (B, *D) at times t (B,)."""
-        self._check(x, t)
+        _check_query(self.sde, x, t, self.means)
         return torch.logsumexp(self._components(x, t)[-1], 1).to(x.dtype)
 
     def sample(
         self, n: int, *, generator: Generators = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Draw n data points from the mixture (n, *D)."""
+        """Draw n data points from the mixture, (n, *D)."""
         check_count(n, "n")
         device = self.means.device
         u = rand(n, generator=generator, device=device, dtype=torch.float64)
@@ -124,25 +129,26 @@ class GaussianMixtureModel(ScoreModel):
 
 
 class EmpiricalModel(ScoreModel):
-    r"""The ideal model of a finite data set: what an unlimited network would learn.
+    r"""The optimal model of a finite data set, which a network of unlimited capacity would learn.
 
     .. math::
         x_0(x) = \sum_i r_i x_i, \quad
         r = \mathrm{softmax}_i\!\left(-\|x - \alpha x_i\|^2 / (2 \sigma^2)\right)
 
-    Computed in float64 as matrix products, over blocks of the data, so that memory grows with
-    B times the block and not with B times N times D.
+    Computed in float64 as matrix products over blocks of the data, so memory grows with B times
+    the block size and not with B N D.
 
     Args:
         sde: the forward process.
         data: the data set (N, *D).
-        block: how many data points are looked at together.
+        block: the number of data points per block.
 
     Raises:
-        ValueError: if the data set is empty or not finite, or a state has another shape.
-        TypeError: if the data are not a floating-point tensor.
+        ValueError: if the data set is empty, not finite or one-dimensional.
+        TypeError: if data is not a floating-point tensor.
 
-    Source: Karras et al., 2022, arXiv 2206.00364 (appendix B.3).
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
+    2022, arXiv 2206.00364 (appendix B.3).
 
     >>> from diffusionkit import VESDE
     >>> model = EmpiricalModel(VESDE(), torch.tensor([[-1.0], [1.0]]))
@@ -153,7 +159,7 @@ class EmpiricalModel(ScoreModel):
     data: Tensor
 
     def __init__(self, sde: ForwardSDE, data: Tensor, *, block: int = 8192) -> None:
-        """Keep the data in float64."""
+        """Store the data in float64."""
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
         check_state(data, "data")
@@ -165,16 +171,12 @@ class EmpiricalModel(ScoreModel):
         self.block = block
         self.register_buffer("data", exact(data.detach()))
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Return the exact prediction for a state x (B, *D) at times t (B,)."""
-        check_state(x)
-        check_times(t, self.sde.T, x.shape[0], x)
-        if x.shape[1:] != self.data.shape[1:]:
-            raise ValueError(f"x: expected shape (B, *{tuple(self.data.shape[1:])}), "
-                             f"got {tuple(x.shape)}")  # fmt: skip
+        _check_query(self.sde, x, t, self.data)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
         query = exact(x).flatten(1)
-        # The part of the squared distance that depends on i, over sigma^2.
+        # Squared distances over -2 sigma^2, up to a term independent of i.
         parts = (
             (alpha * (query @ rows.T - 0.5 * alpha * rows.square().sum(1)) / sigma**2, rows)
             for rows in torch.split(self.data.flatten(1), self.block)
@@ -186,22 +188,22 @@ class EmpiricalModel(ScoreModel):
 
 
 def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    r"""Return the softmax-weighted mean of values that come part by part, (B, D).
+    r"""Return the softmax-weighted mean, (B, D), of values given in parts.
 
     .. math::
         \frac{\sum_k e^{l_{bk}} v_k}{\sum_k e^{l_{bk}}}
 
     Args:
-        parts: logits (B, m), and values (m, D) or, where each row has its own, (B, m, D). A logit
-            of minus infinity leaves the value out; no row may leave out all.
+        parts: logits (B, m), with values (m, D), or (B, m, D) if they differ by row. A logit of
+            minus infinity excludes a value; every row must include at least one.
     """
     top: Tensor | float = torch.finfo(torch.float32).min  # finite: no inf - inf
     total: Tensor | float = 0.0
     mean: Tensor | float = 0.0
     for logits, values in parts:
         peak = logits.detach().amax(1, keepdim=True).clamp_min(top)
-        weights, kept = torch.exp(logits - peak), torch.exp(top - peak)
-        total = kept * total + weights.sum(1, keepdim=True)
-        mean = kept * mean + (weights.unsqueeze(1) @ values).squeeze(1)
+        weights, decay = torch.exp(logits - peak), torch.exp(top - peak)
+        total = decay * total + weights.sum(1, keepdim=True)
+        mean = decay * mean + (weights.unsqueeze(1) @ values).squeeze(1)
         top = peak
     return torch.as_tensor(mean / total)

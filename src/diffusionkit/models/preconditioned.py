@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_positive
+from .._grid_times import evaluate
 from ..interfaces import ForwardSDE
-from ..values import Coefficient, expand
+from ..values import expand
 from .labels import Label, LogSigmaLabel
 from .network import NetworkModel
 
@@ -30,9 +32,9 @@ class EDMModel(NetworkModel):
         network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D).
         sde: the forward process.
         sigma_data: sd, the standard deviation of the data.
-        label: what the network is told about time, log(sigma / alpha) / 4 by default.
-        data_range: the range of the data, for whoever makes pictures of samples.
-        variance: what the network says of a step's variance, see `NetworkModel`.
+        label: the noise label, log(sigma / alpha) / 4 by default.
+        data_range: the range of the training data, see `NetworkModel`.
+        variance: the variance of reverse steps, see `NetworkModel`.
 
     Raises:
         ValueError: unless sigma_data is finite and positive.
@@ -64,19 +66,24 @@ class EDMModel(NetworkModel):
         self.sigma_data = sigma_data
 
     @staticmethod
+    @override
     def _default_label() -> Label:
         return LogSigmaLabel()
 
-    def _total(self, ratio: Coefficient) -> Coefficient:
+    def _total(self, ratio: Tensor) -> Tensor:
         return (ratio * ratio + self.sigma_data**2) ** 0.5
 
-    def parameterization(
-        self, alpha: Coefficient, sigma: Coefficient
-    ) -> tuple[Coefficient, Coefficient]:
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         ratio = sigma / alpha
         total = self._total(ratio)
         return ratio / (self.sigma_data * total), -self.sigma_data / total
 
-    def scale_input(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-        out = x * expand(1.0 / (alpha * self._total(sigma / alpha)), x)
+    def _input_scale(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
+        return (1.0 / (alpha * self._total(sigma / alpha)),)
+
+    @override
+    def scale_input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        (scale,) = evaluate(self._input_scale, alpha, sigma)
+        out = x * expand(scale, x)
         return out if out.dtype == x.dtype else out.to(x.dtype)

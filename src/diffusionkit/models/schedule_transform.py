@@ -1,4 +1,4 @@
-"""A model of one process, used in another."""
+"""A model of one process as a model of another."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_part, check_state, check_times
-from .._grid_times import instant
+from .._checks import check_part
+from .._grid_times import kernel
 from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction, expand
 
 
 class ScheduleTransformedModel(ScoreModel):
-    r"""A model of one process as a model of another: the same data and noise, scaled and timed.
+    r"""A model of one process as a model of another, with the state rescaled and time changed.
 
-    Two processes with the same noise-to-signal ratio hold the same noisy data up to a scale:
+    At equal noise-to-signal ratios the noisy data of two processes differ only in scale:
 
     .. math::
         x' = \frac{\alpha'(t')}{\alpha(t)} x, \quad
         \frac{\sigma'(t')}{\alpha'(t')} = \frac{\sigma(t)}{\alpha(t)},
 
-    and the data and the noise that the model predicts from x' at t' are those of x at t. So a
-    network that was trained on one process is sampled, or its likelihood taken, on any other, and
+    and the data and the noise predicted from x' at t' are those of x at t. A network trained on one
+    process is thus sampled on any other, as are its likelihoods, and
     EDM's VP preconditioning is `ScheduleTransformedModel(EpsModel(network, VPSDE()), EDMSDE())`,
     its iDDPM preconditioning the same with a `DDPMChain`. Below the smallest noise of the model's
     own process, the model is evaluated at that noise.
@@ -35,14 +36,14 @@ class ScheduleTransformedModel(ScoreModel):
         sde: the process to use it in.
 
     Raises:
-        ValueError: if sde has, between its t_min and T, noise that the model's process has not.
+        ValueError: if sde has noise levels between its t_min and T that the model's process lacks.
         TypeError: if a part has the wrong type.
 
     Source: Karras et al., 2022, arXiv 2206.00364 (appendix C).
 
     >>> from diffusionkit import EDMSDE, EpsModel, VPSDE
     >>> model = ScheduleTransformedModel(EpsModel(lambda x, noise_label: x, VPSDE()), EDMSDE())
-    >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).eps  # what the network saw
+    >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).eps  # the input of the network
     tensor([[0.7071, 0.7071]])
     """
 
@@ -60,20 +61,17 @@ class ScheduleTransformedModel(ScoreModel):
                 for pair in ((most_known, least_known), (most, least))
             )
             raise ValueError(
-                f"sde: expected a sigma / alpha that the model's process has, "
+                f"sde: expected sigma / alpha within that of the model's process, "
                 f"{' to '.join(known)}, got {' to '.join(wanted)}"
             )
 
+    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict data and noise of a state x (B, *D) at times t (B,)."""
-        check_state(x)
-        if instant(t, self.sde) is None:
-            check_times(t, self.sde.T, x.shape[0], x)
-        alpha, sigma = self.sde.kernel(t)
+        alpha, sigma = kernel(self.sde, x, t)
         inner = self.model.sde.time_at_log_snr(self.sde.log_snr(exact(t)))
         scale = expand(self.model.sde.marginal(inner)[0] / alpha, x)
         prediction = self.model.predict((x * scale).to(x.dtype), inner, **cond)
-        fraction = prediction.log_var_fraction  # which no scale changes
+        fraction = prediction.log_var_fraction  # independent of the scale
         return Prediction(x, prediction.x0, prediction.eps, alpha, sigma, log_var_fraction=fraction)
 
 

@@ -18,10 +18,12 @@ from .predictors import (
     LinearPredictor,
     ReverseDiffusion,
     StepCoefficients,
+    TabulatedPredictor,
 )
 from .probability_flow import ProbabilityFlow
 from .stochastic_heun import StochasticHeun
 from .time_travel import TimeTravel
+from .two_stage import StageCoefficients, TwoStagePredictor
 from .unipc import UniPC
 
 __all__ = [
@@ -51,9 +53,12 @@ __all__ = [
     "QuadraticGrid",
     "ReverseDiffusion",
     "SamplerState",
+    "StageCoefficients",
     "StepCoefficients",
     "StochasticHeun",
+    "TabulatedPredictor",
     "TimeTravel",
+    "TwoStagePredictor",
     "UniPC",
     "UniformGrid",
     "ddim_encode",

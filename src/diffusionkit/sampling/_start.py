@@ -1,4 +1,4 @@
-"""The state a sampler starts from, and what its parts may make of it."""
+"""The initial state of a sampler, and checks of what its parts return."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_finite, check_number, check_shape, check_state
 from .._schedules import home
 from ..interfaces import ForwardSDE, ScoreModel, Step
-from ..random import Generators, check_generator
+from ..random import Generators, ObservedPath, check_generator
 
 
 def initial_state(
@@ -22,10 +22,10 @@ def initial_state(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Return the state to start from: the one given, or one drawn from the prior.
+    """Return the initial state: the one given, or a draw from the prior.
 
     By default it is drawn on the device and in the dtype of the model's parameters. The prior is
-    the law at T, so that times (N + 1,) which begin far from it need a state.
+    the distribution at T: times (N + 1,) that begin at other noise need a state.
     """
     if isinstance(start, Tensor):
         check_state(start)
@@ -34,7 +34,7 @@ def initial_state(
             dtype is not None and dtype != start.dtype
         ):
             raise ValueError(
-                f"x: expected an initial state on {device}, {dtype}, as asked for, "
+                f"x: expected an initial state on {device}, {dtype}, "
                 f"got {start.device}, {start.dtype}"
             )
         check_generator(generator, start.shape[0])
@@ -44,13 +44,13 @@ def initial_state(
     if not math.isclose(sigma.item(), model.sde.prior_std, rel_tol=0.02):
         raise ValueError(
             f"grid: expected to begin near T = {model.sde.T:g}, where the noise is the prior's, "
-            f"got {float(times[0]):g}; hand in a state of that time instead of a shape"
+            f"got {float(times[0]):g}; pass a state at that time instead of a shape"
         )
     check_generator(generator, shape[0])
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    somewhere = parameter if parameter is not None else next(model.buffers(), None)
-    if device is None and somewhere is not None:
-        device = somewhere.device
+    tensor = parameter if parameter is not None else next(model.buffers(), None)
+    if device is None and tensor is not None:
+        device = tensor.device
     if dtype is None and parameter is not None:
         dtype = parameter.dtype
     return model.sde.prior_sample(shape, generator=generator, device=device, dtype=dtype)
@@ -59,21 +59,21 @@ def initial_state(
 def noised_data(
     sde: ForwardSDE, x0: Tensor, t: float, times: Tensor, generator: Generators
 ) -> tuple[Tensor, int]:
-    """Return data noised to the first of times (N + 1,) that is at most t, and which it is."""
+    """Return data perturbed to the first of times (N + 1,) that is at most t, and its index."""
     check_number(t, "t")
     check_state(x0, "x0")
     check_finite(x0, "x0")
     if not float(times[-2]) <= t <= sde.T:  # a NaN fails too
         raise ValueError(
-            f"t: expected a time from which a step of the grid is left, at least "
-            f"{float(times[-2]):g}, and at most T = {sde.T:g}, got {t}"
+            f"t: expected a time of at least {float(times[-2]):g}, where the grid has a step left, "
+            f"and at most T = {sde.T:g}, got {t}"
         )
     first = int((times > t).sum())
     return sde.perturb(x0, times[first].to(x0.device).expand(len(x0)), generator=generator).x, first
 
 
-def check_step(step: Step, x: Tensor, part: object) -> Step:
-    """Return what a part made of a state, or raise if it is not a Step of the same kind."""
+def check_step(step: Step, x: Tensor, part: object) -> None:
+    """Raise unless a part returned a Step with a state like x."""
     name = type(part).__name__
     if not isinstance(step, Step):
         raise TypeError(f"{name}.step: expected a Step, got {type(step).__name__}")
@@ -83,4 +83,14 @@ def check_step(step: Step, x: Tensor, part: object) -> Step:
             f"{name}.step: expected a state of shape {tuple(x.shape)}, {x.dtype}, {x.device}, "
             f"got {tuple(got.shape)}, {got.dtype}, {got.device}"
         )
-    return step
+
+
+def check_path(path: ObservedPath, step: Step, predictor: object) -> None:
+    """Raise if a predictor added noise that is not the path's."""
+    if path.used or step.x is step.mean or torch.equal(step.x, step.mean):
+        return
+    name = type(predictor).__name__
+    raise ValueError(
+        f"{name}: expected noise from diffusionkit.random.step_noise, which follows the path given "
+        "as generator, got other noise; draw it with step_noise, or pass generators"
+    )

@@ -1,4 +1,4 @@
-"""Adams and Bashforth's rule in noise prediction: DEIS, and LMS in sigma / alpha."""
+"""The Adams-Bashforth rule in noise prediction: DEIS, and LMS in sigma / alpha."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count
 from ..interfaces import ForwardSDE
@@ -25,8 +26,8 @@ class _NoiseAdams(ExponentialAdams):
             raise ValueError(f"order: expected 2, 3 or 4, got {self.order}")
 
     @property
+    @override
     def memory(self) -> int:
-        """How many earlier predictions are used."""
         return self.order - 1
 
 
@@ -43,10 +44,10 @@ class DEIS(_NoiseAdams):
     tAB where time is rho, as in an `EDMSDE`. One evaluation a step.
 
     Args:
-        order: how many predictions are used, the new one among them: 2, 3 or 4. The paper counts
-            from 0: its tAB3 is order 4.
-        variable: "log_snr", best on grids even in log-SNR or denser near the data; or "time",
-            best on grids even in time.
+        order: the number of predictions used, the current one included: 2, 3 or 4. The paper
+            counts from 0: its tAB3 is order 4.
+        variable: "log_snr", best on grids uniform in log-SNR or denser near the data; or "time",
+            best on grids uniform in time.
 
     Raises:
         ValueError: if order is not 2, 3 or 4, or variable is neither; in `prepare`, if the grid
@@ -65,8 +66,8 @@ class DEIS(_NoiseAdams):
         if self.variable not in ("log_snr", "time"):
             raise ValueError(f'variable: expected "log_snr" or "time", got {self.variable!r}')
 
+    @override
     def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
-        """Return what the polynomials are polynomials in, at half log-SNRs l of any shape."""
         if self.variable == "log_snr":
             return l
         return sde.time_at_log_snr(2 * l.flatten()).view_as(l)
@@ -80,11 +81,11 @@ class LMS(_NoiseAdams):
         \frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t} + \sum_j \epsilon^{(j)}
         \int_{\rho_t}^{\rho_s} \ell_j(\rho)\, d\rho
 
-    Adams and Bashforth's formula for dx/drho = eps with the Lagrange polynomials of the last
+    The Adams-Bashforth formula for dx/drho = eps with the Lagrange polynomials of the last
     `order` values of rho; the rhoAB of DEIS. One evaluation a step.
 
     Args:
-        order: how many predictions are used, the new one among them: 2, 3 or 4.
+        order: the number of predictions used, the current one included: 2, 3 or 4.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
@@ -94,6 +95,6 @@ class LMS(_NoiseAdams):
     arXiv 2204.13902 (rhoAB).
     """
 
+    @override
     def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
-        """Return rho at half log-SNRs l of any shape."""
         return torch.exp(-l)

@@ -1,4 +1,4 @@
-"""The reverse SDE with steps as long as a tolerance allows, for each sample by itself."""
+"""An adaptive solver of the reverse SDE, with step lengths of each sample."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_count, check_move, check_positive
-from .._grid_times import tabulated
+from .._checks import check_count, check_positive, check_step_times
+from .._grid_times import exact_times, grid_points
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, rand
-from ..values import linear
+from ..values import Prediction, linear
 from .brownian import BrownianPath
 from .predictors import check_rates
 
@@ -26,9 +27,9 @@ _LEAST, _MOST = 0.1, 5.0  # how much a step may shrink or grow at once
 
 @dataclass(frozen=True)
 class AdaptiveSDE(Predictor):
-    r"""The reverse SDE from t to s in steps of its own, chosen by tolerance for each sample.
+    r"""The reverse SDE from t to s in internal steps, whose lengths a tolerance sets per sample.
 
-    A step of length h makes two proposals with the same noise, Euler and Maruyama's and Heun's,
+    A step of length h makes two proposals with the same noise, Euler-Maruyama's and Heun's,
 
     .. math::
         x' = x - h\, d(x, t) + g_t \sqrt h\, z, \quad
@@ -41,28 +42,28 @@ class AdaptiveSDE(Predictor):
         E = \frac{1}{\sqrt D} \left\| \frac{x' - x''}{\delta} \right\|_2 \le 1, \quad
         \delta = \max(\mathrm{atol}, \mathrm{rtol} \max(|x|, |x'|)).
 
-    Then h becomes .9 h E^(-2/3). Two evaluations a step, of the whole batch until its slowest
-    sample arrives. `PCSampler(model, AdaptiveSDE(), steps=1)` is the whole solver; on a longer
-    grid, with correctors or constraints at its times, step lengths are kept from one of its steps
-    to the next. From where the model is last defined, the SDE's t_stop, to a time without noise
-    there is one step, to the predicted data.
+    Then h becomes .9 h E^(-2/3). Each step takes two evaluations, of the whole batch until its
+    slowest sample arrives. `PCSampler(model, AdaptiveSDE(), steps=1)` is the whole solver; on a
+    longer grid, with correctors or constraints at its times, step lengths carry over from one grid
+    step to the next. To a time without noise the last step goes from the SDE's t_stop, where the
+    model is last defined, to the predicted data.
 
-    A step that is refused must not be tried again with new noise: on Gaussian data that made the
-    standard deviation 1.2 to 2 times too large, the more so the tighter the tolerance. All noise
-    is therefore the increments of a `BrownianPath`: the one handed in as generator, or one whose
-    seeds the generator draws.
+    A rejected step must not be tried again with new noise: on Gaussian data that made the standard
+    deviation 1.2 to 2 times too large, the more so the tighter the tolerance. All noise is
+    therefore the increments of a `BrownianPath`: the one passed as generator, or one whose seeds
+    the generator draws.
 
     Args:
         rtol: the tolerance relative to the state.
         atol: the absolute tolerance, in units of the state; one level of an image in [-1, 1] by
             default.
-        max_steps: how many steps of its own a move may take, refused ones included.
+        max_steps: the largest number of internal steps, rejected ones included.
 
     Raises:
-        ValueError: unless the tolerances are positive and max_steps >= 1; in `step`, if that many
+        ValueError: unless the tolerances are positive and max_steps >= 1; in `step`, if max_steps
             do not suffice or a prediction is not finite; in `prepare` and `step`, from a time
             where alpha = 0 and the drift is infinite (read on the CPU only).
-        TypeError: if one of them is not a number.
+        TypeError: if a setting is not a number.
 
     Source: Jolicoeur-Martineau et al., Gotta Go Fast When Generating Data with Score-Based
     Models, 2021, arXiv 2105.14080 (algorithm 1, with r = 2/3 for .9, and x for x'_prev).
@@ -83,30 +84,27 @@ class AdaptiveSDE(Predictor):
         check_positive(self.atol, "atol")
         check_count(self.max_steps, "max_steps")
 
+    @override
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        """Raise if the reverse SDE has no finite drift at a time of the grid."""
-        table = tabulated(sde, times)
-        if table is not None:
-            starts = table[1][:-1]
+        points = grid_points(sde, times)
+        if points is not None:
+            starts = exact_times(points, times[0].device)[:-1]
             check_rates(self, starts, *_reverse(sde, starts))
 
+    @override
     def step(
         self,
         model: ScoreModel,
         x: Tensor,
         t: Tensor,
         s: Tensor,
-        state: Any = None,
+        state: Any = None,  # the lengths of the next steps (B,)
         *,
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        """Move a state x (B, *D) from times t (B,) to s (B,), s < t.
-
-        `state` is the lengths of the next steps (B,).
-        """
         sde = model.sde
-        check_move(s, t, sde.T, x)
+        check_step_times(s, t, sde.T, x)
         path = generator if isinstance(generator, NoisePath) else _path(len(x), generator)
         t, s = exact(t), exact(s)
         alpha, sigma = sde.marginal(s)
@@ -114,13 +112,15 @@ class AdaptiveSDE(Predictor):
         end = torch.where(clean, s.clamp_min(sde.t_stop), s).minimum(t)
         length = torch.full_like(t, _FIRST * sde.T) if state is None else state
         out = mean = x
-        left = end < t * (1 - 1e-6)  # the last bit of a float32 is no move
+        prediction = None
+        left = end < t * (1 - 1e-6)  # rounding of a float32 time is not a step
         for _ in range(self.max_steps):
             if not bool(left.any()):
                 break
-            # A sample that has arrived stays where its last step began: the model is defined there.
+            # A sample that has arrived stays at the start of its last step, where the model is
+            # defined.
             to = torch.where(left, (t - length).maximum(end), 0.5 * (t + s))
-            first, last, last_mean = _proposals(model, x, t, to, path, cond)
+            first, last, last_mean, prediction = _proposals(model, x, t, to, path, cond)
             error = self._error(x, first, last)
             if not bool(torch.isfinite(error).all()):
                 check_rates(self, t, *_reverse(sde, t))
@@ -133,7 +133,7 @@ class AdaptiveSDE(Predictor):
             arrived = accepted & (to <= end)
             factor = (_SAFETY * error.clamp_min(1e-9) ** -_POWER).clamp(_LEAST, _MOST)
             wanted = (t - to) * factor
-            # The end cut the last step short: that says nothing against a longer one.
+            # The last step was cut short by the end; the next one may be longer.
             wanted = torch.where(arrived, torch.maximum(wanted, length), wanted)
             length = torch.where(left, wanted, length)
             out, mean = _where(arrived, last, out), _where(arrived, last_mean, mean)
@@ -142,14 +142,14 @@ class AdaptiveSDE(Predictor):
             x, t = _where(moved, last, x), torch.where(moved, to, t)
         if bool(left.any()):
             raise ValueError(
-                f"expected to reach s within max_steps = {self.max_steps}, got to "
-                f"t = {float(t[left].max()):g}; ask for less with rtol and atol, or allow more"
+                f"max_steps: expected enough steps to reach s, got {self.max_steps}, which reach "
+                f"t = {float(t[left].max()):g}; raise rtol and atol, or max_steps"
             )
         if bool(clean.any()):
-            data = model.predict(out, end, **cond).x0
-            data = linear(alpha, data, 0.0, data)
+            prediction = model.predict(out, end, **cond)
+            data = linear(alpha, prediction.x0, 0.0, prediction.x0)
             out, mean = _where(clean, data, out), _where(clean, data, mean)
-        return Step(out, mean, length)
+        return Step(out, mean, length, prediction)
 
     def _error(self, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
         """Return the root mean square of the error over its tolerance, (B,)."""
@@ -159,7 +159,7 @@ class AdaptiveSDE(Predictor):
 
 
 def _path(batch: int, generator: Generators) -> BrownianPath:
-    """Return the path of as many samples whose seeds a generator draws."""
+    """Return a path for a batch, with seeds drawn from a generator."""
     u = rand(batch, generator=generator, dtype=torch.float64)
     return BrownianPath((u * 2.0**53).long().tolist())
 
@@ -171,16 +171,16 @@ def _where(rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _proposals(
     model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, path: NoisePath, cond: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x', x'' and x'' without its noise, each (B, *D)."""
+) -> tuple[Tensor, Tensor, Tensor, Prediction]:
+    """Return x', x'' and x'' without its noise, each (B, *D), and the second prediction."""
     noise, h = path.increment(x, model.sde, t, s), t - s
     p, q, g = _reverse(model.sde, t)
     mean = model.predict(x, t, **cond).combine(x=1 - h * p, x0=-h * q)
     first = linear(1.0, mean, g * h.sqrt(), noise)
     p, q, g_s = _reverse(model.sde, s)
-    change = model.predict(first, s, **cond).combine(x=-h * p, x0=-h * q)
-    mean = 0.5 * (mean + x + change)
-    return first, linear(1.0, mean, 0.5 * (g + g_s) * h.sqrt(), noise), mean
+    prediction = model.predict(first, s, **cond)
+    mean = 0.5 * (mean + x + prediction.combine(x=-h * p, x0=-h * q))
+    return first, linear(1.0, mean, 0.5 * (g + g_s) * h.sqrt(), noise), mean, prediction
 
 
 def _reverse(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-r"""One Brownian path for each seed, whatever the steps that are taken along it."""
+"""A Brownian path for each seed, the same at every number of steps."""
 
 from __future__ import annotations
 
@@ -9,44 +9,47 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, readable
+from .._grid_times import kernel
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE
 from ..random import NoisePath
 
-_OCTAVES = 64  # (sigma / alpha)^2 is told apart between 2^-64 and 2^64,
+_OCTAVES = 64  # (sigma / alpha)^2 is resolved between 2^-64 and 2^64,
 _FINEST = 20  # to 2^-20 of an octave,
-_LEVELS = (2 * _OCTAVES).bit_length() - 1 + _FINEST  # by as many halvings
+_LEVELS = (2 * _OCTAVES).bit_length() - 1 + _FINEST  # with this many bisections
 _LEAVES = 1 << _LEVELS
 
 
 class BrownianPath(NoisePath):
-    r"""Noise that follows one Brownian path for each seed: the same one at every number of steps.
+    r"""Noise along one Brownian path for each seed, the same at every number of steps.
 
     In y = x / alpha the noise of the reverse SDE is additive, dy = ... + dW(u) with the clock
-    u = (sigma / alpha)^2, for every process. A predictor's move from t to s is given
+    u = (sigma / alpha)^2, for every process. A predictor's step from t to s gets
 
     .. math::
         z = \frac{W(u_s) - W(u_t)}{\sqrt{u_t - u_s}},
 
-    standard normal and independent of that of any other stretch. With generators, samples at N
-    and 2 N steps are strangers; along a path their distance falls with the step, so that one sees
-    what a solver does and not what the noise does. All other draws, of an initial state or a
-    corrector, are new noise from the seeds' generators: make a path anew for each run.
+    standard normal and independent of the noise of any other interval. With generators, samples at
+    N and 2 N steps are unrelated; along a path their distance shrinks with the step, which shows
+    the solver's error without the noise. All other draws, of an initial state or a corrector, are
+    new noise from the seeds' generators: make a new path for each run. A sampler raises if a
+    predictor adds noise that is not the path's.
 
-    W is a tree of Brownian bridges, halved in log u. Its nodes are counter-based normals in
-    float64, functions of seed and node alone: no value depends on what was asked before, on the
-    batch, or, to rounding, on the device, and nothing is stored. The clock is read to 2^-20 of an
-    octave, a millionth of u, and the noise of a move between readings is exactly normal. A move
-    takes 28 to 56 normals for each number of the state.
+    W is a tree of Brownian bridges, bisected in log u. Its nodes are counter-based normals in
+    float64, functions of seed and node alone: no value depends on earlier calls, on the batch or,
+    up to rounding, on the device, and nothing is stored. The clock is resolved to 2^-20 of an
+    octave, a millionth of u, and the noise between two readings is exactly normal. A step
+    takes 28 to 56 normals for each entry of the state.
 
     Args:
-        seeds: one for each sample of the batch, such as range(64).
+        seeds: one seed for each sample of the batch, such as range(64).
 
     Raises:
         TypeError: if seeds is not a sequence of integers.
-        ValueError: if it is empty, or a seed outside [0, 2^63).
+        ValueError: if it is empty, or a seed is outside [0, 2^63).
 
     Source: Li et al., Scalable Gradients for Stochastic Differential Equations, 2020, arXiv
     2001.01328 (section 4); Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011.
@@ -101,12 +104,13 @@ class BrownianPath(NoisePath):
             return part
         return self._generators[index]
 
+    @override
     def increment(self, x: Tensor, sde: ForwardSDE, t: Tensor, s: Tensor) -> Tensor:
-        """Return the noise of a move from times t (B,) to s (B,), in the shape and dtype of x.
+        """Return the noise of the step from times t (B,) to s (B,), in the shape and dtype of x.
 
         Raises:
-            ValueError: if the batch is not that of the seeds, or a move too short to be told
-                apart (read on the CPU only).
+            ValueError: if there is not one seed for each sample, or a step is too short for the
+                resolution (read on the CPU only).
         """
         if x.shape[0] != len(self):
             raise ValueError(
@@ -114,17 +118,17 @@ class BrownianPath(NoisePath):
                 f"got {len(self)}"
             )
         dtype = schedule_dtype(x.device)
-        leaves = [_leaf(*sde.kernel(time), dtype) for time in (t, s)]
-        if leaves[0].device != leaves[1].device:  # one of them from times that know their kernel
+        leaves = [_leaf(*kernel(sde, x, time), dtype) for time in (t, s)]
+        if leaves[0].device != leaves[1].device:  # one of them from a grid's floats
             leaves = [leaf.to(x.device) for leaf in leaves]
         start, end = (leaf.expand(max(map(len, leaves))) for leaf in leaves)
         if readable(start) and bool((end >= start).any()):
             raise ValueError(
-                "expected moves of at least 2^-20 of an octave of (sigma / alpha)^2 from s < t, "
+                "s: expected steps of at least 2^-20 of an octave of (sigma / alpha)^2 and s < t, "
                 f"got t = {t.tolist()[:4]} and s = {s.tolist()[:4]}"
             )
         (nodes, at_end), (others, at_start) = _tree(end, dtype), _tree(start, dtype)
-        # Above the first node that differs the two ends have all nodes in common.
+        # Above the first node that differs, both ends share all nodes.
         common = int((nodes == others).all(1).sum()) if readable(start) else 0
         weights = torch.cat([at_end, -at_start[common:]])
         weights[:common] -= at_start[:common]
@@ -137,7 +141,7 @@ class BrownianPath(NoisePath):
 
 
 def _leaf(alpha: Tensor | float, sigma: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """Return the reading of the clock, 0 ... _LEAVES, nearest to (sigma / alpha)^2, (n,)."""
+    """Return the clock reading, 0 ... _LEAVES, nearest to (sigma / alpha)^2, (n,)."""
     alpha, sigma = (torch.as_tensor(c, dtype=dtype).reshape(-1) for c in (alpha, sigma))
     octave = 2 * (torch.log2(sigma) - torch.log2(alpha)) + _OCTAVES
     return (octave * (1 << _FINEST)).round().clamp(0, _LEAVES).long()
@@ -169,7 +173,7 @@ def _tree(leaf: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _weighted_normals(keys: Tensor, weights: Tensor, n: int) -> Tensor:
     """Return the sums (B, n) over nodes of weights (N, B) times normals of keys (N, B)."""
-    # At once as many numbers as stay in a processor's cache, or keep a device busy.
+    # Block by block: what stays in a processor's cache, or keeps a device busy.
     block = 1 << (16 if keys.device.type == "cpu" else 22)
     rows = min(keys.shape[1], max(1, block // n))
     nodes = max(1, block // (rows * n))
@@ -198,12 +202,12 @@ _FACTORS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 <
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """Return 64 bits, each of which depends on each that came, as a bijection."""
+    """Return 64 bits that all depend on all bits of the input, by a bijection."""
     for shift, factor in _FACTORS:
         bits = (bits ^ _shifted(bits, shift)) * factor
     return bits ^ _shifted(bits, 31)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Return the logical shift to the right; that of int64 would repeat the sign."""
+    """Return the logical shift to the right; int64's own shift would repeat the sign."""
     return (bits >> by) & ((1 << (64 - by)) - 1)

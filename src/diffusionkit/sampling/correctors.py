@@ -1,4 +1,4 @@
-"""Correctors: Markov chains that leave the law p_t as it is."""
+"""Correctors: Markov chains that leave the distribution p_t unchanged."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_count, check_positive, check_times
-from .._grid_times import instant
+from .._checks import check_count, check_positive
+from .._grid_times import kernel
 from ..interfaces import Corrector, ScoreModel, Step
 from ..random import Generators, randn_like
-from ..values import Coefficient, add_noise, expand
+from ..values import add_noise, expand
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Langevin(Corrector):
         \varepsilon = 2 \left(\mathrm{snr} \frac{\|z\|}{\|s\|}\right)^2, \quad
         x \leftarrow x + \varepsilon s + \sqrt{2 \varepsilon}\, z, \quad s = \nabla \log p_t(x)
 
-    so that the score's part of a move is snr times as long as the noise's. The paper's further
+    so that the score term of a step is snr times as long as the noise. The paper's additional
     factor 1 - beta_k (VP) tends to 1 as the steps shrink, and is 1 here. In fewer than about 20
     dimensions the norms of single samples fluctuate too much: use norm="batch" there, or
     `AnnealedLangevin`.
@@ -31,15 +32,15 @@ class Langevin(Corrector):
     Args:
         snr: the ratio. The paper uses .16 at CIFAR-10, .17 at CelebA 64, .075 at LSUN and
             256 px, .15 at 1024 px.
-        steps: how many moves are made at each time.
-        norm: "sample" takes the norms of each sample, as the paper's algorithm does; "batch"
-            their means over the batch, as its released code does: samples then depend on the
-            batch they are drawn in.
+        steps: the number of steps at each time.
+        norm: "sample" uses the norms of each sample, as in the paper's algorithm; "batch" their
+            means over the batch, as in its released code: samples then depend on their batch.
 
     Raises:
         ValueError: unless snr > 0, steps >= 1, and norm is one of the two.
 
-    Source: Song et al., 2021, arXiv 2011.13456 (algorithms 4 and 5).
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
+    (algorithms 4 and 5).
     """
 
     snr: float = 0.16
@@ -52,20 +53,21 @@ class Langevin(Corrector):
         if self.norm not in ("sample", "batch"):
             raise ValueError(f'norm: expected "sample" or "batch", got {self.norm!r}')
 
+    @override
     def step(
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
-        """Make the moves at times t (B,) from a state x (B, *D)."""
-        _, sigma = _kernel(model, x, t)
+        _, sigma = kernel(model.sde, x, t)
         mean = x
         for _ in range(self.steps):
-            # In terms of eps = -sigma s, which most models predict as it is.
-            eps = model.predict(x, t, **cond).eps
+            # In terms of eps = -sigma s, which most models predict directly.
+            prediction = model.predict(x, t, **cond)
+            eps = prediction.eps
             noise = randn_like(eps, generator)
             z, e = _norm(noise), _norm(eps)
             if self.norm == "batch":
                 z, e = z.mean(), e.mean()
-            # Where the score is 0 there is no scale to go by, and nothing is moved.
+            # A score of 0 sets no scale: the state stays where it is.
             push = torch.nan_to_num(z / e, posinf=0.0)
             pull, unit = push * push, sigma
             if isinstance(unit, Tensor):
@@ -73,13 +75,7 @@ class Langevin(Corrector):
                 push, pull, unit = push * factor, pull * factor, 1.0
             mean = _moved(x, pull, eps, -2 * self.snr**2 * unit)
             x = add_noise(mean, push, noise, 2 * self.snr * unit)
-        return Step(x, mean)
-
-
-def _kernel(model: ScoreModel, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
-    if instant(t, model.sde) is None:
-        check_times(t, model.sde.T, x.shape[0], x)
-    return model.sde.kernel(t)
+        return Step(x, mean, prediction=prediction)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -109,7 +105,7 @@ class AnnealedLangevin(Corrector):
 
     Args:
         snr: the ratio of the step to sigma.
-        steps: how many moves are made at each time.
+        steps: the number of steps at each time.
 
     Raises:
         ValueError: unless snr > 0 and steps >= 1.
@@ -125,13 +121,14 @@ class AnnealedLangevin(Corrector):
         check_positive(self.snr, "snr")
         check_count(self.steps, "steps")
 
+    @override
     def step(
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
-        """Make the moves at times t (B,) from a state x (B, *D)."""
-        alpha, sigma = _kernel(model, x, t)
+        alpha, sigma = kernel(model.sde, x, t)
         pull, mean = 2 * self.snr**2, x
         for _ in range(self.steps):
-            mean = model.predict(x, t, **cond).combine(x=1 - pull, x0=pull * alpha)
+            prediction = model.predict(x, t, **cond)
+            mean = prediction.combine(x=1 - pull, x0=pull * alpha)
             x = add_noise(mean, 2 * self.snr * sigma, randn_like(mean, generator))
-        return Step(x, mean)
+        return Step(x, mean, prediction=prediction)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_move, check_number
-from .._grid_times import grid_times, instant, tabulated
-from .._schedules import exact
-from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
-from ..random import Generators
-from ..values import Coefficient, linear
+from .._checks import check_number
+from ..interfaces import ForwardSDE
 from .multistep import ExponentialAdams, ExponentialMidpoint
-from .predictors import DDIM
+from .predictors import DDIM, StepCoefficients
+from .two_stage import StageCoefficients, TwoStagePredictor
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ class DPMSolver3M(ExponentialAdams):
         if self.form not in ("exact", "published"):
             raise ValueError(f'form: expected "exact" or "published", got {self.form!r}')
 
+    @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        """Return the integrals of Lagrange polynomials over n steps, (m, n)."""
         found = super().integrals(sde, nodes, end)
         if self.form == "exact" or len(nodes) < 3:
             return found
@@ -125,28 +122,14 @@ class DPMSolver2MSDE(ExponentialMidpoint):
         if self.solver not in ("midpoint", "heun"):
             raise ValueError(f'solver: expected "midpoint" or "heun", got {self.solver!r}')
 
+    @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        """Return the integrals of Lagrange polynomials over n steps, (m, n)."""
         rule = ExponentialMidpoint if self.solver == "midpoint" else ExponentialAdams
         return rule.integrals(self, sde, nodes, end)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stages:
-    """A step: x' at `middle`, then the sum of the state and of both predictions of the data.
-
-    The pair holds the coefficients of the state and the predicted data. Without `second` the
-    first stage is the whole step.
-    """
-
-    middle: Tensor
-    inner: tuple[Coefficient, Coefficient]
-    first: tuple[Coefficient, Coefficient]
-    second: Coefficient | None
-
-
 @dataclass(frozen=True)
-class DPMSolver2S(Predictor):
+class DPMSolver2S(TwoStagePredictor):
     r"""DPM-Solver++(2S): second order from two evaluations a step, without memory.
 
     .. math::
@@ -176,60 +159,15 @@ class DPMSolver2S(Predictor):
         if not 0.0 < self.r <= 1.0:
             raise ValueError(f"r: expected a number in (0, 1], got {self.r}")
 
-    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        """Compute the stages of all steps at once, and leave them with the times."""
-        table = tabulated(sde, times)
-        if table is None:
-            return
-        instants, grid = table
-        middle, *columns = self._stages(sde, grid[:-1], grid[1:])
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        middles = grid_times(sde, middle, times[0])
-        for here, there, at, (corrected, *c) in zip(
-            instants, instants[1:], middles, rows, strict=False
-        ):
-            second = c[4] if corrected else None
-            here.notes[id(self), there.time] = _Stages(at, (c[0], c[1]), (c[2], c[3]), second)
-
-    def _stages(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        """Return middle times, whether there is a second stage, and the coefficients, each (n,)."""
+    @override
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
         here, there = sde.log_snr(t), sde.log_snr(s)
-        corrected = torch.isfinite(here) & torch.isfinite(there)
-        middle = sde.time_at_log_snr(torch.where(corrected, here + self.r * (there - here), 0.0))
-        middle = torch.where(corrected, middle, t)
-        moves = (DDIM().coefficients(sde, t, at) for at in (middle, s))
-        inner, first = (cast(tuple[Tensor, Tensor], (move.x, move.x0)) for move in moves)
-        second = torch.where(corrected, first[1] / (2 * self.r), 0.0)
-        return middle, corrected, *inner, first[0], first[1] - second, second
-
-    def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
-        here, there = instant(t, sde), instant(s, sde)
-        if here is not None and there is not None:
-            known: _Stages | None = here.notes.get((id(self), there.time))
-            if known is not None:
-                return known
-        check_move(s, t, sde.T, x)
-        middle, corrected, *c = self._stages(sde, exact(t), exact(s))
-        second = c[4] if bool(corrected.any()) else None
-        return _Stages(middle, (c[0], c[1]), (c[2], c[3]), second)
-
-    def step(
-        self,
-        model: ScoreModel,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        state: Any = None,
-        *,
-        generator: Generators = None,
-        **cond: Any,
-    ) -> Step:
-        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
-        stages = self._between(model.sde, t, s, x)
-        prediction = model.predict(x, t, **cond)
-        moved = prediction.combine(x=stages.first[0], x0=stages.first[1])
-        if stages.second is not None:
-            inner = prediction.combine(x=stages.inner[0], x0=stages.inner[1])
-            middle = model.predict(inner, stages.middle, **cond)
-            moved = linear(1.0, moved, stages.second, middle.x0)
-        return Step(moved, moved)
+        used = torch.isfinite(here) & torch.isfinite(there)
+        middle = sde.time_at_log_snr(torch.where(used, here + self.r * (there - here), 0.0))
+        middle = torch.where(used, middle, t)
+        inner, whole = (DDIM().coefficients(sde, t, at) for at in (middle, s))
+        second = torch.where(used, cast(Tensor, whole.x0) / (2 * self.r), 0.0)
+        first = StepCoefficients(whole.x, whole.x0 - second)
+        return StageCoefficients(
+            middle, inner, first, StepCoefficients(0.0, second), used.to(second.dtype)
+        )

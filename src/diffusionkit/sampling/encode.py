@@ -1,4 +1,4 @@
-"""Encoding data by the deterministic DDIM sampler, run the other way."""
+"""Encoding data with the deterministic DDIM sampler run in reverse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_part, check_state
-from .._grid_times import grid_times
+from .._grid_times import grid_times, kernel, noise_at
 from .._loops import Progress, evaluation_mode, with_progress
 from ..interfaces import ScoreModel
 from ..values import Coefficient
@@ -26,26 +26,26 @@ def ddim_encode(
     progress: Progress = False,
     **cond: Any,
 ) -> Tensor:
-    r"""Return the noise (B, *D) that DDIM would make data from: its steps, run from data to T.
+    r"""Return the noise (B, *D) that DDIM maps to the data: its steps, run from the data to T.
 
     .. math::
         x_s = \alpha_s \hat x_0(x_t, t) + \sigma_s \hat\epsilon(x_t, t), \quad s > t
 
-    over the times of the sampler's grid in the other order. `PCSampler(model, DDIM())` on the same
-    grid brings the data back up to an error of the order of a step, `ProbabilityFlow.encode` solves
-    the same equation to a tolerance. The model is put in evaluation mode for the run.
+    over the times of the sampler's grid in reverse order. `PCSampler(model, DDIM())` on the same
+    grid recovers the data up to an error of the order of a step; `ProbabilityFlow.encode` solves
+    the same equation to a tolerance. The model is in evaluation mode during the run.
 
     Args:
         model: the score model.
-        x: the state at the last time of the grid (B, *D): data stand for it, as in the papers.
+        x: the state at the last time of the grid (B, *D); the papers use the data themselves.
         steps: the number of steps, unless the grid is a tensor.
         grid: a sampler's grid: a callable (sde, steps) -> times, a tensor of decreasing times, or
             None for times uniform between T and the SDE's t_stop.
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
-        cond: handed to the model.
+        cond: passed to the model.
 
     Raises:
-        ValueError: if the state is not finite, the grid is none, or there is no noise at its end.
+        ValueError: if the state is not finite, the grid is invalid, or it ends without noise.
         TypeError: if a part has the wrong type.
 
     Source: Song et al., Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502 (section 4.3).
@@ -62,14 +62,14 @@ def ddim_encode(
     check_count(steps, "steps")
     sde = model.sde
     times = grid_times(sde, resolve_grid(grid, sde, steps).flip(0), x)
-    if not sde.kernel(times[0])[1] > 0:
+    if not noise_at(times[0]) > 0:
         raise ValueError(
-            "grid: expected to end at a time with noise, where the model is asked first, such as "
+            "grid: expected to end at a time with noise, where encoding begins, such as "
             f"the SDE's t_stop = {sde.t_stop:g}, got {float(times[0][0]):g}"
         )
     with evaluation_mode(model):
         for t, s in with_progress(list(pairwise(times)), progress):
-            (alpha_t, sigma_t), (alpha_s, sigma_s) = sde.kernel(t), sde.kernel(s)
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = kernel(sde, x, t), kernel(sde, x, s)
             ratio: Coefficient = sigma_s / sigma_t
             x = model.predict(x, t, **cond).combine(x=ratio, x0=alpha_s - alpha_t * ratio)
     return x

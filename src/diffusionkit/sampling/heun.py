@@ -7,20 +7,19 @@ every row of EDM's ablation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_move, check_number, check_positive
-from .._grid_times import grid_times, instant, tabulated
-from .._schedules import exact
-from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from .._checks import check_number, check_positive
+from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, randn_like
 from ..values import Coefficient, linear
 from .predictors import LinearPredictor, StepCoefficients, check_rates
+from .two_stage import StageCoefficients, TwoStagePredictor, vanishes
 
 _MAX_CHURN = math.sqrt(2) - 1  # no more new noise in a step than there is already
 
@@ -48,31 +47,25 @@ class Euler(LinearPredictor):
     Source: Song et al., 2021, arXiv 2011.13456 (section 4.3).
     """
 
+    @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
-        """Return the coefficients of moves from times t (n,) to s (n,)."""
         p, q = _slope(sde, t)
         return StepCoefficients(1 + (s - t) * p, (s - t) * q, None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Stages:
-    """A step: x' = lift x + noise z at `start`, x'' at `middle`, and the sum of both stages.
+class _ChurnedStages(StageCoefficients):
+    """The stages of a step after new noise x_hat = lift x + noise z has raised t to `start`."""
 
-    The pairs are the coefficients of the state and the predicted data: of x'', and of what each
-    stage adds to the result. Without `second` the first stage is the whole step.
-    """
+    times: ClassVar[tuple[str, ...]] = ("middle", "start")
 
-    lift: Coefficient
-    noise: float
-    start: Tensor
-    middle: Tensor
-    inner: tuple[Coefficient, Coefficient]
-    first: tuple[Coefficient, Coefficient]
-    second: tuple[Coefficient, Coefficient] | None
+    start: Tensor | None = None
+    lift: Coefficient = 1.0
+    noise: Coefficient = 0.0
 
 
 @dataclass(frozen=True)
-class Heun(Predictor):
+class Heun(TwoStagePredictor):
     r"""A step of second order along the probability flow, with or without new noise: EDM's sampler.
 
     .. math::
@@ -141,29 +134,35 @@ class Heun(Predictor):
         if not 0.0 <= self.s_min <= self.s_max:
             raise ValueError(f"expected 0 <= s_min <= s_max, got {self.s_min} and {self.s_max}")
 
-    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        """Compute the stages of all steps at once, and leave them with the times."""
-        table = tabulated(sde, times)
-        if table is None:
-            return
-        instants, grid = table
-        t, s = grid[:-1], grid[1:]
-        lift, noise, t = self._churned(sde, t, min(self.churn / len(t), _MAX_CHURN))
-        middle, *columns = self._stages(sde, t, s)
-        rows = zip(*(column.tolist() for column in (lift, noise, *columns)), strict=True)
-        starts, middles = (grid_times(sde, at, times[0]) for at in (t, middle))
-        for k, (scale, std, corrected, *c) in enumerate(rows):
-            second = (c[4], c[5]) if corrected else None
-            instants[k].notes[id(self), instants[k + 1].time] = _Stages(
-                scale, std, starts[k], middles[k], (c[0], c[1]), (c[2], c[3]), second
-            )
+    @override
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
+        h = s - t
+        middle = (1 - self.alpha) * t + self.alpha * s  # s itself where alpha = 1
+        used = (middle >= 0) & (sde.marginal(middle.clamp_min(0.0))[1] > 0)
+        middle = torch.where(used, middle, t)
+        share = torch.where(used, h / (2 * self.alpha), 0.0)
+        (p, q), (p_middle, q_middle) = _slope(sde, t), _slope(sde, middle)
+        check_rates(self, t, p, q)
+        return StageCoefficients(
+            middle,
+            inner=StepCoefficients(1 + self.alpha * h * p, self.alpha * h * q),
+            first=StepCoefficients(1 + (h - share) * p, (h - share) * q),
+            second=StepCoefficients(share * p_middle, share * q_middle),
+            used=used.to(h.dtype),
+        )
+
+    @override
+    def on_grid(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
+        lift, noise, start = self._churned(sde, t, min(self.churn / len(t), _MAX_CHURN))
+        c = self.coefficients(sde, start, s)
+        return _ChurnedStages(c.middle, c.inner, c.first, c.second, c.used, start, lift, noise)
 
     def _churned(self, sde: ForwardSDE, t: Tensor, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scale and standard deviation of the move to more noise, and its time, (n,)."""
+        """Return the scale and standard deviation of the new noise, and its time, (n,)."""
         alpha, sigma = sde.marginal(t)
         ratio = sigma / alpha
         some = (self.s_min <= ratio) & (ratio <= self.s_max) & (rate > 0)
-        # Within [0, T]. Times without new noise stay what they are, not an inverse's rounding.
+        # Within [0, T]. Times without new noise stay exact: an inverse would round them.
         raised = sde.time_at_log_snr(-2 * torch.log(ratio * (1 + rate)))
         t = torch.where(some, raised, t)
         alpha_hat, sigma_hat = sde.marginal(t)
@@ -171,39 +170,7 @@ class Heun(Predictor):
         noise = torch.where(some, alpha_hat * torch.sqrt(new) * self.s_noise, 0.0)
         return alpha_hat / alpha, noise, t
 
-    def _stages(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        """Return the middle times, whether there is a second stage, and three pairs, each (n,)."""
-        h = s - t
-        middle = (1 - self.alpha) * t + self.alpha * s  # s itself where alpha = 1
-        corrected = (middle >= 0) & (sde.marginal(middle.clamp_min(0.0))[1] > 0)
-        middle = torch.where(corrected, middle, t)
-        share = torch.where(corrected, h / (2 * self.alpha), 0.0)
-        (p, q), (p_middle, q_middle) = _slope(sde, t), _slope(sde, middle)
-        check_rates(self, t, p, q)
-        return (
-            middle, corrected,
-            1 + self.alpha * h * p, self.alpha * h * q,
-            1 + (h - share) * p, (h - share) * q,
-            share * p_middle, share * q_middle,
-        )  # fmt: skip
-
-    def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
-        here, there = instant(t, sde), instant(s, sde)
-        if here is not None and there is not None:
-            known: _Stages | None = here.notes.get((id(self), there.time))
-            if known is not None:
-                return known
-        if self.churn > 0:
-            raise ValueError(
-                f"churn: expected a step of a sampler, which says how many there are, got "
-                f"churn = {self.churn} in a step alone; use PCSampler or churn = 0"
-            )
-        check_move(s, t, sde.T, x)
-        t = exact(t)
-        middle, corrected, *c = self._stages(sde, t, exact(s))
-        second = (c[4], c[5]) if bool(corrected.any()) else None
-        return _Stages(1.0, 0.0, t, middle, (c[0], c[1]), (c[2], c[3]), second)
-
+    @override
     def step(
         self,
         model: ScoreModel,
@@ -215,14 +182,14 @@ class Heun(Predictor):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
-        stages = self._between(model.sde, t, s, x)
-        if stages.noise > 0:
-            x = linear(stages.lift, x, stages.noise, randn_like(x, generator))
-        prediction = model.predict(x, stages.start, **cond)
-        moved = prediction.combine(x=stages.first[0], x0=stages.first[1])
-        if stages.second is not None:
-            inner = prediction.combine(x=stages.inner[0], x0=stages.inner[1])
-            prediction = model.predict(inner, stages.middle, **cond)
-            moved = moved + prediction.combine(x=stages.second[0], x0=stages.second[1])
-        return Step(moved, moved)
+        c = self.at(model.sde, x, t, s)
+        if not isinstance(c, _ChurnedStages):
+            if self.churn > 0:
+                raise ValueError(
+                    "churn: expected a sampler's step, since churn is divided by the number of "
+                    f"steps, got churn = {self.churn} in a single step; use PCSampler or churn = 0"
+                )
+            return self.stages(model, x, t, c, cond)
+        if not vanishes(c.noise):
+            x = linear(c.lift, x, c.noise, randn_like(x, generator))
+        return self.stages(model, x, t if c.start is None else c.start, c, cond)

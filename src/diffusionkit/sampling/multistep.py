@@ -1,4 +1,4 @@
-r"""Multistep solvers: one evaluation a step, and a memory of what the model said before.
+r"""Multistep solvers: one evaluation a step, and a memory of earlier predictions.
 
 With l = log(alpha / sigma), half the log-SNR, as the time the probability flow is solved by
 
@@ -6,8 +6,8 @@ With l = log(alpha / sigma), half the log-SNR, as the time the probability flow 
     \frac{x_s}{\sigma_s} = \frac{x_t}{\sigma_t} + \int_{l_t}^{l_s} e^{l} x_0(l)\, dl, \qquad
     \frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t} - \int_{l_t}^{l_s} e^{-l} \epsilon(l)\, dl,
 
-for every linear process. A multistep solver puts the polynomial through its last predictions, of
-the data or of the noise, into the integral. Order 1 is `DDIM`, both ways.
+for every linear process. A multistep solver integrates the polynomial through its last predictions
+of the data or of the noise. Order 1 is `DDIM`, both ways.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any, ClassVar, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_move, readable
-from .._grid_times import Instant, instant, tabulated
+from .._checks import check_step_times, readable
+from .._grid_times import GridPoint, by_row, exact_times, grid_points
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
-from ..random import Generators, increment_like
+from ..random import Generators, step_noise
 from ..values import Coefficient, add_noise, linear
 from .predictors import StepCoefficients
 
-# Sixteen points: 2e-15 of the integral even in a step of length 10 in l, half of the whole way.
+# Sixteen points: 2e-15 of the integral even in a step of length 10 in l, half of the whole range.
 _POINTS, _SHARES = (0.5 * torch.tensor(part) for part in np.polynomial.legendre.leggauss(16))
 _POINTS = _POINTS + 0.5
 
@@ -46,30 +47,30 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """A move, and the coefficients of the predictions that are remembered, newest first."""
+class _MultistepCoefficients:
+    """The coefficients of a step, and those of the remembered predictions, newest first."""
 
-    move: StepCoefficients
+    step: StepCoefficients
     past: Sequence[Coefficient]
 
 
 class MultistepPredictor(Predictor):
-    r"""A predictor linear in the state and in what the model said last of the data or the noise.
+    r"""A predictor linear in the state and in the last predictions of the data or of the noise.
 
     .. math::
         x_s = A x_t + C x_0 + \sum_{j \ge 1} w_j (P_j - P_0) + \mathrm{std}\, z
 
-    with A, C and std of the step of first order, P_0 what the model says now, P_1, P_2, ... what
-    it said at earlier times. The order grows with the memory. A step without one, the first or
-    one after a jump in time, is of first order; so is a step to a time without noise, where a
-    polynomial in l has no limit and the prediction of the data is the result.
+    with A, C and std of the first-order step, P_0 the current prediction and P_1, P_2, ... those at
+    earlier times. The order grows with the memory. A step without memory, the first or one after
+    a jump in time, is of first order; so is a step to a time without noise, where a polynomial in l
+    has no limit and the predicted data are the result.
 
-    A subclass says how much is remembered and how polynomials are integrated.
+    A subclass defines the number of remembered predictions and how polynomials are integrated.
 
     Attributes:
-        memory: how many earlier predictions are used.
-        of_data: whether predictions are of the data or of the noise.
-        eta: how much of the reverse SDE's noise there is; 0 is the probability flow.
+        memory: the number of earlier predictions that are used.
+        of_data: whether the polynomial passes through predictions of the data or of the noise.
+        eta: the share of the reverse SDE's noise; 0 is the probability flow.
     """
 
     of_data: ClassVar[bool] = True
@@ -78,7 +79,7 @@ class MultistepPredictor(Predictor):
     @property
     @abc.abstractmethod
     def memory(self) -> int:
-        """How many earlier predictions are used."""
+        """The number of earlier predictions that are used."""
 
     @property
     def rate(self) -> float:
@@ -96,14 +97,14 @@ class MultistepPredictor(Predictor):
 
         Args:
             sde: the forward process.
-            nodes: the values of l that the polynomials belong to, l_t first, (m, n).
-            end: the ends l_s, (n,).
+            nodes: the values of l at the predictions, l_t first, (m, n).
+            end: the values l_s at the ends, (n,).
         """
 
     def correction(
         self, sde: ForwardSDE, t: Tensor, s: Tensor, others: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the coefficients of P - P_t, P at other times, in steps from t to s, each (n,)."""
+        """Return the coefficients of P - P_t, with P at other times, in steps from t to s, (n,)."""
         if not others:
             return []
         end, *levels = (0.5 * sde.log_snr(at) for at in (s, t, *others))
@@ -119,7 +120,7 @@ class MultistepPredictor(Predictor):
     def weights(
         self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the coefficients w_j, each (n,), of steps from t to s that remember past times."""
+        """Return the coefficients w_j, each (n,), of steps from t to s with past times."""
         return self.correction(sde, t, s, past)
 
     def first_order(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
@@ -131,32 +132,31 @@ class MultistepPredictor(Predictor):
             sigma_s / sigma_t * decay**self.eta, alpha_s * (1 - decay ** (1 + self.eta)), noise
         )
 
-    def _plans(self, sde: ForwardSDE, t: Tensor, s: Tensor, *past: Tensor) -> _Plan:
-        """Return the coefficients of steps, those of P_0 given to the state and the data."""
-        move, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past)
+    def _coefficients(
+        self, sde: ForwardSDE, t: Tensor, s: Tensor, *past: Tensor
+    ) -> _MultistepCoefficients:
+        """Return the coefficients of steps; that of P_0 is split into state and data."""
+        c, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past)
         total = sum(weights, torch.zeros_like(t))
         if self.of_data:
-            return _Plan(StepCoefficients(move.x, move.x0 - total, move.std), weights)
-        alpha, sigma = sde.marginal(t)
-        move = StepCoefficients(move.x - total / sigma, move.x0 + total * alpha / sigma, move.std)
-        return _Plan(move, weights)
+            step = StepCoefficients(c.x, c.x0 - total, c.std)
+        else:
+            alpha, sigma = sde.marginal(t)
+            step = StepCoefficients(c.x - total / sigma, c.x0 + total * alpha / sigma, c.std)
+        return _MultistepCoefficients(step, weights)
 
-    def _key(self, instants: Sequence[Instant]) -> object:
-        return id(self), *(one.time for one in instants)
+    def _store(self, sde: ForwardSDE, points: Sequence[Sequence[GridPoint]], grid: Tensor) -> None:
+        """Store the coefficients of n steps with their times: t, s and the past ones, (m, n)."""
+        rows = by_row(self._coefficients(sde, *grid), sde, grid.shape[1], grid[0])
+        for (first, *others), row in zip(zip(*points, strict=True), rows, strict=True):
+            first.store(self, others, row)
 
-    def _note(self, sde: ForwardSDE, known: Sequence[Sequence[Instant]], grid: Tensor) -> None:
-        """Leave the coefficients of n steps with their times: t, s and the past ones, (m, n)."""
-        plan = self._plans(sde, *grid)
-        parts = (plan.move.x, plan.move.x0, plan.move.std, *plan.past)
-        columns = (c.tolist() if isinstance(c, Tensor) else [c] * grid.shape[1] for c in parts)
-        for instants, row in zip(zip(*known, strict=True), zip(*columns, strict=True), strict=True):
-            instants[0].notes[self._key(instants[1:])] = _Plan(StepCoefficients(*row[:3]), row[3:])
-
+    @override
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        """Compute the coefficients of all steps at once, and leave them with the times.
+        """Compute the coefficients of all steps at once.
 
         Raises:
-            ValueError: if there is but one step, which has nothing to remember.
+            ValueError: if there is only one step, with nothing to remember.
         """
         steps = len(times) - 1
         if steps < 2:
@@ -164,32 +164,36 @@ class MultistepPredictor(Predictor):
                 f"grid: expected at least 2 steps for {type(self).__name__}, which remembers "
                 f"earlier ones, got {steps}"
             )
-        table = tabulated(sde, times)
-        if table is None:
+        points = grid_points(sde, times)
+        if points is None:
             return
-        instants, grid = table
+        grid = exact_times(points, times[0].device)
         for depth in range(min(self.memory, steps - 1) + 1):
             last = steps if depth == self.memory else depth + 1
             spans = [slice(depth + k, last + k) for k in (0, 1, *range(-1, -depth - 1, -1))]
-            self._note(sde, [instants[k] for k in spans], torch.stack([grid[k] for k in spans]))
+            self._store(sde, [points[k] for k in spans], torch.stack([grid[k] for k in spans]))
 
-    def _plan(self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Past, x: Tensor) -> _Plan:
+    def _at(
+        self, sde: ForwardSDE, x: Tensor, t: Tensor, s: Tensor, past: Past
+    ) -> _MultistepCoefficients:
+        """Return the coefficients of the step of a state, given what it remembers."""
         times = (t, s, *(time for time, _ in past))
-        known = [one for one in (instant(at, sde) for at in times) if one is not None]
-        if len(known) < len(times):
-            check_move(s, t, sde.T, x)
+        points = grid_points(sde, times)
+        if points is None:
+            check_step_times(s, t, sde.T, x)
             if past and readable(t) and not bool((past[0][0] > t).all()):
                 raise ValueError(
-                    f"state: expected one of a step that began above t = {t.tolist()[:4]}, "
+                    f"state: expected that of a step that began above t = {t.tolist()[:4]}, "
                     f"got {past[0][0].tolist()[:4]}"
                 )
-            return self._plans(sde, *(exact(at) for at in times))
-        key, notes = self._key(known[1:]), known[0].notes
-        if key not in notes:  # a grid that is entered in the middle
-            table = tabulated(sde, times)
-            self._note(sde, [[one] for one in known], cast(Any, table)[1].unsqueeze(1))
-        return cast(_Plan, notes[key])
+            return self._coefficients(sde, *(exact(at) for at in times))
+        here, *others = points
+        if here.look_up(self, others) is None:  # a grid that is entered in the middle
+            grid = exact_times(points, t.device).unsqueeze(1)
+            self._store(sde, [[point] for point in points], grid)
+        return cast(_MultistepCoefficients, here.look_up(self, others))
 
+    @override
     def step(
         self,
         model: ScoreModel,
@@ -201,50 +205,49 @@ class MultistepPredictor(Predictor):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
         past: Past = state or ()
-        plan = self._plan(model.sde, t, s, past, x)
+        c = self._at(model.sde, x, t, s, past)
         prediction = model.predict(x, t, **cond)
-        mean, std = prediction.combine(x=plan.move.x, x0=plan.move.x0), plan.move.std
-        for weight, (_, value) in zip(plan.past, past, strict=True):
+        mean, std = prediction.combine(x=c.step.x, x0=c.step.x0), c.step.std
+        for weight, (_, value) in zip(c.past, past, strict=True):
             mean = linear(1.0, mean, weight, value)
         memory = ((t, prediction.x0 if self.of_data else prediction.eps), *past)[: self.memory]
         if std is None:
-            return Step(mean, mean, memory)
-        noise = increment_like(mean, generator, model.sde, t, s)
-        return Step(add_noise(mean, std, noise), mean, memory)
+            return Step(mean, mean, memory, prediction)
+        noise = step_noise(mean, model.sde, t, s, generator=generator)
+        return Step(add_noise(mean, std, noise), mean, memory, prediction)
 
 
 class ExponentialAdams(MultistepPredictor):
-    """A multistep predictor that integrates its polynomials exactly: Adams and Bashforth's rule.
+    """A multistep predictor that integrates its polynomials exactly: the Adams-Bashforth rule.
 
-    They are polynomials in l, or in what a subclass makes of it.
+    They are polynomials in l, or in a function of l that a subclass defines.
     """
 
     def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
-        """Return what the polynomials are polynomials in, at half log-SNRs l of any shape."""
+        """Return the variable of the polynomials at half log-SNRs l of any shape."""
         return l
 
     def weighted(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return points tau of quadrature over steps of length h (n,), and shares, (q, n)."""
+        """Return quadrature points tau over steps of length h (n,), and weights, (q, n)."""
         points, shares = (part.to(h).unsqueeze(1) for part in (_POINTS, _SHARES))
         back = points * h
         return back, self.rate * h * shares * torch.exp(-self.rate * back)
 
+    @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        """Return the integrals of Lagrange polynomials over n steps, (m, n), by quadrature."""
         back, shares = self.weighted(end - nodes[0])
         basis = lagrange(self.positions(sde, nodes), self.positions(sde, end - back))
         return (shares * basis).sum(1)
 
 
 class ExponentialMidpoint(ExponentialAdams):
-    """One that takes a polynomial's value half way in l for its mean over the step.
+    """The rule that takes a polynomial's value at the midpoint in l as its mean over the step.
 
-    Of order 2, whatever the polynomial.
+    Order 2, whatever the polynomial.
     """
 
+    @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        """Return the integrals of Lagrange polynomials over n steps, (m, n), by one value."""
         h = end - nodes[0]
         return -torch.expm1(-self.rate * h) * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]

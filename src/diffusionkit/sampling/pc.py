@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from .._checks import check_count, check_part
 from .._grid_times import grid_times, noise_at
 from .._loops import Progress, evaluation_mode, with_progress
-from .._nfe import Tally
+from .._nfe import EvaluationCounter
+from .._schedules import schedule_dtype
 from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
-from ..random import Generators, NoisePath
-from ._start import check_step, initial_state, noised_data
+from ..random import Generators, NoisePath, ObservedPath
+from ._start import check_path, check_step, initial_state, noised_data
 from .grids import Grid, resolve_grid
 from .time_travel import TimeTravel, travel_back
 
@@ -27,10 +28,10 @@ class SamplerState:
     Args:
         x: the state (B, *D).
         mean: the state without the noise that was added last (B, *D).
-        t: the time it stands at.
-        step: which point of the grid that is, from 0 at its beginning.
-        nfe: how many times the model has been evaluated.
-        prediction: what the model said last on the way here; None at the start.
+        t: its time.
+        step: the index of that time in the grid, from 0.
+        nfe: the number of model evaluations so far.
+        prediction: the model's last prediction, as returned by the parts; None at the start.
     """
 
     x: Tensor
@@ -42,41 +43,41 @@ class SamplerState:
 
     @property
     def x0(self) -> Tensor | None:
-        """The model's last estimate of the data (B, *D), computed when it is read."""
+        """The data (B, *D) of the last prediction, computed on access."""
         return None if self.prediction is None else self.prediction.x0
 
 
 class PCSampler:
     r"""Predictor-corrector sampling from T to the data, on any grid of times.
 
-    At each time the corrector moves the state within the law p_t, then the predictor takes it
-    to the next time (the released code's order; `corrector_first=False` is the paper's). At the
-    end the noise that p_t still holds at the last time is removed by Tweedie's formula, the
-    model's x0. The model is put in evaluation mode for the run.
+    At each time the corrector updates the state within the distribution p_t, then the predictor
+    takes it to the next time (the order of the released code; `corrector_first=False` is the
+    paper's). At the end the noise that is left at the last time is removed by Tweedie's formula,
+    the model's x0. The model is in evaluation mode during the run.
 
     Args:
         model: the score model.
-        predictor: the move between times; None leaves the state to the corrector alone.
-        corrector: the move at a time; None is predictor-only sampling.
+        predictor: the step between times; None uses the corrector alone.
+        corrector: the step at a fixed time; None is predictor-only sampling.
         steps: the number of steps, unless the grid is a tensor.
         grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for times
             uniform between T and the SDE's t_stop.
         corrector_first: whether the corrector runs before the predictor.
         denoise: whether the last noise is removed, at the cost of one evaluation. Where the grid
             ends at a time without noise, the last step's mean is returned instead.
-        constraint: what is known of the data. It is put into the initial state, into the state
-            and the mean after every move, and into the result.
-        time_travel: how often stretches of the grid are sampled again; None is once.
+        constraint: known information about the data, imposed on the initial state, on the state
+            and the mean after every step, and on the result.
+        time_travel: how often segments of the grid are sampled again; None for once.
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
 
     Attributes:
-        nfe: how many times the model was evaluated in the last run; a model that calls others,
-            as guidance does, counts as what it calls.
+        nfe: the number of model evaluations in the last run; a model that calls others, such as
+            guidance, counts as the evaluations it makes.
 
     Raises:
         ValueError: if there is neither predictor nor corrector, steps < 1, the grid is not
-            decreasing within [0, T] or too short for the predictor, or a jump of the travel is
-            longer than the grid.
+            decreasing within [0, T] or too short for the predictor, or time_travel.jump is
+            larger than the number of steps.
         TypeError: if a part has the wrong type.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
@@ -105,7 +106,7 @@ class PCSampler:
         time_travel: TimeTravel | None = None,
         progress: Progress = False,
     ) -> None:
-        """Keep the parts, and try the grid."""
+        """Keep the parts, and validate the grid."""
         check_part(model, ScoreModel, "model")
         for name, part, kind in (
             ("predictor", predictor, Predictor),
@@ -116,7 +117,7 @@ class PCSampler:
             if part is not None:
                 check_part(part, kind, name)
         if predictor is None and corrector is None:
-            raise ValueError("expected a predictor, a corrector or both, got neither")
+            raise ValueError("predictor: expected a predictor, a corrector or both, got neither")
         check_count(steps, "steps")
         self.model = model
         self.predictor = predictor
@@ -129,10 +130,10 @@ class PCSampler:
         self.time_travel = time_travel
         self.progress = progress
         self.nfe = 0
-        times = resolve_grid(grid, model.sde, steps)  # what is wrong with it is said here
+        times = resolve_grid(grid, model.sde, steps)  # raises if the grid is invalid
         length = len(times) - 1
         if predictor is not None:
-            with torch.no_grad():  # and here what the predictor cannot do with it
+            with torch.no_grad():  # raises if the predictor cannot use it
                 predictor.prepare(model.sde, grid_times(model.sde, times, times.new_empty(1)))
         if time_travel is not None and time_travel.jump > length:
             raise ValueError(
@@ -160,33 +161,34 @@ class PCSampler:
         """Return samples (B, *D).
 
         Args:
-            start: the shape (B, *D) of a draw from the prior, or the state to start from.
+            start: the shape (B, *D) of a draw from the prior, or the initial state.
             generator: the source of randomness: one generator, one for each sample, or None.
-            device: where a drawn start is made, the model's device by default.
-            dtype: the dtype of a drawn start, the model's by default.
-            cond: handed to the model.
+            device: the device of a drawn state, by default the model's.
+            dtype: the dtype of a drawn state, by default the model's.
+            cond: passed to the model.
 
         Raises:
-            ValueError: if the state is not finite, the generators do not match the batch, or a
-                start is to be drawn and the grid begins far from T, where the prior is.
+            ValueError: if the state is not finite, the generators do not match the batch, a
+                state is to be drawn and the grid does not begin at the prior's noise, or a
+                predictor adds noise that is not that of the `BrownianPath` it got.
         """
         with torch.no_grad(), evaluation_mode(self.model):
             x = initial_state(self.model, start, self.times, generator, device, dtype)
-            for state in self._run(x, generator, cond):  # noqa: B007 - the last one is wanted
+            for state in self._run(x, generator, cond):  # noqa: B007 - only the last is used
                 pass
         return state.x
 
     def edit(self, x0: Tensor, t: float, *, generator: Generators = None, **cond: Any) -> Tensor:
-        """Return data x0 (B, *D) noised to about a time t, and sampled from there: SDEdit.
+        """Return data x0 (B, *D) perturbed to about time t and denoised from there: SDEdit.
 
-        Late times keep little of the data, early ones almost all of them. The run begins at the
-        first time of the grid that is at most t; with a constraint, masked parts stay as they are.
+        Large times keep little of the data, small ones almost all. The run begins at the first
+        time of the grid that is at most t; with a constraint, the known parts do not change.
 
         Args:
-            x0: the data to change, a sketch or a photograph.
+            x0: the data to edit, such as a sketch or a photograph.
             t: the time to begin at.
             generator: the source of randomness: one generator, one for each sample, or None.
-            cond: handed to the model.
+            cond: passed to the model.
 
         Raises:
             ValueError: if no step of the grid begins within (0, t], or x0 is not finite.
@@ -197,7 +199,7 @@ class PCSampler:
         """
         with torch.no_grad(), evaluation_mode(self.model):
             x, first = noised_data(self.model.sde, x0, t, self.times, generator)
-            for state in self._run(x, generator, cond, first=first):  # noqa: B007 - as in a call
+            for state in self._run(x, generator, cond, first=first):  # noqa: B007 - only the last is used
                 pass
         return state.x
 
@@ -212,12 +214,12 @@ class PCSampler:
     ) -> Iterator[SamplerState]:
         """Yield the initial state, the state after each step, and the denoised result.
 
-        Takes the arguments of a call. Between two states your own code runs in its own gradient
-        mode, and with the model in its own training mode.
+        Takes the arguments of a call. Between two states the caller's gradient mode and the
+        model's training mode are restored.
         """
         with torch.no_grad():
             x = initial_state(self.model, start, self.times, generator, device, dtype)
-        return self._in_modes(self._run(x, generator, cond, watched=True))
+        return self._in_modes(self._run(x, generator, cond))
 
     def _in_modes(self, run: Iterator[SamplerState]) -> Iterator[SamplerState]:
         while True:
@@ -228,86 +230,98 @@ class PCSampler:
             yield state
 
     def _run(
-        self,
-        x: Tensor,
-        generator: Generators,
-        cond: dict[str, Any],
-        *,
-        first: int = 0,
-        watched: bool = False,
+        self, x: Tensor, generator: Generators, cond: dict[str, Any], *, first: int = 0
     ) -> Iterator[SamplerState]:
         model, grid = self.model, self.times
-        times, steps = grid_times(model.sde, grid, x), len(grid) - 1
+        times, last = grid_times(model.sde, grid, x), len(grid) - 1
         clock = grid.tolist()
         if self.predictor is not None:
             self.predictor.prepare(model.sde, times)
-        time_travel = self._travel(generator) or TimeTravel(jump=steps, repeats=1)
-        tally, memory = Tally(keep=watched), None
-        move = self._constrained(Step(x, x), times[first], generator)
-        x, self.nfe = move.x, 0
-        yield SamplerState(x, move.mean, clock[first], first, 0)
-        for i, j in with_progress(time_travel.moves(first, steps), self.progress):
-            with tally:
+        travel = self._time_travel(generator) or TimeTravel(jump=last, repeats=1)
+        counter = EvaluationCounter()
+        step = self._constrained(Step(x, x), times[first], generator)
+        prediction: Prediction | None = None
+        self.nfe = 0
+        yield SamplerState(step.x, step.mean, clock[first], first, 0)
+        for i, j in with_progress(travel.steps(first, last), self.progress):
+            with counter:
                 if i < j:
-                    move, memory = self._onward(x, times[i], times[j], memory, generator, cond)
+                    step = self._onward(step, times[i], times[j], generator, cond)
                 else:
-                    move = travel_back(x, model.sde, grid[i], grid[j], generator=generator)
-                    move, memory = self._constrained(move, times[j], generator), None
-            x, self.nfe = move.x, tally.evaluations
-            yield SamplerState(x, move.mean, clock[j], j, self.nfe, tally.last)
+                    step = travel_back(step.x, model.sde, grid[i], grid[j], generator=generator)
+                    step = self._constrained(step, times[j], generator)
+            self.nfe = counter.evaluations
+            prediction = step.prediction or prediction
+            yield SamplerState(step.x, step.mean, clock[j], j, self.nfe, prediction)
         if self.denoise:
-            with tally:
-                held = noise_at(times[-1]) > 0
-                x = model.predict(x, times[-1], **cond).x0 if held else move.mean
-            x = x if self.constraint is None else self.constraint(x, 1.0, 0.0)
-            self.nfe = tally.evaluations
-            yield SamplerState(x, x, clock[-1], steps, self.nfe, tally.last)
+            x = step.mean
+            with counter:
+                if noise_at(times[-1]) > 0:
+                    prediction = model.predict(step.x, times[-1], **cond)
+                    x = prediction.x0
+            if self.constraint is not None:
+                one = x.new_ones(len(x), dtype=schedule_dtype(x.device))
+                x = self.constraint(x, one, torch.zeros_like(one))
+            self.nfe = counter.evaluations
+            yield SamplerState(x, x, clock[-1], last, self.nfe, prediction)
 
-    def _travel(self, generator: Generators) -> TimeTravel | None:
+    def _time_travel(self, generator: Generators) -> TimeTravel | None:
         if self.time_travel is not None and isinstance(generator, NoisePath):
             raise ValueError(
-                "generator: expected generators where stretches are sampled again, got a path, "
+                "generator: expected generators where segments are sampled again, got a path, "
                 "whose noise would be the same each time"
             )
         return self.time_travel
 
     def _onward(
+        self, before: Step, t: Tensor, s: Tensor, generator: Generators, cond: dict[str, Any]
+    ) -> Step:
+        """Correct and predict, in the order of choice, from a time t to an earlier one s."""
+        predictor, corrector, step = self.predictor, self.corrector, before
+        first = self.corrector_first and predictor is not None
+        if corrector is not None and first:
+            step = self._correct(corrector, step, t, generator, cond)
+        if predictor is not None:
+            step = self._predict(predictor, step, t, s, generator, cond)
+        if corrector is not None and not first and noise_at(s) > 0:
+            step = self._correct(corrector, step, s, generator, cond)
+        return step
+
+    def _predict(
         self,
-        x: Tensor,
+        predictor: Predictor,
+        before: Step,
         t: Tensor,
         s: Tensor,
-        memory: Any,
         generator: Generators,
         cond: dict[str, Any],
-    ) -> tuple[Step, Any]:
-        """Correct and predict, in the order asked for, from a time t to an earlier one s."""
-        predictor, corrector, move = self.predictor, self.corrector, Step(x, x)
-        before = self.corrector_first and predictor is not None
-        if corrector is not None and before:
-            move = self._correct(corrector, x, t, generator, cond)
-        if predictor is not None:
-            step = predictor.step(self.model, move.x, t, s, memory, generator=generator, **cond)
-            memory = check_step(step, x, predictor).state
-            move = self._constrained(step, s, generator)
-        if corrector is not None and not before and noise_at(s) > 0:
-            move = self._correct(corrector, move.x, s, generator, cond)
-        return move, memory
+    ) -> Step:
+        path = ObservedPath(generator) if isinstance(generator, NoisePath) else None
+        source = generator if path is None else path
+        step = predictor.step(self.model, before.x, t, s, before.state, generator=source, **cond)
+        check_step(step, before.x, predictor)
+        if path is not None:
+            check_path(path, step, predictor)
+        return self._constrained(step, s, generator)
 
     def _correct(
         self,
         corrector: Corrector,
-        x: Tensor,
+        before: Step,
         t: Tensor,
         generator: Generators,
         cond: dict[str, Any],
     ) -> Step:
-        step = corrector.step(self.model, x, t, generator=generator, **cond)
-        return self._constrained(check_step(step, x, corrector), t, generator)
+        step = corrector.step(self.model, before.x, t, generator=generator, **cond)
+        check_step(step, before.x, corrector)
+        # The predictor's memory passes through.
+        return self._constrained(replace(step, state=before.state), t, generator)
 
-    def _constrained(self, move: Step, t: Tensor, generator: Generators) -> Step:
-        """Return a move to a time with what is known put into its state and its mean."""
+    def _constrained(self, step: Step, t: Tensor, generator: Generators) -> Step:
+        """Return a step to a time with the constraint imposed on its state and its mean."""
         if self.constraint is None:
-            return move
-        alpha, sigma = self.model.sde.kernel(t)
-        x = self.constraint(move.x, alpha, sigma, generator=generator)
-        return Step(x, self.constraint(move.mean, alpha, 0.0))
+            return step
+        alpha, sigma = self.model.sde.perturbation_kernel(step.x, t)
+        x = self.constraint(step.x, alpha, sigma, generator=generator)
+        mean = self.constraint(step.mean, alpha, torch.zeros_like(sigma))
+        return replace(step, x=x, mean=mean)

@@ -1,7 +1,7 @@
-r"""Predictors: moves from a time t to an earlier time s.
+r"""Predictors: steps from a time t to an earlier time s.
 
-Each is linear in the state and the predicted data, x_s = A x_t + C x0 + std z, and differs in
-its coefficients alone.
+All but the bases are linear in the state and the predicted data, x_s = A x_t + C x0 + std z, and
+differ in their coefficients alone.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_move, check_number, readable
-from .._grid_times import instant, tabulated
+from .._checks import check_number, check_step_times, readable
+from .._grid_times import by_row, exact_times, grid_point, grid_points, kernel
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
-from ..random import Generators, increment_like
+from ..random import Generators, step_noise
 from ..values import Coefficient, Prediction, add_noise, expand
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,12 @@ class StepCoefficients:
     Args:
         x: the coefficient of the state, (B,) or a float.
         x0: the coefficient of the predicted data, (B,) or a float.
-        std: the standard deviation of the noise, (B,) or a float; None where there is none.
+        std: the standard deviation of the noise, (B,) or a float; None for no noise.
     """
 
     x: Coefficient
     x0: Coefficient
-    std: Coefficient | None
+    std: Coefficient | None = None
 
 
 def check_rates(predictor: Predictor, t: Tensor, *rates: Coefficient | None) -> None:
@@ -47,48 +50,76 @@ def check_rates(predictor: Predictor, t: Tensor, *rates: Coefficient | None) -> 
             worst = float(t[~finite.expand_as(t)][0])
             raise ValueError(
                 "grid: expected to begin where alpha > 0, so that the reverse process has finite "
-                f"rates, got t = {worst:g} with {type(predictor).__name__}; take a predictor of "
+                f"rates, got t = {worst:g} with {type(predictor).__name__}; use a predictor with "
                 "exact transitions there, such as Ancestral or DDIM, or begin at a smaller time"
             )
 
 
-class LinearPredictor(Predictor):
-    """A predictor given by three coefficients; a subclass writes `coefficients` alone."""
+class TabulatedPredictor(Predictor, Generic[C]):
+    """A predictor whose coefficients depend on the process and the two times alone.
+
+    A subclass defines `coefficients`, and a `step` that gets them from `at` and passes them to
+    `Prediction.combine`, `linear` and `add_noise`. For a sampler's grid the coefficients of all
+    steps are computed at once, in float64.
+    """
 
     @abc.abstractmethod
-    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
-        """Return the coefficients, each (n,), of moves from times t (n,) to s (n,)."""
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> C:
+        """Return the coefficients of steps from times t (n,) to s (n,), s < t.
 
-    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        """Compute the coefficients of all moves at once, and leave them with the times.
+        They are a tensor (n,) or a dataclass of tensors (n,), of such dataclasses, and of
+        constants. A dataclass lists the fields that are times, where a step evaluates the model
+        in between, in a class variable `times`.
+        """
+
+    def check(self, t: Tensor, coefficients: C) -> None:
+        """Raise if coefficients of steps from times t (n,) cannot be used; accepts all by default.
 
         Raises:
-            ValueError: if one of them is not finite (read on the CPU only).
+            ValueError: if a coefficient is not finite, for predictors that check it.
         """
-        table = tabulated(sde, times)
-        if table is None:
+
+    def on_grid(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> C:
+        """Return the coefficients of the N steps of a sampler's run, each (N,)."""
+        return self.coefficients(sde, t, s)
+
+    @override
+    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
+        points = grid_points(sde, times)
+        if points is None:
             return
-        instants, grid = table
-        move = self.coefficients(sde, grid[:-1], grid[1:])
-        check_rates(self, grid[:-1], move.x, move.x0, move.std)
-        columns = [
-            c.tolist() if isinstance(c, Tensor) else [c] * (len(grid) - 1)
-            for c in (move.x, move.x0, move.std)
-        ]
-        for here, there, *row in zip(instants, instants[1:], *columns, strict=False):
-            here.notes[id(self), there.time] = StepCoefficients(*row)
+        grid = exact_times(points, times[0].device)
+        table = self.on_grid(sde, grid[:-1], grid[1:])
+        self.check(grid[:-1], table)
+        rows = by_row(table, sde, len(grid) - 1, times[0])
+        for here, there, row in zip(points, points[1:], rows, strict=False):
+            here.store(self, (there,), row)
 
-    def _move(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> StepCoefficients:
-        here, there = instant(t, sde), instant(s, sde)
+    def at(self, sde: ForwardSDE, x: Tensor, t: Tensor, s: Tensor) -> C:
+        """Return the coefficients of the step of a state x (B, *D) from times t (B,) to s (B,).
+
+        Raises:
+            ValueError: if s and t are not times of x within [0, T], s < t, or `check` raises.
+        """
+        here, there = grid_point(t, sde), grid_point(s, sde)
         if here is not None and there is not None:
-            move: StepCoefficients | None = here.notes.get((id(self), there.time))
-            if move is not None:
-                return move
-        check_move(s, t, sde.T, x)
-        move = self.coefficients(sde, exact(t), exact(s))
-        check_rates(self, t, move.x, move.x0, move.std)
-        return move
+            row: C | None = here.look_up(self, (there,))
+            if row is not None:
+                return row
+        check_step_times(s, t, sde.T, x)
+        found = self.coefficients(sde, exact(t), exact(s))
+        self.check(t, found)
+        return found
 
+
+class LinearPredictor(TabulatedPredictor[StepCoefficients]):
+    """A predictor given by three coefficients; a subclass defines `coefficients` alone."""
+
+    @override
+    def check(self, t: Tensor, coefficients: StepCoefficients) -> None:
+        check_rates(self, t, coefficients.x, coefficients.x0, coefficients.std)
+
+    @override
     def step(
         self,
         model: ScoreModel,
@@ -100,24 +131,20 @@ class LinearPredictor(Predictor):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
-        move = self._move(model.sde, t, s, x)
+        c = self.at(model.sde, x, t, s)
         prediction = model.predict(x, t, **cond)
-        mean, std = (
-            prediction.combine(x=move.x, x0=move.x0),
-            self._std(move, prediction, model.sde, t, s),
-        )
-        del prediction  # its memory is the noise's
+        mean = prediction.combine(x=c.x, x0=c.x0)
+        std = self.noise_std(c, prediction, model.sde, t, s)
         if std is None:
-            return Step(mean, mean)
-        noise = increment_like(mean, generator, model.sde, t, s)
-        return Step(add_noise(mean, std, noise), mean)
+            return Step(mean, mean, prediction=prediction)
+        noise = step_noise(mean, model.sde, t, s, generator=generator)
+        return Step(add_noise(mean, std, noise), mean, prediction=prediction)
 
-    def _std(
-        self, move: StepCoefficients, prediction: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
+    def noise_std(
+        self, c: StepCoefficients, prediction: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
     ) -> Coefficient | None:
         """Return the standard deviation of the noise, (B,), (B, *D) or a float; None for none."""
-        return move.std
+        return c.std
 
 
 @dataclass(frozen=True)
@@ -133,11 +160,11 @@ class EulerMaruyama(LinearPredictor):
         ValueError: in `prepare` and `step`, from a time where alpha = 0 and the drift is infinite
             (read on the CPU only).
 
-    Source: Song et al., 2021, arXiv 2011.13456.
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
     """
 
+    @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
-        """Return the coefficients of moves from times t (n,) to s (n,)."""
         alpha, sigma = sde.marginal(t)
         g, length = sde.diffusion(t), t - s
         pull = (g / sigma).square() * length
@@ -148,19 +175,20 @@ class EulerMaruyama(LinearPredictor):
 
 @dataclass(frozen=True)
 class ReverseDiffusion(LinearPredictor):
-    r"""The forward step from s to t, discretised and reversed in the same way.
+    r"""The forward step from s to t, discretized and reversed in the same way.
 
     .. math::
         x_s = (2 - a) x_t + v \nabla \log p_t(x_t) + \sqrt{v}\, z
 
-    with scale a and variance v of p(x_t | x_s), taken exactly. With VE and VP these are the
-    SMLD and DDPM discretisations of the paper. Weak order 1.
+    with the exact scale a and variance v of p(x_t | x_s). With VE and VP these are the SMLD and
+    DDPM discretizations of the paper. Weak order 1.
 
-    Source: Song et al., 2021, arXiv 2011.13456 (appendix E).
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
+    (appendix E).
     """
 
+    @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
-        """Return the coefficients of moves from times t (n,) to s (n,)."""
         alpha, sigma = sde.marginal(t)
         scale, std = sde.transition(s, t)
         pull = (std / sigma).square()
@@ -178,18 +206,18 @@ class Ancestral(LinearPredictor):
     with scale a and variance v of p(x_t | x_s). Weak order 1.
 
     Args:
-        variance: "posterior" is v sigma_s^2 / sigma_t^2, right for data at a point and at the
-            limit of small steps for all data; "forward" is v, right for data from N(0, I), and
-            what the SDE paper uses with VP; "model" is the variance that the model has learned.
-            A learned fraction lies between the logarithms of the posterior's and the forward
-            variance of the very step that is taken, on any grid. No noise is added where none
-            is left, at sigma_s = 0.
+        variance: "posterior" is v sigma_s^2 / sigma_t^2, exact for data at a point and, in the
+            limit of small steps, for all data; "forward" is v, exact for data from N(0, I), and
+            the SDE paper's choice for VP; "model" is the variance that the model has learned. A
+            learned fraction interpolates between the logarithms of the posterior and the forward
+            variance of the actual step, on any grid. No noise is added at sigma_s = 0.
 
     Raises:
-        ValueError: if variance is none of them, or "model" and the model states none.
+        ValueError: if variance is none of them, or "model" and the model predicts none.
 
-    Source: Ho et al., 2020, arXiv 2006.11239; Song et al., 2021, arXiv 2011.13456
-    (appendix F); Nichol and Dhariwal, 2021, arXiv 2102.09672 (learned variances).
+    Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; Song et
+    al., 2021, arXiv 2011.13456 (appendix F); Nichol and Dhariwal, Improved DDPM, 2021, arXiv
+    2102.09672 (learned variances).
     """
 
     variance: str = "posterior"
@@ -200,21 +228,23 @@ class Ancestral(LinearPredictor):
                 f'variance: expected "posterior", "forward" or "model", got {self.variance!r}'
             )
 
+    @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
-        """Return the coefficients of moves from times t (n,) to s (n,)."""
         (alpha_s, sigma_s), (_, sigma_t) = sde.marginal(s), sde.marginal(t)
         scale, std = sde.transition(s, t)
-        kept, gone = (sigma_s / sigma_t).square(), (std / sigma_t).square()
+        kept, removed = (sigma_s / sigma_t).square(), (std / sigma_t).square()
         noise = std * sigma_s / sigma_t if self.variance == "posterior" else std
-        return StepCoefficients(scale * kept, alpha_s * gone, noise)
+        return StepCoefficients(scale * kept, alpha_s * removed, noise)
 
-    def _std(
-        self, move: StepCoefficients, prediction: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
+    @override
+    def noise_std(
+        self, c: StepCoefficients, prediction: Prediction, sde: ForwardSDE, t: Tensor, s: Tensor
     ) -> Coefficient | None:
         if self.variance != "model":
-            return move.std
-        (_, sigma_s), (_, sigma_t) = sde.kernel(s), sde.kernel(t)
-        later, here, forward = (_broadcast(c, prediction.x) for c in (sigma_s, sigma_t, move.std))
+            return c.std
+        x = prediction.x
+        (_, sigma_s), (_, sigma_t) = kernel(sde, x, s), kernel(sde, x, t)
+        later, here, forward = (_broadcast(value, x) for value in (sigma_s, sigma_t, c.std))
         log_var = prediction.log_var
         if prediction.log_var_fraction is not None:
             # Finite at sigma_s = 0, where no noise is added.
@@ -222,7 +252,7 @@ class Ancestral(LinearPredictor):
             log_var = 2 * torch.log(forward) + 2 * (1 - prediction.log_var_fraction) * down
         if log_var is None:
             raise ValueError(
-                "model: expected one that states a variance, such as "
+                "model: expected one that predicts a variance, such as "
                 "EpsModel(..., variance='learned_range'), got none"
             )
         return torch.exp(0.5 * log_var) * (later > 0)
@@ -231,13 +261,13 @@ class Ancestral(LinearPredictor):
 def _broadcast(coefficient: Coefficient | None, like: Tensor) -> Tensor:
     """Return a coefficient, (B,) or a float, as a tensor that multiplies a state (B, *D)."""
     dtype = schedule_dtype(like.device)
-    known = torch.as_tensor(coefficient, dtype=dtype, device=like.device)
-    return cast(Tensor, expand(known, like))
+    value = torch.as_tensor(coefficient, dtype=dtype, device=like.device)
+    return cast(Tensor, expand(value, like))
 
 
 @dataclass(frozen=True)
 class DDIM(LinearPredictor):
-    r"""The generalised, possibly deterministic, sampler of DDIM.
+    r"""The generalized, possibly deterministic, sampler of DDIM.
 
     .. math::
         x_s = \alpha_s x_0 + \sqrt{\sigma_s^2 - \eta^2 \tau^2}\,\epsilon + \eta \tau z
@@ -246,7 +276,7 @@ class DDIM(LinearPredictor):
     probability flow, at eta = 1 the ancestral sampler.
 
     Args:
-        eta: how much of the ancestral sampler's noise is added, in [0, 1].
+        eta: the fraction of the ancestral sampler's noise that is added, in [0, 1].
 
     Raises:
         ValueError: if eta is outside [0, 1].
@@ -261,8 +291,8 @@ class DDIM(LinearPredictor):
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
 
+    @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
-        """Return the coefficients of moves from times t (n,) to s (n,)."""
         (alpha_s, sigma_s), (alpha_t, sigma_t) = sde.marginal(s), sde.marginal(t)
         noise = self.eta * sde.transition(s, t)[1] * sigma_s / sigma_t
         ratio = torch.sqrt((sigma_s.square() - noise.square()).clamp_min(0.0)) / sigma_t

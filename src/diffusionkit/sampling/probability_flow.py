@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_count, check_finite, check_part, check_positive, check_same, check_state
 from .._grid_times import grid_times
 from .._loops import bare_networks, evaluation_mode, repeated
-from .._nfe import Tally
+from .._nfe import EvaluationCounter
 from .._ode import Solver
 from ..interfaces import ScoreModel
 from ..random import Generators
@@ -122,9 +122,9 @@ class ProbabilityFlow:
         if not self.denoise:
             return x
         (t,) = grid_times(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
-        with evaluation_mode(self.model), bare_networks(self.model), Tally() as tally:
+        with evaluation_mode(self.model), bare_networks(self.model), EvaluationCounter() as counter:
             x = self.model.predict(x, t, **cond).x0
-        self.nfe += tally.evaluations
+        self.nfe += counter.evaluations
         return x
 
     def encode(self, x: Tensor, **cond: Any) -> Tensor:

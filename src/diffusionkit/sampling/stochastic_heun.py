@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_move
-from .._grid_times import instant, tabulated
-from .._schedules import exact
-from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
-from ..random import Generators, increment_like
+from ..interfaces import ForwardSDE, ScoreModel, Step
+from ..random import Generators, step_noise
 from ..values import Coefficient, add_noise, linear
-from .predictors import Ancestral, StepCoefficients
+from .predictors import Ancestral, StepCoefficients, TabulatedPredictor
+from .two_stage import vanishes
 
 _FIRST = Ancestral()
 
 
 @dataclass(frozen=True, slots=True)
 class _Stages:
-    """A move, and the share of the change in the predicted data along it that is added then.
+    """An ancestral step, and the share of the change in the predicted data that is added to it.
 
-    Without `middle`, the time of the second prediction, the move is the whole step.
+    The data are predicted again at the time `end`; where the share is 0, they need not be.
     """
 
-    move: StepCoefficients
+    times: ClassVar[tuple[str, ...]] = ("end",)
+
+    first: StepCoefficients
     share: Coefficient
-    middle: Tensor | None
+    end: Tensor
 
 
 @dataclass(frozen=True)
-class StochasticHeun(Predictor):
+class StochasticHeun(TabulatedPredictor[_Stages]):
     r"""Heun's method for the reverse SDE: an ancestral step, then the data predicted at its end.
 
     .. math::
@@ -66,30 +66,14 @@ class StochasticHeun(Predictor):
     41
     """
 
-    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        """Compute the coefficients of all steps at once, and leave them with the times."""
-        table = tabulated(sde, times)
-        if table is None:
-            return
-        instants, grid = table
-        move, share = _coefficients(sde, grid[:-1], grid[1:])
-        columns = (torch.as_tensor(c).tolist() for c in (move.x, move.x0, move.std, share))
-        for k, (x, x0, std, part) in enumerate(zip(*columns, strict=True)):
-            instants[k].notes[id(self), instants[k + 1].time] = _Stages(
-                StepCoefficients(x, x0, std), part, times[k + 1] if part > 0 else None
-            )
+    @override
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> _Stages:
+        alpha, sigma = sde.marginal(s)
+        gain = sde.log_snr(s) - sde.log_snr(t)
+        share = torch.where(sigma > 0, alpha * (1 + torch.expm1(-gain) / gain), 0.0)
+        return _Stages(_FIRST.coefficients(sde, t, s), share, torch.where(share > 0, s, t))
 
-    def _between(self, sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor) -> _Stages:
-        here, there = instant(t, sde), instant(s, sde)
-        if here is not None and there is not None:
-            known: _Stages | None = here.notes.get((id(self), there.time))
-            if known is not None:
-                return known
-        check_move(s, t, sde.T, x)
-        move, share = _coefficients(sde, exact(t), exact(s))
-        corrected = share > 0
-        return _Stages(move, share, torch.where(corrected, s, t) if corrected.any() else None)
-
+    @override
     def step(
         self,
         model: ScoreModel,
@@ -101,33 +85,14 @@ class StochasticHeun(Predictor):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        """Move a state x (B, *D) from times t (B,) to s (B,), s < t."""
-        return self.pair(model, x, t, s, generator, cond)[1]
-
-    def pair(
-        self,
-        model: ScoreModel,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        generator: Generators,
-        cond: dict[str, Any],
-    ) -> tuple[Tensor, Step]:
-        """Return the state x' (B, *D) after the first stage, and the step."""
-        stages = self._between(model.sde, t, s, x)
-        prediction = model.predict(x, t, **cond)
-        mean = prediction.combine(x=stages.move.x, x0=stages.move.x0)
-        noise = increment_like(mean, generator, model.sde, t, s)
-        first = add_noise(mean, cast(Coefficient, stages.move.std), noise)
-        if stages.middle is None:
-            return first, Step(first, mean)
-        change = model.predict(first, stages.middle, **cond).x0 - prediction.x0
-        return first, Step(*(linear(1.0, y, stages.share, change) for y in (first, mean)))
-
-
-def _coefficients(sde: ForwardSDE, t: Tensor, s: Tensor) -> tuple[StepCoefficients, Tensor]:
-    """Return the ancestral move from times t (n,) to s (n,), and the share of the change (n,)."""
-    alpha, sigma = sde.marginal(s)
-    gain = sde.log_snr(s) - sde.log_snr(t)
-    share = alpha * (1 + torch.expm1(-gain) / gain)
-    return _FIRST.coefficients(sde, t, s), torch.where(sigma > 0, share, 0.0)
+        c = self.at(model.sde, x, t, s)
+        before = model.predict(x, t, **cond)
+        mean = before.combine(x=c.first.x, x0=c.first.x0)
+        noise = step_noise(mean, model.sde, t, s, generator=generator)
+        first = add_noise(mean, cast(Coefficient, c.first.std), noise)
+        if vanishes(c.share):
+            return Step(first, mean, prediction=before)
+        after = model.predict(first, c.end, **cond)
+        change = after.x0 - before.x0
+        x, mean = (linear(1.0, y, c.share, change) for y in (first, mean))
+        return Step(x, mean, prediction=after)

@@ -1,4 +1,4 @@
-"""Time travel: going back to more noise and sampling the same stretch again."""
+"""Time travel: going back to more noise and sampling the same segment again."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ..values import add_noise
 
 @dataclass(frozen=True)
 class TimeTravel:
-    r"""Every stretch of a grid is sampled several times: RePaint's resampling.
+    r"""Sampling every segment of a grid several times: RePaint's resampling.
 
-    After each `jump` steps the state goes back to where they began, by the forward process,
+    After each `jump` steps the forward process takes the state back to where they began,
 
     .. math::
         x_t = \frac{\alpha_t}{\alpha_s} x_s + \mathrm{std}\, z, \quad p(x_t \mid x_s), \quad s < t,
 
-    and takes them again, until they have been taken `repeats` times. The law of an unconstrained
-    run stays as it is; what a constraint has put into the state is carried back with it, and so
-    the unknown part comes to agree with the known one. A stretch that is left over at the end is
-    shorter. N steps cost repeats * N steps' evaluations.
+    and the steps are taken again, `repeats` times in all. The distribution of an unconstrained run
+    does not change; with a constraint, the known part is carried back with the state, and the
+    unknown part becomes consistent with it. The last segment may be shorter. N steps cost as many
+    evaluations as repeats * N.
 
     Args:
-        jump: how many steps a stretch has. Short ones mix locally, long ones globally.
-        repeats: how many times it is sampled in all; 1 is sampling without travel.
+        jump: the number of steps of a segment. Short segments mix locally, long ones globally.
+        repeats: the number of times each is sampled; 1 is sampling without time travel.
 
     Raises:
         ValueError: unless jump >= 1 and repeats >= 1.
-        TypeError: if one of them is not an integer.
+        TypeError: if jump or repeats is not an integer.
 
     Source: Lugmayr et al., RePaint: Inpainting using Denoising Diffusion Probabilistic Models,
     2022, arXiv 2201.09865 (section 4.2).
 
-    >>> TimeTravel(jump=2, repeats=2).moves(0, 3)
+    >>> TimeTravel(jump=2, repeats=2).steps(0, 3)
     [(0, 1), (1, 2), (2, 0), (0, 1), (1, 2), (2, 3), (3, 2), (2, 3)]
     """
 
@@ -51,20 +51,20 @@ class TimeTravel:
         check_count(self.jump, "jump")
         check_count(self.repeats, "repeats")
 
-    def moves(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Return the moves, from which point of the grid to which, between two of its points."""
-        moves: list[tuple[int, int]] = []
+    def steps(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the steps between two points of the grid, as pairs of points."""
+        steps: list[tuple[int, int]] = []
         for start in range(first, last, self.jump):
             end = min(start + self.jump, last)
-            stretch = list(pairwise(range(start, end + 1)))
-            moves += stretch + (self.repeats - 1) * [(end, start), *stretch]
-        return moves
+            segment = list(pairwise(range(start, end + 1)))
+            steps += segment + (self.repeats - 1) * [(end, start), *segment]
+        return steps
 
 
 def travel_back(
     x: Tensor, sde: ForwardSDE, s: Tensor, t: Tensor, *, generator: Generators = None
 ) -> Step:
-    """Move a state x (B, *D) from a time s () to a later one t (), by the forward process."""
+    """Take a state x (B, *D) from a time s () to a later one t () by the forward process."""
     ends = torch.stack([s, t]).to(home(sde), schedule_dtype(home(sde)))
     scale, std = (c.item() for c in sde.transition(ends[:1], ends[1:]))
     mean = x * scale

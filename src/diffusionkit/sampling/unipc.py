@@ -1,4 +1,4 @@
-"""UniPC: a multistep predictor, corrected without an evaluation more."""
+"""UniPC: a multistep predictor with a corrector that needs no further evaluation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count
 from ..interfaces import ForwardSDE
@@ -17,25 +18,25 @@ from .multistep import ExponentialAdams, lagrange
 class UniPC(ExponentialAdams):
     r"""The unified predictor-corrector in data prediction: order p + 1 for one evaluation a step.
 
-    What the model says at the new time of a step serves twice: as the next step's prediction, and
-    to correct the step that led there, by the polynomial that passes through it too,
+    The prediction at the end of a step is used twice: in the next step, and to correct the step
+    that led there with the polynomial that also passes through it,
 
     .. math::
         x_t \leftarrow x_t + \sum_j (c_j - p_j)\, x_0^{(j)}, \qquad
         x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s \int_0^h e^{-\tau} \sum_j
         \ell_j(l_s - \tau)\, x_0^{(j)}\, d\tau,
 
-    with the coefficients c_j of the step that was, taken again with the new prediction, and p_j
-    as it was taken. Both are one linear step in the last predictions. The correction is added to
-    the state as it is handed in, so that what correctors or constraints made of it is kept.
+    with the coefficients p_j of the previous step and c_j of the same step with the new prediction.
+    Both are one linear step in the last predictions. The correction is added to the state that the
+    step gets, so that changes by correctors or constraints are kept.
 
-    The last step of a run is not corrected. A line, where it is the predictor's polynomial at
-    p = 2 or the corrector's at the second step, is not integrated but taken half way, times B(h).
+    The last step of a run is not corrected. A line, the predictor's polynomial at p = 2 or the
+    corrector's in the second step, is evaluated at the midpoint and multiplied by B(h).
 
     Args:
-        order: p, how many predictions the predictor uses, the new one among them: 2 or 3. The
-            correction adds one to the order, of which the first step leaves 3 at most where the
-            flow is already curved there.
+        order: p, the number of predictions that the predictor uses, the current one included: 2 or
+            3. The correction adds one to the order; where the flow is already curved at the first
+            step, that step limits the order to 3.
         variant: "B1" is B(h) = h, "B2" is B(h) = 1 - exp(-h).
 
     Raises:
@@ -58,22 +59,23 @@ class UniPC(ExponentialAdams):
             raise ValueError(f'variant: expected "B1" or "B2", got {self.variant!r}')
 
     @property
+    @override
     def memory(self) -> int:
-        """How many earlier predictions are used: the corrector's polynomial needs one more."""
+        # The corrector's polynomial needs one more than the predictor's.
         return self.order
 
+    @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        """Return the integrals of Lagrange polynomials over n steps, (m, n)."""
         if len(nodes) > 2:
             return super().integrals(sde, nodes, end)
         h = end - nodes[0]
         unit = h if self.variant == "B1" else -torch.expm1(-h)
         return unit * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]
 
+    @override
     def weights(
         self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the coefficients w_j, each (n,), of steps from t to s that remember past times."""
         ahead = self.correction(sde, t, s, past[: self.order - 1])
         if not past:
             return ahead

@@ -1,4 +1,4 @@
-"""Forward processes: dx = f(t) x dt + g(t) dw."""
+"""Forward processes dx = f(t) x dt + g(t) dw."""
 
 from .chain import Chain
 from .ddpm_chain import DDPMChain

@@ -1,4 +1,4 @@
-"""The linear beta schedule that the VP and sub-VP SDEs share."""
+"""The linear beta schedule shared by the VP and sub-VP SDEs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_positive, check_t_min, check_times, check_transition
 from ..interfaces import ForwardSDE
@@ -32,16 +33,16 @@ class LinearBetaSDE(ForwardSDE):
         check_positive(self.beta_max, "beta_max")
         check_t_min(self.t_min, self.T)
         if self.beta_min > self.beta_max:
-            raise ValueError(
-                f"expected beta_min <= beta_max, got {self.beta_min} and {self.beta_max}"
-            )
+            got = f"{self.beta_min} and {self.beta_max}"
+            raise ValueError(f"beta_min, beta_max: expected beta_min <= beta_max, got {got}")
 
     @property
+    @override
     def t_stop(self) -> float:
         return max(1e-3, self.t_min)
 
     def beta(self, t: Tensor) -> Tensor:
-        """Return the rate of forgetting at times t (B,), (B,)."""
+        """Return beta at times t (B,), (B,)."""
         check_times(t, self.T)
         return self.beta_min + (self.beta_max - self.beta_min) * t
 
@@ -56,10 +57,11 @@ class LinearBetaSDE(ForwardSDE):
         return (t - s) * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s))
 
     def _time(self, integral: Tensor) -> Tensor:
-        """Return the time (B,) within [0, T] at which B(t) is the given integral."""
+        """Return the time (B,) within [0, T] at which B(t) equals the integral."""
         slope = self.beta_max - self.beta_min
         root = torch.sqrt(self.beta_min**2 + 2 * slope * integral)
         return (2 * integral / (self.beta_min + root)).clamp(0.0, self.T)
 
+    @override
     def drift_coefficient(self, t: Tensor) -> Tensor:
         return -0.5 * self.beta(t)

@@ -1,4 +1,4 @@
-"""Processes given by a table: one entry for each step, and what lies between."""
+"""The base class of discrete chains: processes defined by a table with one entry per step."""
 
 from __future__ import annotations
 
@@ -14,32 +14,29 @@ from ._subsequence import subsequence
 
 
 class Chain(ForwardSDE):
-    """A process on [0, 1] through N steps: step i, counted from 0, sits at t = (i + 1) / N.
+    """A process on [0, 1] with N steps: step i, counted from 0, ends at t = (i + 1) / N.
 
-    What the steps add up is tabulated, its increments exactly, so that transitions keep every
-    digit. Between two steps it grows linearly. At t = 0 are the data.
+    The base class of `DDPMChain`, which accumulates -log(alpha) over its steps, and `SMLDChain`,
+    which accumulates sigma^2. In between, the accumulated quantity is linear in t. Transitions
+    use the tabulated increments, so no digits are lost. The data are at t = 0.
 
     Attributes:
         steps: the number N of steps.
     """
 
     def __init__(self, increments: Tensor) -> None:
-        """Add up the increments of the steps (N,), all positive; the last may be infinite."""
+        """Accumulate the increments of the steps (N,), all positive; the last may be infinite."""
         self.steps = len(increments)
+        self.t_min = 1 / self.steps
         self._increments = increments
         self._sums = torch.cat([increments.new_zeros(1), increments.cumsum(0)])
 
-    @property
-    def t_min(self) -> float:  # type: ignore[override]
-        """The time of the first step."""
-        return 1 / self.steps
-
     def time(self, step: Tensor | Sequence[int] | int) -> Tensor:
-        """Return the times (i + 1) / N of steps i, of the same shape, in float64.
+        """Return the times (i + 1) / N of steps i, in the shape of the steps, in float64.
 
         Raises:
             TypeError: if the steps are not integers.
-            ValueError: if one is outside 0 ... N - 1.
+            ValueError: if a step is outside 0 ... N - 1.
         """
         i = torch.as_tensor(step)
         if i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
@@ -55,7 +52,7 @@ class Chain(ForwardSDE):
         """Return the steps (B,), int64, nearest to times t (B,).
 
         Raises:
-            ValueError: if a time lies outside [0, T], or nearer to the data than to a step.
+            ValueError: if a time is outside [0, T] or nearer to 0 than to the first step.
         """
         check_times(t, self.T)
         i = (t.detach() * self.steps).round().long() - 1
@@ -66,16 +63,16 @@ class Chain(ForwardSDE):
         return i
 
     def subsequence(self, spec: str | int | Sequence[int]) -> list[int]:
-        """Return a part of the steps, increasing: those that improved DDPM's code would take.
+        """Return a subsequence of the steps, increasing, as improved DDPM's code selects it.
 
         Args:
-            spec: "ddimN", every k-th step for the smallest k that gives N of them; or how many
-                steps to take of each of so many equal sections, evenly spread from the first of
-                the section to its last: "250", "10,15,20", 250 or [10, 15, 20].
+            spec: "ddimN" for every k-th step, with the smallest k that gives N steps; or the
+                number of steps in each of several equal sections, evenly spaced from the first
+                step of the section to the last: "250", "10,15,20", 250 or [10, 15, 20].
 
         Raises:
-            ValueError: if there are fewer steps than asked for, or no integer stride gives N.
-            TypeError: if spec is of another type.
+            ValueError: if a section has fewer steps than requested, or no integer stride gives N.
+            TypeError: if spec has another type.
 
         Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672.
 
@@ -94,44 +91,45 @@ class Chain(ForwardSDE):
         """
         return self.time(self.subsequence(spec)[::-1])
 
-    def _split(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the number of the step that leads to each time, and how far it is into it."""
+    def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the step that each time falls in, and the fraction of it completed."""
         check_times(t, self.T)
         position = t * self.steps
-        # A step's own time is met exactly, whatever the rounding of (i + 1) / N times N.
+        # A step's end is met exactly, despite the rounding of (i + 1) / N times N.
         off = (position.round() - position).detach()
         near = off.abs() <= 2 * self.steps * torch.finfo(t.dtype).eps
         position = position + torch.where(near, off, torch.zeros_like(off))
         below = (position.detach().ceil() - 1).long().clamp(0, self.steps - 1)
         return below, position - below
 
-    def _part(self, step: Tensor, past: Tensor, share: Tensor) -> Tensor:
-        """Return what a share of a step adds, from where a share `past` of it is done."""
-        return share * self._increments.to(share.device, share.dtype)[step]
+    def _partial(self, step: Tensor, done: Tensor, fraction: Tensor) -> Tensor:
+        """Return the increment over a fraction of a step of which `done` is completed."""
+        return fraction * self._increments.to(fraction.device, fraction.dtype)[step]
 
     def _sum(self, t: Tensor) -> Tensor:
-        """Return what the steps up to times t (B,) have added."""
-        below, past = self._split(t)
+        """Return the accumulated quantity at times t (B,)."""
+        step, done = self._locate(t)
         sums = self._sums.to(t.device, t.dtype)
-        return sums[below] + self._part(below, torch.zeros_like(past), past)
+        return sums[step] + self._partial(step, torch.zeros_like(done), done)
 
-    def _added(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return what the steps from s to t add: no difference of two sums where it is small."""
+    def _increment(self, s: Tensor, t: Tensor) -> Tensor:
+        """Return the increment from s to t, without subtracting nearly equal sums."""
         check_transition(s, t, self.T)
-        (first, done), (last, past) = self._split(s), self._split(t)
+        (first, before), (last, done) = self._locate(s), self._locate(t)
         sums = self._sums.to(t.device, t.dtype)
-        short = self._part(first, done, (t - s) * self.steps)
-        rest = self._part(first, done, 1 - done)
-        between = (sums[last] - sums[first + 1]) + self._part(last, torch.zeros_like(past), past)
+        short = self._partial(first, before, (t - s) * self.steps)
+        rest = self._partial(first, before, 1 - before)
+        final = self._partial(last, torch.zeros_like(done), done)
+        between = (sums[last] - sums[first + 1]) + final
         return torch.where(first == last, short, rest + between)
 
-    def _time_at(self, total: Tensor) -> Tensor:
-        """Return the times, within [0, T], by which the steps have added a total."""
+    def _time_of(self, total: Tensor) -> Tensor:
+        """Return the times, within [0, T], at which the accumulated quantity is `total`."""
         sums = self._sums.to(total.device, total.dtype)
         above = torch.searchsorted(sums, total.detach()).clamp(1, self.steps)
-        past = self._share(above - 1, total - sums[above - 1])
-        return ((above - 1 + past) / self.steps).clamp(0.0, self.T)
+        done = self._fraction(above - 1, total - sums[above - 1])
+        return ((above - 1 + done) / self.steps).clamp(0.0, self.T)
 
-    def _share(self, step: Tensor, part: Tensor) -> Tensor:
-        """Return the share of a step that adds a part, from its start."""
-        return part / self._increments.to(part.device, part.dtype)[step]
+    def _fraction(self, step: Tensor, increment: Tensor) -> Tensor:
+        """Return the fraction of a step, from its start, that has the given increment."""
+        return increment / self._increments.to(increment.device, increment.dtype)[step]

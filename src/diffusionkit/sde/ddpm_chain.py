@@ -1,4 +1,4 @@
-"""DDPM's discrete chain as a process in continuous time."""
+"""The discrete chain of DDPM as a process in continuous time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from typing_extensions import override
 
 from .._checks import check_count, check_positive
 from .chain import Chain
@@ -20,21 +21,19 @@ class DDPMChain(Chain):
         \log \alpha\!\left(\tfrac{i + 1}{N}\right) = \tfrac12 \sum_{j \le i} \log(1 - \beta_j),
         \quad \alpha(0) = 1, \quad \sigma^2 = 1 - \alpha^2,
 
-    with log(alpha) linear in between: step i, counted from 0, sits at t = (i + 1) / N, and
-    kernel and transitions are there the table's. Samplers stop at the first step, where the
-    last mean of the chain is the prediction of the data. The prior is N(0, I).
+    with log(alpha) linear in between. At the times of its steps (see `Chain`) the marginals and
+    transitions are those of DDPM. Samplers stop at the first step, where the chain's last mean
+    is the predicted data. The prior is N(0, I).
 
-    The last beta may be 1: then alpha(1) = 0, nothing is left of the data, and within the last
-    step alpha itself is linear. Drift and diffusion are infinite at t = 1, all else but the
-    log-SNR is finite, and a model must say the data or the velocity: the noise alone does not
-    tell the data there.
+    The last beta may be 1 (zero terminal SNR): then alpha(1) = 0, and alpha itself is linear in
+    the last step. At t = 1 drift, diffusion and log-SNR are infinite, everything else is finite,
+    and the model must predict x0 or v: eps does not determine x0 there.
 
     Args:
-        betas: the variances beta_0 ... beta_{N-1} that the steps add.
+        betas: the noise variances beta_0 ... beta_{N-1} of the steps.
 
     Raises:
-        ValueError: unless there are at least two, all strictly between 0 and 1 but for the last,
-            which may be 1.
+        ValueError: if there are fewer than two betas, or one is outside (0, 1); the last may be 1.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
@@ -46,7 +45,7 @@ class DDPMChain(Chain):
     prior_std = 1.0
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
-        """Tabulate -log(alpha)."""
+        """Accumulate -log(alpha)."""
         table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().flatten().clone()
         inner, last = table[:-1], table[-1:]
         if len(table) < 2 or not ((inner > 0) & (inner < 1)).all() or not 0 < last <= 1:
@@ -59,13 +58,13 @@ class DDPMChain(Chain):
 
     @classmethod
     def from_alphas_bar(cls, alphas_bar: Sequence[float] | Tensor) -> DDPMChain:
-        """Make the chain whose alpha^2 is a table.
+        """Create the chain with the given alpha^2 (alpha-bar) at each step.
 
         Args:
             alphas_bar: alpha^2 at the steps, strictly decreasing within (0, 1); the last may be 0.
 
         Raises:
-            ValueError: unless they are so.
+            ValueError: if there are fewer than two values, or they do not decrease within (0, 1).
 
         >>> DDPMChain.from_alphas_bar([0.9, 0.45, 0.09]).betas
         tensor([0.1000, 0.5000, 0.8000], dtype=torch.float64)
@@ -74,8 +73,8 @@ class DDPMChain(Chain):
         before = torch.cat([table.new_ones(1), table[:-1]])
         if len(table) < 2 or not (table < before).all() or not (table >= 0).all():
             raise ValueError(
-                "alphas_bar: expected at least two numbers, strictly decreasing, below 1 and not "
-                f"below 0, got {table[:6].tolist()} ... of {len(table)}"
+                "alphas_bar: expected at least two numbers, strictly decreasing, below 1 and at "
+                f"least 0, got {table[:6].tolist()} ... of {len(table)}"
             )
         return cls((before - table) / before)
 
@@ -83,12 +82,12 @@ class DDPMChain(Chain):
     def linear(
         cls, steps: int = 1000, *, beta_min: float = 0.1, beta_max: float = 20.0
     ) -> DDPMChain:
-        """Make the chain of betas linear from beta_min / steps to beta_max / steps.
+        """Create the chain with betas linear from beta_min / steps to beta_max / steps.
 
         Args:
-            steps: the number of steps; DDPM's own 1e-4 ... 0.02 are those of 1000 steps.
-            beta_min: the first rate.
-            beta_max: the last rate.
+            steps: the number of steps; with 1000, the betas are DDPM's 1e-4 ... 0.02.
+            beta_min: the first beta, times the number of steps.
+            beta_max: the last beta, times the number of steps.
         """
         check_count(steps, "steps")
         check_positive(beta_min, "beta_min")
@@ -102,7 +101,7 @@ class DDPMChain(Chain):
 
     @classmethod
     def cosine(cls, steps: int = 1000, *, s: float = 0.008, max_beta: float = 0.999) -> DDPMChain:
-        r"""Make the chain whose alpha-bar is a squared cosine.
+        r"""Create the chain with the cosine schedule.
 
         .. math::
             \bar\alpha \propto \cos^2\!\left(\frac{u + s}{1 + s} \frac{\pi}{2}\right), \quad
@@ -111,7 +110,7 @@ class DDPMChain(Chain):
         Args:
             steps: the number N of steps.
             s: the offset, which keeps the first betas from vanishing.
-            max_beta: the largest beta, below 1. A chain that ends in 1 is `zero_terminal_snr`'s.
+            max_beta: the largest beta, below 1; see `zero_terminal_snr` for a chain ending in 1.
 
         Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672.
         """
@@ -120,14 +119,14 @@ class DDPMChain(Chain):
         check_positive(max_beta, "max_beta")
         if max_beta >= 1:
             raise ValueError(f"max_beta: expected a number below 1, got {max_beta}")
-        # With c = pi/2 - angle, alpha-bar is sin(c)^2, and a difference of squares of sines
-        # is a product: no digit of a small beta is lost.
+        # With c = pi/2 - angle, alpha-bar is sin(c)^2, and the difference of squared sines is
+        # computed as a product: small betas keep all digits.
         c = torch.arange(steps, -1, -1, dtype=torch.float64) * (math.pi / 2 / (1 + s) / steps)
         fall = math.sin(math.pi / 2 / (1 + s) / steps) * torch.sin(c[1:] + c[:-1])
         return cls((fall / torch.sin(c[:-1]).square()).clamp_max(max_beta))
 
     def zero_terminal_snr(self) -> DDPMChain:
-        r"""Return this chain rescaled so that nothing of the data is left at its end.
+        r"""Return this chain rescaled to zero signal-to-noise ratio at t = 1.
 
         .. math::
             \alpha_i' = (\alpha_i - \alpha_{N-1}) \frac{\alpha_0}{\alpha_0 - \alpha_{N-1}}
@@ -142,43 +141,52 @@ class DDPMChain(Chain):
         first, last = alpha[0], alpha[-1]
         return self.from_alphas_bar(((alpha - last) * (first / (first - last))).square())
 
+    @override
     def __repr__(self) -> str:
         first, last = self.betas[0], self.betas[-1]
         return f"DDPMChain({self.steps} steps, betas {first:.3g} ... {last:.3g})"
 
+    @override
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         decay = self._sum(t)
         return torch.exp(-decay), torch.sqrt(-torch.expm1(-2 * decay))
 
+    @override
     def log_snr(self, t: Tensor) -> Tensor:
         decay = 2 * self._sum(t)
         return -decay - torch.log(-torch.expm1(-decay))
 
+    @override
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
-        return self._time_at(-0.5 * logsigmoid(log_snr))
+        return self._time_of(-0.5 * logsigmoid(log_snr))
 
+    @override
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        decay = self._added(s, t)
+        decay = self._increment(s, t)
         return torch.exp(-decay), torch.sqrt(-torch.expm1(-2 * decay))
 
+    @override
     def drift_coefficient(self, t: Tensor) -> Tensor:
-        below, past = self._split(t)
-        rate = self._increments.to(t.device, t.dtype)[below]
-        return -self.steps * torch.where(torch.isinf(rate), 1 / (1 - past), rate)
+        step, done = self._locate(t)
+        rate = self._increments.to(t.device, t.dtype)[step]
+        return -self.steps * torch.where(torch.isinf(rate), 1 / (1 - done), rate)
 
+    @override
     def diffusion(self, t: Tensor) -> Tensor:
         return torch.sqrt(-2 * self.drift_coefficient(t))
 
-    def _part(self, step: Tensor, past: Tensor, share: Tensor) -> Tensor:
+    @override
+    def _partial(self, step: Tensor, done: Tensor, fraction: Tensor) -> Tensor:
         if self.betas[-1] < 1:
-            return super()._part(step, past, share)
-        # The last step ends at alpha = 0: alpha is linear in it, and the others stay clear of it.
+            return super()._partial(step, done, fraction)
+        # The last step ends at alpha = 0 and is linear in alpha; its infinite increment is unused.
         last = step == self.steps - 1
-        some = torch.where(last & (share > 0), share / (1 - past), torch.zeros_like(share))
-        linear = super()._part(torch.where(last, 0, step), past, share)
-        return torch.where(last, -torch.log1p(-some), linear)
+        lost = torch.where(last & (fraction > 0), fraction / (1 - done), torch.zeros_like(fraction))
+        linear = super()._partial(torch.where(last, 0, step), done, fraction)
+        return torch.where(last, -torch.log1p(-lost), linear)
 
-    def _share(self, step: Tensor, part: Tensor) -> Tensor:
-        linear = super()._share(step, part)
-        rate = self._increments.to(part.device, part.dtype)[step]
-        return torch.where(torch.isinf(rate), -torch.expm1(-part), linear)
+    @override
+    def _fraction(self, step: Tensor, increment: Tensor) -> Tensor:
+        linear = super()._fraction(step, increment)
+        rate = self._increments.to(increment.device, increment.dtype)[step]
+        return torch.where(torch.isinf(rate), -torch.expm1(-increment), linear)

@@ -1,4 +1,4 @@
-"""Variance-preserving processes given by their log-SNR, fixed or learned."""
+"""Variance-preserving processes defined by their log-SNR, fixed or learned."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from typing_extensions import override
 
-from .._checks import check_count, check_number, check_times
+from .._checks import check_count, check_interval, check_times
 from .._schedules import exact
 from ..interfaces import ForwardSDE
-
-
-def _check_ends(gamma_min: float, gamma_max: float) -> None:
-    check_number(gamma_min, "gamma_min")
-    check_number(gamma_max, "gamma_max")
-    if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
-        raise ValueError(f"expected finite gamma_min < gamma_max, got {gamma_min} and {gamma_max}")
 
 
 class _GammaSDE(ForwardSDE):
@@ -30,23 +24,25 @@ class _GammaSDE(ForwardSDE):
     """
 
     T = 1.0
-    t_min = 1e-10  # as good as 0, which is no end of a geometric grid
+    t_min = 1e-10  # effectively 0; a geometric grid cannot end at 0
     prior_std = 1.0
 
     @abc.abstractmethod
     def _gamma(self, t: Tensor) -> Tensor:
-        """Return gamma(t), (B,), for times in the dtype to compute in."""
+        """Return gamma(t), (B,), in the dtype of t."""
 
     @abc.abstractmethod
     def _slope(self, t: Tensor) -> Tensor:
         """Return gamma'(t), (B,)."""
 
+    @override
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         check_times(t, self.T)
         gamma = self._gamma(exact(t))
         alpha, sigma = (torch.sqrt(torch.sigmoid(x)) for x in (-gamma, gamma))
         return alpha.to(t.dtype), sigma.to(t.dtype)
 
+    @override
     def log_snr(self, t: Tensor) -> Tensor:
         check_times(t, self.T)
         return -self._gamma(exact(t)).to(t.dtype)
@@ -56,10 +52,12 @@ class _GammaSDE(ForwardSDE):
         at = exact(t)
         return torch.sigmoid(self._gamma(at)), self._slope(at)
 
+    @override
     def drift_coefficient(self, t: Tensor) -> Tensor:
         variance, slope = self._variance_and_slope(t)
         return (-0.5 * variance * slope).to(t.dtype)
 
+    @override
     def diffusion(self, t: Tensor) -> Tensor:
         variance, slope = self._variance_and_slope(t)
         return torch.sqrt(variance * slope).to(t.dtype)
@@ -72,15 +70,15 @@ class LogSNRSDE(_GammaSDE):
         \gamma(t) = \gamma_{min} + (\gamma_{max} - \gamma_{min}) t, \quad
         \sigma^2 = \mathrm{sigmoid}(\gamma), \quad \alpha^2 = \mathrm{sigmoid}(-\gamma).
 
-    The noise does not vanish at t = 0: discrete data are read off there by a decoder, see
-    `diffusionkit.likelihood`. Data are expected in [-1, 1]. The prior is N(0, I).
+    The noise does not vanish at t = 0, where a decoder gives the likelihood of discrete data
+    (`diffusionkit.likelihood`). Expects data in [-1, 1]. The prior is N(0, I).
 
     Args:
         gamma_min: minus the log-SNR at t = 0.
         gamma_max: minus the log-SNR at t = 1.
 
     Raises:
-        ValueError: unless gamma_min < gamma_max, both finite.
+        ValueError: if gamma_min >= gamma_max or an end point is not finite.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630.
 
@@ -89,19 +87,23 @@ class LogSNRSDE(_GammaSDE):
     """
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
-        """Keep the end points."""
-        _check_ends(gamma_min, gamma_max)
+        """Store the end points."""
+        check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
         self.gamma_min, self.gamma_max = gamma_min, gamma_max
 
+    @override
     def __repr__(self) -> str:
         return f"LogSNRSDE(gamma_min={self.gamma_min}, gamma_max={self.gamma_max})"
 
+    @override
     def _gamma(self, t: Tensor) -> Tensor:
         return self.gamma_min + (self.gamma_max - self.gamma_min) * t
 
+    @override
     def _slope(self, t: Tensor) -> Tensor:
         return torch.full_like(t, self.gamma_max - self.gamma_min)
 
+    @override
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
         return ((-log_snr - self.gamma_min) / (self.gamma_max - self.gamma_min)).clamp(0.0, 1.0)
 
@@ -113,22 +115,22 @@ class LearnedSDE(_GammaSDE, nn.Module):
         \gamma(t) = \gamma_{min} + (\gamma_{max} - \gamma_{min}) \frac{m(t) - m(0)}{m(1) - m(0)},
         \quad m(t) = t + \frac1H \sum_j c_j\, \mathrm{sigmoid}(k_j (t - u_j)), \quad c, k > 0.
 
-    In continuous time the end points alone decide the expected variational bound, if the model
-    is told the noise level (`LogSigmaLabel`) and not the time; the interior decides the variance
-    of its estimate. `diffusionkit.likelihood.variance_minimizing_backward` trains each for its own
-    end. gamma starts nearly linear, and is computed in float64.
+    In continuous time the expected variational bound depends on the end points alone, if the
+    network is conditioned on the noise level (`LogSigmaLabel`) and not on the time; the interior
+    affects the variance of its estimate. `diffusionkit.likelihood.variance_minimizing_backward`
+    trains each for its objective. gamma is initialized nearly linear and computed in float64.
 
-    Inside a score model this is a submodule, whose parameters are among the model's. Parameters
-    outside DistributedDataParallel's network, as these are, need their gradients averaged by you.
+    As a submodule of a score model it adds its parameters to the model's. They lie outside a
+    network in DistributedDataParallel, so you must average their gradients.
 
     Args:
         gamma_min: minus the log-SNR at t = 0.
         gamma_max: minus the log-SNR at t = 1.
         hidden: the number H of sigmoids.
-        learn_ends: whether the end points too are parameters; else they stay where they are.
+        learn_ends: whether the end points are learned as well; otherwise they are fixed.
 
     Raises:
-        ValueError: unless gamma_min < gamma_max, both finite, and hidden >= 1.
+        ValueError: if gamma_min >= gamma_max, an end point is not finite or hidden < 1.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
 
@@ -145,30 +147,30 @@ class LearnedSDE(_GammaSDE, nn.Module):
         *,
         learn_ends: bool = False,
     ) -> None:
-        """Spread the sigmoids a little beyond [0, 1], so that gamma starts nearly linear."""
+        """Spread the sigmoids slightly beyond [0, 1], so that gamma starts nearly linear."""
         super().__init__()
-        _check_ends(gamma_min, gamma_max)
+        check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
         check_count(hidden, "hidden")
         spread = (torch.arange(hidden) + 0.5) / hidden
-        self.centres = nn.Parameter(1.5 * spread - 0.25)
-        self.raw_steepness = nn.Parameter(torch.full((hidden,), 16.0))  # softplus of it is k
+        self.centers = nn.Parameter(1.5 * spread - 0.25)
+        self.raw_steepness = nn.Parameter(torch.full((hidden,), 16.0))  # k = softplus of it
         self.raw_heights = nn.Parameter(torch.full((hidden,), math.log(math.e - 1)))  # c = 1
         self.learn_ends = learn_ends
         self._ends = (gamma_min, math.log(gamma_max - gamma_min))
         if learn_ends:
             self.ends = nn.Parameter(torch.tensor(self._ends))  # gamma_min and the log of the span
 
+    @override
     def extra_repr(self) -> str:
-        """Return the end points, the number of sigmoids and whether the ends are learned."""
         start, span = (float(torch.as_tensor(end).detach()) for end in self._range())
         return (
-            f"gamma_min={start:g}, gamma_max={start + span:g}, hidden={len(self.centres)}, "
+            f"gamma_min={start:g}, gamma_max={start + span:g}, hidden={len(self.centers)}, "
             f"learn_ends={self.learn_ends}"
         )
 
     def interior(self) -> list[nn.Parameter]:
-        """Return the parameters that move gamma between its end points, and not these."""
-        return [self.centres, self.raw_steepness, self.raw_heights]
+        """Return the parameters that shape gamma between its end points, which stay fixed."""
+        return [self.centers, self.raw_steepness, self.raw_heights]
 
     def _range(self) -> tuple[Tensor | float, Tensor | float]:
         """Return gamma(0) and gamma(1) - gamma(0)."""
@@ -178,22 +180,24 @@ class LearnedSDE(_GammaSDE, nn.Module):
         return start, torch.exp(log_span)
 
     def _sigmoids(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sigmoids (B, H), their steepness (H,) and their heights over H (H,)."""
-        centres, steepness, heights = (exact(p) for p in self.interior())
+        """Return the sigmoids (B, H), their steepness k (H,) and their heights c / H (H,)."""
+        centers, steepness, heights = (exact(p) for p in self.interior())
         k = softplus(steepness)
-        return torch.sigmoid(k * (t.unsqueeze(1) - centres)), k, softplus(heights) / len(k)
+        return torch.sigmoid(k * (t.unsqueeze(1) - centers)), k, softplus(heights) / len(k)
 
     def _rise(self, t: Tensor) -> Tensor:
         """Return m(t), (B,)."""
         s, _, heights = self._sigmoids(t)
         return t + (heights * s).sum(1)
 
+    @override
     def _gamma(self, t: Tensor) -> Tensor:
         start, span = self._range()
         low, high = self._rise(t.new_tensor([0.0, 1.0]))
         gamma: Tensor = start + span * ((self._rise(t) - low) / (high - low))
         return gamma
 
+    @override
     def _slope(self, t: Tensor) -> Tensor:
         low, high = self._rise(t.new_tensor([0.0, 1.0]))
         s, k, heights = self._sigmoids(t)

@@ -1,4 +1,4 @@
-"""The variance-exploding SDE, and how far it has to go for a data set."""
+"""The variance-exploding SDE, and its sigma_max for a data set."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import (
     check_count,
     check_finite,
+    check_interval,
     check_positive,
     check_state,
     check_t_min,
@@ -22,23 +24,23 @@ from ..interfaces import ForwardSDE
 
 @dataclass(frozen=True)
 class VESDE(ForwardSDE):
-    r"""The variance-exploding SDE, the limit of denoising score matching at many noise levels.
+    r"""The variance-exploding SDE, the continuous limit of SMLD (NCSN).
 
     .. math::
         \alpha = 1, \quad \sigma(t) = \sigma_{min} (\sigma_{max} / \sigma_{min})^t, \quad
         g = \sigma \sqrt{2 \ln(\sigma_{max} / \sigma_{min})}, \quad t \in [0, 1].
 
-    The noise does not vanish at t = 0: the data are seen through sigma_min. The prior is
-    N(0, sigma_max^2 I). The paper's sigma_max, for data in [0, 1], is 50 at CIFAR-10, 90 at
-    CelebA 64, 348 to 380 at 256 px and 1348 at 1024 px; `suggest_sigma_max` finds yours.
+    The noise does not vanish at t = 0, where sigma = sigma_min. The prior is N(0, sigma_max^2 I).
+    The paper's sigma_max, for data in [0, 1], is 50 for CIFAR-10, 90 for CelebA 64, 348 to 380 at
+    256 px and 1348 at 1024 px; `suggest_sigma_max` computes it for a data set.
 
     Args:
-        sigma_min: the noise at t = 0, in units of the data.
-        sigma_max: the noise at t = 1, about the largest distance between two data points.
+        sigma_min: sigma at t = 0, in units of the data.
+        sigma_max: sigma at t = 1, about the largest distance between two data points.
         t_min: the smallest time for training and likelihood.
 
     Raises:
-        ValueError: unless 0 < sigma_min < sigma_max.
+        ValueError: if not 0 < sigma_min < sigma_max.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 
@@ -56,12 +58,10 @@ class VESDE(ForwardSDE):
         check_t_min(self.t_min, self.T)
         check_positive(self.sigma_min, "sigma_min")
         check_positive(self.sigma_max, "sigma_max")
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(
-                f"expected sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}"
-            )
+        check_interval(self.sigma_min, self.sigma_max, "sigma_min", "sigma_max")
 
     @property
+    @override
     def prior_std(self) -> float:
         return self.sigma_max
 
@@ -69,24 +69,30 @@ class VESDE(ForwardSDE):
     def _rate(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 
+    @override
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         check_times(t, self.T)
         return torch.ones_like(t), self.sigma_min * torch.exp(self._rate * t)
 
+    @override
     def drift_coefficient(self, t: Tensor) -> Tensor:
         check_times(t, self.T)
         return torch.zeros_like(t)
 
+    @override
     def diffusion(self, t: Tensor) -> Tensor:
         return self.marginal(t)[1] * math.sqrt(2 * self._rate)
 
+    @override
     def log_snr(self, t: Tensor) -> Tensor:
         check_times(t, self.T)
         return -2 * (math.log(self.sigma_min) + self._rate * t)
 
+    @override
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:
         return ((-0.5 * log_snr - math.log(self.sigma_min)) / self._rate).clamp(0.0, self.T)
 
+    @override
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         check_transition(s, t, self.T)
         variance = -torch.expm1(2 * self._rate * (s - t))
@@ -96,19 +102,19 @@ class VESDE(ForwardSDE):
 def suggest_sigma_max(data: Tensor, *, block: int = 2048) -> float:
     """Return the largest Euclidean distance between two data points, VE's sigma_max.
 
-    Exact, without a tensor of all pairs: points are taken in the order of their distance from
-    the mean, r, and as no distance is above r_x + r_y, most pairs need no look.
+    Exact, without a tensor of all pairs: points are sorted by their distance r from the mean,
+    and since the distance of x and y is at most r_x + r_y, most pairs can be skipped.
 
     Args:
-        data: the data set (N, *D), N >= 2, in the units the model will see.
-        block: how many points are compared with as many others at once.
+        data: the data set (N, *D), N >= 2, in the units of the model.
+        block: the number of points per block; pairs of blocks are compared at once.
 
     Raises:
         ValueError: if there are fewer than two points, all points are equal, or a value is not
             finite.
         TypeError: if data is not a floating-point tensor.
 
-    Source: Song and Ermon, Improved techniques for training score-based generative models,
+    Source: Song and Ermon, Improved Techniques for Training Score-Based Generative Models,
     2020, arXiv 2006.09011 (technique 1).
 
     >>> suggest_sigma_max(torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]]))
@@ -133,5 +139,5 @@ def suggest_sigma_max(data: Tensor, *, block: int = 2048) -> float:
             pairs = torch.cdist(points[i : i + block], points[j : j + block])
             best = max(best, float(pairs.max()))
     if best == 0.0:
-        raise ValueError("data: expected at least two different points, all are equal")
+        raise ValueError("data: expected at least two different points, got equal ones")
     return best

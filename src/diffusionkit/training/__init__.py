@@ -1,4 +1,4 @@
-"""What a training loop is made of: weightings, times, targets, objectives, averages, files."""
+"""Training: objectives, their weightings, times and targets, weight averages, checkpoints."""
 
 from .._files import CheckpointError
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint

@@ -1,4 +1,4 @@
-"""Training state in one file: written whole or not at all, read without running code."""
+"""Training state in one file: written atomically, read without running code."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _PARTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint held beside the state that was loaded into your objects.
+    """The contents of a checkpoint that are not loaded into objects.
 
     Args:
         step: the number of steps taken.
-        extra: what the caller stored.
+        extra: the ``extra`` of `save_checkpoint`.
     """
 
     step: int
@@ -61,14 +61,14 @@ def save_checkpoint(
     """Write the whole training state to a file.
 
     The file is written under a temporary name and renamed, so a crash leaves the previous
-    checkpoint as it was. The states of Python's, numpy's and torch's global random generators
-    are stored too: on a CPU a resumed run continues bit for bit.
+    checkpoint intact. The states of Python's, numpy's and torch's global random generators are
+    stored too: on a CPU a resumed run continues bit for bit.
 
     Args:
         path: the file.
         model: the score model.
         ema: the average of its weights.
-        optimizer: the optimiser.
+        optimizer: the optimizer.
         step: the number of steps taken.
         stateful: further objects with `state_dict` and `load_state_dict`, by name: a scheduler,
             a gradient scaler.
@@ -76,7 +76,7 @@ def save_checkpoint(
         extra: plain values and tensors to keep.
 
     Raises:
-        ValueError: if extra holds something that could not be read back safely.
+        ValueError: if a part holds values that cannot be read back safely.
     """
     payload = {
         "format": FORMAT,
@@ -99,7 +99,7 @@ def save_checkpoint(
         except (UnpicklingError, PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 "checkpoint: expected tensors, numbers, strings, lists and dictionaries only, "
-                f"got something that cannot be read back safely: {error}"
+                f"got values that cannot be read back safely: {error}"
             ) from error
 
     atomic_write(path, write)
@@ -116,27 +116,25 @@ def load_checkpoint(
     restore_random: bool = True,
     map_location: torch.device | str | None = "cpu",
 ) -> Checkpoint:
-    """Load what `save_checkpoint` wrote into your objects, strictly.
-
-    Everything is checked before anything is changed: after an error all objects are as before.
+    """Load a file of `save_checkpoint` into objects, strictly: after an error none has changed.
 
     Args:
         path: the file.
         model: the score model.
         ema: the average of its weights.
-        optimizer: the optimiser.
+        optimizer: the optimizer.
         stateful: the further objects that were saved, by name.
         generators: the torch generators of your loop, by name.
         restore_random: whether to set the global random generators too.
-        map_location: where the tensors are read to before they are copied.
+        map_location: the device of the tensors before they are copied.
 
     Returns:
-        The step and what was stored as extra.
+        The step and the stored ``extra``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged or not a checkpoint, lacks a part
-            that was asked for, or has missing, extra or misshapen tensors.
+        CheckpointError: if the file is truncated, damaged or not a checkpoint, lacks a requested
+            part, or has missing, extra or misshapen tensors.
     """
     state = _read(path, map_location)
     stateful, generators = stateful or {}, generators or {}
@@ -166,7 +164,7 @@ def load_checkpoint(
         loads = [(load, copy.deepcopy(before), after) for load, before, after in loads]
         for load, _, after in loads:
             load(after)
-        # The weights come last: their check was complete.
+        # The weights come last: they were fully checked and cannot fail.
         if ema is not None:
             ema.load_state_dict(state["ema"])
         model.load_state_dict(state["model"])
@@ -204,7 +202,7 @@ def _check_optimizer(
     wanted = described(type(optimizer).__name__, optimizer.param_groups)
     got = described(state["optimizer_type"], state["optimizer"]["param_groups"])
     if wanted != got:
-        raise CheckpointError(f"{path}: the optimizer does not fit: expected {wanted}, got {got}")
+        raise CheckpointError(f"{path}: optimizer: expected {wanted}, got {got}")
 
 
 def _random_states() -> dict[str, Any]:

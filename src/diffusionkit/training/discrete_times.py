@@ -1,4 +1,4 @@
-"""Laws of the times of a chain: its steps, and no time between."""
+"""Distributions of training times over the steps of a discrete chain."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_number
 from .._schedules import schedule_dtype
@@ -16,12 +17,10 @@ from ..random import Generators, rand
 from ._gather import gathered
 
 
-def _steps(sde: ForwardSDE, law: TimeSampler) -> int:
+def _steps(sde: ForwardSDE) -> int:
     steps = getattr(sde, "steps", None)
     if not isinstance(steps, int):
-        raise TypeError(
-            f"{type(law).__name__}: expected a chain of steps, such as DDPMChain, got {sde}"
-        )
+        raise TypeError(f"sde: expected a chain of steps, such as DDPMChain, got {sde}")
     return steps
 
 
@@ -29,7 +28,7 @@ def _steps(sde: ForwardSDE, law: TimeSampler) -> int:
 class DiscreteTimes(TimeSampler):
     r"""Independent times, uniform over the N steps t = (i + 1) / N of a chain; weight 1.
 
-    The expectation is the mean over the table, as DDPM trains, not the integral over [t_min, T].
+    The expected loss is the mean over the N steps, as in DDPM, not the mean over [t_min, T].
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
@@ -41,6 +40,7 @@ class DiscreteTimes(TimeSampler):
 
     unbiased = False
 
+    @override
     def sample(
         self,
         sde: ForwardSDE,
@@ -50,36 +50,35 @@ class DiscreteTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw times (n,) and weights (n,)."""
         check_count(n, "n")
-        steps, exactly = _steps(sde, self), schedule_dtype(device)
+        steps, exactly = _steps(sde), schedule_dtype(device)
         u = rand(n, generator=generator, device=device, dtype=exactly)
         t = ((u * steps).floor().clamp_max(steps - 1) + 1) * (sde.T / steps)
         return t.to(dtype or exactly), torch.ones_like(t, dtype=dtype or exactly)
 
 
 class LossSecondMomentTimes(TimeSampler):
-    r"""Steps of a chain drawn as often as their losses are large; the weights undo it.
+    r"""Steps of a chain, drawn in proportion to the root mean square of their recent losses.
 
     .. math::
         p_i = (1 - u) \frac{m_i}{\sum_j m_j} + \frac{u}{N}, \quad
         m_i = \sqrt{\mathrm{mean}(\ell_i^2)}, \quad \text{weight } \frac{1}{N p_i},
 
-    with the mean over the last losses of step i. Until every step has had as many, the law is
-    uniform. The expectation is that of `DiscreteTimes`, the mean over the table.
+    with the mean over the last `history` losses of step i. Sampling is uniform until every step
+    has that many. The expected loss is that of `DiscreteTimes`, the mean over the N steps.
 
-    Objectives hand in their losses through `update`, before the weight of the time is applied.
-    Where torch.distributed is initialised, each process learns from the losses of all, so that
-    all of them draw from the same law; they must call it equally often. Losses that are not
-    finite are left out, and so are those that come before the first draw, whose chain is not
-    known. The history is a part of training: `state_dict` saves it, `load_state_dict` resumes.
+    Objectives pass their losses to `update`, before the weights of the times are applied. With
+    torch.distributed, each process records the losses of all, so that all draw from the same
+    distribution; they must call `update` equally often. Losses that are not finite are ignored,
+    and so are losses before the first draw, when the chain is not yet known. The history is part
+    of the training state: save it with `state_dict`, restore it with `load_state_dict`.
 
     Args:
-        history: how many of the last losses of each step count.
-        uniform: the share u of the uniform law, which bounds the weights by 1 / u.
+        history: the number of recent losses of each step to average over.
+        uniform: the share u of the uniform distribution; weights are at most 1 / u.
 
     Raises:
-        ValueError: unless history >= 1 and 0 < uniform <= 1.
+        ValueError: if history < 1 or uniform is outside (0, 1].
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.3).
 
@@ -94,7 +93,7 @@ class LossSecondMomentTimes(TimeSampler):
     unbiased = False
 
     def __init__(self, history: int = 10, uniform: float = 1e-3) -> None:
-        """Start without losses."""
+        """Start without a history."""
         check_count(history, "history")
         check_number(uniform, "uniform")
         if not 0.0 < uniform <= 1.0:
@@ -105,20 +104,22 @@ class LossSecondMomentTimes(TimeSampler):
         self._losses = torch.zeros((0, history), dtype=torch.float64)
         self._counts = torch.zeros(0, dtype=torch.int64)
 
+    @override
     def __repr__(self) -> str:
         return f"LossSecondMomentTimes(history={self.history}, uniform={self.uniform})"
 
     @property
     def probabilities(self) -> Tensor:
-        """The probabilities of the steps (N,), in float64; of none before the first draw."""
+        """The probabilities of the steps (N,), in float64; empty before the first draw."""
         steps = len(self._counts)
         if bool((self._counts < self.history).any()):
             return torch.full((steps,), 1 / steps, dtype=torch.float64)
-        size = self._losses.square().mean(1).sqrt()
-        share = size / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
+        rms = self._losses.square().mean(1).sqrt()
+        share = rms / rms.sum().clamp_min(torch.finfo(rms.dtype).tiny)
         p = (1 - self.uniform) * share + self.uniform / max(steps, 1)
         return p / p.sum()
 
+    @override
     def sample(
         self,
         sde: ForwardSDE,
@@ -131,18 +132,17 @@ class LossSecondMomentTimes(TimeSampler):
         """Draw times (n,) and weights (n,).
 
         Raises:
-            TypeError: if the process has no steps.
-            ValueError: if it has another number of them than the one learned from.
+            TypeError: if the process is not a chain.
+            ValueError: if the chain differs in length from that of the recorded losses.
         """
         check_count(n, "n")
-        steps, exactly = _steps(sde, self), schedule_dtype(device)
+        steps, exactly = _steps(sde), schedule_dtype(device)
         if len(self._counts) == 0:
             self._losses = torch.zeros((steps, self.history), dtype=torch.float64)
             self._counts = torch.zeros(steps, dtype=torch.int64)
         if len(self._counts) != steps:
             raise ValueError(
-                f"sde: expected the {len(self._counts)} steps that losses were learned for, "
-                f"got {steps}"
+                f"sde: expected {len(self._counts)} steps, as in the recorded losses, got {steps}"
             )
         self._T = sde.T
         p = self.probabilities.to(device, exactly)
@@ -151,10 +151,11 @@ class LossSecondMomentTimes(TimeSampler):
         t, weight = (i + 1) * (sde.T / steps), 1 / (steps * p[i])
         return t.to(dtype or exactly), weight.to(dtype or exactly)
 
+    @override
     @torch.no_grad()
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Keep the losses (n,) found at times (n,), the oldest of a step making room."""
-        dtype = torch.promote_types(loss.dtype, torch.float32)  # a half cannot number the steps
+        """Record the losses (n,) at times (n,) in place of the oldest ones of their steps."""
+        dtype = torch.promote_types(loss.dtype, torch.float32)  # float16 cannot index all steps
         pairs = gathered(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
         steps = len(self._counts)
         for time, value in pairs[torch.isfinite(pairs).all(1)].tolist():
@@ -164,17 +165,17 @@ class LossSecondMomentTimes(TimeSampler):
                 self._counts[i] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses (N, history) and how many each step has had (N,)."""
+        """Return the recorded losses (N, history) and the number recorded for each step (N,)."""
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a history where `state_dict` left it.
+        """Restore a history returned by `state_dict`.
 
         Raises:
-            ValueError: if it is not one of so many losses for each step.
+            ValueError: if the losses are not of shape (N, history).
         """
         losses, counts = state["losses"], state["counts"]
-        if losses.ndim != 2 or losses.shape != (len(counts), self.history):
+        if losses.shape != (len(counts), self.history):
             raise ValueError(
                 f"losses: expected shape ({len(counts)}, {self.history}), got {tuple(losses.shape)}"
             )

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights."""
+"""Exponential moving average of a model's weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class EMA:
         \bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta, \quad
         d = \min\!\left(\mathrm{decay}, \frac{1 + n}{10 + n}\right)
 
-    after the n-th optimiser step, n = 1, 2, ... Buffers are copied. `ema.model` is the averaged
-    model, in evaluation mode; `with ema.applied(model):` lends its weights to your own.
+    after the n-th optimizer step, n = 1, 2, ... Buffers are copied. `ema.model` is the averaged
+    model, in evaluation mode; `with ema.applied(model):` uses its weights in your own model.
 
     Args:
-        model: the model to follow.
+        model: the model whose weights are averaged.
         decay: the limit of d, in [0, 1). The papers use .999 for VE and .9999 for VP and sub-VP.
-        warmup: whether d starts at 2/11 and grows, so that early weights are soon forgotten.
+        warmup: whether d grows from 2/11, so that early weights are soon forgotten; else d = decay.
 
     Raises:
         ValueError: if decay is outside [0, 1).
@@ -54,7 +54,7 @@ class EMA:
         self.updates = 0
         self._averaged = AveragedModel(model, multi_avg_fn=self._average)
         self._averaged.requires_grad_(False).eval()
-        # AveragedModel copies at its first update; the copy has just been made.
+        # AveragedModel copies at its first update, but its constructor already has.
         self._averaged.n_averaged += 1
 
     @property
@@ -70,10 +70,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model; call after each optimiser step.
+        """Move the average towards the model's weights; call after each optimizer step.
 
         Raises:
-            ValueError: if the model has other parameters than the one that was followed.
+            ValueError: if the model's tensors differ in shape from the averaged ones.
         """
         self._pairs(model)
         self.updates += 1
@@ -81,31 +81,31 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Give the averaged weights to the model, and its own back at the end.
+        """Swap the averaged weights into the model, and restore the model's own on exit.
 
-        Parameters and buffers are exchanged in place, so the optimiser and compiled code keep
-        their references; an exception inside the block gives them back too.
+        Parameters and buffers are swapped in place, so that the optimizer and compiled code keep
+        their references. An exception inside the block restores them too.
 
         Raises:
-            ValueError: if the model has other parameters than the one that was followed.
+            ValueError: if the model's tensors differ in shape from the averaged ones.
         """
         pairs = self._pairs(model)
-        self._exchange(pairs)
+        self._swap(pairs)
         try:
             yield model
         finally:
-            self._exchange(pairs)
+            self._swap(pairs)
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         mine, theirs = ([*m.parameters(), *m.buffers()] for m in (self.model, model))
         if [p.shape for p in mine] != [p.shape for p in theirs]:
-            raise ValueError("model: expected the parameters of the model that was followed, "
-                             f"{len(mine)} tensors; got {len(theirs)}")  # fmt: skip
+            raise ValueError(f"model: expected {len(mine)} tensors of the averaged model's shapes, "
+                             f"got {len(theirs)} of other shapes")  # fmt: skip
         return list(zip(mine, theirs, strict=True))
 
     @staticmethod
     @torch.no_grad()
-    def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
         for a, b in pairs:
             held = a.clone()
             a.copy_(b)
@@ -116,7 +116,7 @@ class EMA:
         return {"model": self.model.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the averaged weights and the number of updates from `state_dict()`."""
+        """Restore the averaged weights and the number of updates from `state_dict()`."""
         updates = int(state["updates"])
         self.model.load_state_dict(state["model"])
         self.updates = updates

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_finite, check_part, check_reference, check_state, check_times
+from .._checks import check_finite, check_part, check_reference, check_state
 from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
 from .targets import DenoisingTarget
-from .times import UniformTimes
+from .times import UniformTimes, times_and_weights
 from .weighting import LikelihoodWeighting, SimpleWeighting
 
 
@@ -23,13 +24,13 @@ class ScoreMatching:
         x = \alpha x_0 + \sigma \epsilon,
 
     with w the weighting times the time sampler's weight, and the mean over the d dimensions of
-    a sample. The error is measured in the model's own parameterisation, which keeps every digit
-    at any noise level.
+    a sample. The error is computed in the model's own parameterization, which loses no digits at
+    any noise level.
 
     Args:
-        weighting: the weight of the noise-prediction error.
-        target: what the model is regressed on.
-        times: the law of the times.
+        weighting: the weight of the noise-prediction error, `SimpleWeighting` by default.
+        target: the regression target, `DenoisingTarget` by default.
+        times: the distribution of training times, `UniformTimes` by default.
 
     Raises:
         TypeError: if a part has the wrong type.
@@ -49,7 +50,7 @@ class ScoreMatching:
         target: TargetEstimator | None = None,
         times: TimeSampler | None = None,
     ) -> None:
-        """Keep the parts; the default is DDPM's simple loss in continuous time."""
+        """Check the parts; the defaults are DDPM's simple loss in continuous time."""
         self.weighting = SimpleWeighting() if weighting is None else weighting
         self.target = DenoisingTarget() if target is None else target
         self.times = UniformTimes() if times is None else times
@@ -57,6 +58,7 @@ class ScoreMatching:
         check_part(self.target, TargetEstimator, "target")
         check_part(self.times, TimeSampler, "times")
 
+    @override
     def __repr__(self) -> str:
         return f"ScoreMatching({self.weighting}, target={self.target}, times={self.times})"
 
@@ -77,24 +79,24 @@ class ScoreMatching:
             \|s_\theta - \nabla \log p(x_t | x_0)\|^2 \, dt
             = \tfrac{d}{2} (T - t_{min}) \, E[\ell]
 
-        an unbiased estimate of the term that training can lower in the bound on -log p of the SDE
-        model. `NELBO` has the bound as a whole.
+        an unbiased estimate of the trainable term of the bound on -log p of the SDE model.
+        `NELBO` computes the whole bound.
 
         Raises:
-            TypeError: unless the weighting is `LikelihoodWeighting`.
-            ValueError: if the times define an objective of their own, and as the losses do.
+            TypeError: if the weighting is not `LikelihoodWeighting`.
+            ValueError: if the times are not `unbiased`, and as `__call__` does.
 
         Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
         arXiv 2101.09258 (theorems 1 and 3).
         """
         if not isinstance(self.weighting, LikelihoodWeighting):
             raise TypeError(
-                "nats: expected the weighting LikelihoodWeighting(), with which the loss is one "
-                f"of likelihood, got {self.weighting}"
+                "weighting: expected LikelihoodWeighting(), without which the loss is not in nats, "
+                f"got {self.weighting}"
             )
         if not self.times.unbiased:
             raise ValueError(
-                "nats: expected times whose weighted mean is that of uniform ones, such as "
+                "times: expected a sampler whose weighted mean is that over uniform times, such as "
                 f"ImportanceTimes(), got {self.times}"
             )
         loss = self(
@@ -122,18 +124,18 @@ class ScoreMatching:
         """Return the losses (B,) of data x0 (B, *D).
 
         Args:
-            model: the score model; its SDE is the process.
+            model: the score model, with the process `model.sde`.
             x0: the data (B, *D).
-            reference: data the target may use (n, *D).
-            reference_class_labels: their classes (n,), for the target alone.
-            t: times (B,) to use instead of drawn ones, with weight 1.
-            generator: the source of times and noise.
-            cond: handed to the model and to the target.
+            reference: reference data (n, *D), for targets that use them.
+            reference_class_labels: the class labels (n,) of the reference data.
+            t: times (B,), in [0, T], with weight 1; drawn from the time sampler by default.
+            generator: the generator of times and noise.
+            cond: conditions, passed to the model and to the target.
 
         Raises:
-            ValueError: if the batch is empty or not finite, or shapes, dtypes or devices of
-                data and reference do not match.
-            TypeError: if x0 is not a floating-point tensor, or model not a ScoreModel.
+            ValueError: if the batch is empty or not finite, or the shapes, dtypes or devices of
+                data and reference differ.
+            TypeError: if x0 is not a floating-point tensor, or model is not a ScoreModel.
         """
         if not isinstance(model, ScoreModel):
             raise TypeError(
@@ -145,22 +147,12 @@ class ScoreMatching:
         if reference is not None:
             check_reference(reference, x0)
         sde = model.sde
-        if t is None:
-            # In the data's dtype, so that a model which uses t itself is not surprised by float64.
-            dtype = torch.promote_types(x0.dtype, torch.float32)
-            t, weight = self.times.sample(
-                sde, len(x0), generator=generator, device=x0.device, dtype=dtype
-            )
-        else:
-            check_times(t, sde.T, len(x0), x0)
-            weight = torch.ones_like(t)
+        t, weight = times_and_weights(self.times, sde, x0, t, generator)
         sample = sde.perturb(x0, t, generator=generator)
-        known = (
-            {}
-            if reference_class_labels is None
-            else {"reference_class_labels": reference_class_labels}
-        )
-        target = self.target(sample, reference, **known, **cond)
+        target_cond = dict(cond)
+        if reference_class_labels is not None:
+            target_cond["reference_class_labels"] = reference_class_labels
+        target = self.target(sample, reference, **target_cond)
         error = model.predict(sample.x, t, **cond).noise_error(target)
         dtype = torch.promote_types(error.dtype, torch.float32)
         loss = error.to(dtype).square().reshape(len(x0), -1).mean(1)

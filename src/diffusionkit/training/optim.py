@@ -1,4 +1,4 @@
-"""Small functions around the optimiser: warm-up, and a clipped step that refuses NaN."""
+"""Learning-rate warm-up, and optimizer steps with gradient clipping that skip NaN gradients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def linear_warmup(optimizer: Optimizer, steps: int = 5000) -> LambdaLR:
-    """Return a scheduler that raises the learning rate linearly from 1/steps to all of it.
+    """Return a scheduler that raises the learning rate linearly from 1/steps of its final value.
 
-    Call its `.step()` after each optimiser step.
+    Call its `.step()` after each optimizer step.
 
     Args:
-        optimizer: the optimiser, its learning rate the final one.
-        steps: the length of the warm-up; the papers use 5000.
+        optimizer: the optimizer, set to the final learning rate.
+        steps: the length of the warm-up in optimizer steps; the papers use 5000.
 
     Raises:
         ValueError: if steps < 1.
@@ -35,11 +35,11 @@ def linear_warmup(optimizer: Optimizer, steps: int = 5000) -> LambdaLR:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What became of an optimiser step.
+    """The result of an optimizer step.
 
     Args:
         norm: the norm of the gradients before clipping.
-        skipped: whether the step was left out because a gradient was not finite.
+        skipped: whether the step was skipped because a gradient was not finite.
     """
 
     norm: float
@@ -49,15 +49,15 @@ class StepReport:
 def clipped_step(
     optimizer: Optimizer, max_norm: float = 1.0, *, parameters: Iterable[Tensor] | None = None
 ) -> StepReport:
-    """Clip the gradients to a norm and take an optimiser step, unless a gradient is not finite.
+    """Clip the gradients to a norm and take an optimizer step, unless a gradient is not finite.
 
-    A step with a NaN or infinite gradient is left out and logged as a warning; the parameters
-    and the optimiser's state stay as they are. Gradients are set to None in both cases.
+    With a NaN or infinite gradient the step is skipped, with a warning in the log; parameters and
+    optimizer state do not change. Gradients are set to None in both cases.
 
     Args:
-        optimizer: the optimiser.
-        max_norm: the largest norm of all gradients together; `math.inf` only measures it.
-        parameters: the parameters to clip, all of the optimiser's by default.
+        optimizer: the optimizer.
+        max_norm: the largest norm of all gradients together; with `math.inf` nothing is clipped.
+        parameters: the parameters to clip, all of the optimizer's by default.
 
     Raises:
         ValueError: if max_norm is not positive, or no parameter has a gradient.
@@ -67,21 +67,20 @@ def clipped_step(
     every = [p for group in optimizer.param_groups for p in group["params"]]
     chosen = [p for p in (every if parameters is None else parameters) if p.grad is not None]
     if not chosen:
-        raise ValueError("expected gradients, got none: call loss.backward() first")
-    norm = whole = _norm(chosen)
-    if parameters is not None:
-        whole = _norm(every)
+        raise ValueError("parameters: expected gradients, got none; call loss.backward() first")
+    norm = _norm(chosen)
+    whole = norm if parameters is None else _norm(every)
     finite = math.isfinite(float(norm)) and math.isfinite(float(whole))
     if finite:
         if max_norm != math.inf:
             torch.nn.utils.clip_grads_with_norm_(chosen, max_norm, norm)
         optimizer.step()
     else:
-        logger.warning("skipped an optimiser step: the gradient's norm is %s", float(whole))
+        logger.warning("skipped an optimizer step: the norm of the gradients is %s", float(whole))
     optimizer.zero_grad(set_to_none=True)
     return StepReport(norm=float(norm), skipped=not finite)
 
 
 def _norm(parameters: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients there are."""
+    """Return the norm of all gradients, of those parameters that have one."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

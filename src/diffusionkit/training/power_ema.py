@@ -1,4 +1,4 @@
-"""Averages of weights with a power function as profile, of any length, even after training."""
+"""Power-function averages of a model's weights, also of lengths chosen after training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._checks import check_count, check_number
 from .._files import CheckpointError, atomic_write, read_torch
@@ -27,7 +28,7 @@ _UNIFORM = 1 / math.sqrt(12)
 
 
 def power_exponent(sigma_rel: float) -> float:
-    r"""Return the exponent of the profile with a given relative standard deviation.
+    r"""Return the exponent gamma of the profile with a given relative standard deviation.
 
     .. math::
         \sigma_{rel}^2 = \frac{\gamma + 1}{(\gamma + 2)^2 (\gamma + 3)}
@@ -36,8 +37,8 @@ def power_exponent(sigma_rel: float) -> float:
         sigma_rel: the standard deviation of the profile t^gamma on [0, 1].
 
     Raises:
-        ValueError: unless 0 < sigma_rel < 12^(-1/2) = 0.2887, that of a constant profile.
-        TypeError: if it is not a number.
+        ValueError: if sigma_rel is outside (0, 0.2887), 12^(-1/2) being that of a flat profile.
+        TypeError: if sigma_rel is not a number.
 
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
     2024, arXiv 2312.02696 (section 3.1).
@@ -48,7 +49,7 @@ def power_exponent(sigma_rel: float) -> float:
     check_number(sigma_rel, "sigma_rel")
     if not 0.0 < sigma_rel < _UNIFORM:
         raise ValueError(f"sigma_rel: expected a number in (0, {_UNIFORM:.4f}), got {sigma_rel}")
-    # With y = gamma + 7/3 it is y^3 - 3 p y = 2 q, of three real roots; the largest is wanted.
+    # In y = gamma + 7/3 this is y^3 - 3 p y = 2 q, with three real roots; gamma is the largest.
     rate = sigma_rel**-2
     p = (rate + 1 / 3) / 3
     q = -1 / 27 - 2 * rate / 3
@@ -56,31 +57,32 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 class _PowerAverage(EMA):
-    """One average, of one length."""
+    """The average of one length."""
 
     def __init__(self, model: nn.Module, sigma_rel: float) -> None:
         super().__init__(model)
         self.exponent = power_exponent(sigma_rel)
 
+    @override
     def _average(self, average: Tensors, current: Tensors, _: Tensor | int) -> None:
         keep = (1 - 1 / self.updates) ** (self.exponent + 1)
         torch._foreach_lerp_(average, current, 1.0 - keep)
 
 
 class PowerEMA:
-    r"""Averages of a model's weights over a share of the training so far.
+    r"""Averages of a model's weights over a fixed fraction of the training so far.
 
     .. math::
         \bar\theta_t = \beta_t \bar\theta_{t-1} + (1 - \beta_t) \theta_t, \quad
         \beta_t = (1 - 1/t)^{\gamma + 1}
 
-    at update t = 1, 2, ... weighs the weights at time s by s^gamma: the profile grows with the
-    training, and the initial weights are gone from the first update on. Its length is told by
-    sigma_rel, the standard deviation over t. Two lengths, saved now and then, let `reconstruct_ema`
-    build any other when the training is over.
+    at update t = 1, 2, ..., so that the share of the weights of update s is proportional to
+    s^gamma: the profile stretches with the training, and the initial weights have no share. Its
+    length is sigma_rel, the standard deviation of s / t. From snapshots of two lengths, saved at
+    intervals, `reconstruct_ema` computes the average of any other length after training.
 
     Args:
-        model: the model to follow.
+        model: the model whose weights are averaged.
         sigma_rels: the lengths, each in (0, 0.2887).
 
     Attributes:
@@ -101,21 +103,21 @@ class PowerEMA:
     """
 
     def __init__(self, model: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
-        """Copy the model, once for each length."""
+        """Copy the model once for each length."""
         if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
-            raise ValueError(f"sigma_rels: expected different numbers, got {sigma_rels}")
+            raise ValueError(f"sigma_rels: expected distinct numbers, got {sigma_rels}")
         self.averages: Mapping[float, EMA] = {s: _PowerAverage(model, s) for s in sigma_rels}
 
     @property
     def updates(self) -> int:
-        """How many updates there were."""
+        """The number of updates so far."""
         return next(iter(self.averages.values())).updates
 
     def update(self, model: nn.Module) -> None:
-        """Move the averages towards the model; call after each optimiser step.
+        """Move the averages towards the model's weights; call after each optimizer step.
 
         Raises:
-            ValueError: if the model has other parameters than the one that was followed.
+            ValueError: if the model's tensors differ in shape from the averaged ones.
         """
         for average in self.averages.values():
             average.update(model)
@@ -125,10 +127,10 @@ class PowerEMA:
         return {sigma_rel: average.state_dict() for sigma_rel, average in self.averages.items()}
 
     def load_state_dict(self, state: Mapping[float, Any]) -> None:
-        """Take the averages from `state_dict()`.
+        """Restore the averages from `state_dict()`.
 
         Raises:
-            ValueError: if it is of other lengths.
+            ValueError: if the lengths differ.
         """
         if set(state) != set(self.averages):
             raise ValueError(
@@ -140,18 +142,18 @@ class PowerEMA:
     def save(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
     ) -> list[Path]:
-        """Write a snapshot of each average to a folder, whole or not at all.
+        """Save a snapshot of each average to a folder, each file written atomically.
 
         Args:
-            folder: the folder, made if there is none.
-            dtype: what the weights are stored in, their own by default; torch.float16 halves the
-                files.
+            folder: the folder, created if it does not exist.
+            dtype: the dtype of the saved weights, their own by default; torch.float16 halves
+                float32 files.
 
         Returns:
-            The files, named after the update and the length.
+            The paths of the files, which are named after update and length.
 
         Raises:
-            ValueError: if there was no update yet.
+            ValueError: if there has been no update.
         """
         check_count(self.updates, "updates")
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -172,9 +174,9 @@ class PowerEMA:
 def power_coefficients(
     snapshots: Sequence[tuple[int, float]], wanted: tuple[int, float]
 ) -> tuple[Tensor, float]:
-    r"""Return the combination of averages that comes closest to another one.
+    r"""Return the coefficients with which saved averages best approximate another one.
 
-    Least squares between the profiles, p_i(s) = (gamma_i + 1) s^gamma_i / t_i^(gamma_i + 1) on
+    A least-squares fit of the profiles p_i(s) = (gamma_i + 1) s^gamma_i / t_i^(gamma_i + 1) on
     [0, t_i]:
 
     .. math::
@@ -183,32 +185,32 @@ def power_coefficients(
         {\gamma_i + \gamma_j + 1} \frac{m^{\gamma_i + \gamma_j + 1}}
         {t_i^{\gamma_i + 1} t_j^{\gamma_j + 1}}, \quad m = \min(t_i, t_j),
 
-    then c is divided by its sum.
+    after which c is divided by its sum.
 
     Args:
-        snapshots: the update and the sigma_rel of each average, all different.
-        wanted: the update and the sigma_rel of the one that is wanted.
+        snapshots: (update, sigma_rel) of each saved average, all different.
+        wanted: (update, sigma_rel) of the average to approximate.
 
     Returns:
-        The coefficients (n,), and the distance of the best fit's profile from the wanted one,
-        relative to its norm.
+        The coefficients (n,), and the error of the fitted profile relative to the norm of the
+        wanted one.
 
     Raises:
         ValueError: if two snapshots are equal, an update is < 1 or a sigma_rel is out of range.
-        TypeError: if one of them is not a number.
+        TypeError: if an update is not an integer or a sigma_rel is not a number.
 
     Source: Karras et al., 2024, arXiv 2312.02696 (appendix C).
     """
     if len(set(snapshots)) < len(snapshots):
-        raise ValueError(f"snapshots: expected different ones, got {sorted(snapshots)}")
+        raise ValueError(f"snapshots: expected distinct ones, got {sorted(snapshots)}")
     rows = [*snapshots, wanted]
     for updates, _ in rows:
         check_count(updates, "updates")
     t = torch.tensor([float(updates) for updates, _ in rows], dtype=torch.float64)
     power = torch.tensor([power_exponent(s) + 1 for _, s in rows], dtype=torch.float64)
-    both, least = power.unsqueeze(1) + power, torch.minimum(t.unsqueeze(1), t)
-    share = (least / t) ** power  # of each column's profile; its transpose is each row's
-    gram = power.unsqueeze(1) * power / (both - 1) * share * share.t() / least
+    both, earlier = power.unsqueeze(1) + power, torch.minimum(t.unsqueeze(1), t)
+    share = (earlier / t) ** power  # of the column's profile before the earlier update
+    gram = power.unsqueeze(1) * power / (both - 1) * share * share.t() / earlier
     a, b, norm = gram[:-1, :-1], gram[:-1, -1], gram[-1, -1]
     c = torch.linalg.solve(a, b)
     error = float((1 - c @ b / norm).clamp_min(0.0).sqrt())
@@ -221,24 +223,24 @@ def reconstruct_ema(
     *,
     updates: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return the weights that `PowerEMA` of another length would have, from saved snapshots.
+    """Return the weights of a `PowerEMA` of another length, computed from saved snapshots.
 
-    The files are read twice, and never held in memory together. What is not averaged, the
-    buffers, comes from the last snapshot. A fit that is off by more than 10% is logged: save more
-    often, or ask for a length nearer to the saved ones.
+    Each file is read twice, one at a time. Buffers are not averaged; they come from the last
+    snapshot. If the fit's error exceeds 10%, a warning is logged: save more often, or choose a
+    length closer to the saved ones.
 
     Args:
-        snapshots: the folder of `PowerEMA.save`, or its files; those after `updates` are left out.
-        sigma_rel: the length that is wanted.
-        updates: the update at which it is wanted, that of the last snapshot by default.
+        snapshots: the folder of `PowerEMA.save`, or its files; those after `updates` are ignored.
+        sigma_rel: the length to reconstruct.
+        updates: the update to reconstruct it at, by default that of the last snapshot.
 
     Returns:
-        A state dict, for `model.load_state_dict`.
+        A state dict for `model.load_state_dict`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        CheckpointError: if a file is damaged, not a snapshot, or one of another model.
-        ValueError: if fewer than two snapshots are left, or sigma_rel is out of range.
+        FileNotFoundError: if a file does not exist.
+        CheckpointError: if a file is damaged, not a snapshot, or of another model.
+        ValueError: if fewer than two snapshots remain, or sigma_rel is out of range.
     """
     if isinstance(snapshots, (str, os.PathLike)):
         snapshots = sorted(Path(snapshots).glob("*.pt"))
@@ -251,7 +253,7 @@ def reconstruct_ema(
         )
     coefficients, error = power_coefficients(used, (last, sigma_rel))
     if error > 0.1:
-        logger.warning("the fit to sigma_rel = %g is off by %.0f%%", sigma_rel, 100 * error)
+        logger.warning("the fit to sigma_rel = %g has an error of %.0f%%", sigma_rel, 100 * error)
     total: dict[str, Tensor] = {}
     layouts: list[dict[str, Any]] = []
     for key, coefficient in zip(used, coefficients.tolist(), strict=True):
@@ -259,7 +261,8 @@ def reconstruct_ema(
         weights, averaged = content["model"], content["averaged"]
         layouts.append({n: (n in averaged, getattr(v, "shape", v)) for n, v in weights.items()})
         if layouts[-1] != layouts[0]:
-            raise CheckpointError(f"{found[key]}: expected the tensors of {found[used[0]]}")
+            raise CheckpointError(f"{found[key]}: expected the tensors of {found[used[0]]}, "
+                                  "got others")  # fmt: skip
         for name in averaged:
             exact = torch.promote_types(weights[name].dtype, torch.float64)
             part = weights[name].to(exact) * coefficient
@@ -281,10 +284,10 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     expected = "a snapshot written by PowerEMA.save"
     content = read_torch(path, expected=expected)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected {expected}, got a foreign file")
+        raise CheckpointError(f"{path}: expected {expected}, got a file of another format")
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path}: expected version {VERSION}, got {content.get('version')}")
-    odd = [k for k, kind in _PARTS.items() if not isinstance(content.get(k), kind)]
-    if odd or not set(content["averaged"]) <= set(content["model"]):
-        raise CheckpointError(f"{path}: expected {expected}, got one with odd or missing: {odd}")
+    wrong = [k for k, kind in _PARTS.items() if not isinstance(content.get(k), kind)]
+    if wrong or not set(content["averaged"]) <= set(content["model"]):
+        raise CheckpointError(f"{path}: expected {expected}, got one with wrong entries: {wrong}")
     return content

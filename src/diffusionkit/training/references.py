@@ -1,4 +1,4 @@
-"""Batches within reference batches, for targets that use references."""
+"""Batches with reference batches that contain them, for targets that use references."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from ..random import seeded
 
 
 class ReferenceBatches:
-    r"""Batches of a data set, each with reference data that contain it.
+    r"""Batches of a data set, each with a reference batch that contains it.
 
-    An epoch goes through a shuffled order of the data with a window of `reference_size` items.
-    The batch is the oldest of them, which then leave it as new ones come, until the order ends
-    and the batch moves through the last window. So an epoch loads no item twice, nor
-    uses it in two batches, and no window has it twice.
+    An epoch slides a window of `reference_size` items, the reference, over the shuffled data. The
+    batch is the oldest items in the window; they leave it when new ones are loaded. Once all data
+    are loaded, the batch moves through the last window. So an epoch loads each item at most once,
+    uses it in at most one batch, and no window contains it twice.
 
-    The batch and the window stand at fixed places of a uniformly random order: whatever items
-    the window holds, the batch is any of them with equal probability. That is all that a
-    `StableTarget` needs to be unbiased, step by step.
+    Batch and window are fixed positions of a uniformly random order: given the items of the
+    window, each is in the batch with equal probability. Therefore `StableTarget` is unbiased in
+    every single step.
 
-    The first step of an epoch loads a whole window, the last ones load nothing; worker processes
-    even this out. An item is loaded, and augmented, once for batch and reference alike. Both are
-    parts of one memory, used again in later steps: do not change them in place.
+    The first step of an epoch loads a whole window and the last steps load nothing; worker
+    processes even this out. An item is loaded, and augmented, once for both batch and reference.
+    They share memory, which later steps use again: do not modify them in place. Of a data set with
+    class labels each is a tuple: `for (batch, labels), (reference, reference_labels) in ...`.
 
     Args:
-        dataset: a map-style data set of tensors (*D), or of tuples with labels and the like; a
+        dataset: a map-style data set of tensors (*D), or of tuples (tensor, class label, ...); a
             tensor (N, *D) is one.
         batch_size: the size B of the batches.
-        reference_size: the size n of the references, of one process.
-        seed: of the order; one seed and epoch give the same batches again.
-        rank: which share of the data to take, by default this process's in torch.distributed.
+        reference_size: the size n of the references, in each process.
+        seed: the seed of the order; the same seed and epoch give the same batches.
+        rank: the share of the data to use, by default this process's in torch.distributed.
         world_size: the number of shares.
         loader: options of torch.utils.data.DataLoader, such as num_workers, pin_memory and
             collate_fn.
 
     Raises:
-        ValueError: if sizes do not fit: batch_size <= reference_size <= the process's share.
+        ValueError: if batch_size > reference_size, or either exceeds the items of a process.
         TypeError: if the data set has no length, or a size is not an integer.
 
     >>> data = torch.randn(100, 3)
@@ -50,8 +51,6 @@ class ReferenceBatches:
     ...     pass
     >>> batch.shape, reference.shape
     (torch.Size([8, 3]), torch.Size([32, 3]))
-
-    With labels, it is `for (batch, labels), (reference, reference_labels) in ...`.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class ReferenceBatches:
         world_size: int | None = None,
         **loader: Any,
     ) -> None:
-        """Keep the sizes; nothing is loaded yet."""
+        """Check the sizes; nothing is loaded yet."""
         if not isinstance(dataset, Sized):
             raise TypeError(
                 "dataset: expected a map-style data set with a length, "
@@ -84,31 +83,31 @@ class ReferenceBatches:
         share = len(dataset) // world_size
         if not batch_size <= reference_size <= share:
             raise ValueError(
-                f"expected batch_size <= reference_size <= {share}, the items of each process, "
-                f"got batch_size={batch_size} and reference_size={reference_size}"
+                f"batch_size, reference_size: expected batch_size <= reference_size <= {share}, "
+                f"the number of items of each process, got {batch_size}, {reference_size}"
             )
         if rank >= world_size:
-            raise ValueError(f"rank: expected a number below {world_size}, got {rank}")
+            raise ValueError(f"rank: expected an integer < {world_size}, got {rank}")
         self.dataset: Any = dataset
         self.batch_size, self.reference_size = batch_size, reference_size
         self.seed, self.rank, self.world_size, self.loader = seed, rank, world_size, loader
         self.epoch, self._share = 0, share
 
     def __len__(self) -> int:
-        """Return the number of steps of an epoch."""
+        """Return the number of steps per epoch."""
         return self._share // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the next epoch, for a run that goes on; otherwise they follow one another."""
+        """Set the next epoch, to resume a run; by default epochs count up from 0."""
         check_count(epoch, "epoch", least=0)
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        """Go through the next epoch in (batch, reference), each made as the data set's items."""
+        """Yield (batch, reference) for each step of the next epoch, tensors or tuples of them."""
         epoch, size = self.epoch, self.batch_size
         self.epoch += 1
-        everyone = torch.randperm(len(self.dataset), generator=seeded(self.seed, epoch))
-        order = everyone[self.rank :: self.world_size][: self._share].tolist()
+        shuffled = torch.randperm(len(self.dataset), generator=seeded(self.seed, epoch))
+        order = shuffled[self.rank :: self.world_size][: self._share].tolist()
         starts = range(self.reference_size, self._share, size)
         new = [order[: self.reference_size], *(order[start : start + size] for start in starts)]
         pieces = iter(
@@ -124,9 +123,9 @@ class ReferenceBatches:
         for begin in range(0, len(self) * size, size):
             if first < min(begin, self._share - self.reference_size):
                 piece = _tensors(next(pieces))
-                gone = len(piece[0])
-                first += gone
-                pool = [torch.cat([x[gone:], y]) for x, y in zip(pool, piece, strict=True)]
+                count = len(piece[0])
+                first += count
+                pool = [torch.cat([x[count:], y]) for x, y in zip(pool, piece, strict=True)]
             batch = [x[begin - first : begin - first + size] for x in pool]
             yield (batch[0], pool[0]) if single else (tuple(batch), tuple(pool))
 

@@ -1,4 +1,4 @@
-"""Laws of the times a loss is taken at."""
+"""Distributions of training times."""
 
 from __future__ import annotations
 
@@ -7,11 +7,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from .._checks import check_count, check_number, check_positive
+from .._checks import check_count, check_number, check_positive, check_times
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand, randn
+
+
+def times_and_weights(
+    sampler: TimeSampler, sde: ForwardSDE, x0: Tensor, t: Tensor | None, generator: Generators
+) -> tuple[Tensor, Tensor]:
+    """Return times and weights (B,) for data x0: drawn, or the given times with weight 1."""
+    if t is None:
+        # In the data's dtype, so that a model that computes with t stays in that dtype.
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        return sampler.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
+    check_times(t, sde.T, len(x0), x0)
+    # A view drops the floats that a sampler's time carries, so that parts get tensors (B,).
+    return t.view_as(t), torch.ones_like(t)
 
 
 def _stratified(
@@ -19,13 +33,13 @@ def _stratified(
     generator: Generators,
     device: torch.device | str | None,
     dtype: torch.dtype,
-    law: TimeSampler,
+    sampler: TimeSampler,
 ) -> Tensor:
-    """Return n numbers spread evenly over [0, 1) by one shared shift."""
+    """Return n numbers evenly spaced over [0, 1), all shifted by one uniform draw."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
-            f"generator: {type(law).__name__} shares one shift over the batch; expected a "
-            f"torch.Generator or None, got {type(generator).__name__}"
+            f"generator: expected a torch.Generator or None, got {type(generator).__name__}; "
+            f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
     shift = rand(1, generator=generator, device=device, dtype=dtype)
     return (shift + torch.arange(n, device=device, dtype=dtype) / n) % 1.0
@@ -41,6 +55,7 @@ class UniformTimes(TimeSampler):
     (torch.Size([4]), [1.0, 1.0, 1.0, 1.0])
     """
 
+    @override
     def sample(
         self,
         sde: ForwardSDE,
@@ -50,7 +65,6 @@ class UniformTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw times (n,) and weights (n,)."""
         check_count(n, "n")
         dtype = dtype or schedule_dtype(device)
         u = rand(n, generator=generator, device=device, dtype=dtype)
@@ -59,17 +73,18 @@ class UniformTimes(TimeSampler):
 
 @dataclass(frozen=True)
 class StratifiedTimes(TimeSampler):
-    r"""Times spread evenly over [t_min, T] by one shared shift: less variance of the loss.
+    r"""Evenly spaced times over [t_min, T] with one random shift: the mean loss varies less.
 
     .. math::
         u_i = (u_0 + i / n) \bmod 1, \quad t = t_{min} + (T - t_{min}) u, \quad \text{weight } 1
 
-    Each time alone is uniform. One generator for each sample cannot share a shift and is
-    refused.
+    Each single time is uniform. The batch shares one draw, so one generator for each sample
+    raises TypeError.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix I.1).
     """
 
+    @override
     def sample(
         self,
         sde: ForwardSDE,
@@ -79,7 +94,6 @@ class StratifiedTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw times (n,) and weights (n,)."""
         check_count(n, "n")
         u = _stratified(n, generator, device, dtype or schedule_dtype(device), self)
         return sde.t_min + (sde.T - sde.t_min) * u, torch.ones_like(u)
@@ -87,7 +101,7 @@ class StratifiedTimes(TimeSampler):
 
 @dataclass(frozen=True)
 class ImportanceTimes(TimeSampler):
-    r"""Times uniform in the log-SNR: the likelihood's own law, with far less variance.
+    r"""Times uniform in the log-SNR: importance sampling for the likelihood-weighted loss.
 
     .. math::
         p(t) = \frac{1}{Z} \frac{g(t)^2}{\sigma(t)^2}, \quad
@@ -95,32 +109,33 @@ class ImportanceTimes(TimeSampler):
           = \mathrm{log\,snr}(t_{min}) - \mathrm{log\,snr}(T), \quad
         \text{weight } \frac{Z \sigma^2}{(T - t_{min}) g^2}
 
-    The weight leaves the expectation of a loss as it is with uniform times. With
-    `LikelihoodWeighting` it cancels the weighting, and all times weigh the same.
+    The weight keeps the expected loss that of uniform times. It cancels `LikelihoodWeighting`, so
+    that all times have the same weight and the loss has far less variance.
 
     Args:
-        stratified: whether the times of a batch are spread evenly by one shared shift. One
-            generator for each sample cannot share a shift and wants False.
+        stratified: whether the times of a batch are evenly spaced with one random shift; must be
+            False with one generator for each sample.
 
-    Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
-    arXiv 2101.09258 (section 5); Kingma et al., 2021, arXiv 2107.00630 (the shared shift).
+    Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021, arXiv
+    2101.09258 (section 5); Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630.
 
     >>> from diffusionkit import VPSDE
-    >>> round(ImportanceTimes().normaliser(VPSDE()), 6)
+    >>> round(ImportanceTimes().normalizer(VPSDE()), 6)
     23.864472
     """
 
     stratified: bool = True
 
-    def normaliser(self, sde: ForwardSDE) -> float:
+    def normalizer(self, sde: ForwardSDE) -> float:
         """Return Z, the integral of g^2 / sigma^2 over [t_min, T].
 
         Raises:
-            ValueError: if it is infinite, as it is from t_min = 0 where there is no noise.
+            ValueError: if Z is infinite, as with t_min = 0 and sigma(0) = 0.
         """
         first, last = self._ends(sde, None)
         return float(first - last)
 
+    @override
     def sample(
         self,
         sde: ForwardSDE,
@@ -130,7 +145,6 @@ class ImportanceTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw times (n,) and weights (n,)."""
         check_count(n, "n")
         exactly = schedule_dtype(device)
         if self.stratified:
@@ -144,33 +158,35 @@ class ImportanceTimes(TimeSampler):
         return t.to(dtype or exactly), weight.to(dtype or exactly)
 
     def quantile(self, sde: ForwardSDE, u: Tensor) -> Tensor:
-        """Return the times (n,) below which a share u (n,) of the law lies."""
+        """Return the times (n,) below which a fraction u (n,) of the distribution lies."""
         first, last = self._ends(sde, u.device)
         return sde.time_at_log_snr(first + (last - first) * u).clamp(sde.t_min, sde.T)
 
     def _ends(self, sde: ForwardSDE, device: torch.device | str | None) -> Tensor:
-        """Return the log-SNR at t_min and at T, (2,)."""
+        """Return the log-SNR at t_min and T, (2,)."""
         at = torch.tensor([sde.t_min, sde.T], dtype=schedule_dtype(device), device=home(sde))
         ends = sde.log_snr(at).detach().to(device)
         if not bool(torch.isfinite(ends).all()):
             raise ValueError(
-                f"ImportanceTimes: expected a finite log-SNR at t_min = {sde.t_min:g} and "
-                f"T = {sde.T:g}, got {ends.tolist()}; give the SDE a t_min > 0"
+                f"sde: expected a finite log-SNR at t_min = {sde.t_min:g} and T = {sde.T:g}, "
+                f"got {ends.tolist()}; set t_min > 0"
             )
         return ends
 
 
 @dataclass(frozen=True)
 class LogNormalTimes(TimeSampler):
-    r"""Times at which ln(sigma / alpha) is normal: EDM's law, effort where it pays; weight 1.
+    r"""Times at which ln(sigma / alpha) is Gaussian, as in EDM; weight 1.
 
-    The law defines the objective by itself. Times are kept within [t_min, T].
+    Training concentrates on the noise levels where it helps most. The distribution is part of the
+    objective (`unbiased` is False). Times are clamped to [t_min, T].
 
     Args:
         mean: the mean of ln(sigma / alpha).
-        std: its standard deviation.
+        std: the standard deviation of ln(sigma / alpha).
 
-    Source: Karras et al., 2022, arXiv 2206.00364 (table 1).
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022,
+    arXiv 2206.00364 (table 1).
     """
 
     mean: float = -1.2
@@ -184,6 +200,7 @@ class LogNormalTimes(TimeSampler):
             raise ValueError(f"mean: expected a finite number, got {self.mean}")
         check_positive(self.std, "std")
 
+    @override
     def sample(
         self,
         sde: ForwardSDE,
@@ -193,7 +210,6 @@ class LogNormalTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw times (n,) and weights (n,)."""
         check_count(n, "n")
         dtype = dtype or schedule_dtype(device)
         z = randn((n,), generator=generator, device=device, dtype=dtype)

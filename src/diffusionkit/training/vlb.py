@@ -1,4 +1,4 @@
-"""The variational bound of a chain of steps as an objective, alone and beside the simple loss."""
+"""The variational bound of a discrete chain as an objective, alone or with the simple loss."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import abc
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._chain_terms import chain_length, step_nats
-from .._checks import check_finite, check_part, check_positive, check_state, check_times, readable
+from .._checks import check_finite, check_part, check_positive, check_state, readable
 from ..decoders import GaussianDecoder
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
 from ..random import Generators
 from ..values import Prediction
 from .discrete_times import DiscreteTimes
+from .times import times_and_weights
 
 
 class _ChainObjective(abc.ABC):
-    """A loss at one step of the chain for each sample."""
+    """An objective that samples one step of the chain for each sample of the batch."""
 
     def __init__(
         self, *, decoder: GaussianDecoder | None = None, times: TimeSampler | None = None
@@ -41,30 +42,23 @@ class _ChainObjective(abc.ABC):
         """Return the losses (B,) of data x0 (B, *D).
 
         Args:
-            model: the score model; its SDE is a chain of steps.
+            model: the score model; `model.sde` is a discrete chain.
             x0: the data (B, *D), on the decoder's levels.
-            t: times (B,) of steps to use instead of drawn ones, with weight 1.
-            generator: the source of times and noise.
-            cond: handed to the model.
+            t: times (B,) of steps, with weight 1; drawn from the time sampler by default.
+            generator: the generator of times and noise.
+            cond: conditions, passed to the model.
 
         Raises:
             ValueError: if the batch is empty or not finite, data lie between levels, or times
                 between steps.
-            TypeError: if x0 is not a floating-point tensor, or the model's process is no chain.
+            TypeError: if x0 is not a floating-point tensor, or the process is not a chain.
         """
         count = chain_length(model)
         check_state(x0, "x0")
         check_finite(x0, "x0")
         self.decoder.check(x0)
         sde = model.sde
-        if t is None:
-            dtype = torch.promote_types(x0.dtype, torch.float32)
-            t, weight = self.times.sample(
-                sde, len(x0), generator=generator, device=x0.device, dtype=dtype
-            )
-        else:
-            check_times(t, sde.T, len(x0), x0)
-            weight = torch.ones_like(t)
+        t, weight = times_and_weights(self.times, sde, x0, t, generator)
         point = (t * count).round()
         if readable(t) and not bool(
             ((point - t * count).abs() < 0.01).all() and (point >= 1).all()
@@ -82,7 +76,7 @@ class _ChainObjective(abc.ABC):
     def _loss(
         self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
     ) -> Tensor:
-        """Return the losses (B,) of what a model says of noisy data at steps (B,)."""
+        """Return the losses (B,) of a prediction at steps (B,), numbered from 0."""
 
     def _bits(
         self,
@@ -93,28 +87,26 @@ class _ChainObjective(abc.ABC):
         *,
         detach_mean: bool = False,
     ) -> Tensor:
-        """Return T times what the steps cost (B,): the mean over steps is the sum of them."""
+        """Return T times the terms of the steps (B,), in bits per dimension."""
         nats = step_nats(model, prediction, sample.x0, step, self.decoder, detach_mean=detach_mean)
         return nats * (chain_length(model) / (sample.x0[0].numel() * math.log(2)))
 
 
 class VLB(_ChainObjective):
-    r"""The variational bound of a chain of T steps, in bits per dimension, one step a sample.
+    r"""The variational bound of a chain of T steps, in bits per dimension, at one step per sample.
 
     .. math::
         \ell = \frac{T}{d \ln 2} L_i, \quad
         L_0 = -\log p(x_0 | x_1), \quad
         L_i = KL(q(x_i | x_{i+1}, x_0) \,\|\, p(x_i | x_{i+1})),
 
-    with i uniform over the steps, numbered from 0, so that the mean of the losses is the sum over
-    all steps: the bound but for the prior's share, in which nothing is learned. The factor T is
-    that sum's, here and in `HybridLoss`, and there is no other scale. The chain's own steps are
-    meant: training on fewer is training on the chain of those.
+    with i uniform over the steps, numbered from 0. The factor T makes the expected loss the sum
+    over all steps: the bound without its prior term, which has no parameters. T is the number of
+    steps of `model.sde`; to train on fewer steps, pass a model of the respaced chain.
 
     Args:
-        decoder: the likelihood of the data in the first step, of 256 levels in [-1, 1] by
-            default.
-        times: the law of the steps, `DiscreteTimes` by default.
+        decoder: the likelihood of the data at step 0, for 256 levels in [-1, 1] by default.
+        times: the distribution of the steps, `DiscreteTimes` by default.
 
     Raises:
         TypeError: if a part has the wrong type.
@@ -129,9 +121,11 @@ class VLB(_ChainObjective):
     torch.Size([4])
     """
 
+    @override
     def __repr__(self) -> str:
         return f"VLB(decoder={self.decoder}, times={self.times})"
 
+    @override
     def _loss(
         self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
     ) -> Tensor:
@@ -139,24 +133,23 @@ class VLB(_ChainObjective):
 
 
 class HybridLoss(_ChainObjective):
-    r"""The simple loss for the mean and the variational bound for the variance.
+    r"""The simple loss, which trains the mean, plus the bound, which trains the variance.
 
     .. math::
         \ell = \frac1d \|\hat\epsilon - \epsilon\|^2 + \lambda \, \ell_{VLB}
 
-    with the mean detached in the loss of `VLB`, so that what predicts the mean learns from the
-    simple loss alone and what predicts the variance from the bound alone. The bound is the sum
-    over all T steps in bits per dimension, so that lambda means the same whatever T is.
+    with the mean detached in the loss of `VLB`, so that only the simple loss trains the mean and
+    only the bound trains the variance. Since `VLB` estimates the sum over all T steps, in bits per
+    dimension, lambda does not depend on T.
 
     Args:
         vlb_weight: lambda.
-        decoder: the likelihood of the data in the first step, of 256 levels in [-1, 1] by
-            default.
-        times: the law of the steps, `DiscreteTimes` by default.
+        decoder: the likelihood of the data at step 0, for 256 levels in [-1, 1] by default.
+        times: the distribution of the steps, `DiscreteTimes` by default.
 
     Raises:
         TypeError: if a part has the wrong type.
-        ValueError: unless vlb_weight is finite and positive; when called, if the model's variance
+        ValueError: if vlb_weight is not finite and positive; when called, if the model's variance
             is not learned.
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (equation 16).
@@ -169,21 +162,23 @@ class HybridLoss(_ChainObjective):
         decoder: GaussianDecoder | None = None,
         times: TimeSampler | None = None,
     ) -> None:
-        """Keep the parts."""
+        """Check the parts and the weight."""
         super().__init__(decoder=decoder, times=times)
         check_positive(vlb_weight, "vlb_weight")
         self.vlb_weight = vlb_weight
 
+    @override
     def __repr__(self) -> str:
         return f"HybridLoss({self.vlb_weight}, decoder={self.decoder}, times={self.times})"
 
+    @override
     def _loss(
         self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
     ) -> Tensor:
         if prediction.log_var is None and prediction.log_var_fraction is None:
             raise ValueError(
-                "model: expected a learned variance, as of EpsModel(..., "
-                'variance="learned_range"), got none; without it the loss is ScoreMatching()'
+                "model: expected a learned variance, as in EpsModel(..., "
+                'variance="learned_range"), got none; use ScoreMatching() for a fixed one'
             )
         target = Prediction.from_eps(sample.x, sample.eps, sample.alpha, sample.sigma)
         bits = self._bits(model, sample, prediction, step, detach_mean=True)

@@ -1,7 +1,7 @@
-r"""Weights of the noise-prediction error at each time.
+r"""Weights of the noise-prediction error as a function of time.
 
-With w on ||eps_hat - eps||^2, the weight on the score's error is w sigma^2 and that on the
-data's error w alpha^2 / sigma^2.
+A weight w of ||eps_hat - eps||^2 is a weight w sigma^2 of the squared error of the score and a
+weight w alpha^2 / sigma^2 of that of x0.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_positive, check_times
 from .._schedules import exact
@@ -18,23 +19,23 @@ from ..interfaces import ForwardSDE, Weighting
 
 @dataclass(frozen=True)
 class SimpleWeighting(Weighting):
-    """Weight 1: every noise level counts the same, for the best-looking samples.
+    """Weight 1 at every noise level, for the best sample quality.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
     """
 
+    @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return ones (B,)."""
         check_times(t, sde.T)
         return torch.ones_like(t)
 
 
 @dataclass(frozen=True)
 class LikelihoodWeighting(Weighting):
-    r"""Weight g^2 / sigma^2: the loss bounds the negative log-likelihood.
+    r"""Weight g^2 / sigma^2, with which the loss bounds the negative log-likelihood.
 
-    With it, half the weighted sum over dimensions, integrated over time, is the bound's path
-    term in nats.
+    Half the weighted squared error, summed over dimensions and integrated over time, is the
+    diffusion term of the bound, in nats.
 
     Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
     arXiv 2101.09258 (theorem 1).
@@ -44,8 +45,8 @@ class LikelihoodWeighting(Weighting):
     tensor([17.0344, 17.0344])
     """
 
+    @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return g(t)^2 / sigma(t)^2, (B,)."""
         check_times(t, sde.T)
         _, sigma = sde.marginal(exact(t))
         return (sde.diffusion(exact(t)) / sigma).square().to(t.dtype)
@@ -53,14 +54,15 @@ class LikelihoodWeighting(Weighting):
 
 @dataclass(frozen=True)
 class EDMWeighting(Weighting):
-    r"""Weight (s^2 + sd^2) / sd^2, s = sigma / alpha: EDM's network has unit loss everywhere.
+    r"""Weight (s^2 + sd^2) / sd^2, s = sigma / alpha: weight 1 of EDM's raw network output.
 
-    On the error of the data it is EDM's (s^2 + sd^2) / (s sd)^2.
+    On the squared error of x0 this is EDM's (s^2 + sd^2) / (s sd)^2.
 
     Args:
         sigma_data: sd, the standard deviation of the data.
 
-    Source: Karras et al., 2022, arXiv 2206.00364 (table 1).
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022,
+    arXiv 2206.00364 (table 1).
     """
 
     sigma_data: float = 0.5
@@ -68,8 +70,8 @@ class EDMWeighting(Weighting):
     def __post_init__(self) -> None:
         check_positive(self.sigma_data, "sigma_data")
 
+    @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return the weights (B,)."""
         check_times(t, sde.T)
         alpha, sigma = sde.marginal(exact(t))
         return (1 + (sigma / alpha / self.sigma_data).square()).to(t.dtype)
@@ -77,12 +79,12 @@ class EDMWeighting(Weighting):
 
 @dataclass(frozen=True)
 class MinSNRWeighting(Weighting):
-    r"""Weight min(snr, gamma) / snr, snr = alpha^2 / sigma^2: less effort on tiny noise.
+    r"""Weight min(snr, gamma) / snr, snr = alpha^2 / sigma^2, smaller at low noise.
 
-    On the error of the data it is min(snr, gamma).
+    On the squared error of x0 this is min(snr, gamma).
 
     Args:
-        gamma: the signal-to-noise ratio above which the weight falls.
+        gamma: the signal-to-noise ratio above which the weight decreases.
 
     Source: Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023,
     arXiv 2303.09556.
@@ -93,8 +95,8 @@ class MinSNRWeighting(Weighting):
     def __post_init__(self) -> None:
         check_positive(self.gamma, "gamma")
 
+    @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return the weights (B,)."""
         check_times(t, sde.T)
         alpha, sigma = sde.marginal(exact(t))
         return (self.gamma * (sigma / alpha).square()).clamp_max(1.0).to(t.dtype)

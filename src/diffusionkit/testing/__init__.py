@@ -1,0 +1,7 @@
+"""Consistency checks for processes and score models of your own, with problems in words."""
+
+from .processes import check_sde
+from .report import InconsistentError, Report
+from .score_models import check_score_model
+
+__all__ = ["InconsistentError", "Report", "check_score_model", "check_sde"]

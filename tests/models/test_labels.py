@@ -1,0 +1,66 @@
+"""Noise labels."""
+
+import math
+
+import pytest
+import torch
+from support import f64
+
+from diffusionkit import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    DDPMChain,
+    IndexLabel,
+    LogSigmaLabel,
+    SigmaLabel,
+    StepLabel,
+    TimeLabel,
+)
+
+
+def test_step_label() -> None:
+    t = f64(0.1, 0.25, 1.0)
+    assert StepLabel(10)(DDPMChain.cosine(10), t).tolist() == pytest.approx([0, 1.5, 9])
+    assert StepLabel(10, scale=100.0)(DDPMChain.cosine(10), t).tolist() == pytest.approx(
+        [0, 150, 900]
+    )
+    # For a process with another T, and before the first step.
+    assert StepLabel(10)(EDMSDE(sigma_max=80.0), 80 * t).tolist() == pytest.approx([0, 1.5, 9])
+    assert StepLabel(10)(VPSDE(), f64(0.0, 0.05)).tolist() == [0.0, 0.0]
+    assert StepLabel(10)(VPSDE(), t.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 10, "scale": 0.0}], ids=str)
+def test_invalid_step_labels_raise(options) -> None:
+    with pytest.raises(ValueError, match=r"steps|scale"):
+        StepLabel(**options)
+    with pytest.raises(TypeError, match="steps"):
+        StepLabel(10.0)
+
+
+def test_log_sigma_label_with_a_reference() -> None:
+    t = f64(0.5, 1.0)
+    sigma = f64(math.sqrt(0.5), 50.0)
+    label = LogSigmaLabel(1.0, reference=2.0)(VESDE(), t)
+    torch.testing.assert_close(label, (sigma / 2).log(), rtol=1e-12, atol=0)
+    label = LogSigmaLabel(3.0, reference=0.1)(VESDE(), t)
+    torch.testing.assert_close(label, 3 * (10 * sigma).log(), rtol=1e-12, atol=0)
+    # sigma / alpha of VP(0.1, 20) at t = 0.5, with 40 digits.
+    label = LogSigmaLabel(1.0, reference=2.0)(VPSDE(), t[:1])
+    ratio = 0.9596542020680362 / 0.28118288079675235
+    assert float(label) == pytest.approx(math.log(ratio / 2), rel=1e-12)
+    for options in ({"reference": 0.0}, {"reference": math.inf}, {"scale": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            LogSigmaLabel(**options)
+
+
+def test_time_sigma_and_index_labels():
+    t = f64(0.0, 0.5, 1.0)
+    torch.testing.assert_close(TimeLabel(scale=1.0)(VPSDE(), t), t)
+    ratio = SigmaLabel()(VPSDE(), t[1:])
+    torch.testing.assert_close(ratio[:1], f64(0.9596542020680362 / 0.28118288079675235))
+    torch.testing.assert_close(LogSigmaLabel()(VPSDE(), t[1:]), ratio.log() / 4)
+    table = [50.0, 5.0, 0.5, 0.05, 0.01]  # NCSN's order: level 0 is the largest noise
+    assert IndexLabel(table)(VESDE(), t).tolist() == [4.0, 2.0, 0.0]
+    assert IndexLabel(table[::-1])(VESDE(), t).tolist() == [0.0, 2.0, 4.0]
