@@ -168,3 +168,26 @@ def check_count(value: int, name: str, *, least: int = 1) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is enabled for the device of a tensor."""
+    kind = x.device.type
+    # torch raises if a device, such as meta, has no autocast.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def check_device(x: Tensor, like: Tensor, name: str, like_name: str = "x") -> None:
+    """Raise unless x is on the device of another tensor."""
+    if x.device != like.device:
+        raise ValueError(
+            f"{name}: expected the device of {like_name}, {like.device}, got {x.device}"
+        )
+
+
+def check_dtype(
+    x: Tensor, like: Tensor, name: str, like_name: str = "x", *, autocast: bool = False
+) -> None:
+    """Raise unless x has the dtype of another tensor, or autocast is allowed and converts it."""
+    if x.dtype != like.dtype and not (autocast and x.is_floating_point() and autocast_enabled(x)):
+        raise TypeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {x.dtype}")

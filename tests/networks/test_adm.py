@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import check_against_reference
-from tiny import EVERYTHING, TINY, arguments, tiny
+from support.reference_unet import check_against_reference
+from support.tiny_networks import EVERYTHING, TINY, arguments, tiny
 
 from diffusionkit.checkpoints import load_improved_diffusion
 from diffusionkit.networks import ADMUNet
@@ -57,20 +57,20 @@ def test_a_learned_variance_doubles_the_output() -> None:
         assert net(**arguments(net)).shape == (2, channels, 4, 6)
 
 
-def test_silent_layers_are_exactly_zero_and_others_as_torch_makes_them() -> None:
+def test_last_layers_start_at_zero_and_others_at_the_torch_default() -> None:
     torch.manual_seed(0)
     net = ADMUNet(**TINY | {"width": 32})
-    silent = {name.rsplit(".", 1)[0] for name, p in net.named_parameters() if not p.any()}
-    silent = {name for name in silent if "norm" not in name}
+    zero = {name.rsplit(".", 1)[0] for name, p in net.named_parameters() if not p.any()}
+    zero = {name for name in zero if "norm" not in name}
     parts = ("conv_2", "attention.out", "head.conv")
-    assert silent == {n for n, _ in net.named_modules() if n.endswith(parts)}
+    assert zero == {n for n, _ in net.named_modules() if n.endswith(parts)}
     bound = 1 / (9 * 32) ** 0.5
     for p in (net.get_parameter(f"downs.0.block.conv.{name}") for name in ("weight", "bias")):
         assert 0.8 * bound < p.abs().max() <= bound
 
 
-# Of the model of 2 levels, width 32, 4 heads and 10 classes in the released layout, worked out in
-# float64 by other code: entries 0 to 7 and the last 8, then the sum of absolute values.
+# Output of a model with 2 levels, width 32, 4 heads and 10 classes in the released layout, computed
+# in float64 by other code: the first and last 8 entries, then the sum of absolute values.
 RELEASED_FIRST = [
     -0.09294580401,
     -0.1229590757,
@@ -117,7 +117,7 @@ SHAPES = {
 
 
 def released_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the released layout, a block or an attention at a time."""
+    """Return names and shapes of the released layout, built block by block."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, shape: tuple[int, ...], bias: bool = True) -> None:
@@ -169,21 +169,21 @@ def test_released_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
-        ({"dims": 0}, ValueError, "dims must be at least 1, got 0"),
-        ({"width": 9}, ValueError, "width must be even and at least 4, got 9"),
-        ({"attention_levels": (2,)}, ValueError, "attention_levels .* got 2"),
-        ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
-        ({"heads": 3}, ValueError, "heads must divide the 16 channels of a level, got 3"),
-        ({"decoder_heads": 0}, ValueError, "decoder_heads must be at least 1, got 0"),
-        ({"decoder_heads": 3}, ValueError, "heads must divide the 16 channels of a level, got 3"),
-        ({"head_channels": 0}, ValueError, "head_channels must be at least 1, got 0"),
-        ({"group_channels": 0}, ValueError, "group_channels must be at least 1, got 0"),
-        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-        ({"low_res_channels": 0}, ValueError, "low_res_channels must be at least 1, got 0"),
-        ({"out_channels": 0}, ValueError, "out_channels must be at least 1, got 0"),
-        ({"data_range": (2.0, 1.0)}, ValueError, "data_range must be finite and increasing"),
+        ({"channels": 0}, ValueError, "channels: expected an integer >= 1, got 0"),
+        ({"dims": 0}, ValueError, "dims: expected an integer >= 1, got 0"),
+        ({"width": 9}, ValueError, "width: expected an even integer >= 4, got 9"),
+        ({"attention_levels": (2,)}, ValueError, "attention_levels: .* got 2"),
+        ({"heads": 0}, ValueError, "heads: expected an integer >= 1, got 0"),
+        ({"heads": 3}, ValueError, "heads: expected a divisor of 16 channels, got 3"),
+        ({"decoder_heads": 0}, ValueError, "decoder_heads: expected an integer >= 1, got 0"),
+        ({"decoder_heads": 3}, ValueError, "heads: expected a divisor of 16 channels, got 3"),
+        ({"head_channels": 0}, ValueError, "head_channels: expected an integer >= 1, got 0"),
+        ({"group_channels": 0}, ValueError, "group_channels: expected an integer >= 1, got 0"),
+        ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
+        ({"low_res_channels": 0}, ValueError, "low_res_channels: expected an integer >= 1, got 0"),
+        ({"out_channels": 0}, ValueError, "out_channels: expected an integer >= 1, got 0"),
+        ({"data_range": (2.0, 1.0)}, ValueError, "data_range: expected finite, increasing"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fill
+from support.tiny_networks import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,11 +57,11 @@ def test_residual_block_against_its_formula(adaptive: bool, rescale: bool) -> No
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_starts_as_scaled_identity(dims: int) -> None:
+def test_residual_block_starts_as_scaled_identity(dims: int) -> None:
     x, emb = torch.randn(2, 8, *(4,) * dims), torch.randn(2, 8)
     out = ResidualBlock(8, 8, style(dims))(x, emb)
     torch.testing.assert_close(out, x / math.sqrt(2), rtol=0, atol=1e-4)
-    plain = style(dims, rescale=False, initialise=default_or_zero_)
+    plain = style(dims, rescale=False, initialize=default_or_zero_)
     assert torch.equal(ResidualBlock(8, 8, plain)(x, emb), x)
 
 
@@ -69,7 +69,7 @@ def test_starts_as_scaled_identity(dims: int) -> None:
 def test_both_branches_are_resampled(resample: nn.Module) -> None:
     block = filled(8, 8, style(rescale=False), resample=resample)
     x, emb = inputs(2, 8, 4, 6)
-    # Resampling between the activation and the first convolution, not before or after.
+    # Resampling comes between the activation and the first convolution.
     h = resample(F.silu(norm(block.norm_1, x, 1e-6)))
     h = block.conv_1(h) + block.embedding(emb)[:, :, None, None]
     h = block.conv_2(F.silu(norm(block.norm_2, h, 1e-6)))
@@ -103,7 +103,7 @@ def test_without_an_embedding() -> None:
     torch.testing.assert_close(block(x, None), (x + h) / math.sqrt(2))
 
 
-def test_dropout_is_of_the_activated_features_and_in_training_only() -> None:
+def test_dropout_acts_on_activated_features_in_training_only() -> None:
     block = filled(8, 8, style(1, dropout=0.5, rescale=False))
     x, emb = inputs(2, 8, 4)
     given = []
@@ -149,7 +149,7 @@ def test_attention_is_permutation_equivariant() -> None:
     torch.testing.assert_close(layer(x[:, :, order]), layer(x)[:, :, order])
 
 
-def test_attention_initialisation_scales() -> None:
+def test_attention_initialization_scales() -> None:
     torch.manual_seed(0)
     layer = SelfAttention(64, style(1))
     for weight in layer.qkv.weight.chunk(3):
@@ -160,5 +160,5 @@ def test_attention_initialisation_scales() -> None:
 
 
 def test_heads_must_divide_the_channels() -> None:
-    with pytest.raises(ValueError, match="heads must divide the 8 channels of a level, got 3"):
+    with pytest.raises(ValueError, match="heads: expected a divisor of 8 channels, got 3"):
         SelfAttention(8, style(), heads=3)

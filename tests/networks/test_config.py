@@ -1,12 +1,12 @@
-"""Networks build themselves again from what they remember."""
+"""Networks are rebuilt from their recorded arguments."""
 
 import json
 from typing import Any
 
 import pytest
 import torch
-from published import PUBLISHED, built
-from tiny import FAMILIES, arguments, tiny
+from support.published_networks import PUBLISHED, built
+from support.tiny_networks import FAMILIES, arguments, tiny
 from torch import nn
 
 from diffusionkit.networks import MLP
@@ -28,14 +28,14 @@ class Outer(Inner):
         super().__init__(a, c=c, **options)
 
 
-def test_arguments_in_every_form() -> None:
+def test_arguments_are_recorded_in_every_form() -> None:
     assert Inner(1).config == {"a": 1, "b": "b", "c": 0.5, "d": 1}
     assert Inner(1, "x").config == Inner(a=1, b="x").config == {"a": 1, "b": "x", "c": 0.5, "d": 1}
     assert Inner(1, c=3.0).config["c"] == 3.0
     assert Inner(1).seen == (1, "b", 0.5, 1)
 
 
-def test_outer_arguments_win_and_options_are_unfolded() -> None:
+def test_outer_arguments_take_precedence_and_options_are_flattened() -> None:
     expected = {"a": 7, "b": "b", "c": 2.5, "d": 1}
     assert Outer().config == expected
     assert Outer(3, d=9).config == expected | {"a": 3, "d": 9}
@@ -44,7 +44,7 @@ def test_outer_arguments_win_and_options_are_unfolded() -> None:
     assert Outer(**Outer(3, d=9, b="x").config).seen == (3, "x", 2.5, 9)
 
 
-def test_the_config_is_of_the_constructor_that_was_called() -> None:
+def test_the_config_belongs_to_the_outermost_constructor() -> None:
     class Halved(Inner):
         @remembers
         def __init__(self, a: int = 4) -> None:
@@ -59,7 +59,7 @@ def test_configs_are_not_shared() -> None:
     assert (first.config["a"], second.config["a"]) == (1, 2)
 
 
-def test_the_constructor_keeps_its_name_and_its_errors() -> None:
+def test_the_constructor_keeps_its_docstring_and_errors() -> None:
     assert Inner.__init__.__doc__ == "Explain."
     with pytest.raises(TypeError, match="missing a required argument: 'a'"):
         Inner()
@@ -108,6 +108,6 @@ def test_mlp_is_rebuilt() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_configs_can_be_written_down(kind: str) -> None:
+def test_configs_can_be_stored_as_json(kind: str) -> None:
     config = tiny(kind).config
     assert json.loads(json.dumps(config)).keys() == config.keys()

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import check_against_reference
-from tiny import TINY, arguments, tiny
+from support.reference_unet import check_against_reference
+from support.tiny_networks import TINY, arguments, tiny
 
 from diffusionkit.networks import DDPMUNet
 
-# Groups of one channel each would undo what the embedding adds.
+# With one channel per group, normalization would remove the noise embedding.
 PAIRS = {"group_channels": 2}
 THREE = {**PAIRS, "multipliers": (1, 1, 2), "blocks": 2, "attention_levels": (1,)}
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def test_other_dimensions_against_a_second_implementation(spatial: tuple[int, ..
     check_against_reference(net, **arguments(net, *spatial))
 
 
-def test_shortcuts_start_as_small_as_attention() -> None:
+def test_shortcuts_are_initialized_like_attention() -> None:
     torch.manual_seed(0)
     for resblock, scale in (("ddpm", 0.1), ("biggan", 1.0)):
         net = DDPMUNet(**TINY | {"width": 32}, resblock=resblock)
@@ -51,14 +51,16 @@ def test_unknown_option() -> None:
         DDPMUNet(**TINY, learn_sigma=True)
 
 
-@pytest.mark.parametrize(("options", "told"), [({}, 1), (PAIRS, 0), ({"embedding": None}, 0)])
-def test_says_where_the_label_is_not_heard(caplog, options: dict[str, Any], told: int) -> None:
+@pytest.mark.parametrize(("options", "warnings"), [({}, 1), (PAIRS, 0), ({"embedding": None}, 0)])
+def test_warns_where_the_noise_label_has_no_effect(
+    caplog, options: dict[str, Any], warnings: int
+) -> None:
     net = tiny(DDPMUNet, **options)
     messages = [record.message for record in caplog.records]
-    assert len(messages) == told
-    assert all("do not hear the label, at levels of [8, 16] channels" in m for m in messages)
+    assert len(messages) == warnings
+    assert all("removes the noise embedding at levels of [8, 16] channels" in m for m in messages)
     if options == PAIRS or not options:
         given = arguments(net)
         other = given | {"noise_label": given["noise_label"] * 0.7}
         change = (net(**given) - net(**other)).abs().max()
-        assert change < 1e-12 if told else change > 1e-3
+        assert change < 1e-12 if warnings else change > 1e-3

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from reference import check_against_reference
-from tiny import TINY, arguments, tiny
+from support.reference_unet import check_against_reference
+from support.tiny_networks import TINY, arguments, tiny
 
 from diffusionkit.networks import DDPMpp
 

@@ -1,4 +1,4 @@
-"""Dropout drops the right share of features, independently, and is plain under every transform."""
+"""Dropout drops the right share of features, independently, and works under transforms."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_share_and_mean(p: float) -> None:
 
 
 def test_features_are_dropped_independently() -> None:
-    # Four features share one random number: no lag of up to eight may show.
+    # Four features share one random number: check lags of up to eight.
     n = 200_000
     dropped = (drop(torch.ones(n), 0.3) == 0).double()
     for lag in range(1, 9):
@@ -76,7 +76,7 @@ def test_gradient_is_the_mask() -> None:
     torch.testing.assert_close(gradient * x.detach(), y.detach())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
 def test_function_transforms() -> None:
     layer = Dropout(0.5).train()
     x = torch.ones(6, 40)

@@ -1,10 +1,10 @@
-"""Embeddings against numbers worked out by hand, and their precision."""
+"""Embeddings against values computed by hand, and their precision."""
 
 import math
 
 import pytest
 import torch
-from tiny import fill
+from support.tiny_networks import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,9 +43,9 @@ def test_positional_hand_computed() -> None:
     torch.testing.assert_close(got, double(expected))
 
 
-def test_positional_without_end_point() -> None:
-    # Published values of Nichol and Dhariwal's form, frequencies 1, 0.1, 0.01 and 1e-3; they have
-    # the cosines first.
+def test_positional_without_endpoint() -> None:
+    # Published values of Nichol and Dhariwal's form, with frequencies 1, 0.1, 0.01 and 1e-3, and
+    # cosines first.
     published = [
         [
             0.5403023058681398,
@@ -95,11 +95,11 @@ def test_fourier_frequencies_are_drawn_at_their_scale() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
 def test_fourier_scale_out_of_range(scale: float) -> None:
-    with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+    with pytest.raises(ValueError, match=f"scale: expected a finite number > 0, got {scale}"):
         FourierEmbedding(8, scale=scale)
 
 
-def test_fourier_frequencies_are_kept_but_not_trained() -> None:
+def test_fourier_frequencies_are_saved_but_not_trained() -> None:
     torch.manual_seed(0)
     net = NCSNpp(1, width=4, multipliers=(1,), blocks=1, attention_levels=())
     name = "embedding.noise_features.frequencies"
@@ -136,9 +136,9 @@ def test_signed_log_hand_computed() -> None:
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("class_labels", [(0.01, 0.05), (-1.2, -1.1), (5.0, 6.0), (900.0, 990.0)])
-def test_signed_log_separates_labels_of_every_magnitude(class_labels: tuple[float, float]) -> None:
-    e = SignedLogEmbedding(32)(torch.tensor(class_labels))
+@pytest.mark.parametrize("noise_labels", [(0.01, 0.05), (-1.2, -1.1), (5.0, 6.0), (900.0, 990.0)])
+def test_signed_log_separates_labels_of_every_magnitude(noise_labels: tuple[float, float]) -> None:
+    e = SignedLogEmbedding(32)(torch.tensor(noise_labels))
     assert (e[0] - e[1]).norm() > 0.2
 
 
@@ -156,7 +156,7 @@ def test_half_precision_labels_are_embedded_in_float32(kind: type[nn.Module]) ->
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 @pytest.mark.parametrize("features", [2, 5])
 def test_features_out_of_range(kind: type[nn.Module], features: int) -> None:
-    with pytest.raises(ValueError, match=f"even and at least 4, got {features}"):
+    with pytest.raises(ValueError, match=f"features: expected an even number >= 4, got {features}"):
         kind(features)
 
 
@@ -197,9 +197,9 @@ def test_condition_embedding_formula(late: bool, activation) -> None:
     assert (got - without).abs().max() > 1e-3
 
 
-def test_condition_embedding_is_initialised_by_its_style() -> None:
+def test_condition_embedding_is_initialized_by_its_style() -> None:
     scales = []
-    style = Style(1, initialise=lambda layer, scale: scales.append(scale))
+    style = Style(1, initialize=lambda layer, scale: scales.append(scale))
     ConditionEmbedding(PositionalEmbedding(4), 4, 6, style=style)
     assert scales == [1.0, 1.0]
     net = ConditionEmbedding(PositionalEmbedding(4), 4, 6)
@@ -210,7 +210,7 @@ def test_condition_embedding_is_initialised_by_its_style() -> None:
 @pytest.mark.parametrize("name", ["num_classes", "condition_features"])
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError)])
 def test_condition_embedding_errors(name: str, value: float, error: type[Exception]) -> None:
-    with pytest.raises(error, match=f"{name} must be .*got {value}"):
+    with pytest.raises(error, match=f"{name}: expected an integer.*got"):
         ConditionEmbedding(PositionalEmbedding(4), 4, 6, **{name: value})
 
 
@@ -226,15 +226,15 @@ def test_sigma_table() -> None:
 
 
 @pytest.mark.parametrize(("noise_label", "low", "high"), [(3.0, 0.0, 3.0), (-1.0, -1.0, 0.0)])
-def test_number_out_of_range(noise_label: float, low: float, high: float) -> None:
-    message = rf"noise_label must be the number .* in \[0, 3\), got values {low} to {high}"
+def test_level_index_out_of_range(noise_label: float, low: float, high: float) -> None:
+    message = rf"noise_label: expected the index .* in \[0, 3\), got values from {low} to {high}"
     with pytest.raises(ValueError, match=message):
         SigmaTable((3.0, 2.0, 1.0))(torch.tensor([0.0, noise_label]))
 
 
 @pytest.mark.parametrize("sigmas", [(), (1.0, 0.0), (-1.0,), (1.0, math.inf), (math.nan, 1.0)])
 def test_sigmas_out_of_range(sigmas: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="sigmas must be positive, finite numbers, got"):
+    with pytest.raises(ValueError, match="sigmas: expected finite numbers > 0, got"):
         SigmaTable(sigmas)
 
 

@@ -1,3 +1,5 @@
+"""Fourier features of the input."""
+
 import math
 
 import pytest
@@ -10,7 +12,7 @@ from diffusionkit.networks.fourier_input import FourierFeatures
 
 
 class Seen(nn.Module):
-    """A network that returns what it is given."""
+    """A network that returns its arguments."""
 
     def forward(self, x: Tensor, noise_label: Tensor, *args, **kwargs):
         return x, noise_label, args, kwargs
@@ -34,7 +36,7 @@ def test_against_its_formula(exponents) -> None:
     torch.testing.assert_close(seen, torch.cat(parts, 1), rtol=0, atol=1e-11)
 
 
-def test_neighbouring_levels_look_unlike() -> None:
+def test_features_of_adjacent_levels_differ() -> None:
     x = 2 * (torch.arange(256).double() + 0.5) / 256 - 1
     seen = FourierFeatures(Seen(), exponents=(6,))(x.view(1, 1, -1), torch.zeros(1))[0]
     sine = seen[0, 1]
@@ -42,8 +44,8 @@ def test_neighbouring_levels_look_unlike() -> None:
     assert (sine[1:] * sine[:-1] < 0).all()
 
 
-def test_single_precision_far_out() -> None:
-    """Multiples of the input in float32 have no digits left after the point at 1e5 turns."""
+def test_large_inputs_in_single_precision() -> None:
+    """At 1e5 turns, float32 multiples of the input have no fractional digits left."""
     x = torch.tensor([[1000.12345, -37.001, 0.3]])
     got = FourierFeatures(Seen())(x, torch.zeros(1))[0].double()
     expected = FourierFeatures(Seen())(x.double(), torch.zeros(1))[0]
@@ -56,7 +58,7 @@ def test_gradient() -> None:
     assert torch.autograd.gradcheck(lambda y: net(y, torch.zeros(1))[0], (x,))
 
 
-def test_around_the_networks_of_the_library() -> None:
+def test_wraps_the_networks_of_the_library() -> None:
     torch.manual_seed(0)
     image = FourierFeatures(
         NCSNpp(5, out_channels=1, width=8, multipliers=(1, 2), blocks=1, embedding="positional",
@@ -72,15 +74,15 @@ def test_around_the_networks_of_the_library() -> None:
     assert "exponents=(6, 7)" in repr(net)
 
 
-def test_bad_input() -> None:
-    with pytest.raises(TypeError, match="network must be a module, got function"):
+def test_errors() -> None:
+    with pytest.raises(TypeError, match="network: expected a module, got function"):
         FourierFeatures(lambda x, noise_label: x)
-    with pytest.raises(ValueError, match="at least one entry, got none"):
+    with pytest.raises(ValueError, match="exponents: expected at least one entry, got none"):
         FourierFeatures(Seen(), exponents=())
     for bad in (1.5, True):
-        with pytest.raises(TypeError, match="exponents must be ints"):
+        with pytest.raises(TypeError, match="exponents: expected integers"):
             FourierFeatures(Seen(), exponents=(1, bad))
-    with pytest.raises(TypeError, match=r"floating-point dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating-point tensor, got torch.int64"):
         FourierFeatures(Seen())(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1))
     with pytest.raises(ValueError, match=r"\(B, C, ...\), got \(3,\)"):
         FourierFeatures(Seen())(torch.zeros(3), torch.zeros(3))

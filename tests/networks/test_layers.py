@@ -1,4 +1,4 @@
-"""Initialisers, and the layers that a style makes."""
+"""Initializers, and the layers made by a style."""
 
 import math
 
@@ -53,9 +53,9 @@ def test_default_or_zero() -> None:
     default_or_zero_(layer, 0)
     assert not layer.weight.any()
     assert not layer.bias.any()
-    silent = nn.Conv2d(2, 3, 1, bias=False)
-    default_or_zero_(silent, 0)
-    assert not silent.weight.any()
+    zero = nn.Conv2d(2, 3, 1, bias=False)
+    default_or_zero_(zero, 0)
+    assert not zero.weight.any()
 
 
 @pytest.mark.parametrize(("dims", "kind"), [(1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)])
@@ -69,9 +69,9 @@ def test_convolutions_of_a_style(dims: int, kind: type[nn.Module]) -> None:
     assert Style(dims).conv(3, 4, stride=2, padding=0)(x).shape[2] == 1
 
 
-def test_style_passes_the_scale_to_its_initialiser() -> None:
+def test_style_passes_the_scale_to_its_initializer() -> None:
     scales = []
-    style = Style(1, initialise=lambda layer, scale: scales.append((type(layer), scale)))
+    style = Style(1, initialize=lambda layer, scale: scales.append((type(layer), scale)))
     style.conv(2, 2)
     style.conv(2, 2, scale=0.25)
     style.linear(2, 2)
@@ -81,7 +81,7 @@ def test_style_passes_the_scale_to_its_initialiser() -> None:
     assert Style(1).linear(2, 5).weight.shape == (5, 2)
 
 
-def test_a_style_initialises_by_fan_average_unless_told() -> None:
+def test_a_style_initializes_by_fan_average_by_default() -> None:
     assert not Style(2).conv(3, 4).bias.any()
     assert not Style(2).linear(3, 4).bias.any()
 
@@ -93,7 +93,7 @@ def test_a_style_initialises_by_fan_average_unless_told() -> None:
         (4, 64, 16),
         (4, 384, 32),
         (4, 8, 2),
-        (4, 144, 24),  # 32 groups do not divide it
+        (4, 144, 24),  # not divisible into 32 groups
         (4, 6, 1),
         (4, 2, 1),
         (1, 32, 32),
@@ -105,7 +105,7 @@ def test_a_style_initialises_by_fan_average_unless_told() -> None:
         (16, 64, 4),
     ],
 )
-def test_groups_of_a_normalisation(group_channels: int, channels: int, groups: int) -> None:
+def test_groups_of_a_normalization(group_channels: int, channels: int, groups: int) -> None:
     norm = Style(2, group_channels=group_channels, eps=3e-4).norm(channels)
     assert (norm.num_groups, norm.num_channels, norm.eps) == (groups, channels, 3e-4)
     assert Style(2).norm(8).eps == 1e-6
@@ -119,9 +119,9 @@ def test_join() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_levels_keep_their_precision(dtype: torch.dtype) -> None:
+def test_noise_levels_keep_their_precision(dtype: torch.dtype) -> None:
     h = torch.tensor([0.5, 1000.0, 1000.0], dtype=dtype).view(3, 1, 1)
-    level = torch.tensor([1e-4, 1e8, 1001.0], dtype=torch.float64)  # no numbers of half precision
+    level = torch.tensor([1e-4, 1e8, 1001.0], dtype=torch.float64)  # not in half precision
     expected = (h.double() / level.view(3, 1, 1)).to(dtype)
     got = over_level(h, level)
     assert got.dtype == dtype

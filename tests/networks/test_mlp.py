@@ -11,7 +11,7 @@ from diffusionkit.networks import MLP
 
 
 def small(**options: Any) -> MLP:
-    """Build a small network all of whose parts matter."""
+    """Build a small network in which no part is negligible."""
     torch.manual_seed(0)
     net = MLP(**{"features": 3, "width": 16, "depth": 2, **options}).double()
     for p in net.parameters():
@@ -20,7 +20,7 @@ def small(**options: Any) -> MLP:
 
 
 def inputs(n: int) -> tuple[Tensor, Tensor]:
-    """Draw an input and labels."""
+    """Draw inputs and noise labels."""
     torch.manual_seed(1)
     return torch.randn(n, 3, dtype=torch.float64), 999 * torch.rand(n, dtype=torch.float64)
 
@@ -61,7 +61,7 @@ def test_starts_near_zero() -> None:
 
 
 @pytest.mark.parametrize("noise_label", [0.01, 0.3, -1.2, 30.0, 900.0])
-def test_depends_on_labels_of_every_magnitude(noise_label: float) -> None:
+def test_depends_on_noise_labels_of_every_magnitude(noise_label: float) -> None:
     net = small()
     x, _ = inputs(1)
     t = torch.tensor([noise_label], dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_autocast() -> None:
 
 def test_learns_the_noise_of_a_two_point_mixture() -> None:
     # The data are +-(1, 0): the best noise prediction is (x - alpha x0_hat) / sigma with
-    # x0_hat = tanh(alpha x_1 / sigma^2) (1, 0). Predicting nothing leaves an error near 1/2.
+    # x0_hat = tanh(alpha x_1 / sigma^2) (1, 0). Predicting zero leaves an error near 1/2.
     torch.manual_seed(0)
     net = MLP(2, width=64, depth=2)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
@@ -147,12 +147,12 @@ def test_learns_the_noise_of_a_two_point_mixture() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"features": 0}, ValueError, "features must be at least 1, got 0"),
-        ({"out_features": 0}, ValueError, "out_features must be at least 1, got 0"),
-        ({"width": 1}, ValueError, "width must be at least 2, got 1"),
-        ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
-        ({"depth": True}, TypeError, "depth must be an int, got True"),
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"features": 0}, ValueError, "features: expected an integer >= 1, got 0"),
+        ({"out_features": 0}, ValueError, "out_features: expected an integer >= 1, got 0"),
+        ({"width": 1}, ValueError, "width: expected an integer >= 2, got 1"),
+        ({"depth": 0}, ValueError, "depth: expected an integer >= 1, got 0"),
+        ({"depth": True}, TypeError, "depth: expected an integer, got bool"),
+        ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -169,10 +169,10 @@ T = torch.zeros(2)
     [
         (X[:, :2], T, None, ValueError, r"\(B, 3\), got \(2, 2\)"),
         (X[:, :, None], T, None, ValueError, r"\(B, 3\), got \(2, 3, 1\)"),
-        (X[:0], T[:0], None, ValueError, "must not be empty"),
-        (X.double(), T, None, TypeError, "torch.float32 like the network, got torch.float64"),
-        (X, T[:1], None, ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
-        (X, T, torch.tensor([0, 0]), TypeError, "class_labels must be None"),
+        (X[:0], T[:0], None, ValueError, "expected a non-empty tensor"),
+        (X.double(), T, None, TypeError, "dtype of the network, torch.float32, got torch.float64"),
+        (X, T[:1], None, ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
+        (X, T, torch.tensor([0, 0]), TypeError, "class_labels: expected None"),
     ],
 )
 def test_input_errors(

@@ -1,11 +1,11 @@
-"""NCSN++: every option against a second implementation, and its refusals."""
+"""NCSN++: all options against a second implementation, and errors."""
 
 from typing import Any
 
 import pytest
 import torch
-from reference import check_against_reference
-from tiny import EVERYTHING, TINY, arguments, tiny
+from support.reference_unet import check_against_reference
+from support.tiny_networks import EVERYTHING, TINY, arguments, tiny
 
 from diffusionkit.networks import NCSNpp
 
@@ -79,7 +79,7 @@ def test_noise_level_divides_the_output() -> None:
     given = arguments(net)
     expected = plain(**given) / given["noise_label"].view(-1, 1, 1, 1)
     torch.testing.assert_close(net(**given), expected)
-    # An integer label is a noise level too.
+    # Integer noise labels are noise levels too.
     given["noise_label"] = torch.tensor([3, 7])
     torch.testing.assert_close(
         net(**given), plain(**given) / given["noise_label"].view(-1, 1, 1, 1)
@@ -99,46 +99,46 @@ def test_scale_of_the_frequencies() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
-        ({"channels": 1.5}, TypeError, "channels must be an int, got 1.5"),
-        ({"out_channels": 0}, ValueError, "out_channels must be at least 1, got 0"),
-        ({"dims": 4}, ValueError, "dims must be 1, 2 or 3, got 4"),
-        ({"dims": 2.0}, TypeError, "dims must be an int, got 2.0"),
-        ({"width": 7}, ValueError, "width must be even and at least 4, got 7"),
-        ({"width": 2}, ValueError, "width must be even and at least 4, got 2"),
-        ({"width": 8.0}, TypeError, "width must be an int, got 8.0"),
-        ({"multipliers": ()}, ValueError, "multipliers .* got none"),
+        ({"channels": 0}, ValueError, "channels: expected an integer >= 1, got 0"),
+        ({"channels": 1.5}, TypeError, "channels: expected an integer, got float"),
+        ({"out_channels": 0}, ValueError, "out_channels: expected an integer >= 1, got 0"),
+        ({"dims": 4}, ValueError, "dims: expected one of 1, 2, 3, got 4"),
+        ({"dims": 2.0}, TypeError, "dims: expected an integer, got float"),
+        ({"width": 7}, ValueError, "width: expected an even integer >= 4, got 7"),
+        ({"width": 2}, ValueError, "width: expected an even integer >= 4, got 2"),
+        ({"width": 8.0}, TypeError, "width: expected an integer, got float"),
+        ({"multipliers": ()}, ValueError, "multipliers: .* got none"),
         ({"multipliers": (1, 0)}, ValueError, "at least one of 8 channels, got 0"),
         ({"multipliers": (1, 0.1)}, ValueError, "at least one of 8 channels, got 0.1"),
-        ({"multipliers": (1, float("inf"))}, ValueError, "multipliers .* got inf"),
-        ({"multipliers": (1, True)}, TypeError, "multipliers must be numbers, got True"),
-        ({"multipliers": (1, "2")}, TypeError, "multipliers must be numbers, got '2'"),
-        ({"blocks": 0}, ValueError, "blocks must be at least 1, got 0"),
-        ({"attention_levels": (2,)}, ValueError, r"attention_levels must be in \[0, 2\).*got 2"),
-        ({"attention_levels": (-1,)}, ValueError, "attention_levels .* got -1"),
-        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"dropout": -0.1}, ValueError, r"dropout must be in \[0, 1\), got -0.1"),
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-        ({"condition_features": 0}, ValueError, "condition_features must be at least 1, got 0"),
-        ({"low_res_channels": 0}, ValueError, "low_res_channels must be at least 1, got 0"),
-        ({"low_res_channels": 1.0}, TypeError, "low_res_channels must be an int, got 1.0"),
-        ({"embedding": "none"}, ValueError, "embedding must be one of 'fourier', .*got 'none'"),
-        ({"fourier_scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
-        ({"embedding": None, "num_classes": 2}, ValueError, "need an embedding"),
-        ({"embedding": None, "condition_features": 2}, ValueError, "need an embedding"),
-        ({"resblock": "adm"}, ValueError, "resblock must be one of 'biggan', 'ddpm', got 'adm'"),
-        ({"fir_kernel": (1,)}, ValueError, r"fir_kernel must be at least two taps.*got \(1,\)"),
-        ({"fir_kernel": (1, -1)}, ValueError, "fir_kernel must be .* of nonzero sum"),
-        ({"fir_kernel": (1, float("nan"))}, ValueError, "fir_kernel must be"),
-        ({"progressive": "input_skip"}, ValueError, "progressive must be one of 'none', 'output_"),
-        ({"progressive_input": "skip"}, ValueError, "progressive_input must be one of 'none', 'in"),
-        ({"progressive_combine": "add"}, ValueError, "combine must be one of 'sum', 'cat', got"),
-        ({"activation": "gelu"}, ValueError, "activation must be one of 'silu', .*got 'gelu'"),
-        ({"group_channels": 0}, ValueError, "group_channels must be at least 1, got 0"),
-        ({"sigmas": ()}, ValueError, "sigmas must be positive, finite numbers"),
-        ({"data_range": (1.0, 1.0)}, ValueError, "data_range must be finite and increasing"),
-        ({"data_range": (0.0, float("inf"))}, ValueError, "data_range must be finite and"),
-        ({"data_range": (float("nan"), 0.0)}, ValueError, "data_range must be finite and"),
+        ({"multipliers": (1, float("inf"))}, ValueError, "multipliers: .* got inf"),
+        ({"multipliers": (1, True)}, TypeError, "multipliers: expected a number, got bool"),
+        ({"multipliers": (1, "2")}, TypeError, "multipliers: expected a number, got str"),
+        ({"blocks": 0}, ValueError, "blocks: expected an integer >= 1, got 0"),
+        ({"attention_levels": (2,)}, ValueError, r"expected levels in \[0, 2\), got 2"),
+        ({"attention_levels": (-1,)}, ValueError, "attention_levels: .* got -1"),
+        ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, ValueError, r"dropout: expected a probability in \[0, 1\), got -0.1"),
+        ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
+        ({"condition_features": 0}, ValueError, "condition_features: expected .* 1, got 0"),
+        ({"low_res_channels": 0}, ValueError, "low_res_channels: expected an integer >= 1, got 0"),
+        ({"low_res_channels": 1.0}, TypeError, "low_res_channels: expected an integer, got float"),
+        ({"embedding": "none"}, ValueError, "embedding: expected one of 'fourier', .*got 'none'"),
+        ({"fourier_scale": 0.0}, ValueError, "scale: expected a finite number > 0, got 0.0"),
+        ({"embedding": None, "num_classes": 2}, ValueError, "embedding: expected one for"),
+        ({"embedding": None, "condition_features": 2}, ValueError, "embedding: expected one for"),
+        ({"resblock": "adm"}, ValueError, "resblock: expected one of 'biggan', 'ddpm', got 'adm'"),
+        ({"fir_kernel": (1,)}, ValueError, r"fir_kernel: expected at least two taps.*got \(1,\)"),
+        ({"fir_kernel": (1, -1)}, ValueError, "fir_kernel: expected .* of nonzero sum"),
+        ({"fir_kernel": (1, float("nan"))}, ValueError, "fir_kernel: expected"),
+        ({"progressive": "input_skip"}, ValueError, "progressive: expected one of 'none', 'out"),
+        ({"progressive_input": "skip"}, ValueError, "progressive_input: expected one of 'none'"),
+        ({"progressive_combine": "add"}, ValueError, "combine: expected one of 'sum', 'cat', got"),
+        ({"activation": "gelu"}, ValueError, "activation: expected one of 'silu', .*got 'gelu'"),
+        ({"group_channels": 0}, ValueError, "group_channels: expected an integer >= 1, got 0"),
+        ({"sigmas": ()}, ValueError, "sigmas: expected finite numbers > 0"),
+        ({"data_range": (1.0, 1.0)}, ValueError, "data_range: expected finite, increasing"),
+        ({"data_range": (0.0, float("inf"))}, ValueError, "data_range: expected finite"),
+        ({"data_range": (float("nan"), 0.0)}, ValueError, "data_range: expected finite"),
     ],
 )  # fmt: skip
 def test_constructor_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

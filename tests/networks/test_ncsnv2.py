@@ -1,4 +1,4 @@
-"""NCSNv2: outputs, names and sizes of the released code, and the contracts of a network."""
+"""NCSNv2: outputs, names and sizes of the released code, and the properties of a network."""
 
 import hashlib
 import math
@@ -24,8 +24,8 @@ def small(channels: int = 1, **options: Any) -> NCSNv2:
     return NCSNv2(channels, **{"sigmas": SIGMAS, "width": 4} | options)
 
 
-# Of the released code in float64, with the weights below: entries 0, n // 3, -1 of the first and
-# 1, n // 2, -1 of the second output, then the sums of absolute values of both.
+# Outputs of the released code in float64, with the weights below: entries 0, n // 3, -1 of the
+# first and 1, n // 2, -1 of the second sample, then the sums of absolute values of both.
 RELEASED = [
     (
         {"channels": 3, "data_range": UNIT},
@@ -34,7 +34,7 @@ RELEASED = [
         (7.11052112508, 5.18438370476, 3.92108753164),
         (8.724462843321596, 2756.3903155108683),
     ),
-    (  # 28 pixels: the released adjusted padding is in a level that is dilated and never used
+    (  # 28 pixels: the released code's adjusted padding is never used in a dilated level
         {"channels": 1, "activation": "relu"},
         (28, 28),
         (0.0736983003431, 0.0989776171481, 0.00489060678972),
@@ -118,7 +118,7 @@ def test_names_and_shapes_of_the_released_code(
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest
 
 
-def test_names_of_other_depths_do_not_exist() -> None:
+def test_names_exist_for_published_depths_only() -> None:
     with pytest.raises(ValueError, match="expected a network of 4, 5 or 6 levels, got 2"):
         ncsnv2_keys(small(levels=((1, 1), (2, 1))))
 
@@ -144,7 +144,7 @@ def test_published_networks(name: str, parameters: int, count: int, sigma_max: f
     np.testing.assert_allclose(sigmas[:-1] / sigmas[1:], ratio, rtol=1e-10)
 
 
-def test_published_networks_take_other_options() -> None:
+def test_options_replace_the_published_ones() -> None:
     net = NCSNv2.tower_128(channels=1, width=2, data_range=(0.0, 255.0))
     assert (net.config["width"], net.config["data_range"]) == (2, (0.0, 255.0))
     assert net.config["levels"] == LEVELS_128
@@ -157,8 +157,8 @@ def test_noise_level_divides_and_data_range_is_mapped() -> None:
     scores = net(4 * x[:1].expand(4, -1, -1, -1), torch.arange(4))
     scaled = scores * torch.tensor(SIGMAS).reshape(4, 1, 1, 1)
     torch.testing.assert_close(scaled, scaled[:1].expand_as(scaled))
-    centred = small()
-    torch.testing.assert_close(centred(2 * x - 1, torch.arange(4)), net(4 * x, torch.arange(4)))
+    centered = small()
+    torch.testing.assert_close(centered(2 * x - 1, torch.arange(4)), net(4 * x, torch.arange(4)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_noise_level_divides_and_data_range_is_mapped() -> None:
         ({"dims": 1}, (2, 1, 10)),
         ({"dims": 2, "channels": 5}, (2, 5, 4, 6)),
         ({"dims": 3}, (1, 1, 2, 4, 6)),
-        ({"levels": ((1, 1), (2, 1), (5, 1))}, (1, 1, 8, 4)),  # wider at the lowest level
+        ({"levels": ((1, 1), (2, 1), (5, 1))}, (1, 1, 8, 4)),  # widest at the lowest level
         ({"levels": ((3, 2), (1, 3))}, (1, 1, 5, 3)),  # no level halves the size
         ({"levels": [[1, 1]]}, (1, 1, 3, 5)),
         ({"width": 2}, (1, 1, 2, 2)),
@@ -194,7 +194,7 @@ def test_config_builds_the_same_network() -> None:
     assert torch.equal(again(x, torch.tensor([0, 3])), net(x, torch.tensor([0, 3])))
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     net = small(width=64, levels=((1, 1), (1, 1)))
     bound = 1 / math.sqrt(64 * 9)
     for weight in (net.levels[0][0].conv_1.weight, net.refinements[0].pooling.convs[0].weight):
@@ -232,7 +232,7 @@ def test_activation_checkpointing_keeps_the_gradient() -> None:
 @pytest.mark.parametrize(
     "dims", [2, *(pytest.param(dims, marks=pytest.mark.slow) for dims in (1, 3))]
 )
-def test_compiles_whole(dims: int) -> None:
+def test_compiles_in_one_graph(dims: int) -> None:
     net = small(dims=dims, levels=((1, 1), (2, 1)))
     x, noise_label = torch.randn(2, 1, *(4, 6, 2)[:dims]), torch.tensor([0, 2])
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -254,15 +254,15 @@ X, I = torch.zeros(2, 1, 4, 6), torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ((X[0], I), ValueError, r"x must have shape \(B, 1, H, W\), got \(1, 4, 6\)"),
+        ((X[0], I), ValueError, r"x: expected shape \(B, 1, H, W\), got \(1, 4, 6\)"),
         ((X[..., :5], I), ValueError, r"divisible by 2, got \(4, 5\)"),
         ((X[:, :, :3], I), ValueError, r"divisible by 2, got \(3, 6\)"),
-        ((X.double(), I), TypeError, "x must be torch.float32 .* got torch.float64"),
-        ((X, I[:1]), ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
-        ((X, I, I), TypeError, "class_labels must be None"),
+        ((X.double(), I), TypeError, "dtype of the network, torch.float32, got torch.float64"),
+        ((X, I[:1]), ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
+        ((X, I, I), TypeError, "class_labels: expected None"),
     ],
 )
-def test_bad_input(arguments: tuple[Tensor, ...], error: type[Exception], match: str) -> None:
+def test_input_errors(arguments: tuple[Tensor, ...], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         small()(*arguments)
 
@@ -270,20 +270,20 @@ def test_bad_input(arguments: tuple[Tensor, ...], error: type[Exception], match:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
-        ({"width": 4.0}, TypeError, "width must be an int, got 4.0"),
-        ({"width": 1}, ValueError, "width must be at least 2, got 1"),
-        ({"dims": 4}, ValueError, "dims must be one of 1, 2, 3, got 4"),
-        ({"activation": "gelu"}, ValueError, "activation must be one of 'silu', .* got 'gelu'"),
-        ({"levels": ()}, ValueError, "levels must have one row .* got none"),
-        ({"levels": (1, 2, 2)}, TypeError, r"levels must be rows \(multiplier, dilation\), got 1"),
-        ({"levels": ((1, 1, 1),)}, TypeError, r"levels must be rows .* got \(1, 1, 1\)"),
-        ({"levels": ((1, 0),)}, ValueError, "dilation must be at least 1, got 0"),
-        ({"levels": ((0, 1),)}, ValueError, "multiplier must be at least 1, got 0"),
-        ({"data_range": (1.0, 0.0)}, ValueError, r"data_range must be .* got \(1.0, 0.0\)"),
-        ({"sigmas": (1.0, 0.0)}, ValueError, r"sigmas must be positive"),
+        ({"channels": 0}, ValueError, "channels: expected an integer >= 1, got 0"),
+        ({"width": 4.0}, TypeError, "width: expected an integer, got float"),
+        ({"width": 1}, ValueError, "width: expected an integer >= 2, got 1"),
+        ({"dims": 4}, ValueError, "dims: expected one of 1, 2, 3, got 4"),
+        ({"activation": "gelu"}, ValueError, "activation: expected one of 'silu', .* got 'gelu'"),
+        ({"levels": ()}, ValueError, "levels: expected one row .* got none"),
+        ({"levels": (1, 2, 2)}, TypeError, r"expected rows \(multiplier, dilation\), got 1"),
+        ({"levels": ((1, 1, 1),)}, TypeError, r"levels: expected rows .* got \(1, 1, 1\)"),
+        ({"levels": ((1, 0),)}, ValueError, "dilation: expected an integer >= 1, got 0"),
+        ({"levels": ((0, 1),)}, ValueError, "multiplier: expected an integer >= 1, got 0"),
+        ({"data_range": (1.0, 0.0)}, ValueError, r"data_range: expected .* got \(1.0, 0.0\)"),
+        ({"sigmas": (1.0, 0.0)}, ValueError, r"sigmas: expected finite numbers > 0"),
     ],
 )
-def test_bad_options(options: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_constructor_errors(options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         small(**options)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from published import ALIASES, OPTIONS, PUBLISHED, built
+from support.published_networks import ALIASES, OPTIONS, PUBLISHED, built
 
 from diffusionkit.networks import NCSNpp
 from diffusionkit.networks.unet import UNet
@@ -20,13 +20,13 @@ def test_number_of_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_that_sizes_do_not_show(name: str) -> None:
+def test_options_not_visible_in_the_sizes(name: str) -> None:
     config = built(name).config
     assert {key: config[key] for key in OPTIONS[name]} == OPTIONS[name]
 
 
 @pytest.mark.parametrize(("make", "name"), ALIASES)
-def test_other_names(make: Callable[[], UNet], name: str) -> None:
+def test_aliases(make: Callable[[], UNet], name: str) -> None:
     with torch.device("meta"):
         other = make()
     assert type(other) is type(built(name))
@@ -61,7 +61,7 @@ def test_discrete_noise_levels(name: str, sigma_max: float) -> None:
 
 
 def heads(name: str) -> dict[int, set[int]]:
-    """Numbers of heads by number of channels."""
+    """Return the numbers of heads by number of channels."""
     found: dict[int, set[int]] = {}
     for module in built(name).modules():
         if hasattr(module, "heads"):

@@ -1,4 +1,4 @@
-"""Resampling by two, against its entries written out."""
+"""Resampling by two against explicit formulas for its entries."""
 
 from itertools import product
 
@@ -19,7 +19,7 @@ def draw(spatial: tuple[int, ...], channels: int = 3) -> Tensor:
 
 
 def padded(x: Tensor, d: int) -> Tensor:
-    """Put one zero at each end of a dimension, which is then the last."""
+    """Move a dimension to the end and put one zero at each end of it."""
     return torch.nn.functional.pad(x.movedim(d, -1), (1, 1))
 
 
@@ -61,7 +61,7 @@ def smoothed(z: Tensor) -> Tensor:
 def test_without_convolution(layer: nn.Module, one, spatial: tuple[int, ...]) -> None:
     x = draw(spatial)
     torch.testing.assert_close(layer(x), along(x, one), rtol=1e-14, atol=1e-14)
-    assert torch.equal(layer(x, torch.zeros(2, 8)), layer(x))  # the embedding plays no part
+    assert torch.equal(layer(x, torch.zeros(2, 8)), layer(x))  # the embedding is ignored
 
 
 def one_tap(layer: nn.Module, at: int) -> nn.Module:
@@ -82,7 +82,7 @@ def mixed(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("spatial", SHAPES)
 @pytest.mark.parametrize(("taps", "one"), [(None, repeated), (FIR, interpolated)])
-def test_up_sampling_with_the_middle_tap(taps, one, spatial: tuple[int, ...]) -> None:
+def test_upsampling_with_the_middle_tap(taps, one, spatial: tuple[int, ...]) -> None:
     x = draw(spatial)
     layer = one_tap(ConvUpsample(3, 2, Style(len(spatial)), taps), 1)
     torch.testing.assert_close(layer(x), mixed(along(x, one)))
@@ -101,14 +101,14 @@ def test_up_sampling_with_the_middle_tap(taps, one, spatial: tuple[int, ...]) ->
         (None, 1, 2, lambda z: z[..., 2::2]),
     ],
 )
-def test_down_sampling_with_one_tap(taps, front: int, at: int, one, spatial) -> None:
+def test_downsampling_with_one_tap(taps, front: int, at: int, one, spatial) -> None:
     x = draw(spatial)
     layer = one_tap(ConvDownsample(3, 2, Style(len(spatial)), taps, pad_front=front), at)
     torch.testing.assert_close(layer(x), mixed(along(x, one)))
 
 
-def test_up_sampling_correlates_with_the_kernel_as_it_is() -> None:
-    # Off the middle by one to the front: the output is that of the middle, one entry later.
+def test_upsampling_does_not_flip_the_kernel() -> None:
+    # With the tap before the middle one, the output is shifted by one entry.
     x = draw((6,))
     for taps, one in ((None, repeated), (FIR, interpolated)):
         layer = one_tap(ConvUpsample(3, 2, Style(1), taps), 0)
@@ -116,7 +116,7 @@ def test_up_sampling_correlates_with_the_kernel_as_it_is() -> None:
         torch.testing.assert_close(layer(x)[..., 1:], expected[..., :-1])
 
 
-def test_down_undoes_up_for_means() -> None:
+def test_downsampling_inverts_upsampling_for_means() -> None:
     for spatial in SHAPES:
         x = draw(spatial)
         torch.testing.assert_close(Downsample()(Upsample()(x)), x, rtol=1e-15, atol=0)
@@ -124,7 +124,7 @@ def test_down_undoes_up_for_means() -> None:
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 2, 1), (1, 2, 3, 4, 5)])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_every_length_of_kernel_gives_the_same_sizes(taps, dims: int) -> None:
+def test_sizes_do_not_depend_on_the_kernel_length(taps, dims: int) -> None:
     x = draw((4, 6, 2)[:dims])
     double, half = [2 * n for n in x.shape[2:]], [n // 2 for n in x.shape[2:]]
     style = Style(dims)
@@ -137,7 +137,7 @@ def test_every_length_of_kernel_gives_the_same_sizes(taps, dims: int) -> None:
         torch.testing.assert_close(Downsample(taps)(x), Downsample()(x))
 
 
-def test_resampling_is_local_to_samples_and_channels() -> None:
+def test_samples_and_channels_are_resampled_separately() -> None:
     x = draw((4, 4))
     for layer, (i, j) in product((Upsample(FIR), Downsample(FIR)), ((0, 0), (1, 2))):
         torch.testing.assert_close(layer(x[i : i + 1, j : j + 1]), layer(x)[i : i + 1, j : j + 1])

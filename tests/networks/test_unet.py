@@ -1,11 +1,13 @@
-"""What holds for every U-Net."""
+"""Properties of all U-Nets, and the stages and levels they consist of."""
 
 from typing import Any
 
 import pytest
 import torch
-from tiny import CLASSES, FAMILIES, TINY, arguments, fill, tiny
-from torch import nn
+from support.tiny_networks import CLASSES, FAMILIES, TINY, arguments, fill, tiny
+from torch import Tensor, nn
+
+from diffusionkit.networks.unet import DecoderLevel, EncoderLevel, Stage
 
 kinds = pytest.mark.parametrize("kind", FAMILIES)
 classes = pytest.mark.parametrize("kind", CLASSES)
@@ -39,7 +41,7 @@ def test_starts_near_zero(kind: str) -> None:
     net = cls(**TINY | options)
     out = net(**arguments(net, dtype=torch.float32))
     assert out.abs().max() < 1e-3
-    assert bool(out.any()) == ("ADM" not in kind)  # there it is zero exactly
+    assert bool(out.any()) == ("ADM" not in kind)  # which is exactly zero
 
 
 @kinds
@@ -53,25 +55,25 @@ def test_samples_do_not_mix(kind: str) -> None:
 
 
 @kinds
-def test_everything_given_matters(kind: str) -> None:
+def test_output_depends_on_every_input(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)
     out = net(**given)
     for name, value in given.items():
         if name == "noise_label" and kind == "separate FIR":
-            continue  # it is not told the label
+            continue  # it has no embedding
         changed = net(**given | {name: value.flip(0)})
         assert (changed - out).abs().flatten(1).amax(1).min() > 1e-4, name
 
 
-def test_without_an_embedding_the_label_plays_no_part() -> None:
+def test_without_an_embedding_the_noise_label_is_ignored() -> None:
     net = tiny("separate FIR")
     given = arguments(net)
     assert torch.equal(net(**given), net(given["x"], torch.tensor([999, 0])))
 
 
 @pytest.mark.parametrize("kind", ["everything", "ADM updown"])
-def test_no_condition_is_a_condition_of_zeros(kind: str) -> None:
+def test_a_missing_condition_equals_zeros(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)
     zeros = net(**given | {"condition": torch.zeros_like(given["condition"])})
@@ -79,7 +81,7 @@ def test_no_condition_is_a_condition_of_zeros(kind: str) -> None:
 
 
 @classes
-def test_data_range_is_mapped_to_the_one_of_the_papers(kind: str) -> None:
+def test_data_range_is_mapped_to_the_published_range(kind: str) -> None:
     plain, net = tiny(kind), tiny(kind, data_range=(-1.0, 4.0))
     given = arguments(net)
     moved = given | {"x": (given["x"] + 1) * 2.5 - 1}
@@ -125,7 +127,7 @@ def test_dropout_acts_in_training_only(kind: str) -> None:
 
 
 @classes
-def test_no_dropout_draws_nothing(kind: str) -> None:
+def test_no_dropout_draws_no_random_numbers(kind: str) -> None:
     net = tiny(kind, dropout=0.0).train()
     given = arguments(net)
     state = torch.get_rng_state()
@@ -145,7 +147,7 @@ def test_integer_labels(kind: str) -> None:
     )  # fmt: skip
 
 
-def test_input_is_left_as_it_was() -> None:
+def test_inputs_are_not_modified() -> None:
     for kind in FAMILIES:
         net = tiny(kind)
         given = arguments(net)
@@ -165,21 +167,21 @@ def plain(options: dict[str, Any] | None = None) -> Any:
 @pytest.mark.parametrize(
     ("x", "noise_label", "error", "message"),
     [
-        (X[:, :1], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 1, 4, 4\)"),
-        (X[0], T, ValueError, r"x must have shape \(B, 2, H, W\), got \(2, 4, 4\)"),
-        (X[:0], T[:0], ValueError, r"must not be empty, got shape \(0, 2, 4, 4\)"),
-        (X[..., :0], T, ValueError, r"must not be empty, got shape \(2, 2, 4, 0\)"),
+        (X[:, :1], T, ValueError, r"x: expected shape \(B, 2, H, W\), got \(2, 1, 4, 4\)"),
+        (X[0], T, ValueError, r"x: expected shape \(B, 2, H, W\), got \(2, 4, 4\)"),
+        (X[:0], T[:0], ValueError, r"expected a non-empty tensor, got shape \(0, 2, 4, 4\)"),
+        (X[..., :0], T, ValueError, r"expected a non-empty tensor, got shape \(2, 2, 4, 0\)"),
         (X[..., :3], T, ValueError, r"divisible by 2, got \(4, 3\)"),
         (X[:, :, :1], T, ValueError, r"divisible by 2, got \(1, 4\)"),
-        (X.double(), T, TypeError, "torch.float32 like the network, got torch.float64"),
-        (X.to(torch.uint8), T, TypeError, "torch.float32 like the network, got torch.uint8"),
-        (X.to("meta"), T, ValueError, "x must be on cpu like the network, got meta"),
-        (X, T[0], ValueError, r"noise_label must have shape \(2,\), got \(\)"),
-        (X, T[:, None], ValueError, r"noise_label must have shape \(2,\), got \(2, 1\)"),
-        (X, T[:1], ValueError, r"noise_label must have shape \(2,\), got \(1,\)"),
-        (X, T.bool(), TypeError, "noise_label must be real, got torch.bool"),
-        (X, T.to(torch.complex64), TypeError, "noise_label must be real, got torch.complex64"),
-        (X, T.to("meta"), ValueError, "noise_label must be on cpu like x, got meta"),
+        (X.double(), T, TypeError, "dtype of the network, torch.float32, got torch.float64"),
+        (X.to(torch.uint8), T, TypeError, "torch.float32, got torch.uint8"),
+        (X.to("meta"), T, ValueError, "x: expected the device of the network, cpu, got meta"),
+        (X, T[0], ValueError, r"noise_label: expected shape \(2,\), got \(\)"),
+        (X, T[:, None], ValueError, r"noise_label: expected shape \(2,\), got \(2, 1\)"),
+        (X, T[:1], ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
+        (X, T.bool(), TypeError, "noise_label: expected real numbers, got torch.bool"),
+        (X, T.to(torch.complex64), TypeError, "expected real numbers, got torch.complex64"),
+        (X, T.to("meta"), ValueError, "noise_label: expected the device of x, cpu, got meta"),
     ],
 )
 def test_input_errors(x, noise_label, error: type[Exception], message: str) -> None:
@@ -202,14 +204,14 @@ def test_shapes_are_named_in_every_dimension() -> None:
         (3, None, TypeError, "num_classes=3, got None"),
         (3, torch.tensor([0.0, 1.0]), TypeError, "torch.int64, got torch.float32"),
         (3, torch.tensor([0, 1], dtype=torch.int32), TypeError, "torch.int64, got torch.int32"),
-        (3, torch.tensor([0]), ValueError, r"class_labels must have shape \(2,\), got \(1,\)"),
-        (3, torch.tensor([0, 3]), ValueError, r"in \[0, 3\), got values 0 to 3"),
-        (3, torch.tensor([-1, 2]), ValueError, r"in \[0, 3\), got values -1 to 2"),
+        (3, torch.tensor([0]), ValueError, r"class_labels: expected shape \(2,\), got \(1,\)"),
+        (3, torch.tensor([0, 3]), ValueError, r"in \[0, 3\), got values from 0 to 3"),
+        (3, torch.tensor([-1, 2]), ValueError, r"in \[0, 3\), got values from -1 to 2"),
         (
             3,
             torch.tensor([0, 1], device="meta"),
             ValueError,
-            "class_labels must be on cpu .* got meta",
+            "expected the device of x, cpu, got meta",
         ),
     ],
 )
@@ -228,10 +230,10 @@ C = torch.zeros(2, 5)
     ("features", "condition", "error", "message"),
     [
         (None, C, TypeError, r"condition_features=None.*got a tensor of shape \(2, 5\)"),
-        (5, C[:1], ValueError, r"condition must have shape \(2, 5\), got \(1, 5\)"),
-        (5, C[:, :4], ValueError, r"condition must have shape \(2, 5\), got \(2, 4\)"),
-        (5, C.double(), TypeError, "condition must be torch.float32 like x, got torch.float64"),
-        (5, C.to("meta"), ValueError, "condition must be on cpu like x, got meta"),
+        (5, C[:1], ValueError, r"condition: expected shape \(2, 5\), got \(1, 5\)"),
+        (5, C[:, :4], ValueError, r"condition: expected shape \(2, 5\), got \(2, 4\)"),
+        (5, C.double(), TypeError, "condition: expected the dtype of x, torch.float32"),
+        (5, C.to("meta"), ValueError, "condition: expected the device of x, cpu, got meta"),
     ],
 )
 def test_condition_errors(features, condition, error: type[Exception], message: str) -> None:
@@ -247,12 +249,12 @@ L = torch.zeros(2, 1, 2, 2)
     [
         (None, L, TypeError, r"low_res_channels=None.*got a tensor of shape \(2, 1, 2, 2\)"),
         (1, None, TypeError, "low_res_channels=1, got None"),
-        (1, L[:1], ValueError, r"low_res must have shape \(2, 1, H, W\), got \(1, 1, 2, 2\)"),
-        (3, L, ValueError, r"low_res must have shape \(2, 3, H, W\), got \(2, 1, 2, 2\)"),
-        (1, L[..., 0], ValueError, r"low_res must have shape .*got \(2, 1, 2\)"),
-        (1, L[..., :0], ValueError, r"low_res must have shape .*got \(2, 1, 2, 0\)"),
-        (1, L.double(), TypeError, "low_res must be torch.float32 like x, got torch.float64"),
-        (1, L.to("meta"), ValueError, "low_res must be on cpu like x, got meta"),
+        (1, L[:1], ValueError, r"low_res: expected shape \(2, 1, H, W\), got \(1, 1, 2, 2\)"),
+        (3, L, ValueError, r"low_res: expected shape \(2, 3, H, W\), got \(2, 1, 2, 2\)"),
+        (1, L[..., 0], ValueError, r"low_res: expected shape .*got \(2, 1, 2\)"),
+        (1, L[..., :0], ValueError, r"low_res: expected shape .*got \(2, 1, 2, 0\)"),
+        (1, L.double(), TypeError, "low_res: expected the dtype of x, torch.float32"),
+        (1, L.to("meta"), ValueError, "low_res: expected the device of x, cpu, got meta"),
     ],
 )
 def test_low_resolution_errors(channels, low_res, error: type[Exception], message: str) -> None:
@@ -261,9 +263,56 @@ def test_low_resolution_errors(channels, low_res, error: type[Exception], messag
 
 
 @classes
-def test_narrow_networks_hear_their_label(kind: str) -> None:
-    """A normalisation of one channel would take away what the embedding adds to it."""
+def test_narrow_networks_depend_on_the_noise_label(kind: str) -> None:
+    """With one channel per group, normalization would remove the noise embedding."""
     net = tiny(kind, **({"scale_shift": False} if kind == "ADMUNet" else {}))
     given = arguments(net)
     other = given | {"noise_label": given["noise_label"] * 0.7}
     assert (net(**given) - net(**other)).abs().max() > 1e-3
+
+
+class Times(nn.Module):
+    """Multiply by a number and, if there is one, add an embedding."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        x = x.sum(1, keepdim=True) * self.factor
+        return x if emb is None else x + emb
+
+
+EMB = torch.tensor([[10.0]])
+ONE = torch.tensor([[1.0]])
+
+
+def test_stage() -> None:
+    assert Stage(Times(2.0))(ONE, EMB).item() == 12
+    assert Stage(Times(2.0), Times(3.0))(ONE, EMB).item() == 36  # attention gets no embedding
+    assert Stage(Times(2.0), Times(3.0))(ONE, None).item() == 6
+
+
+def test_encoder_level_returns_every_output() -> None:
+    level = EncoderLevel([Stage(Times(2.0)), Stage(Times(3.0))])
+    assert [h.item() for h in level(ONE, EMB)] == [12, 46]
+
+
+def test_decoder_level_takes_skips_from_the_end() -> None:
+    level = DecoderLevel([Stage(Times(2.0)), Stage(Times(3.0))])
+    skips = [100 * ONE, 5 * ONE, 7 * ONE]
+    # ((1 + 7) 2 + 10 + 5) 3 + 10
+    assert level(ONE, EMB, skips).item() == 103
+    assert [s.item() for s in skips] == [100]
+
+
+def test_decoder_level_puts_the_features_first() -> None:
+    seen = []
+
+    class Watch(Times):
+        def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+            seen.append(x)
+            return x
+
+    DecoderLevel([Stage(Watch(1.0))])(ONE, None, [7 * ONE])
+    assert torch.equal(seen[0], torch.tensor([[1.0, 7.0]]))

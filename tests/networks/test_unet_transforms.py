@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import CLASSES, FAMILIES, arguments, tiny
+from support.tiny_networks import CLASSES, FAMILIES, arguments, tiny
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +30,7 @@ def test_compiles_in_one_graph(kind: str) -> None:
     check_compiled(tiny(kind))
 
 
-def test_one_level_of_the_other_kind_compiles_in_one_graph() -> None:
+def test_one_level_of_adm_compiles_in_one_graph() -> None:
     check_compiled(tiny("ADMUNet", multipliers=(1,), attention_levels=(0,)))
 
 
@@ -51,7 +51,7 @@ def test_compiles_in_one_graph_with_its_gradient(kind: str) -> None:
 
 @slow
 @some
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of inductor itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from inductor
 def test_compiles_with_inductor(kind: str) -> None:
     torch.compiler.reset()
     net = tiny(kind).float()
@@ -62,7 +62,7 @@ def test_compiles_with_inductor(kind: str) -> None:
 
 @slow
 @classes
-def test_a_batch_of_another_size_is_compiled_once_more(kind: str) -> None:
+def test_another_batch_size_recompiles_at_most_once(kind: str) -> None:
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     net = tiny(kind)
@@ -134,7 +134,7 @@ def test_channels_last(kind: str) -> None:
 
 
 def test_channels_last_in_three_dimensions() -> None:
-    net = tiny("DDPMpp", dims=3).float()  # torch's own layers lose the format of float64
+    net = tiny("DDPMpp", dims=3).float()  # torch's layers lose the memory format in float64
     given = arguments(net, 4, 2, 6, dtype=torch.float32)
     expected = net(**given)
     net = net.to(memory_format=torch.channels_last_3d)
@@ -144,7 +144,7 @@ def test_channels_last_in_three_dimensions() -> None:
 
 
 @some
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
 def test_forward_derivative(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)
@@ -194,7 +194,7 @@ def test_functional_gradient(kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["NCSNpp", "DDPMpp", "DDPMUNet", "skips", "separate FIR", "residuals"]
 )
-def test_gradients_of_every_sample(kind: str) -> None:
+def test_per_sample_gradients(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)
     parameters = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
@@ -203,7 +203,7 @@ def test_gradients_of_every_sample(kind: str) -> None:
         one = {name: value[None] for name, value in sample.items()}
         return grad(lambda p: loss(net, p, one))(parameters)
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention would be taken sample by sample
+    with sdpa_kernel(SDPBackend.MATH):  # vmap would run fused attention sample by sample
         got = vmap(of_one)(given)
     for i in range(2):
         net.zero_grad()

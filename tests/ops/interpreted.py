@@ -1,15 +1,16 @@
-"""The fused kernel on the CPU, by Triton's interpreter; `test_fused.py` runs this file.
+"""The fused kernel on the CPU, in Triton's interpreter; run by `test_fused.py`.
 
-The interpreter must be chosen before Triton is imported, hence in a process of its own.
+The interpreter must be selected before Triton is imported, hence in a separate process.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from direct import direct
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from support.direct_fir import direct, normal
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -24,17 +25,14 @@ from diffusionkit.ops import (
 )
 
 TAPS = (1.0, 2.0, 5.0, 3.0)
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
-# up, down, pads; the last is cropped on both sides.
+normal = partial(normal, dtype=torch.float32)
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from torch
+# up, down, pads; the last one crops both sides.
 RATES = [(2, 1, (2, 1)), (1, 2, (1, 1)), (1, 1, (2, 2)), (3, 2, (-1, 4)), (2, 3, (-2, -1))]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def bound(x: Tensor, kernel: Tensor, up: int, down: int, pads: list) -> float:
-    """A few roundings in float32 of the largest sum of magnitudes."""
+    """Return a few float32 roundings of the largest sum of magnitudes."""
     return 4e-7 * direct(x.abs(), kernel.abs(), up, down, pads).max().item()
 
 
@@ -53,7 +51,7 @@ def cases(draw: st.DrawFn) -> dict:
     }
 
 
-# More than a block of rows and of columns, in both memory formats and in one dimension.
+# More than one block of rows and columns, in both memory formats and in one dimension.
 WIDE = {"spatial": [3, 70], "taps": 4, "up": 2, "down": 1, "pads": [(2, 1)] * 2, "seed": 0}
 
 
@@ -64,7 +62,7 @@ WIDE = {"spatial": [3, 70], "taps": 4, "up": 2, "down": 1, "pads": [(2, 1)] * 2,
 @example({**WIDE, "last": False, "up": 1, "down": 2})
 @example({**WIDE, "last": False, "spatial": [300], "pads": [(2, 1)]})
 @example({**WIDE, "last": False, "spatial": [150, 2], "up": 1, "pads": [(2, 2)] * 2})
-def test_the_kernel_equals_the_definition_and_its_adjoint(case: dict) -> None:
+def test_the_kernel_matches_the_definition_and_its_adjoint(case: dict) -> None:
     up, down, pads = case["up"], case["down"], case["pads"]
     for n, (before, after) in zip(case["spatial"], pads, strict=True):
         assume(n * up + before + after >= case["taps"])
@@ -96,7 +94,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 
 
 def both(x: Tensor, rate: tuple) -> tuple:
-    """The fused and the plain operation of some input."""
+    """Return the fused and the plain operation for an input."""
     up, down, pad = rate
     pads = [pad] * (x.ndim - 2)
     plan = _fused.plan(x, TAPS, 0.1, up, down, pads)
@@ -125,7 +123,7 @@ def test_first_and_second_derivatives(spatial: tuple[int, ...], rate: tuple) -> 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("spatial", [(7,), (5, 6)])
 def test_a_backward_pass_under_vmap(spatial: tuple[int, ...], rate: tuple) -> None:
-    """It takes plain torch, which must know the adjoint's paddings."""
+    """The backward pass then uses plain torch, with the paddings of the adjoint."""
     x = normal(2, 2, *spatial).requires_grad_()
     results = []
     for f in both(x, rate):
@@ -170,13 +168,13 @@ def test_the_public_functions_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, (name, call) in enumerate(calls.items(), 1):
         torch.testing.assert_close(call(), expected[name], rtol=1e-5, atol=1e-5)
         assert len(plans) == number
-    # Numbers in a tensor would have to be waited for.
+    # A tensor of taps would have to be synchronized.
     fir_upsample(x, torch.tensor(TAPS))
     assert len(plans) == len(calls)
 
 
-def test_what_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(taps: tuple[float, ...] = TAPS, **changes: object) -> bool:
+def test_inputs_not_supported_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def suits(taps: tuple[float, ...] = TAPS, **changes: object) -> bool:
         shape = changes.pop("shape", (2, 3, 8, 8))
         given = {"is_cuda": True, "ndim": len(shape), "dtype": torch.float32, "device": "cuda"}
         x = SimpleNamespace(shape=shape, **{**given, **changes})
@@ -185,16 +183,16 @@ def test_what_the_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fused, "_triton_launches", lambda: True)
     monkeypatch.setattr(_fused, "_hidden", lambda x: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert ask()
-    assert ask(dtype=torch.bfloat16, shape=(2, 3, 8))
-    assert not ask(is_cuda=False)
-    assert not ask(shape=(2, 3, 8, 8, 8))
-    assert not ask(shape=(0, 3, 8, 8))
-    assert not ask(shape=(2**12, 2**10, 2**7, 2**7))
-    assert not ask(dtype=torch.float64)
-    assert not ask(TAPS * 3)
+    assert suits()
+    assert suits(dtype=torch.bfloat16, shape=(2, 3, 8))
+    assert not suits(is_cuda=False)
+    assert not suits(shape=(2, 3, 8, 8, 8))
+    assert not suits(shape=(0, 3, 8, 8))
+    assert not suits(shape=(2**12, 2**10, 2**7, 2**7))
+    assert not suits(dtype=torch.float64)
+    assert not suits(TAPS * 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert not ask()
+    assert not suits()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(_fused, "_triton_launches", lambda: False)
-    assert not ask()
+    assert not suits()

@@ -1,11 +1,11 @@
-"""The values of FIR resampling: by hand, and against a convolution written from its definition."""
+"""Values of FIR resampling, by hand and against the definition of a convolution."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from direct import direct
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from support.direct_fir import direct, normal
 from torch import Tensor
 
 from diffusionkit.ops import (
@@ -19,21 +19,17 @@ from diffusionkit.ops import (
 LETTERS = {1: "oif,bi...f->bo...", 2: "oifg,bi...fg->bo...", 3: "oifgh,bi...fgh->bo..."}
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def line(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(1, 1, -1)
 
 
 def test_hand_computed() -> None:
     x = line(1, 10, 100)
-    # A true convolution: the first tap meets the newest sample.
+    # A true convolution: the first tap multiplies the last sample.
     assert upfirdn(x, [1, 2, 3]).tolist() == [[[1 * 3 + 10 * 2 + 100]]]
     assert upfirdn(x, [1, 2, 3], padding=(2, 2)).tolist() == [[[1, 12, 123, 230, 300]]]
     assert upfirdn(x, [1, 2, 3], padding=(-1, 1)).tolist() == [[[10 * 3 + 100 * 2]]]
-    # Zeros after each sample, after the last too.
+    # Zeros follow each sample, including the last.
     assert upfirdn(x, [1], up=3).tolist() == [[[1, 0, 0, 10, 0, 0, 100, 0, 0]]]
     assert upfirdn(x, [1], up=3, down=2).tolist() == [[[1, 0, 0, 100, 0]]]
     assert upfirdn(x, [1], down=2, padding=(1, 0)).tolist() == [[[0, 10]]]
@@ -41,7 +37,7 @@ def test_hand_computed() -> None:
     assert fir_upsample(x).tolist() == [[[0.75, 3.25, 7.75, 32.5, 77.5, 75]]]
     # (x_-1 + 3 x_0 + 3 x_1 + x_2) / 8.
     assert fir_downsample(line(1, 10, 100, 1000)).tolist() == [[[133 / 8, 3310 / 8]]]
-    # With an odd number of zeros to pad, one more before than after.
+    # For an odd number of padding zeros, one more comes before than after.
     expected = [value / 3 for value in (1, 2, 13, 20, 130, 200)]
     torch.testing.assert_close(fir_upsample(x, [1, 2, 3]), line(*expected))
     expected = [12 / 6, 1230 / 6]
@@ -85,7 +81,7 @@ NETWORK = {"spatial": [6, 8], "taps": [4, 4], "separable": True, "seed": 0}
 @example({**NETWORK, "up": 2, "down": 1, "padding": [(2, 1), (2, 1)]})
 @example({**NETWORK, "up": 1, "down": 2, "padding": [(1, 1), (1, 1)]})
 @example({**NETWORK, "up": 1, "down": 1, "padding": [(2, 2), (2, 2)]})
-def test_upfirdn_equals_its_definition(case: dict) -> None:
+def test_upfirdn_matches_its_definition(case: dict) -> None:
     up, down, padding = case["up"], case["down"], case["padding"]
     sizes = case["taps"][:1] if case["separable"] else case["taps"]
     for n, k, (before, after) in zip(case["spatial"], case["taps"], padding, strict=True):
@@ -117,7 +113,7 @@ def test_upfirdn_equals_its_definition(case: dict) -> None:
 def test_resampling_pads_as_published(
     dims: int, factor: int, extra: int, separable: bool, seed: int
 ) -> None:
-    """The sizes are f n and n // f, the filter is normalised, its paddings are StyleGAN2's."""
+    """Sizes are f n and n // f, the filter is normalized, and the padding is StyleGAN2's."""
     size = factor + extra
     kernel = 0.1 + normal(*[size] * (1 if separable else dims), seed=seed).abs()
     x = normal(1, 2, *range(4, 4 + dims), seed=seed)
@@ -141,7 +137,7 @@ def test_resampling_pads_as_published(
     size=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 1000),
 )
-def test_convolutions_equal_their_definition(
+def test_convolutions_match_their_definition(
     dims: int, factor: int, taps: int, size: int, seed: int
 ) -> None:
     assume(taps >= factor)
@@ -190,8 +186,8 @@ def test_default_kernel_interpolates_linearly_between_pixels() -> None:
 
 @pytest.mark.parametrize("spatial", [(9,), (5, 8), (3, 4, 5)])
 @pytest.mark.parametrize("factor", [1, 2, 3])
-def test_up_and_down_are_adjoint(spatial: tuple[int, ...], factor: int) -> None:
-    """<up(x), y> = f^dims <x, down(y)> with the kernel turned round."""
+def test_upsampling_and_downsampling_are_adjoint(spatial: tuple[int, ...], factor: int) -> None:
+    """<up(x), y> = f^dims <x, down(y)> with the flipped kernel."""
     kernel = [1.0, 2.0, 5.0, 3.0, 4.0]
     x = normal(2, 3, *spatial)
     up = fir_upsample(x, kernel, factor=factor)
@@ -209,7 +205,7 @@ def test_a_tensor_kernel_equals_the_numbers() -> None:
         assert torch.equal(fir_upsample(x, kernel), fir_upsample(x))
         square = torch.outer(kernel, kernel)
         assert torch.equal(fir_downsample(x, square), fir_downsample(x))
-    kernel = torch.tensor([0.1, 0.3], dtype=torch.float16)  # whose products are not exact in it
+    kernel = torch.tensor([0.1, 0.3], dtype=torch.float16)  # products are not exact in float16
     assert torch.equal(upfirdn(x, kernel), upfirdn(x, kernel.tolist()))
 
 

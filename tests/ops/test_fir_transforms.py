@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from direct import direct
+from support.direct_fir import direct, normal
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp, vmap
@@ -17,8 +17,8 @@ from diffusionkit.ops import (
 
 TAPS = (1.0, 2.0, 5.0, 3.0)
 KERNEL = torch.tensor(TAPS, dtype=torch.float64)
-WEIGHT = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-# Each is linear in x; the second is the same by definition.
+WEIGHT = normal(2, 3, 3, 3)
+# Pairs of a function, linear in x, and its definition.
 FUNCTIONS = {
     "up": (
         lambda x: fir_upsample(x, TAPS),
@@ -44,10 +44,6 @@ CONVOLUTIONS = {
 LINEAR = {name: ours for name, (ours, _) in FUNCTIONS.items()} | CONVOLUTIONS
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def basis(shape: tuple[int, ...]) -> Tensor:
     size = torch.Size(shape).numel()
     return torch.eye(size, dtype=torch.float64).view(size, *shape)
@@ -58,8 +54,8 @@ def pair(request):
     return FUNCTIONS[request.param]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's forward mode
-def test_derivatives_equal_the_definition(pair) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
+def test_derivatives_match_the_definition(pair) -> None:
     ours, definition = pair
     x, t = normal(2, 1, 3, 4), normal(2, 1, 3, 4, seed=1)
     y, tangent = jvp(ours, (x,), (t,))
@@ -132,7 +128,7 @@ def test_compiles_to_one_graph(name) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of inductor itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from inductor
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_compiles_with_inductor(name, dynamic) -> None:

@@ -1,4 +1,4 @@
-"""The fused kernel without a GPU: interpreted, compiled, and refused where it would go wrong."""
+"""The fused kernel without a GPU: interpreted, compiled, and not used where unsupported."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 X = torch.zeros(1, 1, 4, 4)
 
 
-def test_numbers_by_the_interpreter() -> None:
+def test_values_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="the fused kernel needs Triton")
     source = str(Path(diffusionkit.__file__).parents[1])
     path = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
@@ -42,7 +42,7 @@ def test_numbers_by_the_interpreter() -> None:
         ("fp16", 1, 2, False, (2, 16, 32, 32)),
         ("bf16", 2, 1, True, (2, 16, 32, 32)),
         ("fp32", 1, 2, False, (2, 16, 1024)),
-        # Arguments that are 1 are constants of the kernel.
+        # Arguments equal to 1 are constants of the kernel.
         ("fp32", 1, 2, False, (16, 128, 2, 2)),
         ("fp32", 2, 1, False, (1, 1024, 1, 1)),
     ],
@@ -72,7 +72,7 @@ def test_compiles_as_launched(
     y = _triton.launch(x, plan)
     assert y.shape == (*shape[:2], *(n * up // down for n in shape[2:]))
     (((programs,), values, options),) = launches
-    # A program has 2048 outputs, fewer where cells reach beyond the image.
+    # A program computes 2048 outputs, fewer if cells extend beyond the image.
     assert y.numel() // 2048 <= programs <= y.numel() // 512
 
     names = kernel.arg_names
@@ -95,7 +95,7 @@ def test_compiles_as_launched(
     assert f".target sm_{capability}" in compiled.asm["ptx"]
     assert compiled.asm["cubin"].startswith(b"\x7fELF")
     assert "f64" not in compiled.asm["ptx"]
-    # Each thread stores neighbours together.
+    # Each thread stores adjacent outputs together.
     assert last or shape[-1] < 32 or "st.global.v" in compiled.asm["ptx"]
 
 
@@ -116,14 +116,14 @@ def test_plans_hold_floats() -> None:
     assert repr(tuple(horizontal)) == "((1.0, 2.0), 1, 1, 1, 4, 4)"
 
 
-def test_the_transpose_of_the_transpose() -> None:
+def test_the_adjoint_of_the_adjoint_is_the_line() -> None:
     line = Line((1.0, 2.0, 3.0), 2, 3, 4, 10, 8)
     assert line.adjoint() == Line((3.0, 2.0, 1.0), 3, 2, -2, 8, 10)
     assert line.adjoint().adjoint() == line
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's forward mode
-def test_what_the_kernel_would_not_see() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
+def test_transforms_hide_the_kernel() -> None:
     assert not _fused._hidden(X)
     assert not _fused._hidden(torch.nn.Parameter(X))
     seen = []
@@ -133,7 +133,7 @@ def test_what_the_kernel_would_not_see() -> None:
         return x
 
     torch.func.vmap(note)(X)
-    torch.func.vmap(lambda x: x + note(X))(X)  # as it would a tensor from outside
+    torch.func.vmap(lambda x: x + note(X))(X)  # with a captured tensor
     torch.func.jvp(note, (X,), (X,))
     torch.func.grad(lambda x: note(x).sum())(X)
     with FlopCounterMode(display=False):
@@ -152,9 +152,9 @@ def test_plain_torch_without_triton(monkeypatch, caplog) -> None:
     _fused._triton_launches.cache_clear()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton can launch kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can launch kernels")
 def test_plain_torch_where_triton_cannot_launch(caplog) -> None:
-    pytest.importorskip("triton", reason="says so where it is installed")
+    pytest.importorskip("triton", reason="needs Triton")
     _fused._triton_launches.cache_clear()
     assert not _fused._triton_launches()
     assert not _fused._triton_launches()

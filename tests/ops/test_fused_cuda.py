@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import seeded
 from torch.profiler import ProfilerActivity, profile
 
 from diffusionkit.ops import _fused, _plain, fir_downsample, fir_upsample, upfirdn
@@ -11,8 +12,7 @@ TAPS = (1.0, 2.0, 5.0, 3.0)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to("cuda", dtype)
+    return torch.randn(*shape, generator=seeded(), dtype=torch.float64).to("cuda", dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,8 @@ def test_one_launch_forward_and_one_backward() -> None:
         assert not [event.name for event in profiler.events() if "Memcpy" in event.name]
 
 
-def test_the_plain_path_waits_for_nothing() -> None:
-    x = normal(2, 3, 8, 8, dtype=torch.float64)  # which the kernel is refused
+def test_the_plain_path_does_not_synchronize() -> None:
+    x = normal(2, 3, 8, 8, dtype=torch.float64)  # not supported by the kernel
     torch.cuda.set_sync_debug_mode("error")
     try:
         fir_upsample(x)
@@ -67,7 +67,7 @@ def test_the_plain_path_waits_for_nothing() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_transforms_and_compilation_take_plain_torch() -> None:
+def test_transforms_and_compilation_use_plain_torch() -> None:
     x, t = normal(2, 3, 8, 8), normal(2, 3, 8, 8).flip(0)
     torch.testing.assert_close(torch.func.jvp(fir_upsample, (x,), (t,))[1], fir_upsample(t))
     torch.testing.assert_close(torch.func.vmap(fir_upsample)(x[None])[0], fir_upsample(x))
@@ -75,7 +75,7 @@ def test_transforms_and_compilation_take_plain_torch() -> None:
     torch.testing.assert_close(compiled(x), fir_upsample(x))
 
 
-def test_more_elements_than_32_bits_count() -> None:
+def test_more_elements_than_fit_into_32_bits() -> None:
     if torch.cuda.mem_get_info()[0] < 32 * 2**30:
         pytest.skip("needs 32 GiB of memory")
     x = torch.zeros(1, 2**13, 2**9, 2**9, device="cuda", dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""Neural networks that embed the label they are given; they know no SDE."""
+"""Neural networks conditioned on a noise label; they are independent of any SDE."""
 
 from .adm import ADMUNet
 from .ddpm import DDPMUNet

@@ -1,13 +1,15 @@
 """The U-Net of Nichol and Dhariwal, 2021, and its successor ADM."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
 from torch import nn
 
+from ._arguments import check_counts, check_dropout, check_layout, check_optional_counts
 from .blocks import ResidualBlock, SelfAttention
-from .checks import check_dropout, check_layout, check_optional, check_positive
 from .config import remembers
 from .embeddings import ConditionEmbedding, PositionalEmbedding
 from .layers import Style, default_or_zero_
@@ -17,56 +19,57 @@ from .unet import UNet
 
 
 class ADMUNet(UNet):
-    r"""The U-Net of improved DDPM and of ADM, with attention of several heads.
+    r"""The U-Net of improved DDPM and of ADM, with multi-head attention.
 
-    Maps :math:`(x, l) \mapsto F(x, l)`. Exactly zero at initialisation.
-    With `learn_sigma` the output has twice the channels: first the mean, then the variance. The
-    label should be of the order of a step index, up to 1000 whatever the number of steps.
+    Maps :math:`(x, l) \mapsto F(x, l)`, zero at initialization. With `learn_sigma` the output has
+    twice the channels: first the mean, then the variance. The noise label l should have the
+    range of a step index, 0 to 1000, whatever the number of steps.
+
+    Class methods build the published networks; their `options` replace the published ones.
 
     Args:
-        channels: Number of input channels.
-        out_channels: Number of output channels; those of the input if None.
-        learn_sigma: Whether the output has twice as many channels, for a learned variance.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels that the multipliers multiply, even and at least 4.
-        multipliers: Channels of each level over `width`; each level halves the resolution.
-        blocks: Number of residual blocks per level.
-        attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        heads: Number of heads of each attention.
-        decoder_heads: Number of heads of each attention in the decoder; `heads` if None.
-        head_channels: Number of channels per head, instead of a number of heads, or None. A level
-            has as many heads as fit, and no attention where none does.
-        dropout: Dropout probability within the residual blocks.
-        num_classes: Number of classes, or None for a network without classes.
-        condition_features: Size of a condition vector, such as augmentation labels, or None.
-        low_res_channels: Number of channels of a low-resolution image that the network is given
-            beside its input, or None: for super-resolution.
-        scale_shift: Whether the embedding scales and shifts the second normalisation of a
-            residual block, rather than being added before it.
-        group_channels: Least number of channels per group of a normalisation; there are at most
-            32 groups. With groups of one channel and no scale the label would have no effect.
-        resblock_updown: Whether residual blocks resample inside, rather than separate layers.
-        resample_with_conv: Whether those separate layers have a convolution.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations are computed again in the backward pass
-            instead of being kept: less memory, more time, the same gradient. Not under
+        channels: number of input channels.
+        out_channels: number of output channels; as many as input channels if None.
+        learn_sigma: whether the output also contains a learned variance: twice the channels.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        width: number of channels that the multipliers multiply, even and at least 4.
+        multipliers: channels of each level over `width`; each level halves the resolution.
+        blocks: number of residual blocks per level.
+        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        heads: number of heads of each attention.
+        decoder_heads: number of heads of each attention in the decoder; `heads` if None.
+        head_channels: number of channels per head, instead of a number of heads, or None. A level
+            has as many heads as fit; it has no attention if none fits.
+        dropout: dropout probability within the residual blocks.
+        num_classes: number of classes, or None for a network without classes.
+        condition_features: size of a condition vector, such as augmentation labels, or None.
+        low_res_channels: number of channels of a low-resolution image that is a second input of
+            the network, or None: for super-resolution.
+        scale_shift: whether the embedding scales and shifts the output of the second
+            normalization of a residual block, rather than being added before it.
+        group_channels: least number of channels per normalization group; there are at most
+            32 groups. With one channel per group and no scale, normalization would remove the
+            noise embedding.
+        resblock_updown: whether residual blocks resample, rather than separate layers.
+        resample_with_conv: whether those separate layers have a convolution.
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations are recomputed in the backward pass instead
+            of stored: less memory, more time, the same gradient. Not supported under
             transforms of torch.func.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an integer.
+        ValueError: if an argument is out of range.
 
-    Source:
-        A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021,
-        https://arxiv.org/abs/2102.09672; P. Dhariwal, A. Nichol, Diffusion Models Beat GANs on
-        Image Synthesis, 2021, https://arxiv.org/abs/2105.05233.
+    Source: A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021, arXiv
+    2102.09672; P. Dhariwal, A. Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv
+    2105.05233.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import ADMUNet
-        >>> net = ADMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,))
-        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
-        torch.Size([4, 2, 8, 12])
+    >>> import torch
+    >>> from diffusionkit.networks import ADMUNet
+    >>> net = ADMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,))
+    >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
+    torch.Size([4, 2, 8, 12])
     """
 
     @remembers
@@ -95,12 +98,11 @@ class ADMUNet(UNet):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Choose the parts and build the network."""
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         decoder_heads = heads if decoder_heads is None else decoder_heads
-        check_positive(heads=heads, decoder_heads=decoder_heads, group_channels=group_channels)
-        check_optional(head_channels=head_channels)
+        check_counts(heads=heads, decoder_heads=decoder_heads, group_channels=group_channels)
+        check_optional_counts(head_channels=head_channels)
         out = (channels if out_channels is None else out_channels) * (2 if learn_sigma else 1)
         style = Style(
             dims,
@@ -110,7 +112,7 @@ class ADMUNet(UNet):
             adaptive_scale=scale_shift,
             group_channels=group_channels,
             eps=1e-5,
-            initialise=default_or_zero_,
+            initialize=default_or_zero_,
         )
 
         def attention(c: int, decoding: bool) -> nn.Module | None:
@@ -161,11 +163,7 @@ class ADMUNet(UNet):
     def cifar10(cls, **options: Any) -> Self:
         """Build the network of improved DDPM for CIFAR-10, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 52,546,438 parameters.
+        52,546,438 parameters.
         """
         return cls(**{"dropout": 0.3} | options)
 
@@ -174,11 +172,8 @@ class ADMUNet(UNet):
         """Build the network of improved DDPM for ImageNet of 64 pixels, data in [-1, 1].
 
         Args:
-            large: Whether to take the class-conditional one of 270 million parameters.
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network.
+            large: whether to build the class-conditional network of 270 million parameters.
+            **options: options that replace the published ones.
         """
         published: dict[str, Any] = {"multipliers": (1, 2, 3, 4), "attention_levels": (2, 3)}
         if large:
@@ -187,14 +182,7 @@ class ADMUNet(UNet):
 
     @classmethod
     def improved_lsun_256(cls, **options: Any) -> Self:
-        """Build the network of improved DDPM for LSUN of 256 pixels, data in [-1, 1].
-
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network.
-        """
+        """Build the network of improved DDPM for LSUN of 256 pixels, data in [-1, 1]."""
         published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 2, 4, 4),
             "blocks": 2,
@@ -208,11 +196,7 @@ class ADMUNet(UNet):
     def imagenet64(cls, **options: Any) -> Self:
         """Build ADM for ImageNet of 64 pixels, class-conditional, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 295.90 million parameters.
+        295.90 million parameters.
         """
         published: dict[str, Any] = {
             "width": 192,
@@ -229,11 +213,7 @@ class ADMUNet(UNet):
     def imagenet128(cls, **options: Any) -> Self:
         """Build ADM for ImageNet of 128 pixels, class-conditional, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 421.53 million parameters.
+        421.53 million parameters.
         """
         published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 3, 4),
@@ -246,11 +226,7 @@ class ADMUNet(UNet):
     def imagenet256(cls, **options: Any) -> Self:
         """Build ADM for ImageNet of 256 pixels, class-conditional, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones, such as num_classes=None.
-
-        Returns:
-            The network: 553.84 million parameters.
+        553.84 million parameters; num_classes=None makes it unconditional.
         """
         published: dict[str, Any] = {
             "width": 256,
@@ -267,11 +243,7 @@ class ADMUNet(UNet):
     def imagenet512(cls, **options: Any) -> Self:
         """Build ADM for ImageNet of 512 pixels, class-conditional, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 559.00 million parameters.
+        559.00 million parameters.
         """
         published: dict[str, Any] = {
             "multipliers": (0.5, 1, 1, 2, 2, 4, 4),
@@ -281,12 +253,8 @@ class ADMUNet(UNet):
 
     @classmethod
     def edm_imagenet64(cls, **options: Any) -> Self:
-        """Build the network of Karras et al., 2022, for ImageNet of 64 pixels: ADM, one output.
+        """Build the ADM of Karras et al., 2022, for ImageNet of 64 pixels, without a variance.
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network, for `EDMModel`.
+        For `EDMModel`.
         """
         return cls.imagenet64(**{"learn_sigma": False} | options)

@@ -1,8 +1,12 @@
-"""The residual block and the attention that all U-Nets of the library are made of."""
+"""Residual block and self-attention of the U-Nets."""
+
+from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from .dropout import Dropout
 from .layers import Style
@@ -18,24 +22,21 @@ class ResidualBlock(nn.Module):
             (a, b) = L(\mathrm{emb}) \\
         \mathrm{out} &= \mathrm{join}(\mathrm{shortcut}(r(x)), \mathrm{conv}_2(\mathrm{dropout}(h)))
 
-    where r is the resampling, if any, and the style chooses between the two ways to use the
-    embedding, whether the sum of the branches is divided by sqrt(2), and the activation.
+    where r is the resampling, if any. The style selects one of the two forms of conditioning,
+    the activation, and whether the sum of the branches (join) is divided by sqrt(2).
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        style: What the network's blocks have in common.
-        resample: Resampling of both branches, or None.
-        project: Whether the shortcut is a 1x1 convolution even if the channels stay the same.
-        shortcut_scale: Scale given to the initialiser of that convolution.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        style: settings shared by the network's blocks.
+        resample: resampling of both branches, or None.
+        project: whether the shortcut is a 1x1 convolution even for equal numbers of channels.
+        shortcut_scale: scale passed to the initializer of that convolution.
 
-    Source:
-        J. Ho et al., Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239; with resampling inside after A. Brock et al., Large
-        Scale GAN Training for High Fidelity Natural Image Synthesis, 2019,
-        https://arxiv.org/abs/1809.11096, by Y. Song et al., 2021,
-        https://arxiv.org/abs/2011.13456; adaptive scale by A. Nichol and P. Dhariwal, 2021,
-        https://arxiv.org/abs/2102.09672.
+    Source: J. Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239;
+    resampling: A. Brock et al., Large Scale GAN Training for High Fidelity Natural Image
+    Synthesis, 2019, arXiv 1809.11096, and Y. Song et al., 2021, arXiv 2011.13456; adaptive scale:
+    A. Nichol, P. Dhariwal, 2021, arXiv 2102.09672.
     """
 
     def __init__(
@@ -48,7 +49,6 @@ class ResidualBlock(nn.Module):
         project: bool = False,
         shortcut_scale: float = 1.0,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.style = style
         self.resample = resample
@@ -65,24 +65,22 @@ class ResidualBlock(nn.Module):
         if in_channels != out_channels or project:
             self.shortcut = style.conv(in_channels, out_channels, 1, scale=shortcut_scale)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
-        r"""Apply the block.
+        r"""Return features (B, out_channels, \*resampled).
 
         Args:
-            x: Feature map (B, in_channels, \*spatial).
-            emb: Embedding (B, embedding_width), or None if the network has none.
-
-        Returns:
-            Feature map (B, out_channels, \*resampled).
+            x: features (B, in_channels, \*spatial).
+            emb: embedding (B, embedding_width), or None if the network has none.
         """
         h = self.style.activation(self.norm_1(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self._normalise(self.conv_1(h), emb)
+        h = self._normalize(self.conv_1(h), emb)
         h = self.conv_2(self.dropout(self.style.activation(h)))
         return self.style.join(self.shortcut(x), h)
 
-    def _normalise(self, h: Tensor, emb: Tensor | None) -> Tensor:
+    def _normalize(self, h: Tensor, emb: Tensor | None) -> Tensor:
         if self.embedding is None or emb is None:
             normal: Tensor = self.norm_2(h)
             return normal
@@ -102,46 +100,37 @@ class SelfAttention(nn.Module):
         q, k, v = \mathrm{GN}(x) W_{qkv}, \qquad
         \mathrm{out} = \mathrm{join}(x, \mathrm{softmax}(q k^\top / \sqrt{C / H})\, v\, W_o)
 
-    with H heads of C / H channels; q, k and v are each in order of heads. The attention is
-    torch's fused one. Its second derivatives exist only under
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``; without it, torch raises an error.
+    with H heads of C / H channels; q, k and v are each ordered by head. Computed by torch's fused
+    attention, whose second derivatives require
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``; otherwise torch raises an error.
 
     Args:
-        channels: Number C of channels.
-        style: What the network's blocks have in common.
-        heads: Number H of heads.
+        channels: number C of channels.
+        style: settings shared by the network's blocks.
+        heads: number H of heads.
 
     Raises:
-        ValueError: If the heads do not divide the channels.
+        ValueError: if the heads do not divide the channels.
 
-    Source:
-        J. Ho et al., Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239; heads by A. Nichol and P. Dhariwal, 2021,
-        https://arxiv.org/abs/2102.09672.
+    Source: J. Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; heads:
+    A. Nichol, P. Dhariwal, 2021, arXiv 2102.09672.
     """
 
     def __init__(self, channels: int, style: Style, *, heads: int = 1) -> None:
-        """Build the layers."""
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide the {channels} channels of a level, got {heads}")
+            raise ValueError(f"heads: expected a divisor of {channels} channels, got {heads}")
         self.style = style
         self.heads = heads
         self.norm = style.norm(channels)
-        self.qkv = style.linear(channels, 3 * channels, scale=0.2)  # 0.1 for each square map
+        self.qkv = style.linear(channels, 3 * channels, scale=0.2)  # 0.1 for each of q, k, v
         self.out = style.linear(channels, channels, scale=0)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        r"""Apply the attention.
-
-        Args:
-            x: Feature map (B, channels, \*spatial).
-
-        Returns:
-            Feature map of the same shape.
-        """
-        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        r"""Map features (B, channels, \*spatial) to features of the same shape."""
+        tokens = rearrange(self.norm(x), "b c ... -> b (...) c").contiguous()
+        q, k, v = rearrange(self.qkv(tokens), "b n (s h d) -> s b h n d", s=3, h=self.heads)
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         h = self.out(h).transpose(1, 2).reshape(x.shape)
         return self.style.join(x, h)

@@ -1,4 +1,6 @@
-"""Networks that remember how they were built, so that a file can build them again."""
+"""Networks that record their constructor arguments, so that they can be rebuilt from a file."""
+
+from __future__ import annotations
 
 import functools
 import inspect
@@ -9,13 +11,13 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def remembers(init: Init) -> Init:
-    """Let a constructor keep its arguments, defaults included, in ``self.config``.
+    """Make a constructor record its arguments, defaults included, in ``self.config``.
 
-    A parameter ``**options`` is unfolded. Where a constructor calls another of this kind, the
-    arguments of the outer one win.
+    A parameter ``**options`` is flattened. If a decorated constructor calls another, the
+    arguments of the outer one take precedence.
 
     Args:
-        init: The ``__init__`` of a network.
+        init: the ``__init__`` of a network.
 
     Returns:
         The same constructor, which sets ``config`` first.
@@ -28,7 +30,7 @@ def remembers(init: Init) -> Init:
         bound.apply_defaults()
         arguments: dict[str, Any] = dict(list(bound.arguments.items())[1:])
         arguments |= arguments.pop("options", {})
-        # Straight into the dictionary: the module is not initialised yet.
+        # Written to __dict__ because Module.__init__ has not run yet.
         outer = self.__dict__.get("config", {})
         self.__dict__["config"] = arguments | outer
         init(self, *args, **kwargs)

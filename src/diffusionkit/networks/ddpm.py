@@ -1,7 +1,11 @@
 """The U-Net of Ho et al., 2020."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, Literal, Self
+
+from typing_extensions import override
 
 from .config import remembers
 from .embeddings import LabelEmbedding
@@ -12,37 +16,39 @@ class DDPMUNet(NCSNpp):
     r"""The U-Net of DDPM: NCSN++ with plain residual blocks and separate resampling layers.
 
     Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
-    Close to zero at initialisation. The default arguments are the CIFAR-10 network (35,218,947
-    parameters for 3 channels). The label should be of the order of a step index.
+    Close to zero at initialization. The default arguments are the CIFAR-10 network (35,218,947
+    parameters for 3 channels). The noise label l should have the range of a step index, 0 to
+    1000.
+
+    Class methods build the published networks; their `options` replace the published ones.
 
     Args:
-        channels: Number of input channels.
-        blocks: Number of residual blocks per level.
-        embedding: What the embedding is made of, see `NCSNpp`.
-        resblock: The kind of residual blocks, see `NCSNpp`.
-        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
-            and strided convolutions.
-        progressive_input: How the input enters, see `NCSNpp`.
-        skip_rescale: Whether sums of two branches are divided by sqrt(2).
-        group_channels: Least number of channels per group of a normalisation; there are at most
-            32 groups. Below a width of 64 take 4: groups of one channel do not hear the label.
-        scale_by_sigma: Whether the output is divided by the noise level.
-        **options: The other options of `NCSNpp`, with its defaults.
+        channels: number of input channels.
+        blocks: number of residual blocks per level.
+        embedding: the embedding of the noise label, see `NCSNpp`.
+        resblock: the kind of residual blocks, see `NCSNpp`.
+        fir_kernel: one-dimensional FIR kernel of all resampling, or None to repeat entries and
+            use strided convolutions.
+        progressive_input: the input branch, see `NCSNpp`.
+        skip_rescale: whether sums of two branches are divided by sqrt(2).
+        group_channels: least number of channels per normalization group; there are at most
+            32 groups. Use 4 below a width of 64: with one channel per group, normalization
+            removes the noise embedding.
+        scale_by_sigma: whether the output is divided by the noise level.
+        **options: the other options of `NCSNpp`, with its defaults.
 
     Raises:
-        TypeError: If a count is not an int or an option is unknown.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int or an option is unknown.
+        ValueError: if an argument is out of range.
 
-    Source:
-        J. Ho, A. Jain, P. Abbeel, Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239.
+    Source: J. Ho, A. Jain, P. Abbeel, Denoising Diffusion Probabilistic Models, 2020, arXiv
+    2006.11239.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import DDPMUNet
-        >>> net = DDPMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1)
-        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
-        torch.Size([4, 1, 8, 12])
+    >>> import torch
+    >>> from diffusionkit.networks import DDPMUNet
+    >>> net = DDPMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1)
+    >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
+    torch.Size([4, 1, 8, 12])
     """
 
     @remembers
@@ -60,7 +66,6 @@ class DDPMUNet(NCSNpp):
         scale_by_sigma: bool = False,
         **options: Any,
     ) -> None:
-        """Build the network."""
         super().__init__(
             channels,
             blocks=blocks,
@@ -75,26 +80,20 @@ class DDPMUNet(NCSNpp):
         )
 
     @classmethod
+    @override
     def cifar10(cls, **options: Any) -> Self:
         """Build the network for CIFAR-10, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 35,218,947 parameters, label the step from 0 to 999, output the noise.
+        35,218,947 parameters; noise label: the step, 0 to 999; output: the noise.
         """
         return cls(**options)
 
     @classmethod
+    @override
     def celebahq_256(cls, **options: Any) -> Self:
         """Build the network for CelebA-HQ of 256 pixels, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network, label the step from 0 to 999, output the noise.
+        Noise label: the step, 0 to 999; output: the noise.
         """
         published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 2, 4, 4),
@@ -104,6 +103,7 @@ class DDPMUNet(NCSNpp):
         return cls(**published | options)
 
     @classmethod
+    @override
     def lsun_256(cls, **options: Any) -> Self:
-        """Build the network for LSUN of 256 pixels: that of `celebahq_256`."""
+        """Build the network for LSUN of 256 pixels, the same as `celebahq_256`."""
         return cls.celebahq_256(**options)

@@ -1,7 +1,11 @@
 """DDPM++, the U-Net of the variance-preserving models of Song et al., 2021."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, Literal, Self
+
+from typing_extensions import override
 
 from .config import remembers
 from .embeddings import LabelEmbedding
@@ -12,37 +16,36 @@ class DDPMpp(NCSNpp):
     r"""DDPM++: NCSN++ without filters, without an input branch and with a positional embedding.
 
     Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
-    Close to zero at initialisation. The default arguments are the CIFAR-10 network (61,804,419
+    Close to zero at initialization. The default arguments are the CIFAR-10 network (61,804,419
     parameters for 3 channels); ``blocks=8`` is the deep one (106,632,579).
 
-    The label is embedded as it comes, by frequencies from 1 down to 1e-4: it should be of the
-    order of a step index, for example 999 t.
+    The noise label l is embedded by frequencies from 1 down to 1e-4: it should have the range
+    of a step index, for example 999 t.
+
+    Class methods build the published networks; their `options` replace the published ones.
 
     Args:
-        channels: Number of input channels.
-        embedding: What the embedding is made of, see `NCSNpp`.
-        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
-            and means.
-        progressive_input: How the input enters, see `NCSNpp`.
-        scale_by_sigma: Whether the output is divided by the noise level.
-        **options: The other options of `NCSNpp`, with its defaults.
+        channels: number of input channels.
+        embedding: the embedding of the noise label, see `NCSNpp`.
+        fir_kernel: one-dimensional FIR kernel of all resampling, or None to repeat entries and
+            take means.
+        progressive_input: the input branch, see `NCSNpp`.
+        scale_by_sigma: whether the output is divided by the noise level.
+        **options: the other options of `NCSNpp`, with its defaults.
 
     Raises:
-        TypeError: If a count is not an int or an option is unknown.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int or an option is unknown.
+        ValueError: if an argument is out of range.
 
-    Source:
-        Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
-        Generative Modeling through Stochastic Differential Equations, 2021,
-        https://arxiv.org/abs/2011.13456.
+    Source: Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
+    Generative Modeling through Stochastic Differential Equations, 2021, arXiv 2011.13456.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import DDPMpp
-        >>> net = DDPMpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
-        >>> x, t = torch.randn(4, 1, 8, 12), torch.rand(4)
-        >>> net(x, 999 * t).shape
-        torch.Size([4, 1, 8, 12])
+    >>> import torch
+    >>> from diffusionkit.networks import DDPMpp
+    >>> net = DDPMpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
+    >>> x, t = torch.randn(4, 1, 8, 12), torch.rand(4)
+    >>> net(x, 999 * t).shape
+    torch.Size([4, 1, 8, 12])
     """
 
     @remembers
@@ -56,7 +59,6 @@ class DDPMpp(NCSNpp):
         scale_by_sigma: bool = False,
         **options: Any,
     ) -> None:
-        """Build the network."""
         super().__init__(
             channels,
             embedding=embedding,
@@ -67,28 +69,27 @@ class DDPMpp(NCSNpp):
         )
 
     @classmethod
+    @override
     def cifar10(cls, *, deep: bool = False, **options: Any) -> Self:
         """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
 
         Args:
-            deep: Whether to take 8 rather than 4 blocks per level.
-            **options: Options that differ from the published ones.
+            deep: whether each level has 8 blocks rather than 4.
+            **options: options that replace the published ones.
 
         Returns:
-            The network: 61,804,419 parameters (106,632,579 if deep), label 999 t, output the
-            noise.
+            The network: 61,804,419 parameters (106,632,579 if deep); noise label: 999 t;
+            output: the noise.
         """
         return cls(**{"blocks": 8 if deep else 4} | options)
 
     @classmethod
+    @override
     def edm_cifar10(cls, **options: Any) -> Self:
         """Build the "ddpmpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones, such as num_classes=10.
-
-        Returns:
-            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        For `EDMModel`; the condition is a vector of 9 augmentation labels; num_classes=10 makes
+        it class-conditional.
         """
         published: dict[str, Any] = {
             "multipliers": (2, 2, 2),
@@ -96,20 +97,3 @@ class DDPMpp(NCSNpp):
             "condition_features": 9,
         }
         return cls(**published | options)
-
-    @classmethod
-    def edm_image_64(cls, **options: Any) -> Self:
-        """Build the "ddpmpp" network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
-
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
-        """
-        published: dict[str, Any] = {
-            "multipliers": (1, 2, 2, 2),
-            "attention_levels": (2,),
-            "dropout": 0.05,
-        }
-        return cls.edm_cifar10(**published | options)

@@ -1,23 +1,27 @@
-"""Dropout that does not wait for its random numbers."""
+"""Dropout with a fast mask on the CPU."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 _LEVELS = 2**16
 
 
 class Dropout(nn.Dropout):
-    r"""Set each feature to zero with probability p while training, and scale up the others.
+    r"""Zeroing of each feature with probability p in training, with the others scaled up.
 
     .. math:: y = x m / (1 - p), \qquad m \in \{0, 1\}, \quad P(m = 0) = p
 
-    On the CPU torch draws a number for each feature one after the other, which took three percent
-    of a training step of NCSN++. Here one number decides on four features, 16 bits for each, and
-    p is rounded to the nearest of their :math:`2^{16}` levels. Elsewhere, and in compiled code,
-    torch's own dropout is taken. The draws come from torch's global generator.
+    On the CPU torch draws one number per feature sequentially, which took three percent of a
+    training step of NCSN++. Here one 64-bit number covers four features, 16 bits each, and p is
+    rounded to the nearest multiple of :math:`2^{-16}`. On other devices and in compiled code this
+    is torch's own dropout. Random numbers come from torch's global generator.
     """
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Apply dropout to a tensor of any shape."""
         if not self.training or self.p == 0:

@@ -1,4 +1,6 @@
-"""What a network makes of the label (time) and of the class it is given."""
+"""Embeddings of the noise label, class labels and condition vectors."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,15 +9,16 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from .checks import check_number, check_optional
+from ._arguments import check_level_index, check_optional_counts
 from .layers import Style, linear
 
 LabelEmbedding = Literal["fourier", "fourier_linear", "positional"]
 
 
 def _as_float(noise_label: Tensor) -> Tensor:
-    # Labels reach 1e3: half precision cannot hold their sines' arguments.
+    # Labels reach 1e3, beyond the precision of half-precision angles.
     return noise_label.to(torch.promote_types(noise_label.dtype, torch.float32))
 
 
@@ -25,49 +28,41 @@ def _sines(angle: Tensor) -> Tensor:
 
 def _check_features(features: int) -> None:
     if features < 4 or features % 2:
-        raise ValueError(f"features must be even and at least 4, got {features}")
+        raise ValueError(f"features: expected an even number >= 4, got {features}")
 
 
 class PositionalEmbedding(nn.Module):
-    r"""Sines and cosines of the label at geometrically spaced frequencies.
+    r"""Sines and cosines of the noise label at geometrically spaced frequencies.
 
     .. math::
         e(l) = [\sin(\omega_i l), \cos(\omega_i l)]_i, \qquad
         \omega_i = \exp\Big(-\frac{i \ln 10^4}{d/2 - 1}\Big), \quad i = 0, \dots, d/2 - 1
 
-    all sines first. Meant for labels of the order of a step index, 0 to about 1000. The
+    all sines first. Intended for labels in the range of a step index, 0 to about 1000. The
     frequencies are computed in the precision of the label, at least float32.
 
     Args:
-        features: Even number d of features, at least 4.
-        endpoint: Whether 1e-4 itself is the last frequency, as above. If not, d/2 - 1 is d/2.
+        features: even number d of features, at least 4.
+        endpoint: whether the last frequency is 1e-4, as above; otherwise d/2 replaces d/2 - 1.
 
     Raises:
-        ValueError: If `features` is odd or below 4.
+        ValueError: if `features` is odd or below 4.
 
-    Source:
-        A. Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762;
-        in this form J. Ho et al., Denoising Diffusion Probabilistic Models, 2020,
-        https://arxiv.org/abs/2006.11239; without the end point P. Dhariwal and A. Nichol,
-        Diffusion Models Beat GANs on Image Synthesis, 2021, https://arxiv.org/abs/2105.05233.
+    Source: A. Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762; this form:
+    J. Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; without the
+    endpoint: P. Dhariwal, A. Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv
+    2105.05233.
     """
 
     def __init__(self, features: int, *, endpoint: bool = True) -> None:
-        """Keep the number of features."""
         super().__init__()
         _check_features(features)
         self.features = features
         self.endpoint = endpoint
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
-        """Embed labels.
-
-        Args:
-            noise_label: Labels (B,).
-
-        Returns:
-            Features (B, features), float64 for float64 labels, else float32.
-        """
+        """Map noise labels (B,) to features (B, features), in float64 or else float32."""
         noise_label = _as_float(noise_label)
         half = self.features // 2
         index = torch.arange(half, dtype=noise_label.dtype, device=noise_label.device)
@@ -77,98 +72,84 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    r"""Sines and cosines of the label, or of its logarithm, at fixed random frequencies.
+    r"""Sines and cosines of the noise label, or of its logarithm, at fixed random frequencies.
 
     .. math:: e(l) = [\sin(2 \pi w_i u), \cos(2 \pi w_i u)]_i, \qquad
         w_i \sim N(0, \mathrm{scale}^2), \quad u = \ln l \text{ or } l
 
-    all sines first. The frequencies are a parameter that is not trained: saved and loaded with
-    the network, averaged to itself, without a gradient. They stay in float32 where the network
-    goes to half precision.
+    all sines first. The frequencies are a parameter without a gradient: they are saved, loaded
+    and averaged with the network, but not trained. They stay in float32 when the network is
+    converted to half precision.
 
     Args:
-        features: Even number d of features, at least 4; there are d/2 frequencies.
-        scale: Standard deviation of the frequencies.
-        log: Whether the logarithm of the label is embedded: for labels that are a noise level.
+        features: even number d of features, at least 4; there are d/2 frequencies.
+        scale: standard deviation of the frequencies.
+        log: whether to embed the logarithm of the label, for labels that are a noise level.
 
     Raises:
-        ValueError: If `features` is odd or below 4, or the scale is not positive and finite.
+        ValueError: if `features` is odd or below 4, or the scale is not positive and finite.
 
-    Source:
-        M. Tancik et al., Fourier Features Let Networks Learn High Frequency Functions in Low
-        Dimensional Domains, 2020, https://arxiv.org/abs/2006.10739; of log sigma Y. Song et al.,
-        2021, https://arxiv.org/abs/2011.13456.
+    Source: M. Tancik et al., Fourier Features Let Networks Learn High Frequency Functions in Low
+    Dimensional Domains, 2020, arXiv 2006.10739; of log sigma: Y. Song et al., 2021, arXiv
+    2011.13456.
     """
 
     def __init__(self, features: int, *, scale: float = 16.0, log: bool = True) -> None:
-        """Draw the frequencies."""
         super().__init__()
         _check_features(features)
         if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+            raise ValueError(f"scale: expected a finite number > 0, got {scale}")
         self.log = log
         self.frequencies = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Half precision could not hold frequencies: angles would be off by whole radians.
+        # In half precision the angles would be wrong by whole radians.
         exact = self.frequencies.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.frequencies.dtype.itemsize < exact.dtype.itemsize < 8:
             self.frequencies.data = exact.to(self.frequencies.device)
         return self
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
-        """Embed labels.
-
-        Args:
-            noise_label: Labels (B,), positive where their logarithm is embedded.
-
-        Returns:
-            Features (B, features), float64 for float64 labels, else float32.
-        """
+        """Map noise labels (B,), positive if `log`, to features (B, features)."""
         noise_label = _as_float(noise_label)
         frequencies = self.frequencies.to(noise_label.dtype)
-        # Angles reach hundreds, where rounding shows: products in the order of the networks that
-        # were published with the one and with the other.
+        # Angles reach hundreds, where rounding matters: multiply in the order of the released
+        # networks that use each form.
         if self.log:
             return _sines(noise_label.log()[:, None] * frequencies * 2 * math.pi)
         return _sines(noise_label[:, None] * (2 * math.pi * frequencies))
 
 
 class SignedLogEmbedding(nn.Module):
-    r"""Sines and cosines of the label on a signed logarithmic scale.
+    r"""Sines and cosines of the noise label on a signed logarithmic scale.
 
     .. math::
         e(l) = [\sin(\omega_i u), \cos(\omega_i u)]_i, \qquad u = \operatorname{asinh}(l), \quad
         \omega_i = 2^{-2 + 6 i / (d/2 - 1)}
 
     all sines first, with frequencies from 1/4 to 16. The scale is linear for labels within
-    about one of zero, where :math:`\tfrac14\log\sigma` lives, and logarithmic up to thousands,
-    where :math:`999\,t` lives: both span a few units of u, so neither is lost in the lowest
-    frequency nor scrambled by the highest.
+    about one of zero, the range of :math:`\tfrac14\log\sigma`, and logarithmic up to thousands,
+    the range of :math:`999\,t`: both span a few units of u, so the lowest frequency resolves
+    both and the highest aliases neither.
 
     Args:
-        features: Even number d of features, at least 4.
+        features: even number d of features, at least 4.
 
     Raises:
-        ValueError: If `features` is odd or below 4.
+        ValueError: if `features` is odd or below 4.
     """
 
     def __init__(self, features: int) -> None:
-        """Keep the number of features."""
         super().__init__()
         _check_features(features)
         self.features = features
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
-        """Embed labels.
-
-        Args:
-            noise_label: Labels (B,).
-
-        Returns:
-            Features (B, features), float64 for float64 labels, else float32.
-        """
+        """Map noise labels (B,) to features (B, features), in float64 or else float32."""
         noise_label = _as_float(noise_label)
         half = self.features // 2
         index = torch.arange(half, dtype=noise_label.dtype, device=noise_label.device)
@@ -177,28 +158,27 @@ class SignedLogEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    r"""Embedding of a label, of a class and of a vector, whichever the network is given.
+    r"""Embedding of the noise label and, optionally, of a class and a condition vector.
 
     .. math:: \mathrm{emb} = \mathrm{SiLU}(L_2(\mathrm{SiLU}(L_1(e(l) + E_c + W v))) )
 
-    with the class embedding added there, or to the output of :math:`L_2` (`late_classes`).
+    with the class embedding added as shown, or to the output of :math:`L_2` (`late_classes`).
 
     Args:
-        noise_features: Module that maps labels (B,) to features (B, features).
-        features: Number of those features.
-        width: Number of embedding channels.
-        num_classes: Number of classes, or None for no classes.
-        condition_features: Size of the condition vector, or None for no condition.
-        late_classes: Whether the class embedding is added after both linear layers.
-        style: Whose initialiser and activation are taken, or None for fan-averaged and SiLU.
+        noise_features: module that maps noise labels (B,) to features (B, features).
+        features: number of those features.
+        width: number of embedding channels.
+        num_classes: number of classes, or None.
+        condition_features: size of the condition vector, or None.
+        late_classes: whether the class embedding is added after both linear layers.
+        style: provides initializer and activation; None for fan-averaged and SiLU.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If a count is below 1.
+        TypeError: if a count is not an integer.
+        ValueError: if a count is below 1.
 
-    Source:
-        Late classes as P. Dhariwal and A. Nichol, 2021, https://arxiv.org/abs/2105.05233; early
-        ones and the vector as T. Karras et al., 2022, https://arxiv.org/abs/2206.00364.
+    Source: late classes: P. Dhariwal, A. Nichol, 2021, arXiv 2105.05233; early classes and the
+    vector: T. Karras et al., 2022, arXiv 2206.00364.
     """
 
     def __init__(
@@ -212,9 +192,8 @@ class ConditionEmbedding(nn.Module):
         late_classes: bool = False,
         style: Style | None = None,
     ) -> None:
-        """Build the layers."""
         super().__init__()
-        check_optional(num_classes=num_classes, condition_features=condition_features)
+        check_optional_counts(num_classes=num_classes, condition_features=condition_features)
         make = linear if style is None else style.linear
         self.activation = F.silu if style is None else style.activation
         self.noise_features = noise_features
@@ -229,21 +208,19 @@ class ConditionEmbedding(nn.Module):
         if condition_features is not None:
             self.condition = nn.Linear(condition_features, features, bias=False)
 
+    @override
     def forward(
         self,
         noise_label: Tensor,
         class_labels: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Embed labels, classes and vectors that have been checked already.
+        """Return the embedding (B, width) of validated arguments.
 
         Args:
-            noise_label: Labels (B,).
-            class_labels: Classes (B,), int64, or None for a network without classes.
-            condition: Vectors (B, condition_features), or None for vectors of zeros.
-
-        Returns:
-            Embedding (B, width).
+            noise_label: noise labels (B,).
+            class_labels: class labels (B,), int64, or None for a network without classes.
+            condition: vectors (B, condition_features), or None for zeros.
         """
         features: Tensor = self.noise_features(noise_label).to(self.linear_1.weight.dtype)
         classes = None
@@ -260,49 +237,47 @@ class ConditionEmbedding(nn.Module):
 
 
 class SigmaTable(nn.Module):
-    """The noise level of a numbered label.
+    """Table of noise levels, indexed by the noise label.
 
     Args:
-        sigmas: Noise levels by number.
+        sigmas: noise levels by index.
 
     Raises:
-        ValueError: If a noise level is not positive and finite.
+        ValueError: if a noise level is not positive and finite.
     """
 
     sigmas: Tensor
 
     def __init__(self, sigmas: Sequence[float]) -> None:
-        """Keep the table."""
         super().__init__()
         if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
-            raise ValueError(f"sigmas must be positive, finite numbers, got {list(sigmas)[:6]}")
+            raise ValueError(f"sigmas: expected finite numbers > 0, got {list(sigmas)[:6]}")
         self.values = tuple(sigmas)
-        # Part of the configuration, not of the state.
+        # Not persistent: part of the configuration.
         self.register_buffer("sigmas", self._table(torch.device("cpu")), persistent=False)
 
     def _table(self, device: torch.device) -> Tensor:
         exact = torch.float32 if device.type == "mps" else torch.float64
         return torch.tensor(self.values, dtype=exact, device=device)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Noise levels move with the network; its precision is not theirs.
+        # Noise levels follow the network's device, not its dtype.
         device = fn(self.sigmas.new_empty(0, dtype=torch.float32)).device
         self.sigmas = self._table(device)
         return self
 
+    @override
     def forward(self, noise_label: Tensor) -> Tensor:
-        """Look up noise levels.
+        """Return the noise levels (B,).
 
         Args:
-            noise_label: Numbers (B,) of noise levels, which may be floating-point.
-
-        Returns:
-            Noise levels (B,).
+            noise_label: indices (B,) of noise levels, which may be floating-point.
 
         Raises:
-            ValueError: If a label is out of range, on the CPU.
+            ValueError: if a label is out of range (read on the CPU only).
         """
-        check_number(noise_label, len(self.values))
+        check_level_index(noise_label, len(self.values))
         return self.sigmas[noise_label.long()]
 
 
@@ -314,18 +289,15 @@ def make_embedding(
     num_classes: int | None,
     condition_features: int | None,
 ) -> ConditionEmbedding | None:
-    """Make the embedding of the networks of Song et al., with all classes and conditions early.
+    """Make the embedding of the networks of Song et al., with early classes and conditions.
 
     Args:
-        kind: What it is made of: "fourier", "fourier_linear" or "positional"; None for none.
-        width: Width of the network; the embedding has four times as many channels.
-        style: Whose initialiser and activation are taken.
-        fourier_scale: Standard deviation of the frequencies of Fourier features.
-        num_classes: Number of classes, or None.
-        condition_features: Size of the condition vector, or None.
-
-    Returns:
-        The embedding, or None.
+        kind: "fourier", "fourier_linear" or "positional", see `NCSNpp`; None for no embedding.
+        width: width of the network; the embedding has four times as many channels.
+        style: provides initializer and activation.
+        fourier_scale: standard deviation of the frequencies of Fourier features.
+        num_classes: number of classes, or None.
+        condition_features: size of the condition vector, or None.
     """
     if kind is None:
         return None

@@ -1,4 +1,6 @@
-"""Fourier features of the input, beside the input."""
+"""Fourier features of the input."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -6,79 +8,75 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 class FourierFeatures(nn.Module):
-    r"""A network that also sees sines and cosines of its input, which show its finest digits.
+    r"""A network with Fourier features of its input as extra channels, which resolve fine detail.
 
     .. math::
         F(x, l) = N([x, \sin(2 \pi 2^n x), \cos(2 \pi 2^n x)]_{n \in \mathrm{exponents}}, l)
 
-    along the channels, so the network takes 1 + 2 len(exponents) times as many channels as the
-    data have: `NCSNpp(15, out_channels=3)` or `MLP(10, out_features=2)` with two exponents. The
-    published n = 6, 7 belong to 256 levels in [-1, 1], whose distance is 1/128: the features of
-    n = 6 alternate from one level to the next. Fewer levels want smaller n.
+    along the channels, so the network has 1 + 2 len(exponents) times as many input channels as
+    the data: `NCSNpp(15, out_channels=3)` or `MLP(10, out_features=2)` with two exponents. The
+    published n = 6, 7 are for 256 levels in [-1, 1], 1/128 apart: the features of n = 6
+    alternate between adjacent levels. Use smaller n for fewer levels.
 
     Args:
-        network: Maps (input (B, (1 + 2 len(exponents)) C, ...), label, ...) to (B, C, ...).
-        exponents: The n.
+        network: maps input (B, (1 + 2 len(exponents)) C, ...) and noise label to (B, C, ...).
+        exponents: the exponents n.
 
     Raises:
-        TypeError: If the network is not a module or an exponent is not an int.
-        ValueError: If there is no exponent.
+        TypeError: if the network is not a module or an exponent is not an integer.
+        ValueError: if there is no exponent.
 
-    Source:
-        D. P. Kingma, T. Salimans, B. Poole, J. Ho, Variational Diffusion Models, 2021,
-        https://arxiv.org/abs/2107.00630 (appendix C).
+    Source: D. P. Kingma, T. Salimans, B. Poole, J. Ho, Variational Diffusion Models, 2021, arXiv
+    2107.00630 (appendix C).
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import MLP, FourierFeatures
-        >>> net = FourierFeatures(MLP(10, out_features=2))
-        >>> net(torch.randn(5, 2), torch.rand(5)).shape
-        torch.Size([5, 2])
+    >>> import torch
+    >>> from diffusionkit.networks import MLP, FourierFeatures
+    >>> net = FourierFeatures(MLP(10, out_features=2))
+    >>> net(torch.randn(5, 2), torch.rand(5)).shape
+    torch.Size([5, 2])
     """
 
     def __init__(self, network: nn.Module, *, exponents: Sequence[int] = (6, 7)) -> None:
-        """Keep the network."""
         super().__init__()
         if not isinstance(network, nn.Module):
-            raise TypeError(f"network must be a module, got {type(network).__name__}")
+            raise TypeError(f"network: expected a module, got {type(network).__name__}")
         for n in exponents:
             if not isinstance(n, int) or isinstance(n, bool):
-                raise TypeError(f"exponents must be ints, got {n!r}")
+                raise TypeError(f"exponents: expected integers, got {n!r}")
         if not exponents:
-            raise ValueError("exponents must have at least one entry, got none")
+            raise ValueError("exponents: expected at least one entry, got none")
         self.network = network
         self.exponents = tuple(exponents)
 
+    @override
     def extra_repr(self) -> str:
-        """Return the exponents."""
         return f"exponents={self.exponents}"
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate the network on the input and its features.
+        """Return the output of the network on the input and its features.
 
         Args:
-            x: Input (B, C, ...).
-            noise_label: Time label (B,).
-            *args: Handed to the network.
-            **kwargs: Handed to the network.
-
-        Returns:
-            What the network returns.
+            x: input (B, C, ...).
+            noise_label: noise label (B,).
+            *args: passed to the network.
+            **kwargs: passed to the network.
 
         Raises:
-            TypeError: If the input is not of a floating-point dtype.
-            ValueError: If it has no channels.
+            TypeError: if the input is not floating-point.
+            ValueError: if it has no channel dimension.
         """
         if not x.dtype.is_floating_point:
-            raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}")
+            raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
         if x.ndim < 2:
-            raise ValueError(f"x must have shape (B, C, ...), got {tuple(x.shape)}")
+            raise ValueError(f"x: expected shape (B, C, ...), got {tuple(x.shape)}")
         parts = [x]
         for n in self.exponents:
-            turns = x * 2.0**n  # exact, and so is the rest of whole turns: no digit is lost
+            turns = x * 2.0**n  # exact, as is removing whole turns below: no digit is lost
             angle = 2 * math.pi * (turns - turns.detach().round())
             parts += [torch.sin(angle), torch.cos(angle)]
         return self.network(torch.cat(parts, 1), noise_label, *args, **kwargs)

@@ -1,4 +1,6 @@
-"""Initialisation, and the layers that the blocks of one network have in common."""
+"""Initializers, and the layers shared by the blocks of a network."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# A scale of exactly zero would make the variance-scaling bound zero and with it every gradient
-# that has to pass two such layers in a row.
+# A scale of exactly zero would zero the weights, and with them every gradient through two such
+# layers in a row.
 _SMALLEST_SCALE = 1e-10
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -35,18 +37,15 @@ _HALF_POWER = 1 / math.sqrt(2)
 
 @torch.no_grad()
 def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
-    r"""Fill a weight in place from a uniform law of variance ``scale / fan_avg``.
+    r"""Fill a weight in place from a uniform distribution of variance ``scale / fan_avg``.
 
     .. math:: w \sim U[-b, b], \qquad b = \sqrt{3\,\mathrm{scale} / \mathrm{fan_{avg}}}
 
-    where fan_avg is the mean of the numbers of inputs and outputs of one unit.
+    where fan_avg is the mean of the fan-in and the fan-out. Returns the weight.
 
     Args:
-        weight: Weight (out, in, \*kernel).
-        scale: Factor of the variance. Zero stands for 1e-10: nearly, but not quite, nothing.
-
-    Returns:
-        The weight.
+        weight: weight (out, in, \*kernel).
+        scale: factor of the variance; zero is replaced by 1e-10.
     """
     receptive = math.prod(weight.shape[2:])
     fan_avg = receptive * (weight.shape[0] + weight.shape[1]) / 2
@@ -56,11 +55,11 @@ def variance_scaling_(weight: Tensor, scale: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def fan_average_(layer: Layer, scale: float) -> None:
-    """Initialise as the networks of Ho et al. and Song et al.: fan-averaged weight, zero bias.
+    """Initialize as in the networks of Ho et al. and Song et al.: fan-averaged weight, zero bias.
 
     Args:
-        layer: Linear or convolutional layer, changed in place.
-        scale: Variance scale of the weight, see `variance_scaling_`.
+        layer: linear or convolutional layer, changed in place.
+        scale: variance scale of the weight, see `variance_scaling_`.
     """
     variance_scaling_(layer.weight, scale)
     if layer.bias is not None:
@@ -69,11 +68,11 @@ def fan_average_(layer: Layer, scale: float) -> None:
 
 @torch.no_grad()
 def default_or_zero_(layer: Layer, scale: float) -> None:
-    """Initialise as the networks of Dhariwal and Nichol: torch's own law, or exact zeros.
+    """Initialize as in the networks of Dhariwal and Nichol: torch's default, or exact zeros.
 
     Args:
-        layer: Linear or convolutional layer, changed in place.
-        scale: Zero for zeros; torch's own initialisation is kept otherwise.
+        layer: linear or convolutional layer, changed in place.
+        scale: zero for zeros; otherwise torch's default initialization is kept.
     """
     if scale == 0:
         nn.init.zeros_(layer.weight)
@@ -82,12 +81,12 @@ def default_or_zero_(layer: Layer, scale: float) -> None:
 
 
 def linear(in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Linear:
-    """Linear layer with variance-scaled weight and zero bias.
+    """Make a linear layer with variance-scaled weight and zero bias.
 
     Args:
-        in_features: Number of inputs.
-        out_features: Number of outputs.
-        scale: Variance scale of the weight, see `variance_scaling_`.
+        in_features: number of inputs.
+        out_features: number of outputs.
+        scale: variance scale of the weight, see `variance_scaling_`.
 
     Returns:
         The layer, mapping (..., in_features) to (..., out_features).
@@ -99,19 +98,19 @@ def linear(in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Lin
 
 @dataclass(frozen=True)
 class Style:
-    """What all blocks of one network have in common, and the layers made accordingly.
+    """Settings shared by all blocks of a network, and a factory for their layers.
 
     Args:
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        embedding_width: Channels of the embedding that blocks are given, or None for none.
-        dropout: Dropout probability within residual blocks.
-        rescale: Whether sums of two branches are divided by sqrt(2).
-        adaptive_scale: Whether the embedding scales and shifts the second normalisation of a
-            residual block, rather than being added before it.
-        group_channels: Least number of channels per group of a normalisation.
-        eps: What normalisations add to the variance.
-        activation: Activation function of all layers.
-        initialise: Initialiser of a layer, given a scale: 0 where a branch is to start silent.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        embedding_width: number of channels of the embedding, or None for no embedding.
+        dropout: dropout probability within residual blocks.
+        rescale: whether sums of two branches are divided by sqrt(2).
+        adaptive_scale: whether the embedding scales and shifts the output of the second
+            normalization of a residual block, rather than being added before it.
+        group_channels: least number of channels per normalization group.
+        eps: constant added to the variance by normalizations.
+        activation: activation function of all layers.
+        initialize: initializer, called with a layer and a scale: 0 for zero-initialized branches.
     """
 
     dims: int
@@ -122,7 +121,7 @@ class Style:
     group_channels: int = 4
     eps: float = 1e-6
     activation: Callable[[Tensor], Tensor] = F.silu
-    initialise: Callable[[Layer, float], None] = fan_average_
+    initialize: Callable[[Layer, float], None] = fan_average_
 
     def conv(
         self,
@@ -137,46 +136,40 @@ class Style:
         r"""Make a convolution; by default one that keeps the spatial size.
 
         Args:
-            in_channels: Number of input channels.
-            out_channels: Number of output channels.
-            kernel: Odd kernel size, the same along every dimension.
-            stride: Stride, the same along every dimension.
-            padding: Padding of both ends of every dimension; half the kernel by default.
-            scale: Scale given to the initialiser.
+            in_channels: number of input channels.
+            out_channels: number of output channels.
+            kernel: odd kernel size, the same along every dimension.
+            stride: stride, the same along every dimension.
+            padding: padding of both ends of every dimension; half the kernel by default.
+            scale: scale passed to the initializer.
 
         Returns:
             The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
         """
         padding = kernel // 2 if padding is None else padding
         layer = _CONV[self.dims](in_channels, out_channels, kernel, stride, padding)
-        self.initialise(layer, scale)
+        self.initialize(layer, scale)
         return layer
 
     def linear(self, in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Linear:
         """Make a linear layer.
 
         Args:
-            in_features: Number of inputs.
-            out_features: Number of outputs.
-            scale: Scale given to the initialiser.
+            in_features: number of inputs.
+            out_features: number of outputs.
+            scale: scale passed to the initializer.
 
         Returns:
             The layer, mapping (..., in_features) to (..., out_features).
         """
         layer = nn.Linear(in_features, out_features)
-        self.initialise(layer, scale)
+        self.initialize(layer, scale)
         return layer
 
     def norm(self, channels: int) -> nn.GroupNorm:
-        """Make a group normalisation of min(channels // group_channels, 32) groups.
+        """Make a group normalization of min(channels // group_channels, 32) groups.
 
-        Where that number does not divide the channels, the next smaller one that does is taken.
-
-        Args:
-            channels: Number of channels.
-
-        Returns:
-            The layer.
+        If that number does not divide the channels, the next smaller divisor is used.
         """
         groups = max(1, min(channels // self.group_channels, 32))
         while channels % groups:
@@ -184,25 +177,17 @@ class Style:
         return nn.GroupNorm(groups, channels, eps=self.eps)
 
     def join(self, x: Tensor, h: Tensor) -> Tensor:
-        """Add two branches, over sqrt(2) if so chosen.
-
-        Args:
-            x: Feature map.
-            h: Feature map of the same shape.
-
-        Returns:
-            x + h or (x + h) / sqrt(2).
-        """
+        """Add two branches of the same shape: x + h, or (x + h) / sqrt(2) if `rescale`."""
         total = x + h
         return total.mul_(_HALF_POWER) if self.rescale else total
 
 
 def over_level(h: Tensor, level: Tensor) -> Tensor:
-    r"""Divide a network's output by noise levels, which half precision could not hold.
+    r"""Divide a network's output by noise levels, in at least float32.
 
     Args:
-        h: Output (B, C, \*spatial).
-        level: Noise levels (B,).
+        h: output (B, C, \*spatial).
+        level: noise levels (B,).
 
     Returns:
         h / level, in the dtype of h.

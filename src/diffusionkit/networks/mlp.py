@@ -1,11 +1,15 @@
 """A residual multi-layer perceptron for vectors."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from .checks import check_class_labels, check_input, check_noise_label, check_positive
+from .._checks import check_count
+from ._arguments import check_class_labels, check_counts, check_input, check_noise_label
 from .config import remembers
 from .embeddings import ConditionEmbedding, SignedLogEmbedding
 from .layers import linear
@@ -14,7 +18,7 @@ _LABEL_FEATURES = 32
 
 
 class _ResidualLayer(nn.Module):
-    """Two linear layers around a residual, its normalised input modulated by the embedding."""
+    """Residual branch of two linear layers on the normalized input, modulated by the embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -23,6 +27,7 @@ class _ResidualLayer(nn.Module):
         self.linear_1 = linear(width, width)
         self.linear_2 = linear(width, width, scale=0)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.modulation(emb).chunk(2, dim=1)
         r: Tensor = self.linear_1(self.norm(h) * (1 + scale) + shift)
@@ -31,39 +36,37 @@ class _ResidualLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    r"""Residual multi-layer perceptron for vectors, conditioned on a label.
+    r"""Residual multi-layer perceptron for vectors, conditioned on a noise label.
 
     .. math::
         h &\leftarrow h + L_2(\mathrm{SiLU}(L_1(\mathrm{LN}(h) \odot (1 + a) + b))), \qquad
         (a, b) = L(\mathrm{emb})
 
-    for each of `depth` layers, between a linear input and a normalised, almost zero linear
-    output. The embedding is of asinh(label), by sines of frequency 1/4 to 16: linear in the
-    label within about one of zero and logarithmic beyond, so that labels of magnitude 1e-2 to
-    1e3 and of either sign serve equally well (999 t, log sigma / 4 or sigma).
+    for each of `depth` layers, between a linear input layer and a normalized, almost zero linear
+    output layer. The noise label l is embedded as asinh(l) by sines of frequency 1/4 to 16:
+    linear for \|l\| < 1 and logarithmic beyond, so labels of either sign and of magnitude 1e-2 to
+    1e3 work equally well (999 t, log sigma / 4 or sigma).
 
     Args:
-        features: Size F of the input vectors.
-        out_features: Size of the output vectors; that of the input if None.
-        width: Number of hidden units, at least 2.
-        depth: Number of residual layers, of two linear maps each.
-        num_classes: Number of classes, or None for a network without classes.
+        features: size F of the input vectors.
+        out_features: size of the output vectors; F if None.
+        width: number of hidden units, at least 2.
+        depth: number of residual layers, of two linear maps each.
+        num_classes: number of classes, or None for a network without classes.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an integer.
+        ValueError: if an argument is out of range.
 
-    Source:
-        The modulation is the feature-wise one of E. Perez et al., FiLM: Visual Reasoning with a
-        General Conditioning Layer, 2018, https://arxiv.org/abs/1709.07871.
+    Source: feature-wise modulation of E. Perez et al., FiLM: Visual Reasoning with a
+    General Conditioning Layer, 2018, arXiv 1709.07871.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import MLP
-        >>> net = MLP(2, num_classes=3)
-        >>> x, t = torch.randn(5, 2), torch.rand(5)
-        >>> net(x, 999 * t, class_labels=torch.tensor([0, 1, 2, 0, 1])).shape
-        torch.Size([5, 2])
+    >>> import torch
+    >>> from diffusionkit.networks import MLP
+    >>> net = MLP(2, num_classes=3)
+    >>> x, t = torch.randn(5, 2), torch.rand(5)
+    >>> net(x, 999 * t, class_labels=torch.tensor([0, 1, 2, 0, 1])).shape
+    torch.Size([5, 2])
     """
 
     config: dict[str, Any]
@@ -78,12 +81,10 @@ class MLP(nn.Module):
         depth: int = 3,
         num_classes: int | None = None,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         out_features = features if out_features is None else out_features
-        check_positive(features=features, out_features=out_features, width=width, depth=depth)
-        if width < 2:  # normalising a single unit leaves nothing of it
-            raise ValueError(f"width must be at least 2, got {width}")
+        check_counts(features=features, out_features=out_features, depth=depth)
+        check_count(width, "width", least=2)  # normalizing a single unit would yield zero
         self.features = features
         self.num_classes = num_classes
         self.embedding = ConditionEmbedding(
@@ -94,20 +95,21 @@ class MLP(nn.Module):
         self.output_norm = nn.LayerNorm(width)
         self.output = linear(width, out_features, scale=0)
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network.
 
         Args:
-            x: Input (B, features).
-            noise_label: Time label (B,).
-            class_labels: Class labels (B,), int64, if and only if the network has classes.
+            x: input (B, features).
+            noise_label: noise label (B,).
+            class_labels: class labels (B,), int64, if and only if the network has classes.
 
         Returns:
             Output (B, out_features).
 
         Raises:
-            TypeError: If a dtype is wrong, or class labels are missing or unexpected.
-            ValueError: If a shape, a device or a class label is wrong.
+            TypeError: if a dtype is wrong, or class labels are missing or unexpected.
+            ValueError: if a shape, a device or a class label is wrong.
         """
         check_input(x, self.features, 0, self.input.weight)
         check_noise_label(x, noise_label)

@@ -1,4 +1,6 @@
-"""NCSN++, the U-Net of which DDPM++ and DDPM are other choices of options."""
+"""NCSN++, the U-Net of which DDPM++ and DDPM are special cases."""
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
@@ -6,8 +8,8 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
+from ._arguments import check_choice, check_counts, check_dropout, check_fir_kernel, check_layout
 from .blocks import ResidualBlock, SelfAttention
-from .checks import check_choice, check_dropout, check_fir_kernel, check_layout, check_positive
 from .config import remembers
 from .embeddings import LabelEmbedding, SigmaTable, make_embedding
 from .layers import ACTIVATIONS, Style
@@ -15,78 +17,78 @@ from .progressive import Head, InputResidual, InputSkip, OutputResidual, OutputS
 from .resampling import ConvDownsample, ConvUpsample, Downsample, Upsample
 from .unet import UNet
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class NCSNpp(UNet):
-    r"""NCSN++: the U-Net of Song et al., 2021, with every option of their tables.
+    r"""NCSN++: the U-Net of Song et al., 2021, with all options of its tables.
 
     Maps :math:`(x, l) \mapsto F(x, l)` with F of the shape of x (or of `out_channels` channels).
-    Close to zero at initialisation. The default arguments are the continuous CIFAR-10 network of
-    the variance-exploding process (62,758,915 parameters for 3 channels), whose label is the
-    noise level sigma and which divides its output by it; `DDPMpp` and `DDPMUNet` are the same
+    Close to zero at initialization. The default arguments are the continuous CIFAR-10 network of
+    the variance-exploding process (62,758,915 parameters for 3 channels): its noise label l is
+    the noise level sigma, which divides the output; `DDPMpp` and `DDPMUNet` are the same
     network with other defaults.
 
+    Class methods build the published networks; their `options` replace the published ones.
+
     Args:
-        channels: Number of input channels.
-        out_channels: Number of output channels; those of the input if None.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels of the first level, even and at least 4.
-        multipliers: Channels of each level over `width`; each level halves the resolution.
-        blocks: Number of residual blocks per level.
-        attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        dropout: Dropout probability within the residual blocks.
-        num_classes: Number of classes, or None for a network without classes.
-        condition_features: Size of a condition vector, such as augmentation labels, or None.
-        low_res_channels: Number of channels of a low-resolution image that the network is given
-            beside its input, or None.
-        embedding: What the embedding is made of: "fourier" random Fourier features of the
-            logarithm of the label, which is sigma; "fourier_linear" those of the label itself;
-            "positional" sines and cosines of a label of the order of a step index; None for a
-            network that is not told the label.
-        fourier_scale: Standard deviation of the frequencies of the Fourier features.
-        resblock: "biggan" for residual blocks that resample inside, "ddpm" for separate layers
-            of up- and down-sampling.
-        fir_kernel: One-dimensional FIR kernel of all resampling, or None for repeated entries
-            and means.
-        resample_with_conv: Whether the separate layers of "ddpm" have a convolution.
-        progressive: How the output grows: "none" by the last level alone; "output_skip" as a sum
-            of up-sampled outputs of all levels; "residual" by a convolutional branch that
+        channels: number of input channels.
+        out_channels: number of output channels; as many as input channels if None.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        width: number of channels of the first level, even and at least 4.
+        multipliers: channels of each level over `width`; each level halves the resolution.
+        blocks: number of residual blocks per level.
+        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        dropout: dropout probability within the residual blocks.
+        num_classes: number of classes, or None for a network without classes.
+        condition_features: size of a condition vector, such as augmentation labels, or None.
+        low_res_channels: number of channels of a low-resolution image that is a second input of
+            the network, or None.
+        embedding: the embedding of the noise label: "fourier", random Fourier features of its
+            logarithm, for labels sigma; "fourier_linear", those of the label itself;
+            "positional", sines and cosines, for labels in the range of a step index; None for a
+            network that ignores the label.
+        fourier_scale: standard deviation of the frequencies of the Fourier features.
+        resblock: "biggan" for residual blocks that resample, "ddpm" for separate layers for up-
+            and downsampling.
+        fir_kernel: one-dimensional FIR kernel of all resampling, or None to repeat entries and
+            take means.
+        resample_with_conv: whether the separate layers of "ddpm" have a convolution.
+        progressive: the output branch: "none", the output of the last level; "output_skip", the
+            sum of the upsampled outputs of all levels; "residual", a convolutional branch that
             replaces the features.
-        progressive_input: How the input enters: "none" at the first level alone; "input_skip"
-            down-sampled and combined with the features of every level; "residual" by a
-            convolutional branch that replaces the features.
-        progressive_combine: How "input_skip" combines, "sum" or "cat".
-        skip_rescale: Whether sums of two branches are divided by sqrt(2).
-        adaptive_scale: Whether the embedding scales and shifts the second normalisation of a
-            residual block, rather than being added before it.
-        group_channels: Least number of channels per group of a normalisation; there are at most
-            32 groups. With groups of one channel and no scale the label would have no effect.
-        activation: Activation function of all layers; "leaky_relu" with a slope of 0.2.
-        scale_by_sigma: Whether the output is divided by the noise level.
-        sigmas: Noise levels by number, where the label is a number and not the level itself.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations are computed again in the backward pass
-            instead of being kept: less memory, more time, the same gradient. Not under
+        progressive_input: the input branch: "none", the input enters at the first level only;
+            "input_skip", it is downsampled and combined with the features of every level;
+            "residual", a convolutional branch of it replaces the features.
+        progressive_combine: "sum" to add, "cat" to concatenate the branch of "input_skip".
+        skip_rescale: whether sums of two branches are divided by sqrt(2).
+        adaptive_scale: whether the embedding scales and shifts the output of the second
+            normalization of a residual block, rather than being added before it.
+        group_channels: least number of channels per normalization group; there are at most
+            32 groups. With one channel per group and no scale, normalization would remove the
+            noise embedding.
+        activation: activation function of all layers; "leaky_relu" with a slope of 0.2.
+        scale_by_sigma: whether the output is divided by the noise level.
+        sigmas: noise levels by index, if the noise label is an index and not the level itself.
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations are recomputed in the backward pass instead
+            of stored: less memory, more time, the same gradient. Not supported under
             transforms of torch.func.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an integer.
+        ValueError: if an argument is out of range.
 
-    Source:
-        Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
-        Generative Modeling through Stochastic Differential Equations, 2021,
-        https://arxiv.org/abs/2011.13456.
+    Source: Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole, Score-Based
+    Generative Modeling through Stochastic Differential Equations, 2021, arXiv 2011.13456.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit import RawScoreModel, VESDE
-        >>> from diffusionkit.networks import NCSNpp
-        >>> net = NCSNpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
-        >>> model = RawScoreModel(net, VESDE(sigma_max=50.0))
-        >>> model(torch.randn(4, 1, 8, 12), torch.rand(4)).shape
-        torch.Size([4, 1, 8, 12])
+    >>> import torch
+    >>> from diffusionkit import RawScoreModel, VESDE
+    >>> from diffusionkit.networks import NCSNpp
+    >>> net = NCSNpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
+    >>> model = RawScoreModel(net, VESDE(sigma_max=50.0))
+    >>> model(torch.randn(4, 1, 8, 12), torch.rand(4)).shape
+    torch.Size([4, 1, 8, 12])
     """
 
     @remembers
@@ -121,10 +123,9 @@ class NCSNpp(UNet):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Choose the parts and build the network."""
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
-        check_positive(group_channels=group_channels)
+        check_counts(group_channels=group_channels)
         check_fir_kernel(fir_kernel)
         check_choice("embedding", embedding, ("fourier", "fourier_linear", "positional", None))
         check_choice("resblock", resblock, ("biggan", "ddpm"))
@@ -133,7 +134,7 @@ class NCSNpp(UNet):
         check_choice("progressive_input", progressive_input, ("none", "input_skip", "residual"))
         check_choice("progressive_combine", progressive_combine, ("sum", "cat"))
         if embedding is None and (num_classes is not None or condition_features is not None):
-            raise ValueError("classes and conditions need an embedding, got embedding=None")
+            raise ValueError("embedding: expected one for classes or conditions, got None")
         out = channels if out_channels is None else out_channels
         style = Style(
             dims,
@@ -145,16 +146,16 @@ class NCSNpp(UNet):
             activation=ACTIVATIONS[activation],
         )
 
-        deaf = [c for c in widths if style.norm(c).num_groups == c]
-        if embedding is not None and not adaptive_scale and deaf:
-            _LOG.warning(
-                "groups of one channel do not hear the label, at levels of %s channels: "
-                "group_channels=4 would make them larger",
-                deaf,
+        single = [c for c in widths if style.norm(c).num_groups == c]
+        if embedding is not None and not adaptive_scale and single:
+            logger.warning(
+                "with one channel per group, normalization removes the noise embedding at levels "
+                "of %s channels; group_channels=4 avoids this",
+                single,
             )
 
         def block(c: int, out: int) -> nn.Module:
-            # Ho et al. initialise the 1x1 maps of their blocks as those of their attention.
+            # Ho et al. initialize the 1x1 shortcuts like the linear maps of the attention.
             scale = 0.1 if resblock == "ddpm" else 1.0
             return ResidualBlock(c, out, style, shortcut_scale=scale)
 
@@ -215,11 +216,11 @@ class NCSNpp(UNet):
         """Build the network for CIFAR-10 and the continuous VE process, data in [0, 1].
 
         Args:
-            deep: Whether to take 8 rather than 4 blocks per level.
-            **options: Options that differ from the published ones.
+            deep: whether each level has 8 blocks rather than 4.
+            **options: options that replace the published ones.
 
         Returns:
-            The network: 62,758,915 parameters (107,587,075 if deep), label sigma.
+            The network: 62,758,915 parameters (107,587,075 if deep); noise label: sigma.
         """
         published: dict[str, Any] = {"blocks": 8 if deep else 4, "data_range": (0.0, 1.0)}
         return cls(**published | options)
@@ -229,11 +230,11 @@ class NCSNpp(UNet):
         """Build the network for CIFAR-10 and the VP or sub-VP process, data in [-1, 1].
 
         Args:
-            deep: Whether to take 8 rather than 4 blocks per level.
-            **options: Options that differ from the published ones.
+            deep: whether each level has 8 blocks rather than 4.
+            **options: options that replace the published ones.
 
         Returns:
-            The network: 62,693,251 parameters if not deep, label 999 t, output the noise.
+            The network: 62,693,251 parameters unless deep; noise label: 999 t; output: the noise.
         """
         published: dict[str, Any] = {
             "blocks": 8 if deep else 4,
@@ -247,11 +248,11 @@ class NCSNpp(UNet):
         """Build the network for CIFAR-10 and 1000 discrete VE levels, data in [0, 1].
 
         Args:
-            sigma_max: Largest noise level.
-            **options: Options that differ from the published ones.
+            sigma_max: largest noise level.
+            **options: options that replace the published ones.
 
         Returns:
-            The network: 62,693,251 parameters, label the number of the level from the largest.
+            The network: 62,693,251 parameters; noise label: index of the level, largest first.
         """
         published: dict[str, Any] = {
             "embedding": "positional",
@@ -264,11 +265,7 @@ class NCSNpp(UNet):
     def celeba_64_smld(cls, **options: Any) -> Self:
         """Build the network for CelebA of 64 pixels and 1000 discrete VE levels, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 62,693,251 parameters, label the number of the level from the largest.
+        62,693,251 parameters; noise label: index of the level, largest first.
         """
         return cls.cifar10_smld(sigma_max=90.0, **{"attention_levels": (2,)} | options)
 
@@ -276,11 +273,7 @@ class NCSNpp(UNet):
     def celebahq_256(cls, **options: Any) -> Self:
         """Build the network for CelebA-HQ of 256 pixels and VE, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 65,574,549 parameters, label sigma.
+        65,574,549 parameters; noise label: sigma.
         """
         published: dict[str, Any] = {
             "multipliers": (1, 1, 2, 2, 2, 2, 2),
@@ -295,23 +288,19 @@ class NCSNpp(UNet):
 
     @classmethod
     def ffhq_256(cls, **options: Any) -> Self:
-        """Build the network for FFHQ of 256 pixels: that of `celebahq_256`."""
+        """Build the network for FFHQ of 256 pixels, the same as `celebahq_256`."""
         return cls.celebahq_256(**options)
 
     @classmethod
     def lsun_256(cls, **options: Any) -> Self:
-        """Build the network for LSUN of 256 pixels: that of `celebahq_256`."""
+        """Build the network for LSUN of 256 pixels, the same as `celebahq_256`."""
         return cls.celebahq_256(**options)
 
     @classmethod
     def celebahq_1024(cls, **options: Any) -> Self:
         """Build the network for CelebA-HQ of 1024 pixels and VE, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 105,785,896 parameters, label sigma.
+        105,785,896 parameters; noise label: sigma.
         """
         published: dict[str, Any] = {
             "width": 16,
@@ -323,18 +312,15 @@ class NCSNpp(UNet):
 
     @classmethod
     def ffhq_1024(cls, **options: Any) -> Self:
-        """Build the network for FFHQ of 1024 pixels: that of `celebahq_1024`."""
+        """Build the network for FFHQ of 1024 pixels, the same as `celebahq_1024`."""
         return cls.celebahq_1024(**options)
 
     @classmethod
     def edm_cifar10(cls, **options: Any) -> Self:
         """Build the "ncsnpp" network of Karras et al., 2022, for CIFAR-10, data in [-1, 1].
 
-        Args:
-            **options: Options that differ from the published ones, such as num_classes=10.
-
-        Returns:
-            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        For `EDMModel`; the condition is a vector of 9 augmentation labels; num_classes=10 makes
+        it class-conditional.
         """
         published: dict[str, Any] = {
             "multipliers": (2, 2, 2),
@@ -347,13 +333,9 @@ class NCSNpp(UNet):
 
     @classmethod
     def edm_image_64(cls, **options: Any) -> Self:
-        """Build the "ncsnpp" network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
+        """Build the network of Karras et al., 2022, for FFHQ and AFHQv2 of 64 pixels.
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network, with augmentation labels of size 9 as its condition, for `EDMModel`.
+        For `EDMModel`; the condition is a vector of 9 augmentation labels.
         """
         published: dict[str, Any] = {
             "multipliers": (1, 2, 2, 2),

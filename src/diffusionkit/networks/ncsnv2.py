@@ -1,5 +1,7 @@
 """NCSNv2, the RefineNet of Song and Ermon, 2020."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self, TypeAlias
@@ -7,15 +9,17 @@ from typing import Any, Literal, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
-from .checks import (
+from .._checks import check_count
+from ._arguments import (
     check_choice,
     check_class_labels,
+    check_counts,
     check_data_range,
     check_divisible,
     check_input,
     check_noise_label,
-    check_positive,
 )
 from .config import remembers
 from .embeddings import SigmaTable
@@ -30,44 +34,44 @@ LEVELS_256 = ((1, 1), (2, 1), (2, 1), (2, 1), (4, 2), (4, 4))
 
 
 class NCSNv2(nn.Module):
-    r"""NCSNv2: a RefineNet that is told the noise level by nothing but a division.
+    r"""NCSNv2: a RefineNet, conditioned on the noise level only by dividing its output by it.
 
     .. math:: (x, i) \mapsto F(x) / \sigma_i
 
-    with F of the shape of x and i the number of the noise level. The default levels are those
-    of images of up to 64 pixels.
+    with F of the shape of x and the noise label i, the index of the noise level. The default
+    levels are those for images of up to 64 pixels.
 
-    Every level has two residual blocks. Level 0 has the full resolution; a level below it
-    halves the resolution if its dilation is 1 and keeps it, with dilated convolutions, if not.
-    From the lowest level up, a refinement block joins each level to what was refined below.
+    Every level has two residual blocks. Level 0 has the full resolution; each level below it
+    halves the resolution if its dilation is 1, otherwise keeps it and dilates its convolutions.
+    From the lowest level up, a refinement block fuses each level with the refined level below.
+
+    Class methods build the published networks; their `options` replace the published ones.
 
     Args:
-        channels: Number of input and output channels.
-        sigmas: Noise levels by number, from the largest to the smallest in the papers.
-        dims: Number of spatial dimensions, 1, 2 or 3.
-        width: Number of channels that the multipliers multiply, at least 2.
-        levels: One row (multiplier, dilation) per level: channels over `width`, and dilation of
+        channels: number of input and output channels.
+        sigmas: noise levels by index, from the largest to the smallest in the papers.
+        dims: number of spatial dimensions, 1, 2 or 3.
+        width: number of channels that the multipliers multiply, at least 2.
+        levels: one row (multiplier, dilation) per level: channels over `width`, and dilation of
             the convolutions.
-        activation: Activation function of all layers; "leaky_relu" with a slope of 0.2.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations within levels and refinement blocks are
-            computed again in the backward pass instead of being kept: less memory, more time,
-            the same gradient. Not under transforms of torch.func.
+        activation: activation function of all layers; "leaky_relu" with a slope of 0.2.
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations within levels and refinement blocks are
+            recomputed in the backward pass instead of stored: less memory, more time, the same
+            gradient. Not supported under transforms of torch.func.
 
     Raises:
-        TypeError: If a count is not an int or a row of `levels` not a pair.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an int or a row of `levels` is not a pair.
+        ValueError: if an argument is out of range.
 
-    Source:
-        Y. Song, S. Ermon, Improved Techniques for Training Score-Based Generative Models, 2020,
-        https://arxiv.org/abs/2006.09011.
+    Source: Y. Song, S. Ermon, Improved Techniques for Training Score-Based Generative Models, 2020,
+    arXiv 2006.09011.
 
-    Example:
-        >>> import torch
-        >>> from diffusionkit.networks import NCSNv2
-        >>> net = NCSNv2(channels=1, sigmas=(10.0, 1.0, 0.1), width=4)
-        >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 1, 2, 2])).shape
-        torch.Size([4, 1, 8, 12])
+    >>> import torch
+    >>> from diffusionkit.networks import NCSNv2
+    >>> net = NCSNv2(channels=1, sigmas=(10.0, 1.0, 0.1), width=4)
+    >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 1, 2, 2])).shape
+    torch.Size([4, 1, 8, 12])
     """
 
     config: dict[str, Any]
@@ -85,17 +89,15 @@ class NCSNv2(nn.Module):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Build the network."""
         super().__init__()
-        check_positive(channels=channels, width=width)
-        if width < 2:  # the normalisation takes a variance over channels
-            raise ValueError(f"width must be at least 2, got {width}")
+        check_counts(channels=channels, dims=dims)
+        check_count(width, "width", least=2)  # the normalization takes a variance over channels
         check_choice("dims", dims, (1, 2, 3))
         check_choice("activation", activation, tuple(ACTIVATIONS))
         _check_levels(levels)
         self.channels = channels
         self.dims = dims
-        self.factor = 2 ** sum(dilation == 1 for _, dilation in levels[1:])  # total down-sampling
+        self.factor = 2 ** sum(dilation == 1 for _, dilation in levels[1:])  # total downsampling
         self.scale, self.shift = check_data_range(data_range)
         self.recompute = activation_checkpointing
         self.noise_level = SigmaTable(sigmas)
@@ -119,21 +121,22 @@ class NCSNv2(nn.Module):
         self.norm = InstanceNormPlus(widths[0])
         self.output = conv(dims, widths[0], channels)
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         r"""Evaluate the network.
 
         Args:
-            x: Input (B, channels, \*spatial), every size divisible by the total down-sampling,
+            x: input (B, channels, \*spatial), every size divisible by the total downsampling,
                 2 for the default levels.
-            noise_label: Number (B,) of the noise level, below the number of noise levels.
-            class_labels: None: the network has no classes.
+            noise_label: index (B,) of the noise level.
+            class_labels: None, since the network has no classes.
 
         Returns:
             Output (B, channels, \*spatial).
 
         Raises:
-            TypeError: If a dtype is wrong or labels are given.
-            ValueError: If a shape or a device is wrong.
+            TypeError: if a dtype is wrong or class labels are passed.
+            ValueError: if a shape or a device is wrong.
         """
         check_input(x, self.channels, self.dims, self.input.weight)
         check_divisible(x, self.factor)
@@ -164,11 +167,7 @@ class NCSNv2(nn.Module):
     def cifar10(cls, **options: Any) -> Self:
         """Build the network for CIFAR-10, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 29,694,083 parameters, 232 noise levels from 50 to 0.01.
+        29,694,083 parameters, 232 noise levels from 50 to 0.01.
         """
         return cls(**_published(232, 50.0) | options)
 
@@ -176,11 +175,7 @@ class NCSNv2(nn.Module):
     def celeba_64(cls, **options: Any) -> Self:
         """Build the network for CelebA of 64 pixels, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 29,694,083 parameters, 500 noise levels from 90 to 0.01.
+        29,694,083 parameters, 500 noise levels from 90 to 0.01.
         """
         return cls(**_published(500, 90.0) | options)
 
@@ -188,11 +183,7 @@ class NCSNv2(nn.Module):
     def church_96(cls, **options: Any) -> Self:
         """Build the network for LSUN churches of 96 pixels, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 83,445,379 parameters, 788 noise levels from 140 to 0.01.
+        83,445,379 parameters, 788 noise levels from 140 to 0.01.
         """
         return cls(**_published(788, 140.0, LEVELS_128) | options)
 
@@ -200,28 +191,20 @@ class NCSNv2(nn.Module):
     def bedroom_128(cls, **options: Any) -> Self:
         """Build the network for LSUN bedrooms of 128 pixels, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 83,445,379 parameters, 1086 noise levels from 190 to 0.01.
+        83,445,379 parameters, 1086 noise levels from 190 to 0.01.
         """
         return cls(**_published(1086, 190.0, LEVELS_128) | options)
 
     @classmethod
     def tower_128(cls, **options: Any) -> Self:
-        """Build the network for LSUN towers of 128 pixels: that of `bedroom_128`."""
+        """Build the network for LSUN towers of 128 pixels, the same as `bedroom_128`."""
         return cls.bedroom_128(**options)
 
     @classmethod
     def ffhq_256(cls, **options: Any) -> Self:
         """Build the network for FFHQ of 256 pixels, data in [0, 1].
 
-        Args:
-            **options: Options that differ from the published ones.
-
-        Returns:
-            The network: 94,132,611 parameters, 2311 noise levels from 348 to 0.01.
+        94,132,611 parameters, 2311 noise levels from 348 to 0.01.
         """
         return cls(**_published(2311, 348.0, LEVELS_256) | options)
 
@@ -235,8 +218,8 @@ def _published(count: int, sigma_max: float, levels: Levels = LEVELS_64) -> dict
 
 def _check_levels(levels: Levels) -> None:
     if not levels:
-        raise ValueError("levels must have one row (multiplier, dilation) per level, got none")
+        raise ValueError("levels: expected one row (multiplier, dilation) per level, got none")
     for row in levels:
         if not isinstance(row, Sequence) or len(row) != 2:
-            raise TypeError(f"levels must be rows (multiplier, dilation), got {row!r}")
-        check_positive(multiplier=row[0], dilation=row[1])
+            raise TypeError(f"levels: expected rows (multiplier, dilation), got {row!r}")
+        check_counts(multiplier=row[0], dilation=row[1])

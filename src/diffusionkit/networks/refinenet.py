@@ -1,4 +1,6 @@
-"""The parts of NCSNv2: its normalisation, its residual block and its refinement block."""
+"""The building blocks of NCSNv2: normalization, residual block and refinement block."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -6,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -32,15 +35,15 @@ def conv(
     dilation: int = 1,
     bias: bool = True,
 ) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    r"""Make a convolution that keeps the spatial size, with torch's own initialisation.
+    r"""Make a convolution that keeps the spatial size, with torch's default initialization.
 
     Args:
-        dims: Number of spatial dimensions.
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        kernel: Odd kernel size, the same along every dimension.
-        dilation: Distance between the entries of the kernel.
-        bias: Whether there is a bias.
+        dims: number of spatial dimensions.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel: odd kernel size, the same along every dimension.
+        dilation: distance between the entries of the kernel.
+        bias: whether there is a bias.
 
     Returns:
         The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
@@ -52,75 +55,66 @@ def conv(
 
 
 class InstanceNormPlus(nn.Module):
-    r"""Instance normalisation that keeps what it takes out: how the channels' means differ.
+    r"""Instance normalization that restores the differences between the means of the channels.
 
     .. math::
         \mathrm{out}_c = \gamma_c \Big(\frac{x_c - \mu_c}{\sqrt{v_c + \epsilon}}
             + \alpha_c \frac{\mu_c - m}{\sqrt{s^2 + \epsilon}}\Big) + \beta_c
 
     where :math:`\mu_c, v_c` are mean and variance over the positions of one channel of one
-    sample, m and s^2 mean and unbiased variance of the :math:`\mu_c` over the channels, and
+    sample, :math:`m, s^2` mean and unbiased variance of the :math:`\mu_c` over the channels, and
     :math:`\epsilon = 10^{-5}`.
 
     Args:
-        channels: Number of channels, at least 2.
+        channels: number of channels, at least 2.
 
-    Source:
-        Y. Song, S. Ermon, Generative Modeling by Estimating Gradients of the Data Distribution,
-        2019, https://arxiv.org/abs/1907.05600, appendix A.
+    Source: Y. Song, S. Ermon, Generative Modeling by Estimating Gradients of the Data Distribution,
+    2019, arXiv 1907.05600 (appendix A).
     """
 
     eps = 1e-5
 
     def __init__(self, channels: int) -> None:
-        """Draw the parameters."""
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
         self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
         self.beta = nn.Parameter(torch.zeros(channels))
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        r"""Normalise.
-
-        Args:
-            x: Feature map (B, channels, \*spatial).
-
-        Returns:
-            Feature map of the same shape.
-        """
-        # Half precision would lose how means differ that are nearly the same.
+        r"""Normalize features (B, channels, \*spatial)."""
+        # In half precision, differences of nearly equal means would be lost.
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean = x.flatten(2).mean(2, dtype=dtype)
-        var, centre = torch.var_mean(mean, dim=1, keepdim=True)
-        mean = (mean - centre) * (var + self.eps).rsqrt() * (self.alpha * self.gamma)
-        # Not torch.nn.functional's, which refuses a batch of one with one position.
+        var, center = torch.var_mean(mean, dim=1, keepdim=True)
+        mean = (mean - center) * (var + self.eps).rsqrt() * (self.alpha * self.gamma)
+        # torch.nn.functional.group_norm rejects a single sample with a single position.
         h = torch.group_norm(x, x.shape[1], self.gamma, self.beta, self.eps)
         return (h + mean.reshape(mean.shape + (1,) * (x.ndim - 2))).to(x.dtype)
 
 
 class DilatedBlock(nn.Module):
-    r"""Residual block of two convolutions, which may be dilated instead of down-sampling.
+    r"""Residual block of two convolutions, which may be dilated instead of downsampled.
 
     .. math::
         h &= \mathrm{conv}_2(a(\mathrm{norm}_2(\mathrm{conv}_1(a(\mathrm{norm}_1(x)))))) \\
         \mathrm{out} &= x + h
             \quad\text{or, first of its level,}\quad \mathrm{shortcut}(p(x)) + p(h)
 
-    with the activation a. The first block of a level that is not dilated takes means p over 2
-    neighbours per dimension, and its shortcut is a 1x1 convolution. That of a dilated level
-    keeps the size, p being the identity, and its shortcut is a dilated convolution.
+    with the activation a. In the first block of a level without dilation, p takes means over 2
+    neighbors per dimension and the shortcut is a 1x1 convolution. In that of a dilated level, p
+    is the identity and the shortcut is a dilated convolution.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels; for a block that is not the first, the same.
-        dims: Number of spatial dimensions.
-        activation: The activation.
-        dilation: Dilation of the convolutions.
-        first: Whether the block is the first of a level below another one.
+        in_channels: number of input channels.
+        out_channels: number of output channels; equal to `in_channels` unless `first`.
+        dims: number of spatial dimensions.
+        activation: the activation a.
+        dilation: dilation of the convolutions.
+        first: whether the block is the first of a level below another one.
 
-    Source:
-        F. Yu, V. Koltun, T. Funkhouser, Dilated Residual Networks, 2017,
-        https://arxiv.org/abs/1705.09914, as used by Song and Ermon, 2019 and 2020.
+    Source: F. Yu, V. Koltun, T. Funkhouser, Dilated Residual Networks, 2017, arXiv 1705.09914, as
+    used by Song and Ermon, 2019 and 2020.
     """
 
     def __init__(
@@ -133,7 +127,6 @@ class DilatedBlock(nn.Module):
         dilation: int = 1,
         first: bool = False,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.activation = activation
         self.pools = first and dilation == 1
@@ -147,18 +140,12 @@ class DilatedBlock(nn.Module):
             kernel = 1 if self.pools else 3
             self.shortcut = conv(dims, in_channels, out_channels, kernel, dilation=dilation)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        r"""Apply the block.
-
-        Args:
-            x: Feature map (B, in_channels, \*spatial), of even sizes where it is halved.
-
-        Returns:
-            Feature map (B, out_channels, \*spatial) or (B, out_channels, \*(spatial / 2)).
-        """
+        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*resampled)."""
         h = self.conv_1(self.activation(self.norm_1(x)))
         h = self.conv_2(self.activation(self.norm_2(h)))
-        # A mean and a 1x1 convolution commute; this order is the cheaper one.
+        # A mean and a 1x1 convolution commute; this order is cheaper.
         out: Tensor = self.shortcut(self.pool(x)) + self.pool(h)
         return out
 
@@ -167,59 +154,45 @@ class ResidualUnit(nn.Module):
     r"""Residual convolution unit: ``x + conv_2(a(conv_1(a(x))))``, without biases.
 
     Args:
-        channels: Number of channels.
-        dims: Number of spatial dimensions.
-        activation: The activation a.
+        channels: number of channels.
+        dims: number of spatial dimensions.
+        activation: the activation a.
     """
 
     def __init__(self, channels: int, dims: int, activation: Activation) -> None:
-        """Build the layers."""
         super().__init__()
         self.activation = activation
         self.conv_1 = conv(dims, channels, channels, bias=False)
         self.conv_2 = conv(dims, channels, channels, bias=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        r"""Apply the unit.
-
-        Args:
-            x: Feature map (B, channels, \*spatial).
-
-        Returns:
-            Feature map of the same shape.
-        """
+        r"""Map features (B, channels, \*spatial) to features of the same shape."""
         h: Tensor = self.conv_2(self.activation(self.conv_1(self.activation(x))))
         return x + h
 
 
 class ChainedPooling(nn.Module):
-    r"""Chained residual pooling: context from windows that grow along a chain.
+    r"""Chained residual pooling over windows of growing size.
 
     .. math:: p_0 = a(x), \qquad p_i = \mathrm{conv}_i(\mathrm{maxpool}_5(p_{i-1})), \qquad
         \mathrm{out} = p_0 + p_1 + p_2
 
     Args:
-        channels: Number of channels.
-        dims: Number of spatial dimensions.
-        activation: The activation a.
+        channels: number of channels.
+        dims: number of spatial dimensions.
+        activation: the activation a.
     """
 
     def __init__(self, channels: int, dims: int, activation: Activation) -> None:
-        """Build the layers."""
         super().__init__()
         self.activation = activation
         self.pool = _MAX_POOL[dims](5, stride=1, padding=2)
         self.convs = nn.ModuleList([conv(dims, channels, channels, bias=False) for _ in range(2)])
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        r"""Apply the chain.
-
-        Args:
-            x: Feature map (B, channels, \*spatial).
-
-        Returns:
-            Feature map of the same shape.
-        """
+        r"""Map features (B, channels, \*spatial) to features of the same shape."""
         out = path = self.activation(x)
         for layer in self.convs:
             path = layer(self.pool(path))
@@ -228,23 +201,22 @@ class ChainedPooling(nn.Module):
 
 
 class Refinement(nn.Module):
-    r"""Refinement block: joins the features of one level to what was refined below it.
+    r"""Refinement block: fuses the features of a level with the refined features below it.
 
     Two residual units adapt each input. Both inputs are convolved to `out_channels` and added,
-    the lower one interpolated linearly to the size of the level with the corners kept in place.
+    the lower one after linear interpolation to the size of the level (with aligned corners).
     Chained residual pooling and further residual units follow.
 
     Args:
-        channels: Number of channels of each input: the level's, then, except for the lowest
-            level, those of what was refined below.
-        out_channels: Number of output channels; for the lowest level, its own.
-        dims: Number of spatial dimensions.
-        activation: The activation.
-        units: Number of residual units at the end.
+        channels: number of channels of each input: the level's and, except at the lowest level,
+            the refined level's below.
+        out_channels: number of output channels; at the lowest level, equal to `channels`.
+        dims: number of spatial dimensions.
+        activation: the activation a.
+        units: number of residual units at the end.
 
-    Source:
-        G. Lin, A. Milan, C. Shen, I. Reid, RefineNet: Multi-Path Refinement Networks for
-        High-Resolution Semantic Segmentation, 2017, https://arxiv.org/abs/1611.06612.
+    Source: G. Lin, A. Milan, C. Shen, I. Reid, RefineNet: Multi-Path Refinement Networks for
+    High-Resolution Semantic Segmentation, 2017, arXiv 1611.06612.
     """
 
     def __init__(
@@ -255,7 +227,6 @@ class Refinement(nn.Module):
         activation: Activation,
         units: int,
     ) -> None:
-        """Build the layers."""
         super().__init__()
 
         def residual_units(c: int, count: int) -> nn.Sequential:
@@ -268,15 +239,13 @@ class Refinement(nn.Module):
         self.pooling = ChainedPooling(out_channels, dims, activation)
         self.units = residual_units(out_channels, units)
 
+    @override
     def forward(self, x: Tensor, below: Tensor | None = None) -> Tensor:
-        r"""Apply the block.
+        r"""Return features (B, out_channels, \*spatial).
 
         Args:
-            x: Feature map (B, channels[0], \*spatial) of the level.
-            below: Refined feature map (B, channels[1], \*any spatial), or None.
-
-        Returns:
-            Feature map (B, out_channels, \*spatial).
+            x: features (B, channels[0], \*spatial) of the level.
+            below: refined features (B, channels[1], \*any spatial), or None.
         """
         h: Tensor = self.adapt[0](x)
         if below is not None:

@@ -1,9 +1,15 @@
-"""Resampling of feature maps by two: parameterless functions, and layers with a convolution."""
+"""Resampling of feature maps by two, with and without a convolution.
+
+The layers accept and ignore the embedding, so that they can replace blocks.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from ..ops import fir_conv_downsample, fir_conv_upsample, fir_downsample, fir_upsample
 from .layers import Style
@@ -16,70 +22,54 @@ _AVG_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
 
 
 class Upsample(nn.Module):
-    r"""Double every spatial size, by an FIR filter or by repeating each entry.
+    r"""Upsampling by two with an FIR filter or by repeating each entry.
 
     Args:
-        fir_kernel: One-dimensional FIR kernel, or None to repeat entries.
+        fir_kernel: one-dimensional FIR kernel, or None to repeat entries.
     """
 
     def __init__(self, fir_kernel: Sequence[float] | None = None) -> None:
-        """Keep the kernel."""
         super().__init__()
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Double every spatial size.
-
-        Args:
-            x: Feature map (B, C, \*spatial) of 1 to 3 spatial dimensions.
-            emb: Not used; there so that the layer can take a block's place.
-
-        Returns:
-            Feature map (B, C, \*(2 spatial)).
-        """
+        r"""Map features (B, C, \*spatial) to (B, C, \*(2 spatial))."""
         if self.fir_kernel is None:
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return fir_upsample(x, self.fir_kernel)
 
 
 class Downsample(nn.Module):
-    r"""Halve every spatial size, by an FIR filter or by averaging neighbours.
+    r"""Downsampling by two with an FIR filter or by averaging neighbors.
 
     Args:
-        fir_kernel: One-dimensional FIR kernel, or None to average 2 neighbours per dimension.
+        fir_kernel: one-dimensional FIR kernel, or None to average 2 neighbors per dimension.
     """
 
     def __init__(self, fir_kernel: Sequence[float] | None = None) -> None:
-        """Keep the kernel."""
         super().__init__()
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Halve every spatial size.
-
-        Args:
-            x: Feature map (B, C, \*spatial) of 1 to 3 spatial dimensions, of even sizes.
-            emb: Not used; there so that the layer can take a block's place.
-
-        Returns:
-            Feature map (B, C, \*(spatial / 2)).
-        """
+        r"""Map features (B, C, \*spatial) of even sizes to (B, C, \*(spatial / 2))."""
         if self.fir_kernel is None:
             return _AVG_POOL[x.ndim - 2](x, 2)
         return fir_downsample(x, self.fir_kernel)
 
 
 class ConvUpsample(nn.Module):
-    """Up-sampling by two with a 3-tap convolution after it.
+    """Upsampling by two, followed by a 3-tap convolution.
 
-    With an FIR kernel the order is the other way round, as in StyleGAN2: a transposed
-    convolution, then the filter.
+    With an FIR kernel the order is reversed, as in StyleGAN2: a transposed convolution, then
+    the filter.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel, or None to repeat entries.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        style: settings shared by the network's blocks.
+        fir_kernel: one-dimensional FIR kernel, or None to repeat entries.
     """
 
     def __init__(
@@ -89,21 +79,13 @@ class ConvUpsample(nn.Module):
         style: Style,
         fir_kernel: Sequence[float] | None = None,
     ) -> None:
-        """Make the convolution."""
         super().__init__()
         self.conv = style.conv(in_channels, out_channels)
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Double every spatial size.
-
-        Args:
-            x: Feature map (B, in_channels, \*spatial).
-            emb: Not used; there so that the layer can take a block's place.
-
-        Returns:
-            Feature map (B, out_channels, \*(2 spatial)).
-        """
+        r"""Map features (B, in_channels, \*spatial) to (B, out_channels, \*(2 spatial))."""
         if self.fir_kernel is None:
             h: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
             return h
@@ -111,15 +93,15 @@ class ConvUpsample(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """Down-sampling by two through a 3-tap convolution of stride two.
+    """Downsampling by two with a 3-tap convolution of stride two.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        style: What the network's blocks have in common.
-        fir_kernel: One-dimensional FIR kernel of a filter before the convolution, or None.
-        pad_front: Zeros put before the first entry of every dimension where there is no filter;
-            one always follows the last. Ho et al. put none, Dhariwal and Nichol one.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        style: settings shared by the network's blocks.
+        fir_kernel: one-dimensional FIR kernel of a filter before the convolution, or None.
+        pad_front: zeros before the first entry of every dimension if there is no filter; one
+            always follows the last. Ho et al. use none, Dhariwal and Nichol one.
     """
 
     def __init__(
@@ -130,23 +112,15 @@ class ConvDownsample(nn.Module):
         fir_kernel: Sequence[float] | None = None,
         pad_front: int = 0,
     ) -> None:
-        """Make the convolution."""
         super().__init__()
         self.conv = style.conv(in_channels, out_channels, stride=2, padding=pad_front)
         self.fir_kernel = None if fir_kernel is None else tuple(fir_kernel)
-        # Of a padding at both ends, the last zero is never met by a stride of two.
+        # With padding at both ends, a stride of two never reads the last zero.
         self.pads = (0, 1) * style.dims if pad_front == 0 else ()
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        r"""Halve every spatial size.
-
-        Args:
-            x: Feature map (B, in_channels, \*spatial), of even sizes.
-            emb: Not used; there so that the layer can take a block's place.
-
-        Returns:
-            Feature map (B, out_channels, \*(spatial / 2)).
-        """
+        r"""Map features (B, in_channels, \*spatial) of even sizes to (B, out_channels, \*half)."""
         if self.fir_kernel is None:
             h: Tensor = self.conv(F.pad(x, self.pads) if self.pads else x)
             return h

@@ -1,4 +1,6 @@
-"""The skeleton that every U-Net of the library shares."""
+"""The structure shared by all U-Nets of the library."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
-from .checks import (
+from ._arguments import (
     check_class_labels,
     check_condition,
+    check_counts,
     check_data_range,
     check_divisible,
     check_input,
     check_low_res,
     check_noise_label,
-    check_optional,
-    check_positive,
+    check_optional_counts,
 )
 from .embeddings import ConditionEmbedding
 from .layers import Style, over_level
@@ -26,34 +29,26 @@ _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Stage(nn.Module):
-    """A conditioned block and, if given, an attention after it.
+    """A conditioned block, optionally followed by attention.
 
     Args:
-        block: Module of a feature map and an embedding.
-        attention: Module of a feature map, or None.
-        recompute: Whether activations are computed again in the backward pass instead of being
-            kept. Dropout draws the same mask both times.
+        block: module called with features and an embedding.
+        attention: module called with features, or None.
+        recompute: whether activations are recomputed in the backward pass instead of stored.
+            Dropout draws the same mask both times.
     """
 
     def __init__(
         self, block: nn.Module, attention: nn.Module | None = None, *, recompute: bool = False
     ) -> None:
-        """Join block and attention."""
         super().__init__()
         self.block = block
         self.attention = attention
         self.recompute = recompute
 
+    @override
     def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
-        r"""Apply block and attention.
-
-        Args:
-            x: Feature map (B, C, \*spatial).
-            emb: Embedding (B, embedding_width), or None.
-
-        Returns:
-            Feature map.
-        """
+        r"""Apply block and attention to features (B, C, \*spatial), given an embedding or None."""
         if self.recompute and torch.is_grad_enabled():
             h: Tensor = checkpoint(self._apply_parts, x, emb, use_reentrant=False)
             return h
@@ -65,27 +60,19 @@ class Stage(nn.Module):
 
 
 class EncoderLevel(nn.Module):
-    """The stages of one resolution on the way down.
+    """The stages of one resolution of the encoder.
 
     Args:
-        stages: The stages, in order.
+        stages: the stages, in order.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
-        """Keep the stages."""
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor | None) -> list[Tensor]:
-        r"""Apply the stages.
-
-        Args:
-            h: Feature map (B, C, \*spatial).
-            emb: Embedding (B, embedding_width), or None.
-
-        Returns:
-            The feature map after each stage.
-        """
+        r"""Return the features after each stage, from features (B, C, \*spatial)."""
         outputs = []
         for stage in self.stages:
             h = stage(h, emb)
@@ -94,27 +81,24 @@ class EncoderLevel(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """The stages of one resolution on the way up, each of which takes one skip.
+    """The stages of one resolution of the decoder, each with one skip connection.
 
     Args:
-        stages: The stages, in order.
+        stages: the stages, in order.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
-        """Keep the stages."""
         super().__init__()
         self.stages = nn.ModuleList(stages)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor | None, skips: list[Tensor]) -> Tensor:
-        r"""Apply the stages, each to the feature map joined to the last skip left.
+        r"""Apply the stages, each to the features concatenated with the last remaining skip.
 
         Args:
-            h: Feature map (B, C, \*spatial).
-            emb: Embedding (B, embedding_width), or None.
-            skips: Feature maps of the encoder; those used are taken off the end.
-
-        Returns:
-            Feature map.
+            h: features (B, C, \*spatial).
+            emb: embedding (B, embedding_width), or None.
+            skips: features of the encoder; those used are popped off the end.
         """
         for stage in self.stages:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
@@ -122,47 +106,47 @@ class DecoderLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    r"""U-Net over feature maps of 1 to 3 dimensions, given its parts.
+    r"""U-Net over 1 to 3 spatial dimensions, assembled from its parts.
 
-    The input convolution and every block and down-sampling of the encoder leave one skip; the
-    decoder has one block more per level than the encoder and takes one skip per block. Attention
-    follows every encoder block at the chosen levels, the first of the two middle blocks, and the
-    last or every decoder block at those levels. Input and output branches, see
-    `diffusionkit.networks.progressive`, run beside the levels.
+    The input convolution and every block and downsampling of the encoder produce one skip; the
+    decoder has one more block per level than the encoder and consumes one skip per block.
+    Attention follows every encoder block at the chosen levels, the first of the two middle
+    blocks, and the last or every decoder block at those levels. Input and output branches, see
+    `diffusionkit.networks.progressive`, run in parallel to the levels.
 
     Args:
-        channels: Number of channels of the input and, by default, of the output.
-        out_channels: Number of channels of the output.
-        low_res_channels: Number of channels of a low-resolution image that the network is given
-            beside its input, or None.
-        style: What the blocks have in common.
-        input_width: Number of channels after the input convolution.
-        widths: Number of channels of each level; each level halves the resolution.
-        blocks: Number of blocks per level.
-        attention_levels: Indices of the levels with attention; 0 is the full resolution.
-        attend_all: Whether attention follows every decoder block of those levels, not the last.
-        embedding: Embedding of labels, classes and conditions, or None for none of them.
-        block: Makes a block from its numbers of input and output channels.
-        attention: Makes an attention from its number of channels and whether it is in the decoder;
-            None where there is none.
-        down: Makes a down-sampling, a module of feature map and embedding, from its number of
-            channels.
-        up: Makes an up-sampling in the same way.
-        input_branch: Makes a step of the input branch from the numbers of channels of the branch
-            and of the features, or None.
-        output_branch: Makes a step of the output branch, from the number of channels of the
-            branch (None at first) and of the features, or None.
-        head: Makes what turns the last features into the output, from their number of channels;
-            None if the output branch is the output.
-        noise_level: Module that maps labels to noise levels by which the output is divided, or
+        channels: number of channels of the input.
+        out_channels: number of channels of the output.
+        low_res_channels: number of channels of a low-resolution image that is a second input of
+            the network, or None.
+        style: settings shared by the blocks.
+        input_width: number of channels after the input convolution.
+        widths: number of channels of each level; each level halves the resolution.
+        blocks: number of blocks per level.
+        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        attend_all: whether attention follows every decoder block of those levels, or the last.
+        embedding: embedding of noise label, class labels and condition, or None.
+        block: makes a block from the numbers of its input and output channels.
+        attention: makes an attention from the number of its channels and whether it is in the
+            decoder, or returns None.
+        down: makes a downsampling, a module called with features and embedding, from the number
+            of its channels.
+        up: makes an upsampling, likewise.
+        input_branch: makes one level of the input branch from the numbers of channels of branch
+            and features, or None.
+        output_branch: makes one level of the output branch from the numbers of channels of branch
+            (None at the coarsest level) and features, or None.
+        head: makes the module that maps the last features to the output from the number of their
+            channels; None if the output branch yields the output.
+        noise_level: module that maps noise labels to the noise levels that divide the output, or
             None.
-        data_range: Range of the data, which is mapped to [-1, 1] first.
-        activation_checkpointing: Whether activations within stages are computed again in the
-            backward pass instead of being kept.
+        data_range: range of the data, which is mapped to [-1, 1] first.
+        activation_checkpointing: whether activations within stages are recomputed in the backward
+            pass instead of stored.
 
     Raises:
-        TypeError: If a count is not an int.
-        ValueError: If an argument is out of range.
+        TypeError: if a count is not an integer.
+        ValueError: if an argument is out of range.
     """
 
     config: dict[str, Any]
@@ -191,14 +175,13 @@ class UNet(nn.Module):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
-        """Build the network from its parts."""
         super().__init__()
-        check_positive(channels=channels, out_channels=out_channels, blocks=blocks)
-        check_optional(low_res_channels=low_res_channels)
+        check_counts(channels=channels, out_channels=out_channels, blocks=blocks)
+        check_optional_counts(low_res_channels=low_res_channels)
         self.channels = channels
         self.low_res_channels = low_res_channels
         self.dims = style.dims
-        self.factor = 2 ** (len(widths) - 1)  # total down-sampling
+        self.factor = 2 ** (len(widths) - 1)  # total downsampling
         self.scale, self.shift = check_data_range(data_range)
         self.embedding = embedding
         self.noise_level = noise_level
@@ -210,10 +193,10 @@ class UNet(nn.Module):
                 recompute=activation_checkpointing,
             )
 
-        seen = channels + (low_res_channels or 0)
-        self.input = style.conv(seen, input_width)
+        in_channels = channels + (low_res_channels or 0)
+        self.input = style.conv(in_channels, input_width)
 
-        c, skips, branch = input_width, [input_width], seen
+        c, skips, branch = input_width, [input_width], in_channels
         self.encoder, self.downs = nn.ModuleList(), nn.ModuleList()
         self.input_branch = nn.ModuleList() if input_branch else None
         for level, width in enumerate(widths):
@@ -251,6 +234,7 @@ class UNet(nn.Module):
 
         self.head = head(c) if head else None
 
+    @override
     def forward(
         self,
         x: Tensor,
@@ -263,21 +247,21 @@ class UNet(nn.Module):
         r"""Evaluate the network.
 
         Args:
-            x: Input (B, channels, \*spatial), every size divisible by the total down-sampling
+            x: input (B, channels, \*spatial), every size divisible by the total downsampling
                 ``2 ** (levels - 1)``.
-            noise_label: Time label (B,).
-            class_labels: Class labels (B,), int64, if and only if the network has classes.
-            condition: Condition vectors (B, condition_features), for a network with a condition
-                only; None stands for zeros.
-            low_res: Image (B, low_res_channels, \*any spatial), if and only if the network takes
-                one; it is brought to the size of the input linearly.
+            noise_label: noise label (B,).
+            class_labels: class labels (B,), int64, if and only if the network has classes.
+            condition: condition vectors (B, condition_features), for a network with a condition
+                only; None for zeros.
+            low_res: image (B, low_res_channels, \*any spatial), if and only if the network takes
+                one; it is interpolated linearly to the size of the input.
 
         Returns:
             Output (B, out_channels, \*spatial).
 
         Raises:
-            TypeError: If a dtype is wrong, or an argument is missing or unexpected.
-            ValueError: If a shape, a device or a class label is wrong.
+            TypeError: if a dtype is wrong, or an argument is missing or unexpected.
+            ValueError: if a shape, a device or a class label is wrong.
         """
         self._check(x, noise_label, class_labels, condition, low_res)
         emb = (

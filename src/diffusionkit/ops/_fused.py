@@ -1,7 +1,9 @@
-"""When the fused kernel may be used, and its derivatives.
+"""Conditions for using the fused kernel, and its derivatives.
 
-Plain torch is right everywhere; the kernel only where it cannot go wrong unnoticed.
+Everything else is computed in plain torch, which supports all cases.
 """
+
+from __future__ import annotations
 
 import functools
 import importlib.util
@@ -13,18 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from typing_extensions import override
 
 from . import _plain
 from ._plan import Line, Plan
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_TAPS = 8  # the kernel is unrolled
 _MOST_INDEX = 2**30  # rows and columns are counted in 32 bits, elements in 64
 
 
 def suits(x: Tensor, taps: tuple[float, ...], up: int, pads: Sequence[tuple[int, int]]) -> bool:
-    """Whether the fused kernel may filter x with these numbers."""
+    """Whether the fused kernel supports this input, kernel and padding."""
     if not x.is_cuda or x.ndim > 4 or _hidden(x):
         return False
     longest = max(
@@ -41,11 +44,11 @@ def suits(x: Tensor, taps: tuple[float, ...], up: int, pads: Sequence[tuple[int,
 
 
 def _hidden(x: Tensor) -> bool:
-    """Whether x stands for something else, or something looks on that would not see the kernel.
+    """Whether x is a proxy, or torch is observed by something that cannot see the kernel.
 
-    That are compilers, which make kernels of their own; torch.func, whose tensors have no storage
-    and which asks for functions of another form; and dispatch modes, which for instance record
-    operations or count them.
+    That is the case under torch.compile, which generates its own kernels; under torch.func, whose
+    tensors have no storage and which needs another form of autograd functions; and in dispatch
+    modes, which, for instance, record or count operations.
     """
     return (
         torch.compiler.is_compiling()
@@ -64,20 +67,17 @@ def plan(
     down: int,
     pads: Sequence[tuple[int, int]],
 ) -> Plan:
-    """What the kernel has to do.
+    """Return the plan of the kernel; a signal is an image of one row.
 
     Args:
-        x: Input (B, C, *spatial) with one or two spatial dimensions.
-        taps: The kernel, for each dimension.
-        gain: Factor of the output.
-        up: Upsampling factor.
-        down: Downsampling factor.
-        pads: Zeros before and after, for each dimension.
-
-    Returns:
-        The plan; a signal is an image of one row.
+        x: input (B, C, *spatial) with one or two spatial dimensions.
+        taps: the kernel, the same for each dimension.
+        gain: factor of the output.
+        up: upsampling factor.
+        down: downsampling factor.
+        pads: zeros before and after, for each dimension.
     """
-    taps = tuple(map(float, taps))  # integers would make kernels of their own
+    taps = tuple(map(float, taps))  # integers would be compiled separately
     lines = [
         Line(taps, up, down, before, n, (n * up + before + after - len(taps)) // down + 1)
         for n, (before, after) in zip(x.shape[2:], pads, strict=True)
@@ -87,8 +87,8 @@ def plan(
 
 
 def upfirdn(x: Tensor, plan: Plan) -> Tensor:
-    """Run the kernel, any number of times differentiable."""
-    if _hidden(x):  # as a backward pass can be whose forward pass was not
+    """Run the kernel; differentiable any number of times."""
+    if _hidden(x):  # the backward pass may be hidden although the forward pass was not
         lines = (plan.vertical, plan.horizontal)[4 - x.ndim :]
         taps, up, down = lines[0][:3]
         pads = [(line.before, line.after()) for line in lines]
@@ -99,6 +99,7 @@ def upfirdn(x: Tensor, plan: Plan) -> Tensor:
 
 class _Upfirdn(Function):
     @staticmethod
+    @override
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
         from ._triton import launch
 
@@ -106,24 +107,28 @@ class _Upfirdn(Function):
         return launch(x, plan)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return upfirdn(gradients[0], ctx.plan.adjoint()), None
 
     @staticmethod
+    @override
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return upfirdn(tangents[0], ctx.plan)
 
 
 @functools.cache
 def _triton_launches() -> bool:
-    """Whether Triton is installed and finds all that it needs."""
+    """Whether Triton is installed and can launch kernels."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
         from ._triton import load_driver
 
         load_driver()
-    except Exception as error:  # of many kinds, none of which is a reason to fail
-        _LOG.warning("FIR resampling uses plain torch, as Triton cannot launch kernels: %s", error)
+    except Exception as error:  # of many types; plain torch works in any case
+        logger.warning(
+            "FIR resampling uses plain torch, as Triton cannot launch kernels: %s", error
+        )
         return False
     return True

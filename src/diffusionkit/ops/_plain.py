@@ -1,4 +1,6 @@
-"""FIR resampling in plain torch: one convolution of each channel with a kernel of its own."""
+"""FIR resampling in plain torch: one grouped convolution, with one group per channel."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -6,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
-from .checks import Taps
+from .._checks import autocast_enabled
+from ._signals import Taps, outer
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -20,24 +22,24 @@ def upfirdn(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs)
     r"""Insert zeros, pad, filter and downsample.
 
     Args:
-        x: Input (B, C, \*spatial).
-        taps: The kernel.
-        gain: Factor of the output.
-        up: Upsampling factor.
-        down: Downsampling factor.
-        pads: Zeros before and after, negative to crop, for each dimension.
+        x: input (B, C, \*spatial).
+        taps: the kernel.
+        gain: factor of the output.
+        up: upsampling factor.
+        down: downsampling factor.
+        pads: zeros before and after, negative to crop, for each dimension.
 
     Returns:
         Output (B, C, \*filtered) with the dtype and the memory format of x.
     """
     if isinstance(taps, tuple):
         line = torch.tensor(taps, dtype=torch.float64, device="cpu")
-        taps = checks.outer(line, x.ndim - 2)
+        taps = outer(line, x.ndim - 2)
     # On the CPU the transposed convolutions of half precision are slow: use float32.
     dtype = torch.float32 if x.dtype in _HALF and x.device.type == "cpu" else x.dtype
     # Without non_blocking the copy would wait for all work queued on the device.
     kernel = (taps * gain).to(dtype).to(x.device, non_blocking=True)
-    if checks.autocast(x):
+    if autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
             return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)
     return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)
@@ -48,10 +50,10 @@ def _convolve(x: Tensor, kernel: Tensor, up: int, down: int, pads: Pairs) -> Ten
     if up == 1:
         even = _even(pads)
         x = _pad(x, [(p - e, q - e) for (p, q), e in zip(pads, even, strict=True)])
-        # torch's convolutions do not turn their kernel round.
+        # torch's convolutions do not flip their kernel.
         weight = kernel.flip(tuple(range(dims))).expand(channels, 1, *kernel.shape)
         return CONV[dims](x, weight, stride=down, padding=even, groups=channels)
-    # Transposed ones do. They return every sample that a tap reaches, of which some are cropped.
+    # Transposed ones do. They return every sample within reach of a tap; some are cropped.
     crops = [(k - 1 - p, k - up - q) for k, (p, q) in zip(kernel.shape, pads, strict=True)]
     even = _even(crops)
     weight = kernel.expand(channels, 1, *kernel.shape)
@@ -59,12 +61,12 @@ def _convolve(x: Tensor, kernel: Tensor, up: int, down: int, pads: Pairs) -> Ten
     y = _pad(y, [(e - p, e - q) for (p, q), e in zip(crops, even, strict=True)])
     if down == 1:
         return y
-    # Slices would hold on to all of y and lose its memory format.
+    # A slice would keep all of y alive and lose its memory format.
     return _convolve(y, kernel.new_ones((1,) * dims), 1, down, ((0, 0),) * dims)
 
 
 def _even(pads: Pairs) -> list[int]:
-    """What of each pair a convolution can pad by itself: as much before as after."""
+    """Return the part of each pair that a convolution can pad: the same before and after."""
     return [max(0, min(pair)) for pair in pads]
 
 

@@ -1,4 +1,6 @@
-"""What the fused kernel does along each dimension."""
+"""The work of the fused kernel along each dimension."""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -7,12 +9,12 @@ class Line(NamedTuple):
     """`upfirdn` along one dimension.
 
     Attributes:
-        taps: The kernel.
-        up: Upsampling factor.
-        down: Downsampling factor.
-        before: Zeros before the first sample.
-        inputs: Number of samples.
-        outputs: Number of filtered samples.
+        taps: the kernel.
+        up: upsampling factor.
+        down: downsampling factor.
+        before: zeros before the first sample.
+        inputs: number of samples.
+        outputs: number of filtered samples.
     """
 
     taps: tuple[float, ...]
@@ -23,26 +25,26 @@ class Line(NamedTuple):
     outputs: int
 
     def after(self) -> int:
-        """Zeros after the last sample: as many as are needed."""
+        """Return the number of zeros needed after the last sample."""
         reached = (self.outputs - 1) * self.down + len(self.taps)
         return reached - self.before - self.inputs * self.up
 
-    def adjoint(self) -> "Line":
-        """The transpose of this linear map: it exchanges the factors and turns the kernel."""
+    def adjoint(self) -> Line:
+        """Return the transpose of this linear map: factors swapped, kernel flipped."""
         before = len(self.taps) - 1 - self.before
         return Line(self.taps[::-1], self.down, self.up, before, self.outputs, self.inputs)
 
     def sums(self, count: int) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
-        """The first outputs as weighted sums of samples.
+        """Return the first outputs as weighted sums of samples.
 
-        The next `count` outputs are the same sums, `count * down / up` samples on.
+        The next `count` outputs are the same sums, `count * down / up` samples later.
 
         Args:
-            count: Number of outputs, a multiple of `up`.
+            count: number of outputs, a multiple of `up`.
 
         Returns:
-            For each output the index of a sample, negative before the first one; and for each
-            the weights of this and the following samples. Zeros between samples need no weight.
+            For each output, the index of the first sample (negative before the input), and the
+            weights of this and the following samples. Zeros between samples have no weight.
         """
         starts = [output * self.down - self.before for output in range(count)]  # of the windows
         first = [-(-start // self.up) for start in starts]
@@ -57,15 +59,15 @@ class Plan(NamedTuple):
     """`upfirdn` of images.
 
     Attributes:
-        vertical: What to do along the columns of pixels.
-        horizontal: What to do along the rows.
-        gain: Factor of the output.
+        vertical: `upfirdn` along the columns of pixels.
+        horizontal: `upfirdn` along the rows.
+        gain: factor of the output.
     """
 
     vertical: Line
     horizontal: Line
     gain: float
 
-    def adjoint(self) -> "Plan":
-        """The transpose of this linear map."""
+    def adjoint(self) -> Plan:
+        """Return the transpose of this linear map."""
         return Plan(self.vertical.adjoint(), self.horizontal.adjoint(), self.gain)

@@ -2,10 +2,12 @@
 
 Importing this file imports Triton.
 """
-# Triton brings no types, and its compiler takes no other annotation than constexpr.
+# Triton has no type stubs, and its compiler accepts no annotation but constexpr.
 # mypy: allow-incomplete-defs, allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="import-untyped,import-not-found,assignment"
 # ruff: noqa: ANN001
+
+from __future__ import annotations
 
 import torch
 import triton
@@ -43,11 +45,11 @@ def upfirdn_kernel(
 ) -> None:
     """Filter images laid out as (planes, height, width, inner).
 
-    The outputs are cut into cells of `len(FIRST_H)` by `len(FIRST_W)`, on whose weights and place
-    among the inputs the compiler can count: cells differ only by how often they are STEP_H and
-    STEP_W samples on. The outputs of a cell share loads and sums of rows. A program works on
-    BLOCK_H rows of cells, of all planes one after the other, by BLOCK_W columns, which count
-    cells and inner indices.
+    The outputs are divided into cells of `len(FIRST_H)` by `len(FIRST_W)`, whose weights and
+    relative input positions are known at compile time: cells differ only in their offset, a
+    multiple of STEP_H and STEP_W samples. The outputs of a cell share loads and sums of rows. A
+    program computes BLOCK_H rows of cells, with all planes stacked, by BLOCK_W columns, which
+    enumerate cells and inner indices.
     """
     blocks = tl.cdiv(columns, BLOCK_W)
     block = tl.program_id(0) % blocks
@@ -57,7 +59,7 @@ def upfirdn_kernel(
     plane = row // rows
     cell_h, cell_w = row % rows, column // inner
     inside = plane < planes
-    # Rows are few enough for 32 bits, pixels need not be. (A width of 1 is no tensor here.)
+    # Rows fit into 32 bits, pixels may not. (A width of 1 is not a tensor here.)
     stride = tl.cast(width, tl.int64) * inner
     out_stride = tl.cast(out_width, tl.int64) * inner
     from_h, from_w = cell_h * STEP_H, cell_w * STEP_W
@@ -81,7 +83,7 @@ def upfirdn_kernel(
                     value = tl.load(tile + offset, mask=mask, other=0.0)
                     line += WEIGHTS_W[b][j] * value.to(tl.float32)
                 total += WEIGHTS_H[a][i] * line
-            # Nothing is stored before all is loaded, else nothing could be shared.
+            # Stored only after all loads, which could not be shared otherwise.
             outputs += ((total * gain).to(y_pointer.dtype.element_ty),)
 
     for a in tl.static_range(len(FIRST_H)):
@@ -89,7 +91,7 @@ def upfirdn_kernel(
         mask_h = inside & (out_h < out_height)
         target = y_pointer + ((plane * out_height + out_h).to(tl.int64) * out_stride)[:, None]
         if len(FIRST_W) == 2 and not CHANNELS_LAST:
-            # Neighbours in memory are stored together.
+            # Adjacent outputs are stored together.
             out_w = block * (2 * BLOCK_W) + tl.arange(0, 2 * BLOCK_W)
             mask = mask_h[:, None] & (out_w < out_width)[None, :]
             pairs = tl.interleave(outputs[2 * a], outputs[2 * a + 1])
@@ -107,8 +109,8 @@ def launch(x: Tensor, plan: Plan) -> Tensor:
     r"""Run the kernel.
 
     Args:
-        x: Input (B, C, \*spatial) with one or two spatial dimensions, not empty.
-        plan: What to do along them; a signal is an image of one row.
+        x: input (B, C, \*spatial) with one or two spatial dimensions, not empty.
+        plan: the plan for them; a signal is an image of one row.
 
     Returns:
         Output (B, C, \*filtered) with the dtype and memory format of x.
@@ -152,15 +154,15 @@ def launch(x: Tensor, plan: Plan) -> Tensor:
             BLOCK_H=block_h,
             BLOCK_W=block_w,
             CHANNELS_LAST=last,
-            enable_fp_fusion=True,  # left open, Triton warns
+            enable_fp_fusion=True,  # Triton warns if unset
         )
     return y
 
 
 def load_driver() -> None:
-    """Load what launches kernels; where it is not cached it takes a compiler of C to build it.
+    """Load the launcher of kernels; unless cached, it is built with a C compiler.
 
     Raises:
-        Exception: Of a kind that depends on what is missing.
+        Exception: of a kind that depends on what is missing.
     """
     driver.active.utils  # noqa: B018

@@ -1,4 +1,4 @@
-"""FIR resampling written out from its definition, in numpy and float64."""
+"""FIR resampling by its definition, in numpy and float64, and random inputs for it."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import seeded
+
 
 def direct(
     x: Tensor, kernel: Tensor, up: int, down: int, padding: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Zero-stuff, pad or crop, convolve each window with the turned kernel, keep every down-th."""
+    """Zero-stuff, pad or crop, convolve with the flipped kernel, keep every down-th sample."""
     signal, taps = x.detach().double().numpy(), kernel.detach().double().numpy()
     dims = signal.ndim - 2
     if taps.ndim == 1:
@@ -33,3 +35,8 @@ def direct(
     windows = windows[(..., *(slice(None, None, down),) * dims, *(slice(None),) * dims)]
     axes = tuple(range(-dims, 0))
     return torch.from_numpy(np.asarray((windows * np.flip(taps)).sum(axis=axes)))
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw seeded Gaussian noise."""
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)

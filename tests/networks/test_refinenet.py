@@ -1,10 +1,11 @@
-"""The parts of NCSNv2 against their definitions."""
+"""The building blocks of NCSNv2 against their definitions."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from support import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ from diffusionkit.networks.refinenet import (
 
 
 @pytest.mark.parametrize("size", [(5,), (3, 4), (2, 3, 2), (1, 1)])
-def test_instance_norm_plus_is_its_definition(size: tuple[int, ...]) -> None:
+def test_instance_norm_plus_matches_its_definition(size: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(1, 2, (2, 3, *size))
     alpha, beta, gamma = rng.normal(size=(3, 3))
@@ -38,7 +39,7 @@ def test_instance_norm_plus_is_its_definition(size: tuple[int, ...]) -> None:
     torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-10, atol=1e-10)
 
 
-def test_instance_norm_plus_keeps_close_means_apart_in_half_precision() -> None:
+def test_instance_norm_plus_distinguishes_close_means_in_half_precision() -> None:
     # Means of 100, 100.125, ...: the spacing of bfloat16 is 0.5 there.
     x = torch.full((1, 4, 8, 8), 100.0)
     for c in range(4):
@@ -55,19 +56,19 @@ def test_instance_norm_plus_keeps_close_means_apart_in_half_precision() -> None:
 
 
 def constant_norm(norm: InstanceNormPlus) -> None:
-    """Let a normalisation return ones whatever it is given."""
+    """Make a normalization return ones for any input."""
     nn.init.zeros_(norm.gamma)
     nn.init.ones_(norm.beta)
 
 
 def summing(layer: nn.Module) -> None:
-    """Let a convolution of two channels sum over its window, and both channels' mean."""
+    """Make a convolution of two channels sum over its window and average the channels."""
     nn.init.constant_(layer.weight, 0.5)
     nn.init.zeros_(layer.bias)
 
 
 def windows(n: int, dilation: int) -> list[float]:
-    """Number of a dilated 3-tap window's entries that lie within n positions."""
+    """Return how many entries of a dilated 3-tap window lie within n positions."""
     return [float(sum(0 <= i + k < n for k in (-dilation, 0, dilation))) for i in range(n)]
 
 
@@ -112,7 +113,7 @@ def test_first_convolution_is_dilated_too(dilation: int) -> None:
     torch.testing.assert_close(block(torch.zeros(1, 2, 5, 6)), expected)
 
 
-def silent(layer: nn.Module) -> None:
+def zero(layer: nn.Module) -> None:
     for p in layer.parameters():
         nn.init.zeros_(p)
 
@@ -122,11 +123,11 @@ def test_shortcuts() -> None:
     x = torch.randn(2, 2, 4, 6)
 
     plain = DilatedBlock(2, 2, 2, F.elu)
-    silent(plain.conv_2)
+    zero(plain.conv_2)
     torch.testing.assert_close(plain(x), x)
 
     pooled = DilatedBlock(2, 3, 2, F.elu, first=True)
-    silent(pooled.conv_2)
+    zero(pooled.conv_2)
     w, b = pooled.shortcut.weight, pooled.shortcut.bias
     assert w.shape == (3, 2, 1, 1)
     means = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
@@ -134,21 +135,21 @@ def test_shortcuts() -> None:
     torch.testing.assert_close(pooled(x), expected)
 
     dilated = DilatedBlock(2, 2, 2, F.elu, dilation=2, first=True)
-    silent(dilated.conv_2)
-    silent(dilated.shortcut)
-    dilated.shortcut.weight[0, 0, 0, 2] = 1  # from two rows above and two columns right
+    zero(dilated.conv_2)
+    zero(dilated.shortcut)
+    dilated.shortcut.weight[0, 0, 0, 2] = 1  # two rows above, two columns to the right
     expected = torch.zeros_like(x)
     expected[:, 0, 2:, :4] = x[:, 0, :2, 2:]
     torch.testing.assert_close(dilated(x), expected)
 
 
 @torch.no_grad()
-def test_chained_pooling_is_its_definition() -> None:
+def test_chained_pooling_matches_its_definition() -> None:
     pooling = ChainedPooling(1, 1, F.relu)
     for factor, layer in zip((0.5, 3.0), pooling.convs, strict=True):
         nn.init.dirac_(layer.weight)
         layer.weight.mul_(factor)
-    x = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(20, generator=seeded())
     positive = [max(value, 0.0) for value in x.tolist()]
 
     def greatest(i: int, reach: int) -> float:
@@ -162,7 +163,7 @@ def test_chained_pooling_is_its_definition() -> None:
 @torch.no_grad()
 def test_chained_pooling_has_square_windows() -> None:
     pooling = ChainedPooling(1, 2, F.relu)
-    silent(pooling)
+    zero(pooling)
     nn.init.dirac_(pooling.convs[0].weight)
     x = torch.zeros(1, 1, 9, 9)
     x[..., 4, 3] = 1
@@ -173,9 +174,9 @@ def test_chained_pooling_has_square_windows() -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @torch.no_grad()
-def test_refinement_interpolates_with_the_corners_kept(dims: int) -> None:
+def test_refinement_interpolates_with_aligned_corners(dims: int) -> None:
     refinement = Refinement([1, 1], 1, dims, F.relu, 1)
-    silent(refinement)
+    zero(refinement)
     for layer in refinement.fuse:
         nn.init.dirac_(layer.weight)
     below = torch.tensor([0.0, 3.0, 4.0]).reshape(1, 1, 3, *(1,) * (dims - 1))
@@ -188,10 +189,10 @@ def test_refinement_interpolates_with_the_corners_kept(dims: int) -> None:
 @torch.no_grad()
 def test_residual_units_come_before_and_after() -> None:
     refinement = Refinement([1], 1, 1, F.relu, 3)
-    silent(refinement)
+    zero(refinement)
     for layer in refinement.modules():
         if isinstance(layer, nn.Conv1d) and layer not in list(refinement.pooling.convs):
             nn.init.dirac_(layer.weight)
     x = torch.tensor([[[1.0, -1.0, 2.0]]])
-    # x + relu(relu(x)) five times over, with one more activation in between.
+    # x + relu(relu(x)) five times, with one more activation in between.
     torch.testing.assert_close(refinement(x), 32 * x.relu())

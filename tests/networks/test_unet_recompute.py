@@ -1,58 +1,11 @@
-"""Stages, levels, and activations computed again instead of being kept."""
+"""Activations of U-Nets recomputed in the backward pass instead of stored."""
 
 import pytest
 import torch
-from tiny import FAMILIES, TINY, arguments, fill, tiny
+from support.tiny_networks import FAMILIES, TINY, arguments, fill, tiny
 from torch import Tensor, nn
 
-from diffusionkit.networks.unet import DecoderLevel, EncoderLevel, Stage, UNet
-
-
-class Times(nn.Module):
-    """Multiply by a number and, if there is one, add an embedding."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        x = x.sum(1, keepdim=True) * self.factor
-        return x if emb is None else x + emb
-
-
-EMB = torch.tensor([[10.0]])
-ONE = torch.tensor([[1.0]])
-
-
-def test_stage() -> None:
-    assert Stage(Times(2.0))(ONE, EMB).item() == 12
-    assert Stage(Times(2.0), Times(3.0))(ONE, EMB).item() == 36  # the attention is not told
-    assert Stage(Times(2.0), Times(3.0))(ONE, None).item() == 6
-
-
-def test_encoder_level_returns_every_output() -> None:
-    level = EncoderLevel([Stage(Times(2.0)), Stage(Times(3.0))])
-    assert [h.item() for h in level(ONE, EMB)] == [12, 46]
-
-
-def test_decoder_level_takes_skips_from_the_end() -> None:
-    level = DecoderLevel([Stage(Times(2.0)), Stage(Times(3.0))])
-    skips = [100 * ONE, 5 * ONE, 7 * ONE]
-    # ((1 + 7) 2 + 10 + 5) 3 + 10
-    assert level(ONE, EMB, skips).item() == 103
-    assert [s.item() for s in skips] == [100]
-
-
-def test_decoder_level_puts_the_features_first() -> None:
-    seen = []
-
-    class Watch(Times):
-        def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-            seen.append(x)
-            return x
-
-    DecoderLevel([Stage(Watch(1.0))])(ONE, None, [7 * ONE])
-    assert torch.equal(seen[0], torch.tensor([[1.0, 7.0]]))
+from diffusionkit.networks.unet import Stage, UNet
 
 
 def training(kind: str, recompute: bool, **options) -> UNet:
@@ -61,7 +14,7 @@ def training(kind: str, recompute: bool, **options) -> UNet:
 
 
 def gradients(net: UNet, evaluate=None) -> list[Tensor]:
-    """Loss and gradients of input and parameters, dropout drawn from a fixed seed."""
+    """Return loss and gradients of input and parameters, with seeded dropout."""
     given = arguments(net)
     x = given["x"].requires_grad_()
     net.zero_grad()
@@ -71,11 +24,11 @@ def gradients(net: UNet, evaluate=None) -> list[Tensor]:
     return [loss, x.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
 
 
-def kept_bytes(net: UNet) -> int:
-    """Size of what is kept for the backward pass, each storage counted once."""
+def stored_bytes(net: UNet) -> int:
+    """Return the bytes stored for the backward pass, each storage counted once."""
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept: dict[int, int] = {}
-    tensors = []  # alive, so that no storage is used twice
+    tensors = []  # kept alive, so that no storage is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -107,12 +60,12 @@ def test_dropout_is_active_in_that_comparison() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_recomputing_keeps_less(kind: str) -> None:
-    ratio = kept_bytes(training(kind, True)) / kept_bytes(training(kind, False))
+def test_recomputing_stores_less(kind: str) -> None:
+    ratio = stored_bytes(training(kind, True)) / stored_bytes(training(kind, False))
     assert ratio < 0.3
 
 
-def test_every_stage_recomputes_or_none() -> None:
+def test_all_stages_recompute_or_none() -> None:
     for recompute in (False, True):
         net = training("everything", recompute)
         stages = [m for m in net.modules() if isinstance(m, Stage)]
@@ -123,19 +76,19 @@ def test_every_stage_recomputes_or_none() -> None:
 def test_nothing_is_recomputed_without_gradients(monkeypatch) -> None:
     count = 0
 
-    class Count(Times):
-        def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    class Count(nn.Module):
+        def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
             nonlocal count
             count += 1
             return x * x
 
-    stage = Stage(Count(1.0), recompute=True)
+    stage, one = Stage(Count(), recompute=True), torch.ones(1, 1)
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr("diffusionkit.networks.unet.checkpoint", None)
-        stage(ONE, EMB)
+        stage(one, None)
     assert count == 1
-    x = ONE.clone().requires_grad_()
-    stage(x, EMB).backward()
+    x = one.requires_grad_()
+    stage(x, None).backward()
     assert count == 3
     assert x.grad.item() == 2
 
@@ -155,8 +108,8 @@ def test_recomputing_in_one_compiled_graph(kind: str) -> None:
 
 @pytest.mark.slow
 def test_recomputing_compiled_draws_one_mask() -> None:
-    # The gradient of a loss linear in the last layer's weight is the loss over the weight: with
-    # two masks it would not be.
+    # A loss linear in the last layer's weight equals weight times gradient, unless forward and
+    # backward pass use different masks.
     torch.compiler.reset()
     net = training("DDPMUNet", True, multipliers=(1,), attention_levels=())
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")

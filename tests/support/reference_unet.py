@@ -1,6 +1,6 @@
-"""The U-Nets written out a second time: numpy, float64, straight from the papers' description.
+"""A second implementation of the U-Nets in numpy, float64, from the papers' descriptions.
 
-Only the names of the tensors and of the options are the library's.
+Only the names of tensors and options are the library's.
 """
 
 import math
@@ -48,7 +48,7 @@ def filtered(x: Array, taps: Sequence[float], up: int, down: int, pads: tuple[in
 
 
 def doubled(x: Array, taps: Sequence[float] | None) -> Array:
-    """Up-sample: repeat every entry, or filter."""
+    """Upsample: repeat every entry, or filter."""
     if taps is not None:
         p = len(taps) - 2
         return filtered(x, taps, 2, 1, ((p + 1) // 2 + 1, p // 2))
@@ -56,15 +56,15 @@ def doubled(x: Array, taps: Sequence[float] | None) -> Array:
 
 
 def halved(x: Array, taps: Sequence[float] | None) -> Array:
-    """Down-sample: average two neighbours, or filter."""
+    """Downsample: average two neighbors, or filter."""
     if taps is not None:
         p = len(taps) - 2
         return filtered(x, taps, 1, 2, ((p + 1) // 2, p // 2))
     return along_every_axis(x, [np.kron(np.eye(n // 2), [[0.5, 0.5]]) for n in x.shape[2:]])
 
 
-def stretched(x: Array, sizes: Sequence[int]) -> Array:
-    """Interpolate linearly between the centres of pixels, constant beyond the outer ones."""
+def interpolated(x: Array, sizes: Sequence[int]) -> Array:
+    """Interpolate linearly between pixel centers, constant beyond the outer ones."""
     matrices = []
     for old, new in zip(x.shape[2:], sizes, strict=True):
         at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
@@ -73,7 +73,7 @@ def stretched(x: Array, sizes: Sequence[int]) -> Array:
 
 
 class Reference:
-    """A network evaluated by its options and tensors."""
+    """A network evaluated from its options and tensors."""
 
     def __init__(self, net: UNet) -> None:
         """Take options and tensors."""
@@ -85,7 +85,7 @@ class Reference:
         self.eps = 1e-5 if self.adm else 1e-6
 
     def conv(self, name: str, x: Array, stride: int = 1, pads: tuple[int, int] | None = None):
-        """Sum over the kernel's offsets into the zero-padded map; half the kernel of zeros."""
+        """Convolve, by default with zero padding of half the kernel."""
         w, b = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
         d = x.ndim - 2
         pads = (w.shape[2] // 2,) * 2 if pads is None else pads
@@ -101,7 +101,7 @@ class Reference:
         return x @ self.state[f"{name}.weight"].T + self.state.get(f"{name}.bias", 0.0)
 
     def norm(self, name: str, x: Array) -> Array:
-        """Normalise every group of every sample by itself."""
+        """Normalize every group of every sample separately."""
         channels = x.shape[1]
         groups = max(1, min(channels // self.options["group_channels"], 32))
         groups = max(g for g in range(1, groups + 1) if channels % g == 0)
@@ -119,7 +119,7 @@ class Reference:
         return (x + h) / math.sqrt(2) if self.options.get("skip_rescale") else x + h
 
     def embedding(self, noise_label: Array, class_labels: Array | None, condition: Array | None):
-        """Embed what the blocks are told."""
+        """Embed noise label, class labels and condition."""
         width = self.options["width"]
         if self.adm:
             angles = noise_label[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
@@ -145,7 +145,7 @@ class Reference:
         return self.act(e + classes)
 
     def block(self, name: str, x: Array, emb: Array | None, resample: Any = lambda a: a) -> Array:
-        """Residual block, perhaps with resampling inside."""
+        """Residual block, optionally with resampling."""
         h = self.conv(f"{name}.conv_1", resample(self.act(self.norm(f"{name}.norm_1", x))))
         x = resample(x)
         ones = (1,) * (x.ndim - 2)
@@ -188,7 +188,7 @@ class Reference:
         return self.join(x, out)
 
     def conv_down(self, name: str, x: Array) -> Array:
-        """Down-sampling convolution of stride two."""
+        """Downsampling convolution of stride two."""
         if self.fir is not None:
             p = len(self.fir)  # two less for the factor, two more for the convolution
             x = filtered(x, self.fir, 1, 1, ((p + 1) // 2, p // 2))
@@ -196,7 +196,7 @@ class Reference:
         return self.conv(name, x, stride=2, pads=(1, 1) if self.adm else (0, 1))
 
     def conv_up(self, name: str, x: Array) -> Array:
-        """Up-sampling with a convolution: of zero-stuffed entries, and then the filter."""
+        """Upsampling convolution: on zero-stuffed entries, followed by the filter."""
         if self.fir is None:
             return self.conv(name, doubled(x, None))
         stuffed = np.zeros((*x.shape[:2], *(2 * n - 1 for n in x.shape[2:])))
@@ -208,7 +208,7 @@ class Reference:
         return h * 2 ** (x.ndim - 2) + bias
 
     def resample(self, name: str, x: Array, emb: Array | None, up: bool) -> Array:
-        """Go to the next resolution between two levels."""
+        """Resample between two levels."""
         change = doubled if up else halved
         inside = self.options.get("resblock") == "biggan" or self.options.get("resblock_updown")
         if inside:
@@ -218,11 +218,11 @@ class Reference:
         return change(x, self.fir)
 
     def head(self, name: str, h: Array) -> Array:
-        """Normalise, activate, convolve."""
+        """Normalize, activate, convolve."""
         return self.conv(f"{name}.conv", self.act(self.norm(f"{name}.norm", h)))
 
     def input_branch(self, name: str, pyramid: Array, h: Array) -> tuple[Array, Array]:
-        """Join the down-sampled input to the features."""
+        """Combine the downsampled input with the features."""
         kind = self.options.get("progressive_input", "none")
         if kind == "residual":
             h = self.join(self.conv_down(f"{name}.down.conv", pyramid), h)
@@ -235,7 +235,7 @@ class Reference:
         return pyramid, h
 
     def output_branch(self, name: str, pyramid: Array | None, h: Array):
-        """Grow the output, or the branch that replaces the features."""
+        """Extend the output, or the branch that replaces the features."""
         kind = self.options.get("progressive", "none")
         if kind == "output_skip":
             grown = self.head(f"{name}.head", h)
@@ -255,7 +255,7 @@ class Reference:
         low, high = options["data_range"]
         x = 2 * (x - low) / (high - low) - 1
         if low_res is not None:
-            x = np.concatenate([x, stretched(low_res, x.shape[2:])], 1)
+            x = np.concatenate([x, interpolated(low_res, x.shape[2:])], 1)
 
         h, pyramid = self.conv("input", x), x
         skips = [h]
@@ -295,7 +295,7 @@ def check_against_reference(net: UNet, x: Tensor, noise_label: Tensor, **others:
     """Compare both implementations to near the precision of float64."""
     given = {name: value.numpy() for name, value in others.items()}
     expected = torch.from_numpy(Reference(net)(x.numpy(), noise_label.numpy(), **given))
-    assert expected.std() > 0.1  # else nothing would be compared
+    assert expected.std() > 0.1  # otherwise the comparison would be void
     with torch.no_grad():
         got = net(x, noise_label, **others)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)

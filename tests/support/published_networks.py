@@ -9,9 +9,9 @@ import torch
 from diffusionkit.networks import ADMUNet, DDPMpp, DDPMUNet, NCSNpp
 from diffusionkit.networks.unet import UNet
 
-# Parameters, and how many of them are trained; None where all are. Counted in the released code,
-# but for the 128 frequencies that EDM's "ncsnpp" keeps as a buffer, and the bias of its map of the
-# class, which the embedding of a class has no need of.
+# Number of parameters, and of trained ones (None for all), counted in the released code, except for
+# the 128 frequencies that EDM's "ncsnpp" stores in a buffer, and the bias of its class embedding,
+# which is redundant.
 PUBLISHED: dict[str, tuple[Callable[[], UNet], int, int | None]] = {
     "ncsnpp": (NCSNpp.cifar10, 62_758_915, 62_758_787),
     "ncsnpp deep": (partial(NCSNpp.cifar10, deep=True), 107_587_075, 107_586_947),
@@ -48,7 +48,7 @@ PUBLISHED: dict[str, tuple[Callable[[], UNet], int, int | None]] = {
 }
 
 
-# What leaves no trace in the sizes, of the released configurations.
+# Options of the released configurations that do not affect the sizes.
 _UNIT, _SIGNED = (0.0, 1.0), (-1.0, 1.0)
 _FIR = (1, 3, 3, 1)
 _SONG = {"activation": "silu", "group_channels": 4, "skip_rescale": True}
@@ -95,6 +95,6 @@ ALIASES: list[tuple[Callable[[], UNet], str]] = [
 
 @cache
 def built(name: str) -> UNet:
-    """Build a published network without memory for its tensors."""
+    """Build a published network on the meta device."""
     with torch.device("meta"):
         return PUBLISHED[name][0]()

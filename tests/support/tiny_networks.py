@@ -1,4 +1,4 @@
-"""Small networks, all of whose parts matter, and what they are given."""
+"""Small networks in which no part is negligible, and their inputs."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ TINY: dict[str, Any] = {
 }
 EVERYTHING: dict[str, Any] = {"num_classes": 3, "condition_features": 5, "low_res_channels": 2}
 
-# One of each class, then what else takes a path of its own.
+# One of each class, then options with separate code paths.
 CLASSES: dict[str, tuple[type[UNet], dict[str, Any]]] = {
     "NCSNpp": (NCSNpp, {}),
     "DDPMpp": (DDPMpp, {"num_classes": 3}),
-    "DDPMUNet": (DDPMUNet, {"group_channels": 2}),  # of one channel, a norm undoes the label
+    "DDPMUNet": (DDPMUNet, {"group_channels": 2}),  # else normalization removes the noise embedding
     "ADMUNet": (ADMUNet, {"num_classes": 3, "heads": 2}),
 }
 FAMILIES = CLASSES | {
@@ -48,14 +48,14 @@ FAMILIES = CLASSES | {
 
 
 def fill(module: nn.Module, std: float = 0.3) -> None:
-    """Give every parameter a size at which no part of the module is negligible."""
+    """Initialize every parameter so that no part of the module is negligible."""
     torch.manual_seed(0)
     for p in module.parameters():
         nn.init.normal_(p, std=std)
 
 
 def tiny(kind: str | type[UNet], **options: Any) -> UNet:
-    """Build a small network of float64 in evaluation mode."""
+    """Build a small float64 network in evaluation mode."""
     cls, chosen = FAMILIES[kind] if isinstance(kind, str) else (kind, {})
     net = cls(**TINY | chosen | options).double().eval()
     fill(net)
@@ -65,7 +65,7 @@ def tiny(kind: str | type[UNet], **options: Any) -> UNet:
 def arguments(
     net: UNet, *spatial: int, batch: int = 2, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Draw whatever the network is given; labels are usable as levels, steps and numbers."""
+    """Draw the inputs of a network; noise labels are valid levels, steps and indices."""
     torch.manual_seed(1)
     config = net.config
     given = {

@@ -1,0 +1,240 @@
+"""Validation of the arguments of networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import check_count, check_device, check_dtype, check_number, readable
+
+_SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimension
+
+
+def check_counts(**values: int) -> None:
+    """Raise unless all named values are positive integers."""
+    for name, value in values.items():
+        check_count(value, name)
+
+
+def check_optional_counts(**values: int | None) -> None:
+    """Raise unless all named values are positive integers or None."""
+    check_counts(**{name: value for name, value in values.items() if value is not None})
+
+
+def check_fir_kernel(kernel: Sequence[float] | None) -> None:
+    """Raise unless the taps can resample by two: at least two, with a finite nonzero sum."""
+    if kernel is None:
+        return
+    total = sum(kernel)
+    if len(kernel) < 2 or not math.isfinite(total) or total == 0:
+        raise ValueError(f"fir_kernel: expected at least two taps of nonzero sum, got {kernel}")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise unless the dropout probability is in [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise unless a value is among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_layout(
+    dims: int, width: int, multipliers: Sequence[float], attention_levels: Sequence[int]
+) -> list[int]:
+    """Return the number of channels of each level of a U-Net, or raise if it cannot be built.
+
+    Args:
+        dims: number of spatial dimensions.
+        width: number of channels that the multipliers multiply.
+        multipliers: channels of each level over `width`.
+        attention_levels: indices of the levels with attention.
+
+    Raises:
+        TypeError: if a count is not an integer.
+        ValueError: if an argument is out of range.
+    """
+    check_counts(dims=dims, width=width)
+    if width < 4 or width % 2:  # the embedding of the noise label has as many features
+        raise ValueError(f"width: expected an even integer >= 4, got {width}")
+    check_choice("dims", dims, (1, 2, 3))
+    if not multipliers:
+        raise ValueError("multipliers: expected one entry per level, got none")
+    for multiplier in multipliers:
+        check_number(multiplier, "multipliers")
+        if not math.isfinite(multiplier) or int(width * multiplier) < 1:
+            raise ValueError(
+                f"multipliers: expected at least one of {width} channels, got {multiplier}"
+            )
+    for level in attention_levels:
+        if level not in range(len(multipliers)):
+            raise ValueError(
+                f"attention_levels: expected levels in [0, {len(multipliers)}), got {level}"
+            )
+    return [int(width * multiplier) for multiplier in multipliers]
+
+
+def check_data_range(data_range: tuple[float, float]) -> tuple[float, float]:
+    """Return scale and shift of the affine map from a data range to [-1, 1], or raise."""
+    low, high = data_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"data_range: expected finite, increasing limits, got {data_range}")
+    return 2 / (high - low), -(high + low) / (high - low)
+
+
+def check_divisible(x: Tensor, factor: int) -> None:
+    """Raise unless all spatial sizes of an input are divisible by the total downsampling factor."""
+    if any(size % factor for size in x.shape[2:]):
+        raise ValueError(
+            f"x: expected spatial sizes divisible by {factor}, got {tuple(x.shape[2:])}"
+        )
+
+
+def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
+    r"""Raise unless an input has the expected shape, dtype and device.
+
+    Args:
+        x: input, expected to be (B, channels, \*spatial).
+        channels: expected number of channels.
+        dims: expected number of spatial dimensions, zero for vectors.
+        weight: a weight of the network, for its dtype and device.
+
+    Raises:
+        TypeError: if the dtype is not the weight's (under autocast: not floating-point).
+        ValueError: if the shape or the device is wrong or the batch is empty.
+    """
+    if x.ndim != dims + 2 or x.shape[1] != channels:
+        expected = ", ".join(["B", str(channels), *_SPATIAL[dims]])
+        raise ValueError(f"x: expected shape ({expected}), got {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"x: expected a non-empty tensor, got shape {tuple(x.shape)}")
+    check_device(x, weight, "x", "the network")
+    check_dtype(x, weight, "x", "the network", autocast=True)
+
+
+def check_noise_label(x: Tensor, noise_label: Tensor) -> None:
+    """Raise unless the noise label is real, (B,), and on the device of the input."""
+    if noise_label.shape != x.shape[:1]:
+        raise ValueError(
+            f"noise_label: expected shape ({x.shape[0]},), got {tuple(noise_label.shape)}"
+        )
+    if noise_label.dtype == torch.bool or noise_label.is_complex():
+        raise TypeError(f"noise_label: expected real numbers, got {noise_label.dtype}")
+    check_device(noise_label, x, "noise_label")
+
+
+def check_level_index(noise_label: Tensor, count: int) -> None:
+    """Raise unless noise labels are indices in [0, count) (read on the CPU only)."""
+    if readable(noise_label) and len(noise_label):
+        low, high = noise_label.min().item(), noise_label.max().item()
+        if not (low >= 0 and high < count):
+            raise ValueError(
+                f"noise_label: expected the index of a noise level, in [0, {count}), "
+                f"got values from {low} to {high}"
+            )
+
+
+def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int | None) -> None:
+    """Raise unless class labels match the input and the network.
+
+    Args:
+        x: input (B, ...).
+        class_labels: class labels, expected to be (B,), int64, on the device of x, in
+            [0, num_classes) (read on the CPU only); expected to be None if `num_classes` is None.
+        num_classes: number of classes of the network, or None.
+
+    Raises:
+        TypeError: if the dtype is wrong, or labels are missing or unexpected.
+        ValueError: if the shape, the device or a value is wrong.
+    """
+    if num_classes is None:
+        if class_labels is not None:
+            raise TypeError(
+                "class_labels: expected None for a network without classes (num_classes=None), "
+                f"got a tensor of shape {tuple(class_labels.shape)}"
+            )
+        return
+    if class_labels is None:
+        raise TypeError(
+            f"class_labels: expected a tensor (B,) for a network with num_classes={num_classes}, "
+            "got None"
+        )
+    if class_labels.dtype != torch.int64:
+        raise TypeError(f"class_labels: expected torch.int64, got {class_labels.dtype}")
+    if class_labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"class_labels: expected shape ({x.shape[0]},), got {tuple(class_labels.shape)}"
+        )
+    check_device(class_labels, x, "class_labels")
+    if readable(class_labels):
+        low, high = int(class_labels.min()), int(class_labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"class_labels: expected classes in [0, {num_classes}), "
+                f"got values from {low} to {high}"
+            )
+
+
+def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -> None:
+    """Raise unless condition vectors match the input and the network.
+
+    Args:
+        x: input (B, ...).
+        condition: condition vectors, expected to be (B, features), with the dtype and on the
+            device of x, or None.
+        features: size of the network's condition vectors, or None if it takes none.
+
+    Raises:
+        TypeError: if the dtype is wrong, or vectors are unexpected.
+        ValueError: if the shape or the device is wrong.
+    """
+    if condition is None:
+        return
+    if features is None:
+        raise TypeError(
+            "condition: expected None for a network without one (condition_features=None), "
+            f"got a tensor of shape {tuple(condition.shape)}"
+        )
+    check_device(condition, x, "condition")
+    check_dtype(condition, x, "condition")
+    if condition.shape != (x.shape[0], features):
+        raise ValueError(
+            f"condition: expected shape ({x.shape[0]}, {features}), got {tuple(condition.shape)}"
+        )
+
+
+def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> None:
+    r"""Raise unless a low-resolution image matches the input and the network.
+
+    Args:
+        x: input (B, C, \*spatial).
+        low_res: image, expected to be (B, channels, \*any spatial), with the dtype and on the
+            device of x; expected to be None if `channels` is None.
+        channels: number of channels of the network's low-resolution image, or None.
+
+    Raises:
+        TypeError: if the dtype is wrong, or the image is missing or unexpected.
+        ValueError: if the shape or the device is wrong.
+    """
+    if channels is None:
+        if low_res is not None:
+            raise TypeError(
+                "low_res: expected None for a network without one (low_res_channels=None), "
+                f"got a tensor of shape {tuple(low_res.shape)}"
+            )
+        return
+    if low_res is None:
+        raise TypeError(
+            f"low_res: expected a tensor for a network with low_res_channels={channels}, got None"
+        )
+    check_device(low_res, x, "low_res")
+    check_dtype(low_res, x, "low_res")
+    if low_res.ndim != x.ndim or low_res.shape[:2] != (x.shape[0], channels) or 0 in low_res.shape:
+        expected = ", ".join([str(x.shape[0]), str(channels), *_SPATIAL[x.ndim - 2]])
+        raise ValueError(f"low_res: expected shape ({expected}), got {tuple(low_res.shape)}")
