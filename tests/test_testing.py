@@ -202,7 +202,7 @@ class Raises(VPSDE):
 
 BROKEN_SDES = [
     (WrongStart(), "marginal: expected alpha(0) = 1, the data themselves, got 0.5"),
-    (TurnsBack(), "marginal: expected log-SNR to decrease in t, it does not near t = "),
+    (TurnsBack(), "marginal: expected log-SNR to decrease in t, but it does not near t = "),
     (ShrinksTooFast(), "drift and diffusion: d sigma^2/dt - 2 f sigma^2 is not positive near t = "),
     (OneValue(), "marginal: expected alpha and sigma, got 1 values"),
     (WrongShape(), "marginal: alpha: expected shape (33,) and torch.float32, got (33, 1)"),

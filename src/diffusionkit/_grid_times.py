@@ -1,9 +1,9 @@
-"""The times of a sampler's grid, where schedule values are floats: the one module that knows it.
+"""The times of a sampler's grid, which carry schedule values as floats.
 
 A sampler takes a whole batch through the same times. Everything that depends on the times alone is
-therefore computed once for the grid, in float64, and travels with the time tensors as floats. A
-step then costs no schedule arithmetic and no kernel launches for it, and a float multiplies a
-state faster than a tensor (B,) does. Code that users write gets tensors (B,) all the same.
+therefore computed once for the grid, in float64, and attached to the time tensors as floats. A step
+then needs no schedule arithmetic and no kernel launches for it, and a float multiplies a state
+faster than a tensor (B,) does. Only this module knows of the attachment; users' code gets tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Function = Callable[[Tensor, Tensor], tuple[Coefficient, ...]]
 
 
 class Grid:
-    """The schedule on a grid, and what parts computed for all of its times.
+    """The schedule on a grid, and values that parts computed for all of its times.
 
     Args:
         sde: the process.
@@ -50,7 +50,7 @@ class Grid:
         found = self._functions.get(key)
         if found is None:
             rows = by_row(tuple(function(self.alpha, self.sigma)), None, len(self.alpha), None)
-            # With the bound method, so that no other owner gets the same id meanwhile.
+            # The bound method keeps its owner alive, so that the id is not reused.
             found = self._functions[key] = function, rows
         return found[1]
 
@@ -76,12 +76,12 @@ class GridPoint:
         self._tables: dict[object, tuple[object, Any]] = {}
 
     def store(self, owner: object, others: Sequence[GridPoint], value: Any) -> None:
-        """Keep what a part computed for this time and others."""
-        # With its owner, so that no other part gets the same id while the entry exists.
+        """Store a value that a part computed for this time and others."""
+        # The entry keeps its owner alive, so that the id is not reused.
         self._tables[id(owner), *[other.time for other in others]] = owner, value
 
     def look_up(self, owner: object, others: Sequence[GridPoint]) -> Any:
-        """Return what the part stored for this time and others, or None."""
+        """Return the value that a part stored for this time and others, or None."""
         found = self._tables.get((id(owner), *[other.time for other in others]))
         return None if found is None else found[1]
 
@@ -121,8 +121,8 @@ def grid_times(sde: _SDE, grid: Tensor, like: Tensor) -> Sequence[Tensor]:
                 f"got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
             )
         if not bool(torch.isfinite(value).all()):
-            worst = float(grid[~torch.isfinite(value)][0])
-            raise ValueError(f"marginal: expected finite values, got {name}({worst:g}) that is not")
+            worst, bad = (float(v[~torch.isfinite(value)][0]) for v in (grid, value))
+            raise ValueError(f"marginal: expected finite values, got {name}({worst:g}) = {bad:g}")
     dtype = torch.promote_types(like.dtype, torch.float32)
     columns = [column.detach() for column in (grid, *values)]
     tensors = (
@@ -201,11 +201,11 @@ def evaluate(function: Function, alpha: Tensor, sigma: Tensor) -> tuple[Coeffici
 
 
 def by_row(table: Any, sde: Any, n: int, like: Any) -> list[Any]:
-    """Return the n rows of a table: what it has as tensors (n,), as floats.
+    """Return the n rows of a table, with floats for its tensors (n,).
 
     Args:
         table: a tensor (n,), a sequence or dataclass of tables, or a constant, the same in every
-            row. A dataclass lists its fields that are times in `times`: they become grid times.
+            row. A dataclass lists the fields that are times in `times`; they become grid times.
         sde: the process of those times.
         n: the number of rows.
         like: a time or a state (B, ...), for their number, dtype and device.

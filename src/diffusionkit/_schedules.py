@@ -11,7 +11,7 @@ Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def exact(t: Tensor) -> Tensor:
-    """Return times in float64, or as they are on a device that has none."""
+    """Return times in float64, or unchanged on a device without it."""
     return t if t.dtype == torch.float64 or t.device.type == "mps" else t.double()
 
 
@@ -61,9 +61,9 @@ def bisect(decreasing: Callable[[Tensor], Tensor], value: Tensor, T: float) -> T
     for _ in range(80 if value.dtype == torch.float64 else 50):
         middle = 0.5 * (low + high)
         found = decreasing(middle)
-        if found.shape != value.shape:  # it would grow from one round to the next
+        if found.shape != value.shape:  # it would grow in each iteration
             raise ValueError(
-                f"expected one log-SNR for each time, shape {tuple(value.shape)}, "
+                f"log_snr: expected one value for each time, shape {tuple(value.shape)}, "
                 f"got {tuple(found.shape)}"
             )
         above = found > value

@@ -3,7 +3,7 @@ r"""The whole contract: seven interfaces, and the distribution of training times
 B is the batch and D the shape of one sample, of any rank. Every public time is a tensor (B,).
 Randomness is explicit: `generator` is a torch.Generator, a sequence of B of them (then a sample
 does not depend on its batch, up to the network's own rounding), or None for torch's global state.
-What a user writes always gets tensors (B,) for times, alpha and sigma.
+Users' code always gets tensors (B,) for times, alpha and sigma.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ForwardSDE(abc.ABC):
     inconsistent.
 
     Attributes:
-        T: the largest time, where almost nothing of the data is left.
+        T: the largest time, where hardly any signal is left.
         t_min: the smallest time for training and likelihood.
         t_stop: the time at which samplers stop by default.
         prior_std: the standard deviation of the prior, the distribution of x_T.

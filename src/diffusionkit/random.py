@@ -1,4 +1,4 @@
-"""Random draws for parts of your own: with one generator, one for each sample, or a Brownian path.
+"""Random draws for your own parts: with one generator, one for each sample, or a Brownian path.
 
 `torch.randn(..., generator=generator)` takes one generator only. Draws of this module take every
 `generator` of the library, so that a part that uses them works with one generator for each sample,
@@ -141,7 +141,7 @@ def rand(
 def seeded(*numbers: int) -> torch.Generator:
     """Return a generator seeded by a tuple of integers >= 0; different tuples do not collide.
 
-    Sums or products of such integers as seeds would.
+    Seeds that are sums or products of the integers would.
     """
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))

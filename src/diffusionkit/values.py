@@ -1,7 +1,7 @@
-r"""The small frozen values that parts pass to one another: Perturbed, Prediction, Step.
+r"""The frozen values that parts pass to one another: Perturbed, Prediction, Step.
 
 A coefficient is either a tensor of shape (B,), one number for each sample, or a plain float
-where the whole batch is at one time. `expand` shapes either so that it multiplies a state.
+where the whole batch is at one time. `expand` prepares either for multiplying a state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
     """Shape a coefficient (B,) so that it multiplies a state (B, *D).
 
     Args:
-        coefficient: tensor (B,), or a float, which is returned as it is.
+        coefficient: a tensor (B,), or a float, which is returned unchanged.
         like: the state (B, *D).
 
     Returns:
@@ -91,7 +91,7 @@ class Step:
     Args:
         x: the new state (B, *D).
         mean: the same update without the noise that was added last (B, *D).
-        state: what a predictor with memory gets back in its next step.
+        state: a predictor's memory, passed to its next step.
         prediction: the model's last prediction in this step, if the part returns it.
     """
 
@@ -312,7 +312,7 @@ class Prediction:
         .. math::
             \hat\epsilon - \epsilon = \frac{\alpha}{\Delta} (F - a x_0 - b \epsilon)
 
-        holds for a target with the same noisy state, and keeps every digit at any sigma.
+        holds for a target with the same noisy state, and loses no digits at any sigma.
 
         Args:
             target: the data and noise to compare with.

@@ -25,7 +25,7 @@ def initial_state(
     """Return the initial state: the one given, or a draw from the prior.
 
     By default it is drawn on the device and in the dtype of the model's parameters. The prior is
-    the distribution at T: times (N + 1,) that begin at other noise need a state.
+    the distribution at T; times (N + 1,) that begin at another noise level need a state.
     """
     if isinstance(start, Tensor):
         check_state(start)

@@ -1,4 +1,4 @@
-"""An adaptive solver of the reverse SDE, with step lengths of each sample."""
+"""An adaptive solver of the reverse SDE, with its own step lengths for each sample."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .predictors import check_rates
 _FIRST = 0.01  # of T, the first step
 _SAFETY = 0.9
 _POWER = 2 / 3  # the two proposals differ by O(h^(3/2))
-_LEAST, _MOST = 0.1, 5.0  # how much a step may shrink or grow at once
+_LEAST, _MOST = 0.1, 5.0  # bounds of the factor between consecutive steps
 
 
 @dataclass(frozen=True)
 class AdaptiveSDE(Predictor):
-    r"""The reverse SDE from t to s in internal steps, whose lengths a tolerance sets per sample.
+    r"""A step of the reverse SDE in internal steps, adapted to a tolerance for each sample.
 
     A step of length h makes two proposals with the same noise, Euler-Maruyama's and Heun's,
 
@@ -61,7 +61,7 @@ class AdaptiveSDE(Predictor):
 
     Raises:
         ValueError: unless the tolerances are positive and max_steps >= 1; in `step`, if max_steps
-            do not suffice or a prediction is not finite; in `prepare` and `step`, from a time
+            is too small or a prediction is not finite; in `prepare` and `step`, from a time
             where alpha = 0 and the drift is infinite (read on the CPU only).
         TypeError: if a setting is not a number.
 
@@ -133,7 +133,7 @@ class AdaptiveSDE(Predictor):
             arrived = accepted & (to <= end)
             factor = (_SAFETY * error.clamp_min(1e-9) ** -_POWER).clamp(_LEAST, _MOST)
             wanted = (t - to) * factor
-            # The last step was cut short by the end; the next one may be longer.
+            # The end cut the last step short; the next one may be longer.
             wanted = torch.where(arrived, torch.maximum(wanted, length), wanted)
             length = torch.where(left, wanted, length)
             out, mean = _where(arrived, last, out), _where(arrived, last_mean, mean)

@@ -33,10 +33,10 @@ class BrownianPath(NoisePath):
         z = \frac{W(u_s) - W(u_t)}{\sqrt{u_t - u_s}},
 
     standard normal and independent of the noise of any other interval. With generators, samples at
-    N and 2 N steps are unrelated; along a path their distance shrinks with the step, which shows
-    the solver's error without the noise. All other draws, of an initial state or a corrector, are
-    new noise from the seeds' generators: make a new path for each run. A sampler raises if a
-    predictor adds noise that is not the path's.
+    N and 2 N steps are unrelated; along a path their distance shrinks with the step and shows the
+    solver's error without the noise. All other draws, for an initial state or a corrector, are new
+    noise from the seeds' generators: make a new path for each run. A sampler raises if a predictor
+    adds noise that is not the path's.
 
     W is a tree of Brownian bridges, bisected in log u. Its nodes are counter-based normals in
     float64, functions of seed and node alone: no value depends on earlier calls, on the batch or,
@@ -173,7 +173,7 @@ def _tree(leaf: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _weighted_normals(keys: Tensor, weights: Tensor, n: int) -> Tensor:
     """Return the sums (B, n) over nodes of weights (N, B) times normals of keys (N, B)."""
-    # Block by block: what stays in a processor's cache, or keeps a device busy.
+    # In blocks that fit into a processor's cache, or keep a GPU busy.
     block = 1 << (16 if keys.device.type == "cpu" else 22)
     rows = min(keys.shape[1], max(1, block // n))
     nodes = max(1, block // (rows * n))

@@ -37,7 +37,7 @@ class Langevin(Corrector):
             means over the batch, as in its released code: samples then depend on their batch.
 
     Raises:
-        ValueError: unless snr > 0, steps >= 1, and norm is one of the two.
+        ValueError: unless snr > 0, steps >= 1, and norm is "sample" or "batch".
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (algorithms 4 and 5).
@@ -67,7 +67,7 @@ class Langevin(Corrector):
             z, e = _norm(noise), _norm(eps)
             if self.norm == "batch":
                 z, e = z.mean(), e.mean()
-            # A score of 0 sets no scale: the state stays where it is.
+            # A score of 0 sets no step size: the state does not change.
             push = torch.nan_to_num(z / e, posinf=0.0)
             pull, unit = push * push, sigma
             if isinstance(unit, Tensor):

@@ -53,9 +53,9 @@ class DPMSolver3M(ExponentialAdams):
         x_s = \frac{\sigma_s}{\sigma_t} x_t + \sigma_s \int_{l_t}^{l_s} e^l
               \left(x_0 + \delta_1 (l - l_t) + \delta_2 (l - l_t)^2\right) dl
 
-    The released solvers lose a factor 2 in the quadratic term and are of second order; below some
-    30 steps their error may be the smaller one. Where the flow starts at T, there is next to no
-    curvature in the steps at which the memory fills.
+    The released solvers lose a factor of 2 in the quadratic term and are of second order; below
+    about 30 steps their error may be smaller. The first two steps, of lower order, cost little in
+    a run from T, where the flow is nearly straight.
 
     Args:
         form: "exact" is of third order, "published" has half of delta_2 in the quadratic term.
@@ -95,11 +95,11 @@ class DPMSolver2MSDE(ExponentialMidpoint):
               \left(x_0 + \frac{h}{2 h_1} (x_0 - x_0^{(1)})\right)
               + \sigma_s \sqrt{1 - e^{-2 \eta h}}\, z
 
-    The step of first order, the first and any to a time without noise, is at eta = 1 the
-    `Ancestral` sampler's.
+    At eta = 1 the first-order steps, the first one and any to a time without noise, are those of
+    `Ancestral`.
 
     Args:
-        eta: how much noise is added: 1 is the reverse SDE, 0 the probability flow (`DPMSolver2M`).
+        eta: the amount of noise: 1 is the reverse SDE, 0 the probability flow (`DPMSolver2M`).
         solver: "midpoint" is the formula above; "heun" integrates the line through both
             predictions exactly.
 
@@ -138,16 +138,16 @@ class DPMSolver2S(TwoStagePredictor):
               \left(\left(1 - \tfrac{1}{2r}\right) x_0 + \tfrac{1}{2r} x_0'\right)
 
     with the time m at l_m = l_t + r h, l = log(alpha / sigma), h = l_s - l_t. A step to a time
-    without noise takes one evaluation and is of first order. Against a multistep solver: twice
-    the evaluations, but nothing is carried from step to step, so that correctors, constraints
-    and jumps in time between steps do it no harm.
+    without noise takes one evaluation and is of first order. It needs twice the evaluations of a
+    multistep solver, but without memory it keeps its order when correctors, constraints or time
+    travel change the state between steps.
 
     Args:
-        r: where the second stage stands on the way in l, in (0, 1].
+        r: the position of the second stage within the step in l, in (0, 1].
 
     Raises:
         ValueError: if r is outside (0, 1].
-        TypeError: if it is not a number.
+        TypeError: if r is not a number.
 
     Source: Lu et al., 2022, arXiv 2211.01095 (algorithm 1).
     """

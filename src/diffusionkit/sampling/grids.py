@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_part, check_positive
 from .._schedules import home
@@ -28,8 +29,7 @@ class _SpacedGrid(abc.ABC):
 
     Args:
         t_end: the last time, the SDE's t_stop by default.
-        to_zero: whether the last of the steps goes on from t_end to 0; t_end is then the last
-            time but one.
+        to_zero: whether the last step goes from t_end to 0; t_end is then the last time but one.
     """
 
     _: KW_ONLY
@@ -38,13 +38,13 @@ class _SpacedGrid(abc.ABC):
 
     @abc.abstractmethod
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
-        """Return the times at fractions u (n,) of the way between the two ends (2,)."""
+        """Return the times at fractions u (n,) of the range between the two ends (2,)."""
 
     def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
         """Return decreasing times (steps + 1,) in float64.
 
         Raises:
-            ValueError: unless steps >= 1 and 0 < t_end < T (t_end = 0 where the rule has it).
+            ValueError: unless steps >= 1 and 0 <= t_end < T, where the rule must be finite.
         """
         check_count(steps, "steps", least=2 if self.to_zero else 1)
         t_end = sde.t_stop if self.t_end is None else self.t_end
@@ -54,43 +54,44 @@ class _SpacedGrid(abc.ABC):
         points = steps + (0 if self.to_zero else 1)
         u = torch.linspace(0, 1, points, dtype=torch.float64, device=ends.device)
         times = self._spaced(sde, ends, u).detach()
-        times[0], times[-1] = ends  # not the rounding of an inverse function
+        times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
             raise ValueError(
-                f"{type(self).__name__}: expected an end at which the rule is finite, "
-                f"got t_end = {t_end}"
+                f"t_end: expected a time at which {type(self).__name__} is finite, got {t_end}"
             )
         return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
 
 
 @dataclass(frozen=True)
 class UniformGrid(_SpacedGrid):
-    """Times at equal distances, the papers' grid.
+    """Equally spaced times, the grid of the papers.
 
     Args:
         t_end: the last time, the SDE's t_stop by default.
-        to_zero: whether a last step goes on from t_end to 0.
+        to_zero: whether the last step goes from t_end to 0.
 
     >>> from diffusionkit import VPSDE
     >>> UniformGrid(t_end=0.0)(VPSDE(), 4).tolist()
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
 
+    @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
         return ends[0] + u * (ends[1] - ends[0])
 
 
 @dataclass(frozen=True)
 class QuadraticGrid(_SpacedGrid):
-    """Times whose square roots are at equal distances: shorter steps near the data.
+    """Times with equally spaced square roots: shorter steps near the data.
 
     Args:
         t_end: the last time, the SDE's t_stop by default.
-        to_zero: whether a last step goes on from t_end to 0.
+        to_zero: whether the last step goes from t_end to 0.
 
     Source: Song et al., Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502.
     """
 
+    @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
         root = ends.sqrt()
         return (root[0] + u * (root[1] - root[0])).square()
@@ -98,15 +99,17 @@ class QuadraticGrid(_SpacedGrid):
 
 @dataclass(frozen=True)
 class LogSNRGrid(_SpacedGrid):
-    """Times at equal distances in log-SNR, the natural time of few-step solvers.
+    """Times equally spaced in log-SNR, the natural time of few-step solvers.
 
     Args:
         t_end: the last time, the SDE's t_stop by default.
-        to_zero: whether a last step goes on from t_end to 0.
+        to_zero: whether the last step goes from t_end to 0.
 
-    Source: Lu et al., DPM-Solver, 2022, arXiv 2206.00927.
+    Source: Lu et al., DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in
+    Around 10 Steps, 2022, arXiv 2206.00927.
     """
 
+    @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
         l = sde.log_snr(ends)
         return sde.time_at_log_snr(l[0] + u * (l[1] - l[0]))
@@ -114,16 +117,17 @@ class LogSNRGrid(_SpacedGrid):
 
 @dataclass(frozen=True)
 class KarrasGrid(_SpacedGrid):
-    r"""EDM's grid: s = sigma / alpha with s^(1/rho) at equal distances.
+    r"""EDM's grid: s^(1/rho) equally spaced, with s = sigma / alpha.
 
-    `KarrasGrid(to_zero=True)` with an EDMSDE is the grid of the paper, N noise levels and zero.
+    `KarrasGrid(to_zero=True)` with an `EDMSDE` is the paper's grid, N noise levels and zero.
 
     Args:
-        rho: 1 is uniform in s; the larger, the shorter the steps near the data.
+        rho: the exponent; 1 is uniform in s, larger values take shorter steps near the data.
         t_end: the last time, the SDE's t_stop by default.
-        to_zero: whether a last step goes on from t_end to 0.
+        to_zero: whether the last step goes from t_end to 0.
 
-    Source: Karras et al., 2022, arXiv 2206.00364 (equation 5).
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
+    2022, arXiv 2206.00364 (equation 5).
 
     >>> from diffusionkit import EDMSDE
     >>> [round(s, 3) for s in KarrasGrid(to_zero=True)(EDMSDE(), 4).tolist()]
@@ -135,6 +139,7 @@ class KarrasGrid(_SpacedGrid):
     def __post_init__(self) -> None:
         check_positive(self.rho, "rho")
 
+    @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
         root = torch.exp(-0.5 / self.rho * sde.log_snr(ends))
         return sde.time_at_log_snr(-2 * self.rho * torch.log(root[0] + u * (root[1] - root[0])))
@@ -142,15 +147,14 @@ class KarrasGrid(_SpacedGrid):
 
 @dataclass(frozen=True)
 class ChainGrid:
-    """The noise levels of a discrete chain, every so many of its steps, on any process.
+    """Evenly strided noise levels of a discrete chain, as times of any process.
 
-    On the chain itself these are its own steps, as improved DDPM takes a part of them. With the
-    cosine chain they are EDM's iDDPM discretisation. Levels that the process does not have between
-    T and its t_stop are left out.
+    For the chain itself these are improved DDPM's strided steps; with the cosine chain they are
+    EDM's iDDPM discretization. Levels outside the process's range from T to t_stop are left out.
 
     Args:
         chain: the chain.
-        to_zero: whether the last of the steps goes on from the chain's last level to 0.
+        to_zero: whether the last step goes from the chain's last level to 0.
 
     Source: Nichol and Dhariwal, 2021, arXiv 2102.09672; Karras et al., 2022, arXiv 2206.00364
     (table 1).
@@ -171,7 +175,7 @@ class ChainGrid:
         """Return decreasing times (steps + 1,) in float64.
 
         Raises:
-            ValueError: unless steps >= 1 and the process has as many of the chain's levels.
+            ValueError: unless steps >= 1 and the process has enough of the chain's levels.
         """
         check_count(steps, "steps", least=2 if self.to_zero else 1)
         ends = torch.tensor([sde.T, sde.t_stop], dtype=torch.float64, device=home(sde))
@@ -182,8 +186,8 @@ class ChainGrid:
         points = steps + (0 if self.to_zero else 1)
         if len(levels) < points:
             raise ValueError(
-                f"steps: expected at most {len(levels) - points + steps}, one for each level of "
-                f"the chain that the process has, got {steps}"
+                f"steps: expected at most {len(levels) - points + steps}, the number of the "
+                f"chain's levels within the process's range, got {steps}"
             )
         index = (torch.arange(points) * ((len(levels) - 1) / (points - 1))).round().long()
         times = sde.time_at_log_snr(levels[index.to(levels.device)]).detach()
@@ -209,8 +213,7 @@ def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Ten
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"grid: expected at least two times (N + 1,), got {tuple(times.shape)}")
     if not bool((times.diff() < 0).all()):  # a NaN fails too
-        raise ValueError("grid: expected strictly decreasing times, "
-                         f"got {times.tolist()[:6]}")  # fmt: skip
+        raise ValueError(f"grid: expected strictly decreasing times, got {times.tolist()[:6]}")
     if times[-1] < 0 or times[0] > sde.T * (1 + 1e-6) or not math.isfinite(float(times[0])):
         raise ValueError(
             f"grid: expected times within [0, T] = [0, {sde.T:g}], "

@@ -1,7 +1,7 @@
 r"""Solvers of the probability flow in the process's own time: Euler, and Heun with churn.
 
-A schedule, a scaling and a discretisation are here a process and a grid, so that one predictor is
-every row of EDM's ablation.
+EDM's schedules, scalings and discretizations are processes and grids here, so that one predictor
+covers every row of its ablation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..values import Coefficient, linear
 from .predictors import LinearPredictor, StepCoefficients, check_rates
 from .two_stage import StageCoefficients, TwoStagePredictor, vanishes
 
-_MAX_CHURN = math.sqrt(2) - 1  # no more new noise in a step than there is already
+_MAX_CHURN = math.sqrt(2) - 1  # churn at most doubles the noise variance in a step
 
 
 def _slope(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class Euler(LinearPredictor):
 
 @dataclass(frozen=True, slots=True)
 class _ChurnedStages(StageCoefficients):
-    """The stages of a step after new noise x_hat = lift x + noise z has raised t to `start`."""
+    """The stages of a step from the raised time `start`, where x_hat = lift x + noise z."""
 
     times: ClassVar[tuple[str, ...]] = ("middle", "start")
 
@@ -66,7 +66,7 @@ class _ChurnedStages(StageCoefficients):
 
 @dataclass(frozen=True)
 class Heun(TwoStagePredictor):
-    r"""A step of second order along the probability flow, with or without new noise: EDM's sampler.
+    r"""A second-order step of the probability flow, with or without churn: EDM's sampler.
 
     .. math::
         d = f x - \tfrac12 g^2 \nabla \log p, \quad
@@ -74,10 +74,10 @@ class Heun(TwoStagePredictor):
         x_s = \hat x + h \left(\left(1 - \tfrac{1}{2 \alpha}\right) d(\hat x, \hat t)
               + \tfrac{1}{2 \alpha} d(x', \hat t + \alpha h)\right), \quad h = s - \hat t
 
-    in the process's own time: an `EDMSDE` gives EDM's algorithm, `VPSDE` its VP column, a process
-    of yours any other. Two evaluations a step; one, an Euler step, where the second stage would
-    stand at a time without noise: `KarrasGrid(to_zero=True)` takes 2 N - 1 for N steps of Heun's
-    method. A midpoint has noise, and so a second stage, in the last step too.
+    in the process's own time: an `EDMSDE` gives EDM's algorithm, `VPSDE` its VP column. Two
+    evaluations a step; one, an Euler step, where the second stage would be at a time without
+    noise: on `KarrasGrid(to_zero=True)` N steps of Heun's method take 2 N - 1. The midpoint rule
+    has a second stage in the last step too.
 
     Churn first adds noise. With r = sigma / alpha and N steps,
 
@@ -87,24 +87,23 @@ class Heun(TwoStagePredictor):
         \hat x = \tfrac{\hat\alpha}{\alpha} x
                  + \hat\alpha \sqrt{\hat r^2 - r^2}\; s_{noise}\, z.
 
-    The noise is not raised beyond that of T, where no model is defined. A sampler tells how many
-    steps there are; a step of your own loop has no churn to give.
+    The noise is not raised above that of T, where the model is not defined. N is the sampler's
+    number of steps, so churn is available in a sampler's run only.
 
     Args:
-        alpha: where the second stage stands: 1 is Heun's method, 1/2 the midpoint rule, 2/3
+        alpha: the position of the second stage: 1 is Heun's method, 1/2 the midpoint rule, 2/3
             Ralston's. Above 1 it may fall below time 0; the step is then an Euler step.
-        churn: the amount of new noise, over all steps; 0 is deterministic.
+        churn: the amount of new noise over all steps; 0 is deterministic.
         s_min: the smallest sigma / alpha at which noise is added.
-        s_max: the largest.
-        s_noise: the standard deviation of the new noise; a little above 1 makes up for the detail
-            that a network's denoising loses.
+        s_max: the largest sigma / alpha at which noise is added.
+        s_noise: the standard deviation of the new noise; slightly above 1 compensates for the
+            detail that a network's denoising loses.
 
     Raises:
         ValueError: unless alpha and s_noise are positive, churn >= 0 and 0 <= s_min <= s_max; in
-            `step`, if there is churn and the step is not one of a sampler's; in `prepare` and
-            `step`, from a time where the process's alpha = 0 and the slope is infinite (read on
-            the CPU only).
-        TypeError: if one of them is not a number.
+            `step`, if churn > 0 outside a sampler's run; in `prepare` and `step`, from a time
+            where the process's alpha = 0 and the slope is infinite (read on the CPU only).
+        TypeError: if a setting is not a number.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (algorithms 1 to 3).
@@ -158,11 +157,11 @@ class Heun(TwoStagePredictor):
         return _ChurnedStages(c.middle, c.inner, c.first, c.second, c.used, start, lift, noise)
 
     def _churned(self, sde: ForwardSDE, t: Tensor, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scale and standard deviation of the new noise, and its time, (n,)."""
+        """Return the state's scale, the std of the new noise and the raised time, each (n,)."""
         alpha, sigma = sde.marginal(t)
         ratio = sigma / alpha
         some = (self.s_min <= ratio) & (ratio <= self.s_max) & (rate > 0)
-        # Within [0, T]. Times without new noise stay exact: an inverse would round them.
+        # Within [0, T]. Times without new noise are kept: the inverse would round them.
         raised = sde.time_at_log_snr(-2 * torch.log(ratio * (1 + rate)))
         t = torch.where(some, raised, t)
         alpha_hat, sigma_hat = sde.marginal(t)

@@ -1,4 +1,4 @@
-"""Paths between latent codes."""
+"""Interpolation of latent codes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
         \frac{\sin((1 - w) \Omega)}{\sin \Omega}\, a + \frac{\sin(w \Omega)}{\sin \Omega}\, b, \quad
         \cos \Omega = \frac{a \cdot b}{\|a\|\,\|b\|},
 
-    with one angle for each sample. Codes are normal draws, which lie near a sphere: so do the
-    points of this path, where those of a straight line pass through its inside, which the model
-    has hardly seen.
+    with one angle for each sample. Codes are Gaussian, so that they concentrate near a sphere. The
+    interpolated codes do too, while a straight line passes through the interior, where the model
+    has seen hardly any data.
 
     Args:
         a: the codes at weight 0 (B, \*D).
         b: the codes at weight 1 (B, \*D).
-        weight: w, a number or one for each sample (B,); beyond [0, 1] the path goes on.
+        weight: w, a number or one for each sample (B,); values outside [0, 1] extrapolate.
 
     Raises:
         ValueError: if shapes, dtypes or devices differ, a code is zero, two codes are opposite or
@@ -51,12 +51,12 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     check_finite(w, "weight")
     u, v = (exact(z).reshape(len(z), -1) for z in (a, b))
     u, v = (z / torch.linalg.vector_norm(z, dim=1, keepdim=True) for z in (u, v))
-    # The arc cosine has no digits left where the codes are almost the same.
+    # More accurate than the arc cosine where the codes nearly coincide.
     angle = 2 * torch.atan2(*(torch.linalg.vector_norm(z, dim=1) for z in (u - v, u + v)))
     if readable(angle) and not bool((angle < torch.pi - 1e-6).all()):  # so that a NaN fails
         raise ValueError(
-            "expected codes that are neither zero nor opposite to each other, between which no "
-            f"path is the shortest, got angles up to {float(angle.max()):g}"
+            "a, b: expected codes that are not zero and not opposite, where no path is the "
+            f"shortest, got angles up to {float(angle.max()):g}"
         )
     whole = torch.sinc(angle / torch.pi)
     first, second = (c * torch.sinc(c * angle / torch.pi) / whole for c in (1 - w, w))

@@ -61,9 +61,9 @@ class MultistepPredictor(Predictor):
         x_s = A x_t + C x_0 + \sum_{j \ge 1} w_j (P_j - P_0) + \mathrm{std}\, z
 
     with A, C and std of the first-order step, P_0 the current prediction and P_1, P_2, ... those at
-    earlier times. The order grows with the memory. A step without memory, the first or one after
-    a jump in time, is of first order; so is a step to a time without noise, where a polynomial in l
-    has no limit and the predicted data are the result.
+    earlier times. The order grows with the memory. A step without memory, the first one or one
+    after time travel, is of first order; so is a step to a time without noise, where a polynomial
+    in l has no limit and the predicted data are the result.
 
     A subclass defines the number of remembered predictions and how polynomials are integrated.
 
@@ -183,12 +183,12 @@ class MultistepPredictor(Predictor):
             check_step_times(s, t, sde.T, x)
             if past and readable(t) and not bool((past[0][0] > t).all()):
                 raise ValueError(
-                    f"state: expected that of a step that began above t = {t.tolist()[:4]}, "
+                    f"state: expected predictions at times above t = {t.tolist()[:4]}, "
                     f"got {past[0][0].tolist()[:4]}"
                 )
             return self._coefficients(sde, *(exact(at) for at in times))
         here, *others = points
-        if here.look_up(self, others) is None:  # a grid that is entered in the middle
+        if here.look_up(self, others) is None:  # a run that begins within the grid
             grid = exact_times(points, t.device).unsqueeze(1)
             self._store(sde, [[point] for point in points], grid)
         return cast(_MultistepCoefficients, here.look_up(self, others))

@@ -106,7 +106,7 @@ class PCSampler:
         time_travel: TimeTravel | None = None,
         progress: Progress = False,
     ) -> None:
-        """Keep the parts, and validate the grid."""
+        """Store the parts and validate the grid."""
         check_part(model, ScoreModel, "model")
         for name, part, kind in (
             ("predictor", predictor, Predictor),
@@ -276,7 +276,7 @@ class PCSampler:
     def _onward(
         self, before: Step, t: Tensor, s: Tensor, generator: Generators, cond: dict[str, Any]
     ) -> Step:
-        """Correct and predict, in the order of choice, from a time t to an earlier one s."""
+        """Correct and predict, in the chosen order, from a time t to an earlier time s."""
         predictor, corrector, step = self.predictor, self.corrector, before
         first = self.corrector_first and predictor is not None
         if corrector is not None and first:

@@ -41,19 +41,20 @@ class ProbabilityFlow:
             "rk4", "implicit_adams").
         rtol: relative tolerance of an adaptive solver.
         atol: absolute tolerance, in units of the data.
-        t_end: the time that stands for the data, the SDE's t_min by default.
+        t_end: the time of the data, the SDE's t_min by default.
         denoise: whether `sample` removes the noise left at t_end by Tweedie's formula.
         options: further options of the solver; {"step_size": h} sets fixed steps in theta, of
             which there are 100 by default.
 
     Attributes:
-        nfe: how many times the model was evaluated in the last run.
+        nfe: the number of model evaluations in the last run.
 
     Raises:
         ValueError: unless the method is known, the tolerances are positive and 0 < t_end < T.
         TypeError: if model is not a ScoreModel.
 
-    Source: Song et al., 2021, arXiv 2011.13456 (section 4.3).
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
+    (section 4.3).
 
     >>> from diffusionkit import GaussianMixtureModel, VPSDE
     >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
@@ -104,13 +105,13 @@ class ProbabilityFlow:
         """Return samples (B, *D).
 
         Args:
-            start: the shape (B, *D) of a draw from the prior, or the state at T to start from.
-            temperature: what the state at T is multiplied with: below 1, samples are more typical
-                and less diverse.
+            start: the shape (B, *D) of a draw from the prior, or the state at T.
+            temperature: the factor of the state at T; below 1, samples are more typical and less
+                diverse.
             generator: the source of randomness: one generator, one for each sample, or None.
-            device: where a drawn start is made, the model's device by default.
-            dtype: the dtype of a drawn start, the model's by default.
-            cond: handed to the model.
+            device: the device of a drawn state, by default the model's.
+            dtype: the dtype of a drawn state, by default the model's.
+            cond: passed to the model.
 
         Raises:
             ValueError: if the state is not finite, or temperature not finite and positive.
@@ -128,7 +129,7 @@ class ProbabilityFlow:
         return x
 
     def encode(self, x: Tensor, **cond: Any) -> Tensor:
-        """Return the latent code at T of data x (B, *D), taken to stand at t_end."""
+        """Return the latent code at T (B, *D) of data x (B, *D), taken as the state at t_end."""
         return self._solve(x, self.t_end, self.model.sde.T, cond)
 
     def decode(self, z: Tensor, **cond: Any) -> Tensor:
@@ -136,10 +137,10 @@ class ProbabilityFlow:
         return self._solve(z, self.model.sde.T, self.t_end, cond)
 
     def interpolate(self, x: Tensor, y: Tensor, /, steps: int = 8, **cond: Any) -> Tensor:
-        """Return data (steps, B, *D) on the way from x to y (B, *D): both ends, and between them.
+        """Return an interpolation (steps, B, *D) from data x to y (B, *D), including both.
 
-        The latent codes of both are joined by `slerp`, in even steps, and decoded, all with the
-        same conditions.
+        Their latent codes are interpolated by `slerp` in equal steps and decoded, with the same
+        conditions.
 
         Raises:
             ValueError: if x and y do not match, or steps < 2.

@@ -1,4 +1,4 @@
-"""A stochastic step of second order in the drift."""
+"""A stochastic predictor of weak order 2."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class StochasticHeun(TabulatedPredictor[_Stages]):
         x_s = x' + \alpha_s \left(1 - \frac{1 - e^{-h}}{h}\right)
               \left(\hat x_0(x', s) - \hat x_0(x_t, t)\right),
 
-    with scale a and variance v of p(x_t | x_s), std as in `Ancestral` and h the log-SNR that is
-    gained. It solves the equation of y = x / alpha and u = (sigma / alpha)^2,
+    with scale a and variance v of p(x_t | x_s), std as in `Ancestral` and h the gain in
+    log-SNR. It solves the equation of y = x / alpha and u = (sigma / alpha)^2,
 
     .. math::
         \frac{y_s}{u_s} = \frac{y_t}{u_t} + \int_{u_s}^{u_t} \frac{\hat x_0}{u^2}\, du

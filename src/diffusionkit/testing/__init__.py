@@ -1,4 +1,4 @@
-"""Consistency checks for processes and score models of your own, with problems in words."""
+"""Consistency checks for your own processes and score models."""
 
 from .processes import check_sde
 from .report import InconsistentError, Report

@@ -88,7 +88,7 @@ def _marginal(sde: ForwardSDE) -> Iterator[str]:
                 )
                 return
     alpha, sigma = sde.marginal(torch.zeros(1, dtype=torch.float64))
-    # A process that starts with noise, as VDM's do, may have scaled the data by as little.
+    # A process with noise at time 0, such as VDM's, may scale the data there too.
     if not abs(float(alpha) - 1) < max(1e-6, float(sigma) ** 2):
         yield f"expected alpha(0) = 1, the data themselves, got {float(alpha):.6g}"
     if not 0 <= float(sigma) < float(sde.marginal(_times(sde))[1][-1]):
@@ -97,19 +97,19 @@ def _marginal(sde: ForwardSDE) -> Iterator[str]:
     ratio = sigma / alpha
     if not bool((ratio.diff() > 0).all()):
         where = float(_times(sde)[int(ratio.diff().argmin())])
-        yield f"expected log-SNR to decrease in t, it does not near t = {where:.4g}"
+        yield f"expected log-SNR to decrease in t, but it does not near t = {where:.4g}"
 
 
 def _drift_and_diffusion(sde: ForwardSDE) -> Iterator[str]:
     t = _times(sde)
-    # Inside each half of a piecewise schedule, not on its joints.
+    # Away from the knots of a piecewise schedule.
     t = (0.49 * t[:-1] + 0.51 * t[1:]).contiguous()
     f, g = drift_and_diffusion(sde.marginal, t, sde.T)
     if problem := largest_difference(sde.drift_coefficient(t), f, 1e-5):
         yield f"f is not d log(alpha)/dt: {problem}"
     if bool((g <= 0).any()):
         where = float(t[int(g.argmin())])
-        yield f"d sigma^2/dt - 2 f sigma^2 is not positive near t = {where:.4g}: no SDE has it"
+        yield f"d sigma^2/dt - 2 f sigma^2 is not positive near t = {where:.4g}: not an SDE"
     elif problem := largest_difference(sde.diffusion(t).square(), g.square(), 1e-5):
         yield f"g^2 is not d sigma^2/dt - 2 f sigma^2: {problem}"
     x = torch.ones(len(t), 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Running checks, and the report of their problems."""
+"""Running checks and reporting their problems."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_checks(subject: str, checks: Sequence[Check], *arguments: Any) -> Report
         name = check.__name__.strip("_").replace("_", " ")
         try:
             problems += [f"{name}: {problem}" for problem in check(*arguments)]
-        # A user's part may raise anything: that is a problem too.
+        # A user's part may raise anything, which is reported as a problem.
         except Exception as error:
             problems.append(f"{name}: raised {type(error).__name__}: {error}")
     report = Report(subject, tuple(c.__name__.strip("_") for c in checks), tuple(problems))

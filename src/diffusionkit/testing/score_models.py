@@ -147,7 +147,7 @@ def _direction(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator[
     if share < -0.5:
         yield (
             "at T the score points away from the data: along -x it is "
-            f"{share:.2f} times what the prior's would be; is its sign reversed?"
+            f"{share:.2f} times the prior's; is its sign reversed?"
         )
 
 
@@ -175,4 +175,4 @@ def _symmetric(model: ScoreModel, x: Tensor, t: Tensor, cond: Cond) -> Iterator[
     one, two = (left * v).sum(dims), (right * u).sum(dims)
     size = left.norm() * v.norm() / len(x) + 1e-12
     if float((one - two).abs().max() / size) > 1e-3:
-        yield "the Jacobian of the score is not symmetric: it is the gradient of no log-density"
+        yield "the Jacobian of the score is not symmetric: it is not the gradient of a log-density"
