@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import (
     DDIM,
@@ -83,7 +84,7 @@ def test_a_freed_predictor_leaves_no_coefficients_to_the_next(kind):
     ids=str,
 )  # fmt: skip
 def test_steps_at_a_samplers_times_equal_those_at_plain_tensors(predictor, mixture):
-    generators = [[torch.Generator().manual_seed(k) for k in range(3)] for _ in "ab"]
+    generators = [[seeded(k) for k in range(3)] for _ in "ab"]
     sde = mixture.sde
     x = torch.linspace(-2, 2, 6, dtype=torch.float64).view(3, 2)
     grid = grid_times(sde, LogSNRGrid(t_end=0.01 * sde.T)(sde, 6), x)
@@ -104,7 +105,7 @@ def test_steps_at_a_samplers_times_equal_those_at_plain_tensors(predictor, mixtu
 @pytest.mark.parametrize("sde", [VPSDE(), EDMSDE()], ids=["vp", "edm"])
 def test_models_at_a_samplers_time_equal_those_at_plain_tensors(kind, sde):
     model = kind(lambda x, noise_label: torch.tanh(x) + 0.1, sde)
-    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 3, dtype=torch.float64, generator=seeded())
     for t in grid_times(sde, torch.linspace(sde.T, 0.1 * sde.T, 5, dtype=torch.float64), x):
         found, plain = model.predict(x, t), model.predict(x, t.clone())
         torch.testing.assert_close(found.x0, plain.x0, rtol=1e-12, atol=1e-12)

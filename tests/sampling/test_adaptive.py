@@ -1,10 +1,11 @@
-"""The adaptive solver: its step by hand, and errors that follow the tolerance."""
+"""The adaptive solver: a step computed by hand, and errors proportional to the tolerance."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
+from support import full, seeded
 
 from diffusionkit import (
     EDMSDE,
@@ -32,31 +33,23 @@ def process(request):
     return SDES[request.param]
 
 
-def full(value, n):
-    return torch.full((n,), value, dtype=torch.float64)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def mixture(sde):
     return GaussianMixtureModel(sde, [[-0.6, 0.0], [0.8, 0.4]], [0.5, 0.7], [0.3, 0.7])
 
 
 def counting(model):
-    """The times the model is asked at, in a list that grows."""
-    asked, predict = [], model.predict
+    """Return a list to which the times of the model's evaluations are appended."""
+    times, predict = [], model.predict
 
     def watch(x, t, **cond):
-        asked.append(t.tolist())
+        times.append(t.tolist())
         return predict(x, t, **cond)
 
     model.predict = watch
-    return asked
+    return times
 
 
-# --- one step by hand: VP from .5 to .4, the model's noise is .2 x -----------------------------
+# --- one step by hand: VP from .5 to .4, predicted noise .2 x -----------------------------------
 
 T, S, X = 0.5, 0.4, (0.8, -1.1)
 BETA = {0.5: 0.1 + 19.9 * 0.5, 0.4: 0.1 + 19.9 * 0.4}
@@ -64,7 +57,7 @@ SIGMA = {v: math.sqrt(-math.expm1(-(0.1 * v + 19.9 * v**2 / 2))) for v in (0.5, 
 
 
 def proposals(x, z):
-    """x', x'' and x'' without noise: d = -beta (x / 2 + score), score = -.2 x / sigma."""
+    """Return x', x'' and x'' without noise: d = -beta (x / 2 + score), score = -.2 x / sigma."""
 
     def d(x, t):
         return -0.5 * BETA[t] * x + BETA[t] * 0.2 * x / SIGMA[t]
@@ -83,59 +76,59 @@ def by_hand(rtol, atol):
     first, last, mean = proposals(x, z)
     size = (rtol * torch.maximum(x.abs(), first.abs())).clamp_min(atol)
     error = float(((first - last) / size).square().mean().sqrt())
-    asked = counting(model)
+    evaluated = counting(model)
     step = AdaptiveSDE(rtol, atol).step(
         model, x, full(T, 1), full(S, 1), full(1.0, 1), generator=path
     )
-    return step, last, mean, error, asked
+    return step, last, mean, error, evaluated
 
 
-def test_a_step_that_is_accepted():
-    step, last, mean, error, asked = by_hand(1.0, 1.0)
+def test_an_accepted_step_is_the_mean_of_the_proposals():
+    step, last, mean, error, evaluated = by_hand(1.0, 1.0)
     assert error < 1
-    assert asked == [[T], [S]]
+    assert evaluated == [[T], [S]]
     torch.testing.assert_close(step.x, last, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(step.mean, mean, rtol=1e-10, atol=1e-10)
-    # What the end cut short is no reason for shorter steps.
+    # A step that the end cut short does not shorten the next one.
     assert float(step.state) == pytest.approx(max(1.0, 0.1 * min(5, 0.9 * error ** (-2 / 3))))
 
 
 @pytest.mark.parametrize("kind", ["rtol", "atol"])
-def test_the_tolerance_decides(kind):
-    """Just above the error of the proposals, two evaluations; just below, a shorter step."""
+def test_the_tolerance_accepts_or_rejects_a_step(kind):
+    """Just above the error of the proposals it is accepted, just below rejected."""
 
     def settings(tolerance):
         return (tolerance, 1e-12) if kind == "rtol" else (1e-12, tolerance)
 
     needed = by_hand(*settings(1.0))[3]
     assert len(by_hand(*settings(needed * 1.001))[4]) == 2
-    *_, error, asked = by_hand(*settings(needed * 0.999))
+    *_, error, evaluated = by_hand(*settings(needed * 0.999))
     assert error == pytest.approx(1 / 0.999)
-    assert asked[2] == [T]
+    assert evaluated[2] == [T]
     # h becomes .9 h E^(-2/3)
-    assert asked[3][0] == pytest.approx(T - 0.1 * 0.9 * error ** (-2 / 3), rel=1e-12)
+    assert evaluated[3][0] == pytest.approx(T - 0.1 * 0.9 * error ** (-2 / 3), rel=1e-12)
 
 
-def test_the_next_step_is_of_the_length_the_last_one_asks_for():
-    """A step within the move, accepted: 1 / 100 of T, then five times that at the most."""
+def test_step_lengths_grow_and_shrink_within_bounds():
+    """The first step is T / 100; the next is at most five times, at least a tenth as long."""
     model = EpsModel(lambda x, noise_label: 0.2 * x, VPSDE())
-    asked = counting(model)
+    evaluated = counting(model)
     x = torch.tensor([X], dtype=torch.float64)
     AdaptiveSDE(10.0, 10.0).step(model, x, full(T, 1), full(S, 1), generator=BrownianPath([0]))
-    assert [round(t[0], 9) for t in asked] == [0.5, 0.49, 0.49, 0.44, 0.44, 0.4]
-    del asked[:]
+    assert [round(t[0], 9) for t in evaluated] == [0.5, 0.49, 0.49, 0.44, 0.44, 0.4]
+    del evaluated[:]
     tight = AdaptiveSDE(1e-9, 1e-9, max_steps=1)
-    with pytest.raises(ValueError, match=r"max_steps = 1, got to t = 0\.5;"):
+    with pytest.raises(ValueError, match=r"got 1, which reach t = 0\.5; raise"):
         tight.step(model, x, full(T, 1), full(S, 1), generator=BrownianPath([0]))
-    with pytest.raises(ValueError, match="max_steps = 2"):
+    with pytest.raises(ValueError, match="got 2, which reach"):
         AdaptiveSDE(1e-6, 1e-6, max_steps=2).step(
             model, x, full(T, 1), full(S, 1), full(0.05, 1), generator=BrownianPath([0])
         )
-    assert asked[-1][0] == pytest.approx(0.5 - 0.005)  # a tenth of it at the least
+    assert evaluated[-1][0] == pytest.approx(0.5 - 0.005)
     model = X0Model(lambda x, noise_label: 0.5 * x, EDMSDE())
-    asked = counting(model)
+    evaluated = counting(model)
     AdaptiveSDE(1e3, 1e3).step(model, x, full(80.0, 1), full(70.0, 1), generator=BrownianPath([0]))
-    assert asked[1] == [pytest.approx(79.2)]
+    assert evaluated[1] == [pytest.approx(79.2)]
 
 
 # --- errors ----------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ def end_of(sde):
 
 
 def strong_errors(sde, tolerances, n, fine):
-    """Root mean square distances from a fine run along the same path, and evaluations."""
+    """Return root mean square distances from a fine run on the same path, and evaluations."""
     model, path, end = mixture(sde), BrownianPath(range(n)), end_of(sde)
     start = sde.prior_sample((n, 2), generator=seeded()).double()
     times = sde.time_at_log_snr(
@@ -166,8 +159,8 @@ def strong_errors(sde, tolerances, n, fine):
     return errors, counts
 
 
-def test_the_error_follows_the_tolerance(process):
-    """It falls as its power 2/3, the evaluations grow so."""
+def test_the_error_decreases_with_the_tolerance(process):
+    """As its power 2/3; the evaluations grow at the same rate."""
     errors, counts = strong_errors(process, (0.3, 0.03), 50, 384)
     assert errors[1] < 0.1
     assert math.log10(errors[0] / errors[1]) == pytest.approx(2 / 3, abs=0.2)
@@ -175,7 +168,7 @@ def test_the_error_follows_the_tolerance(process):
 
 
 @pytest.mark.slow
-def test_the_error_follows_the_tolerance_over_three_decades(process):
+def test_the_error_decreases_with_the_tolerance_over_three_decades(process):
     errors, counts = strong_errors(process, (0.3, 0.03, 0.003, 0.0003), 60, 8192)
     for a, b in pairwise(errors):
         assert math.log10(a / b) == pytest.approx(2 / 3, abs=0.2)
@@ -183,8 +176,8 @@ def test_the_error_follows_the_tolerance_over_three_decades(process):
         assert math.log10(b / a) == pytest.approx(2 / 3, abs=0.2)
 
 
-def test_the_law_of_the_samples(process):
-    """Gaussian data, 3200 numbers: within 4 standard errors and the solver's own 3 per cent."""
+def test_samples_have_the_distribution_of_the_data(process):
+    """Gaussian data, 3200 numbers: within 4 standard errors and the solver's error of 3%."""
     model = GaussianMixtureModel(process, [[MEAN] * 16], [STD])
     sampler = PCSampler(model, AdaptiveSDE(0.05, 0.05), steps=1)
     x = sampler((200, 16), generator=seeded(), dtype=torch.float64)
@@ -195,7 +188,7 @@ def test_the_law_of_the_samples(process):
 # --- samples, times and generators -----------------------------------------------------------
 
 
-def test_a_sample_depends_on_its_own_generator_alone():
+def test_a_sample_depends_on_its_own_generator_only():
     sampler = PCSampler(mixture(VPSDE()), AdaptiveSDE(0.1, 0.1), steps=2)
     together = sampler((3, 2), generator=[seeded(i) for i in range(3)], dtype=torch.float64)
     for i in range(3):
@@ -208,7 +201,7 @@ def test_a_sample_depends_on_its_own_generator_alone():
 
 
 def test_each_sample_has_its_own_times():
-    """Of which one starts below t_stop, ends without noise, and takes one step: to the data."""
+    """The last one starts below t_stop, ends without noise, and steps directly to the data."""
     sde = VPSDE()
     model, path = mixture(sde), BrownianPath(range(3))
     t = torch.tensor([0.9, 0.5, 0.5 * sde.t_stop], dtype=torch.float64)
@@ -227,8 +220,7 @@ def test_each_sample_has_its_own_times():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_end_without_noise(dtype):
-    """In steps to t_stop, as without it, and from there to the predicted data at once."""
+def test_a_run_to_time_zero_steps_from_t_stop_to_the_predicted_data(dtype):
     sde = VPSDE()
     model = mixture(sde)
     found = []
@@ -241,8 +233,8 @@ def test_the_end_without_noise(dtype):
     assert found[0][1] % 2 == 1
 
 
-def test_the_end_without_noise_of_a_process_that_scales():
-    """To alpha(0) times the predicted data, from a float32 time that rounds t_stop up."""
+def test_the_last_step_scales_the_predicted_data_by_alpha():
+    """From a float32 time that rounds t_stop up."""
 
     class Doubled(VPSDE):
         t_stop = 1e-3
@@ -258,7 +250,7 @@ def test_the_end_without_noise_of_a_process_that_scales():
     assert float(step.x) == pytest.approx(0.6, rel=1e-6)
 
 
-def test_with_correctors_and_other_grids():
+def test_it_runs_with_correctors_and_on_other_grids():
     model = GaussianMixtureModel(EDMSDE(), [[MEAN]], [STD])
     sampler = PCSampler(
         model, AdaptiveSDE(0.1, 0.1), AnnealedLangevin(), grid=KarrasGrid(to_zero=True), steps=12
@@ -269,7 +261,7 @@ def test_with_correctors_and_other_grids():
     assert sampler.nfe > 36
 
 
-def test_states_of_one_number():
+def test_scalar_states():
     model = X0Model(lambda x, noise_label: 0.5 * x, EDMSDE())
     step = AdaptiveSDE(0.1, 0.1).step(
         model, torch.ones(3), full(2.0, 3), full(1.0, 3), generator=seeded()
@@ -291,12 +283,12 @@ def test_states_of_one_number():
         ({"max_steps": 1.5}, TypeError, "max_steps: expected an integer, got float"),
     ],
 )
-def test_bad_settings(options, error, message):
+def test_invalid_settings_raise(options, error, message):
     with pytest.raises(error, match=message):
         AdaptiveSDE(**options)
 
 
-def test_bad_moves():
+def test_failed_steps_raise():
     x, t = torch.ones(2, 1), torch.tensor([0.5, 0.75])
     model = EpsModel(lambda x, noise_label: x * math.nan, VPSDE())
     with pytest.raises(ValueError, match=r"finite predictions, got NaN.* in a step from t = 0.5"):
@@ -304,5 +296,5 @@ def test_bad_moves():
     with pytest.raises(ValueError, match=r"expected s < t, got s = \[0.5, 0.75\]"):
         AdaptiveSDE().step(model, x, t, t)
     slow = PCSampler(mixture(VPSDE()), AdaptiveSDE(1e-3, 1e-3, max_steps=20), steps=1)
-    with pytest.raises(ValueError, match=r"within max_steps = 20, got to t = 0\..*; ask for less"):
+    with pytest.raises(ValueError, match=r"reach s, got 20, which reach t = 0\..*; raise rtol"):
         slow((2, 2), generator=seeded())

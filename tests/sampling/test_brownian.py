@@ -1,10 +1,11 @@
-"""Brownian paths: the law of their increments, and what predictors make of one path."""
+"""Brownian paths: the distribution of their increments, and predictors along a path."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
+from support import full, seeded
 
 from diffusionkit import (
     DDIM,
@@ -27,17 +28,13 @@ def clock(sde, t):
     return (sigma / alpha).square()
 
 
-def full(value, n):
-    return torch.full((n,), value, dtype=torch.float64)
-
-
-# --- the tree, by other code: bridges one below the other, in whole numbers of Python -----------
+# --- the tree, by independent code in Python's integers ------------------------------------------
 
 MASK = (1 << 64) - 1
 
 
 def mixed(z):
-    """SplitMix64's function of 64 bits."""
+    """Return SplitMix64's hash of 64 bits."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
@@ -51,7 +48,7 @@ def node_normal(seed, node):
 
 
 def bridged(seed, u):
-    """W(u) by halving log2 u in [-64, 64], down to 2^-20."""
+    """Return W(u) by bisecting log2 u in [-64, 64], down to 2^-20."""
 
     def at(k):
         return 2.0 ** (k / 2**20 - 64) if k else 0.0
@@ -80,7 +77,7 @@ def test_the_path_is_a_tree_of_bridges(t, s):
     assert z == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_normals():
+def test_counter_based_normals_are_standard_normal():
     """Moments, tails and correlations of 2^18 numbers, within 5 standard errors."""
     keys = torch.arange(1, 65)
     z = _normals(keys, 4096, torch.float64)
@@ -98,13 +95,13 @@ def test_normals():
     assert abs(float(halves[0, 1])) < 5 / math.sqrt(n / 2)
     squares = torch.corrcoef(torch.stack([z[:, :2048].flatten(), z[:, 2048:].flatten()]).square())
     assert abs(float(squares[0, 1])) < 5 / math.sqrt(n / 2)
-    # Both of each pair are used, of an odd number too.
+    # Both normals of a pair are used, also for an odd count.
     few = _normals(keys[3:4], 5, torch.float64)
     torch.testing.assert_close(few, z[3:4, [0, 1, 2, 2048, 2049]], rtol=1e-12, atol=1e-12)
 
 
 def test_increments_are_standard_normal_and_independent(sde):
-    """40000 of each of six neighbouring moves, long and short; 5 standard errors."""
+    """40000 of each of six adjacent steps, long and short; 5 standard errors."""
     times = torch.tensor([1.0, 0.7, 0.699, 0.4, 0.01, 0.005, 1e-5], dtype=torch.float64) * sde.T
     path, x = BrownianPath(range(400)), torch.zeros(400, 100, dtype=torch.float64)
     z = torch.stack(
@@ -119,8 +116,8 @@ def test_increments_are_standard_normal_and_independent(sde):
     assert float((z**4).mean(1).sub(3).abs().max()) < 5 * math.sqrt(96 / n)
 
 
-def test_moves_add_up(sde):
-    """Over t -> r as over t -> s -> r, asked for in any order, to the resolution of the clock."""
+def test_increments_add_up(sde):
+    """t -> r equals t -> s -> r, in any order of calls, to the resolution of the clock."""
     path, x = BrownianPath(range(8)), torch.zeros(8, 3, dtype=torch.float64)
     end = 0.0 if float(sde.marginal(full(0.0, 1))[1]) == 0 else 0.05
     t, s, r = (full(v * sde.T, 8) for v in (0.9, 0.3, end))
@@ -137,8 +134,8 @@ def test_moves_add_up(sde):
                        * (clock(sde, t) - clock(sde, r)).sqrt().unsqueeze(1))  # fmt: skip
 
 
-def test_the_clock_is_the_noise_over_the_scale(sde):
-    """Two processes at the same sigma / alpha are given the same noise."""
+def test_the_clock_is_sigma_over_alpha(sde):
+    """Two processes at the same sigma / alpha get the same noise."""
     path, x = BrownianPath(range(4)), torch.zeros(4, 2, dtype=torch.float64)
     edm = EDMSDE(sigma_min=0.002, sigma_max=1000.0)
     t, s = full(0.6 * sde.T, 4), full(0.2 * sde.T, 4)
@@ -146,7 +143,7 @@ def test_the_clock_is_the_noise_over_the_scale(sde):
     torch.testing.assert_close(path.increment(x, sde, t, s), other, rtol=0, atol=1e-4)
 
 
-def test_a_sample_depends_on_its_own_seed_and_times_alone():
+def test_a_sample_depends_on_its_own_seed_and_times_only():
     sde, x = VPSDE(), torch.zeros(3, 1, 3, 5)
     t = torch.tensor([0.9, 0.5, 0.9], dtype=torch.float64)
     s = torch.tensor([0.4, 0.4999, 0.1], dtype=torch.float64)
@@ -160,7 +157,7 @@ def test_a_sample_depends_on_its_own_seed_and_times_alone():
     assert BrownianPath([5]).increment(x[:1, 0, 0, 0], sde, t[:1], s[:1]).shape == (1,)
 
 
-def test_states_larger_than_a_block():
+def test_states_may_be_larger_than_a_block():
     sde, x = VPSDE(), torch.zeros(2, 150_001, dtype=torch.float64)
     t, s = full(0.9, 2), full(0.4, 2)
     z = BrownianPath([0, 1]).increment(x, sde, t, s)
@@ -169,8 +166,8 @@ def test_states_larger_than_a_block():
     assert float(z[0, 0]) == pytest.approx(float(head), rel=1e-12)
 
 
-def test_a_start_without_data():
-    """Where alpha(T) = 0 the clock stands at infinity: the first noise is as good as any."""
+def test_a_path_may_start_without_signal():
+    """At alpha(T) = 0 the clock is infinite; the first noise is still standard normal."""
 
     class Forgetful(VPSDE):
         def marginal(self, t):
@@ -185,9 +182,9 @@ def test_a_start_without_data():
     assert abs(float((z[0] * after).mean())) < 5 / math.sqrt(8000)
 
 
-def test_all_other_draws_are_new_noise():
+def test_other_draws_are_new_noise():
     path, x = BrownianPath([3, 4]), torch.zeros(2, 5)
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    generators = [seeded(seed) for seed in (3, 4)]
     for _ in range(2):
         assert torch.equal(randn_like(x, path), randn_like(x, generators))
     start = VPSDE().prior_sample((2, 5), generator=BrownianPath([3, 4]))
@@ -198,10 +195,10 @@ def test_all_other_draws_are_new_noise():
     assert part.seeds == (4,)
 
 
-def test_without_a_path_a_move_draws_new_noise():
+def test_without_a_path_a_step_draws_new_noise():
     x, t, s = torch.zeros(2, 5), full(0.9, 2), full(0.4, 2)
-    found = step_noise(x, VPSDE(), t, s, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found, randn_like(x, torch.Generator().manual_seed(0)))
+    found = step_noise(x, VPSDE(), t, s, generator=seeded())
+    assert torch.equal(found, randn_like(x, seeded()))
     path = BrownianPath([0, 1])
     found = step_noise(x, VPSDE(), t, s, generator=path)
     assert torch.equal(found, path.increment(x, VPSDE(), t, s))
@@ -220,10 +217,10 @@ PREDICTORS = {
 
 
 def distance(sde, predictor, steps, noise, n=100):
-    """The root mean square distance of samples at N and at 2 N steps, and their spread."""
+    """Return the root mean square distance of samples at N and at 2 N steps."""
     model = GaussianMixtureModel(sde, [[-0.6, 0.0], [0.8, 0.4]], [0.5, 0.7], [0.3, 0.7])
     grid = LogSNRGrid(t_end=float(sde.time_at_log_snr(full(4.0, 1))))
-    start = sde.prior_sample((n, 2), generator=torch.Generator().manual_seed(0)).double()
+    start = sde.prior_sample((n, 2), generator=seeded()).double()
     coarse, fine = (
         PCSampler(model, predictor, steps=k, grid=grid, denoise=False)(start, generator=noise())
         for k in (steps, 2 * steps)
@@ -241,11 +238,10 @@ def test_strong_order_is_one(sde, name):
     assert math.log2(coarse / fine) == pytest.approx(1.0, abs=0.25)
 
 
-def test_without_a_path_the_distance_does_not_fall():
+def test_without_a_path_the_distance_does_not_decrease():
     generators = iter(range(10))
     coarse, fine = (
-        distance(VPSDE(), Ancestral(), n, lambda: torch.Generator().manual_seed(next(generators)))
-        for n in (16, 64)
+        distance(VPSDE(), Ancestral(), n, lambda: seeded(next(generators))) for n in (16, 64)
     )
     assert coarse > 1.0
     assert fine > 0.8 * coarse
@@ -264,12 +260,12 @@ def test_without_a_path_the_distance_does_not_fall():
         ([1 << 63], ValueError, r"seeds: expected integers below 2\^63, got 9223372036854775808"),
     ],
 )
-def test_bad_seeds(seeds, error, message):
+def test_invalid_seeds_raise(seeds, error, message):
     with pytest.raises(error, match=message):
         BrownianPath(seeds)
 
 
-def test_bad_moves():
+def test_invalid_steps_raise():
     sde, x, path = VPSDE(), torch.zeros(2, 3), BrownianPath([0, 1])
     t = full(0.5, 2)
     for s in (t, t * (1 - 1e-9), 1.1 * t):

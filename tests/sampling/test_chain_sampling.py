@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import DDIM, VESDE, VPSDE, Ancestral, PCSampler, ReverseDiffusion, StepLabel
 from diffusionkit.models import EpsModel, GaussianMixtureModel
@@ -192,10 +193,10 @@ def test_a_respaced_run_is_the_chain_of_new_betas(spec, name) -> None:
     grid = chain.respaced(spec)
     network = lambda x, noise_label: torch.cat([0.5 * x, torch.tanh(x)], 1)  # noqa: E731
     short = DDPMChain.from_alphas_bar(chain.marginal(grid.flip(0))[0] ** 2)
-    x = torch.randn((6, 3), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn((6, 3), generator=seeded(1), dtype=torch.float64)
     runs = [
         PCSampler(EpsModel(network, sde, variance="learned_range"), MOVES[name], grid=times)(
-            x, generator=torch.Generator().manual_seed(0)
+            x, generator=seeded()
         )
         for sde, times in ((chain, grid), (short, short.respaced(20)))
     ]
@@ -245,7 +246,7 @@ def test_a_learned_variance_in_other_shapes_and_dtypes() -> None:
         network = lambda x, noise_label: torch.cat([x, x], 1)  # noqa: E731
         model = EpsModel(network, chain, variance="learned_range")
         sampler = PCSampler(model, Ancestral(variance="model"), grid=chain.respaced(10))
-        x = sampler((2, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=dtype)
+        x = sampler((2, 3, 4, 4), generator=seeded(), dtype=dtype)
         assert x.dtype == dtype
         assert torch.isfinite(x).all()
 
@@ -291,7 +292,7 @@ def test_the_levels_of_smld_are_ve_on_its_papers_grid(predictor) -> None:
     network, chain = torch.nn.Hardtanh(), SMLDChain.geometric(40)
     runs = [
         PCSampler(EpsModel(lambda x, noise_label: network(x / 9), sde), predictor, grid=grid)(
-            (5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            (5, 3), generator=seeded(), dtype=torch.float64
         )
         for sde, grid in (
             (chain, chain.respaced(40)),

@@ -1,60 +1,33 @@
-"""The single-step and the stochastic DPM-Solver++."""
+"""DPM-Solver++: the single-step and the stochastic solver."""
 
 import math
 
 import pytest
 import torch
+from support import full
+from support.flow_values import Z, line_mixture
+from support.gaussian_runs import MEAN, STD, flow_error, gaussian
+from support.noise import GivenNoise
 
 from diffusionkit import (
     DDIM,
     EDMSDE,
     VPSDE,
     Ancestral,
+    DDPMChain,
     ForwardSDE,
-    GaussianMixtureModel,
     KarrasGrid,
     PCSampler,
 )
-from diffusionkit.random import NoisePath
 from diffusionkit.sampling.dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S
-
-MIXTURE = {"means": [[-1.0], [0.8]], "stds": [0.2, 0.4], "weights": [0.3, 0.7]}
-Z = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0], dtype=torch.float64).unsqueeze(1)
-MEAN, STD = 0.7, 0.4
-
-
-def mixture(sde):
-    return GaussianMixtureModel(sde, **MIXTURE)
-
-
-class Script(NoisePath):
-    """Noise that is written down: a function of the number of the step."""
-
-    def __init__(self, rows, noise):
-        self.generators, self.noise, self.steps = [torch.Generator()] * rows, noise, 0
-
-    def __len__(self):
-        return len(self.generators)
-
-    def __getitem__(self, index):
-        return self.generators[index]
-
-    def increment(self, x, sde, t, s):
-        self.steps += 1
-        return self.noise(self.steps).view_as(x)
-
-
-def ones(rows):
-    return Script(rows, lambda step: torch.ones(rows, dtype=torch.float64))
-
 
 # --- 2S --------------------------------------------------------------------------------------
 
 
-def test_2s_of_a_released_code():
-    """k-diffusion's, in 12 steps of EDM's grid."""
+def test_2s_equals_a_released_code():
+    """k-diffusion, in 12 steps of EDM's grid."""
     sampler = PCSampler(
-        mixture(EDMSDE()), DPMSolver2S(), grid=KarrasGrid(), steps=12, denoise=False
+        line_mixture(EDMSDE()), DPMSolver2S(), grid=KarrasGrid(), steps=12, denoise=False
     )
     expected = [-1.266582096426643, -0.9660685695313777, -0.05124136749463482]
     assert sampler(80 * Z).flatten()[:3].tolist() == pytest.approx(expected, abs=1e-12)
@@ -63,8 +36,8 @@ def test_2s_of_a_released_code():
 
 @pytest.mark.parametrize("r", [0.3, 0.5, 1.0])
 def test_2s_by_hand(r):
-    """Levels 2, 2^(1 - 2r), 1/2 in EDM's time, in plain numbers."""
-    model, x = mixture(EDMSDE()), 0.6
+    """At levels 2, 2^(1 - 2r) and 1/2 of EDM, in scalar arithmetic."""
+    model, x = line_mixture(EDMSDE()), 0.6
 
     def row(value):
         return torch.tensor([value], dtype=torch.float64)
@@ -81,26 +54,17 @@ def test_2s_by_hand(r):
 
 
 @pytest.mark.parametrize("r", [0.3, 0.5, 1.0])
-def test_2s_order(sde, r):
-    """On a stretch of the flow of a Gaussian, which scales with its deviation."""
-    if type(sde).__name__ == "DDPMChain":
-        pytest.skip("its log-SNR has a corner at every step of its own")
-    errors = []
-    for steps in (64, 128):
-        times = sde.time_at_log_snr(torch.linspace(-3.0, 6.0, steps + 1, dtype=torch.float64))
-        alpha, sigma = sde.marginal(times)
-        std = torch.sqrt((alpha * STD) ** 2 + sigma**2)
-        start = (alpha[0] * MEAN + 1.5 * std[0]).view(1, 1)
-        model = GaussianMixtureModel(sde, [[MEAN]], [STD])
-        x = PCSampler(model, DPMSolver2S(r), grid=times, denoise=False)(start)
-        errors.append(abs(float(x - alpha[-1] * MEAN - 1.5 * std[-1])))
-    assert errors[1] < 1e-3
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.25)
+def test_2s_is_of_order_two(sde, r):
+    if isinstance(sde, DDPMChain):
+        pytest.skip("its log-SNR has a corner at every step of the chain")
+    coarse, fine = (flow_error(sde, DPMSolver2S(r), steps) for steps in (64, 128))
+    assert fine < 1e-3
+    assert math.log2(coarse / fine) == pytest.approx(2, abs=0.25)
 
 
-def test_2s_at_times_of_each_sample(sde):
-    """Rows that end without noise take one stage beside others that take two."""
-    model = mixture(sde)
+def test_2s_takes_different_times_for_each_sample(sde):
+    """Samples that end without noise take one stage, others two."""
+    model = line_mixture(sde)
     t = torch.tensor([0.9, 0.3, 0.5], dtype=torch.float64) * sde.T
     s = torch.tensor([0.4, 0.0, 0.45], dtype=torch.float64) * sde.T
     x = torch.tensor([[0.4], [-0.9], [1.2]], dtype=torch.float64)
@@ -112,8 +76,8 @@ def test_2s_at_times_of_each_sample(sde):
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
 
 
-def test_2s_takes_one_evaluation_to_no_noise():
-    model = mixture(EDMSDE())
+def test_2s_takes_one_evaluation_to_a_time_without_noise():
+    model = line_mixture(EDMSDE())
     sampler = PCSampler(model, DPMSolver2S(), grid=KarrasGrid(to_zero=True), steps=6)
     *_, before, _, last = sampler.iterate((80 * Z).float())
     assert sampler.nfe == 11
@@ -122,17 +86,17 @@ def test_2s_takes_one_evaluation_to_no_noise():
     assert last.x.dtype == torch.float32
 
 
-class FromNothing(ForwardSDE):
-    """A process that ends with no data at all, at a log-SNR of minus infinity."""
+class ZeroSNR(ForwardSDE):
+    """A process with no signal at T, where the log-SNR is minus infinity."""
 
     def marginal(self, t):
         return 1 - t, t
 
 
-def test_2s_takes_ddims_step_from_a_start_without_data():
+def test_2s_takes_ddims_step_from_a_start_without_signal():
     grid = torch.tensor([1.0, 0.9], dtype=torch.float64)
     two, one = (
-        PCSampler(mixture(FromNothing()), p, grid=grid, denoise=False)
+        PCSampler(line_mixture(ZeroSNR()), p, grid=grid, denoise=False)
         for p in (DPMSolver2S(), DDIM())
     )
     torch.testing.assert_close(two(Z), one(Z), rtol=1e-12, atol=1e-13)
@@ -145,9 +109,9 @@ def test_2s_takes_ddims_step_from_a_start_without_data():
 @pytest.mark.parametrize("solver", ["midpoint", "heun"])
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_2m_sde_by_hand(solver, eta):
-    """Two steps with noise 1, in plain numbers, with the signs of the released code."""
+    """Two steps with noise 1, in scalar arithmetic, with the signs of the released code."""
     sde, x = VPSDE(), 0.3
-    model, path = mixture(sde), ones(2)
+    model, path = line_mixture(sde), GivenNoise(torch.ones(2).double())
     times = torch.tensor([0.7, 0.5, 0.4], dtype=torch.float64)
     l = [0.5 * float(v) for v in sde.log_snr(times)]
     (alpha, sigma) = (c.tolist() for c in sde.marginal(times))
@@ -170,40 +134,39 @@ def test_2m_sde_by_hand(solver, eta):
         torch.testing.assert_close(y, torch.full_like(y, x), rtol=1e-11, atol=1e-12)
 
 
-def test_the_first_step_is_the_ancestral_samplers(sde):
-    times = torch.tensor([0.6, 0.35], dtype=torch.float64) * sde.T
+def test_2m_sde_begins_with_an_ancestral_step(sde):
+    t, s = full(0.6 * sde.T, 2), full(0.35 * sde.T, 2)
     x = torch.tensor([[0.4], [-0.9]], dtype=torch.float64)
     found, ancestral = (
-        p.step(mixture(sde), x, times[0].expand(2), times[1].expand(2), generator=ones(2))
+        p.step(line_mixture(sde), x, t, s, generator=GivenNoise(torch.ones(2).double()))
         for p in (DPMSolver2MSDE(), Ancestral())
     )
     torch.testing.assert_close(found.mean, ancestral.mean, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(found.x, ancestral.x, rtol=1e-7, atol=1e-10)
 
 
-def test_without_noise_it_is_2m():
+def test_2m_sde_without_noise_is_2m():
     grid = KarrasGrid(to_zero=True)
     found, plain = (
-        PCSampler(mixture(EDMSDE()), p, grid=grid, steps=9)(80 * Z)
+        PCSampler(line_mixture(EDMSDE()), p, grid=grid, steps=9)(80 * Z)
         for p in (DPMSolver2MSDE(eta=0.0), DPMSolver2M())
     )
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(("eta", "solver"), [(1.0, "midpoint"), (1.0, "heun"), (0.5, "midpoint")])
-def test_weak_order_is_two(eta, solver):
-    """The law of a Gaussian after a run: the rows are its mean and what each noise adds."""
+def test_2m_sde_is_of_weak_order_two(eta, solver):
+    """On Gaussian data: the rows of the batch are the mean and the effect of each noise."""
     sde, errors = VPSDE(), []
-    model = GaussianMixtureModel(sde, [[MEAN]], [STD])
     for steps in (64, 128):
         times = sde.time_at_log_snr(torch.linspace(-3.0, 6.0, steps + 1, dtype=torch.float64))
         alpha, sigma = sde.marginal(times)
         std = torch.sqrt((alpha * STD) ** 2 + sigma**2)
         start = (alpha[0] * MEAN).expand(steps + 2, 1).clone()
         start[1] += std[0]
-        sampler = PCSampler(model, DPMSolver2MSDE(eta, solver), grid=times, denoise=False)
+        sampler = PCSampler(gaussian(sde), DPMSolver2MSDE(eta, solver), grid=times, denoise=False)
         noise = torch.eye(steps + 2, dtype=torch.float64)[1:]
-        x = sampler(start, generator=Script(steps + 2, noise.__getitem__))
+        x = sampler(start, generator=GivenNoise(noise.__getitem__, steps + 2))
         assert float(x[0]) == pytest.approx(float(alpha[-1] * MEAN), rel=1e-12)
         errors.append(abs(float((x[1:] - x[0]).square().sum().sqrt() - std[-1])))
     assert errors[1] < 3e-4
@@ -222,13 +185,13 @@ def test_weak_order_is_two(eta, solver):
         (lambda: DPMSolver2MSDE(solver="euler"), ValueError, 'solver: expected "midpoint" or "h'),
     ],
 )
-def test_bad_settings(make, error, message):
+def test_invalid_settings_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-def test_bad_times():
-    model, t = mixture(EDMSDE()), torch.tensor([1.0, 2.0])
+def test_invalid_times_raise():
+    model, t = line_mixture(EDMSDE()), torch.tensor([1.0, 2.0])
     with pytest.raises(ValueError, match=r"expected s < t, got s = \[0.5, 3.0\]"):
         DPMSolver2S().step(model, torch.ones(2, 1), t, torch.tensor([0.5, 3.0]))
-    DPMSolver2S().prepare(EDMSDE(), [t, t / 2])  # times without a known process are left alone
+    DPMSolver2S().prepare(EDMSDE(), [t, t / 2])  # does nothing for times that are not a grid's

@@ -22,7 +22,7 @@ GRIDS = [UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid]
 
 @pytest.mark.parametrize("grid", GRIDS)
 @given(steps=st.integers(1, 50))
-def test_grids_decrease_from_end_to_end(sde, grid, steps):
+def test_grids_decrease_from_T_to_t_stop(sde, grid, steps):
     times = grid()(sde, steps)
     assert times.shape == (steps + 1,)
     assert times.dtype == torch.float64
@@ -39,14 +39,14 @@ def test_to_zero_appends_zero(sde, grid):
     assert float(times[-2]) == sde.t_stop
 
 
-def test_where_samplers_stop_by_default():
+def test_default_stopping_times():
     """Song et al. 2021: 1e-3 for VP and sub-VP, 1e-5 for VE."""
     assert VPSDE().t_stop == 1e-3
     assert VESDE().t_stop == 1e-5
     assert EDMSDE().t_stop == 0.002
 
 
-def test_spacings():
+def test_spacings_of_the_grids():
     t = QuadraticGrid(t_end=0.04)(VPSDE(), 4)
     torch.testing.assert_close(t, torch.tensor([1.0, 0.64, 0.36, 0.16, 0.04]).double())
     t = UniformGrid(t_end=0.2)(VPSDE(), 4)
@@ -73,14 +73,14 @@ def test_karras_grid_of_the_paper():
     torch.testing.assert_close(t, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
 
 
-def test_karras_grid_of_other_processes(sde):
+def test_karras_grids_of_other_processes(sde):
     """Equally spaced in (sigma / alpha)^(1 / rho)."""
     alpha, sigma = sde.marginal(KarrasGrid(rho=3.0)(sde, 30))
     gaps = (sigma / alpha).pow(1 / 3).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps), rtol=1e-6, atol=0)
 
 
-def test_the_users_own_grid(mixture):
+def test_grids_given_as_times_or_callables(mixture):
     times = torch.tensor([0.9, 0.5, 0.1]) * mixture.sde.T
     sampler = PCSampler(mixture, DDIM(), grid=times)
     assert sampler.times.tolist() == times.double().tolist()
@@ -89,12 +89,14 @@ def test_the_users_own_grid(mixture):
     assert len(sampler.times) == 8
 
 
-def test_a_rule_that_is_infinite_at_the_end_says_so():
-    with pytest.raises(ValueError, match="expected an end at which the rule is finite"):
+def test_a_rule_that_is_infinite_at_the_end_raises():
+    with pytest.raises(
+        ValueError, match="t_end: expected a time at which LogSNRGrid is finite, got 0"
+    ):
         LogSNRGrid(t_end=0.0)(VPSDE(), 5)
 
 
-def test_the_levels_of_any_chain_are_a_grid() -> None:
+def test_a_chain_grid_has_the_levels_of_the_chain() -> None:
     chain = SMLDChain.geometric(10, sigma_min=0.01, sigma_max=50.0)
     times = ChainGrid(chain)(EDMSDE(sigma_max=60.0), 9)
     assert torch.allclose(times, chain.marginal(chain.respaced(10))[1])

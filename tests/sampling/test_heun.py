@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from support import seeded
+from support.flow_values import AT_SIGMA_MIN, AT_ZERO, Z, line_mixture, rms
+from support.gaussian_runs import MEAN, STD, flow_error, gaussian
 
 from diffusionkit import (
     DDIM,
@@ -12,7 +15,6 @@ from diffusionkit import (
     VPSDE,
     DDPMChain,
     ForwardSDE,
-    GaussianMixtureModel,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
@@ -22,19 +24,8 @@ from diffusionkit import (
 from diffusionkit.sampling.grids import ChainGrid
 from diffusionkit.sampling.heun import Euler, Heun
 
-# A mixture on the line and its flow from 80 to .002 and to 0, in float64 and 60 digits by
-# independent code: the flow keeps quantiles.
-MIXTURE = {"means": [[-1.0], [0.8]], "stds": [0.2, 0.4], "weights": [0.3, 0.7]}
-Z = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0], dtype=torch.float64).unsqueeze(1)
-AT_SIGMA_MIN = [
-    -1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
-    0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523,
-]  # fmt: skip
-AT_ZERO = [
-    -1.2875209290661334, -0.9868180353910213, -0.12202563868394595, 0.5004659560005499,
-    0.6358488559567478, 0.8579349900321945, 1.0984481562452975, 1.536669779593259,
-]  # fmt: skip
-# Root mean square errors on Karras grids: at .002 after N steps, and at 0 after N - 1 and 1.
+# Root mean square errors of an independent solver on Karras grids: at .002 after N steps, and at 0
+# after N - 1 and 1.
 ERRORS = {
     ("euler", 8): (0.1792685698314777, 0.21614000036201284),
     ("euler", 32): (0.05523159033831958, 0.056624581397870515),
@@ -43,28 +34,22 @@ ERRORS = {
     ("heun", 32): (0.010428209583192702, 0.01107403799671851),
     ("heun", 128): (0.0007238284156392212, 0.0007290173354123965),
 }
-# The same on a grid even in log(sigma), without the step to 0.
+# The same on a grid uniform in log(sigma), without the step to 0.
 LOG_UNIFORM = {8: 0.24754152181125155, 32: 0.014201965196610444, 128: 0.0009013896575982782}
 
 
-def mixture(sde):
-    return GaussianMixtureModel(sde, **MIXTURE)
-
-
 def run(predictor, grid, steps, sde=None, start=None):
-    """The states after a run without the last denoise, and the number of evaluations."""
-    sampler = PCSampler(mixture(sde or EDMSDE()), predictor, grid=grid, steps=steps, denoise=False)
+    """Return the states after a run without denoising, and the number of evaluations."""
+    sampler = PCSampler(
+        line_mixture(sde or EDMSDE()), predictor, grid=grid, steps=steps, denoise=False
+    )
     if start is None:
         start = Z * sampler.model.sde.marginal(sampler.times[:1])[1]
     return sampler(start).squeeze(1), sampler.nfe
 
 
-def rms(x, exact):
-    return float((x - torch.tensor(exact, dtype=torch.float64)).square().mean().sqrt())
-
-
 @pytest.mark.parametrize(("name", "steps"), ERRORS)
-def test_errors_of_an_independent_solver(name, steps):
+def test_errors_equal_those_of_an_independent_solver(name, steps):
     predictor = Euler() if name == "euler" else Heun()
     found = rms(run(predictor, KarrasGrid(), steps)[0], AT_SIGMA_MIN)
     to_zero = rms(run(predictor, KarrasGrid(to_zero=True), steps)[0], AT_ZERO)
@@ -72,13 +57,13 @@ def test_errors_of_an_independent_solver(name, steps):
 
 
 @pytest.mark.parametrize("steps", LOG_UNIFORM)
-def test_errors_on_a_log_uniform_grid(steps):
+def test_errors_on_a_log_uniform_grid_equal_those_of_an_independent_solver(steps):
     found = rms(run(Heun(), LogSNRGrid(), steps)[0], AT_SIGMA_MIN)
     assert found == pytest.approx(LOG_UNIFORM[steps], rel=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
-def test_algorithm_1(dtype, tolerance):
+def test_heun_is_algorithm_1_of_edm(dtype, tolerance):
     x, nfe = run(Heun(), KarrasGrid(to_zero=True), 18, start=(80 * Z).to(dtype))
     expected = [
         -1.325992869514037, -1.0193396638236978, -0.17358538115826866, 0.5096465992553908,
@@ -112,7 +97,7 @@ TO_ZERO = {"to_zero": True}
 CHAIN = ChainGrid(DDPMChain.cosine(1000), **TO_ZERO)
 
 
-# What the released code of the paper makes of Z[:3] with this mixture's denoiser, in 32 steps.
+# Results of the paper's released code from Z[:3] with this mixture's denoiser, in 32 steps.
 @pytest.mark.parametrize(
     ("sde", "predictor", "grid", "expected"),
     [
@@ -131,36 +116,18 @@ CHAIN = ChainGrid(DDPMChain.cosine(1000), **TO_ZERO)
     ],
     ids=["vp", "vp-euler", "vp-unscaled", "ve", "ve-euler", "iddpm"],
 )  # fmt: skip
-def test_the_rows_of_the_ablation(sde, predictor, grid, expected):
+def test_every_row_of_edms_ablation(sde, predictor, grid, expected):
     x, nfe = run(predictor, grid, 32, sde)
     assert x[:3].tolist() == pytest.approx(expected, abs=5e-7)
     assert nfe == (63 if isinstance(predictor, Heun) else 32)
 
 
-def test_another_second_stage():
-    """The released code at alpha = 1.1, in 18 steps."""
+def test_a_second_stage_beyond_the_step_equals_the_released_code():
+    """At alpha = 1.1, in 18 steps."""
     x, nfe = run(Heun(alpha=1.1), KarrasGrid(to_zero=True), 18)
     expected = [-1.3369651069870858, -1.0285224442099713, -0.18447520588423252]
     assert x[:3].tolist() == pytest.approx(expected, abs=1e-8)
     assert nfe == 35
-
-
-MEAN, STD = 0.7, 0.4
-
-
-def gaussian(sde):
-    return GaussianMixtureModel(sde, [[MEAN]], [STD])
-
-
-def flow_error(sde, predictor, steps):
-    """The error after a stretch of the flow of a Gaussian, which scales with its deviation."""
-    l = torch.linspace(-3.0, 6.0, steps + 1, dtype=torch.float64)
-    times = sde.time_at_log_snr(l)
-    alpha, sigma = sde.marginal(times)
-    std = torch.sqrt((alpha * STD) ** 2 + sigma**2)
-    start = (alpha[0] * MEAN + 1.5 * std[0]).view(1, 1)
-    sampler = PCSampler(gaussian(sde), predictor, grid=times, denoise=False)
-    return abs(float(sampler(start) - alpha[-1] * MEAN - 1.5 * std[-1]))
 
 
 @pytest.mark.parametrize(
@@ -168,25 +135,25 @@ def flow_error(sde, predictor, steps):
     [(Euler(), 1), (Heun(), 2), (Heun(alpha=0.6), 2), (Heun(alpha=1.1), 2)],
     ids=["euler", "1", "0.6", "1.1"],
 )
-def test_order(sde, predictor, order):
+def test_order_of_convergence(sde, predictor, order):
     if isinstance(sde, DDPMChain):
-        pytest.skip("its drift jumps at every step of its own")
+        pytest.skip("its drift is discontinuous at every step of the chain")
     coarse, fine = (flow_error(sde, predictor, n) for n in (128, 256))
     assert fine < 0.02
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
-def test_euler_is_ddim_where_time_is_the_noise():
+def test_euler_is_ddim_where_time_is_the_noise_level():
     t, s = torch.tensor([3.0, 0.5]).double(), torch.tensor([0.2, 0.0]).double()
     x = torch.tensor([[0.3], [-0.8]], dtype=torch.float64)
-    model = mixture(EDMSDE())
+    model = line_mixture(EDMSDE())
     ours, ddim = (p.step(model, x, t, s).x for p in (Euler(), DDIM()))
     torch.testing.assert_close(ours, ddim, rtol=1e-12, atol=1e-14)
 
 
 def test_each_sample_has_its_own_times(sde):
     """Rows that end without noise take an Euler step beside others that do not."""
-    model = mixture(sde)
+    model = line_mixture(sde)
     t = torch.tensor([0.9, 0.3, 0.5], dtype=torch.float64) * sde.T
     s = torch.tensor([0.4, 0.0, 0.45], dtype=torch.float64) * sde.T
     x = torch.tensor([[0.4], [-0.9], [1.2]], dtype=torch.float64)
@@ -205,12 +172,12 @@ def test_each_sample_has_its_own_times(sde):
         (Heun(alpha=0.5), EDMSDE(), 2),  # the midpoint has noise
         (Heun(alpha=1.1), EDMSDE(), 1),
         (Heun(), VESDE(), 2),  # there is noise at time 0
-        (Heun(alpha=1.1), VESDE(), 1),  # below time 0 there is nothing
+        (Heun(alpha=1.1), VESDE(), 1),  # its second stage would be below time 0
     ],
 )
 def test_evaluations_of_the_step_to_zero(predictor, sde, evaluations):
     grid = torch.tensor([0.1, 0.0])
-    sampler = PCSampler(mixture(sde), predictor, grid=grid, denoise=False)
+    sampler = PCSampler(line_mixture(sde), predictor, grid=grid, denoise=False)
     x = sampler(torch.ones(2, 1))
     assert sampler.nfe == evaluations
     assert torch.isfinite(x).all()
@@ -219,13 +186,9 @@ def test_evaluations_of_the_step_to_zero(predictor, sde, evaluations):
 # --- churn -----------------------------------------------------------------------------------
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def churned(sde, times, k, predictor, x):
-    """The k-th step of a run, from a state x."""
-    sampler = PCSampler(mixture(sde), predictor, grid=times, denoise=False)
+    """Return the k-th step of a run, from a state x."""
+    sampler = PCSampler(line_mixture(sde), predictor, grid=times, denoise=False)
     steps = []
 
     class Watch(Heun):
@@ -260,21 +223,21 @@ def test_churn_raises_the_noise_and_then_steps(sde, churn, gamma):
     z = torch.randn((2, 1), generator=seeded(), dtype=torch.float64)
     noise = alpha_hat * math.sqrt(raised**2 - ratio**2) * 1.1
     start = alpha_hat / alpha * x + noise * z
-    expected = Heun().step(mixture(sde), start, t_hat, times[2].expand(2)).x
+    expected = Heun().step(line_mixture(sde), start, t_hat, times[2].expand(2)).x
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("bounds", [{"s_min": 1e9}, {"s_max": 1e-9}])
-def test_a_step_out_of_bounds_is_a_plain_step(sde, bounds):
+def test_a_step_outside_the_churn_bounds_adds_no_noise(sde, bounds):
     times = torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64) * sde.T
     x = torch.tensor([[0.4], [-0.9]], dtype=torch.float64)
     found = churned(sde, times, 1, Heun(churn=2.0, **bounds), x)
-    plain = Heun().step(mixture(sde), x, times[1].expand(2), times[2].expand(2)).x
+    plain = Heun().step(line_mixture(sde), x, times[1].expand(2), times[2].expand(2)).x
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-14)
 
 
-def test_the_noise_is_not_raised_beyond_the_first_time():
-    """The first step of a run from T has no new noise, and no time lies above T."""
+def test_churn_does_not_raise_the_noise_above_that_of_T():
+    """The first step of a run from T adds no noise, and no time is above T."""
     seen = []
 
     class Watch(EDMSDE):
@@ -286,17 +249,19 @@ def test_the_noise_is_not_raised_beyond_the_first_time():
     predictor = Heun(churn=60.0)
     x = torch.full((2, 1), 40.0, dtype=torch.float64)
     found = churned(Watch(), times, 0, predictor, x)
-    plain = Heun().step(mixture(EDMSDE()), x, times[0].expand(2), times[1].expand(2)).x
+    plain = Heun().step(line_mixture(EDMSDE()), x, times[0].expand(2), times[1].expand(2)).x
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
     assert max(seen) == 80.0
 
 
-def test_noise_is_drawn_within_its_bounds_only():
-    """18 steps of which those at .229 ... 19.4, both inclusive, are given noise."""
+def test_churn_draws_noise_within_its_bounds_only():
+    """Of 18 steps, those at levels from .229 to 19.4, both included."""
 
     def drawn(predictor):
         generator = seeded()
-        sampler = PCSampler(mixture(EDMSDE()), predictor, grid=KarrasGrid(to_zero=True), steps=18)
+        sampler = PCSampler(
+            line_mixture(EDMSDE()), predictor, grid=KarrasGrid(to_zero=True), steps=18
+        )
         sampler(80 * Z, generator=generator)
         count, other = 0, seeded()
         while not torch.equal(other.get_state(), generator.get_state()):
@@ -313,8 +278,8 @@ def test_noise_is_drawn_within_its_bounds_only():
 
 
 @pytest.mark.parametrize("sde", [EDMSDE(), VPSDE()], ids=["edm", "vp"])
-def test_churn_keeps_the_law(sde):
-    """Data of standard deviation .4, 20000 of them: its standard error is .5%."""
+def test_churn_does_not_change_the_distribution(sde):
+    """20000 samples of standard deviation .4, with a standard error of .5%."""
     model, n = gaussian(sde), 20_000
     for predictor, low, high in (
         (Heun(churn=30.0), 0.98, 1.02),
@@ -326,18 +291,19 @@ def test_churn_keeps_the_law(sde):
         assert float(x.mean()) == pytest.approx(MEAN, abs=4 * 0.45 / math.sqrt(n))
 
 
-def test_one_generator_for_each_sample():
-    sampler = PCSampler(mixture(EDMSDE()), Heun(churn=20.0), grid=KarrasGrid(to_zero=True), steps=8)
+def test_churn_takes_one_generator_for_each_sample():
+    sampler = PCSampler(
+        line_mixture(EDMSDE()), Heun(churn=20.0), grid=KarrasGrid(to_zero=True), steps=8
+    )
     together = sampler((3, 1), generator=[seeded(i) for i in range(3)])
     torch.testing.assert_close(together[1:2], sampler((1, 1), generator=[seeded(1)]))
 
 
-def test_churn_asks_for_the_number_of_steps():
+def test_churn_outside_a_samplers_run_raises():
     t, s = torch.tensor([2.0]), torch.tensor([1.0])
-    with pytest.raises(ValueError, match=r"churn: expected a step of a sampler.*churn = 5\.0"):
-        Heun(churn=5.0).step(mixture(EDMSDE()), torch.ones(1, 1), t, s)
-    # Times without a known process are left alone.
-    Heun(churn=5.0).prepare(EDMSDE(), [t, s])
+    with pytest.raises(ValueError, match=r"churn: expected a sampler's step.*churn = 5\.0"):
+        Heun(churn=5.0).step(line_mixture(EDMSDE()), torch.ones(1, 1), t, s)
+    Heun(churn=5.0).prepare(EDMSDE(), [t, s])  # does nothing for times that are not a grid's
 
 
 @pytest.mark.parametrize(
@@ -354,13 +320,13 @@ def test_churn_asks_for_the_number_of_steps():
         ({"s_noise": 0.0}, ValueError, "s_noise: expected a finite number > 0, got 0.0"),
     ],
 )
-def test_bad_settings(options, error, message):
+def test_invalid_settings_raise(options, error, message):
     with pytest.raises(error, match=message):
         Heun(**options)
 
 
-def test_bad_times():
-    model, x = mixture(EDMSDE()), torch.ones(2, 1)
+def test_invalid_times_raise():
+    model, x = line_mixture(EDMSDE()), torch.ones(2, 1)
     t = torch.tensor([1.0, 2.0])
     with pytest.raises(ValueError, match=r"expected s < t, got s = \[0.5, 3.0\]"):
         Heun().step(model, x, t, torch.tensor([0.5, 3.0]))
@@ -375,6 +341,6 @@ def test_gradients_flow_through_a_step():
     model = X0Model(lambda x, noise_label: scale * x, EDMSDE())
     t, s = torch.tensor([2.0]).double(), torch.tensor([1.0]).double()
     Heun().step(model, torch.ones(1, 1).double(), t, s).x.sum().backward()
-    # d = x / 4 at 2, x' = 3/4, d' = 3/8: x_s = 1 - (1/4 + 3/8) / 2, and so on in scale.
+    # d = x / 4 at 2, x' = 3/4, d' = 3/8: x_s = 1 - (1/4 + 3/8) / 2, differentiated in scale.
     u = 1 - 0.5
     assert float(scale.grad) == pytest.approx(0.25 + 0.5 * (1 - 0.5 * u) - 0.25 * u, rel=1e-6)

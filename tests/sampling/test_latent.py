@@ -1,4 +1,4 @@
-"""Latent codes: paths between them, and their temperature."""
+"""Latent codes: interpolation, and temperature."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 
 from diffusionkit import (
     EDMSDE,
@@ -29,12 +30,12 @@ def on_circle(degrees, radius=1.0):
 
 
 @pytest.mark.parametrize("weight", [-0.5, 0.0, 0.25, 1.0, 1.5])
-def test_slerp_goes_along_the_circle(weight):
+def test_slerp_follows_the_circle(weight):
     point = slerp(on_circle(20), on_circle(80), weight)
     torch.testing.assert_close(point, on_circle(20 + 60 * weight), rtol=0, atol=1e-14)
 
 
-def test_slerp_of_different_lengths():
+def test_slerp_of_vectors_of_different_lengths():
     """sin(30 deg) / sin(60 deg) = 1 / sqrt(3) of each."""
     point = slerp(on_circle(0, 2.0), on_circle(60, 5.0), 0.5)
     expected = (on_circle(0, 2.0) + on_circle(60, 5.0)) / math.sqrt(3)
@@ -46,8 +47,8 @@ def test_slerp_of_different_lengths():
     shape=st.sampled_from([(3, 2), (2, 1, 4, 4), (4, 5, 3)]),
     weight=st.floats(0.05, 0.95),
 )
-def test_slerp_keeps_the_length_and_divides_the_path(seed, shape, weight):
-    generator = torch.Generator().manual_seed(seed)
+def test_slerp_keeps_the_length_and_divides_the_arc(seed, shape, weight):
+    generator = seeded(seed)
     a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     a, b = (z / torch.linalg.vector_norm(z.flatten(1), dim=1).view(-1, *(1,) * (z.ndim - 1))
             for z in (a, b))  # fmt: skip
@@ -59,7 +60,7 @@ def test_slerp_keeps_the_length_and_divides_the_path(seed, shape, weight):
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-12, 1e-5])
-def test_slerp_of_neighbours_is_a_straight_line(gap):
+def test_slerp_of_nearby_codes_is_linear(gap):
     a = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
     b = a + gap * torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
     torch.testing.assert_close(slerp(a, b, 0.3), a + 0.3 * (b - a), rtol=0, atol=1e-10)
@@ -73,12 +74,12 @@ def test_slerp_has_one_angle_and_one_weight_for_each_sample():
     torch.testing.assert_close(point, torch.cat([on_circle(45), on_circle(30)]).float())
 
 
-def test_slerp_refuses():
+def test_invalid_codes_raise():
     a = torch.ones(2, 3)
     for b, weight, message in (
         (torch.ones(3, 3), 0.5, r"b: expected the shape of a, \(2, 3\), got \(3, 3\)"),
-        (-a, 0.5, "neither zero nor opposite"),
-        (0 * a, 0.5, "neither zero nor opposite"),
+        (-a, 0.5, "a, b: expected codes that are not zero"),
+        (0 * a, 0.5, "a, b: expected codes that are not zero"),
         (torch.full((2, 3), math.nan), 0.5, "b: expected finite values"),
         (a, math.nan, "weight: expected finite values"),
         (a, torch.tensor([0.5, math.inf]), "weight: expected finite values, got 1"),
@@ -92,13 +93,10 @@ def test_slerp_refuses():
 
 @pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
 def test_temperature_scales_samples_of_gaussian_data(sde):
-    """The flow of centred Gaussian data is linear."""
+    """The flow of centered Gaussian data is linear."""
     model = GaussianMixtureModel(sde, torch.zeros(1, 3), [0.5])
     flow = ProbabilityFlow(model)
-    full, half = (
-        flow.sample((5, 3), temperature=tau, generator=torch.Generator().manual_seed(0))
-        for tau in (1.0, 0.5)
-    )
+    full, half = (flow.sample((5, 3), temperature=tau, generator=seeded()) for tau in (1.0, 0.5))
     torch.testing.assert_close(half, 0.5 * full, rtol=1e-3, atol=1e-4)
     for tau in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
@@ -109,21 +107,21 @@ def test_temperature_scales_samples_of_gaussian_data(sde):
 def test_interpolation_of_gaussian_data_is_slerp(sde):
     model = GaussianMixtureModel(sde, torch.zeros(1, 4), [0.5])
     flow = ProbabilityFlow(model)
-    x, y = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)).mul(0.5)
+    x, y = torch.randn(2, 3, 4, generator=seeded(1)).mul(0.5)
     path = flow.interpolate(x, y, steps=5)
     assert path.shape == (5, 3, 4)
     for k in range(5):
         torch.testing.assert_close(path[k], slerp(x, y, k / 4), rtol=1e-3, atol=1e-3)
     used = flow.nfe
     codes = flow.encode(torch.cat([x, y]))
-    way_up = flow.nfe
+    encoding = flow.nfe
     flow.decode(slerp(codes[:3].repeat(5, 1), codes[3:].repeat(5, 1), torch.arange(5)
                       .repeat_interleave(3) / 4))  # fmt: skip
-    assert used == way_up + flow.nfe  # both ways are counted
+    assert used == encoding + flow.nfe
 
 
 class Shifted(ScoreModel):
-    """Gaussian data around a mean that is a condition, one for each sample."""
+    """Gaussian data whose mean is a condition, one for each sample."""
 
     def __init__(self):
         super().__init__()
@@ -137,11 +135,10 @@ class Shifted(ScoreModel):
         return self.inner.predict(x - alpha * mean, t)
 
 
-def test_conditions_of_an_interpolation():
-    """Each point of a path is decoded with the conditions of its own sample."""
+def test_interpolation_uses_the_conditions_of_each_sample():
     flow = ProbabilityFlow(Shifted())
     mean = torch.tensor([[0.0, 0.0], [3.0, -2.0]])
-    x, y = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(1)).mul(0.5)
+    x, y = torch.randn(2, 2, 2, generator=seeded(1)).mul(0.5)
     plain = flow.interpolate(x, y, steps=3, mean=torch.zeros(2, 2))
     alone = [
         flow.interpolate(
@@ -154,14 +151,14 @@ def test_conditions_of_an_interpolation():
     assert not torch.allclose(both[1, 1], plain[1, 1], atol=0.01)
 
 
-def test_conditions_may_have_the_names_of_the_ends():
+def test_a_condition_may_be_called_y():
     model = EpsModel(lambda x, noise_label, y: torch.tanh(x), VPSDE())
     x, z = torch.tensor([[[0.9, 0.1]], [[-1.1, 0.2]]])
     path = ProbabilityFlow(model).interpolate(x, z, 3, y=torch.tensor([1]))
     torch.testing.assert_close(path[2], z, rtol=0, atol=1e-2)
 
 
-def test_interpolation_refuses():
+def test_invalid_interpolations_raise():
     flow = ProbabilityFlow(GaussianMixtureModel(VPSDE(), torch.zeros(1, 4), [0.5]))
     with pytest.raises(ValueError, match="steps: expected an integer >= 2, got 1"):
         flow.interpolate(torch.ones(1, 4), torch.zeros(1, 4), steps=1)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support.flow_values import AT_SIGMA_MIN, AT_ZERO, Z, line_mixture, rms
 
 from diffusionkit import (
     DDIM,
@@ -12,7 +13,6 @@ from diffusionkit import (
     VESDE,
     VPSDE,
     ForwardSDE,
-    GaussianMixtureModel,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
@@ -23,19 +23,8 @@ from diffusionkit.sampling.adams import DEIS, LMS
 from diffusionkit.sampling.dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver3M
 from diffusionkit.sampling.unipc import UniPC
 
-# A mixture on the line and its flow from 80 to .002 and to 0: the flow keeps quantiles.
-MIXTURE = {"means": [[-1.0], [0.8]], "stds": [0.2, 0.4], "weights": [0.3, 0.7]}
-Z = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0], dtype=torch.float64).unsqueeze(1)
-AT_SIGMA_MIN = [
-    -1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
-    0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523,
-]  # fmt: skip
-AT_ZERO = [
-    -1.2875209290661334, -0.9868180353910213, -0.12202563868394595, 0.5004659560005499,
-    0.6358488559567478, 0.8579349900321945, 1.0984481562452975, 1.536669779593259,
-]  # fmt: skip
 # Root mean square errors of an independent solver: after N steps at .002 on a Karras grid, at 0
-# after N - 1 steps of it and one, and at .002 on a grid even in log(sigma).
+# after N - 1 steps of it and one, and at .002 on a grid uniform in log(sigma).
 ERRORS = {
     ("2m", 8): (0.19359490783053915, 0.2216571863391684, 0.09373507654347772),
     ("2m", 64): (0.0024505241320425942, 0.0025157473212403373, 0.0011883245215490688),
@@ -66,37 +55,29 @@ def solver(request):
     return SOLVERS[request.param]
 
 
-def mixture(sde):
-    return GaussianMixtureModel(sde, **MIXTURE)
-
-
 def run(predictor, grid, steps=None, sde=None, start=80 * Z):
-    """The states after a run without the last denoise, and the number of evaluations."""
-    model = mixture(sde or EDMSDE())
+    """Return the states after a run without denoising, and the number of evaluations."""
+    model = line_mixture(sde or EDMSDE())
     sampler = PCSampler(model, predictor, grid=grid, steps=steps or 1, denoise=False)
     return sampler(start).squeeze(1), sampler.nfe
 
 
-def rms(x, exact):
-    return float((x - torch.tensor(exact, dtype=torch.float64)).square().mean().sqrt())
-
-
 def levels(steps, sde=None):
-    """Times of levels even in log(sigma / alpha), from 80 to .002."""
+    """Return times equally spaced in log(sigma / alpha), from 80 to .002."""
     l = torch.linspace(-math.log(80), -math.log(0.002), steps + 1, dtype=torch.float64)
     return (sde or EDMSDE()).time_at_log_snr(2 * l)
 
 
 @pytest.mark.parametrize(("name", "steps"), ERRORS)
-def test_errors_of_an_independent_solver(name, steps):
+def test_errors_equal_those_of_an_independent_solver(name, steps):
     grids = (KarrasGrid(), KarrasGrid(to_zero=True), LogSNRGrid())
     ends = (AT_SIGMA_MIN, AT_ZERO, AT_SIGMA_MIN)
     found = [rms(run(SOLVERS[name], g, steps)[0], e) for g, e in zip(grids, ends, strict=True)]
     assert found == pytest.approx(ERRORS[name, steps], rel=1e-10)
 
 
-# What the released codes make of the first three states in 12 steps: UniPC's on a VP process to
-# t = .01 on a grid even in log-SNR, k-diffusion's LMS on EDM's.
+# Results of released codes for the first three states in 12 steps: UniPC's for VP on a grid uniform
+# in log-SNR to t = .01, k-diffusion's LMS on EDM's grid.
 @pytest.mark.parametrize(
     ("predictor", "expected"),
     [
@@ -107,7 +88,7 @@ def test_errors_of_an_independent_solver(name, steps):
         (LMS(4), [-1.2398608810560825, -0.9482218111769339, -0.011962892827668195]),
     ],
 )
-def test_released_codes(predictor, expected):
+def test_states_equal_those_of_released_codes(predictor, expected):
     if isinstance(predictor, LMS):
         x, nfe = run(predictor, KarrasGrid(), 12)
     else:
@@ -118,8 +99,8 @@ def test_released_codes(predictor, expected):
     assert nfe == 12
 
 
-# UniPC's corrector adds one to its order. The fourth order is seen before the errors of the first
-# steps are, which are of lower order and small where the noise hides the data.
+# UniPC's corrector adds one to its order. The fourth order shows until the errors of the first
+# steps dominate, which are of lower order and small near T.
 @pytest.mark.parametrize(
     ("name", "steps", "order"),
     [
@@ -137,15 +118,15 @@ def test_released_codes(predictor, expected):
         ("lms 4", 160, 4),
     ],
 )
-def test_order(name, steps, order):
+def test_order_of_convergence(name, steps, order):
     coarse, fine = (rms(run(SOLVERS[name], levels(n))[0], AT_SIGMA_MIN) for n in (steps, 2 * steps))
     assert fine < 1e-4
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])
-def test_order_in_the_time_of_a_process(order):
-    """To the same level as above, in the time of a VP process."""
+def test_order_of_polynomials_in_the_time_of_a_process(order):
+    """To the same noise level, in the time of VP."""
     sde, errors = VPSDE(), []
     for steps in (320, 640):
         times = levels(steps, sde)
@@ -159,8 +140,8 @@ def test_order_in_the_time_of_a_process(order):
     "sde", [VPSDE(), SubVPSDE(), VESDE(sigma_min=0.002, sigma_max=80.0)], ids=["vp", "subvp", "ve"]
 )
 @pytest.mark.parametrize("name", [n for n in SOLVERS if n != "deis time"])
-def test_all_processes_are_one_equation(sde, name):
-    """In x / alpha and sigma / alpha, each is EDM's."""
+def test_solvers_do_not_depend_on_the_process(sde, name):
+    """In x / alpha and sigma / alpha, each process is EDM's."""
     times = levels(10, sde)
     alpha, sigma = sde.marginal(times[[0, -1]])
     x, _ = run(SOLVERS[name], times, sde=sde, start=Z * sigma[0])
@@ -169,13 +150,13 @@ def test_all_processes_are_one_equation(sde, name):
     )
 
 
-def test_tab_is_lms_where_time_is_the_noise():
+def test_tab_is_lms_where_time_is_the_noise_level():
     tab, lms = (run(p, KarrasGrid(), 9)[0] for p in (DEIS(4, "time"), LMS(4)))
     torch.testing.assert_close(tab, lms, rtol=1e-9, atol=1e-12)
 
 
-def test_ten_times_the_accuracy_of_ddim():
-    """At 20 evaluations; DDIM's error is .08."""
+def test_deis_is_ten_times_as_accurate_as_ddim():
+    """In 20 evaluations; DDIM's error is .08."""
     for sde in (EDMSDE(), VPSDE()):
         errors = []
         for predictor in (DDIM(), DEIS(3)):
@@ -188,8 +169,8 @@ def test_ten_times_the_accuracy_of_ddim():
 
 
 def test_each_sample_has_its_own_times(sde, solver):
-    """Rows that end without noise beside others that do not, in a loop of one's own."""
-    model = mixture(sde)
+    """In a user's loop, where one sample ends without noise."""
+    model = line_mixture(sde)
     times = sde.T * torch.tensor(
         [[0.9, 0.7, 0.4, 0.3, 0.0], [0.8, 0.75, 0.5, 0.1, 0.05], [0.5, 0.4, 0.33, 0.2, 0.19]],
         dtype=torch.float64,
@@ -205,9 +186,9 @@ def test_each_sample_has_its_own_times(sde, solver):
         torch.testing.assert_close(x[i : i + 1], alone, rtol=1e-8, atol=1e-9)
 
 
-def test_the_step_to_no_noise_is_the_prediction(solver):
+def test_the_step_to_zero_noise_is_the_predicted_data(solver):
     """With the memory full, in float32."""
-    model = mixture(EDMSDE())
+    model = line_mixture(EDMSDE())
     sampler = PCSampler(model, solver, grid=KarrasGrid(to_zero=True), steps=8)
     *_, before, _, last = sampler.iterate((80 * Z).float())
     assert before.step == 7
@@ -219,8 +200,8 @@ def test_the_step_to_no_noise_is_the_prediction(solver):
     torch.testing.assert_close(last.x.squeeze(1).double(), double, rtol=1e-3, atol=1e-3)
 
 
-class FromNothing(ForwardSDE):
-    """A process that ends with no data at all, at a log-SNR of minus infinity."""
+class ZeroSNR(ForwardSDE):
+    """A process with no signal at T, where the log-SNR is minus infinity."""
 
     def marginal(self, t):
         return 1 - t, t
@@ -229,15 +210,15 @@ class FromNothing(ForwardSDE):
         return torch.sigmoid(-0.5 * log_snr)
 
 
-def test_a_start_without_data(solver):
-    """What the data's law has below it is what the normal law has below -2."""
-    x, _ = run(solver, UniformGrid(t_end=1e-3), 100, FromNothing(), Z)
+def test_a_run_may_start_without_signal(solver):
+    """The flow maps the normal distribution's quantile at -2 to the data's."""
+    x, _ = run(solver, UniformGrid(t_end=1e-3), 100, ZeroSNR(), Z)
     assert float(x[0] / 0.999) == pytest.approx(-1.2867335345, abs=0.02)
     assert torch.isfinite(x).all()
 
 
-def test_without_memory_a_step_is_ddims(solver):
-    """A run whose memory is lost half way is two runs."""
+def test_a_step_without_memory_is_ddims(solver):
+    """A run that loses its memory midway equals two runs."""
     times = levels(8)
 
     class Forgetful(type(solver)):
@@ -252,25 +233,25 @@ def test_without_memory_a_step_is_ddims(solver):
     rest, _ = run(solver, times[3:], start=half.unsqueeze(1))
     torch.testing.assert_close(found, rest, rtol=1e-12, atol=1e-13)
     t, s = times[2].expand(8), times[3].expand(8)
-    model = mixture(EDMSDE())
+    model = line_mixture(EDMSDE())
     first, ddim = (p.step(model, Z, t, s).x for p in (solver, DDIM()))
     torch.testing.assert_close(first, ddim, rtol=1e-12, atol=1e-13)
 
 
-def test_a_grid_of_one_step_is_refused(solver):
+def test_a_grid_of_one_step_raises(solver):
     with pytest.raises(ValueError, match=r"grid: expected at least 2 steps for \w+.*, got 1"):
-        PCSampler(mixture(EDMSDE()), solver, grid=torch.tensor([1.0, 0.5]))
+        PCSampler(line_mixture(EDMSDE()), solver, grid=torch.tensor([1.0, 0.5]))
 
 
-def test_bad_times_and_states(solver):
-    model, x = mixture(EDMSDE()), torch.ones(2, 1)
+def test_invalid_times_and_states_raise(solver):
+    model, x = line_mixture(EDMSDE()), torch.ones(2, 1)
     t = torch.tensor([1.0, 2.0])
     with pytest.raises(ValueError, match=r"expected s < t, got s = \[0.5, 3.0\]"):
         solver.step(model, x, t, torch.tensor([0.5, 3.0]))
     state = solver.step(model, x, t, t / 2).state
-    with pytest.raises(ValueError, match=r"state: expected one of a step that began above t"):
+    with pytest.raises(ValueError, match=r"state: expected predictions at times above t"):
         solver.step(model, x, t, t / 2, state)
-    solver.prepare(EDMSDE(), [t, t / 2, t / 4])  # times without a known process are left alone
+    solver.prepare(EDMSDE(), [t, t / 2, t / 4])  # does nothing for times that are not a grid's
 
 
 @pytest.mark.parametrize(
@@ -286,6 +267,6 @@ def test_bad_times_and_states(solver):
         (lambda: LMS(2.0), TypeError, "order: expected an integer, got float"),
     ],
 )
-def test_bad_settings(make, error, message):
+def test_invalid_settings_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()

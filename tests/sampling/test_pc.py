@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from support import seeded
 from torch import nn
 
 from diffusionkit import (
@@ -38,10 +39,6 @@ PREDICTORS = {
 }
 # In the plane the norm of one score says little, so the batch's mean is taken.
 CORRECTORS = {"none": None, "langevin": Langevin(snr=0.1, norm="batch")}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def assert_is_the_mixture(x, weight=0.7, n=3000):

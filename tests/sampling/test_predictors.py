@@ -1,10 +1,13 @@
-"""Predictors on Gaussian data, where every step is linear and its law can be followed exactly."""
+"""Predictors on Gaussian data, where the distribution after a run is known exactly."""
 
 import itertools
 import math
 
 import pytest
 import torch
+from support import seeded
+from support.flow_values import AT_SIGMA_MIN, Z, line_mixture, rms
+from support.gaussian_runs import error_after
 
 from diffusionkit import (
     DDIM,
@@ -14,7 +17,6 @@ from diffusionkit import (
     Ancestral,
     EpsModel,
     EulerMaruyama,
-    GaussianMixtureModel,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
@@ -32,7 +34,6 @@ PREDICTORS = {
     "ddim-half": DDIM(eta=0.5),
     "ddim-one": DDIM(eta=1.0),
 }
-MEAN, STD = 0.7, 0.4
 
 
 @pytest.fixture(params=PREDICTORS)
@@ -40,57 +41,25 @@ def predictor(request) -> LinearPredictor:
     return PREDICTORS[request.param]
 
 
-def gaussian(sde):
-    return GaussianMixtureModel(sde, [[MEAN]], [STD])
-
-
 def pair(time, last):
     return (torch.full((2,), v, dtype=torch.float64) for v in (time, last))
 
 
-def law_after(model, predictor, times):
-    """The mean and variance at the last time, found by asking the predictor for its steps.
-
-    From p_T exactly, so that the error is the solver's. The state enters a step linearly: its
-    slope and offset come from two states, its noise from the difference of x and mean.
-    """
-    alpha, sigma = (float(c) for c in model.sde.marginal(times[:1]))
-    mean, variance = alpha * MEAN, (alpha * STD) ** 2 + sigma**2
-    n = len(times) - 1
-    x = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat_interleave(n).unsqueeze(1)
-    t, s = times[:-1].repeat(2), times[1:].repeat(2)
-    step = predictor.step(model, x, t, s, generator=torch.Generator().manual_seed(0))
-    z = torch.randn((2 * n, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    offset, at_one = step.mean.view(2, n)
-    std = ((step.x - step.mean) / z)[:n, 0]
-    for o, m, v in zip(offset.tolist(), (at_one - offset).tolist(), std.tolist(), strict=True):
-        mean, variance = o + m * mean, m**2 * variance + v**2
-    return mean, variance
-
-
-def error_after(sde, predictor, steps, grid):
-    model = gaussian(sde)
-    times = grid(sde, steps)
-    mean, variance = law_after(model, predictor, times)
-    alpha, sigma = (float(c) for c in sde.marginal(times[-1:]))
-    return max(abs(mean - alpha * MEAN), abs(math.sqrt(variance) - math.hypot(alpha * STD, sigma)))
-
-
 def test_weak_order_is_one(sde, predictor):
     grid = LogSNRGrid(t_end=float(sde.time_at_log_snr(torch.tensor([6.0]).double())))
-    coarse, fine = (error_after(sde, predictor, n, grid) for n in (1000, 2000))
+    coarse, fine = (error_after(sde, predictor, grid(sde, n)) for n in (1000, 2000))
     assert fine < 0.02
     assert math.log2(coarse / fine) == pytest.approx(1.0, abs=0.25)
 
 
 @pytest.mark.parametrize("name", ["euler-maruyama", "reverse-diffusion", "ancestral", "ddim"])
-def test_weak_order_is_one_on_the_papers_grid(name):
-    grid = UniformGrid(t_end=0.05)
-    coarse, fine = (error_after(VPSDE(), PREDICTORS[name], n, grid) for n in (400, 800))
+def test_weak_order_is_one_on_a_uniform_grid(name):
+    sde, grid = VPSDE(), UniformGrid(t_end=0.05)
+    coarse, fine = (error_after(sde, PREDICTORS[name], grid(sde, n)) for n in (400, 800))
     assert math.log2(coarse / fine) == pytest.approx(1.0, abs=0.25)
 
 
-def test_ancestral_is_ddpm_posterior():
+def test_ancestral_is_ddpms_posterior():
     """Ho et al. 2020, equations 6 and 7, with beta = 1 - alpha_t^2 / alpha_s^2."""
     sde = VPSDE()
     t, s = pair(0.5, 0.3)
@@ -110,14 +79,14 @@ def test_ancestral_is_ddpm_posterior():
         ("posterior", math.sqrt(beta * (1 - abar_s) / (1 - abar_t))),
         ("forward", math.sqrt(beta)),
     ):
-        step = Ancestral(variance).step(model, x, t, s, generator=torch.Generator().manual_seed(0))
-        z = torch.randn((2, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        step = Ancestral(variance).step(model, x, t, s, generator=seeded())
+        z = torch.randn((2, 1), generator=seeded(), dtype=torch.float64)
         torch.testing.assert_close(step.mean, mean, rtol=1e-12, atol=0)
         torch.testing.assert_close(step.x, mean + std * z, rtol=1e-12, atol=0)
 
 
 def test_reverse_diffusion_is_smld_and_ddpm():
-    """Song et al. 2021, equations 47 and 46: VE and VP in the papers' discretisations."""
+    """Song et al. 2021, equations 47 and 46: VE and VP in the paper's discretizations."""
     x, eps = (
         torch.tensor([[0.8], [-1.1]], dtype=torch.float64),
         torch.tensor([[-0.3], [0.5]], dtype=torch.float64),
@@ -145,64 +114,52 @@ def test_euler_maruyama_step_by_hand():
     x, eps = torch.tensor([[0.8]], dtype=torch.float64), torch.tensor([[-0.3]], dtype=torch.float64)
     model = EpsModel(lambda x, noise_label: eps, VPSDE())
     t, s = (v[:1] for v in pair(0.5, 0.3))
-    step = EulerMaruyama().step(model, x, t, s, generator=torch.Generator().manual_seed(0))
-    z = torch.randn((1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = EulerMaruyama().step(model, x, t, s, generator=seeded())
+    z = torch.randn((1, 1), generator=seeded(), dtype=torch.float64)
     mean = 0.8 + 0.2 * 10.05 * (0.4 + 0.3 / 0.9596542020680362)
     assert float(step.mean) == pytest.approx(mean, rel=1e-12)
     assert float(step.x - step.mean) == pytest.approx(math.sqrt(2.01) * float(z), rel=1e-12)
 
 
 def test_ddim_at_one_is_the_ancestral_sampler(mixture):
-    x = mixture.sample(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = mixture.sample(6, generator=seeded(1), dtype=torch.float64)
     t, s = (torch.full((6,), v * mixture.sde.T, dtype=torch.float64) for v in (0.5, 0.45))
-    steps = [
-        p.step(mixture, x, t, s, generator=torch.Generator().manual_seed(0))
-        for p in (DDIM(eta=1.0), Ancestral())
-    ]
+    steps = [p.step(mixture, x, t, s, generator=seeded()) for p in (DDIM(eta=1.0), Ancestral())]
     torch.testing.assert_close(steps[0].mean, steps[1].mean, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(steps[0].x, steps[1].x, rtol=1e-9, atol=1e-9)
 
 
-# Root-mean-square errors of Euler steps of the probability flow on Karras's grid, and the exact
-# solution by quantiles, computed independently: mixture .3 N(-1, .2^2) + .7 N(.8, .4^2).
-EXACT = [
-    -1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
-    0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523,
-]  # fmt: skip
-
-
+# Root mean square errors of Euler steps of the probability flow on Karras's grid, computed
+# independently.
 @pytest.mark.parametrize(
-    ("steps", "rms"),
+    ("steps", "expected"),
     [(8, 0.1792685698314777), (64, 0.032030068697725046), (512, 0.005231140404040236)],
 )
-def test_ddim_converges_to_the_probability_flow(steps, rms):
-    model = GaussianMixtureModel(EDMSDE(), [[-1.0], [0.8]], [0.2, 0.4], [0.3, 0.7])
-    sampler = PCSampler(model, DDIM(), steps=steps, grid=KarrasGrid(), denoise=False)
-    start = torch.tensor([-2.0, -1, -0.5, -0.1, 0.1, 0.5, 1, 2], dtype=torch.float64) * 80
-    x = sampler(start.unsqueeze(1)).squeeze(1)
-    error = (x - torch.tensor(EXACT, dtype=torch.float64)).square().mean().sqrt()
-    assert float(error) == pytest.approx(rms, rel=1e-6)
+def test_ddim_converges_to_the_probability_flow(steps, expected):
+    model = line_mixture(EDMSDE())
+    x = PCSampler(model, DDIM(), steps=steps, grid=KarrasGrid(), denoise=False)(80 * Z)
+    assert rms(x, AT_SIGMA_MIN) == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_sample_may_have_its_own_times(sde, predictor, mixture):
-    x = mixture.sample(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_each_sample_may_have_its_own_times(sde, predictor, mixture):
+    x = mixture.sample(3, generator=seeded(), dtype=torch.float64)
     t = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64) * sde.T
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    generators = [seeded(i) for i in range(3)]
     together = predictor.step(mixture, x, t, 0.9 * t, generator=generators)
     for i in range(3):
-        generator = torch.Generator().manual_seed(i)
+        generator = seeded(i)
         row = slice(i, i + 1)
         alone = predictor.step(mixture, x[row], t[row], 0.9 * t[row], generator=[generator])
         torch.testing.assert_close(together.x[row], alone.x, rtol=1e-12, atol=1e-12)
 
 
-def test_the_sampler_takes_the_steps_the_predictor_takes(sde, predictor, mixture):
-    """Coefficients are tabulated for a run; by hand they are computed from the times."""
+def test_a_samplers_steps_equal_single_steps(sde, predictor, mixture):
+    """Coefficients are tabulated for a run, and computed from the times in single steps."""
     grid = LogSNRGrid()(sde, 5)
-    x = sde.prior_sample((4, 2), generator=torch.Generator().manual_seed(0)).double()
+    x = sde.prior_sample((4, 2), generator=seeded()).double()
     sampler = PCSampler(mixture, predictor, grid=grid, denoise=False)
-    fast = sampler(x, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(1)
+    fast = sampler(x, generator=seeded(1))
+    generator = seeded(1)
     for t, s in itertools.pairwise(grid):
         x = predictor.step(mixture, x, t.expand(4), s.expand(4), generator=generator).x
     torch.testing.assert_close(fast, x, rtol=1e-9, atol=1e-9)

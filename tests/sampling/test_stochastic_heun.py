@@ -1,4 +1,4 @@
-"""Stochastic Heun: a step by hand, and its weak and strong orders."""
+"""Stochastic Heun: a step computed by hand, and its weak and strong orders."""
 
 import math
 from itertools import pairwise
@@ -8,6 +8,9 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.interpolate import CubicSpline
+from support import full, seeded
+from support.gaussian_runs import MEAN, STD, error_after
+from support.noise import GivenNoise
 
 from diffusionkit import (
     EDMSDE,
@@ -23,31 +26,8 @@ from diffusionkit import (
     X0Model,
 )
 from diffusionkit.interfaces import Prediction, ScoreModel
-from diffusionkit.random import NoisePath
 from diffusionkit.sampling.brownian import BrownianPath
 from diffusionkit.sampling.stochastic_heun import StochasticHeun
-
-MEAN, STD = 0.7, 0.4
-
-
-class Given(NoisePath):
-    """The noise of every move, as it is handed in."""
-
-    def __init__(self, z):
-        self.z = z
-
-    def __len__(self):
-        return len(self.z)
-
-    def __getitem__(self, index):
-        return [torch.Generator()] * len(self.z)[index]
-
-    def increment(self, x, sde, t, s):
-        return self.z
-
-
-def full(value, n):
-    return torch.full((n,), value, dtype=torch.float64)
 
 
 def grid_to(sde, log_snr):
@@ -58,7 +38,7 @@ def grid_to(sde, log_snr):
 
 
 class Ramp(ScoreModel):
-    """Predicted data that are linear in the log-SNR, whatever the state."""
+    """A model that predicts data linear in the log-SNR, whatever the state."""
 
     def __init__(self, sde):
         super().__init__()
@@ -79,19 +59,19 @@ def test_data_linear_in_log_snr_are_integrated_exactly(sde, t, s):
     gained = quad(lambda l: (0.3 - 0.2 * l) * math.exp(-l), math.log(u_s), math.log(u_t),
                   epsabs=0, epsrel=1e-12)[0]  # fmt: skip
     expected = alpha_s * (u_s / u_t * 0.8 / alpha_t + u_s * gained)
-    step = StochasticHeun().step(Ramp(sde), torch.full((1, 1), 0.8, dtype=torch.float64), t, s,
-                                 generator=Given(torch.full((1, 1), 2.0).double()))  # fmt: skip
+    x, z = full(0.8, 1).view(1, 1), full(2.0, 1)
+    step = StochasticHeun().step(Ramp(sde), x, t, s, generator=GivenNoise(z))
     assert float(step.mean) == pytest.approx(expected, rel=1e-8, abs=1e-10)
     # The noise of y_s / u_s has variance int du / u^2 = 1 / u_s - 1 / u_t.
     std = alpha_s * u_s * math.sqrt(1 / u_s - 1 / u_t)
     assert float(step.x - step.mean) == pytest.approx(2 * std, rel=1e-8)
 
 
-def test_a_step_by_hand():
+def test_a_step_computed_by_hand():
     """EDM from 3 to 1: h = 2 log 3, x' = x / 9 + 8 / 9 x0 + sqrt(8) / 3 z, with x0 = x / 2."""
     model = X0Model(lambda x, noise_label: 0.5 * x, EDMSDE())
     x, z = torch.tensor([[1.8]], dtype=torch.float64), torch.tensor([[0.6]], dtype=torch.float64)
-    step = StochasticHeun().step(model, x, full(3.0, 1), full(1.0, 1), generator=Given(z))
+    step = StochasticHeun().step(model, x, full(3.0, 1), full(1.0, 1), generator=GivenNoise(z))
     first = 0.2 + 0.8 + math.sqrt(8) / 3 * 0.6
     correction = (1 - 8 / 9 / (2 * math.log(3))) * (0.5 * first - 0.9)
     assert float(step.x) == pytest.approx(first + correction, rel=1e-12)
@@ -101,27 +81,11 @@ def test_a_step_by_hand():
 # --- orders ----------------------------------------------------------------------------------
 
 
-def gaussian_error(sde, steps):
-    """The error of the law after a run from p_T on Gaussian data, exactly: a step is linear."""
-    model = GaussianMixtureModel(sde, [[MEAN]], [STD])
-    times = grid_to(sde, 6.0)(sde, steps)
-    alpha, sigma = (float(c) for c in sde.marginal(times[:1]))
-    mean, variance = alpha * MEAN, (alpha * STD) ** 2 + sigma**2
-    x = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).repeat_interleave(steps).unsqueeze(1)
-    z = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).repeat_interleave(steps).unsqueeze(1)
-    t, s = times[:-1].repeat(3), times[1:].repeat(3)
-    out = StochasticHeun().step(model, x, t, s, generator=Given(z)).x.view(3, steps).tolist()
-    for offset, at_one, noisy in zip(*out, strict=True):
-        mean = offset + (at_one - offset) * mean
-        variance = (at_one - offset) ** 2 * variance + (noisy - offset) ** 2
-    alpha, sigma = (float(c) for c in sde.marginal(times[-1:]))
-    return max(abs(mean - alpha * MEAN), abs(math.sqrt(variance) - math.hypot(alpha * STD, sigma)))
-
-
 def test_weak_order_is_two_on_gaussian_data(sde):
     if isinstance(sde, DDPMChain):
-        pytest.skip("its drift jumps at every step of its own")
-    coarse, fine = (gaussian_error(sde, n) for n in (128, 256))
+        pytest.skip("its drift is discontinuous at every step of the chain")
+    grid = grid_to(sde, 6.0)
+    coarse, fine = (error_after(sde, StochasticHeun(), grid(sde, n)) for n in (128, 256))
     assert fine < 1e-3
     assert math.log2(coarse / fine) == pytest.approx(2.0, abs=0.25)
 
@@ -131,9 +95,9 @@ def mixture(sde):
 
 
 def mixture_error(sde, predictor, steps):
-    """|E f(x_N) - E f(x)| from p_T, f = cos(2 x) + x^2, without a random number.
+    """Return |E f(x_N) - E f(x)| from p_T, f = cos(2 x) + x^2, without random numbers.
 
-    Backwards in steps: u(x) = E_z u'(F(x, z)), the mean by Gauss and Hermite, u' by a spline.
+    Backward in the steps: u(x) = E_z u'(F(x, z)), by Gauss-Hermite quadrature and splines.
     """
     model, grid = mixture(sde), grid_to(sde, 5.0)
     times = grid(sde, steps)
@@ -152,13 +116,13 @@ def mixture_error(sde, predictor, steps):
         n = len(at) * len(nodes)
         x, z = (v.reshape(n, 1) for v in torch.broadcast_tensors(at.unsqueeze(1), nodes))
         t, s = (times[i].expand(n) for i in (k - 1, k))
-        end = predictor.step(model, x, t, s, generator=Given(z.contiguous())).x
+        end = predictor.step(model, x, t, s, generator=GivenNoise(z)).x
         u = value(end).view(len(at), -1) @ weights
         spline = CubicSpline(at.numpy(), u.numpy())
         value = lambda x, spline=spline: torch.from_numpy(spline(x.numpy()))  # noqa: E731
 
     def mean(f, t):
-        """Of the exact law at a time, by quadrature on its components."""
+        """Return E f under the exact distribution at a time, by quadrature."""
         alpha, sigma = (float(c) for c in sde.marginal(t.view(1)))
         total = 0.0
         for m, std, w in zip((-0.8, 0.9), (0.5, 0.6), (0.3, 0.7), strict=True):
@@ -179,7 +143,7 @@ def test_weak_order_is_two_on_a_mixture(sde):
 def test_strong_order_is_one(sde):
     model = GaussianMixtureModel(sde, [[-0.6, 0.0], [0.8, 0.4]], [0.5, 0.7], [0.3, 0.7])
     grid, path = grid_to(sde, 4.0), BrownianPath(range(150))
-    start = sde.prior_sample((150, 2), generator=torch.Generator().manual_seed(0)).double()
+    start = sde.prior_sample((150, 2), generator=seeded()).double()
     runs = [
         PCSampler(model, StochasticHeun(), steps=n, grid=grid, denoise=False)(start, generator=path)
         for n in (24, 48, 96)
@@ -192,33 +156,33 @@ def test_strong_order_is_one(sde):
 # --- in a sampler ----------------------------------------------------------------------------
 
 
-def test_the_sampler_takes_the_steps_the_predictor_takes(sde):
+def test_a_samplers_steps_equal_single_steps(sde):
     times = torch.tensor([1.0, 0.6, 0.2, 0.0], dtype=torch.float64) * sde.T
     noiseless = float(sde.marginal(full(0.0, 1))[1]) == 0
-    x = sde.prior_sample((4, 1), generator=torch.Generator().manual_seed(0)).double()
+    x = sde.prior_sample((4, 1), generator=seeded()).double()
     sampler = PCSampler(mixture(sde), StochasticHeun(), grid=times, denoise=False)
-    fast = sampler(x, generator=torch.Generator().manual_seed(1))
+    fast = sampler(x, generator=seeded(1))
     assert sampler.nfe == (5 if noiseless else 6)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     for t, s in pairwise(times):
         x = StochasticHeun().step(sampler.model, x, t.expand(4), s.expand(4), generator=generator).x
     torch.testing.assert_close(fast, x, rtol=1e-9, atol=1e-9)
 
 
 def test_the_step_to_zero_is_the_predicted_data():
-    """Also beside samples that end with noise."""
+    """Also in a batch where another sample ends with noise."""
     model = mixture(VPSDE())
     x = torch.tensor([[0.3], [-0.4]], dtype=torch.float64)
     t, s = full(0.4, 2), torch.tensor([0.0, 0.2], dtype=torch.float64)
-    asked, predict = [], model.predict
+    evaluated, predict = [], model.predict
 
     def watch(x, t):
-        asked.extend(t.tolist())
+        evaluated.extend(t.tolist())
         return predict(x, t)
 
     model.predict = watch
     step = StochasticHeun().step(model, x, t, s, generator=BrownianPath([0, 1]))
-    assert asked == [0.4, 0.4, 0.4, 0.2]  # never at 0, where there may be no answer
+    assert evaluated == [0.4, 0.4, 0.4, 0.2]  # never at 0, where a model may be undefined
     assert float(step.x[0]) == pytest.approx(float(model.predict(x, t).x0[0]), rel=1e-9)
     assert float(step.mean[0]) == float(step.x[0])
     alone = StochasticHeun().step(model, x[1:], t[1:], s[1:], generator=BrownianPath([1]))
@@ -226,19 +190,19 @@ def test_the_step_to_zero_is_the_predicted_data():
 
 
 @pytest.mark.parametrize("grid", [UniformGrid(to_zero=True), KarrasGrid(to_zero=True)])
-def test_float32_and_other_grids(grid):
+def test_it_runs_in_float32_and_on_other_grids(grid):
     model = GaussianMixtureModel(EDMSDE(), [[MEAN]], [STD])
     sampler = PCSampler(model, StochasticHeun(), steps=40, grid=grid)
-    x = sampler((4000, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    x = sampler((4000, 1), generator=seeded(), dtype=torch.float32)
     assert (x.dtype, sampler.nfe) == (torch.float32, 79)
     if isinstance(grid, KarrasGrid):
         assert float(x.mean()) == pytest.approx(MEAN, abs=0.03)
         assert float(x.std()) == pytest.approx(STD, rel=0.06)
 
 
-def test_bad_times():
+def test_invalid_times_raise():
     model, x = mixture(VPSDE()), torch.ones(2, 1)
     t, s = torch.tensor([[0.5, 0.6], [0.4, 0.7]], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"expected s < t, got s = \[0.4, 0.7\]"):
         StochasticHeun().step(model, x, t, s)
-    StochasticHeun().prepare(VPSDE(), [t, t / 2])  # times of no known process are left alone
+    StochasticHeun().prepare(VPSDE(), [t, t / 2])  # does nothing for times that are not a grid's

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import (
     DDIM,
@@ -20,10 +21,6 @@ from diffusionkit.sampling.time_travel import TimeTravel
 
 DOUBLE = torch.float64
 MEAN, STD = 0.7, 0.4
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def middle(sde):

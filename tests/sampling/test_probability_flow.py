@@ -1,5 +1,7 @@
 import pytest
 import torch
+from support import f64, seeded
+from support.flow_values import AT_SIGMA_MIN, Z, line_mixture
 
 from diffusionkit import (
     DDIM,
@@ -12,52 +14,40 @@ from diffusionkit import (
     LogSNRGrid,
     PCSampler,
     ProbabilityFlow,
+    SubVPSDE,
 )
-
-# The probability flow in one dimension preserves quantiles: from sigma = 80 at 80 z down to
-# sigma = .002, for the mixture .3 N(-1, .2^2) + .7 N(.8, .4^2); 12 digits, by inverting its CDF.
-Z = [-2.0, -1, -0.5, -0.1, 0.1, 0.5, 1, 2]
-EXACT = [
-    -1.2875353048000238, -0.986817377558069, -0.12203711969627962, 0.5004622118484008,
-    0.6358468040802714, 0.8579357142150439, 1.0984518868239346, 1.5366789879079523,
-]  # fmt: skip
-
-
-def column(values):
-    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
 
 
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
 def test_decode_preserves_quantiles(tolerance):
-    model = GaussianMixtureModel(EDMSDE(), [[-1.0], [0.8]], [0.2, 0.4], [0.3, 0.7])
-    flow = ProbabilityFlow(model, rtol=tolerance, atol=tolerance)
-    error = (flow.decode(80 * column(Z)) - column(EXACT)).abs().max()
+    flow = ProbabilityFlow(line_mixture(EDMSDE()), rtol=tolerance, atol=tolerance)
+    error = (flow.decode(80 * Z).flatten() - AT_SIGMA_MIN).abs().max()
     assert float(error) < 20 * tolerance
 
 
 def test_encode_inverts_decode(mixture):
     flow = ProbabilityFlow(mixture, rtol=1e-6, atol=1e-6)
-    x = mixture.sample(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = mixture.sample(20, generator=seeded(), dtype=torch.float64)
     z = flow.encode(x)
     torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-3)
-    # The code of Gaussian-like data at T has about the prior's scale.
+    # The latent code has about the scale of the prior.
     assert 0.3 < float(z.std()) / mixture.sde.prior_std < 3
 
 
-def test_one_gaussian_in_closed_form(sde):
+def test_encoding_a_gaussian_in_closed_form(sde):
     """x_T = alpha m + (x - m_s) S_T / S_s, with S^2 = alpha^2 s^2 + sigma^2 at each end."""
     model = GaussianMixtureModel(sde, [[0.7]], [0.4])
     ends = torch.tensor([sde.t_min, sde.T], dtype=torch.float64)
     alpha, sigma = sde.marginal(ends)
     total = ((0.4 * alpha) ** 2 + sigma**2).sqrt()
-    x = column([-0.5, 0.7, 2.0])
+    x = f64(-0.5, 0.7, 2.0).unsqueeze(1)
     expected = alpha[1] * 0.7 + (x - alpha[0] * 0.7) * total[1] / total[0]
     flow = ProbabilityFlow(model, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(flow.encode(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_the_mixture(mixture):
-    x = ProbabilityFlow(mixture).sample((2000, 2), generator=torch.Generator().manual_seed(0))
+    x = ProbabilityFlow(mixture).sample((2000, 2), generator=seeded())
     right = x[:, 0] > 0
     assert float(right.double().mean()) == pytest.approx(0.7, abs=0.041)
     for rows, mean, std in ((right, [1.0, 0.5], 0.3), (~right, [-1.0, 0.0], 0.2)):
@@ -85,7 +75,7 @@ def test_evaluations_are_counted(method):
 
 
 def test_sample_is_denoised_and_decode_is_not(mixture):
-    z = mixture.sde.prior_sample((4, 2), generator=torch.Generator().manual_seed(0))
+    z = mixture.sde.prior_sample((4, 2), generator=seeded())
     t_end = 0.3 * mixture.sde.T
     flow = ProbabilityFlow(mixture, t_end=t_end)
     decoded = flow.decode(z)
@@ -96,10 +86,8 @@ def test_sample_is_denoised_and_decode_is_not(mixture):
     )
 
 
-def test_far_from_the_data_the_first_step_is_not_too_long():
-    """sub-VP at t = 1e-5 stands still in log sigma; torchdiffeq's own guess would overshoot T."""
-    from diffusionkit import SubVPSDE
-
+def test_encoding_from_t_min_does_not_overshoot_T():
+    """At t = 1e-5 sub-VP hardly changes in log sigma; torchdiffeq's first step is too long."""
     model = GaussianMixtureModel(SubVPSDE(), [[-1.0], [1.0]], [0.2, 0.2])
     assert torch.isfinite(ProbabilityFlow(model).encode(torch.tensor([[0.9]]))).all()
 
@@ -119,7 +107,7 @@ def test_conditions_reach_the_model():
         ({"t_end": 2.0}, r"t_end: expected a time in \(0, T\)"),
     ],
 )
-def test_bad_settings(options, message):
+def test_invalid_settings_raise(options, message):
     with pytest.raises(ValueError, match=message):
         ProbabilityFlow(EpsModel(lambda x, noise_label: x, VPSDE()), **options)
 
@@ -136,14 +124,13 @@ FIXED = {
 
 @pytest.mark.parametrize("method", FIXED)
 def test_fixed_steps_have_a_sensible_default(method):
-    model = GaussianMixtureModel(EDMSDE(), [[-1.0], [0.8]], [0.2, 0.4], [0.3, 0.7])
-    flow = ProbabilityFlow(model, method)
-    error = (flow.decode(80 * column(Z)) - column(EXACT)).abs().max()
+    flow = ProbabilityFlow(line_mixture(EDMSDE()), method)
+    error = (flow.decode(80 * Z).flatten() - AT_SIGMA_MIN).abs().max()
     assert flow.nfe >= 100
     assert float(error) < FIXED[method]
 
 
-def test_a_learned_schedule_samples():
+def test_a_learned_schedule_can_be_sampled():
     class Learned(torch.nn.Module, ForwardSDE):
         def __init__(self):
             super().__init__()
@@ -159,12 +146,12 @@ def test_a_learned_schedule_samples():
         ProbabilityFlow(model).sample,
         PCSampler(model, DDIM(), steps=200, grid=LogSNRGrid()),
     ):
-        x = sampler((2000, 1), generator=torch.Generator().manual_seed(0))
+        x = sampler((2000, 1), generator=seeded())
         assert not x.requires_grad
         assert float(x.std()) == pytest.approx(0.5, rel=0.06)
 
 
-def test_zero_signal_at_the_end_is_an_error_in_words():
+def test_a_noise_model_without_signal_at_T_raises():
     class Straight(ForwardSDE):
         def marginal(self, t):
             return 1 - t, t
@@ -178,10 +165,10 @@ def test_zero_signal_at_the_end_is_an_error_in_words():
     ("values", "message"),
     [
         (lambda t: (1.0, t), "expected alpha as a tensor of the shape of t"),
-        (lambda t: (torch.ones_like(t), t / 0.0), "expected finite values, got sigma"),
+        (lambda t: (torch.ones_like(t), t / 0.0), r"expected finite values, got sigma\(1\) = inf"),
     ],
 )
-def test_a_wrong_marginal_is_named(values, message):
+def test_an_invalid_marginal_is_reported(values, message):
     class Wrong(ForwardSDE):
         prior_std = 1.0
 

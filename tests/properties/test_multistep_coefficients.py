@@ -1,9 +1,10 @@
-"""The coefficients of multistep solvers, on models that know no state."""
+"""The coefficients of multistep solvers, on models whose prediction depends on time only."""
 
 import itertools
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import VPSDE, ForwardSDE, LogSNRGrid, PCSampler, Prediction, ScoreModel
 from diffusionkit.sampling.adams import DEIS, LMS
@@ -12,7 +13,7 @@ from diffusionkit.sampling.unipc import UniPC
 
 
 class Known(ScoreModel):
-    """A model that says the same of every state: data or noise that is a function of time."""
+    """A model that predicts data or noise as a function of time, whatever the state."""
 
     def __init__(self, sde, prediction, of_data):
         super().__init__()
@@ -39,8 +40,8 @@ def ratio(t):
     return torch.exp(-half_log_snr(t))
 
 
-# Polynomials of l, of rho or of time, and what the flow makes of them: antiderivatives against
-# exp(l) dl for data, against d rho for noise.
+# Polynomials in l, rho or time, and their antiderivatives: with respect to exp(l) dl for data, to
+# d rho for noise.
 POLYNOMIALS = {
     "3m": (DPMSolver3M(), VPSDE(), lambda t: 1 - 2 * half_log_snr(t) + half_log_snr(t) ** 2,
            lambda t: (5 - 4 * half_log_snr(t) + half_log_snr(t) ** 2) / ratio(t)),
@@ -60,15 +61,15 @@ POLYNOMIALS = {
 
 @pytest.mark.parametrize("name", POLYNOMIALS)
 def test_polynomials_are_integrated_exactly(name):
-    """With a full memory, at a row of times of its own for each sample."""
+    """With a full memory, at different times for each sample."""
     predictor, sde, prediction, integral = POLYNOMIALS[name]
     times = torch.tensor(
         [[0.9, 0.8], [0.7, 0.75], [0.65, 0.5], [0.4, 0.45], [0.3, 0.1], [0.29, 0.09]]
     ).double()
     model, state = Known(sde, prediction, predictor.of_data), None
     for t, s in itertools.pairwise(times):
-        # Data of another sample each time: a full memory is all that may matter.
-        x = torch.randn(2, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        # A new state in each step: only the memory may matter.
+        x = torch.randn(2, 1, generator=seeded(), dtype=torch.float64)
         step = predictor.step(model, x, t, s, state)
         state = step.state
     change = (integral(s) - integral(t)).unsqueeze(1)
@@ -80,7 +81,7 @@ def test_polynomials_are_integrated_exactly(name):
 
 
 @pytest.mark.parametrize("solver", [DPMSolver2S(), DPMSolver2M(), UniPC(3), DEIS(4, "time")])
-def test_a_sampler_has_all_coefficients_before_the_first_step(solver):
+def test_samplers_compute_all_coefficients_before_the_first_step(solver):
     class Counted(VPSDE):
         calls = 0
 
@@ -102,8 +103,8 @@ def test_a_sampler_has_all_coefficients_before_the_first_step(solver):
     assert Counted.calls == before
 
 
-def test_unipc_corrects_the_state_it_is_given():
-    """What a constraint or corrector has moved stays moved."""
+def test_unipc_keeps_changes_of_the_state_between_steps():
+    """Such as those of a constraint or corrector."""
     sde, times = VPSDE(), torch.tensor([0.9, 0.6, 0.4, 0.3], dtype=torch.float64)
     model, state = Known(sde, torch.cos, True), None
     x = torch.tensor([[0.3]], dtype=torch.float64)

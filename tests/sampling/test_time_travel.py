@@ -1,9 +1,11 @@
-"""Time travel: the order of the moves, the law of going back, and what a run makes of it."""
+"""Time travel: the order of the steps, the forward step, and whole runs."""
 
 import itertools
 
 import pytest
 import torch
+from support import seeded
+from support.noise import GivenNoise
 
 from diffusionkit import (
     DDIM,
@@ -18,21 +20,16 @@ from diffusionkit import (
     ReverseDiffusion,
     Step,
 )
-from diffusionkit.random import NoisePath
 from diffusionkit.sampling.heun import Heun
 from diffusionkit.sampling.time_travel import TimeTravel, travel_back
 
 DOUBLE = torch.float64
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def path(time_travel, first, last):
-    moves = time_travel.steps(first, last)
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(moves))
-    return [moves[0][0], *(to for _, to in moves)]
+def visited(time_travel, first, last):
+    steps = time_travel.steps(first, last)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(steps))
+    return [steps[0][0], *(to for _, to in steps)]
 
 
 @pytest.mark.parametrize(
@@ -45,14 +42,14 @@ def path(time_travel, first, last):
         (9, 2, (0, 2), [0, 1, 2, 0, 1, 2]),
     ],
 )
-def test_moves(jump, repeats, ends, expected):
-    assert path(TimeTravel(jump, repeats), *ends) == expected
+def test_segments_are_repeated_in_order(jump, repeats, ends, expected):
+    assert visited(TimeTravel(jump, repeats), *ends) == expected
 
 
 @pytest.mark.parametrize("later", [0.3, 1.0])
 @pytest.mark.parametrize("sooner", [0.0, 0.2])
 def test_going_back_is_the_forward_process(sde, sooner, later):
-    """x_t = (alpha_t / alpha_s) x_s + noise, so that alpha_s x0 + sigma_s z goes to that of t."""
+    """x_t = (alpha_t / alpha_s) x_s + noise, whose variance makes that of x_t sigma_t^2."""
     s, t = (torch.tensor(part * sde.T, dtype=DOUBLE) for part in (sooner, later))
     x = torch.randn(5, 3, generator=seeded(1), dtype=DOUBLE)
     z = torch.randn((5, 3), generator=seeded(), dtype=DOUBLE)
@@ -66,7 +63,7 @@ def test_going_back_is_the_forward_process(sde, sooner, later):
 
 @pytest.mark.parametrize("predictor", [Ancestral(), ReverseDiffusion(), DDIM(), Heun()], ids=str)
 @pytest.mark.parametrize("grid", [LogSNRGrid(), KarrasGrid(to_zero=True)], ids=str)
-def test_the_law_stays_as_it_is(predictor, grid):
+def test_time_travel_does_not_change_the_distribution(predictor, grid):
     model = GaussianMixtureModel(VPSDE(), [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.3], [0.3, 0.7])
     sampler = PCSampler(model, predictor, steps=140, grid=grid, time_travel=TimeTravel(15, 2))
     x = sampler((2000, 2), generator=seeded(), dtype=DOUBLE)
@@ -89,7 +86,7 @@ class Remembering(Predictor):
 
 
 @pytest.mark.parametrize("corrector", [None, AnnealedLangevin()])
-def test_memory_is_lost_and_everything_counted(mixture, corrector):
+def test_time_travel_clears_memory_and_counts_every_step(mixture, corrector):
     shown = []
 
     def wrapper(items):
@@ -102,9 +99,9 @@ def test_memory_is_lost_and_everything_counted(mixture, corrector):
         mixture, predictor, corrector, grid=times, time_travel=TimeTravel(2, 2), progress=wrapper
     )
     states = list(sampler.iterate(torch.ones(1, 2, dtype=DOUBLE), generator=seeded()))
-    visited = [0, 1, 2, 0, 1, 2, 3, 2, 3]
-    assert [s.step for s in states] == [*visited, 3]
-    assert [s.t for s in states] == [float(times[k]) for k in (*visited, 3)]
+    points = [0, 1, 2, 0, 1, 2, 3, 2, 3]
+    assert [s.step for s in states] == [*points, 3]
+    assert [s.t for s in states] == [float(times[k]) for k in (*points, 3)]
     calls = 1 if corrector is None else 2
     assert [s.nfe for s in states] == [n * calls for n in (0, 1, 2, 2, 3, 4, 5, 5, 6)] + [
         6 * calls + 1
@@ -115,7 +112,7 @@ def test_memory_is_lost_and_everything_counted(mixture, corrector):
     assert predictor.seen == [(clock[i], clock[j], memory) for i, j, memory in expected]
 
 
-def test_states_gone_back_say_their_mean():
+def test_states_after_a_forward_step_have_its_mean():
     model = GaussianMixtureModel(VPSDE(), [[0.0]], [1.0])
     sampler = PCSampler(model, DDIM(), steps=4, time_travel=TimeTravel(2, 2))
     states = list(sampler.iterate((50, 1), generator=seeded()))
@@ -123,20 +120,6 @@ def test_states_gone_back_say_their_mean():
     (a,), (b,) = (VPSDE().marginal(torch.tensor([u.t]))[0].tolist() for u in (before, back))
     torch.testing.assert_close(back.mean, before.x * (b / a))
     assert float((back.x - back.mean).std()) > 0.1
-
-
-class Path(NoisePath):
-    def __init__(self, generators):
-        self.generators = generators
-
-    def __len__(self):
-        return len(self.generators)
-
-    def __getitem__(self, i):
-        return self.generators[i]
-
-    def increment(self, x, sde, t, s):
-        return torch.zeros_like(x)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +133,15 @@ class Path(NoisePath):
         (lambda m: PCSampler(m, DDIM(), steps=9, time_travel=TimeTravel()), ValueError,
          "at most the grid's 9 steps, got 10"),
         (lambda m: PCSampler(m, DDIM(), time_travel=TimeTravel())(
-            (1, 2), generator=Path([seeded()])), ValueError, "generator: expected generators"),
+            (1, 2), generator=GivenNoise(torch.zeros(1, 2))), ValueError,
+         "generator: expected generators"),
     ],
 )  # fmt: skip
-def test_bad_input(mixture, make, error, match):
+def test_invalid_arguments_raise(mixture, make, error, match):
     with pytest.raises(error, match=match):
         make(mixture)
 
 
-def test_a_path_serves_where_nothing_is_repeated(mixture):
+def test_a_noise_path_is_accepted_without_time_travel(mixture):
     sampler = PCSampler(mixture, Ancestral(), steps=3)
-    assert sampler((1, 2), generator=Path([seeded()])).shape == (1, 2)
+    assert sampler((1, 2), generator=GivenNoise(torch.ones(1, 2))).shape == (1, 2)
