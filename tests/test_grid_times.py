@@ -1,11 +1,11 @@
-"""Coefficients at a sampler's times: whose they are, and that they equal those at plain tensors."""
+"""Coefficients at a sampler's times: their owners, and agreement with plain tensors."""
 
 import gc
 from itertools import pairwise
 
 import pytest
 import torch
-from support import seeded
+from support import f64, full, seeded
 
 from diffusionkit import (
     DDIM,
@@ -49,8 +49,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_freed_predictor_leaves_no_coefficients_to_the_next(kind):
-    """Objects made inside a step and freed often get the address of the one before."""
+def test_the_coefficients_of_a_deleted_predictor_are_not_reused(kind):
+    """Objects created and deleted within a step often have the same address."""
     model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     errors = []
 
@@ -114,25 +114,25 @@ def test_models_at_a_samplers_time_equal_those_at_plain_tensors(kind, sde):
 
 def test_two_models_of_one_process_keep_their_own_parameterizations():
     sde, x = EDMSDE(), torch.ones(2, 1)
-    (t,) = grid_times(sde, torch.tensor([3.0], dtype=torch.float64), x)
+    (t,) = grid_times(sde, f64(3.0), x)
     models = [EDMModel(lambda x, noise_label: x, sde, sigma_data=d) for d in (0.5, 2.0)]
     for _ in range(2):
         for model in models:
             torch.testing.assert_close(model.predict(x, t).x0, model.predict(x, t.clone()).x0)
 
 
-def test_times_belong_to_one_process():
+def test_grid_times_belong_to_one_process():
     x = torch.ones(2, 1)
-    (t,) = grid_times(VPSDE(), torch.tensor([0.5], dtype=torch.float64), x)
+    (t,) = grid_times(VPSDE(), f64(0.5), x)
     other = VPSDE(beta_max=10.0)
     assert grid_point(t, other) is None
     alpha, _ = kernel(other, x, t)
-    torch.testing.assert_close(alpha, other.marginal(torch.full((2,), 0.5).double())[0])
+    torch.testing.assert_close(alpha, other.marginal(full(0.5, 2))[0])
 
 
-def test_a_user_gets_tensors_where_the_library_gets_floats():
+def test_users_get_tensors_where_the_library_gets_floats():
     sde, x = VPSDE(), torch.ones(3, 2)
-    (t,) = grid_times(sde, torch.tensor([0.5], dtype=torch.float64), x)
+    (t,) = grid_times(sde, f64(0.5), x)
     assert all(isinstance(value, float) for value in kernel(sde, x, t))
     for tensor, number in zip(sde.perturbation_kernel(x, t), kernel(sde, x, t), strict=True):
         assert tensor.shape == (3,)
@@ -158,13 +158,13 @@ def test_states_and_times_are_validated_where_the_schedule_is_looked_up(
         look_up(VPSDE(), x, t)
 
 
-def test_a_grids_time_is_refused_for_another_batch():
-    (t,) = grid_times(VPSDE(), torch.tensor([0.5], dtype=torch.float64), torch.ones(3, 1))
+def test_a_grid_time_of_another_batch_size_raises():
+    (t,) = grid_times(VPSDE(), f64(0.5), torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
         kernel(VPSDE(), torch.ones(2, 1), t)
 
 
-def test_rows_of_a_table():
+def test_by_row_splits_tables_into_rows_of_floats():
     table = (StepCoefficients(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])), [0.5, None])
     rows = by_row(table, None, 2, None)
     assert rows == [

@@ -1,4 +1,4 @@
-"""Evaluations are counted wherever `predict` is defined and whoever else samples."""
+"""Counts of evaluations: every definition of `predict`, guidance, and threads."""
 
 import threading
 
@@ -21,7 +21,7 @@ from diffusionkit import (
 
 
 class ZeroNoise:
-    """A mixin: it knows nothing of ScoreModel."""
+    """A mixin that does not derive from ScoreModel."""
 
     def predict(self, x, t, **cond):
         return Prediction.from_eps(x, torch.zeros_like(x), *self.sde.marginal(t))
@@ -42,7 +42,7 @@ class FromMixin(ZeroNoise, ScoreModel):
 
 
 class Inherited(Zero):
-    """Neither defines predict nor mixes it in."""
+    """A class that inherits predict."""
 
 
 class CallsSuper(Zero):
@@ -51,7 +51,7 @@ class CallsSuper(Zero):
 
 
 class MixedOver(ZeroNoise, CallsSuper):
-    """A mixin before a class that counts."""
+    """A mixin in front of a class that counts."""
 
 
 class Decorated(ScoreModel):
@@ -68,7 +68,7 @@ MODELS = [Zero, FromMixin, Inherited, CallsSuper, MixedOver, Decorated]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_way_to_define_predict_counts_once(model):
+def test_every_definition_of_predict_counts_once(model):
     sampler = PCSampler(model(), DDIM(), steps=5)
     sampler((2, 1))
     assert sampler.nfe == 6  # and one to denoise
@@ -94,11 +94,11 @@ def test_guidance_counts_as_the_evaluations_it_makes():
 
 
 def test_threads_that_share_a_model_count_their_own_evaluations():
-    meet = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=60)
 
     class Network(nn.Module):
         def forward(self, x, noise_label):
-            meet.wait()  # evaluations of both threads alternate
+            barrier.wait()  # evaluations of both threads alternate
             return 0 * x
 
     model = EpsModel(Network(), VPSDE()).eval()

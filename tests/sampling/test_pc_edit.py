@@ -1,4 +1,4 @@
-"""Editing: sampling from data that have been noised to a time on the way."""
+"""Editing: sampling from data that were perturbed to an intermediate time."""
 
 import itertools
 import math
@@ -24,13 +24,12 @@ MEAN, STD = 0.7, 0.4
 
 
 def middle(sde):
-    """The time at which data and noise are equally strong."""
+    """Return the time of log-SNR 0."""
     return float(sde.time_at_log_snr(torch.zeros(1, dtype=DOUBLE)))
 
 
 @pytest.mark.parametrize("predictor", [Ancestral(), DDIM(), Heun()], ids=str)
-def test_edits_of_a_gaussian(sde, predictor):
-    """Between the data handed in and new ones, in closed form."""
+def test_edits_of_gaussian_data_in_closed_form(sde, predictor):
     model = GaussianMixtureModel(sde, [[MEAN]], [STD])
     sampler = PCSampler(model, predictor, steps=400, grid=LogSNRGrid())
     t = middle(sde)
@@ -50,7 +49,7 @@ def test_edits_of_a_gaussian(sde, predictor):
 
 
 @pytest.mark.parametrize("corrector", [None, AnnealedLangevin()])
-def test_the_rest_of_the_grid_is_run(mixture, corrector):
+def test_an_edit_runs_the_rest_of_the_grid(mixture, corrector):
     times = torch.tensor([0.9, 0.6, 0.4, 0.2], dtype=DOUBLE) * mixture.sde.T
     x0 = torch.randn(3, 2, generator=seeded(5), dtype=DOUBLE)
     sampler = PCSampler(mixture, Ancestral(), corrector, grid=times)
@@ -62,20 +61,20 @@ def test_the_rest_of_the_grid_is_run(mixture, corrector):
         assert sampler.nfe == rest.nfe == (3 - first) * (1 if corrector is None else 2) + 1
 
 
-def test_early_times_keep_the_data(mixture):
+def test_edits_from_small_times_keep_the_data(mixture):
     x0 = mixture.sample(50, generator=seeded(), dtype=DOUBLE)
     ends = mixture.sde.log_snr(torch.tensor([mixture.sde.t_stop], dtype=DOUBLE))
     sampler = PCSampler(mixture, DDIM(), steps=30, grid=LogSNRGrid())
-    moved = [
+    changes = [
         float((sampler.edit(x0, float(t), generator=seeded()) - x0).square().mean().sqrt())
         for t in mixture.sde.time_at_log_snr(torch.cat([0.9 * ends, ends / 2, -ends / 2]))
     ]
-    assert all(a < b for a, b in itertools.pairwise(moved))
-    assert moved[0] < 0.1
-    assert moved[2] > 0.5
+    assert all(a < b for a, b in itertools.pairwise(changes))
+    assert changes[0] < 0.1
+    assert changes[2] > 0.5
 
 
-def test_masked_edits_and_travel(mixture):
+def test_edits_take_constraints_and_time_travel(mixture):
     x0 = torch.randn(3, 2, generator=seeded(5))
     constraint = Inpainting(x0, torch.tensor([1, 0]))
     sampler = PCSampler(
@@ -88,7 +87,7 @@ def test_masked_edits_and_travel(mixture):
     assert sampler.nfe == 2 * steps + 1
 
 
-def test_samples_and_modes(mixture):
+def test_an_edit_depends_on_its_own_generator_and_restores_the_mode(mixture):
     x0 = torch.randn(3, 2, generator=seeded(5), requires_grad=True)
     mixture.train()
     sampler, t = PCSampler(mixture, Ancestral(), steps=8), 0.5 * mixture.sde.T
@@ -102,7 +101,7 @@ def test_samples_and_modes(mixture):
 @pytest.mark.parametrize(
     ("x0", "t", "error", "match"),
     [
-        (torch.ones(2, 2), 0.0, ValueError, "t: expected a time from which a step .* got 0.0"),
+        (torch.ones(2, 2), 0.0, ValueError, "t: expected a time of at least .* got 0.0"),
         (torch.ones(2, 2), float("nan"), ValueError, "t: expected .* got nan"),
         (torch.ones(2, 2), 2.0, ValueError, r"t: expected .* at most T"),
         (torch.ones(2, 2), None, TypeError, "t: expected a number"),
@@ -110,6 +109,6 @@ def test_samples_and_modes(mixture):
         ([1.0], 0.5, TypeError, "x0: expected a tensor"),
     ],
 )
-def test_bad_input(mixture, x0, t, error, match):
+def test_invalid_arguments_raise(mixture, x0, t, error, match):
     with pytest.raises(error, match=match):
         PCSampler(mixture, DDIM(), steps=4).edit(x0, t if t is None else t * mixture.sde.T)

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from support import seeded
+from support import f64, seeded
 from support.flow_values import AT_SIGMA_MIN, Z, line_mixture, rms
 from support.gaussian_runs import error_after
+from support.noise import GivenNoise
 
 from diffusionkit import (
     DDIM,
@@ -15,6 +16,7 @@ from diffusionkit import (
     VESDE,
     VPSDE,
     Ancestral,
+    DDPMChain,
     EpsModel,
     EulerMaruyama,
     KarrasGrid,
@@ -163,3 +165,55 @@ def test_a_samplers_steps_equal_single_steps(sde, predictor, mixture):
     for t, s in itertools.pairwise(grid):
         x = predictor.step(mixture, x, t.expand(4), s.expand(4), generator=generator).x
     torch.testing.assert_close(fast, x, rtol=1e-9, atol=1e-9)
+
+
+# --- learned variances -----------------------------------------------------------------------
+
+X, EPS = f64([0.8, -1.3, 0.05, 1.9]), f64([0.5, -0.7, 0.3, 1.1])
+NOISE, V = f64([0.25, -1.0, 0.6, -0.4]), f64([-1.0, 0.3, 1.0, 1.5])
+
+
+def constant_model(chain, variance):
+    """Return a model of constant output, for the noise and perhaps its variance."""
+    output = torch.cat([EPS, V], 1) if variance in ("learned", "learned_range") else EPS
+    return EpsModel(lambda x, noise_label: output.expand(len(x), -1), chain, variance=variance)
+
+
+def test_a_learned_log_variance_is_the_variance_of_a_step() -> None:
+    model = constant_model(DDPMChain.linear(1000), "learned")
+    step = Ancestral(variance="model").step(model, X, f64(0.16), f64(0.14),
+                                            generator=GivenNoise(NOISE))  # fmt: skip
+    torch.testing.assert_close(step.x - step.mean, (V / 2).exp() * NOISE)
+
+
+def test_no_noise_is_added_in_a_step_to_zero_noise() -> None:
+    """In a batch with samples at different times."""
+    x, t, s = X.repeat(2, 1), f64(0.1, 0.2), f64(0.0, 0.1)
+    for variance in ("learned", "learned_range"):
+        model = constant_model(DDPMChain.linear(10, beta_max=5.0), variance)
+        noise = GivenNoise(NOISE.repeat(2, 1))
+        step = Ancestral(variance="model").step(model, x, t, s, generator=noise)
+        assert torch.equal(step.x[0], step.mean[0])
+        assert ((step.x[1] - step.mean[1]).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("variance", [None, "fixed_small"])
+def test_a_model_without_a_variance_raises(variance) -> None:
+    model = constant_model(DDPMChain.linear(1000), variance)
+    with pytest.raises(
+        ValueError, match=r"predicts a variance, such as .*learned_range.*, got none"
+    ):
+        Ancestral(variance="model").step(model, X, f64(0.16), f64(0.14))
+    with pytest.raises(ValueError, match='"posterior", "forward" or "model", got \'large\''):
+        Ancestral(variance="large")
+
+
+def test_a_learned_variance_in_other_shapes_and_dtypes() -> None:
+    chain = DDPMChain.linear(100)
+    for dtype in (torch.float32, torch.bfloat16):
+        network = lambda x, noise_label: torch.cat([x, x], 1)  # noqa: E731
+        model = EpsModel(network, chain, variance="learned_range")
+        sampler = PCSampler(model, Ancestral(variance="model"), grid=chain.respaced(10))
+        x = sampler((2, 3, 4, 4), generator=seeded(), dtype=dtype)
+        assert x.dtype == dtype
+        assert torch.isfinite(x).all()
