@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ._checks import check_shape, check_state, check_times, check_transition
 from ._gaussian import normal_log_prob
@@ -154,6 +155,7 @@ class ScoreModel(nn.Module, abc.ABC):
 
     sde: ForwardSDE
 
+    @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Count evaluations: a sampler's `nfe`."""
         super().__init_subclass__(**kwargs)
@@ -163,6 +165,7 @@ class ScoreModel(nn.Module, abc.ABC):
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,)."""
 
+    @override
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """Return the score, the gradient of log p_t at x, (B, *D)."""
         return self.predict(x, t, **cond).score
@@ -234,7 +237,7 @@ class Predictor(abc.ABC):
         """
 
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:  # noqa: B027
-        """Precompute what depends on the times alone; samplers call this before a run."""
+        """Precompute values that depend on the times only; samplers call this before a run."""
 
 
 class Corrector(abc.ABC):
@@ -260,7 +263,7 @@ class Constraint(abc.ABC):
             x: the state (B, *D).
             alpha: the scale of the data (B,); 1 for the data themselves.
             sigma: the standard deviation of the noise (B,). Where all are 0, for a mean or for
-                data, nothing is drawn.
+                data, no noise is drawn.
             generator: the source of randomness.
         """
 

@@ -43,8 +43,8 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
 def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0) -> Tensor:
     """Return mean + value * std * noise, in the dtype of mean.
 
-    The result reuses the noise's memory where no gradient is recorded: pass noise that nothing else
-    holds. The standard deviation is (B,), (B, 1, ..., 1) or a float.
+    The result reuses the noise's memory where no gradient is recorded: pass noise that is not
+    used elsewhere. The standard deviation is (B,), (B, 1, ..., 1) or a float.
     """
     out = None if torch.is_grad_enabled() else noise
     if not isinstance(std, Tensor):

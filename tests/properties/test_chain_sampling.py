@@ -12,18 +12,12 @@ from diffusionkit.models import EpsModel
 from diffusionkit.sde.ddpm_chain import DDPMChain
 from diffusionkit.sde.smld_chain import SMLDChain
 
-PREDICTORS = {
-    "posterior": Ancestral(),
-    "model": Ancestral(variance="model"),
-    "ddim 0": DDIM(),
-    "ddim 0.5": DDIM(eta=0.5),
-    "ddim 1": DDIM(eta=1.0),
-}
+PREDICTORS = [Ancestral(), Ancestral(variance="model"), DDIM(), DDIM(eta=0.5), DDIM(eta=1.0)]
 
 
 @pytest.mark.parametrize("spec", ["ddim20", 20, [5, 15]])
-@pytest.mark.parametrize("name", PREDICTORS)
-def test_a_respaced_run_equals_a_chain_of_new_betas(spec, name) -> None:
+@pytest.mark.parametrize("predictor", PREDICTORS, ids=repr)
+def test_a_respaced_run_equals_a_chain_of_new_betas(spec, predictor) -> None:
     """A subsequence of the chain, and a chain with betas 1 - abar_i / abar_{i-1}."""
     chain = DDPMChain.cosine(400)
     grid = chain.respaced(spec)
@@ -31,7 +25,7 @@ def test_a_respaced_run_equals_a_chain_of_new_betas(spec, name) -> None:
     short = DDPMChain.from_alphas_bar(chain.marginal(grid.flip(0))[0] ** 2)
     x = torch.randn((6, 3), generator=seeded(1), dtype=torch.float64)
     runs = [
-        PCSampler(EpsModel(network, sde, variance="learned_range"), PREDICTORS[name], grid=times)(
+        PCSampler(EpsModel(network, sde, variance="learned_range"), predictor, grid=times)(
             x, generator=seeded()
         )
         for sde, times in ((chain, grid), (short, short.respaced(20)))

@@ -152,7 +152,7 @@ def test_euler_is_ddim_where_time_is_the_noise_level():
 
 
 def test_each_sample_has_its_own_times(sde):
-    """Rows that end without noise take an Euler step beside others that do not."""
+    """Samples that end without noise take an Euler step, others two stages."""
     model = line_mixture(sde)
     t = torch.tensor([0.9, 0.3, 0.5], dtype=torch.float64) * sde.T
     s = torch.tensor([0.4, 0.0, 0.45], dtype=torch.float64) * sde.T

@@ -123,7 +123,7 @@ def test_a_predictor_gets_its_memory_back(mixture):
         def step(self, model, x, t, s, state=None, *, generator=None, **cond):
             return Step(x, x, [*(state or []), (float(t[0]), float(s[0]))])
 
-    class Nothing(Corrector):
+    class Idle(Corrector):
         def step(self, model, x, t, *, generator=None, **cond):
             return Step(x, x)
 
@@ -135,7 +135,7 @@ def test_a_predictor_gets_its_memory_back(mixture):
             seen[:] = step.state
             return step
 
-    sampler = PCSampler(mixture, Watching(), Nothing(), steps=3)
+    sampler = PCSampler(mixture, Watching(), Idle(), steps=3)
     sampler((1, 2))
     times = sampler.times.tolist()
     assert seen == list(itertools.pairwise(torch.tensor(times).tolist()))

@@ -1,4 +1,4 @@
-"""The initial state of a sampler, and checks of what its parts return."""
+"""The initial state of a sampler, and checks of the steps that its parts return."""
 
 from __future__ import annotations
 

@@ -42,16 +42,15 @@ class AdaptiveSDE(Predictor):
         E = \frac{1}{\sqrt D} \left\| \frac{x' - x''}{\delta} \right\|_2 \le 1, \quad
         \delta = \max(\mathrm{atol}, \mathrm{rtol} \max(|x|, |x'|)).
 
-    Then h becomes .9 h E^(-2/3). Each step takes two evaluations, of the whole batch until its
+    Then h becomes .9 h E^(-2/3). Each step takes two evaluations of the whole batch, until its
     slowest sample arrives. `PCSampler(model, AdaptiveSDE(), steps=1)` is the whole solver; on a
     longer grid, with correctors or constraints at its times, step lengths carry over from one grid
-    step to the next. To a time without noise the last step goes from the SDE's t_stop, where the
-    model is last defined, to the predicted data.
+    step to the next. A run to a time without noise ends with a step from the SDE's t_stop, where
+    the model is last defined, to the predicted data.
 
-    A rejected step must not be tried again with new noise: on Gaussian data that made the standard
-    deviation 1.2 to 2 times too large, the more so the tighter the tolerance. All noise is
-    therefore the increments of a `BrownianPath`: the one passed as generator, or one whose seeds
-    the generator draws.
+    A rejected step must not be repeated with new noise: on Gaussian data that made the standard
+    deviation 1.2 to 2 times too large, most at tight tolerances. All noise is therefore the
+    increments of a `BrownianPath`: the one passed as generator, or one with seeds drawn from it.
 
     Args:
         rtol: the tolerance relative to the state.

@@ -156,13 +156,13 @@ class MultistepPredictor(Predictor):
         """Compute the coefficients of all steps at once.
 
         Raises:
-            ValueError: if there is only one step, with nothing to remember.
+            ValueError: if the grid has one step.
         """
         steps = len(times) - 1
         if steps < 2:
             raise ValueError(
                 f"grid: expected at least 2 steps for {type(self).__name__}, which remembers "
-                f"earlier ones, got {steps}"
+                f"earlier predictions, got {steps}"
             )
         points = grid_points(sde, times)
         if points is None:
@@ -176,7 +176,7 @@ class MultistepPredictor(Predictor):
     def _at(
         self, sde: ForwardSDE, x: Tensor, t: Tensor, s: Tensor, past: Past
     ) -> _MultistepCoefficients:
-        """Return the coefficients of the step of a state, given what it remembers."""
+        """Return the coefficients of a state's step, given the remembered predictions."""
         times = (t, s, *(time for time, _ in past))
         points = grid_points(sde, times)
         if points is None:

@@ -146,7 +146,7 @@ class PCSampler:
 
     @property
     def times(self) -> Tensor:
-        """The decreasing times (N + 1,) of the grid, for the process as it is now."""
+        """The decreasing times (N + 1,) of the grid, for the current process."""
         return resolve_grid(self.grid, self.model.sde, self.steps)
 
     def __call__(

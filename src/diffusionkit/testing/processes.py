@@ -138,7 +138,7 @@ def _transition(sde: ForwardSDE) -> Iterator[str]:
         yield f"scale^2 sigma_s^2 + std^2 is not sigma_t^2: {problem}"
     (first, std_first), (second, std_second) = sde.transition(s, m), sde.transition(m, t)
     if problem := largest_difference(first * second, scale, 1e-6):
-        yield f"scales of s to t and s to m to t do not agree: {problem}"
+        yield f"scales of s to t and s to m to t differ: {problem}"
     if problem := largest_difference(second**2 * std_first**2 + std_second**2, std**2, 1e-6):
         yield f"variances of s to t and s to m to t do not compose: {problem}"
     if bool((sde.transition(t, t)[1].abs() > 1e-6 * sigma_t).any()):
