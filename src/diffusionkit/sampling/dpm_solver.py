@@ -63,7 +63,7 @@ class DPMSolver3M(ExponentialAdams):
     Raises:
         ValueError: if form is neither; in `prepare`, if the grid has one step.
 
-    Source: Lu et al., 2022, arXiv 2211.01095, and its released code (3M).
+    Source: Lu et al., DPM-Solver++, 2022, arXiv 2211.01095, and its released code (3M).
     """
 
     form: str = "exact"
@@ -108,7 +108,8 @@ class DPMSolver2MSDE(ExponentialMidpoint):
             grid has one step.
         TypeError: if eta is not a number.
 
-    Source: Lu et al., 2022, arXiv 2211.01095 (SDE solvers); Crowson, k-diffusion, 2022 ("heun").
+    Source: Lu et al., DPM-Solver++, 2022, arXiv 2211.01095 (SDE solvers); Crowson, k-diffusion,
+    2022 ("heun").
     """
 
     eta: float = 1.0
@@ -149,7 +150,7 @@ class DPMSolver2S(TwoStagePredictor):
         ValueError: if r is outside (0, 1].
         TypeError: if r is not a number.
 
-    Source: Lu et al., 2022, arXiv 2211.01095 (algorithm 1).
+    Source: Lu et al., DPM-Solver++, 2022, arXiv 2211.01095 (algorithm 1).
     """
 
     r: float = 0.5

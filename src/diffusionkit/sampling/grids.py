@@ -156,8 +156,8 @@ class ChainGrid:
         chain: the chain.
         to_zero: whether the last step goes from the chain's last level to 0.
 
-    Source: Nichol and Dhariwal, 2021, arXiv 2102.09672; Karras et al., 2022, arXiv 2206.00364
-    (table 1).
+    Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672; Karras et al., EDM, 2022,
+    arXiv 2206.00364 (table 1).
 
     >>> from diffusionkit import DDPMChain, EDMSDE
     >>> grid = ChainGrid(DDPMChain.cosine(1000), to_zero=True)

@@ -44,7 +44,8 @@ class Euler(LinearPredictor):
         ValueError: in `prepare` and `step`, from a time where alpha = 0 and the slope is infinite
             (read on the CPU only).
 
-    Source: Song et al., 2021, arXiv 2011.13456 (section 4.3).
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
+    (section 4.3).
     """
 
     @override
