@@ -1,8 +1,10 @@
-"""Every job of the project: lint, types, tests, slow, docs, quickstart, bench.
+"""The tasks of the project: lint, types, tests, slow, docs, quickstart, bench.
 
-Each session makes an environment of its own under .nox, from the pinned versions of
-constraints.txt, and keeps it for the next time.
+Each session installs the versions pinned in constraints.txt into a separate environment under .nox
+and reuses it.
 """
+
+from pathlib import Path
 
 import nox
 
@@ -14,7 +16,7 @@ PINNED = ("-c", "constraints.txt")
 
 
 def install(session: nox.Session, extra: str) -> None:
-    """Install the library with one of its extras."""
+    """Install the library with an extra."""
     session.install(*PINNED, "-e", f".[{extra}]")
 
 
@@ -35,9 +37,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests, without the slow ones."""
+    """Run all tests except the slow ones."""
     install(session, "dev")
-    # One thread for each of the processes: tensors are small, and threads would wait for others.
+    # One thread per process: tensors are small, and more threads would compete for cores.
     parallel = ("-n", "auto", "-m", "not slow")
     session.run("pytest", *parallel, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
@@ -51,7 +53,7 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation, warnings as errors, and execute every snippet in it."""
+    """Build the documentation with warnings as errors and execute its snippets."""
     install(session, "docs")
     for builder in ("html", "doctest"):
         target = f"docs/_build/{builder}"
@@ -60,15 +62,15 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
-    """Train a score model on real digits, sample it and draw the result."""
+    """Train a score model on real digits, sample it, and save a picture."""
     install(session, "examples")
     session.run("python", "examples/quickstart.py", *session.posargs)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run a benchmark by name, all of them by default."""
+    """Run benchmarks by name, or all of them."""
     install(session, "examples")
-    every = ["sampler_overhead", "fir", "networks", "likelihood", "stf", "metrics"]
-    for name in session.posargs or every:
+    names = sorted(path.stem for path in Path("benchmarks").glob("*.py"))
+    for name in session.posargs or names:
         session.run("python", f"benchmarks/{name}.py")

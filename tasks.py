@@ -1,11 +1,11 @@
-"""Run a nox session on a machine that has only Python 3.11 or newer and git.
+"""Run nox sessions on a machine with only Python 3.11 or newer and git.
 
-    python3 tasks.py quickstart      train, sample and draw
+    python3 tasks.py quickstart      train, sample, save a picture
     python3 tasks.py tests           run the tests
     python3 tasks.py lint types tests docs
 
-Makes .venv beside this file and installs nox into it, at the pinned version; nox does the rest.
-Arguments after `--` go to the session: python3 tasks.py quickstart -- --sde ve.
+Installs the pinned nox into .venv beside this file; nox creates the other environments.
+Arguments after `--` are passed to the session: python3 tasks.py quickstart -- --sde ve.
 """
 
 import os
@@ -20,7 +20,7 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 
 
 def main(arguments: list[str]) -> int:
-    """Install nox where it is missing, and hand it the sessions."""
+    """Install nox if it is missing and run the sessions."""
     if sys.version_info < (3, 11):
         sys.exit(f"expected Python 3.11 or newer, got {sys.version.split()[0]}")
     split = arguments.index("--") if "--" in arguments else len(arguments)

@@ -1,9 +1,9 @@
-"""FIR resampling beside the algorithm that the released score_sde_pytorch runs on the CPU.
+"""Compare FIR resampling with the algorithm of the released score_sde_pytorch.
 
-That algorithm, written anew: insert zeros, pad, convolve every channel as an image of its own at
-full resolution, keep every second pixel. Times both in turn within one run, forward and forward
-with backward, and prints medians and the ratios of neighbours. On a GPU it compares the fused
-kernel with plain torch too: bandwidth against a copy on the device, and launches.
+The released algorithm, reimplemented: insert zeros, pad, convolve every channel as a separate image
+at full resolution, keep every second pixel. Both alternate within one run, forward and forward with
+backward; the table shows medians and ratios paired by round. On a GPU it also compares the fused
+kernel with plain torch: bandwidth relative to a device copy, and kernel launches.
 
     python benchmarks/fir.py [--rounds 9] [--threads 2] [--device cpu]
 """
@@ -29,7 +29,7 @@ Run = Callable[[], object]
 
 
 def released(x: Tensor, *, up: int = 1, down: int = 1, pads: tuple[int, int]) -> Tensor:
-    """Zeros, padding, a convolution of single-channel images, and only then a slice."""
+    """Insert zeros, pad, convolve each channel as an image, and only then subsample."""
     taps = torch.tensor(TAPS, dtype=x.dtype, device=x.device) / sum(TAPS) * up
     kernel = torch.outer(taps, taps).flip(0, 1)
     b, c, h, w = x.shape
@@ -47,14 +47,14 @@ RELEASED: dict[str, Resample] = {
 
 
 def plain(x: Tensor, name: str) -> Tensor:
-    """Our resampling without the fused kernel."""
+    """Resample without the fused kernel."""
     if name == "up":
         return _plain.upfirdn(x, TAPS, 4 / 64, 2, 1, [(2, 1)] * 2)
     return _plain.upfirdn(x, TAPS, 1 / 64, 1, 2, [(1, 1)] * 2)
 
 
 def forward(resample: Resample, x: Tensor) -> Run:
-    """A forward pass, nothing recorded."""
+    """Return a forward pass without autograd."""
 
     @torch.no_grad()
     def run() -> None:
@@ -64,17 +64,19 @@ def forward(resample: Resample, x: Tensor) -> Run:
 
 
 def backward(resample: Resample, x: Tensor) -> Run:
-    """A forward and a backward pass."""
+    """Return a forward and backward pass."""
     leaf = x.detach().clone().requires_grad_()
     gradient = torch.randn_like(resample(x))
     return lambda: torch.autograd.grad(resample(leaf), leaf, gradient)
 
 
-def measure(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Return milliseconds of each run, one figure a round, the runs taken in turn.
+def measure(
+    runs: dict[str, Run], rounds: int, device: torch.device, calls: int = 3
+) -> dict[str, list[float]]:
+    """Return the milliseconds of each run, one value per round, with the runs alternating.
 
-    A figure is the mean of three calls after one more, which finds its memory as the other run
-    left it: returned to the system, page by page.
+    A value is the mean of several calls after a warm-up call, which pays for the memory that the
+    previous run returned to the system.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -83,16 +85,16 @@ def measure(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()
-            for _ in range(3):
+            for _ in range(calls):
                 run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times[name].append((time.perf_counter() - start) / 3 * 1e3)
+            times[name].append((time.perf_counter() - start) / calls * 1e3)
     return times
 
 
 def compare(rounds: int, device: torch.device) -> None:
-    """Print the table of ours and the released algorithm."""
+    """Print the comparison with the released algorithm."""
     x = torch.randn(16, 128, 32, 32, device=device)
     print(f"float32, {tuple(x.shape)}; medians of {rounds} rounds, ratios paired by round\n")
     print("| | ours, ms | released, ms | released / ours |")
@@ -112,7 +114,7 @@ def compare(rounds: int, device: torch.device) -> None:
 
 
 def launches(run: Run) -> int:
-    """Count the kernels and copies that a run puts on the device."""
+    """Count the kernels and copies that a run launches on the device."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -122,7 +124,7 @@ def launches(run: Run) -> int:
 
 
 def device_milliseconds(run: Run, rounds: int) -> float:
-    """Median over rounds of the time of a run on the device."""
+    """Return the median device time of a run over rounds."""
     run()
     times: list[float] = []
     for _ in range(rounds):
@@ -138,10 +140,8 @@ def device_milliseconds(run: Run, rounds: int) -> float:
 
 
 def bandwidth(rounds: int, device: torch.device) -> None:
-    """Print bytes read and written a second, over those of a copy, and launches."""
-    print(
-        "\n| (64, 128, 64, 64) | fused, GB/s | over copy | plain, GB/s | launches: fused, plain |"
-    )
+    """Print the bandwidth, absolute and relative to a copy, and the number of launches."""
+    print("\n| (64, 128, 64, 64) | fused, GB/s | vs. copy | plain, GB/s | launches: fused, plain |")
     print("|---|---|---|---|---|")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         x = torch.randn(64, 128, 64, 64, device=device, dtype=dtype)
@@ -164,8 +164,8 @@ def bandwidth(rounds: int, device: torch.device) -> None:
 
 
 def main() -> None:
-    """Measure and print the tables."""
-    parser = argparse.ArgumentParser(description="FIR resampling, ours and the released algorithm.")
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -178,7 +178,7 @@ def main() -> None:
     if device.type == "cuda":
         bandwidth(arguments.rounds, device)
     else:
-        print("\nNot run on a GPU: the fused kernel's bandwidth and launches were not measured.")
+        print("\nBandwidth and launches of the fused kernel are measured on a GPU only.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The likelihood by the probability-flow ODE, beside the algorithm that was released with it.
+"""Compare the probability-flow likelihood with the algorithm of the released score_sde_pytorch.
 
-The released algorithm, written anew: the state flattened on the host in float64, SciPy's RK45 in
-t from t_min to T, and at each of its points two evaluations of the drift, one without gradients
-for the path and one with them for Hutchinson's estimate of the whole drift's divergence. Both
-sides get the same model, data, probe and tolerance. Values are compared where the score is exact,
-against a much tighter run; times with a small DDPM++ trained for a moment on the digits.
+The released algorithm, reimplemented: the state flattened on the host in float64, SciPy's RK45 in t
+from t_min to T, and two evaluations of the drift at each point, one without gradients for the state
+and one with gradients for Hutchinson's estimate of the divergence. Both use the same model, data,
+probe and tolerance. Accuracy is measured on a model with exact score against a much tighter
+tolerance; time on a small DDPM++ trained briefly on digits.
 
     python benchmarks/likelihood.py [--rounds 3] [--steps 200] [--tolerance 1e-5]
 """
@@ -44,7 +44,7 @@ BATCH = 8
 
 
 def seeded() -> torch.Generator:
-    """The generator that both sides draw their probe from."""
+    """Return the generator of the probe, the same for both algorithms."""
     return torch.Generator().manual_seed(0)
 
 
@@ -88,7 +88,7 @@ def ours(model: ScoreModel, x: Tensor, tolerance: float) -> tuple[Tensor, int]:
 
 
 def mixture(sde: ForwardSDE) -> tuple[ScoreModel, Tensor]:
-    """Three modes of image shape, and draws from them at t_min."""
+    """Return a mixture of three image-shaped Gaussians and samples of it at t_min."""
     means = 0.5 * torch.randn((3, 3, 4, 4), generator=torch.Generator().manual_seed(1))
     model = GaussianMixtureModel(sde, means, [0.1, 0.2, 0.3])
     x = model.sample(BATCH, generator=seeded(), dtype=torch.float64)
@@ -96,13 +96,13 @@ def mixture(sde: ForwardSDE) -> tuple[ScoreModel, Tensor]:
 
 
 def trained(sde: ForwardSDE, steps: int) -> tuple[ScoreModel, Tensor]:
-    """A DDPM++ after a few steps on the digits, and digits with uniform noise."""
+    """Return a DDPM++ briefly trained on digits, and dequantized digits."""
     torch.manual_seed(0)
     pixels = torch.from_numpy(load_digits().images).float().unsqueeze(1)
     data = (pixels + torch.rand_like(pixels)) * (2 / 17) - 1
     network = DDPMpp(channels=1, width=16, multipliers=(1, 2), blocks=1, dropout=0.0)
-    # A label that moves slowly: after a few steps, the path of one such as 999 t still follows
-    # the 160 periods of its embedding, and counts them instead of the solver's work.
+    # EDMModel's noise label varies slowly. With 999 t, a briefly trained network still oscillates
+    # with the 160 periods of the embedding, and these dominate the solver's cost.
     model = EDMModel(network, sde)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(steps):
@@ -116,15 +116,15 @@ def trained(sde: ForwardSDE, steps: int) -> tuple[ScoreModel, Tensor]:
 def row(
     name: str, model: ScoreModel, x: Tensor, rounds: int, tolerance: float, exact: Tensor | None
 ) -> str:
-    """Run both sides in turn and return a row of the table."""
-    sides = (ours, released)
+    """Run both algorithms alternately and return a row of the table."""
+    algorithms = (ours, released)
     times: list[list[float]] = [[], []]
     for _ in range(rounds):
         found = []
-        for side, spent in zip(sides, times, strict=True):
+        for algorithm, elapsed in zip(algorithms, times, strict=True):
             start = time.perf_counter()
-            found.append(side(model, x, tolerance))
-            spent.append(1e3 * (time.perf_counter() - start))
+            found.append(algorithm(model, x, tolerance))
+            elapsed.append(1e3 * (time.perf_counter() - start))
     (a, evaluations_a), (b, evaluations_b) = found
     d = x[0].numel()
     faster = statistics.median(theirs / own for own, theirs in zip(*times, strict=True))
@@ -138,8 +138,8 @@ def row(
 
 
 def main() -> None:
-    """Print a table: nats per dimension, evaluations and times of both, for three processes."""
-    parser = argparse.ArgumentParser(description="Likelihood against the released algorithm.")
+    """Print nats per dimension, evaluations and times of both algorithms for three processes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tolerance", type=float, default=1e-5)

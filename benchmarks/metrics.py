@@ -1,10 +1,9 @@
-"""The Frechet distance of 50,000 x 2048 features, beside the usual way through scipy's sqrtm.
+"""Compare the Frechet distance of 50,000 x 2048 features with the usual implementation by sqrtm.
 
-The usual way, written anew: numpy's mean and covariance of each set, and the real part of scipy's
-root of the product of the covariances. Both sides get the same float32 features, of correlated
-dimensions whose variances fall off as those of image features do, the fake ones shifted. Memory
-is the peak of a process that holds both sets and computes the distance the library's way; each
-way runs in a process of its own, on one thread, and its processor time is counted.
+The usual implementation: numpy's mean and covariance of each set, and the real part of scipy's
+matrix square root of the product of the covariances. Both get the same float32 features: correlated
+dimensions whose variances decay like those of image features, with the fake ones shifted. Each
+implementation runs in a separate process on one thread; CPU time and peak memory include both sets.
 
     python benchmarks/metrics.py [--rows 50000] [--columns 2048] [--rounds 1]
 """
@@ -27,7 +26,7 @@ from diffusionkit.metrics import FeatureMoments, frechet_distance
 
 
 class Run(NamedTuple):
-    """What one way took: seconds for the moments and for the distance, and the peak in GiB."""
+    """CPU seconds for moments and distance, the distance, and the peak memory in GiB."""
 
     moments: float
     distance: float
@@ -36,7 +35,7 @@ class Run(NamedTuple):
 
 
 def features(rows: int, columns: int, seed: int) -> Tensor:
-    """Correlated features (rows, columns), drawn by parts so that no other memory counts."""
+    """Return correlated features (rows, columns), generated in chunks to keep peak memory low."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
     mixing *= torch.arange(1, columns + 1).float().rsqrt()
@@ -48,7 +47,7 @@ def features(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def ours(real: Tensor, fake: Tensor) -> tuple[float, float, float]:
-    """Return the seconds of the moments and of the distance, and the distance."""
+    """Return the seconds for the moments and the distance, and the distance."""
     start = time.process_time()
     sets = FeatureMoments(), FeatureMoments()
     for moments, x in zip(sets, (real, fake), strict=True):
@@ -59,7 +58,7 @@ def ours(real: Tensor, fake: Tensor) -> tuple[float, float, float]:
 
 
 def usual(real: Tensor, fake: Tensor) -> tuple[float, float, float]:
-    """Return the same by numpy and scipy."""
+    """Return the same for numpy and scipy."""
     from scipy import linalg  # type: ignore[import-untyped]
 
     start = time.process_time()
@@ -73,28 +72,29 @@ def usual(real: Tensor, fake: Tensor) -> tuple[float, float, float]:
 
 
 def measure(
-    way: Callable[[Tensor, Tensor], tuple[float, float, float]], rows: int, columns: int
+    implementation: Callable[[Tensor, Tensor], tuple[float, float, float]], rows: int, columns: int
 ) -> Run:
-    """Run one way in this process."""
+    """Run one implementation in this process."""
     torch.set_num_threads(1)
-    times = way(*(features(rows, columns, seed) for seed in (1, 2)))
+    times = implementation(*(features(rows, columns, seed) for seed in (1, 2)))
     return Run(*times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def main() -> None:
     """Print the medians and their ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     runs: dict[str, list[Run]] = {"diffusionkit": [], "scipy sqrtm": []}
     for _ in range(options.rounds):
-        for name, way in zip(runs, (ours, usual), strict=True):
+        for name, implementation in zip(runs, (ours, usual), strict=True):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                runs[name].append(pool.apply(measure, (way, options.rows, options.columns)))
+                arguments = (implementation, options.rows, options.columns)
+                runs[name].append(pool.apply(measure, arguments))
     found = {name: Run(*map(statistics.median, zip(*of, strict=True))) for name, of in runs.items()}
-    print(f"{options.rows} x {options.columns} features, float32: processor time of one thread")
+    print(f"{options.rows} x {options.columns} features, float32: CPU time on one thread")
     for name, run in found.items():
         print(
             f"{name:<13} moments {run.moments:6.2f} s  distance {run.distance:6.2f} s  "
@@ -103,7 +103,7 @@ def main() -> None:
     own, other = found.values()
     print(
         f"ratios: distance {other.distance / own.distance:.1f}, "
-        f"all {(other.moments + other.distance) / (own.moments + own.distance):.2f}"
+        f"total {(other.moments + other.distance) / (own.moments + own.distance):.2f}"
     )
 
 

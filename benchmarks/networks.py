@@ -1,10 +1,9 @@
-"""CIFAR-10 NCSN++ beside a plain re-expression of the released forward pass.
+"""Compare the CIFAR-10 NCSN++ with the operations of the released network.
 
-Times, in turn within one run: the forward pass and the full training step (loss, backward, clip,
-Adam, average) of ours and of the released operations on the same weights; the rate of ours
-against that of a bare 3x3 convolution of 256 channels; bfloat16 autocast, channels_last and
-torch.compile. Prints medians and ratios paired by round, then the peak memory of a training step
-with and without activation checkpointing.
+Alternates within one run: the forward pass and the full training step (loss, backward, clipping,
+Adam, EMA) of both on the same weights; the throughput relative to a bare 3x3 convolution of 256
+channels; bfloat16 autocast, channels_last and torch.compile. Prints medians and ratios paired by
+round, then the peak memory of a training step with and without activation checkpointing.
 
     python benchmarks/networks.py [--rounds 9] [--threads 2] [--batch 4] [--device cpu] [--compile]
 """
@@ -17,7 +16,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,43 +23,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fir import RELEASED, Run, measure, released
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffusionkit import EMA, VESDE, RawScoreModel, ScoreMatching, clipped_step
 from diffusionkit.networks import NCSNpp
 
-Run = Callable[[], object]
 FLOPS = 87.05e9 / 4  # of a forward pass of one image
-TAPS = (1.0, 3.0, 3.0, 1.0)
-
-
-def native_fir(x: Tensor, up: int, down: int, pads: tuple[int, int], gain: float) -> Tensor:
-    """Zeros, padding, a convolution of single-channel images, and only then a slice."""
-    taps = torch.tensor(TAPS, dtype=x.dtype, device=x.device) / sum(TAPS)
-    kernel = torch.outer(taps, taps) * gain
-    b, c, h, w = x.shape
-    y = F.pad(x.reshape(-1, h, 1, w, 1, 1), [0, 0, 0, up - 1, 0, 0, 0, up - 1])
-    y = F.pad(y.reshape(-1, 1, h * up, w * up), [*pads, *pads])
-    y = F.conv2d(y, torch.flip(kernel, [0, 1]).view(1, 1, 4, 4))
-    y = y.permute(0, 2, 3, 1)[:, ::down, ::down, :]
-    return y.reshape(b, c, y.shape[1], y.shape[2])
 
 
 class Released(nn.Module):
-    """The operations of the released network, written anew, on the weights of one of ours."""
+    """The operations of the released network, reimplemented, on the weights of ours."""
 
     def __init__(self, network: NCSNpp) -> None:
-        """Keep the network whose weights are used."""
+        """Keep the network that holds the weights."""
         super().__init__()
         self.net: Any = network
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Mix channels, which takes them to the last place and back."""
+        """Mix channels, permuted to the last dimension and back."""
         y = torch.einsum("abcd,de->abce", x.permute(0, 2, 3, 1), weight.t()) + bias
         return y.permute(0, 3, 1, 2)
 
     def attention(self, layer: Any, x: Tensor) -> Tensor:
-        """All weights of all pairs of positions, one after the other."""
+        """Apply attention with the weights of all pairs of positions materialized."""
         b, c, height, width = x.shape
         h = layer.norm(x)
         weights, biases = layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)
@@ -75,12 +61,10 @@ class Released(nn.Module):
         return joined
 
     def block(self, layer: Any, x: Tensor, emb: Tensor, resample: str = "") -> Tensor:
-        """A BigGAN block."""
+        """Apply a BigGAN block."""
         h = F.silu(layer.norm_1(x))
-        if resample == "up":
-            h, x = (native_fir(a, 2, 1, (2, 1), 4.0) for a in (h, x))
-        elif resample == "down":
-            h, x = (native_fir(a, 1, 2, (1, 1), 1.0) for a in (h, x))
+        if resample:
+            h, x = RELEASED[resample](h), RELEASED[resample](x)
         h = layer.conv_1(h)
         h += layer.embedding(F.silu(emb))[:, :, None, None]
         h = F.silu(layer.norm_2(h))
@@ -89,12 +73,12 @@ class Released(nn.Module):
         return joined
 
     def stage(self, stage: Any, x: Tensor, emb: Tensor, resample: str = "") -> Tensor:
-        """A block and perhaps an attention."""
+        """Apply a block and its optional attention."""
         h = self.block(stage.block, x, emb, resample)
         return h if stage.attention is None else self.attention(stage.attention, h)
 
+    @override
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Evaluate the network."""
         net = self.net
         frequencies = net.embedding.noise_features.frequencies
         angle = torch.log(sigma)[:, None] * frequencies[None, :] * 2 * np.pi
@@ -106,7 +90,7 @@ class Released(nn.Module):
             if level > 0:
                 h = self.stage(net.downs[level - 1], skips[-1], emb, "down")
                 conv = net.input_branch[level - 1].down.conv
-                branch = native_fir(branch, 1, 1, (2, 2), 1.0)
+                branch = released(branch, pads=(2, 2))
                 branch = F.conv2d(branch, conv.weight, stride=2) + conv.bias.reshape(1, -1, 1, 1)
                 branch = (branch + h) / np.sqrt(2.0)
                 skips.append(branch)
@@ -125,7 +109,7 @@ class Released(nn.Module):
 
 
 def released_step(network: NCSNpp, x: Tensor) -> Run:
-    """The released training step: its loss, clipping, Adam and average, tensor by tensor."""
+    """Return the released training step: loss, clipping, Adam and EMA, tensor by tensor."""
     net = Released(network).train()
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=2e-4, foreach=False, fused=False)
@@ -150,7 +134,7 @@ def released_step(network: NCSNpp, x: Tensor) -> Run:
 
 
 def our_step(network: NCSNpp, x: Tensor) -> Run:
-    """The same step with the parts of the library."""
+    """Return the same step with the library."""
     model = RawScoreModel(network, VESDE(0.01, 50.0)).train()
     objective = ScoreMatching()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -166,7 +150,7 @@ def our_step(network: NCSNpp, x: Tensor) -> Run:
 
 
 def evaluated(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor) -> Run:
-    """A forward pass, nothing recorded."""
+    """Return a forward pass without autograd."""
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -176,7 +160,7 @@ def evaluated(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Ten
 
 
 def in_bfloat16(run: Run, device: str) -> Run:
-    """A run under autocast."""
+    """Return a run under autocast."""
 
     def cast() -> object:
         with torch.autocast(device, torch.bfloat16):
@@ -185,61 +169,40 @@ def in_bfloat16(run: Run, device: str) -> Run:
     return cast
 
 
-def measure(runs: dict[str, Run], rounds: int, device: str) -> dict[str, list[float]]:
-    """Return milliseconds of each run, one figure a round, the runs taken in turn.
-
-    A figure is the mean of two calls after one more, which finds its memory as the other runs
-    left it: a loop of training or sampling does not change its network at every step.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / 2 * 1e3)
-    return times
-
-
-def show(times: dict[str, list[float]], yardstick: str) -> None:
-    """Print medians, and how many times faster than the yardstick each is."""
-    print(f"\n| run | ms | times faster than {yardstick} |\n|---|---|---|")
+def show(times: dict[str, list[float]], reference: str) -> None:
+    """Print medians and speedups over the reference."""
+    print(f"\n| run | ms | speedup over {reference} |\n|---|---|---|")
     for name, values in times.items():
-        ratio = statistics.median(b / a for a, b in zip(values, times[yardstick], strict=True))
+        ratio = statistics.median(b / a for a, b in zip(values, times[reference], strict=True))
         print(f"| {name} | {statistics.median(values):.0f} | {ratio:.2f} |")
 
 
-def rate(times: dict[str, list[float]], batch: int, conv_flops: float) -> float:
-    """Return the rate of our forward pass over that of the bare convolution."""
+def throughput(times: dict[str, list[float]], batch: int, conv_flops: float) -> float:
+    """Return the FLOP/s of our forward pass relative to the bare convolution."""
     pairs = zip(times["ours"], times["bare convolution"], strict=True)
     return statistics.median(FLOPS * batch / a / (conv_flops / b) for a, b in pairs)
 
 
 def in_process(*options: object) -> float:
-    """Run this script with options in a process of its own, and return the number it prints."""
+    """Run this script with options in a separate process and return the number it prints."""
     command = [sys.executable, __file__, *map(str, options)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def time_step(name: str, batch: int, device: str) -> None:
-    """Print the milliseconds of a training step, the median of five after two more."""
+    """Print the milliseconds of a training step."""
     torch.manual_seed(0)
     network = NCSNpp.cifar10().to(device)
     x = torch.rand(batch, 3, 32, 32, device=device)
     run = our_step(network, x) if name == "ours" else released_step(network, x)
     run()
-    print(statistics.median(measure({name: run}, 3, device)[name]))
+    print(statistics.median(measure({name: run}, 3, torch.device(device), calls=2)[name]))
 
 
 def steps(rounds: int, *options: object) -> None:
-    """Measure and print the training steps, each in processes of its own, in turn.
+    """Print the times of the training steps, alternating, each in a separate process.
 
-    A process that trains has one network and one optimiser, and its memory looks accordingly.
+    So memory holds one network and one optimizer, as in training.
     """
     times: dict[str, list[float]] = {"released step": [], "our step": []}
     for _ in range(rounds):
@@ -249,7 +212,7 @@ def steps(rounds: int, *options: object) -> None:
 
 
 def take_step(recompute: bool, batch: int) -> None:
-    """Take forward and backward of one step, and print the peak memory in MiB."""
+    """Run forward and backward of one step and print the peak memory in MiB."""
     network = NCSNpp.cifar10(activation_checkpointing=recompute)
     model = RawScoreModel(network, VESDE(0.01, 50.0))
     loss = ScoreMatching()(model, torch.rand(batch, 3, 32, 32)).mean()
@@ -259,10 +222,10 @@ def take_step(recompute: bool, batch: int) -> None:
 
 
 def forwards(batch: int, device: str, compiled: bool, rounds: int) -> None:
-    """Measure and print the forward passes."""
+    """Print the times of the forward passes."""
     torch.manual_seed(0)
     network = NCSNpp.cifar10().to(device).eval()
-    for parameter in network.parameters():  # of a size at which every part matters
+    for parameter in network.parameters():  # zero-initialized layers must matter
         parameter.data += 0.01 * torch.randn_like(parameter)
     x, sigma = torch.rand(batch, 3, 32, 32, device=device), torch.logspace(-1, 1.5, batch)
     sigma = sigma.to(device)
@@ -290,19 +253,20 @@ def forwards(batch: int, device: str, compiled: bool, rounds: int) -> None:
     for name in [name for name in runs if name.startswith("ours")]:
         runs[f"{name}, bfloat16"] = in_bfloat16(runs[name], device)
     outputs = {name: run() for name, run in runs.items()}
-    show(times := measure(runs, rounds, device), "released")
+    show(times := measure(runs, rounds, torch.device(device), calls=2), "released")
     conv_flops = repeats * 2 * h.numel() * 256 * 9
-    print(f"\nrate of our forward over the convolution's: {rate(times, batch, conv_flops):.0%}")
+    relative = throughput(times, batch, conv_flops)
+    print(f"\nthroughput of our forward pass relative to the convolution: {relative:.0%}")
     want = outputs["released"]
     for name, got in outputs.items():
         if isinstance(want, Tensor) and isinstance(got, Tensor):
             error = (got.float() - want).norm() / want.norm()
-            print(f"output of {name} against the released: {float(error):.1e}")
+            print(f"relative difference of {name} from released: {float(error):.1e}")
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="NCSN++ for CIFAR-10, ours and the released one.")
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
@@ -325,7 +289,7 @@ def main() -> None:
     options = ("--threads", arguments.threads, "--device", device)
     steps(math.ceil(arguments.rounds / 3), "--batch", batch, *options)
     if device == "cpu":
-        print("\npeak memory of a process that takes forward and backward of a step, MiB")
+        print("\npeak memory of a process for forward and backward of a step, MiB")
         for recompute in (False, True):
             name = "with" if recompute else "without"
             memory = in_process("--peak", int(recompute), "--batch", 4 * batch, *options)

@@ -1,9 +1,8 @@
-"""Is predictor-corrector sampling worth its evaluations? Measured where the score is exact.
+"""Compare predictor-corrector with the predictor alone at equal evaluations, with an exact score.
 
-Samples a mixture of ten Gaussians in 64 dimensions through its exact score, with a predictor
-alone (N steps) and with a Langevin corrector (N / 2 steps), at equal network evaluations, and
-prints the energy distance of 2000 samples to 2000 fresh draws of the mixture, mean and standard
-error over seeds. Two sets of fresh draws give the floor.
+Samples a mixture of ten Gaussians in 64 dimensions with a predictor alone (N steps) and with a
+Langevin corrector (N / 2 steps). Prints the energy distance of 2000 samples to 2000 exact samples:
+mean ± standard error over seeds. The floor is the distance between two exact sets.
 
     python benchmarks/predictor_corrector.py [--seeds 5]
 """
@@ -50,7 +49,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 
 def mixture(sde: ForwardSDE) -> GaussianMixtureModel:
-    """Ten modes of unequal weight and width, about one apart in each dimension."""
+    """Return a mixture of ten modes of different weights and widths."""
     generator = torch.Generator().manual_seed(0)
     means = 0.5 * torch.randn((MODES, DIMENSIONS), generator=generator)
     stds = torch.linspace(0.05, 0.3, MODES)
@@ -58,7 +57,7 @@ def mixture(sde: ForwardSDE) -> GaussianMixtureModel:
 
 
 def distance(model: GaussianMixtureModel, sampler: PCSampler | None, seed: int) -> float:
-    """Return the energy distance of a sampler's draws, or of fresh draws, to fresh draws."""
+    """Return the energy distance of a sampler, or of exact samples, to exact samples."""
     generator = torch.Generator().manual_seed(seed)
     truth = model.sample(SAMPLES, generator=generator)
     if sampler is None:
@@ -67,19 +66,19 @@ def distance(model: GaussianMixtureModel, sampler: PCSampler | None, seed: int) 
 
 
 def cell(values: list[float]) -> str:
-    """Return mean and standard error, in thousandths."""
+    """Format mean and standard error in thousandths."""
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{1e3 * statistics.mean(values):.1f} ± {1e3 * error:.1f}"
 
 
 def main() -> None:
-    """Measure every process and predictor, and print a table."""
-    parser = argparse.ArgumentParser(description="Predictor-corrector against predictor only.")
+    """Print the table of all processes and predictors."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--evaluations", type=int, nargs="+", default=[51, 101, 201])
     arguments = parser.parse_args()
     heads = ["predictor only", *(f"PC, snr {snr:g}" for snr in SNRS)]
-    print("Energy distance to the truth, in thousandths.\n")
+    print("Energy distance to exact samples, in thousandths.\n")
     print("| process | predictor | evaluations | " + " | ".join(heads) + " | floor |")
     print("|" + "---|" * (len(heads) + 4))
     for process, sde in PROCESSES.items():

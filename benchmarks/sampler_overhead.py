@@ -1,9 +1,9 @@
-"""What a predictor-corrector step costs beside the network, against two yardsticks.
+"""Measure the overhead of a predictor-corrector step without the network, against two references.
 
-Times, in turn within one run, a step of PCSampler(ReverseDiffusion, Langevin) on VPSDE with a
-network that returns a ready tensor; the bare arithmetic of such a step, two normal draws and four
-fused adds; and the step of the released score_sde_pytorch, its operations written anew (tables on
-the device, times as tensors, norms as batch means). Prints medians and ratios.
+Three steps alternate within one run: PCSampler(ReverseDiffusion, Langevin) on VPSDE with a network
+that returns a precomputed tensor; the bare arithmetic of a step, two normal draws and four fused
+adds; and the step of the released score_sde_pytorch, reimplemented (tables on the device, times as
+tensors, norms averaged over the batch). Prints medians and ratios.
 
     python benchmarks/sampler_overhead.py [--rounds 15] [--device cpu]
 """
@@ -24,7 +24,7 @@ Run = Callable[[], object]
 
 
 def ours(x: Tensor, steps: int) -> Run:
-    """A run of the sampler, its set-up included."""
+    """Return a run of the sampler, including its setup."""
     output = torch.randn_like(x)
     model = EpsModel(lambda x, noise_label: output, VPSDE())
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(), steps=steps, denoise=False)
@@ -32,7 +32,7 @@ def ours(x: Tensor, steps: int) -> Run:
 
 
 def bare(x: Tensor, steps: int) -> Run:
-    """Two normal draws and four fused adds a step."""
+    """Return a run of two normal draws and four fused adds per step."""
     output = torch.randn_like(x)
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ def bare(x: Tensor, steps: int) -> Run:
 
 
 def released(x: Tensor, steps: int) -> Run:
-    """The operations of the released Langevin corrector and reverse-diffusion predictor."""
+    """Return a run of the released Langevin corrector and reverse-diffusion predictor."""
     output = torch.randn_like(x)
     ones = (-1, *(1,) * (x.ndim - 1))
     betas = torch.linspace(0.1 / steps, 20.0 / steps, steps, device=x.device)
@@ -89,7 +89,7 @@ def released(x: Tensor, steps: int) -> Run:
 def measure(
     runs: dict[str, Run], steps: int, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return microseconds a step of each run, one figure a round, the runs taken in turn."""
+    """Return the microseconds per step of each run, one value per round, runs alternating."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 2):
         for name, run in runs.items():
@@ -97,14 +97,14 @@ def measure(
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if round_ >= 2:  # two rounds to warm up
+            if round_ >= 2:  # after two warm-up rounds
                 times[name].append((time.perf_counter() - start) / steps * 1e6)
     return times
 
 
 def main() -> None:
-    """Measure two shapes and print a table."""
-    parser = argparse.ArgumentParser(description="The cost of a PC step without a network.")
+    """Print the table for two shapes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}, float32;")
     print(f"medians of {arguments.rounds} rounds, ratios paired by round\n")
-    print("| shape | ours, us a step | bare, us | released, us | ours / bare | released / bare |")
+    print("| shape | ours, us per step | bare, us | released, us | ours / bare | released / bare |")
     print("|---|---|---|---|---|---|")
     for shape, steps in (((16, 3, 32, 32), 200), ((1, 3, 2, 2), 1000)):
         x = torch.randn(shape, device=device)

@@ -1,8 +1,8 @@
-"""The stable target beside the expression that was released with it.
+"""Compare the stable target with the released implementation.
 
-The released expression, written anew: all B x n differences as one tensor, squared, summed, their
-softmax, and the weighted sum of the references as another. Where that does not fit into memory it
-is timed at a smaller n, and its time scaled with n; both sides see the same float32 data.
+The released implementation, rewritten: all B x n differences as one tensor, squared, summed, their
+softmax, and the weighted sum of the references as another tensor. It is timed at a smaller n, as it
+would not fit into memory, and scaled linearly in n. Both use the same float32 data.
 
     python benchmarks/stf.py [--batch 128] [--references 4096] [--released 256] [--rounds 5]
 """
@@ -30,7 +30,7 @@ D = 3 * 32 * 32
 
 
 def draw(batch: int, n: int, d: int) -> tuple[Perturbed, Tensor]:
-    """A noisy batch, at all noise levels, and the references that it is in."""
+    """Return a batch at all noise levels and the references that contain it."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.rand((n, d), generator=generator) * 2 - 1
     times = torch.linspace(SDE.t_min, SDE.T, batch)
@@ -51,36 +51,36 @@ def ours(sample: Perturbed, reference: Tensor) -> Tensor:
 
 
 def seconds(call: Callable[[], object], rounds: int) -> float:
-    """Return the median time of a call, after one that is not counted."""
-    spent = []
+    """Return the median time of a call after a warm-up call."""
+    elapsed = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         call()
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent[1:])
+        elapsed.append(time.perf_counter() - start)
+    return statistics.median(elapsed[1:])
 
 
-def extra_memory(side: str, batch: int, n: int) -> float:
-    """Return by how much a call raises the peak of a process of its own, in GiB."""
-    command = [sys.executable, __file__, "--memory", side]
+def extra_memory(name: str, batch: int, n: int) -> float:
+    """Return the increase of peak memory by a call in a separate process, in GiB."""
+    command = [sys.executable, __file__, "--memory", name]
     command += ["--batch", str(batch), "--references", str(n)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(out)
 
 
-def memory(side: str, batch: int, n: int) -> float:
-    """Measure in this process what `extra_memory` returns."""
-    call = {"ours": ours, "released": released}[side]
-    call(*draw(2, 4, D))  # what libraries set aside once
+def memory(name: str, batch: int, n: int) -> float:
+    """Return the increase of peak memory by a call in this process, in GiB."""
+    call = {"ours": ours, "released": released}[name]
+    call(*draw(2, 4, D))  # one-time allocations of libraries
     sample, reference = draw(batch, n, D)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     before = peak_gib()
     call(sample, reference)
     return peak_gib() - before
 
 
 def peak_gib() -> float:
-    """Return the largest memory this process has held."""
+    """Return the peak memory of this process in GiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
@@ -100,8 +100,8 @@ def step_seconds(batch: int) -> float:
 
 
 def main() -> None:
-    """Print times, memory, growth, and the share of a training step."""
-    parser = argparse.ArgumentParser(description="The stable target against the released one.")
+    """Print times, memory, scaling, and the share of a training step."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--references", type=int, default=4096)
     parser.add_argument("--released", type=int, default=256)
@@ -118,7 +118,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; B={batch}, D={D}, float32"
     )
-    print(f"medians of {rounds} rounds; the released expression at n={few}, times {n / few:g}\n")
+    print(f"medians of {rounds} rounds; released: at n={few}, multiplied by {n / few:g}\n")
 
     sample, reference = draw(batch, n, D)
     small = reference[:few]
@@ -144,7 +144,7 @@ def main() -> None:
 
     step = step_seconds(arguments.step_batch) * batch / arguments.step_batch
     print(f"\na training step of NCSN++ takes {step:.1f} s, scaled from a batch of "
-          f"{arguments.step_batch}: the target is {100 * own / step:.2f} % of it")  # fmt: skip
+          f"{arguments.step_batch}: the target is {own / step:.2%} of it")  # fmt: skip
 
 
 if __name__ == "__main__":

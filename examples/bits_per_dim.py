@@ -1,8 +1,8 @@
-"""Measure bits per dimension of real images: three processes, three ways to train, two baselines.
+"""Compare bits per dimension on real images: three processes, three objectives, two baselines.
 
-The digits of scikit-learn (17 levels), or grey patches of its two photographs (256 levels). Every
-model is the same network with the same budget. It prints a table as it goes, and leaves it in a
-file. One data set takes about half an hour on one CPU core; a look at it takes a minute:
+The data are scikit-learn's digits (17 levels) or gray patches of its two photographs (256 levels).
+All models use the same network and training budget. It prints a table and saves it to a file.
+Runtime: half an hour per data set on one CPU core; the last command takes a minute.
 
     python examples/bits_per_dim.py
     python examples/bits_per_dim.py --data patches
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from helpers import count, fit, write
+from helpers import argument_parser, fit, mean_and_error, positive_int, report
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -48,12 +48,12 @@ from diffusionkit import (
 from diffusionkit.likelihood import BitsPerDim, Dequantizer
 from diffusionkit.networks import MLP
 
-SIZE = 8  # pixels along each side
+SIZE = 8  # side of an image in pixels
 BATCH, LEARNING_RATE, EMA_DECAY = 128, 1e-3, 0.998
 
 PROCESSES: dict[str, ForwardSDE] = {
     "VP": VPSDE(),
-    "sub-VP": SubVPSDE(t_min=1e-2),  # the papers' choice: before it there is hardly any noise
+    "sub-VP": SubVPSDE(t_min=1e-2),  # as published: there is hardly any noise below
     "VE": VESDE(sigma_min=0.001, sigma_max=20.0),
 }
 OBJECTIVES = {
@@ -61,16 +61,17 @@ OBJECTIVES = {
     "LW": ScoreMatching(LikelihoodWeighting(), times=StratifiedTimes()),
     "LW + IS": ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes()),
 }
-# VE's likelihood weight is a constant, and its uniform times are uniform in the log-SNR.
+# For VE the three agree: its likelihood weighting is constant, and uniform times are uniform in
+# the log-SNR.
 TRAININGS = {
     "VP": OBJECTIVES,
     "sub-VP": OBJECTIVES,
-    "VE": {"all the same": OBJECTIVES["LW + IS"]},
+    "VE": {"any": OBJECTIVES["LW + IS"]},
 }
 
 
 class Images(NamedTuple):
-    """Images (n, 64) of whole numbers for training and for testing, and how many levels."""
+    """Integer images (n, 64) for training and testing, and their number of levels."""
 
     train: Tensor
     test: Tensor
@@ -78,19 +79,19 @@ class Images(NamedTuple):
 
 
 def digits() -> Images:
-    """Return the digits of scikit-learn; one in five, always the same, is kept for testing."""
+    """Return scikit-learn's digits, split 80:20 with a fixed seed."""
     pixels, class_labels = load_digits(return_X_y=True)
     train, test = train_test_split(pixels, test_size=0.2, random_state=0, stratify=class_labels)
     return Images(torch.tensor(train).long(), torch.tensor(test).long(), levels=17)
 
 
 def patches() -> Images:
-    """Return grey patches of two photographs; those for testing share no pixel with the others."""
+    """Return gray patches of two photographs; training and test patches share no pixels."""
     train: list[Tensor] = []
     test: list[Tensor] = []
     for photograph in load_sample_images().images:
-        grey = torch.tensor(photograph).double().mean(-1).round().long()
-        for i, stripe in enumerate(torch.split(grey, 4 * SIZE, dim=1)):
+        gray = torch.tensor(photograph).double().mean(-1).round().long()
+        for i, stripe in enumerate(torch.split(gray, 4 * SIZE, dim=1)):
             cut = stripe.unfold(0, SIZE, SIZE // 2).unfold(1, SIZE, SIZE // 2).flatten(0, 1)
             (test if i % 5 == 4 else train).append(cut.flatten(1))
     chosen = torch.randperm(len(torch.cat(test)), generator=torch.Generator().manual_seed(0))[:500]
@@ -106,19 +107,19 @@ def train(
     """Train a model on uniformly dequantized images."""
     torch.manual_seed(seed)
     dequantizer = UniformDequantizer(images.levels)
-    spread = float(dequantizer(images.train).x.std())
-    model = EDMModel(MLP(SIZE * SIZE, width=192, depth=4), sde, sigma_data=spread)
+    sigma_data = float(dequantizer(images.train).x.std())
+    model = EDMModel(MLP(SIZE * SIZE, width=192, depth=4), sde, sigma_data=sigma_data)
 
     def loss() -> Tensor:
         rows = torch.randint(len(images.train), (BATCH,))
         return objective(model, dequantizer(images.train[rows]).x)
 
-    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY)
+    fit(model, loss, steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY)
     return model
 
 
 def fit_dequantizer(images: Images, model: ScoreModel, steps: int) -> Dequantizer:
-    """Train a variational dequantizer against a model that stays as it is."""
+    """Train a variational dequantizer against a fixed model."""
     dequantizer = VariationalDequantizer(
         SIZE * SIZE,
         dims=0,
@@ -126,20 +127,20 @@ def fit_dequantizer(images: Images, model: ScoreModel, steps: int) -> Dequantize
         steps=2,
         components=4,
         heads=0,
-        squash="normal",  # starts from the uniform dequantizer
+        squash="normal",  # initially the uniform dequantizer
     )
     optimizer = torch.optim.Adam(dequantizer.parameters(), 1e-3)
     bound = NELBO(model, samples=2)
     for _ in tqdm(range(steps), desc="dequantizer", unit="step", leave=False):
         rows = torch.randint(len(images.train), (BATCH,))
-        drawn = dequantizer(images.train[rows])
-        (bound(drawn.x).nats + drawn.log_prob).mean().backward()
+        dequantized = dequantizer(images.train[rows])
+        (bound(dequantized.x).nats + dequantized.log_prob).mean().backward()
         clipped_step(optimizer)
     return dequantizer
 
 
 def measure(images: Images, model: ScoreModel, dequantizer: Dequantizer) -> list[BitsPerDim]:
-    """Return the bound and the ODE's value on the test images."""
+    """Return the bound and the ODE likelihood of the test images."""
     return [
         evaluate_bits_per_dim(
             likelihood, images.test, dequantizer=dequantizer, draws=2, batch_size=500
@@ -158,8 +159,8 @@ def baselines(images: Images) -> Iterator[tuple[str, float]]:
     def bits(log_prob: Callable[[Tensor], Tensor]) -> float:
         return float(bits_per_dim(test.log_prob - log_prob(test.x), test.x.shape[1]).mean())
 
-    normal = MultivariateNormal(data.mean(0), torch.cov(data.T))
-    yield "Gaussian, full covariance", bits(normal.log_prob)
+    gaussian = MultivariateNormal(data.mean(0), torch.cov(data.T))
+    yield "Gaussian, full covariance", bits(gaussian.log_prob)
 
     def kernels(points: Tensor, x: Tensor, width: float) -> Tensor:
         d = x.shape[1]
@@ -172,15 +173,12 @@ def baselines(images: Images) -> Iterator[tuple[str, float]]:
 
 
 def cell(results: Sequence[BitsPerDim]) -> str:
-    """Return the mean over the seeds, and its standard error where there are several."""
-    means = torch.tensor([result.mean for result in results], dtype=torch.float64)
-    if len(means) == 1:
-        return f"{means.item():.3f}"
-    return f"{means.mean():.3f} ± {means.std() / math.sqrt(len(means)):.3f}"
+    """Format the mean over seeds and its standard error."""
+    return mean_and_error([result.mean for result in results], ".3f")
 
 
 def rows(images: Images, args: argparse.Namespace) -> Iterator[str]:
-    """Train and measure everything, and return the lines of the table as they come."""
+    """Train and evaluate every combination, and yield the lines of the table."""
     yield "| process | training | dequantization | bound | ODE |\n|---|---|---|---|---|"
     uniform = UniformDequantizer(images.levels)
     for process, sde in PROCESSES.items():
@@ -197,29 +195,25 @@ def rows(images: Images, args: argparse.Namespace) -> Iterator[str]:
                 yield f"| {process} | {name} | {kind} | {bound} | {ode} |"
     for name, bits in baselines(images):
         yield f"| {name} | | uniform | | {bits:.3f} |"
-    share = float(found[0][0].bits.mean(1).std() / math.sqrt(len(images.test)))
+    error = float(found[0][0].bits.mean(1).std() / math.sqrt(len(images.test)))
     yield (
-        f"\nBits per dimension of {len(images.test)} test images, mean over {args.seeds} seeds "
-        f"and its standard error. Another test set of this size would move all of them together, "
-        f"by about {share:.3f}."
+        f"\nBits per dimension of {len(images.test)} test images: mean ± standard error over "
+        f"{args.seeds} seeds. The choice of test images adds a common error of about {error:.3f}."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table and leave it in a file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Print the table and save it."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--data", choices=DATA, default="digits", help="(%(default)s)")
-    add("--train-steps", type=count, default=3000, help="of each training (%(default)s)")
-    add("--seeds", type=count, default=3, help="how many of each (%(default)s)")
-    add("--output", type=Path, help="(outputs/bits_per_dim_DATA.md)")
+    add("--data", choices=DATA, default="digits", help="the data set")
+    add("--train-steps", type=positive_int, default=3000, help="training steps of a model")
+    add("--seeds", type=positive_int, default=3, help="seeds per model")
+    add("--output", default="outputs/bits_per_dim_{data}.md", help="the table")
     args = parser.parse_args(argv)
-    path = args.output or Path(f"outputs/bits_per_dim_{args.data}.md")
-    start, lines = time.perf_counter(), []
-    for line in rows(DATA[args.data](), args):
-        print(line, flush=True)
-        lines.append(line)
-    write("\n".join(lines) + "\n", path)
+    path = Path(args.output.format(data=args.data))
+    start = time.perf_counter()
+    report(rows(DATA[args.data](), args), path)
     print(f"\n{time.perf_counter() - start:.0f} s, table {path}")
 
 

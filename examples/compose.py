@@ -1,12 +1,12 @@
-"""Compose your own: a loop of fifteen lines on real images, and every sampler on a toy.
+"""Compose your own: a short training loop on real images, and every sampler in two dimensions.
 
     python examples/compose.py
     python examples/compose.py --sde ve --model edm --weighting edm --predictor ancestral
 
-First the loop of `learn_digits`: the process, the parameterisation, the weighting, the times, the
-predictor and the corrector are one name each, and any of them goes with any other. Then two
-dimensions, where a score can be seen: `outputs/compose.png` shows a learned score at a few times,
-and how each sampler takes the same noise to the data.
+`learn_digits` selects the process, parameterization, weighting, time distribution, predictor and
+corrector by name; all combinations work. The second part trains on two-dimensional data:
+`outputs/compose.png` shows the learned score at several times, and the trajectories of every
+sampler from the same noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from digits import Quality, load, pixels
-from helpers import count, picture_path, save
+from helpers import argument_parser, picture_path, positive_int, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import make_moons
@@ -97,12 +97,12 @@ CORRECTORS: dict[str, Corrector | None] = {
     "none": None,
 }
 
-# In two dimensions the norm of one sample's score comes close to 0 now and then, and a step that
-# is set by it is then far too long. The mean norm over the batch is as steady as in an image.
+# In two dimensions a single sample's score is sometimes close to 0, and a step size based on its
+# norm far too large. The norm averaged over the batch does not have this problem.
 TOY_CORRECTOR = Langevin(snr=0.16, norm="batch")
 TOY_BATCH, TOY_POINTS = 256, 1000
-TOY_STARTS = ((-1.8, 1.6), (2.1, 0.9), (0.3, -2.3))  # where the paths of the picture begin
-PATH_COLORS = ("tab:orange", "tab:green", "tab:red")
+TOY_STARTS = ((-1.8, 1.6), (2.1, 0.9), (0.3, -2.3))  # initial points of the trajectories shown
+COLORS = ("tab:orange", "tab:green", "tab:red")
 FIELD_TIMES = (0.9, 0.5, 0.3, 0.15, 0.06, 0.01)
 TOY_SAMPLERS: dict[str, tuple[Predictor, Corrector | None]] = {
     "Euler-Maruyama": (EulerMaruyama(), None),
@@ -113,22 +113,22 @@ TOY_SAMPLERS: dict[str, tuple[Predictor, Corrector | None]] = {
 }
 
 
-class Way(NamedTuple):
-    """How a sampler went from noise to data.
+class Result(NamedTuple):
+    """Samples of a sampler and a few of its trajectories.
 
     Args:
-        path: the states of the first few points (moments, few, 2).
-        end: the states of all points at the end (n, 2).
-        evaluations: how many times the network was evaluated.
+        trajectories: the states of the first points (times, points, 2).
+        samples: the final states of all points (n, 2).
+        nfe: the number of network evaluations.
     """
 
-    path: Tensor
-    end: Tensor
-    evaluations: int
+    trajectories: Tensor
+    samples: Tensor
+    nfe: int
 
 
 def learn_digits(args: argparse.Namespace, generator: torch.Generator) -> Tensor:
-    """Train a model on real images and sample it, with the parts that were asked for."""
+    """Train a model on real images and sample it, with the selected components."""
     data = load().train
     sde = SDES[args.sde]
     network = DDPMpp(channels=1, width=16, multipliers=(1, 2), blocks=1, attention_levels=())
@@ -147,12 +147,12 @@ def learn_digits(args: argparse.Namespace, generator: torch.Generator) -> Tensor
     predictor, corrector = PREDICTORS[args.predictor], CORRECTORS[args.corrector]
     sampler = PCSampler(model, predictor, corrector, steps=args.steps)
     samples = sampler((64, 1, 8, 8), generator=generator)
-    print(f"sampled {tuple(samples.shape)} in {sampler.nfe} evaluations of the network")
+    print(f"sampled {tuple(samples.shape)} in {sampler.nfe} network evaluations")
     return samples
 
 
 def learn_moons(steps: int, generator: torch.Generator) -> tuple[ScoreModel, Tensor]:
-    """Train a model of two half-moons; return it with the points it was trained on."""
+    """Train a model on two half-moons; return it with its training points."""
     points = torch.tensor(make_moons(20_000, noise=0.05, random_state=0)[0], dtype=torch.float32)
     points = (points - points.mean(0)) / points.std(0)
     model = EpsModel(MLP(2), VPSDE())
@@ -170,77 +170,74 @@ def learn_moons(steps: int, generator: torch.Generator) -> tuple[ScoreModel, Ten
     return model, points
 
 
-def toy_ways(model: ScoreModel, noise: Tensor, steps: int) -> dict[str, Way]:
-    """Take the same noise (n, 2) to the data by each sampler."""
-    ways: dict[str, Way] = {}
+def run_samplers(model: ScoreModel, noise: Tensor, steps: int) -> dict[str, Result]:
+    """Run every sampler from the same noise (n, 2)."""
+    results: dict[str, Result] = {}
     for name, (predictor, corrector) in TOY_SAMPLERS.items():
         sampler = PCSampler(model, predictor, corrector, steps=steps)
         states = list(sampler.iterate(noise, generator=torch.Generator().manual_seed(0)))
-        path = torch.stack([state.x[: len(TOY_STARTS)] for state in states])
-        ways[name] = Way(path, states[-1].x, sampler.nfe)
-    return {**ways, "probability flow": flow_way(model, noise)}
+        trajectories = torch.stack([state.x[: len(TOY_STARTS)] for state in states])
+        results[name] = Result(trajectories, states[-1].x, sampler.nfe)
+    return {**results, "probability flow": run_flow(model, noise)}
 
 
-def flow_way(model: ScoreModel, noise: Tensor) -> Way:
-    """Take noise (n, 2) to the data by the probability flow.
+def run_flow(model: ScoreModel, noise: Tensor) -> Result:
+    """Solve the probability flow from noise (n, 2).
 
-    It is deterministic: where it stands at a time is the end of a flow that ends at that time.
+    It is deterministic, so its state at a time is the result of a flow that ends at that time.
     """
-    sde, few, flow = (
-        model.sde,
-        noise[: len(TOY_STARTS)],
-        ProbabilityFlow(model, rtol=1e-3, atol=1e-3),
-    )
-    end = flow.sample(noise)
+    sde, starts = model.sde, noise[: len(TOY_STARTS)]
+    flow = ProbabilityFlow(model, rtol=1e-3, atol=1e-3)
+    samples = flow.sample(noise)
     between = [
-        ProbabilityFlow(model, rtol=1e-3, atol=1e-3, t_end=t, denoise=False).sample(few)
+        ProbabilityFlow(model, rtol=1e-3, atol=1e-3, t_end=t, denoise=False).sample(starts)
         for t in np.linspace(sde.T, sde.t_min, 16)[1:-1].tolist()
     ]
-    path = torch.stack([few, *between, end[: len(TOY_STARTS)]])
-    return Way(path, end, flow.nfe)
+    trajectories = torch.stack([starts, *between, samples[: len(TOY_STARTS)]])
+    return Result(trajectories, samples, flow.nfe)
 
 
 def show_field(ax: Axes, model: ScoreModel, points: Tensor, t: float) -> None:
-    """Draw the score at time t over the data as they are then."""
+    """Plot the score at time t over the data perturbed to t."""
     noisy = model.sde.perturb(points[:1500], torch.full((1500,), t)).x
     ax.plot(*noisy.T.numpy(), ".", markersize=2, color="tab:blue", alpha=0.25)
     axis = torch.linspace(-2.6, 2.6, 17)
     x = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         score = model(x, torch.full((len(x),), t))
-    # Scores span decades: an arrow's length grows as the logarithm of its own.
+    # Scores span decades: arrow lengths are logarithmic.
     length = torch.linalg.vector_norm(score, dim=1, keepdim=True)
     arrows = score / length * torch.log1p(length)
     ax.quiver(*x.T.numpy(), *arrows.T.numpy(), color="0.15", width=0.005, pivot="mid")
     ax.set_title(f"score at t = {t:g}")
 
 
-def show_way(ax: Axes, name: str, way: Way) -> None:
-    """Draw where a sampler led all points, and how it led the first few."""
-    ax.plot(*way.end.T.numpy(), ".", markersize=2, color="tab:blue", alpha=0.4)
-    for path, color in zip(way.path.transpose(0, 1).numpy(), PATH_COLORS, strict=True):
+def show_result(ax: Axes, name: str, result: Result) -> None:
+    """Plot the samples and the trajectories of a sampler."""
+    ax.plot(*result.samples.T.numpy(), ".", markersize=2, color="tab:blue", alpha=0.4)
+    for path, color in zip(result.trajectories.transpose(0, 1).numpy(), COLORS, strict=True):
         ax.plot(*path.T, color=color, linewidth=0.6, alpha=0.8)
         ax.plot(*path[0], "o", markersize=6, color=color, markerfacecolor="white", zorder=3)
         ax.plot(*path[-1], "o", markersize=6, color=color, markeredgecolor="white", zorder=3)
-    ax.set_title(f"{name}\n{way.evaluations} evaluations")
+    ax.set_title(f"{name}\n{result.nfe} evaluations")
 
 
-def draw_figure(model: ScoreModel, points: Tensor, ways: dict[str, Way]) -> Figure:
-    """Return the picture: score fields above, samplers below."""
+def draw_figure(model: ScoreModel, points: Tensor, results: dict[str, Result]) -> Figure:
+    """Plot score fields above and samplers below."""
     figure = Figure(figsize=(15, 5.8), layout="constrained")
     axes = figure.subplots(2, 6)
     for ax, t in zip(axes[0], FIELD_TIMES, strict=True):
         show_field(ax, model, points, t)
-    for ax, (name, way) in zip(axes[1], ways.items(), strict=True):
-        show_way(ax, name, way)
+    for ax, (name, result) in zip(axes[1], results.items(), strict=True):
+        show_result(ax, name, result)
     for ax in axes.flat:
         ax.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), xticks=[], yticks=[], aspect="equal")
     return figure
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     for name, table in (
         ("--sde", SDES),
         ("--model", MODELS),
@@ -250,34 +247,34 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--corrector", CORRECTORS),
     ):
         choices = list(table)
-        parser.add_argument(name, choices=choices, default=choices[0], help="(%(default)s)")
+        parser.add_argument(name, choices=choices, default=choices[0], help=f"the {name[2:]}")
     add = parser.add_argument
-    add("--train-steps", type=count, default=400, help="of training on images (%(default)s)")
-    add("--toy-steps", type=count, default=3000, help="of training on the toy (%(default)s)")
-    add("--steps", type=count, default=100, help="of the samplers (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
-    add("--output", type=picture_path, default="outputs/compose.png", help="(%(default)s)")
+    add("--train-steps", type=positive_int, default=400, help="training steps on images")
+    add("--toy-steps", type=positive_int, default=3000, help="training steps on half-moons")
+    add("--steps", type=positive_int, default=100, help="sampler steps")
+    add("--seed", type=int, default=0, help="the random seed")
+    add("--output", type=picture_path, default="outputs/compose.png", help="the picture")
     args = parser.parse_args(argv)
     if args.predictor == args.corrector == "none":
-        parser.error("expected a predictor, a corrector or both, got neither")
+        parser.error("--predictor, --corrector: expected at least one, got none for both")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run both parts."""
+    """Run both parts and save the picture."""
     args = options(argv)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     samples = learn_digits(args, generator)
-    quality, drawn = Quality(load()), pixels(samples)
-    attainable = quality.attainable_energy_distance(len(drawn))
-    print(f"energy distance to the test digits {quality.energy_distance(drawn):.3f}, "
-          f"where real digits have {attainable:.3f}")  # fmt: skip
+    quality, images = Quality(load()), pixels(samples)
+    attainable = quality.attainable_energy_distance(len(images))
+    print(f"energy distance to the test digits {quality.energy_distance(images):.3f}, "
+          f"real digits {attainable:.3f}")  # fmt: skip
 
     model, points = learn_moons(args.toy_steps, generator)
     noise = model.sde.prior_sample((TOY_POINTS, 2), generator=generator)
     noise[: len(TOY_STARTS)] = torch.tensor(TOY_STARTS)
-    save(draw_figure(model, points, toy_ways(model, noise, args.steps)), args.output)
+    save(draw_figure(model, points, run_samplers(model, noise, args.steps)), args.output)
     print(f"picture {args.output}")
 
 

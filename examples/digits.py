@@ -1,6 +1,6 @@
-"""The handwritten digits of scikit-learn, and what can be measured of samples of them.
+"""The handwritten digits of scikit-learn, and quality measures for samples of them.
 
-1797 real images of 8x8 pixels, with values from 0 to 16. The other examples import this file.
+1797 real images of 8x8 pixels with values from 0 to 16. Other examples import this file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 SHAPE = (1, 8, 8)
-CONFIDENT = 0.9  # the probability above which a classifier is called confident
+CONFIDENT = 0.9  # the class probability from which a classification counts as confident
 
 Pixels = NDArray[np.float64]
 
 
 class Digits(NamedTuple):
-    """Images (n, 1, 8, 8) scaled to [-1, 1], and the digits the training images show (n,)."""
+    """Images (n, 1, 8, 8) scaled to [-1, 1], and the classes of the training images (n,)."""
 
     train: Tensor
     test: Tensor
@@ -31,7 +31,7 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-    """Return the digits; one in five, always the same, is kept for testing."""
+    """Return the digits, split 80:20 into training and test images with a fixed seed."""
     images, class_labels = load_digits(return_X_y=True)
     train, test, class_labels, _ = train_test_split(
         images, class_labels, test_size=0.2, random_state=0, stratify=class_labels
@@ -44,12 +44,12 @@ def _scaled(images: Pixels) -> Tensor:
 
 
 def pixels(images: Tensor) -> Pixels:
-    """Return images (n, 64) as the data set has them, in whole numbers from 0 to 16."""
+    """Return images (n, 64) on the scale of the data set: integers from 0 to 16."""
     return np.asarray(((images.cpu().double().flatten(1) + 1) * 8).round().clamp(0, 16).numpy())
 
 
 class Quality:
-    """Measures of images (n, 64), given in pixels.
+    """Quality measures of images (n, 64) with pixels from 0 to 16.
 
     Attributes:
         train: the training digits (n, 64).
@@ -64,40 +64,36 @@ class Quality:
         self._typical = np.median(self._nearest(self.test))
 
     def confident(self, images: Pixels) -> float:
-        """Return the share of images that a logistic regression is confident of."""
+        """Return the share of images that a logistic regression classifies confidently."""
         return float((self._classifier.predict_proba(images / 16).max(1) >= CONFIDENT).mean())
 
     def shares(self, images: Pixels) -> Pixels:
-        """Return the share of each digit among the images (10,)."""
+        """Return the share of images classified as each digit (10,)."""
         found = self._classifier.predict(images / 16)
         return np.asarray(np.bincount(found, minlength=10) / len(images))
 
     def energy_distance(self, images: Pixels) -> float:
-        """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|, X an image, Y a test digit, white being 1.
-
-        The means are over all pairs, so it is never negative, and it is above 0 even for two
-        sets of images from the same law.
-        """
+        """Return the energy distance to the test digits, with pixels scaled to [0, 1]."""
         return energy_distance(torch.tensor(images / 16), torch.tensor(self.test / 16))
 
     def near_training(self, images: Pixels) -> float:
-        """Return the share of images closer to a training digit than half the test digits are."""
+        """Return the share of images closer to the training digits than the median test digit."""
         return float((self._nearest(images) < self._typical).mean())
 
     def attainable_energy_distance(self, n: int, draws: int = 10) -> float:
-        """Return the mean energy distance of draws of n training digits (all, if fewer)."""
+        """Return the mean energy distance of random subsets of n training digits."""
         rng = np.random.default_rng(0)
         chosen = (rng.permutation(len(self.train))[:n] for _ in range(draws))
         return float(np.mean([self.energy_distance(self.train[rows]) for rows in chosen]))
 
     def gaussian(self, n: int) -> Pixels:
-        """Return n draws from a normal law with the training digits' mean and covariance."""
+        """Return n samples of a Gaussian with the mean and covariance of the training digits."""
         rng = np.random.default_rng(0)
         draws = rng.multivariate_normal(self.train.mean(0), np.cov(self.train.T), n)
         return np.asarray(draws.round().clip(0, 16))
 
     def table(self, images: Pixels) -> str:
-        """Return what is measured of samples, beside real digits and the simplest of models."""
+        """Return a table of samples against real digits and a fitted Gaussian."""
         sets = [images, self.test, self.gaussian(len(images))]
         confident = [f"{self.confident(y):.1%}" for y in sets]
         rarest = [f"{self.shares(y).min():.1%}" for y in sets]
@@ -109,12 +105,11 @@ class Quality:
             _row("", ["samples", "real", "Gaussian"]),
             _row(f"confidently classified (p >= {CONFIDENT})", confident),
             _row("share of the rarest digit", rarest),
-            _row("closer to a training digit than usual", near),
+            _row("closer to training data than test median", near),
             _row("energy distance to the test digits", energy),
             "",
-            "digits among the samples    " + "  ".join(shares),
-            "real: the test digits; for the energy distance, as many training digits",
-            "closer than usual: than half of the test digits are",
+            "class shares of the samples    " + "  ".join(shares),
+            "real: test digits; for the energy distance, as many training digits as samples",
         ]
         return "\n".join(lines)
 

@@ -1,13 +1,13 @@
-"""Learn real images, draw new ones by predictor-corrector, and measure how good they are.
+"""Train a score model on real images, sample it by predictor-corrector, and evaluate the samples.
 
-A small DDPM++ learns the score of scikit-learn's handwritten digits, 8x8 pixels, and draws 500
-new ones. That takes a few minutes on two CPU cores. It prints what it measured and leaves one
-picture, `outputs/quickstart.png`.
+A small DDPM++ learns the score of scikit-learn's handwritten digits, 8x8 pixels, and generates 500
+samples. It prints quality measures and saves a picture, `outputs/quickstart.png`. Runtime: a few
+minutes on two CPU cores.
 
     python examples/quickstart.py
     python examples/quickstart.py --sde ve --sampler ddim --steps 50 --output outputs/ve.png
 
-`train` and `draw` hold the two loops, written out: take them as a start for your own.
+`train` and `sample` spell out the two loops; copy them as a starting point.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from digits import SHAPE, Digits, Quality, load, pixels
-from helpers import count, device, picture_path, save
+from helpers import argument_parser, device, picture_path, positive_int, save, tile
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -55,10 +55,10 @@ from diffusionkit.networks import DDPMpp
 
 TRAIN_STEPS, BATCH, LEARNING_RATE, EMA_DECAY = 1200, 128, 2e-3, 0.995
 SAMPLES, SAMPLER_STEPS, SNR = 500, 100, 0.16
-SHOWN, PATHS = 64, 5  # images in the picture, and paths from noise to data
-WAY = np.linspace(1, 0, 9) ** 2  # how far the data still are at each moment of a path
+SHOWN, TRAJECTORIES = 64, 5  # images and sampling trajectories in the picture
+REMAINING = np.linspace(1, 0, 9) ** 2  # the remaining share of a trajectory at each column
 
-# The forward processes; VE has to go as far as the data are wide.
+# The forward processes; the sigma_max of VE depends on the diameter of the data.
 SDES: dict[str, Callable[[Tensor], ForwardSDE]] = {
     "vp": lambda data: VPSDE(),
     "subvp": lambda data: SubVPSDE(),
@@ -75,34 +75,34 @@ SAMPLERS: dict[str, tuple[Predictor | None, Corrector | None]] = {
     "ddim": (DDIM(), None),
     "langevin": (None, AnnealedLangevin(snr=SNR)),
 }
-ODE = "ode"  # the probability flow, which an adaptive solver takes in steps of its own
+ODE = "ode"  # the probability flow, with an adaptive solver
 
 
-class Drawn(NamedTuple):
-    """What a sampler drew.
+class Samples(NamedTuple):
+    """Samples and a few of their trajectories.
 
     Args:
         images: the samples (n, 1, 8, 8).
-        path: the states of the first few on their way (moments, few, 1, 8, 8).
-        times: the time of each moment.
-        evaluations: how many times the network was evaluated, on all samples at once.
+        trajectories: states of the first samples (times, samples, 1, 8, 8).
+        times: the time of each state, decreasing.
+        nfe: the number of network evaluations, each on the whole batch.
     """
 
     images: Tensor
-    path: Tensor
+    trajectories: Tensor
     times: list[float]
-    evaluations: int
+    nfe: int
 
 
 def train(
     sde: ForwardSDE, data: Tensor, steps: int, generator: torch.Generator
 ) -> tuple[ScoreModel, list[float]]:
-    """Train a model on images (n, 1, 8, 8); return it, and the loss of each step."""
+    """Train a model on images (n, 1, 8, 8); return it and the loss at each step."""
     network = DDPMpp(channels=1, width=32, multipliers=(1, 1), blocks=1, dropout=0.0)
-    # EDM's parameterisation, weighting and times go with any process and learn fast.
-    spread = float(data.std())
-    model = EDMModel(network, sde, sigma_data=spread, label=TimeLabel()).to(data.device)
-    objective = ScoreMatching(EDMWeighting(spread), times=LogNormalTimes(mean=-0.8))
+    # EDM's parameterization, weighting and noise levels suit any process and train fast.
+    sigma_data = float(data.std())
+    model = EDMModel(network, sde, sigma_data=sigma_data, label=TimeLabel()).to(data.device)
+    objective = ScoreMatching(EDMWeighting(sigma_data), times=LogNormalTimes(mean=-0.8))
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
@@ -121,60 +121,56 @@ def train(
     return model, losses
 
 
-def draw(sampler: str, model: ScoreModel, n: int, steps: int, generator: torch.Generator) -> Drawn:
-    """Draw n images with a sampler of the table, and keep the way of the first few."""
+def sample(
+    sampler: str, model: ScoreModel, n: int, steps: int, generator: torch.Generator
+) -> Samples:
+    """Generate n images with a named sampler, recording the first trajectories."""
     if sampler == ODE:
-        return draw_by_ode(model, n, generator)
+        return sample_ode(model, n, generator)
     predictor, corrector = SAMPLERS[sampler]
-    pc, path = PCSampler(model, predictor, corrector, steps=steps), []
-    states = pc.iterate((n, *SHAPE), generator=generator)
-    for state in tqdm(states, desc="sampling", unit="step", total=steps + 2):
+    pc, states = PCSampler(model, predictor, corrector, steps=steps), []
+    iterator = pc.iterate((n, *SHAPE), generator=generator)
+    for state in tqdm(iterator, desc="sampling", unit="step", total=steps + 2):
         images = state.x
-        path.append((state.t, images[:PATHS].clone()))
-    moments = ((1 - WAY) * (len(path) - 1)).round().astype(int)
-    times, way = zip(*(path[i] for i in moments), strict=True)
-    return Drawn(images, torch.stack(way), list(times), pc.nfe)
+        states.append((state.t, images[:TRAJECTORIES].clone()))
+    shown = ((1 - REMAINING) * (len(states) - 1)).round().astype(int)
+    times, trajectories = zip(*(states[i] for i in shown), strict=True)
+    return Samples(images, torch.stack(trajectories), list(times), pc.nfe)
 
 
-def draw_by_ode(model: ScoreModel, n: int, generator: torch.Generator) -> Drawn:
-    """Draw n images by the probability flow; each moment of the way is a flow that ends there."""
+def sample_ode(model: ScoreModel, n: int, generator: torch.Generator) -> Samples:
+    """Generate n images with the probability flow; flows that end early give the trajectories."""
     sde, flow = model.sde, ProbabilityFlow(model, rtol=1e-3, atol=1e-3)
     noise = sde.prior_sample((n, *SHAPE), generator=generator, device=generator.device)
-    images, path = flow.sample(noise), [noise[:PATHS]]
-    times = (sde.t_min + WAY * (sde.T - sde.t_min)).tolist()
+    images, states = flow.sample(noise), [noise[:TRAJECTORIES]]
+    times = (sde.t_min + REMAINING * (sde.T - sde.t_min)).tolist()
     for t in times[1:-1]:
         until = ProbabilityFlow(model, rtol=1e-3, atol=1e-3, t_end=t, denoise=False)
-        path.append(until.sample(noise[:PATHS]))
-    return Drawn(images, torch.stack([*path, images[:PATHS]]), times, flow.nfe)
+        states.append(until.sample(noise[:TRAJECTORIES]))
+    return Samples(images, torch.stack([*states, images[:TRAJECTORIES]]), times, flow.nfe)
 
 
-def tiles(images: Tensor, columns: int) -> Tensor:
-    """Return images (n, 1, 8, 8) as one, row by row, with a white line between them."""
-    framed = torch.nn.functional.pad(images.cpu().squeeze(1), (1, 1, 1, 1), value=-1.0)
-    framed = torch.cat([framed, framed.new_full((-len(framed) % columns, 10, 10), -1.0)])
-    return framed.view(-1, columns, 10, 10).transpose(1, 2).reshape(-1, columns * 10)
-
-
-def show(ax: Axes, picture: Tensor, title: str) -> None:
-    """Show a picture of digits, dark on white."""
-    ax.imshow(picture.numpy(), cmap="gray_r", vmin=-1, vmax=1)
+def show(ax: Axes, images: Tensor, columns: int, title: str) -> None:
+    """Show digits (n, 1, 8, 8) in a grid, dark on white."""
+    ax.imshow(tile(images, columns, -1.0).numpy(), cmap="gray_r", vmin=-1, vmax=1)
     ax.set_title(title)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
 
-def draw_figure(digits: Digits, drawn: Drawn, losses: Sequence[float]) -> Figure:
-    """Return the picture: real digits beside samples, paths from noise to data, the loss."""
+def draw_figure(digits: Digits, samples: Samples, losses: Sequence[float]) -> Figure:
+    """Plot real digits beside samples, sampling trajectories, and the training loss."""
     figure = Figure(figsize=(10, 8.2), layout="constrained")
-    (real, samples), (paths, curve) = figure.subplots(2, 2, height_ratios=(1.55, 1))
-    show(real, tiles(digits.train[:SHOWN], 8), "Real digits")
-    show(samples, tiles(drawn.images[:SHOWN], 8), "Samples")
+    (real, fake), (paths, curve) = figure.subplots(2, 2, height_ratios=(1.55, 1))
+    show(real, digits.train[:SHOWN], 8, "Real digits")
+    show(fake, samples.images[:SHOWN], 8, "Samples")
 
-    # Each moment is shown in a range of its own: with VE the noise is many times the data.
-    states = drawn.path / drawn.path.abs().amax((1, 2, 3, 4), keepdim=True)
-    show(paths, tiles(states.transpose(0, 1).flatten(0, 1), len(states)), "From noise to data")
-    class_labels = [*(f"{t:.2f}" for t in drawn.times[:-1]), "data"]
-    paths.set_xticks([10 * i + 4.5 for i in range(len(states))], class_labels)
+    # Scale each time to its own range: VE noise is many times larger than the data.
+    states = samples.trajectories / samples.trajectories.abs().amax((1, 2, 3, 4), keepdim=True)
+    columns = len(states)
+    show(paths, states.transpose(0, 1).flatten(0, 1), columns, "From noise to data")
+    ticks = [*(f"{t:.2f}" for t in samples.times[:-1]), "data"]
+    paths.set_xticks([10 * i + 4.5 for i in range(columns)], ticks)
     paths.set_xlabel("time t")
     paths.tick_params(length=0)
 
@@ -192,25 +188,25 @@ def draw_figure(digits: Digits, drawn: Drawn, losses: Sequence[float]) -> Figure
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--sde", choices=SDES, default="vp", help="the forward process (%(default)s)")
-    add("--sampler", choices=[*SAMPLERS, ODE], default="pc", help="(%(default)s)")
-    add("--steps", type=count, default=SAMPLER_STEPS, help="of the sampler (%(default)s)")
-    add("--train-steps", type=count, default=TRAIN_STEPS, help="of training (%(default)s)")
-    add("--samples", type=count, default=SAMPLES, help="how many to draw (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
+    add("--sde", choices=SDES, default="vp", help="the forward process")
+    add("--sampler", choices=[*SAMPLERS, ODE], default="pc", help="the sampler")
+    add("--steps", type=positive_int, default=SAMPLER_STEPS, help="sampler steps")
+    add("--train-steps", type=positive_int, default=TRAIN_STEPS, help="training steps")
+    add("--samples", type=positive_int, default=SAMPLES, help="images to generate")
+    add("--seed", type=int, default=0, help="the random seed")
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=best, help="of torch (%(default)s)")
-    add("--output", type=picture_path, default="outputs/quickstart.png", help="(%(default)s)")
+    add("--device", type=device, default=best, help="the torch device")
+    add("--output", type=picture_path, default="outputs/quickstart.png", help="the picture")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, draw, measure, and leave a picture."""
+    """Train, sample, evaluate, and save the picture."""
     args = options(argv)
-    torch.manual_seed(args.seed)  # the network's first weights
+    torch.manual_seed(args.seed)  # weight initialization
     generator = torch.Generator(args.device).manual_seed(args.seed)  # batches, times, noise
     digits = load()
 
@@ -218,14 +214,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = digits.train.to(args.device)
     model, losses = train(SDES[args.sde](data), data, args.train_steps, generator)
     trained = time.perf_counter()
-    drawn = draw(args.sampler, model, args.samples, args.steps, generator)
+    samples = sample(args.sampler, model, args.samples, args.steps, generator)
     done = time.perf_counter()
 
     print(f"\ntraining    {args.train_steps} steps, {trained - start:.0f} s")
     print(f"sampling    {args.samples} images, {done - trained:.0f} s, "
-          f"{drawn.evaluations} network evaluations\n")  # fmt: skip
-    print(Quality(digits).table(pixels(drawn.images)))
-    save(draw_figure(digits, drawn, losses), args.output)
+          f"{samples.nfe} network evaluations\n")  # fmt: skip
+    print(Quality(digits).table(pixels(samples.images)))
+    save(draw_figure(digits, samples, losses), args.output)
     print(f"\npicture     {args.output}")
 
 

@@ -1,14 +1,14 @@
-"""How likelihood and samples improve with training compute: one network in several widths.
+"""Fit scaling laws of likelihood and sample quality in training compute.
 
-Grey patches of two photographs, with 256 levels. Every width is trained by the objective of
-improved DDPM, several seeds each, and measured on the way on patches held out. The compute is
-counted in a real training step, forward and backward, and the power law
+The data are gray patches of two photographs, with 256 levels. A network of several widths is
+trained with the objective of improved DDPM, several seeds each, and evaluated during training on
+held-out patches. Compute is the FLOPs of the forward and backward passes. The power law
 
     L(C) = floor + (C0 / C)^exponent
 
-is fitted to the least that any width reaches with compute C. The intervals are 95 % of fits to
-seeds drawn anew. That takes about 20 minutes on one CPU core. It prints tables and leaves one
-picture, `outputs/scaling.png`; a look at it takes a minute:
+is fitted to the lowest loss of any width at compute C, with 95% bootstrap intervals over seeds. It
+prints tables and saves a picture, `outputs/scaling.png`. Runtime: 20 minutes on one CPU core; the
+second command takes a minute.
 
     python examples/scaling.py
     python examples/scaling.py --seeds 2 --train-steps 200 --widths 48 96 192
@@ -25,7 +25,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from bits_per_dim import Images, patches
-from helpers import count, energy_distance, picture_path, save
+from helpers import (
+    argument_parser,
+    energy_distance,
+    mean_and_error,
+    picture_path,
+    positive_int,
+    save,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -52,23 +59,23 @@ from diffusionkit.networks import MLP
 
 CHAIN = DDPMChain.cosine(250)
 SAMPLER_STEPS = "50"
-BATCH, LEARNING_RATE, EMA_DECAY = 128, 0.05, 0.998  # the rate over the root of the width
-EVALUATIONS, FIRST = 6, 32  # of each training; the first is at one in 32 of the steps
-TESTED = 250  # images whose bits are measured
-MEASURES = {  # of a Measurement
+BATCH, LEARNING_RATE, EMA_DECAY = 128, 0.05, 0.998  # the rate is divided by sqrt(width)
+EVALUATIONS, FIRST = 6, 32  # evaluations per training; the first after 1/32 of the steps
+TESTED = 250  # images for bits per dimension
+MEASURES = {  # fields of a Measurement
     "loss": "held-out noise error",
     "bits": "held-out bits/dim",
     "energy": "energy distance",
 }
-EXPONENTS = np.geomspace(0.01, 4.0, 300)  # that a fit may take
+EXPONENTS = np.geomspace(0.01, 4.0, 300)  # the candidates of a fit
 RESAMPLES = 400
-GRID, START = 60, 10  # points of the frontier, and where among them a fit begins
+GRID, START = 60, 10  # points of the frontier, and the first point of a fit
 
 Floats = NDArray[np.float64]
 
 
 class Measurement(NamedTuple):
-    """What a model is worth after so much training: floating-point operations, three measures."""
+    """The results of a model after training with a given compute (FLOPs)."""
 
     compute: float
     loss: float
@@ -77,15 +84,15 @@ class Measurement(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """A width: its parameters, its operations per step, and its measurements, seed by seed."""
+    """A width: its parameters, FLOPs per step, and measurements for each seed."""
 
     parameters: int
     flops: int
     seeds: list[list[Measurement]]
 
 
-class Law(NamedTuple):
-    """The law L(C) = floor + (scale / C)^exponent."""
+class PowerLaw(NamedTuple):
+    """The power law L(C) = floor + (scale / C)^exponent."""
 
     floor: float
     scale: float
@@ -97,19 +104,19 @@ class Law(NamedTuple):
 
 
 def build(images: Images, width: int) -> EpsModel:
-    """Return a model with a learned variance of images (n, d)."""
+    """Return a model of images (n, d) with a learned variance."""
     d = images.train.shape[1]
     network = MLP(d, out_features=2 * d, width=width, depth=4)
     return EpsModel(network, CHAIN, variance="learned_range", data_range=(-1.0, 1.0))
 
 
 def objective(images: Images) -> HybridLoss:
-    """Return the objective that all widths are trained by."""
+    """Return the training objective."""
     return HybridLoss(decoder=GaussianDecoder(images.levels))
 
 
 def flops_per_step(images: Images, width: int) -> int:
-    """Count the operations of the matrix products in a step's forward and backward pass."""
+    """Count the matrix-product FLOPs of a step's forward and backward pass."""
     loss_of = objective(images)
     x0 = loss_of.decoder.encode(images.train[:BATCH])
     with FlopCounterMode(display=False) as counter:
@@ -118,7 +125,7 @@ def flops_per_step(images: Images, width: int) -> int:
 
 
 def train(images: Images, width: int, steps: int, seed: int) -> Iterator[tuple[int, EpsModel]]:
-    """Train a width, and yield the step and the averaged model on the way."""
+    """Train a width, yielding steps and averaged models during training."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model, loss_of = build(images, width), objective(images)
@@ -139,7 +146,7 @@ def train(images: Images, width: int, steps: int, seed: int) -> Iterator[tuple[i
 
 @torch.no_grad()
 def measure(images: Images, model: EpsModel, compute: float, n: int, seed: int) -> Measurement:
-    """Measure a model on the images for testing, with the same times and noise for all."""
+    """Evaluate a model on the test images, with the same times and noise for all models."""
     decoder = GaussianDecoder(images.levels)
     real = decoder.encode(images.test)
     generator = torch.Generator().manual_seed(0)
@@ -156,10 +163,10 @@ def measure(images: Images, model: EpsModel, compute: float, n: int, seed: int) 
 
 
 def study(images: Images, args: argparse.Namespace) -> dict[int, Runs]:
-    """Train and measure every width with every seed.
+    """Train and evaluate every width with every seed.
 
-    The narrow widths take more steps than the widest, by the root of its operations over theirs:
-    a curve that ended early would leave a gap in the frontier.
+    Narrow networks take more steps, by the square root of the ratio of FLOPs per step: otherwise
+    their curves would end early and leave a gap in the frontier.
     """
     found = {}
     for width in args.widths:
@@ -167,7 +174,7 @@ def study(images: Images, args: argparse.Namespace) -> dict[int, Runs]:
         found[width] = Runs(parameters, flops_per_step(images, width), [])
     most = max(runs.flops for runs in found.values())
     pairs = list(itertools.product(range(args.seeds), args.widths))
-    for seed, width in tqdm(pairs, desc="trainings", leave=False):
+    for seed, width in tqdm(pairs, desc="training runs", leave=False):
         runs = found[width]
         steps = round(args.train_steps * (most / runs.flops) ** 0.5)
         trained = train(images, width, steps, seed)
@@ -185,9 +192,9 @@ def curves(study: dict[int, Runs], measure: str) -> tuple[Floats, Floats]:
 
 
 def frontier(compute: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """Return the least of curves (widths, k) that compute buys: both (GRID,).
+    """Return compute and the lower envelope of curves (widths, k) up to it, both (GRID,).
 
-    Between measurements a curve is a line of logarithm over logarithm.
+    Curves are interpolated linearly in log-log coordinates.
     """
     x = np.geomspace(compute.min(), compute.max(), GRID)
     lines = [
@@ -197,12 +204,12 @@ def frontier(compute: Floats, values: Floats) -> tuple[Floats, Floats]:
     return x, np.exp(np.minimum.accumulate(np.min(lines, axis=0)))
 
 
-def fit(compute: Floats, values: Floats) -> Law:
-    """Return the law of least relative squared error, its floor at least 0.
+def fit(compute: Floats, values: Floats) -> PowerLaw:
+    """Fit a power law with nonnegative floor by least squares of the relative error.
 
-    Given the exponent, floor and factor are a linear problem of least squares.
+    For each candidate exponent, floor and factor solve a linear least-squares problem.
     """
-    size = np.sqrt(compute[0] * compute[-1])  # so that powers stay near 1
+    size = np.sqrt(compute[0] * compute[-1])  # keeps powers near 1
     powers = (compute / size) ** -EXPONENTS[:, None]
     one, power = np.broadcast_to(1 / values, powers.shape), powers / values
     a, b, c = (one**2).sum(1), (one * power).sum(1), (power**2).sum(1)
@@ -212,69 +219,63 @@ def fit(compute: Floats, values: Floats) -> Law:
     error = ((floor[:, None] * one + factor[:, None] * power - 1) ** 2).sum(1)
     best = int(error.argmin())
     exponent = float(EXPONENTS[best])
-    return Law(float(floor[best]), float(size * factor[best] ** (1 / exponent)), exponent)
+    return PowerLaw(float(floor[best]), float(size * factor[best] ** (1 / exponent)), exponent)
 
 
-def fit_frontier(compute: Floats, values: Floats, start: int = START) -> Law:
-    """Return the law of the frontier of curves (widths, k) but for its first points."""
+def fit_frontier(compute: Floats, values: Floats, start: int = START) -> PowerLaw:
+    """Fit a power law to the frontier of curves (widths, k) from a point on."""
     x, y = frontier(compute, values)
     return fit(x[start:], y[start:])
 
 
-def refits(compute: Floats, values: Floats, rng: np.random.Generator) -> list[Law]:
-    """Return laws fitted to seeds drawn anew, from a compute drawn anew.
+def refits(compute: Floats, values: Floats, rng: np.random.Generator) -> list[PowerLaw]:
+    """Return power laws fitted to resampled seeds (bootstrap), from resampled starting points.
 
-    Where the law begins to hold is nowhere written: a fit begins anywhere in the lowest third, in
-    the logarithm, of the compute.
+    The compute from which the law holds is unknown: fits start anywhere in the lowest third of the
+    log compute.
     """
     widths, seeds, _ = values.shape
-    centre = values.mean(1)
+    center = values.mean(1)
     found = []
     for _ in range(RESAMPLES):
-        drawn = rng.integers(seeds, size=(widths, seeds))
-        redrawn = np.take_along_axis(values, drawn[:, :, None], 1).mean(1)
-        # The mean of n seeds drawn anew varies too little, by (n - 1) / n.
-        redrawn = centre * (redrawn / centre) ** np.sqrt(seeds / (seeds - 1))
-        found.append(fit_frontier(compute, redrawn, int(rng.integers(2 * START))))
+        chosen = rng.integers(seeds, size=(widths, seeds))
+        mean = np.take_along_axis(values, chosen[:, :, None], 1).mean(1)
+        # The variance of a bootstrap mean of n seeds is too small by (n - 1) / n.
+        mean = center * (mean / center) ** np.sqrt(seeds / (seeds - 1))
+        found.append(fit_frontier(compute, mean, int(rng.integers(2 * START))))
     return found
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the middle 95 %."""
+    """Return the central 95% interval."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
 def verdict(exponents: tuple[float, float]) -> str:
-    """Say whether an interval tells the exponent."""
+    """State whether an interval determines the exponent."""
     low, high = exponents
     if low <= EXPONENTS[0] or high >= EXPONENTS[-1]:
-        return "not determined: the interval has no end"
+        return "not determined: the interval is unbounded"
     if high > 2 * low:
         return f"not determined: the interval spans a factor of {high / low:.1f}"
     return "determined within a factor of two"
 
 
-def mean_and_error(values: Floats, digits: int) -> str:
-    """Return the mean over seeds and its standard error, of two seeds or more."""
-    error = f" +- {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{error}"
-
-
 def final_table(study: dict[int, Runs]) -> str:
-    """Return what every width came to."""
+    """Return a table of the final measurements of every width."""
     heads = ("width", "parameters", "GFLOP/step", *MEASURES.values())
     lines = ["".join(f"{head:>22}" for head in heads)]
     for width, runs in study.items():
         last = np.array([run[-1] for run in runs.seeds])[:, 1:].T
         cells = [str(width), f"{runs.parameters:,}", f"{runs.flops / 1e9:.4f}"]
-        cells += [mean_and_error(x, 4) for x in last]
+        cells += [mean_and_error(x, ".4f") for x in last]
         lines.append("".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 
-def law_row(name: str, law: Law, others: Sequence[Law]) -> str:
-    """Return a fitted law with its intervals, and whether it is determined."""
+def law_row(name: str, law: PowerLaw, others: Sequence[PowerLaw]) -> str:
+    """Return the row of a fitted power law with its intervals."""
     row = f"{name:<22}"
     if not others:
         return row + f"{law.floor:>10.4f}{law.exponent:>10.3f}   one seed: no intervals"
@@ -287,9 +288,9 @@ def law_row(name: str, law: Law, others: Sequence[Law]) -> str:
 
 
 def show(
-    ax: Axes, study: dict[int, Runs], compute: Floats, values: Floats, laws: list[Law]
+    ax: Axes, study: dict[int, Runs], compute: Floats, values: Floats, laws: list[PowerLaw]
 ) -> None:
-    """Draw every width's mean and seeds, the frontier, the law and the band of its refits."""
+    """Plot the mean and seeds of every width, the frontier, and its power law with intervals."""
     for k, (width, c, v) in enumerate(zip(study, compute, values, strict=True)):
         color = f"C{k}"
         ax.plot(c, v.mean(0), color=color, label=f"width {width}")
@@ -308,15 +309,15 @@ def show(
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     widths = [48, 64, 96, 128, 192, 256]
-    add("--widths", nargs="+", type=count, default=widths, help="of the network (%(default)s)")
-    add("--seeds", type=count, default=3, help="how many trainings of each (%(default)s)")
-    add("--train-steps", type=count, default=1200, help="of the widest (%(default)s)")
-    add("--samples", type=count, default=1000, help="of each evaluation (%(default)s)")
-    add("--output", type=picture_path, default="outputs/scaling.png", help="(%(default)s)")
+    add("--widths", nargs="+", type=positive_int, default=widths, help="network widths")
+    add("--seeds", type=positive_int, default=3, help="seeds per width")
+    add("--train-steps", type=positive_int, default=1200, help="training steps of the widest")
+    add("--samples", type=positive_int, default=1000, help="samples per evaluation")
+    add("--output", type=picture_path, default="outputs/scaling.png", help="the picture")
     args = parser.parse_args(argv)
     if args.train_steps < FIRST:
         parser.error(f"--train-steps: expected at least {FIRST}, got {args.train_steps}")
@@ -324,7 +325,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and measure all widths, fit the laws, and leave a picture."""
+    """Train and evaluate all widths, fit the power laws, and save the picture."""
     args = options(argv)
     images = patches()
     found = study(images, args)
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     real = decoder.encode(images.train[order[: args.samples]])
     floor = energy_distance(real, decoder.encode(images.test))
     print(f"\nenergy distance of {args.samples} real patches: {floor:.4f}\n")
-    print(f"{'':<22}{'floor':>10}{'95 %':>20}{'exponent':>10}{'95 %':>20}")
+    print(f"{'':<22}{'floor':>10}{'95%':>20}{'exponent':>10}{'95%':>20}")
     figure = Figure(figsize=(16, 5.5), layout="constrained")
     axes = figure.subplots(1, len(MEASURES))
     for ax, (measure, name) in zip(axes, MEASURES.items(), strict=True):

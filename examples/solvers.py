@@ -1,10 +1,10 @@
-"""How good is every solver after how many evaluations? On an exact model, and on a trained one.
+"""Compare solvers by error and sample quality against network evaluations.
 
-On a mixture of two Gaussians, whose flow is known, the error of deterministic solvers falls with
-their order. A small network is then trained on the digits of scikit-learn: its samples have an
-error against the exact solution of its flow, and an energy distance to the digits held out, which
-the network itself bounds from below. It takes about three minutes on one CPU core, prints tables
-and leaves one picture, `outputs/solvers.png`; a look at it takes half a minute:
+On a mixture of two Gaussians with its exact score, the error of deterministic solvers decreases
+with their order. On a small network trained on scikit-learn's digits, the table shows the error
+against the converged probability flow and the energy distance to held-out digits, for which the
+network sets a floor. It prints tables and saves a picture, `outputs/solvers.png`. Runtime: three
+minutes on one CPU core; the second command takes half a minute.
 
     python examples/solvers.py
     python examples/solvers.py --train-steps 100 --samples 100
@@ -12,7 +12,6 @@ and leaves one picture, `outputs/solvers.png`; a look at it takes half a minute:
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import torch
 from digits import Quality, load, pixels
 from guided_digits import train
-from helpers import count, picture_path, save
+from helpers import argument_parser, picture_path, positive_int, save
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -53,7 +52,7 @@ TOLERANCES = (0.5, 0.1, 0.02)
 
 
 class Solver(NamedTuple):
-    """A predictor, and how many evaluations it takes a step."""
+    """A predictor and its evaluations per step."""
 
     predictor: Predictor
     evaluations: int = 1
@@ -80,7 +79,7 @@ STOCHASTIC = {
 
 
 class Point(NamedTuple):
-    """What a solver comes to with a number of evaluations."""
+    """A measure of a solver at a number of evaluations."""
 
     evaluations: int
     value: float
@@ -89,7 +88,7 @@ class Point(NamedTuple):
 def runs(
     model: ScoreModel, solver: Solver, z: Tensor, grid: KarrasGrid | LogSNRGrid, seed: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield evaluations and samples from the same codes z (n, d), by a solver with more steps."""
+    """Yield evaluations and samples from the same noise z (n, d) for increasing budgets."""
     for evaluations in EVALUATIONS:
         steps = max(2, evaluations // solver.evaluations)
         sampler = PCSampler(model, solver.predictor, grid=grid, steps=steps)
@@ -98,7 +97,7 @@ def runs(
 
 
 def adaptive(model: ScoreModel, z: Tensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """Yield evaluations and samples of the adaptive solver with smaller tolerances."""
+    """Yield evaluations and samples of the adaptive solver for decreasing tolerances."""
     for rtol in TOLERANCES:
         sampler = PCSampler(model, AdaptiveSDE(rtol=rtol), steps=1, grid=KarrasGrid())
         x = sampler(z, generator=torch.Generator().manual_seed(seed))
@@ -106,18 +105,18 @@ def adaptive(model: ScoreModel, z: Tensor, seed: int = 0) -> Iterator[tuple[int,
 
 
 def rms(x: Tensor, exact: Tensor) -> float:
-    """Return the root of the mean squared error."""
+    """Return the root mean squared error."""
     return float((x - exact).square().mean().sqrt())
 
 
 def exact_flow(model: ScoreModel, z: Tensor, tolerance: float) -> Tensor:
-    """Return the data of codes z (n, d) to a tolerance."""
+    """Solve the probability flow from noise z (n, d) to a tolerance."""
     flow = ProbabilityFlow(model, "dopri8", tolerance, tolerance, denoise=False, t_end=1e-5)
     return flow.decode(z)
 
 
 def on_mixture(n: int) -> dict[str, list[Point]]:
-    """Return the errors of the deterministic solvers on a mixture of two Gaussians on a line."""
+    """Return the errors of deterministic solvers on a one-dimensional Gaussian mixture."""
     model = GaussianMixtureModel(EDMSDE(), [[-1.0], [0.8]], [0.2, 0.4], [0.3, 0.7])
     generator = torch.Generator().manual_seed(0)
     z = model.sde.prior_sample((n, 1), generator=generator, dtype=torch.float64)
@@ -131,7 +130,7 @@ def on_mixture(n: int) -> dict[str, list[Point]]:
 def on_digits(
     model: ScoreModel, quality: Quality, n: int
 ) -> tuple[dict[str, list[Point]], dict[str, list[Point]]]:
-    """Return errors against the model's exact flow, and energy distances to the test digits."""
+    """Return errors against the converged flow, and energy distances to the test digits."""
     z = model.sde.prior_sample((n, 64), generator=torch.Generator().manual_seed(0))
     exact = exact_flow(model, z, 1e-6)
     errors, energies = {}, {}
@@ -147,7 +146,7 @@ def on_digits(
 
 
 def table(found: dict[str, list[Point]]) -> str:
-    """Return values by solver and evaluations, which are in brackets where they are others."""
+    """Return a table by solver and budget; deviating evaluations are in parentheses."""
     lines = [f"{'evaluations':<20}" + "".join(f"{n:>12}" for n in EVALUATIONS)]
     for name, points in found.items():
         cells = [
@@ -159,7 +158,7 @@ def table(found: dict[str, list[Point]]) -> str:
 
 
 def plot(ax: Axes, found: dict[str, list[Point]], title: str, ylabel: str) -> None:
-    """Draw values against evaluations."""
+    """Plot values against evaluations."""
     for i, (name, points) in enumerate(found.items()):
         style = "-" if name in DETERMINISTIC else "--"
         ax.plot(*zip(*points, strict=True), f"o{style}", color=f"C{i}", label=name, markersize=3)
@@ -169,13 +168,13 @@ def plot(ax: Axes, found: dict[str, list[Point]], title: str, ylabel: str) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables and leave the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Print the tables and save the picture."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=count, default=3000, help="(%(default)s)")
-    add("--samples", type=count, default=500, help="(%(default)s)")
-    add("--seed", type=int, default=0, help="of the training (%(default)s)")
-    add("--output", type=picture_path, default="outputs/solvers.png", help="(%(default)s)")
+    add("--train-steps", type=positive_int, default=3000, help="training steps")
+    add("--samples", type=positive_int, default=500, help="samples per solver")
+    add("--seed", type=int, default=0, help="the training seed")
+    add("--output", type=picture_path, default="outputs/solvers.png", help="the picture")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     mixture = on_mixture(args.samples)
@@ -184,15 +183,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     quality = Quality(data)
     model = train(data, args.train_steps, args.seed)
     errors, energies = on_digits(model, quality, args.samples)
-    least = quality.attainable_energy_distance(args.samples)
-    print(f"Error against the flow of a network trained on digits\n{table(errors)}\n")
-    print(f"Energy distance to the test digits; {least:.2g} for training digits\n{table(energies)}")
+    attainable = quality.attainable_energy_distance(args.samples)
+    print(f"Error against the converged flow of a network trained on digits\n{table(errors)}\n")
+    print(f"Energy distance to the test digits (training digits: {attainable:.2g})")
+    print(table(energies))
     figure = Figure(figsize=(15, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    plot(left, mixture, "exact model of a mixture", "error")
-    plot(middle, errors, "network trained on digits", "error against its flow")
+    plot(left, mixture, "Gaussian mixture, exact score", "error")
+    plot(middle, errors, "network trained on digits", "error against converged flow")
     plot(right, energies, "network trained on digits", "energy distance to test digits")
-    right.axhline(least, color="grey", linestyle=":", label="training digits")
+    right.axhline(attainable, color="gray", linestyle=":", label="training digits")
     right.legend(fontsize=7)
     save(figure, args.output)
     print(f"\n{time.perf_counter() - start:.0f} s, picture {args.output}")

@@ -1,11 +1,11 @@
-"""Give patches of photographs four times the resolution: learn what a small image leaves open.
+"""Train 4x super-resolution of photograph patches and compare samples with interpolation.
 
-A network that is given 4x4 pixels learns, by improved DDPM's objective, what 16x16 pixels there
-may be. Several samples are drawn for each patch held out, by the learned variances on a part of
-the chain's steps, and compared with interpolation: how near to the truth one of them and their
-mean are, how much of the detail they have that a mean lacks, and whether they fit what was given.
-That takes about seven minutes on one CPU core. It prints a table and leaves one picture,
-`outputs/super_resolution.png`; a look at it takes half a minute:
+A network conditioned on 4x4 pixels learns the distribution of the 16x16 pixels with the objective
+of improved DDPM. Several samples of each held-out patch are drawn on a respaced chain with learned
+variances. The table compares them and their mean with interpolation: PSNR, the distribution of fine
+detail, and consistency with the low-resolution image. It prints the table and saves a picture,
+`outputs/super_resolution.png`. Runtime: seven minutes on one CPU core; half a minute for the second
+command.
 
     python examples/super_resolution.py
     python examples/super_resolution.py --train-steps 50 --patches 16 --samples 2 --steps 10
@@ -17,13 +17,14 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from helpers import count, energy_distance, fit, picture_path, save
+from einops import rearrange, repeat
+from helpers import argument_parser, energy_distance, fit, picture_path, positive_int, save
 from matplotlib.figure import Figure
-from photographs import SIZE, load
+from photographs import SIZE, enlarge, load, shrink
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
 from tqdm import tqdm
 
 from diffusionkit import (
@@ -38,23 +39,12 @@ from diffusionkit import (
 )
 from diffusionkit.networks import ADMUNet
 
-FACTOR = 4  # how many pixels along each side the small image has in one
 BATCH, LEARNING_RATE, EMA_DECAY = 32, 1e-3, 0.998
-SHOWN, SAMPLES_SHOWN = 10, 4  # patches in the picture, and samples of each
-
-
-def shrink(images: Tensor) -> Tensor:
-    """Return images (n, 3, 16, 16) as (n, 3, 4, 4), each pixel the mean of its place."""
-    return avg_pool2d(images, FACTOR)
-
-
-def enlarge(small: Tensor, mode: str) -> Tensor:
-    """Return small images (n, 3, 4, 4) interpolated to (n, 3, 16, 16)."""
-    return interpolate(small, scale_factor=FACTOR, mode=mode).clamp(-1, 1)
+SHOWN, SAMPLES_SHOWN = 10, 4  # patches and samples per patch in the picture
 
 
 def train(images: Tensor, steps: int, seed: int) -> ScoreModel:
-    """Train a model of images given what they are when shrunk."""
+    """Train a model of images conditioned on their downsampled versions."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = ADMUNet(
@@ -72,41 +62,41 @@ def train(images: Tensor, steps: int, seed: int) -> ScoreModel:
         x0 = images[torch.randint(len(images), (BATCH,), generator=generator)]
         return objective(model, x0, low_res=shrink(x0), generator=generator)
 
-    fit(model, loss, steps, rate=LEARNING_RATE, decay=EMA_DECAY, optimizer=torch.optim.AdamW)
+    fit(model, loss, steps, lr=LEARNING_RATE, ema_decay=EMA_DECAY, optimizer=torch.optim.AdamW)
     return model
 
 
-def draw(model: ScoreModel, small: Tensor, n: int, steps: int, seed: int) -> Tensor:
-    """Draw n samples for each small image (m, 3, 4, 4): (m, n, 3, 16, 16)."""
+def sample(model: ScoreModel, small: Tensor, n: int, steps: int, seed: int) -> Tensor:
+    """Return n samples (m, n, 3, 16, 16) for each small image (m, 3, 4, 4)."""
     sampler = PCSampler(
         DenoisedModel(model, Clip()),
         Ancestral(variance="model"),
         grid=DDPMChain.cosine(1000).respaced(str(steps)),
-        progress=lambda items: tqdm(items, desc="sampling", unit="step"),
+        progress=partial(tqdm, desc="sampling", unit="step"),
     )
     generator = torch.Generator().manual_seed(seed)
-    every = small.repeat_interleave(n, 0)
-    samples = sampler((len(every), 3, SIZE, SIZE), low_res=every, generator=generator)
-    return samples.view(len(small), n, *samples.shape[1:])
+    low_res = repeat(small, "m c h w -> (m n) c h w", n=n)
+    samples = sampler((len(low_res), 3, SIZE, SIZE), low_res=low_res, generator=generator)
+    return rearrange(samples, "(m n) c h w -> m n c h w", n=n)
 
 
 def psnr(images: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Return the mean over images of the peak signal-to-noise ratio, and its standard error, dB."""
-    ratio = 10 * torch.log10(4 / (images - truth).square().mean((1, 2, 3)))  # white - black is 2
+    """Return the mean peak signal-to-noise ratio in dB and its standard error over images."""
+    ratio = 10 * torch.log10(4 / (images - truth).square().mean((1, 2, 3)))  # the peak is 2
     return float(ratio.mean()), float(ratio.std()) / math.sqrt(len(ratio))
 
 
 def detail(images: Tensor) -> Tensor:
-    """Return what images (n, 3, 16, 16) have beyond what is left when they are shrunk (n, d)."""
+    """Return the detail (n, d) of images (n, 3, 16, 16) that downsampling removes."""
     return (images - enlarge(shrink(images), "nearest")).flatten(1)
 
 
 def table_row(name: str, images: Tensor, truth: Tensor) -> str:
-    """Return what is measured of one image for each true one."""
+    """Return the row of the table for one image per true image."""
     ratio, error = psnr(images, truth)
     off = (shrink(images) - shrink(truth)).square().mean().sqrt() * 127.5
     cells = [
-        f"{ratio:.2f} +- {error:.2f}",
+        f"{ratio:.2f} ± {error:.2f}",
         f"{energy_distance(detail(images), detail(truth)):.4f}",
         f"{float(off):.2f}",
     ]
@@ -114,18 +104,18 @@ def table_row(name: str, images: Tensor, truth: Tensor) -> str:
 
 
 def table(samples: Tensor, truth: Tensor) -> str:
-    """Return the table of samples (m, n, 3, 16, 16) beside interpolation."""
-    heads = ("PSNR (dB)", "detail, energy dist.", "shrunk, off by")
+    """Return the table of samples (m, n, 3, 16, 16) and interpolations."""
+    heads = ("PSNR (dB)", "detail, energy dist.", "low-res RMSE")
     small = shrink(truth)
     lines = [
         f"{'':<22}" + "".join(f"{head:>22}" for head in heads),
-        table_row("nearest pixel", enlarge(small, "nearest"), truth),
+        table_row("nearest neighbor", enlarge(small, "nearest"), truth),
         table_row("bilinear", enlarge(small, "bilinear"), truth),
         table_row("bicubic", enlarge(small, "bicubic"), truth),
         table_row("one sample", samples[:, 0], truth),
         table_row(f"mean of {samples.shape[1]} samples", samples.mean(1), truth),
         "",
-        "off by: the root mean square, in levels of 255, from the small image that was given",
+        "low-res RMSE: of the downsampled image against the given one, in levels of 255",
         f"spread of the samples, in levels: {float(spread(samples)) * 127.5:.2f}; "
         f"error of their mean: {float(error_of_mean(samples, truth)) * 127.5:.2f}",
     ]
@@ -133,18 +123,18 @@ def table(samples: Tensor, truth: Tensor) -> str:
 
 
 def spread(samples: Tensor) -> Tensor:
-    """Return how far a fresh sample is from the mean of n others, root mean square."""
+    """Return the expected root mean squared distance of a new sample to the mean of n others."""
     n = samples.shape[1]
     return (samples.var(1).mean() * (1 + 1 / n)).sqrt()
 
 
 def error_of_mean(samples: Tensor, truth: Tensor) -> Tensor:
-    """Return how far the truth is from the mean of the samples, root mean square."""
+    """Return the root mean squared error of the mean of the samples."""
     return (samples.mean(1) - truth).square().mean().sqrt()
 
 
 def draw_figure(samples: Tensor, truth: Tensor) -> Figure:
-    """Return the picture: a column for each patch; small, bicubic, samples, their mean, truth."""
+    """Plot a column for each patch: low resolution, bicubic, samples, their mean, truth."""
     samples, truth = samples[:SHOWN], truth[:SHOWN]
     small = shrink(truth)
     rows = {"given": enlarge(small, "nearest"), "bicubic": enlarge(small, "bicubic")}
@@ -163,24 +153,24 @@ def draw_figure(samples: Tensor, truth: Tensor) -> Figure:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Parse the command line."""
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=count, default=2400, help="(%(default)s)")
-    add("--patches", type=count, default=128, help="held out, how many (%(default)s)")
-    add("--samples", type=count, default=8, help="of each, at least 2 (%(default)s)")
-    add("--steps", type=count, default=50, help="of the sampler (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
+    add("--train-steps", type=positive_int, default=2400, help="training steps")
+    add("--patches", type=positive_int, default=128, help="held-out patches")
+    add("--samples", type=positive_int, default=8, help="samples per patch, at least 2")
+    add("--steps", type=positive_int, default=50, help="sampler steps")
+    add("--seed", type=int, default=0, help="the random seed")
     picture = "outputs/super_resolution.png"
-    add("--output", type=picture_path, default=picture, help="(%(default)s)")
+    add("--output", type=picture_path, default=picture, help="the picture")
     args = parser.parse_args(argv)
     if args.samples < 2:
-        parser.error("--samples: expected at least 2, whose spread is measured, got 1")
+        parser.error("--samples: expected at least 2 to measure their spread, got 1")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, draw several images for each small one, and leave a picture."""
+    """Train, sample several images for each small one, and save the picture."""
     args = options(argv)
     images = load()
     start = time.perf_counter()
@@ -188,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = time.perf_counter()
     order = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(0))
     truth = images.test[order[: args.patches]]
-    samples = draw(model, shrink(truth), args.samples, args.steps, args.seed)
+    samples = sample(model, shrink(truth), args.samples, args.steps, args.seed)
     print(f"\ntraining {trained - start:.0f} s, sampling {time.perf_counter() - trained:.0f} s\n")
     print(table(samples, truth))
     save(draw_figure(samples, truth), args.output)

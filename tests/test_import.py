@@ -1,4 +1,4 @@
-"""What `import diffusionkit` brings and leaves behind."""
+"""The side effects of `import diffusionkit`."""
 
 import json
 import os
@@ -35,7 +35,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
-    """What a fresh interpreter in an empty folder says of the import."""
+    """Import the package in a fresh interpreter and an empty folder, and report the effects."""
     path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", REPORT],
@@ -50,7 +50,7 @@ def report(tmp_path_factory) -> dict:
     return json.loads(done.stdout)
 
 
-def test_nothing_outside_the_core_requirements(report) -> None:
+def test_import_loads_core_requirements_only(report) -> None:
     print(f"import diffusionkit, after torch: {report['seconds']:.3f} s")  # noqa: T201
     new = set(report["new"]) - sys.stdlib_module_names
     assert "diffusionkit" in new
@@ -58,17 +58,17 @@ def test_nothing_outside_the_core_requirements(report) -> None:
 
 
 @pytest.mark.parametrize("name", ["scipy", "sklearn", "matplotlib", "tqdm", "torchvision", "PIL"])
-def test_extras_are_left_alone(report, name) -> None:
-    """Whatever of them torch brings by itself is not counted."""
+def test_extras_are_not_imported(report, name) -> None:
+    """Modules that torch imports are not counted."""
     assert name not in report["new"]
 
 
-def test_nothing_is_left_behind(report) -> None:
+def test_import_leaves_no_threads_or_files(report) -> None:
     assert report["threads"] == 1
     assert report["files"] == []
 
 
-def test_networks_do_not_come_with_the_core() -> None:
+def test_networks_are_not_imported() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import sys, diffusionkit; print(*sys.modules)"],
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
@@ -79,10 +79,10 @@ def test_networks_do_not_come_with_the_core() -> None:
     assert "diffusionkit.networks" not in done.stdout.split()
 
 
-def test_public_names() -> None:
+def test_public_names_are_sorted_and_complete() -> None:
     names = diffusionkit.__all__
     assert len(names) == len(set(names))
-    # As ruff sorts them: CONSTANTS, Classes, functions.
+    # The order of ruff: CONSTANTS, Classes, functions.
     assert names == sorted(
         names, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
     )
@@ -98,5 +98,5 @@ def test_public_name_exists_and_is_documented(name) -> None:
     assert part.__module__.startswith("diffusionkit.")
 
 
-def test_version() -> None:
+def test_version_is_a_number() -> None:
     assert diffusionkit.__version__[0].isdigit()

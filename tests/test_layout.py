@@ -16,6 +16,7 @@ BASE = {*PRIVATE, "values", "interfaces"}
 CORE = {*BASE, "_chain_terms", "_ode", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
+    "_distributed": set(),
     "_schedules": set(),
     "_gaussian": {"_schedules"},
     "_grid_times": {"_checks", "_schedules", "values"},
@@ -31,16 +32,16 @@ MAY_IMPORT = {
     "_files": {"_pickles"},
     "sde": BASE,
     "models": {*BASE, "sde"},
-    "training": {*CORE, "_files"},
+    "training": {*CORE, "_distributed", "_files"},
     "sampling": CORE,
-    "likelihood": {*CORE, "_files"},
+    "likelihood": {*CORE, "_distributed", "_files"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
-    "diagnostics": {*CORE, "training"},
+    "diagnostics": {*CORE, "_distributed", "training"},
     "ops": {"_checks"},
     "networks": {"_checks", "ops"},
     "checkpoints": {*CORE, "networks", "ops", "_files", "_pickles"},
-    "metrics": {"_checks", "_files", "_loops", "random"},
+    "metrics": {"_checks", "_distributed", "_files", "_loops", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
 

@@ -160,10 +160,6 @@ def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
     return schedule(sde, t)
 
 
-# Until guidance is merged.
-instant = grid_point
-
-
 def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma for a state x (B, *D), each (B,)."""
     point = _checked(sde, x, t)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._checks import check_shape, check_state, check_times, check_transition
 from ._gaussian import normal_log_prob
-from ._grid_times import kernel_tensors, schedule
+from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._schedules import bisect, drift_and_diffusion, exact, home
 from .random import Generators, randn, randn_like
@@ -74,10 +74,6 @@ class ForwardSDE(abc.ABC):
             TypeError: if x or t is not a floating-point tensor.
         """
         return kernel_tensors(self, x, t)
-
-    def kernel(self, t: Tensor) -> Any:
-        """Until guidance is merged."""
-        return schedule(self, t)
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
         """Return f(t) = d log alpha / dt, (B,)."""

@@ -217,6 +217,16 @@ def test_guided_models_keep_variance_and_data_range(mixture) -> None:
         PCSampler(guided, Ancestral(variance="model"), steps=3)((2, 2), **cond)
 
 
+def test_a_conditional_model_gets_the_class_labels_too() -> None:
+    def network(x, noise_label, class_labels):
+        return 0 * x + class_labels.to(x).unsqueeze(1)
+
+    model = EpsModel(network, VPSDE())
+    x, t, labels = torch.zeros(2, 1), torch.full((2,), 0.5), torch.tensor([0, 1])
+    guided = ClassifierGuidance(model, lambda x, t: torch.cat([x, -x], 1), 0.0, conditional=True)
+    assert guided.predict(x, t, class_labels=labels).eps.flatten().tolist() == [0.0, 1.0]
+
+
 def test_conditions_reach_the_model_and_class_labels_do_not(mixture) -> None:
     def network(x, label, shift):
         return x + shift

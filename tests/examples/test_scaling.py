@@ -1,33 +1,15 @@
-"""The example that fits power laws to training compute."""
-
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.pictures import check_picture
 from torch import nn
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("tqdm")
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module("scaling")
-    for name in ("scaling", "bits_per_dim", "helpers"):  # other tests must not find them
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def small(example, monkeypatch):
-    """The example with little to measure."""
+    """Reduce the cost of the example."""
     images = example.patches()
     images = images._replace(train=images.train[:300], test=images.test[:20])
     monkeypatch.setattr(example, "patches", lambda: images)
@@ -39,8 +21,7 @@ def small(example, monkeypatch):
     return example
 
 
-def test_run(small, tmp_path, capsys):
-    picture = tmp_path / "somewhere" / "picture.png"
+def test_small_run(small, picture, capsys):
     argv = ["--widths", "8", "12", "--seeds", "2", "--train-steps", "32", "--samples", "30"]
     small.main([*argv, "--output", str(picture)])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -51,41 +32,39 @@ def test_run(small, tmp_path, capsys):
     laws = [row for row in rows if row[:1] in (["held-out"], ["energy"]) and "[" in " ".join(row)]
     assert len(laws) == 3
     assert all(re.search(r"determined", " ".join(row)) for row in laws)
-    assert [file.name for file in picture.parent.iterdir()] == [picture.name]
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert picture.stat().st_size > 50_000
+    check_picture(picture)
 
 
-def test_one_seed_has_no_intervals(small, tmp_path, capsys):
+def test_one_seed_has_no_intervals(small, picture, capsys):
     argv = ["--widths", "8", "--seeds", "1", "--train-steps", "32", "--samples", "10"]
-    small.main([*argv, "--output", str(tmp_path / "picture.png")])
+    small.main([*argv, "--output", str(picture)])
     output = capsys.readouterr().out
     assert output.count("one seed: no intervals") == 3
-    assert "+-" not in output
+    assert "±" not in output
 
 
-def test_operations_are_those_of_the_matrix_products(example):
+def test_flops_are_those_of_the_matrix_products(example):
     images = example.patches()
     network = example.build(images, 16).network
     layers = [m for m in network.modules() if type(m) is nn.Linear]
     products = {m: m.in_features * m.out_features for m in layers}
     first = next(m for m in network.embedding.modules() if type(m) is nn.Linear)
-    # Forward, by the weights, and by the inputs but for those that come from outside.
+    # Forward, weight gradients, and input gradients except for the network's own inputs.
     passes = {m: 2 if m in (network.input, first) else 3 for m in products}
     by_hand = sum(2 * example.BATCH * products[m] * passes[m] for m in products)
     assert example.flops_per_step(images, 16) == by_hand
 
 
-def test_checkpoints_are_spread_over_training(small):
+def test_evaluations_are_spread_over_training(small):
     found = list(small.train(small.patches(), 8, 64, seed=0))
     assert [step for step, _ in found] == [2, 11, 64]
     sums = [next(model.parameters()).sum().item() for _, model in found]
     assert len(set(sums)) == 3
 
 
-def test_measures_of_a_model_without_knowledge(small):
+def test_loss_of_a_model_that_predicts_zero_noise(small):
     images = small.patches()
-    model = small.build(images, 8)  # predicts hardly any noise at first
+    model = small.build(images, 8)
     with torch.no_grad():
         model.network.output.weight.zero_()
         model.network.output.bias.zero_()
@@ -96,7 +75,7 @@ def test_measures_of_a_model_without_knowledge(small):
 
 @pytest.mark.parametrize("floor", [0.0, 0.4])
 @pytest.mark.parametrize("exponent", [0.05, 0.3, 1.2])
-def test_fit_finds_a_law(example, floor, exponent):
+def test_fit_recovers_a_power_law(example, floor, exponent):
     compute = np.geomspace(1e9, 1e12, 40)
     law = example.fit(compute, floor + (3e9 / compute) ** exponent)
     step = example.EXPONENTS[1] / example.EXPONENTS[0]
@@ -106,14 +85,14 @@ def test_fit_finds_a_law(example, floor, exponent):
     np.testing.assert_allclose(law(compute), floor + (3e9 / compute) ** exponent, rtol=1e-2)
 
 
-def test_fit_keeps_the_floor_from_falling_below_zero(example):
+def test_fitted_floor_is_nonnegative(example):
     compute = np.geomspace(1e9, 1e12, 40)
-    law = example.fit(compute, 5 - np.log10(compute / 1e9))  # a law of no floor at all
+    law = example.fit(compute, 5 - np.log10(compute / 1e9))  # unbounded from below
     assert law.floor == 0.0
 
 
 def test_frontier_is_the_lower_envelope(example):
-    # Two lines of logarithm over logarithm: they cross at 1e3, and the first ends at 1e4.
+    # Two lines in log-log coordinates, crossing at 1e3; the first ends at 1e4.
     root, other = np.array([10.0, 1e4]), np.array([1e2, 1e6])
     values = np.stack([root**-0.5, 1e3**0.5 / other])
     x, y = example.frontier(np.stack([root, other]), values)
@@ -121,14 +100,13 @@ def test_frontier_is_the_lower_envelope(example):
     np.testing.assert_allclose(y, np.where(x < 1e3, x**-0.5, 1e3**0.5 / x), rtol=1e-8)
 
 
-def test_frontier_does_not_rise(example):
-    # More compute can be left unused.
+def test_frontier_does_not_increase(example):
     _, y = example.frontier(np.array([[1.0, 10.0, 100.0]]), np.array([[3.0, 1.0, 2.0]]))
     assert (np.diff(y) <= 0).all()
     assert y[-1] == pytest.approx(1.0, rel=0.05)
 
 
-def test_refits_are_as_uncertain_as_the_mean_of_the_seeds(example):
+def test_bootstrap_error_equals_the_standard_error_over_seeds(example):
     compute = np.geomspace(1e9, 1e12, 6)[None]
     seeds = np.array([0.9, 1.0, 1.1])
     values = seeds[None, :, None] * compute[:, None] ** -0.5
@@ -140,8 +118,8 @@ def test_refits_are_as_uncertain_as_the_mean_of_the_seeds(example):
     assert sizes.mean() == pytest.approx(1.0, abs=0.01)
 
 
-def test_refits_begin_at_several_computes(example):
-    # Two laws, one after the other: where a fit begins decides what is found.
+def test_bootstrap_varies_the_starting_point(example):
+    # Two successive power laws: the result depends on the starting point.
     compute = np.geomspace(1e9, 1e12, 30)[None]
     curve = np.where(compute < 1e10, (compute / 1e10) ** -0.1, (compute / 1e10) ** -0.6)
     laws = example.refits(compute, np.stack([curve, curve], 1), np.random.default_rng(0))
@@ -149,25 +127,25 @@ def test_refits_begin_at_several_computes(example):
     assert high - low > 0.05
 
 
-def test_verdicts(example):
+def test_verdict_on_an_interval(example):
     assert example.verdict((0.2, 0.3)) == "determined within a factor of two"
     assert "factor of 3.0" in example.verdict((0.1, 0.3))
-    assert "no end" in example.verdict((0.2, 4.0))
+    assert "unbounded" in example.verdict((0.2, 4.0))
     assert example.interval(list(range(1001))) == (25.0, 975.0)
 
 
-def test_a_flat_curve_is_its_floor(example):
+def test_fit_of_a_constant_is_its_floor(example):
     law = example.fit(np.geomspace(1e9, 1e12, 20), np.full(20, 3.0))
     np.testing.assert_allclose(law(np.array([1e9, 1e15])), 3.0, rtol=1e-6)
 
 
-def test_too_few_steps_to_measure_on_the_way_are_refused(example, capsys):
+def test_too_few_steps_for_the_evaluations_are_an_error(example, capsys):
     with pytest.raises(SystemExit):
         example.options(["--train-steps", "31"])
     assert "--train-steps: expected at least 32, got 31" in capsys.readouterr().err
 
 
-def test_narrow_widths_are_trained_for_longer(small, monkeypatch):
+def test_narrow_networks_train_for_more_steps(small, monkeypatch):
     monkeypatch.setattr(small, "measure", lambda *args: small.Measurement(args[2], 0, 0, 0))
     options = small.options(["--widths", "8", "32", "--seeds", "1", "--train-steps", "40"])
     found = small.study(small.patches(), options)

@@ -1,28 +1,13 @@
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-pytest.importorskip("sleepecg")
-pytest.importorskip("tqdm")
+from support import seeded
+from support.pictures import check_picture
 
 
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    import series_and_patches
-
-    yield series_and_patches
-    for name in ("series_and_patches", "helpers"):  # other tests must not find them
-        sys.modules.pop(name, None)
-
-
-def percent(output, row):
+def numbers(output, row):
     return [
         [float(x) for x in re.findall(r"(\d+\.\d+)%?", line.removeprefix(row))]
         for line in output.splitlines()
@@ -30,23 +15,20 @@ def percent(output, row):
     ]
 
 
-def test_run(example, tmp_path, capsys):
-    picture = tmp_path / "somewhere" / "picture.png"
+def test_small_run(example, picture, capsys):
     argv = ["--train-steps", "2", "--steps", "3", "--samples", "20", "--output", str(picture)]
     example.main(argv)
     output = capsys.readouterr().out
     assert "series (1, 256): training" in output
     assert "images (3, 8, 8): training" in output
-    for samples, real, gaussian in percent(output, "differences of neighbours, gap"):
+    for samples, real, gaussian in numbers(output, "adjacent differences, KS statistic"):
         assert 0 < real < samples
         assert 5 < gaussian < 50
-    for samples, real, _ in percent(output, "spectra, energy distance"):
+    for samples, real, _ in numbers(output, "spectra, energy distance"):
         assert 0 < real < samples
-    for _, real, _ in percent(output, "closer to the training data than usual"):
+    for _, real, _ in numbers(output, "closer to training data than test median"):
         assert real == pytest.approx(50, abs=0.5)
-    assert [file.name for file in picture.parent.iterdir()] == [picture.name]
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert picture.stat().st_size > 50_000
+    check_picture(picture)
 
 
 def test_windows_of_a_series_and_of_an_image(example):
@@ -63,18 +45,18 @@ def test_windows_of_a_series_and_of_an_image(example):
         assert torch.equal(found[n], image[:, y : y + 3, x : x + 3])
 
 
-def test_split_keeps_one_stretch_in_five_for_testing(example):
+def test_every_fifth_segment_is_for_testing(example):
     records = [torch.arange(50.0)[None], torch.arange(100.0, 150.0)[None]]
     data = example.split(records, 10, 4)
     test = set(data.test.flatten().tolist())
     assert test == {*range(40, 48), *range(140, 148)}
     assert set(data.train.flatten().tolist()) == {*range(40), *range(100, 140)}
     within = data.train.flatten(1) // 10
-    assert torch.equal(within.amin(1), within.amax(1))  # no window reaches into another stretch
+    assert torch.equal(within.amin(1), within.amax(1))  # no window crosses segments
 
 
 def test_gaussian_has_the_moments_of_the_data(example):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     mixing = torch.tensor([[1.0, 0.0], [2.0, 0.5], [-1.0, 0.0], [0.0, 3.0]])  # of rank two
     data = (torch.rand(500, 2, generator=generator) @ mixing.T + 1.0).view(500, 1, 4)
     draws = example.gaussian(data, 200_000, generator)
@@ -85,21 +67,21 @@ def test_gaussian_has_the_moments_of_the_data(example):
     )
 
 
-def test_differences_are_along_rows_and_in_order(example):
+def test_differences_are_along_rows_and_sorted(example):
     image = torch.tensor([[1.0, 5.0, 2.0], [100.0, 101.0, 99.0]]).view(1, 1, 2, 3)
     assert example.differences(image).tolist() == [-3, -2, 1, 4]
 
 
-def test_largest_gap(example):
+def test_ks_statistic(example):
     x = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    assert example.largest_gap(x, x + 2) == pytest.approx(0.5)
-    assert example.largest_gap(x + 2, x) == pytest.approx(0.5)
-    assert example.largest_gap(x, torch.tensor([1.0, 1.0])) == pytest.approx(0.5)
-    assert example.largest_gap(x, x.repeat_interleave(3)) == pytest.approx(0.0)
-    assert example.largest_gap(x, x + 10) == pytest.approx(1.0)
+    assert example.ks_statistic(x, x + 2) == pytest.approx(0.5)
+    assert example.ks_statistic(x + 2, x) == pytest.approx(0.5)
+    assert example.ks_statistic(x, torch.tensor([1.0, 1.0])) == pytest.approx(0.5)
+    assert example.ks_statistic(x, x.repeat_interleave(3)) == pytest.approx(0.0)
+    assert example.ks_statistic(x, x + 10) == pytest.approx(1.0)
 
 
-def test_amplitudes_are_those_of_waves_wherever_they_are(example):
+def test_amplitudes_of_waves_do_not_depend_on_shifts(example):
     place = torch.arange(16.0)
     wave = torch.cos(2 * math.pi * 3 / 16 * place).view(1, 1, 16)
     expected = torch.zeros(1, 9, dtype=torch.float64)
@@ -121,13 +103,13 @@ def test_energy_distance(example):
     assert example.energy_distance(x, x) == pytest.approx(0)
 
 
-def test_nearest(example):
+def test_distance_to_the_nearest_neighbor(example):
     data = torch.tensor([[0.0, 0.0], [10.0, 0.0]]).view(2, 1, 2)
     windows = torch.tensor([[3.0, 4.0], [10.0, -1.0]]).view(2, 1, 2)
     assert example.nearest(windows, data).tolist() == [5, 1]
 
 
-def test_images_are_shown_in_rows_with_lines_between_them(example):
+def test_images_are_shown_in_framed_rows(example):
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()

@@ -8,7 +8,7 @@ import torch
 from diffusionkit import bits_per_dim
 
 
-def test_values() -> None:
+def test_bits_of_known_nats() -> None:
     nats = torch.tensor([0.0, 6 * math.log(2), -3 * math.log(2)], dtype=torch.float64)
     assert bits_per_dim(nats, 3).tolist() == pytest.approx([0, 2, -1])
     assert bits_per_dim(nats, (3, 2, 1)).tolist() == pytest.approx([0, 1, -0.5])

@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support import seeded
 
 from diffusionkit.likelihood.dequantization import Dequantizer, UniformDequantizer
 
 
 class Constant(Dequantizer):
-    """Every point at the same place of its bin."""
+    """Every point at the same position in its bin."""
 
     def __init__(self, u: float, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -33,7 +34,7 @@ def test_a_point_never_leaves_its_bin(levels, ends, u, dtype) -> None:
     x = dequantizer(images).x
     assert x.dtype == dtype
     assert torch.equal(dequantizer.quantize(x), images)
-    # And is where it should be, to the rounding of the dtype.
+    # The position is correct up to rounding.
     width = (ends[1] - ends[0]) / levels
     expected = ends[0] + width * (images.double() + u)
     largest = max(abs(end) for end in ends)
@@ -42,16 +43,16 @@ def test_a_point_never_leaves_its_bin(levels, ends, u, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-def test_every_integer_dtype_gives_the_same_points(dtype) -> None:
+def test_points_do_not_depend_on_the_integer_dtype(dtype) -> None:
     dequantizer = UniformDequantizer(levels=100)
     images = torch.arange(100).view(4, 1, 5, 5)
-    drawn = dequantizer(images.to(dtype), generator=torch.Generator().manual_seed(0))
-    expected = dequantizer(images, generator=torch.Generator().manual_seed(0))
+    drawn = dequantizer(images.to(dtype), generator=seeded())
+    expected = dequantizer(images, generator=seeded())
     assert torch.equal(drawn.x, expected.x)
     assert torch.equal(dequantizer.quantize(drawn.x), images)
 
 
-# Reference values: 8 bits for each dimension of a density 1/2 on [-1, 1] or 1 on [0, 1].
+# Densities 1/2 on [-1, 1] and 1 on [0, 1]: 8 bits per dimension.
 @pytest.mark.parametrize(("low", "nll"), [(-1.0, 0.6931471805599453), (0.0, 0.0)])
 def test_the_uniform_density_costs_eight_bits(low, nll) -> None:
     drawn = UniformDequantizer(256, low, 1.0)(torch.randint(256, (3, 2, 5)))
@@ -62,7 +63,7 @@ def test_the_uniform_density_costs_eight_bits(low, nll) -> None:
 def test_points_are_uniform_in_their_bins() -> None:
     dequantizer = UniformDequantizer(levels=4, low=0.0, high=4.0)
     images = torch.full((1, 100_000), 2)
-    u = dequantizer(images, generator=torch.Generator().manual_seed(0)).x - 2
+    u = dequantizer(images, generator=seeded()).x - 2
     # Standard errors: 0.0009 of the mean and 0.0009 of E u^2.
     assert abs(u.mean().item() - 1 / 2) < 0.004
     assert abs(u.square().mean().item() - 1 / 3) < 0.004
@@ -71,8 +72,8 @@ def test_points_are_uniform_in_their_bins() -> None:
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     dequantizer = UniformDequantizer()
     images = torch.randint(256, (3, 7))
-    whole = dequantizer(images, generator=[torch.Generator().manual_seed(s) for s in range(3)]).x
-    alone = dequantizer(images[2:], generator=[torch.Generator().manual_seed(2)]).x
+    whole = dequantizer(images, generator=[seeded(s) for s in range(3)]).x
+    alone = dequantizer(images[2:], generator=[seeded(2)]).x
     assert torch.equal(whole[2:], alone)
 
 
@@ -82,7 +83,7 @@ def test_the_ends_of_the_range_belong_to_the_outermost_bins() -> None:
     assert dequantizer.quantize(x).tolist() == [[0, 16, 0, 16]]
 
 
-def test_gradients_reach_the_noise() -> None:
+def test_gradients_flow_to_the_noise() -> None:
     class Learned(Constant):
         def noise(self, images, *, generator=None, **cond):
             return self.place.expand(images.shape), self.place.log().expand(len(images))
@@ -95,7 +96,7 @@ def test_gradients_reach_the_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "error", "says"),
+    ("images", "error", "message"),
     [
         (torch.zeros(2, 3), TypeError, "torch.float32"),
         (torch.zeros(2, 3, dtype=torch.bool), TypeError, "torch.bool"),
@@ -106,13 +107,13 @@ def test_gradients_reach_the_noise() -> None:
         (torch.tensor(3), ValueError, r"\(\)"),
     ],
 )
-def test_images_that_are_none(images, error, says) -> None:
-    with pytest.raises(error, match=says):
+def test_bad_images(images, error, message) -> None:
+    with pytest.raises(error, match=message):
         UniformDequantizer(levels=17)(images)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "says"),
+    ("arguments", "error", "message"),
     [
         ({"levels": 1}, ValueError, ">= 2"),
         ({"levels": 256.0}, TypeError, "float"),
@@ -121,16 +122,16 @@ def test_images_that_are_none(images, error, says) -> None:
         ({"low": "0"}, TypeError, "str"),
         ({"dtype": torch.int32}, TypeError, "torch.int32"),
         ({"dtype": torch.bfloat16}, ValueError, "256 levels"),
-        ({"low": 1000.0, "high": 1001.0, "levels": 65536}, ValueError, "apart"),
+        ({"low": 1000.0, "high": 1001.0, "levels": 65536}, ValueError, "resolves 65536"),
     ],
 )
-def test_maps_that_are_none(arguments, error, says) -> None:
-    with pytest.raises(error, match=says):
+def test_bad_settings(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
         UniformDequantizer(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("x", "error", "says"),
+    ("x", "error", "message"),
     [
         (torch.tensor([[0.0, 1.1]]), ValueError, "1.1"),
         (torch.tensor([[-1.001, 0.0]]), ValueError, "-1.001"),
@@ -138,6 +139,6 @@ def test_maps_that_are_none(arguments, error, says) -> None:
         (torch.tensor([[0, 1]]), TypeError, "torch.int64"),
     ],
 )
-def test_points_outside_the_range(x, error, says) -> None:
-    with pytest.raises(error, match=says):
+def test_points_outside_the_range(x, error, message) -> None:
+    with pytest.raises(error, match=message):
         UniformDequantizer().quantize(x)

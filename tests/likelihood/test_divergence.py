@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit.likelihood.divergence import ExactDivergence, Hutchinson
 
@@ -15,13 +16,13 @@ def linear(A):
 def estimates(A, n, **settings):
     hutchinson = Hutchinson(**settings)
     x = torch.zeros(n, len(A), dtype=torch.float64)
-    state = hutchinson.start(x, torch.Generator().manual_seed(0))
+    state = hutchinson.start(x, seeded())
     return hutchinson(linear(A), x, state)[1]
 
 
 def network(shape, seed=0):
-    """A smooth function that mixes all entries of a sample, and its trace by the full Jacobian."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return a smooth function of all entries of a sample, and the trace of its Jacobian."""
+    generator = seeded(seed)
     d = torch.Size(shape).numel()
     W, V = (torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5 for _ in range(2))
 
@@ -43,9 +44,9 @@ def network(shape, seed=0):
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (2, 2, 2)])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_exact_is_the_trace(shape, chunk):
+def test_exact_divergence_is_the_trace(shape, chunk):
     function, trace = network(shape)
-    x = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, *shape, dtype=torch.float64, generator=seeded(1))
     divergence = ExactDivergence(chunk)
     value, found = divergence(function, x, divergence.start(x))
     torch.testing.assert_close(value, function(x))
@@ -54,21 +55,28 @@ def test_exact_is_the_trace(shape, chunk):
 
 def test_hutchinson_is_unbiased():
     function, trace = network((3,))
-    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, dtype=torch.float64, generator=seeded(1))
     for noise in ("rademacher", "gaussian"):
         hutchinson = Hutchinson(4000, noise)
-        state = hutchinson.start(x, torch.Generator().manual_seed(2))
+        state = hutchinson.start(x, seeded(2))
         value, found = hutchinson(function, x, state)
         torch.testing.assert_close(value, function(x))
         error = found.std(0) / 4000**0.5
         assert ((found.mean(0) - trace(x)).abs() < 4 * error).all()
 
 
+def test_rademacher_signs_are_balanced():
+    """The frequency of -1 is 1/2, within 4 of its standard errors 1 / (2 sqrt(n)) = .0025."""
+    signs = Hutchinson(probes=10).start(torch.zeros(200, 20), seeded())
+    assert signs.numel() == 40_000
+    assert float((signs == -1).double().mean()) == pytest.approx(0.5, abs=4 * 0.0025)
+
+
 @pytest.mark.parametrize(
     ("A", "mean", "rademacher", "gaussian"),
     [
         (matrix([2, 1], [1, 3]), 5.0, 4.0, 30.0),
-        (matrix([2, 2], [0, 3]), 5.0, 4.0, 30.0),  # the same symmetric part
+        (matrix([2, 2], [0, 3]), 5.0, 4.0, 30.0),  # same symmetric part
         (matrix([2, 0], [0, 3]), 5.0, 0.0, 26.0),
     ],
 )
@@ -82,11 +90,11 @@ def test_variance_of_hutchinson(A, mean, rademacher, gaussian):
     assert float(values.var()) == pytest.approx(gaussian, rel=0.08)  # kurtosis 15: 4 errors
 
 
-def test_each_probe_is_its_own_estimate():
-    """v A v = 5 + 2 v_1 v_2 is 3 or 7, whichever the probe says."""
+def test_each_probe_gives_an_estimate():
+    """v A v = 5 + 2 v_1 v_2 is 3 or 7, depending on the probe."""
     hutchinson = Hutchinson(probes=6)
     x = torch.zeros(5, 2)
-    state = hutchinson.start(x, torch.Generator().manual_seed(0))
+    state = hutchinson.start(x, seeded())
     found = hutchinson(linear(matrix([2, 1], [1, 3]).float()), x, state)[1]
     assert found.shape == (6, 5)
     torch.testing.assert_close(found, 5.0 + 2.0 * state.double().prod(2))
@@ -95,7 +103,7 @@ def test_each_probe_is_its_own_estimate():
 
 def test_probes_of_a_sample_do_not_depend_on_its_batch():
     def generators(*seeds):
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [seeded(seed) for seed in seeds]
 
     hutchinson = Hutchinson(probes=3)
     both = hutchinson.start(torch.zeros(2, 4, 5), generators(1, 2))
@@ -105,7 +113,7 @@ def test_probes_of_a_sample_do_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("divergence", [Hutchinson(3), ExactDivergence(2)])
-def test_one_forward_and_no_gradient_of_parameters(divergence):
+def test_one_forward_pass_and_no_gradients_of_parameters(divergence):
     layer = torch.nn.Linear(5, 5, dtype=torch.float64)
     calls = 0
 
@@ -123,7 +131,7 @@ def test_one_forward_and_no_gradient_of_parameters(divergence):
 
 
 class Unbatched(torch.autograd.Function):
-    """x^3, with a derivative that leaves torch and so cannot be batched."""
+    """x^3, with a derivative computed outside torch, which cannot be batched."""
 
     @staticmethod
     def forward(ctx, x):
@@ -136,14 +144,14 @@ class Unbatched(torch.autograd.Function):
         return 3 * x**2 * torch.tensor(grad.tolist(), dtype=grad.dtype)
 
 
-def test_without_a_batching_rule():
+def test_functions_without_a_batching_rule():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     for chunk in (1, 2):
         found = ExactDivergence(chunk)(Unbatched.apply, x, None)[1]
         assert found.tolist() == [[15.0, 75.0]]
 
 
-def test_a_function_without_x_has_no_divergence():
+def test_a_constant_function_has_no_divergence():
     x = torch.ones(2, 3)
     for divergence in (Hutchinson(2), ExactDivergence()):
         for function in (torch.zeros_like, lambda x: torch.ones(2, 3, requires_grad=True) * 2):
@@ -152,8 +160,8 @@ def test_a_function_without_x_has_no_divergence():
             assert not found.any()
 
 
-def test_accuracy_is_that_of_float64_sums():
-    """One large entry does not wash the others out."""
+def test_sums_are_in_float64():
+    """Large entries that cancel do not round away the others."""
     scale = torch.tensor([1e8, 1.0, 1.0, -1e8])
     found = Hutchinson()(lambda x: scale * x, torch.zeros(1, 4), torch.ones(1, 1, 4))[1]
     assert found.item() == 2.0

@@ -1,13 +1,12 @@
-"""Bits per dimension of a whole data set."""
+"""Bits per dimension of a data set."""
 
 import math
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support import seeded
+from support.processes import run_in_two_processes
 
 from diffusionkit import (
     NELBO,
@@ -24,7 +23,7 @@ D = 3
 
 
 def images(n: int = 10) -> torch.Tensor:
-    return torch.randint(0, 8, (n, D), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 8, (n, D), generator=seeded())
 
 
 def bound(samples: int = 2) -> NELBO:
@@ -40,7 +39,7 @@ def evaluate(likelihood, data, **options):
 
 
 class Counting:
-    """Minus the log-density of a unit normal law, and what it was asked."""
+    """The negative log-density of a standard normal, which records its batch sizes."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.sizes: list[int] = []
@@ -54,7 +53,7 @@ class Counting:
         return SimpleNamespace(nats=nats + cond.get("shift", torch.zeros(len(x))))
 
 
-def test_uniform_on_the_range_costs_log2_of_the_levels() -> None:
+def test_a_uniform_density_has_log2_levels_bits() -> None:
     def uniform(x, *, generator=None):
         return SimpleNamespace(nats=torch.full((len(x),), D * math.log(2.0), dtype=torch.float64))
 
@@ -64,7 +63,7 @@ def test_uniform_on_the_range_costs_log2_of_the_levels() -> None:
     assert str(result) == "3.0000 +- 0.0000 bits/dim"
 
 
-def test_every_item_counts_the_last_batch_too() -> None:
+def test_the_last_batch_is_included() -> None:
     likelihood = Counting()
     result = evaluate(likelihood, images(10), batch_size=4, draws=2)
     assert likelihood.sizes == [4, 4, 2] * 2
@@ -78,22 +77,22 @@ def test_every_item_counts_the_last_batch_too() -> None:
     assert evaluate(likelihood, images()).draw_stderr is None
 
 
-def test_continuous_data_have_a_density() -> None:
-    x = torch.randn(6, D, generator=torch.Generator().manual_seed(1))
+def test_continuous_data() -> None:
+    x = torch.randn(6, D, generator=seeded(1))
     result = evaluate_bits_per_dim(Counting(), x, progress=False)
     expected = (0.5 * x.double().square().sum(1) / D + 0.5 * math.log(2 * math.pi)) / math.log(2)
     torch.testing.assert_close(result.bits[:, 0], expected)
 
 
-def test_random_numbers_belong_to_the_item_and_draw() -> None:
+def test_random_numbers_depend_on_the_item_and_draw() -> None:
     one, other = (evaluate(bound(), images(), batch_size=size, draws=2) for size in (3, 10))
     torch.testing.assert_close(one.bits, other.bits, rtol=1e-9, atol=0)
     assert not torch.equal(one.bits[:, 0], one.bits[:, 1])
     assert not torch.equal(one.bits, evaluate(bound(), images(), draws=2, seed=1).bits)
 
 
-def test_near_the_truth() -> None:
-    # N(0, .5^2) on the bins of [-1, 1]: the true probability of each bin by the error function.
+def test_results_are_close_to_exact_probabilities() -> None:
+    # N(0, .5^2) on the bins of [-1, 1]: exact probabilities by the error function.
     edges = torch.linspace(-1, 1, 9, dtype=torch.float64)
     cdf = 0.5 * (1 + torch.erf(edges / 0.5 / math.sqrt(2)))
     data = images(100)
@@ -102,7 +101,7 @@ def test_near_the_truth() -> None:
     for likelihood, slack in ((ODELikelihood(model), 1e-3), (bound(64), 0.2)):
         result = evaluate(likelihood, data, draws=20 if slack < 0.1 else 4)
         gap = result.mean - float(truth.mean())
-        # Uniform noise in a bin costs a little: the density is not flat there.
+        # Uniform dequantization has a small gap, as the density in a bin is not constant.
         assert -3 * result.draw_stderr < gap < 0.02 + 3 * result.draw_stderr
 
 
@@ -131,9 +130,8 @@ def test_modes_and_gradients() -> None:
     assert network.training
 
 
-def test_a_stopped_run_goes_on(tmp_path) -> None:
+def test_an_interrupted_run_resumes(tmp_path) -> None:
     path = tmp_path / "bits.pt"
-    whole = evaluate(bound(), images(), batch_size=3, draws=2)
     with pytest.raises(KeyboardInterrupt):
         evaluate(Counting(stop_at=3), images(), batch_size=3, path=path)
     rest = Counting()
@@ -143,31 +141,22 @@ def test_a_stopped_run_goes_on(tmp_path) -> None:
     none = Counting()
     assert torch.equal(evaluate(none, images(), batch_size=3, path=path).bits, result.bits)
     assert none.sizes == []
-    assert whole.bits.shape == (10, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bits.pt"]
 
 
-def test_a_file_of_another_run_is_refused(tmp_path) -> None:
+def test_a_file_with_other_settings_is_rejected(tmp_path) -> None:
     path = tmp_path / "bits.pt"
     evaluate(Counting(), images(), path=path)
-    with pytest.raises(ValueError, match=r"expected a run with .*'seed': 1"):
+    with pytest.raises(ValueError, match=r"expected results with .*'seed': 1"):
         evaluate(Counting(), images(), path=path, seed=1)
     path.write_bytes(b"not a file of torch")
     with pytest.raises(CheckpointError):
         evaluate(Counting(), images(), path=path)
 
 
-PROCESS = """
-import sys
-import torch
-from datetime import timedelta
-from torch import distributed as dist
+PROGRAM = """
 from diffusionkit import *
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
 data = torch.randint(0, 8, (10, 3), generator=torch.Generator().manual_seed(0))
 model = GaussianMixtureModel(VPSDE(), torch.zeros(1, 3), [0.5])
 calls = 0
@@ -175,23 +164,19 @@ def likelihood(x, **options):
     global calls
     calls += 1
     return ODELikelihood(model)(x, **options)
-result = evaluate_bits_per_dim(likelihood, data, dequantizer=UniformDequantizer(levels=8),
-                               batch_size=3, draws=2, path=f"{folder}/bits.pt", progress=False)
-torch.save([calls, result.bits], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+bits = evaluate_bits_per_dim(likelihood, data, dequantizer=UniformDequantizer(levels=8),
+                             batch_size=3, draws=2, path=f"{folder}/bits.pt", progress=False).bits
+result = calls, bits
 """
 
 
-def test_processes_share_the_work_and_agree_to_the_last_bit(tmp_path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
-    (calls, bits), (other_calls, other) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
+def test_processes_share_the_work_and_agree_bit_for_bit(tmp_path) -> None:
+    (calls, bits), (other_calls, other) = run_in_two_processes(PROGRAM, tmp_path)
     assert (calls, other_calls) == (4, 4)
     assert torch.equal(bits, other)
     alone = evaluate(ODELikelihood(bound().model), images(), batch_size=3, draws=2)
     assert torch.equal(bits, alone.bits)
-    # A single process may go on from what the two have left.
+    # A single process can resume from the results of both.
     none = Counting()
     assert torch.equal(
         evaluate(none, images(), batch_size=3, draws=2, path=tmp_path / "bits.pt").bits, bits
@@ -199,7 +184,7 @@ def test_processes_share_the_work_and_agree_to_the_last_bit(tmp_path) -> None:
     assert none.sizes == []
 
 
-def test_progress_can_be_the_users_own() -> None:
+def test_custom_progress() -> None:
     seen = []
     evaluate(Counting(), images(), batch_size=4, progress=lambda items: seen.extend(items) or items)
     assert len(seen) == 3
@@ -214,7 +199,7 @@ def test_bad_input() -> None:
         evaluate("NELBO", images())
     with pytest.raises(TypeError, match="dequantizer: expected a Dequantizer"):
         evaluate(Counting(), images(), dequantizer=lambda x: x)
-    with pytest.raises(ValueError, match="expected 10 entries of class_labels, got 3"):
+    with pytest.raises(ValueError, match="class_labels: expected 10 entries, one per item, got 3"):
         evaluate(Counting(), images(), cond={"class_labels": torch.zeros(3)})
     with pytest.raises(ValueError, match="draws"):
         evaluate(Counting(), images(), draws=0)

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import VPSDE, EpsModel, ForwardSDE, GaussianMixtureModel, ProbabilityFlow
 from diffusionkit.likelihood.divergence import Divergence, ExactDivergence, Hutchinson
@@ -23,12 +24,12 @@ def ends(sde):
 
 
 def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(1,), (2, 5), (3, 4, 4), (1, 2, 3, 2)])
 def test_one_gaussian_in_closed_form(sde, shape):
-    """The flow of N(m, s^2 I) is linear, and one Rademacher probe knows its divergence exactly."""
+    """The flow of N(m, s^2 I) is linear: one Rademacher probe gives its divergence exactly."""
     mean, std = draw(1, *shape, seed=1), 0.4
     alpha, alpha_T, sigma, sigma_T = ends(sde)
     S, S_T = math.hypot(alpha * std, sigma), math.hypot(alpha_T * std, sigma_T)
@@ -39,7 +40,7 @@ def test_one_gaussian_in_closed_form(sde, shape):
     result = ODELikelihood(GaussianMixtureModel(sde, mean, [std]), **TIGHT)(x)
     torch.testing.assert_close(result.log_prob, expected, rtol=0, atol=1e-6 * d)
     torch.testing.assert_close(result.latent, latent, rtol=1e-6, atol=1e-6)
-    # Beside the density of the data at t_min there is only the prior's mismatch at T.
+    # This is the data density at t_min, up to the mismatch of the prior at T.
     mismatch = normal(latent, 0.0, sde.prior_std) - normal(latent, alpha_T * mean, S_T)
     exact = normal(x, alpha * mean, S) + mismatch
     torch.testing.assert_close(result.log_prob, exact, rtol=0, atol=1e-6 * d)
@@ -47,9 +48,9 @@ def test_one_gaussian_in_closed_form(sde, shape):
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 2, 2)])
 def test_mixtures_in_closed_form(sde, shape):
-    """The flow carries p_t_min into p_T, so that log p(x) - log p_t_min(x) is known at x_T."""
+    """The flow maps p_t_min to p_T, so log p(x) - log p_t_min(x) is the mismatch at x_T."""
     model = GaussianMixtureModel(sde, 0.7 * draw(2, *shape, seed=1), [0.3, 0.4], [0.3, 0.7])
-    x = model.sample(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = model.sample(4, generator=seeded(), dtype=torch.float64)
     settings = {"method": "dopri8", "rtol": 1e-7, "atol": 1e-7}
     result = ODELikelihood(model, divergence=ExactDivergence(), **settings)(x)
     z = result.latent
@@ -60,22 +61,22 @@ def test_mixtures_in_closed_form(sde, shape):
     torch.testing.assert_close(z, code, rtol=1e-5, atol=1e-5 * sde.prior_std)
 
 
-def test_another_t_min():
-    """What is scored is p_t at t_min, and the result says so."""
+def test_a_larger_t_min():
+    """The density is p_t at t_min, as the result states."""
     sde = VPSDE()
     model = GaussianMixtureModel(sde, [[0.0, 0.0]], [0.5])
     alpha, sigma = sde.marginal(torch.tensor([0.3], dtype=torch.float64))
     x = draw(3, 2)
     result = ODELikelihood(model, t_min=0.3, **TIGHT)(x)
     expected = normal(x, 0.0, math.hypot(0.5 * float(alpha), float(sigma)))
-    torch.testing.assert_close(result.log_prob, expected, rtol=0, atol=2e-4)  # the prior's part
+    torch.testing.assert_close(result.log_prob, expected, rtol=0, atol=2e-4)  # prior mismatch
     assert result.t == 0.3
     assert result.density == "p_t at t = 0.3 (probability-flow ODE)"
     assert torch.equal(result.nats, -result.log_prob)
 
 
-def test_a_model_without_x(sde):
-    """eps = 0 leaves the linear drift alone: x_T = x alpha(T) / alpha(t_min)."""
+def test_a_zero_prediction_leaves_the_linear_drift(sde):
+    """For eps = 0, x_T = x alpha(T) / alpha(t_min)."""
     alpha, alpha_T, _, _ = ends(sde)
     x = draw(3, 2, 2)
     model = EpsModel(lambda x, noise_label: torch.zeros_like(x), sde)
@@ -85,9 +86,9 @@ def test_a_model_without_x(sde):
     torch.testing.assert_close(result.log_prob, expected, rtol=0, atol=1e-6)
 
 
-def test_the_error_falls_with_the_tolerance(mixture):
-    """In nats per dimension; the root mean square over samples, as the solver measures it."""
-    x = mixture.sample(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_the_error_decreases_with_the_tolerance(mixture):
+    """Root mean square over samples, in nats per dimension, as in the solver."""
+    x = mixture.sample(16, generator=seeded(), dtype=torch.float64)
 
     def run(**settings):
         return ODELikelihood(mixture, divergence=ExactDivergence(), **settings)(x).log_prob / 2
@@ -98,8 +99,8 @@ def test_the_error_falls_with_the_tolerance(mixture):
         assert float(error) < 100 * tolerance
 
 
-def test_stderr_is_the_error():
-    """4000 estimates with 3 probes each at one point, against the value with the exact trace."""
+def test_stderr_matches_the_spread():
+    """4000 estimates with 3 probes each at one point, against the exact trace."""
     model = GaussianMixtureModel(VPSDE(), [[-1.0, -1.0], [1.0, 1.0]], [0.3, 0.3])
     x = torch.tensor([[0.2, 0.4]], dtype=torch.float64)
     settings = {"rtol": 1e-4, "atol": 1e-4}
@@ -107,7 +108,7 @@ def test_stderr_is_the_error():
     assert exact.stderr is None
     likelihood = ODELikelihood(model, divergence=Hutchinson(3), **settings)
     n = 4000
-    result = likelihood(x.expand(n, -1), generator=torch.Generator().manual_seed(0))
+    result = likelihood(x.expand(n, -1), generator=seeded())
     spread = float(result.log_prob.std())
     assert spread > 0.05
     assert float(result.log_prob.mean() - exact.log_prob) == pytest.approx(
@@ -151,18 +152,14 @@ class Dropping(torch.nn.Module):
         self.dropout = torch.nn.Dropout(0.5)
         self.seen = set()
 
-    def forward(self, x, label, classes=None):
+    def forward(self, x, label, class_labels=None):
         self.seen |= {x.dtype, label.dtype}
         h = torch.tanh(self.first(x))
-        h = h if classes is None else h + self.embedding(classes)
+        h = h if class_labels is None else h + self.embedding(class_labels)
         return self.last(self.dropout(h))
 
 
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
-def test_the_network_in_its_own_dtype_the_state_in_float64():
+def test_the_network_keeps_its_dtype_and_the_state_is_float64():
     network = Dropping()
     result = ODELikelihood(EpsModel(network, VPSDE()))(draw(2, 3), generator=seeded())
     assert network.seen == {torch.float32}
@@ -172,7 +169,7 @@ def test_the_network_in_its_own_dtype_the_state_in_float64():
     torch.testing.assert_close(single.log_prob, result.log_prob, rtol=0, atol=1e-3)
 
 
-def test_a_learned_process_does_not_decide_the_dtype():
+def test_a_learned_process_does_not_determine_the_dtype():
     class Learned(torch.nn.Module, ForwardSDE):
         def __init__(self):
             super().__init__()
@@ -202,33 +199,33 @@ def test_modes_conditions_and_gradients():
     network = Dropping()
     likelihood = ODELikelihood(EpsModel(network, VPSDE()))
     network.embedding.eval()
-    x, classes = draw(2, 3).float(), torch.tensor([0, 1])
-    plain = likelihood(x, generator=seeded(), classes=classes)
+    x, class_labels = draw(2, 3).float(), torch.tensor([0, 1])
+    plain = likelihood(x, generator=seeded(), class_labels=class_labels)
     assert network.training
     assert network.dropout.training
     assert not network.embedding.training
     assert all(p.grad is None for p in network.parameters())
-    # Dropout is off, and it does not matter what the caller has switched off.
+    # Dropout is off, and the caller's gradient mode does not matter.
     for context in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
         with context():
-            again = likelihood(x.clone(), generator=seeded(), classes=classes.clone())
+            again = likelihood(x.clone(), generator=seeded(), class_labels=class_labels.clone())
         assert torch.equal(again.log_prob, plain.log_prob)
-    other = likelihood(x, generator=seeded(), classes=1 - classes)
+    other = likelihood(x, generator=seeded(), class_labels=1 - class_labels)
     assert not torch.allclose(other.log_prob, plain.log_prob, atol=1e-2)
 
 
-def test_a_sample_alone_and_in_its_batch():
+def test_a_sample_does_not_depend_on_its_batch():
     mixture = GaussianMixtureModel(VPSDE(), [[-1.0, 0.0], [1.0, 0.5]], [0.2, 0.3], [0.3, 0.7])
     likelihood = ODELikelihood(mixture, rtol=1e-7, atol=1e-7)
     x = mixture.sample(3, generator=seeded(), dtype=torch.float64)
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    generators = [seeded(i) for i in range(3)]
     together = likelihood(x, generator=generators).log_prob
-    alone = likelihood(x[1:2], generator=[torch.Generator().manual_seed(1)]).log_prob
+    alone = likelihood(x[1:2], generator=[seeded(1)]).log_prob
     torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-5)
 
 
-def test_a_divergence_of_ones_own():
-    """v = 0 for standard normal data; a divergence of 3 all the way adds 3 times the angle."""
+def test_a_custom_divergence():
+    """v = 0 for standard normal data; a constant divergence of 3 adds 3 times the angle."""
 
     class Known(Divergence):
         def start(self, x, generator=None):
@@ -246,7 +243,7 @@ def test_a_divergence_of_ones_own():
 
 
 def test_networks_in_distributed_data_parallel(tmp_path):
-    """The wrapper would wait for other ranks at every evaluation, and must be back afterwards."""
+    """The wrapper would wait for other ranks; it is bypassed, and restored afterwards."""
     network = Dropping()
     x = draw(2, 3).float()
     plain = ODELikelihood(EpsModel(network, VPSDE()))(x, generator=seeded())
@@ -268,8 +265,8 @@ def test_networks_in_distributed_data_parallel(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_prediction_that_is_not_finite_is_named_with_its_time(value):
-    """The network breaks down above t = 0.5: the time named lies there, and not at the end."""
+def test_an_error_names_the_time_of_a_prediction_that_is_not_finite(value):
+    """The network fails above t = 0.5, so the error names such a time and not the end."""
 
     def network(x, label):
         return torch.where(label.view(-1, 1) > 0.5 * 999, value, x)
@@ -282,7 +279,7 @@ def test_a_prediction_that_is_not_finite_is_named_with_its_time(value):
             run(torch.ones(2, 3))
 
 
-def test_a_derivative_that_is_not_finite_is_named():
+def test_a_derivative_that_is_not_finite_is_an_error():
     model = EpsModel(lambda x, noise_label: x.clamp_min(0.0).sqrt(), VPSDE())
     with pytest.raises(ValueError, match=r"expected finite predictions and derivatives.*at t = "):
         ODELikelihood(model)(torch.zeros(2, 3))
@@ -311,20 +308,20 @@ def test_bad_settings(settings, error, message):
         ODELikelihood(EpsModel(lambda x, noise_label: x, VPSDE()), **settings)
 
 
-def test_a_bare_network_is_no_model():
+def test_a_network_is_not_a_model():
     with pytest.raises(TypeError, match="model: expected a ScoreModel, got Linear"):
         ODELikelihood(torch.nn.Linear(2, 2))
 
 
 class Straight(ForwardSDE):
-    """No signal is left at the end: log-SNR is -inf there, the angle pi / 2."""
+    """No signal remains at the end, where the log-SNR is -inf and the angle pi / 2."""
 
     def marginal(self, t):
         return 1 - t, t
 
 
 def test_a_process_without_signal_at_the_end():
-    """A model of the data or the velocity does not mind; the prior is exact. t_min = 1e-5."""
+    """Models of the data or the velocity work, and the prior is exact. t_min = 1e-5."""
     model = GaussianMixtureModel(Straight(), [[0.4, 0.1]], [0.5])
     x = draw(3, 2)
     result = ODELikelihood(model, **TIGHT)(x)

@@ -1,4 +1,4 @@
-"""Features of images by any callable, and what is said of the Inception network."""
+"""Feature extraction with any callable, and the wrapper of the Inception network."""
 
 import sys
 from types import ModuleType
@@ -17,7 +17,7 @@ def means(images: torch.Tensor) -> torch.Tensor:
     return images.mean((2, 3))
 
 
-def test_batches_are_put_together() -> None:
+def test_batches_are_concatenated() -> None:
     sizes = []
 
     def extractor(images):
@@ -32,27 +32,27 @@ def test_batches_are_put_together() -> None:
     assert torch.equal(extract_features(loader, means, progress=False), means(IMAGES))
 
 
-def test_data_loaders() -> None:
-    """Images come first in their batches; labels, and batches of none, are nobody's features."""
+def test_data_loaders_and_empty_batches() -> None:
+    """The first item of a batch is used; labels and empty batches are ignored."""
     loader = DataLoader(TensorDataset(IMAGES, torch.arange(10)), batch_size=4)
     assert torch.equal(extract_features(loader, means, progress=False), means(IMAGES))
     batches = [(IMAGES[:0], 1), (IMAGES[:7], 2), IMAGES[:0], IMAGES[7:]]
     assert torch.equal(extract_features(batches, means, progress=False), means(IMAGES))
 
 
-def test_arrays_of_numpy() -> None:
+def test_numpy_features() -> None:
     found = extract_features(IMAGES, lambda x: means(x).numpy(), batch_size=4, progress=False)
     assert torch.equal(found, means(IMAGES))
 
 
-def test_several_features() -> None:
+def test_tuples_of_features() -> None:
     found = extract_features(IMAGES, lambda x: (means(x), x.flatten(1)), batch_size=3)
     assert isinstance(found, tuple)
     assert torch.equal(found[0], means(IMAGES))
     assert torch.equal(found[1], IMAGES.flatten(1))
 
 
-def test_a_module_is_in_evaluation_mode() -> None:
+def test_a_module_runs_in_evaluation_mode() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 2))
     shown = []
     found = extract_features(
@@ -64,7 +64,7 @@ def test_a_module_is_in_evaluation_mode() -> None:
     assert len(shown[0]) == 2
 
 
-def test_batches_go_to_the_device() -> None:
+def test_batches_are_moved_to_the_device() -> None:
     devices = []
 
     def extractor(images):
@@ -78,7 +78,7 @@ def test_batches_go_to_the_device() -> None:
 def test_bad_input() -> None:
     with pytest.raises(TypeError, match="extractor: expected a callable, got int"):
         extract_features(IMAGES, 3)
-    with pytest.raises(ValueError, match=r"features \(10, d\) for as many images, got \(10, 3, 1"):
+    with pytest.raises(ValueError, match=r"features \(10, d\) for 10 images, got \(10, 3, 1"):
         extract_features(IMAGES, lambda x: x.mean((2, 3), keepdim=True))
     with pytest.raises(ValueError, match=r"features \(10, d\) .* got \(5, 3\)"):
         extract_features(IMAGES, lambda x: means(x)[::2])
@@ -90,11 +90,11 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match="images: expected at least one, got none"):
             extract_features(nothing, means)
     for wrong in ({"features": IMAGES}, ({"features": IMAGES},)):
-        with pytest.raises(TypeError, match=r"tensor \(B, d\) or a tuple of such, got dict"):
+        with pytest.raises(TypeError, match=r"features \(B, d\) or a tuple of them, got dict"):
             extract_features(IMAGES, lambda x, wrong=wrong: wrong)
-    with pytest.raises(ValueError, match=r"of \[4\] dimensions as before, got \[2\]"):
+    with pytest.raises(ValueError, match=r"of \[4\] dimensions, as before, got \[2\]"):
         extract_features(IMAGES, lambda x: x.flatten(1)[:, : len(x)], batch_size=4)
-    with pytest.raises(ValueError, match=r"of \[3\] dimensions as before, got \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"of \[3\] dimensions, as before, got \[3, 3\]"):
         extract_features(IMAGES, lambda x: (means(x),) * (1 + (len(x) == 2)), batch_size=4)
     with pytest.raises(ValueError, match="batch_size: expected an integer >= 1"):
         extract_features(IMAGES, means, batch_size=0)
@@ -108,7 +108,7 @@ def test_without_torch_fidelity(monkeypatch) -> None:
 
 
 def test_inception_network(monkeypatch) -> None:
-    """With a stand-in of the package's class: what it is asked for, and what comes out."""
+    """A stand-in for the package's class checks its arguments; features and logits come back."""
 
     class Network(nn.Module):
         def __init__(self, name: str, features_list: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The Frechet distance and its moments, against closed forms, golden numbers and torchmetrics."""
+"""The Frechet distance and its moments: closed forms, reference values and torchmetrics."""
 
 import math
 
@@ -7,17 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 
 from diffusionkit.metrics import FeatureMoments, frechet, frechet_distance
 
-# Points whose numbers were computed with numpy and scipy in the evaluation of improved-diffusion.
+# Points whose distance was computed with the NumPy and SciPy code of improved-diffusion.
 REAL = [[0, 0], [1, 0], [0, 1.1], [1, 1.2], [10, 0], [11, 0], [10, 1.3], [11, 1.4], [30, 0]]
 FAKE = [[0.5, 0.4], [1.3, 1.2], [3, 3], [-1.2, 0.3], [20, 20], [20.5, 20], [20, 21], [21, 21.2]]
-GOLDEN = 223.1631791379133
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+REFERENCE = 223.1631791379133
 
 
 def normal(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -46,11 +43,11 @@ def assert_same(one: FeatureMoments, other: FeatureMoments) -> None:
     torch.testing.assert_close(one.covariance, other.covariance, rtol=1e-12, atol=1e-12)
 
 
-def test_golden() -> None:
+def test_reference_value() -> None:
     found = frechet_distance(
         *(torch.tensor(points, dtype=torch.float64) for points in (REAL, FAKE))
     )
-    assert found == pytest.approx(GOLDEN, rel=1e-12)
+    assert found == pytest.approx(REFERENCE, rel=1e-12)
 
 
 def test_diagonal_gaussians() -> None:
@@ -64,8 +61,8 @@ def test_diagonal_gaussians() -> None:
     )
 
 
-def test_published_moments_are_arrays_of_numpy() -> None:
-    """They may be read-only, as those of np.load(..., mmap_mode="r")."""
+def test_published_moments_are_numpy_arrays() -> None:
+    """They may be read-only, as from np.load(..., mmap_mode="r")."""
     x, y = normal(30, 4), normal(20, 4, seed=1)
     pair = x.mean(0).numpy(), np.cov(x.T.numpy())
     for array in pair:
@@ -74,7 +71,7 @@ def test_published_moments_are_arrays_of_numpy() -> None:
 
 
 def test_covariances_that_do_not_commute() -> None:
-    """In the plane tr M^(1/2) = (tr M + 2 det(M)^(1/2))^(1/2)."""
+    """In two dimensions tr M^(1/2) = (tr M + 2 det(M)^(1/2))^(1/2)."""
     a = torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()
     b = torch.tensor([[0.5, -0.4], [-0.4, 3.0]]).double()
     product = a @ b
@@ -85,7 +82,7 @@ def test_covariances_that_do_not_commute() -> None:
 
 
 def test_singular_covariances() -> None:
-    """For covariances of one direction each the trace of the root is |u . v|."""
+    """For two rank-one covariances the trace of the root is |u . v|."""
     u = torch.tensor([3.0, 0.0, 4.0, 0.0]).double()
     v = torch.tensor([1.0, 2.0, 0.0, 2.0]).double()
     zero, full = torch.zeros(4).double(), torch.diag(torch.tensor([4.0, 1, 9, 16])).double()
@@ -97,8 +94,8 @@ def test_singular_covariances() -> None:
     assert frechet_distance((zero, torch.zeros(4, 4)), (zero, full)) == pytest.approx(30)
 
 
-def test_singular_but_for_rounding() -> None:
-    """Cholesky's method may go through: its last pivot is noise, and the root of that 1e-8."""
+def test_singular_up_to_rounding() -> None:
+    """Cholesky may succeed with a last pivot of rounding noise, whose root is 1e-8."""
     zero, full = torch.zeros(6).double(), torch.arange(1.0, 7.0).double()
     for seed in range(40):
         root = torch.randn(6, 5, generator=seeded(seed), dtype=torch.float64)
@@ -109,7 +106,7 @@ def test_singular_but_for_rounding() -> None:
 
 
 def test_covariances_in_reduced_precision() -> None:
-    """Rounding of a published covariance takes eigenvalues below zero, and is no reason to stop."""
+    """Rounding makes eigenvalues of a published covariance negative, which is accepted."""
     x, y = normal(20, 60), normal(80, 60, seed=1)
     covariance = moments_of(x).covariance.half()
     assert torch.linalg.eigvalsh(covariance.double())[0] < -1e-3
@@ -118,7 +115,7 @@ def test_covariances_in_reduced_precision() -> None:
 
 
 def test_fewer_samples_than_dimensions() -> None:
-    """The root's trace is then that of the samples' own products."""
+    """The trace of the root equals the nuclear norm of the samples' products."""
     x, y = normal(20, 60), normal(30, 60, seed=1) * 0.5 + 0.1
     centred = [(z - z.mean(0)) / math.sqrt(len(z) - 1) for z in (x, y)]
     root = np.linalg.svd((centred[0] @ centred[1].T).numpy(), compute_uv=False).sum()
@@ -130,15 +127,10 @@ def test_fewer_samples_than_dimensions() -> None:
 
 def test_torchmetrics() -> None:
     fid = pytest.importorskip("torchmetrics.image.fid")
-
-    class Identity(torch.nn.Module):
-        num_features = 16
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.double()
-
+    identity = torch.nn.Identity()
+    identity.num_features = 16
     real, fake = normal(300, 16), normal(200, 16, seed=1) * 0.8 + 0.3
-    theirs = fid.FrechetInceptionDistance(feature=Identity()).set_dtype(torch.float64)
+    theirs = fid.FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
     theirs.update(real, real=True)
     theirs.update(fake, real=False)
     assert frechet_distance(real, fake) == pytest.approx(float(theirs.compute()), rel=1e-6)
@@ -177,7 +169,7 @@ def test_streaming_and_merging(sizes, seed) -> None:
     assert [piece.count for piece in pieces] == [len(part) for part in parts]
 
 
-def test_blocks_change_nothing(monkeypatch) -> None:
+def test_results_do_not_depend_on_block_sizes(monkeypatch) -> None:
     x = normal(50, 9)
     whole = moments_of(x)
     monkeypatch.setattr(frechet, "_ROWS", 7)
@@ -187,7 +179,7 @@ def test_blocks_change_nothing(monkeypatch) -> None:
 
 
 def test_single_precision_far_from_zero() -> None:
-    """Sums of squares in float32 would leave nothing of a deviation of 1e-3 about 1e3."""
+    """Sums of squares in float32 would lose a standard deviation of 1e-2 around 1e3."""
     x = (torch.randn(500, 3, generator=seeded()) * 1e-2 + 1e3).half().float() + 0.25
     exact = np.cov(x.double().T.numpy())
     found = moments_of(*x.split(60))
@@ -199,7 +191,7 @@ def test_repr() -> None:
     assert repr(moments_of(normal(7, 4))) == "FeatureMoments(count=7, dims=4)"
 
 
-def test_states() -> None:
+def test_saved_states() -> None:
     x, y = normal(30, 4), normal(20, 4, seed=1)
     first = moments_of(x)
     state = first.state_dict()
@@ -207,7 +199,7 @@ def test_states() -> None:
     again.load_state_dict(state)
     again.update(y)
     assert_same(again, moments_of(x, y))
-    again.load_state_dict(state)  # which no update has changed
+    again.load_state_dict(state)  # unchanged by the update
     assert_same(again, moments_of(x))
     first.update(y)
     again.load_state_dict(state)
@@ -229,9 +221,9 @@ def test_bad_features() -> None:
         moments.update(broken)
     with pytest.raises(ValueError, match=r"fake: .* 2 of 20 rows"):
         frechet_distance(x, broken)
-    with pytest.raises(ValueError, match="expected 4 dimensions as before, got 3"):
+    with pytest.raises(ValueError, match="expected 4 dimensions, as before, got 3"):
         moments.update(x[:, :3])
-    with pytest.raises(ValueError, match="expected 4 dimensions as before, got 3"):
+    with pytest.raises(ValueError, match="expected 4 dimensions, as before, got 3"):
         moments.merge(moments_of(x[:, :3]))
     assert_same(moments, moments_of(x))
     with pytest.raises(ValueError, match=r"expected shape \(n, d\), .* got \(20, 2, 2\)"):
@@ -242,7 +234,7 @@ def test_bad_features() -> None:
         moments.update(x.numpy())
     with pytest.raises(ValueError, match="at least 1 rows, got 0"):
         moments.update(x[:0])
-    with pytest.raises(ValueError, match="fake: expected 4 dimensions as real's, got 3"):
+    with pytest.raises(ValueError, match="fake: expected 4 dimensions, as in real, got 3"):
         frechet_distance(moments, x[:, :3])
     with pytest.raises(ValueError, match="real: expected at least 2 rows, got 1"):
         frechet_distance(x[:1], x)

@@ -1,4 +1,4 @@
-"""The Inception score: golden numbers, closed forms, torchmetrics, streams and merging."""
+"""The Inception score: reference values, closed forms, torchmetrics, streaming and merging."""
 
 import math
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 
 from diffusionkit.metrics import InceptionScore
 
 PROBS = [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.05, 0.05, 0.9]]
-GOLDEN = 1.435827111444629
+REFERENCE = 1.435827111444629
 
 
 def logits(n: int, classes: int = 5, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    return 3 * torch.randn(n, classes, generator=seeded(seed), dtype=torch.float64)
 
 
 def score_of(*parts: torch.Tensor, splits: int = 3) -> InceptionScore:
@@ -25,20 +25,20 @@ def score_of(*parts: torch.Tensor, splits: int = 3) -> InceptionScore:
     return score
 
 
-def test_golden() -> None:
+def test_reference_value() -> None:
     probs = torch.tensor(PROBS, dtype=torch.float64)
     score = InceptionScore(splits=1)
     score.update(probs=probs)
     mean, std = score.compute()
-    assert mean == pytest.approx(GOLDEN, rel=1e-12)
+    assert mean == pytest.approx(REFERENCE, rel=1e-12)
     assert math.isnan(std)
     again = InceptionScore(splits=1)
     again.update(logits=probs.log() + 2)
-    assert again.compute().mean == pytest.approx(GOLDEN, rel=1e-12)
+    assert again.compute().mean == pytest.approx(REFERENCE, rel=1e-12)
 
 
-def test_sure_and_unsure() -> None:
-    """Sure of as many classes as there are, it is their number; sure of none or of one, it is 1."""
+def test_confident_and_uniform_predictions() -> None:
+    """The number of classes if each is predicted with certainty; 1 if all or only one are."""
     for probs, expected in (
         (torch.eye(7), 7.0),
         (torch.full((9, 7), 1 / 7), 1.0),
@@ -50,7 +50,7 @@ def test_sure_and_unsure() -> None:
 
 
 def test_splits() -> None:
-    """Samples are dealt out: of two parts one sees one class, the other both."""
+    """Samples are assigned in turn: one split has one class, the other both."""
     one, other = torch.eye(2)
     score = InceptionScore(splits=2)
     score.update(probs=torch.stack([one, one, one, other, one]))
@@ -60,16 +60,11 @@ def test_splits() -> None:
 
 def test_torchmetrics() -> None:
     inception = pytest.importorskip("torchmetrics.image.inception")
-
-    class Identity(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
     x = logits(60).float()
     with pytest.warns(UserWarning, match="will save all extracted features"):
-        theirs = inception.InceptionScore(feature=Identity(), splits=4)
+        theirs = inception.InceptionScore(feature=torch.nn.Identity(), splits=4)
     torch.manual_seed(3)
-    order = torch.randperm(60)  # it shuffles before it cuts
+    order = torch.randperm(60)  # torchmetrics shuffles before splitting
     theirs.update(x)
     torch.manual_seed(3)
     mean, std = theirs.compute()
@@ -90,7 +85,7 @@ def test_streaming_and_merging(sizes, splits) -> None:
         assert found.compute() == pytest.approx(once, rel=1e-12, nan_ok=True)
 
 
-def test_states() -> None:
+def test_saved_states() -> None:
     first = score_of(logits(10), splits=4)
     again = InceptionScore()
     again.load_state_dict(first.state_dict())
@@ -99,7 +94,7 @@ def test_states() -> None:
     assert again.compute() == pytest.approx(expected, rel=1e-12)
     alone = score_of(logits(10), splits=4)
     again = InceptionScore()
-    for one in (again, first):  # a state is no part of what it was taken from or went into
+    for one in (again, first):  # a state shares no memory with accumulators
         state = alone.state_dict()
         one.load_state_dict(state)
         one.update(logits=logits(9, seed=1))
@@ -117,7 +112,7 @@ def test_states() -> None:
 
 def test_bad_input() -> None:
     score = score_of(logits(10))
-    with pytest.raises(ValueError, match="rows sum to 1, got 4 of 4 rows that do not"):
+    with pytest.raises(ValueError, match="rows that sum to 1, got 4 of 4 rows that do not"):
         score.update(probs=torch.full((4, 5), 0.25))
     with pytest.raises(ValueError, match="got 1 of 2 rows that do not"):
         score.update(probs=torch.tensor([[1.2, -0.2], [1.0, 0.0]]))
@@ -125,12 +120,12 @@ def test_bad_input() -> None:
         score.update(logits=torch.full((4, 5), math.nan))
     with pytest.raises(ValueError, match="probs: expected finite values, got 4 of 4"):
         score.update(probs=torch.full((4, 5), math.nan))
-    with pytest.raises(ValueError, match="expected 5 classes as before, got 4"):
+    with pytest.raises(ValueError, match="classes: expected 5, as before, got 4"):
         score.update(logits=logits(3, classes=4))
-    with pytest.raises(ValueError, match="expected 5 classes as before, got 4"):
+    with pytest.raises(ValueError, match="classes: expected 5, as before, got 4"):
         score.merge(score_of(logits(3, classes=4)))
     for wrong in ({}, {"probs": torch.eye(5), "logits": torch.eye(5)}):
-        with pytest.raises(TypeError, match="either probs= or logits="):
+        with pytest.raises(TypeError, match="probs, logits: expected exactly one"):
             score.update(**wrong)
     with pytest.raises(TypeError, match="floating-point"):
         score.update(probs=torch.eye(5).long())

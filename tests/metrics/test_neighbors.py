@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: golden numbers, prdc, and points with many ties."""
+"""Precision, recall, density and coverage: reference values, prdc and points with ties."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 
 from diffusionkit.metrics import neighbors, precision_recall
 
@@ -14,11 +15,11 @@ FAKE = [[0.5, 0.4], [1.3, 1.2], [3, 3], [-1.2, 0.3], [20, 20], [20.5, 20], [20, 
 
 
 def normal(n: int, d: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(n, d, generator=seeded(seed), dtype=torch.float64)
 
 
 def by_pairs(real: list[tuple[int, ...]], fake: list[tuple[int, ...]], k: int) -> tuple:
-    """From the definitions, in whole numbers."""
+    """Compute all four from their definitions, in integer arithmetic."""
 
     def square(a, b):
         return sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
@@ -41,7 +42,7 @@ def by_pairs(real: list[tuple[int, ...]], fake: list[tuple[int, ...]], k: int) -
 
 
 @pytest.mark.parametrize(("k", "precision", "recall"), [(1, 0.25, 4 / 9), (3, 0.375, 4 / 9)])
-def test_golden(k, precision, recall) -> None:
+def test_reference_values(k, precision, recall) -> None:
     found = precision_recall(torch.tensor(REAL), torch.tensor(FAKE), k=k)
     assert found.precision == pytest.approx(precision, abs=1e-12)
     assert found.recall == pytest.approx(recall, abs=1e-12)
@@ -56,7 +57,7 @@ def test_golden(k, precision, recall) -> None:
          [13.01, 7.06, 24.93, 24.93, 2.44, 1.69, 1.25, 2.44]),
     ],
 )  # fmt: skip
-def test_golden_radii(k, real, fake) -> None:
+def test_reference_radii(k, real, fake) -> None:
     for points, radii in ((REAL, real), (FAKE, fake)):
         found = neighbors._radii(torch.tensor(points, dtype=torch.float64), k)
         torch.testing.assert_close(
@@ -77,7 +78,7 @@ points = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=4,
 
 @given(points, points, st.integers(1, 3), st.sampled_from([0.0, 1e3 + 1 / 3]))
 def test_points_with_many_ties(real, fake, k, shift) -> None:
-    """Also where the shift leaves a matrix product only noise to tell them by."""
+    """Also if the shift reduces distances from a matrix product to rounding noise."""
     shift = round(shift * 2**36) / 2**36  # differences of shifted points are exact
     expected = by_pairs(real, fake, k)
     found = precision_recall(
@@ -89,8 +90,8 @@ def test_points_with_many_ties(real, fake, k, shift) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shift", [0.0, 1e4])
 @pytest.mark.parametrize("k", [1, 4])
-def test_copies(k, shift, dtype) -> None:
-    """Each ball holds the copies of its own sample and of the k nearest, the last on its border."""
+def test_copied_samples(k, shift, dtype) -> None:
+    """Each ball has copies of its center and of the k neighbors, the last on the boundary."""
     real = (normal(60, 40) + shift).to(dtype)
     found = precision_recall(real, real[torch.randperm(60)], k=k)
     assert found == pytest.approx((1.0, 1.0, (k + 1) / k, 1.0), abs=1e-12)
@@ -99,7 +100,7 @@ def test_copies(k, shift, dtype) -> None:
     assert precision_recall(same, same[:7] + 1e-6, k=k) == (0.0, 0.0, 0.0, 0.0)
 
 
-def test_blocks_change_nothing(monkeypatch) -> None:
+def test_results_do_not_depend_on_block_sizes(monkeypatch) -> None:
     real, fake = normal(23, 4), normal(17, 4, seed=1) * 0.7 + 0.5
     whole = [precision_recall(real, fake, k=k) for k in (1, 5)]
     for size in (1, 2, 7, 16):
@@ -107,8 +108,8 @@ def test_blocks_change_nothing(monkeypatch) -> None:
         assert [precision_recall(real, fake, k=k) for k in (1, 5)] == whole
 
 
-def test_roles() -> None:
-    """Precision of one is recall of the other; far samples have neither."""
+def test_swapping_the_sets_swaps_precision_and_recall() -> None:
+    """Distant samples have neither."""
     real, fake = normal(50, 3), normal(40, 3, seed=1) + 0.5
     there, back = precision_recall(real, fake), precision_recall(fake, real)
     assert (there.precision, there.recall) == (back.recall, back.precision)
@@ -125,7 +126,7 @@ def test_bad_input() -> None:
         precision_recall(x, x, k=0)
     with pytest.raises(TypeError, match="k: expected an integer, got float"):
         precision_recall(x, x, k=3.0)
-    with pytest.raises(ValueError, match="fake: expected features of 4 dimensions"):
+    with pytest.raises(ValueError, match="fake: expected 4 dimensions, as in real, got 3"):
         precision_recall(x, x[:, 1:])
     with pytest.raises(ValueError, match="fake: expected finite values, got 6 of 6"):
         precision_recall(x, x * torch.nan)

@@ -1,20 +1,19 @@
-"""All numbers at once, and what processes put together."""
+"""All metrics at once, and results combined across processes."""
 
 import dataclasses
 import json
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
+from support import seeded
+from support.processes import run_in_two_processes
 
 from diffusionkit.metrics import (
     FeatureMoments,
     InceptionScore,
+    all_gather,
     evaluate_samples,
     frechet_distance,
-    gather,
     kernel_distance,
     load_shards,
     precision_recall,
@@ -23,10 +22,10 @@ from diffusionkit.metrics import (
 
 
 def normal(n: int, d: int = 4, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, d, generator=seeded(seed))
 
 
-def test_all_numbers() -> None:
+def test_all_metrics() -> None:
     real, fake, logits = normal(50), normal(40, seed=1) + 0.3, normal(40, 5, seed=2)
     found = evaluate_samples(real, fake, k=2, logits=logits, splits=4)
     score = InceptionScore(4)
@@ -41,7 +40,7 @@ def test_all_numbers() -> None:
     assert lines[0] == f"Frechet distance {found.frechet:.4f}"
     assert lines[2] == f"precision        {found.neighbors.precision:.4f}"
     assert lines[-2].startswith("Inception score  ")
-    assert lines[-1] == "samples          40 against 50 real ones"
+    assert lines[-1] == "samples          40 generated, 50 real"
     without = evaluate_samples(real, fake)
     assert without.inception_score is None
     assert without.neighbors == precision_recall(real, fake, k=3)
@@ -50,7 +49,7 @@ def test_all_numbers() -> None:
 
 def test_bad_input() -> None:
     real, fake = normal(50), normal(40, seed=1)
-    with pytest.raises(ValueError, match="logits: expected 40 rows as fake's features, got 30"):
+    with pytest.raises(ValueError, match="logits: expected 40 rows, as in fake, got 30"):
         evaluate_samples(real, fake, logits=normal(30))
     with pytest.raises(ValueError, match="each of 50 splits, got 40"):
         evaluate_samples(real, fake, logits=normal(40), splits=50)
@@ -60,42 +59,33 @@ def test_bad_input() -> None:
         evaluate_samples(real * torch.nan, fake)
 
 
-PROCESS = """
-import sys
+PROGRAM = """
 import time
-import torch
-from datetime import timedelta
-from torch import distributed as dist
 from diffusionkit.metrics import (
-    FeatureMoments, InceptionScore, gather, load_shards, sample_to_shards)
+    FeatureMoments, InceptionScore, all_gather, load_shards, sample_to_shards)
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
 x = torch.load(f"{folder}/x.pt")
 mine = x[:30] if rank == 0 else x[30:]
 moments, score = FeatureMoments(), InceptionScore(splits=4)
 moments.update(mine)
 score.update(logits=mine)
-everyone = gather(moments), gather(score)
+total = all_gather(moments), all_gather(score)
 
 
 def draw(n, generators):
-    time.sleep(0.2 * rank)  # the others wait before they read
+    time.sleep(0.2 * rank)  # the other process must wait before reading
     return torch.stack([torch.rand(2, 3, generator=g) for g in generators])
 
 
 sample_to_shards(draw, 11, f"{folder}/shards", batch_size=2, progress=False)
-torch.save({
+result = {
     "images": torch.cat(list(load_shards(f"{folder}/shards"))),
-    "rows": gather(mine),
-    "moments": everyone[0].state_dict(),
-    "score": everyone[1].compute(),
+    "rows": all_gather(mine),
+    "moments": total[0].state_dict(),
+    "score": total[1].compute(),
     "own": (moments.count, score.count),
-    "empty": gather(moments if rank else FeatureMoments()).count,
-}, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+    "empty": all_gather(moments if rank else FeatureMoments()).count,
+}
 """
 
 
@@ -103,16 +93,13 @@ def draw(n: int, generators: list[torch.Generator]) -> torch.Tensor:
     return torch.stack([torch.rand(2, 3, generator=g) for g in generators])
 
 
-def test_processes(tmp_path) -> None:
+def test_processes_combine_their_results(tmp_path) -> None:
     x = normal(50)
     torch.save(x, tmp_path / "x.pt")
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
-    running = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    found = run_in_two_processes(PROGRAM, tmp_path)
     moments, score = FeatureMoments(), InceptionScore(splits=4)
     moments.update(x)
     score.update(logits=x)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     sample_to_shards(draw, 11, tmp_path / "alone", batch_size=4, progress=False)
     images = torch.cat(list(load_shards(tmp_path / "alone")))
     for rank, one in enumerate(found):
@@ -128,7 +115,7 @@ def test_processes(tmp_path) -> None:
         assert one["empty"] == 20
 
 
-def test_one_process_has_its_own() -> None:
+def test_a_single_process_keeps_its_result() -> None:
     x, moments = normal(5), FeatureMoments()
-    assert gather(x) is x
-    assert gather(moments) is moments
+    assert all_gather(x) is x
+    assert all_gather(moments) is moments

@@ -1,4 +1,4 @@
-"""Samples in files: seeds, processes, runs that stop, and rounding."""
+"""Samples in files: seeds, processes, interrupted runs and rounding."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def sample(folder, **options) -> torch.Tensor:
     return torch.cat(list(load_shards(folder)))
 
 
-def test_sample_depends_on_the_seed_and_its_number_alone(tmp_path) -> None:
+def test_a_sample_depends_only_on_the_seed_and_its_index(tmp_path) -> None:
     whole = sample(tmp_path / "a")
     assert whole.shape == (21, 3, 4, 4)
     assert whole.dtype == torch.uint8
@@ -35,7 +35,7 @@ def test_sample_depends_on_the_seed_and_its_number_alone(tmp_path) -> None:
     assert torch.equal(torch.cat(list(load_shards(tmp_path / "e"))), whole[:8])
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path) -> None:
+def test_an_interrupted_run_resumes(tmp_path) -> None:
     whole, calls = sample(tmp_path / "whole"), []
 
     def stopped(n, generators):
@@ -47,11 +47,11 @@ def test_a_run_that_was_stopped_goes_on(tmp_path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         sample_to_shards(stopped, 21, folder, batch_size=5, progress=False)
-    with pytest.raises(ValueError, match=r"expected 5 files, 3 are missing .* first 00000010\.npy"):
+    with pytest.raises(ValueError, match=r"expected 5 .* got 3 missing .* first 00000010\.npy"):
         load_shards(folder)
     done = sorted(folder.glob("*.npy"))
     times = [file.stat().st_mtime_ns for file in done]
-    done[1].write_bytes(done[1].read_bytes()[:-1])  # as a copy that was cut short
+    done[1].write_bytes(done[1].read_bytes()[:-1])  # a truncated file
     (folder / "00000010.npy").write_bytes(b"")
     shown = []
     arguments = {"batch_size": 5, "progress": lambda items: shown.extend(items) or items}
@@ -63,7 +63,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path) -> None:
     assert {file.suffix for file in folder.iterdir()} == {".npy", ".json"}
 
 
-def test_a_larger_count_adds_to_a_smaller(tmp_path) -> None:
+def test_a_larger_count_adds_samples(tmp_path) -> None:
     whole, calls = sample(tmp_path / "whole"), []
     folder = tmp_path / "run"
     sample_to_shards(draw, 12, folder, batch_size=5, progress=False)
@@ -75,12 +75,12 @@ def test_a_larger_count_adds_to_a_smaller(tmp_path) -> None:
 
     for _ in range(2):
         sample_to_shards(counted, 21, folder, batch_size=5, progress=False)
-        assert calls == [5, 5, 1]  # of the last shard of the smaller run, all
+        assert calls == [5, 5, 1]  # the last shard of the smaller run is redrawn
         assert torch.equal(torch.cat(list(load_shards(folder))), whole)
     assert times == [(folder / f"{start:08d}.npy").stat().st_mtime_ns for start in (0, 5)]
 
 
-def test_other_settings_are_refused(tmp_path) -> None:
+def test_other_settings_are_rejected(tmp_path) -> None:
     about = {"checkpoint": "a.pt", "grid": (1, 2)}
     whole = sample(tmp_path, settings=about)
     assert torch.equal(sample(tmp_path, settings=about), whole)
@@ -93,38 +93,38 @@ def test_other_settings_are_refused(tmp_path) -> None:
         {"settings": {"checkpoint": "b.pt"}},
         {"settings": None},
     ):
-        with pytest.raises(ValueError, match="expected samples of the settings"):
+        with pytest.raises(ValueError, match=r"settings: expected .* as saved in"):
             sample(tmp_path, **{"settings": about} | other)
-    with pytest.raises(ValueError, match=r"count: expected at least 21, .* got 20"):
+    with pytest.raises(ValueError, match=r"count: expected at least the 21 samples of .* got 20"):
         sample_to_shards(draw, 20, tmp_path, batch_size=5, settings=about)
-    with pytest.raises(ValueError, match="expected samples of the settings"):
+    with pytest.raises(ValueError, match=r"settings: expected .* as saved in"):
         sample_to_shards(draw, 22, tmp_path, batch_size=5, seed=1, settings=about)
     assert json.loads((tmp_path / "settings.json").read_text()) == kept
     assert torch.equal(torch.cat(list(load_shards(tmp_path))), whole)
 
 
 def test_samples_need_not_be_images(tmp_path) -> None:
-    def flat(n, generators):
+    def constant(n, generators):
         assert not torch.is_grad_enabled()
         return torch.full((n, 2), 0.5)
 
-    sample_to_shards(flat, 3, tmp_path, data_range=(0.0, 1.0), progress=False)
+    sample_to_shards(constant, 3, tmp_path, data_range=(0.0, 1.0), progress=False)
     assert torch.equal(*load_shards(tmp_path), torch.full((3, 2), 128, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-3.0, 0.5)])
-def test_all_levels_come_back(low, high, dtype) -> None:
+def test_all_levels_are_recovered(low, high, dtype) -> None:
     levels = torch.arange(256)
     ends = low + (high - low) * levels.to(dtype) / 255
-    centres = low + (high - low) * (levels.to(dtype) + 0.5) / 256
-    for x in (ends, centres, ends + 0.49 * (high - low) / 255):
+    centers = low + (high - low) * (levels.to(dtype) + 0.5) / 256
+    for x in (ends, centers, ends + 0.49 * (high - low) / 255):
         assert torch.equal(to_uint8(x, (low, high)), levels.to(torch.uint8))
     assert to_uint8(torch.tensor([low - 9, high + 9]), (low, high)).tolist() == [0, 255]
 
 
 def test_reduced_precision() -> None:
-    """bfloat16 has 8 bits: it is widened before it is scaled, so only the input is rounded."""
+    """Scaling in bfloat16 would round again: its significand has only 8 bits."""
     x = torch.linspace(-1, 1, 200).bfloat16()
     assert torch.equal(to_uint8(x), to_uint8(x.double()))
 
@@ -143,7 +143,7 @@ def test_bad_samples(tmp_path) -> None:
         to_uint8(x, 1.0)
     with pytest.raises(ValueError, match=r"expected a pair \(low, high\), got \(0, 1, 2\)"):
         to_uint8(x, (0, 1, 2))
-    for number, (found, error, prediction) in enumerate(
+    for number, (found, error, message) in enumerate(
         [
             (x, ValueError, "2 of 4 with NaN"),
             (x[:3], ValueError, r"expected 4 samples \(4, \*D\), got \(3, 3, 2, 2\)"),
@@ -152,27 +152,27 @@ def test_bad_samples(tmp_path) -> None:
         ]
     ):
         folder = tmp_path / str(number)
-        with pytest.raises(error, match=prediction):
+        with pytest.raises(error, match=message):
             sample_to_shards(lambda n, g, found=found: found, 4, folder, progress=False)
         assert list(folder.glob("*.npy")) == []
 
 
 def test_bad_numbers(tmp_path) -> None:
-    for options, prediction in (
+    for options, message in (
         ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
         ({"seed": -1}, "seed: expected an integer >= 0"),
         ({"rank": 2, "world_size": 2}, "rank: expected a number below 2, got 2"),
         ({"rank": -1}, "rank: expected an integer >= 0"),
         ({"data_range": (1.0, 0.0)}, "finite low < high"),
     ):
-        with pytest.raises(ValueError, match=prediction):
+        with pytest.raises(ValueError, match=message):
             sample_to_shards(draw, 4, tmp_path / "none", **options)
-    for settings, prediction in (
+    for settings, message in (
         ([("steps", 3)], "settings: expected a mapping, got list"),
-        ({"a": math.nan}, r"settings: expected what JSON can express, got {'a': nan}"),
-        ({"a": torch.zeros(2)}, r"settings: expected what JSON can express, got {'a': tensor"),
+        ({"a": math.nan}, r"settings: expected JSON values, got {'a': nan}"),
+        ({"a": torch.zeros(2)}, r"settings: expected JSON values, got {'a': tensor"),
     ):
-        with pytest.raises(TypeError, match=prediction):
+        with pytest.raises(TypeError, match=message):
             sample_to_shards(draw, 4, tmp_path / "none", settings=settings)
     with pytest.raises(ValueError, match="count: expected an integer >= 1"):
         sample_to_shards(draw, 0, tmp_path / "none")

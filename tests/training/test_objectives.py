@@ -251,7 +251,7 @@ def test_models_get_tensors_at_times_of_a_sampler(objective) -> None:
 
     class Spy(EpsModel):
         def predict(self, x, t, **cond):
-            kernels.extend(self.sde.kernel(t))
+            kernels.extend(self.sde.perturbation_kernel(x, t))
             return super().predict(x, t, **cond)
 
     chain, x0 = DDPMChain.cosine(10), torch.ones(2, 3)

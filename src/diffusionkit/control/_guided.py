@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_number, check_part, readable
-from .._grid_times import instant
-from ..interfaces import ForwardSDE, ScoreModel
+from .._grid_times import copy_grid_point, kernel
+from ..interfaces import ScoreModel
 from ..values import Coefficient, Prediction, expand, linear
 
 
@@ -52,9 +52,9 @@ class GuidedModel(ScoreModel):
         self.data_range = getattr(model, "data_range", None)
         self.variance = getattr(model, "variance", None)
 
-    def _kernel(self, t: Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return alpha and sigma, or raise where alpha is 0."""
-        alpha, sigma = self.sde.kernel(t)
+    def _kernel(self, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
+        """Return alpha and sigma for a state x (B, *D), or raise where alpha is 0."""
+        alpha, sigma = kernel(self.sde, x, t)
         known = not isinstance(alpha, Tensor) or readable(alpha)
         if known and float(torch.as_tensor(alpha).min()) == 0.0:
             raise ValueError(
@@ -70,7 +70,7 @@ class GuidedModel(ScoreModel):
         Data and noise are shifted separately, so that neither loses digits to the other at any
         sigma or alpha.
         """
-        alpha, sigma = self._kernel(t)
+        alpha, sigma = self._kernel(x, t)
         x0 = _without_graph(float32_x0(prediction, alpha))
         eps = _without_graph(at_least_float32(prediction.eps))
         learned = (
@@ -93,7 +93,7 @@ class GuidedModel(ScoreModel):
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x if x.requires_grad else _recordable(x).detach().requires_grad_()
             saved = {name: _recordable(value) for name, value in cond.items()}
-            yield leaf, _recordable(t, self.sde), saved, keep
+            yield leaf, _recordable(t), saved, keep
 
 
 def check_callable(function: object, name: str) -> None:
@@ -148,17 +148,14 @@ def _without_graph(value: Tensor) -> Tensor:
     return value if torch.is_grad_enabled() else value.detach()
 
 
-def _recordable(value: Any, sde: ForwardSDE | None = None) -> Any:
+def _recordable(value: Any) -> Any:
     """Return a value that autograd may save: a tensor made in inference mode is copied.
 
     Call it outside inference mode. A copy of a sampler's time keeps its tabulated values.
     """
     if not (isinstance(value, Tensor) and value.is_inference()):
         return value
-    copy = value.clone()
-    if (known := instant(value, sde)) is not None:
-        copy._instant = known  # type: ignore[attr-defined]
-    return copy
+    return copy_grid_point(value, value.clone())
 
 
 def gradient(

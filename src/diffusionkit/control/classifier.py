@@ -18,6 +18,7 @@ from .._checks import (
     check_times,
     readable,
 )
+from .._grid_times import kernel
 from .._loops import Progress, with_progress
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
@@ -82,9 +83,7 @@ class NoiseClassifier(nn.Module):
     @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the logits (B, K) of a state x (B, *D) at times t (B,)."""
-        check_state(x)
-        check_times(t, self.sde.T, len(x), x)
-        alpha, sigma = self.sde.kernel(t)
+        alpha, sigma = kernel(self.sde, x, t)
         scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
         label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
         logits: Tensor = self.network((x * expand(scale, x)).to(x.dtype), label)

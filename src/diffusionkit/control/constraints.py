@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_finite, check_part, check_state, readable
+from .._checks import check_finite, check_part, check_state
 from ..interfaces import Constraint
 from ..random import Generators, randn_like
-from ..values import Coefficient, add_noise, linear
+from ..values import add_noise, linear
 from .operators import Gray, LinearOperator, Mask, Matrix, check_operator
 
 
@@ -41,7 +41,7 @@ class _Replacement(Constraint):
 
     @override
     def __call__(
-        self, x: Tensor, alpha: Coefficient, sigma: Coefficient, *, generator: Generators = None
+        self, x: Tensor, alpha: Tensor, sigma: Tensor, *, generator: Generators = None
     ) -> Tensor:
         """Return a state x (B, *D) with its known part resampled from p(x_t | x_0).
 
@@ -54,8 +54,8 @@ class _Replacement(Constraint):
                 f"x: expected a state that fits the measured data of {type(self).__name__}, "
                 f"of shape {tuple(known.shape)}, got {tuple(x.shape)}"
             )
-        std = torch.as_tensor(sigma)
-        noiseless = readable(std) and not std.any()
+        # Read on every device: draws must not depend on it.
+        noiseless = not bool(sigma.any())
         removed = x if noiseless else add_noise(x, sigma, randn_like(x, generator), value=-1.0)
         # In this order a known entry of a mask becomes exactly 0 before its value is added.
         rest = x - operator.inverse(operator(removed))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_number, check_times, readable
-from .._grid_times import instant
+from .._checks import check_number, readable
+from .._grid_times import kernel
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
 from ..values import Coefficient, Prediction, expand, linear
@@ -39,13 +39,14 @@ class ClassifierGuidance(GuidedModel):
 
     With the true classifier, scale 1 gives the score of the data of class y. A larger scale gives
     that of p_t(x) p(y | x)^scale, which favors samples that the classifier is sure of. Pass the
-    class labels y (B,) when sampling, `sampler(shape, class_labels=y)`. Only the classifier gets
-    them; all other conditions go to the model.
+    class labels y (B,) when sampling, `sampler(shape, class_labels=y)`; all other conditions go to
+    the model.
 
     Args:
         model: the score model.
         classifier: maps (x (B, *D), t (B,)) to logits (B, K), such as a `NoiseClassifier`.
         scale: the factor of the classifier's gradient.
+        conditional: whether the model is conditioned on the class labels too.
 
     Raises:
         ValueError: unless scale is finite, or if classifier is a `NoiseClassifier` of another
@@ -72,6 +73,8 @@ class ClassifierGuidance(GuidedModel):
         model: ScoreModel,
         classifier: Callable[[Tensor, Tensor], Tensor],
         scale: float = 1.0,
+        *,
+        conditional: bool = False,
     ) -> None:
         """Keep the model and the classifier."""
         super().__init__(model)
@@ -80,6 +83,7 @@ class ClassifierGuidance(GuidedModel):
         check_process(classifier, self.sde)
         self.classifier = classifier
         self.scale = scale
+        self.conditional = conditional
 
     @override
     def extra_repr(self) -> str:
@@ -87,8 +91,8 @@ class ClassifierGuidance(GuidedModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, *, class_labels: Any = None, **cond: Any) -> Prediction:
-        prediction = self.model.predict(x, t, **cond)
         labels = {"class_labels": class_labels}
+        prediction = self.model.predict(x, t, **cond, **(labels if self.conditional else {}))
         with self._differentiable(x, t, labels) as (leaf, time, saved, keep):
             log_p = class_log_probs(self.classifier, leaf, time, **saved)
             grad = gradient(log_p, leaf, "classifier", keep=keep)
@@ -162,7 +166,7 @@ class GradientGuidance(GuidedModel):
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, _ = self._kernel(t)
+            alpha, _ = self._kernel(x, t)
             log_p = self.log_likelihood(float32_x0(prediction, alpha).to(x.dtype))
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
                 raise ValueError(
@@ -259,10 +263,8 @@ class ClassifierFreeGuidance(GuidedModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        if instant(t, self.sde) is None:
-            check_times(t, self.sde.T, len(x), x)
+        alpha, sigma = kernel(self.sde, x, t)
         null = self._null_conditions(cond)
-        alpha, sigma = self.sde.kernel(t)
         scale = self._scale(alpha, sigma)
         if not isinstance(scale, Tensor) and scale in (0.0, 1.0):
             return self.model.predict(x, t, **(cond if scale else null))

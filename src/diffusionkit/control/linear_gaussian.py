@@ -125,7 +125,7 @@ class LinearGaussianGuidance(GuidedModel):
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, sigma = self._kernel(t)
+            alpha, sigma = self._kernel(x, t)
             predicted = self.operator(float32_x0(prediction, alpha).to(x.dtype))
             self._check(predicted, x)
             factor = half_precision_factor(x, alpha, 64.0)

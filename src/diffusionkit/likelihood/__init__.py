@@ -1,13 +1,13 @@
-"""Likelihoods: exact ones by the probability flow, bounds, dequantization, bits per dimension."""
+"""Likelihoods: the probability-flow ODE, bounds, dequantization and bits per dimension."""
 
 from ..decoders import LevelDecoder
 from .bits import bits_per_dim
-from .bound import NELBO, Bound
 from .chain_nelbo import BitsPerStep, ChainBound, ChainNELBO, bits_per_step
 from .dequantization import Dequantized, Dequantizer, UniformDequantizer
 from .discrete_nelbo import DiscreteBound, DiscreteNELBO, variance_minimizing_backward
 from .divergence import Divergence, ExactDivergence, Hutchinson
 from .evaluate import BitsPerDim, evaluate_bits_per_dim
+from .nelbo import NELBO, Bound
 from .ode import ODELikelihood, ODELogLikelihood
 from .variational_dequantizer import VariationalDequantizer
 

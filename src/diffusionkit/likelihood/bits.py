@@ -15,16 +15,15 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
 
     .. math:: \mathrm{bits/dim} = \mathrm{nats} / (d \ln 2)
 
-    There is no offset: a `Dequantizer` knows the scale of the data, and its `log_prob` accounts
-    for it.
+    There is no offset: the scale of the data is part of a `Dequantizer`'s `log_prob`.
 
     Args:
         nats: negative log-likelihoods in nats, of any shape.
         dims: the number of dimensions d, or the shape D of one sample.
 
     Raises:
-        ValueError: unless the number of dimensions is positive.
-        TypeError: if nats is not a tensor, as a result that still has to be asked for `.nats`.
+        ValueError: if dims is not positive.
+        TypeError: if nats is not a tensor; pass the `.nats` of a result.
 
     >>> import math, torch
     >>> bits_per_dim(torch.tensor([64 * math.log(16)]), (1, 8, 8))

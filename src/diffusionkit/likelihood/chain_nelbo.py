@@ -1,4 +1,4 @@
-"""The variational bound on the probability of discrete data under a chain, step by step."""
+"""The variational bound on discrete data under a chain, step by step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ChainBound:
     """An estimate of a bound on -log P(images) under a chain, step by step.
 
     Args:
-        prior: the divergence of the noisiest state from the prior (B,), nats, exact.
-        terms: what each step costs (B, T), nats: first the reading of the levels off the least
-            noisy state, then the divergences of the steps that lead there, the last from x_T.
+        prior: the KL divergence of x_T from the prior (B,), nats, exact.
+        terms: the terms of the steps (B, T), nats: first the reconstruction from x_1, then the KL
+            divergences of the other steps, the last from x_T.
     """
 
     prior: Tensor
@@ -34,18 +34,18 @@ class ChainBound:
 
     @property
     def nats(self) -> Tensor:
-        """The bound, the sum of the terms and the prior's (B,), nats."""
+        """The bound, the sum of the prior and all terms (B,), nats."""
         return self.prior + self.terms.sum(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BitsPerStep:
-    """What a data set costs step by step, bits per dimension, float64 on the CPU.
+    """Means of the terms of `ChainBound` over a data set, bits per dimension, float64 on the CPU.
 
     Args:
-        prior: the mean of the prior's share, a scalar.
+        prior: the mean of the prior term, a scalar.
         prior_stderr: its standard error over the images, a scalar.
-        terms: the means of the steps' shares (T,), the reading of the levels first.
+        terms: the means of the steps' terms (T,), the reconstruction first.
         terms_stderr: their standard errors (T,).
     """
 
@@ -56,21 +56,21 @@ class BitsPerStep:
 
 
 def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsPerStep:
-    r"""Return the mean over images of every term of their bounds, and its standard error.
+    r"""Return the mean and standard error over images of each term of their bounds.
 
     .. math::
         \bar b_i = \frac{1}{N d \ln 2} \sum_n \ell_{n i}, \quad
         \mathrm{stderr}_i = \sqrt{\frac{1}{N (N - 1)} \sum_n (b_{n i} - \bar b_i)^2}
 
-    Batches are taken one after the other, so that a data set of any size needs the memory of one.
+    Batches are processed in sequence, so memory does not grow with the data set.
 
     Args:
-        bounds: what `ChainNELBO` returned, for one batch or for several.
+        bounds: results of `ChainNELBO`, for one batch or several.
         dims: the dimension d of an image.
 
     Raises:
         ValueError: if dims < 1, there are fewer than two images, or the numbers of steps differ.
-        TypeError: if something else than a ChainBound comes.
+        TypeError: if bounds contains anything but a ChainBound.
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (figure 2).
 
@@ -87,16 +87,16 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsP
         rows = torch.cat([bound.prior.unsqueeze(1), bound.terms], 1).cpu().double()
         if count and rows.shape[1:] != mean.shape:
             raise ValueError(
-                f"bounds: expected {len(mean) - 1} steps in all, got {rows.shape[1] - 1}"
+                f"bounds: expected {len(mean) - 1} steps, as before, got {rows.shape[1] - 1}"
             )
-        # Chan's merging: sums of squares about zero would lose the digits of a small spread.
-        there, n = rows.mean(0), len(rows)
-        gap = there - mean
+        # Chan's update: raw sums of squares would lose the digits of a small variance.
+        batch_mean, n = rows.mean(0), len(rows)
+        delta = batch_mean - mean
         share = n / (count + n)
-        squares = squares + (rows - there).square().sum(0) + gap.square() * (count * share)
-        mean, count = mean + gap * share, count + n
+        squares = squares + (rows - batch_mean).square().sum(0) + delta.square() * (count * share)
+        mean, count = mean + delta * share, count + n
     if count < 2:
-        raise ValueError(f"bounds: expected those of two images at least, got {count}")
+        raise ValueError(f"bounds: expected at least two images, got {count}")
     unit = dims * math.log(2)
     bits, stderr = mean / unit, torch.sqrt(squares / (count * (count - 1))) / unit
     return BitsPerStep(bits[0], stderr[0], bits[1:], stderr[1:])
@@ -110,22 +110,21 @@ class ChainNELBO:
         + \sum_{i=1}^{T-1} E\left[KL(q(x_i | x_{i+1}, x_0) \,\|\, p(x_i | x_{i+1}))\right]
         + E\left[-\log p(x_0 | x_1)\right]
 
-    for data x_0 at the levels k, with one draw of the noise for each step and the variance of the
-    steps that the model says it has. Every step is looked at, in evaluation, without gradients;
-    the model stays in the mode it is in. `evaluate_bits_per_dim` sums up a data set.
+    for data x_0 at the levels k, with one draw of the noise for each step and the variances given
+    by the model. All steps are evaluated, without gradients; the model's mode is unchanged. For a
+    data set use `evaluate_bits_per_dim`.
 
     Args:
         model: the score model; its SDE is a chain.
         decoder: the likelihood of the data in the first step, of 256 levels in [-1, 1] by
             default.
-        clip: whether the predicted data are kept within the decoder's range, as published
-            numbers have it.
-        steps_at_once: how many steps go through the network together. With one generator for
-            each image the result does not depend on it.
-        progress: whether to show progress over the steps, or a wrapper of them that does.
+        clip: whether to clip the predicted data to the decoder's range, as in published numbers.
+        steps_at_once: the number of steps evaluated together. With one generator per image the
+            result does not depend on it.
+        progress: whether to show progress, or a function that wraps the steps and shows it.
 
     Raises:
-        TypeError: if a part has the wrong type, or the model's process is no chain.
+        TypeError: if a part has the wrong type, or the model's process is not a chain.
         ValueError: if steps_at_once < 1.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
@@ -146,7 +145,6 @@ class ChainNELBO:
         steps_at_once: int = 1,
         progress: Progress = False,
     ) -> None:
-        """Keep the parts."""
         chain_length(model)
         self.model = model
         self.decoder = GaussianDecoder() if decoder is None else decoder
@@ -166,12 +164,12 @@ class ChainNELBO:
         Args:
             images: integers 0 ... levels - 1, (B, *D), of any integer dtype.
             generator: the source of noise: one, one for each image, or None.
-            cond: handed to the model, tensors (B, ...) repeated for each step.
+            cond: passed to the model; tensors (B, ...) are repeated for each step.
 
         Raises:
             TypeError: if images are not integers.
-            ValueError: if a value is no level, or the model's prediction is not finite (read on
-                the CPU only).
+            ValueError: if a value is not a level, or a prediction is not finite (checked on the
+                CPU only).
         """
         kind = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
         x = self.decoder.encode(images, dtype=torch.promote_types(kind, torch.float32))
@@ -187,7 +185,7 @@ class ChainNELBO:
     def _terms(
         self, x: Tensor, steps: range, generator: Generators, cond: dict[str, Any]
     ) -> Tensor:
-        """Return what steps cost, (steps, B)."""
+        """Return the terms of some steps (steps, B)."""
         n, many = len(x), len(steps)
         if generator is not None and not isinstance(generator, torch.Generator):
             generator = list(generator) * many
@@ -201,5 +199,7 @@ class ChainNELBO:
         nats = step_nats(self.model, prediction, sample.x0, step, self.decoder, clip=self.clip)
         if readable(nats) and not bool(torch.isfinite(nats).all()):
             worst = int(step[~torch.isfinite(nats)][0])
-            raise ValueError(f"model: expected a finite prediction, got none at step {worst}")
+            raise ValueError(
+                f"model: expected a finite prediction, got NaN or infinity at step {worst}"
+            )
         return exact(nats).view(many, n)

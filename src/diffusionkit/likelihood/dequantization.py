@@ -1,7 +1,7 @@
-r"""From integers to the reals: what makes a density's bits those of the discrete data.
+r"""Dequantization: from densities of real data to probabilities of integers.
 
-Integers k in 0..levels-1 stand for bins of the model's range [low, high]. A dequantizer draws a
-point of each bin,
+Each integer k in 0..levels-1 is a bin of the model's range [low, high]. A dequantizer draws a
+point in each bin,
 
 .. math::
     x = \mathrm{low} + w (k + u), \quad w = (\mathrm{high} - \mathrm{low}) / \mathrm{levels},
@@ -13,7 +13,7 @@ and a density p of x then bounds the probability of k,
     -\log P(k) \le E[\log q(x \mid k) - \log p(x)], \quad
     \log q(x \mid k) = \log q(u \mid k) - d \log w,
 
-with both terms in the model's own units, so that nothing is left to be added.
+with both terms in the model's units, without any further offset.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._checks import check_state, readable
 from .._schedules import exact, schedule_dtype
@@ -38,8 +39,8 @@ class Dequantized:
 
     Args:
         x: the points (B, *D), in the model's range.
-        log_prob: log q(x | image) in nats, in the model's units, (B,), in float64 where the
-            device has it.
+        log_prob: log q(x | image) (B,), in nats and the model's units, in float64 if the device
+            supports it.
     """
 
     x: Tensor
@@ -47,10 +48,10 @@ class Dequantized:
 
 
 class Dequantizer(nn.Module, abc.ABC):
-    """A law of points in the bins of integers; subclasses write `noise`.
+    """A conditional distribution of points in the bins of integers; subclasses define `noise`.
 
-    `quantize(dequantizer(images).x)` gives the images back exactly: a point that rounding would
-    put onto the edge of its bin is kept inside.
+    `quantize(dequantizer(images).x)` returns the images exactly: points are kept away from the
+    edges of their bins by more than rounding.
 
     Args:
         levels: the number of values an integer can take, 0..levels-1.
@@ -59,10 +60,10 @@ class Dequantizer(nn.Module, abc.ABC):
         dtype: the dtype of x, torch's default dtype if None.
 
     Raises:
-        ValueError: unless levels >= 2 and low < high, both finite, or if the dtype cannot tell
-            the bins apart.
-        TypeError: if levels is not an integer, low or high not a number, dtype not a
-            floating-point one.
+        ValueError: if levels < 2, low and high are not finite with low < high, or dtype cannot
+            resolve the bins.
+        TypeError: if levels is not an integer, low or high not a number, or dtype not a
+            floating-point dtype.
     """
 
     def __init__(
@@ -73,7 +74,6 @@ class Dequantizer(nn.Module, abc.ABC):
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Keep the map."""
         super().__init__()
         self._bins = Levels(levels, low, high)
         self.levels = levels
@@ -84,28 +84,30 @@ class Dequantizer(nn.Module, abc.ABC):
             raise TypeError(f"dtype: expected a floating-point dtype, got {self.dtype}")
         if self._rounding(self.dtype) > 0.25:
             raise ValueError(
-                f"dtype: {self.dtype} cannot tell {levels} levels on [{low:g}, {high:g}] apart"
+                f"dtype: expected one that resolves {levels} levels on [{low:g}, {high:g}], "
+                f"got {self.dtype}"
             )
 
     @abc.abstractmethod
     def noise(
         self, images: Tensor, *, generator: Generators = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
-        """Draw u (B, *D) in [0, 1], and log q(u | images) in nats (B,).
+        """Draw u (B, *D) in [0, 1] and return it with log q(u | images) (B,), nats.
 
         Args:
             images: integers (B, *D), int64 and within the levels.
             generator: the source of randomness.
-            cond: what the images are conditioned on, if anything.
+            cond: further conditions, if any.
         """
 
+    @override
     def forward(self, images: Tensor, *, generator: Generators = None, **cond: Any) -> Dequantized:
         """Draw a point in the bin of each integer.
 
         Args:
             images: integers (B, *D) in 0..levels-1, of any integer dtype.
             generator: the source of randomness.
-            cond: handed to `noise`.
+            cond: passed to `noise`.
 
         Raises:
             ValueError: if the images are empty or have values outside the levels.
@@ -120,10 +122,10 @@ class Dequantizer(nn.Module, abc.ABC):
         return Dequantized(x=x, log_prob=log_prob.to(work) + self._log_units(k))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Return the integers (B, *D), int64, in whose bins the points x (B, *D) lie.
+        """Return the integers (B, *D), int64, whose bins contain the points x (B, *D).
 
         Raises:
-            ValueError: if x has values outside [low, high], by more than rounding.
+            ValueError: if x has values outside [low, high], beyond rounding.
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
@@ -141,11 +143,11 @@ class Dequantizer(nn.Module, abc.ABC):
         return position.floor().long().clamp(0, self.levels - 1)
 
     def _position(self, x: Tensor) -> Tensor:
-        """Return k + u of the points x, in float64 where the device has it."""
+        """Return k + u of the points x, in float64 if the device supports it."""
         return (exact(x) - self.low) / self._bins.width
 
     def _rounding(self, dtype: torch.dtype) -> float:
-        """Return the spacing of a dtype at the larger end of the range, in widths of a bin."""
+        """Return the spacing of a dtype at the larger end of the range, in bin widths."""
         return torch.finfo(dtype).eps * max(abs(self.low), abs(self.high)) / self._bins.width
 
     def _log_units(self, k: Tensor) -> float:
@@ -158,13 +160,7 @@ class Dequantizer(nn.Module, abc.ABC):
 
 
 class UniformDequantizer(Dequantizer):
-    """Points uniform in their bins: log q(u | image) = 0.
-
-    Args:
-        levels: the number of values an integer can take, 0..levels-1.
-        low: the lower end of the model's range.
-        high: the upper end of the model's range.
-        dtype: the dtype of x, torch's default dtype if None.
+    """Uniform points in their bins: log q(u | image) = 0. For arguments see `Dequantizer`.
 
     Source: Theis et al., A Note on the Evaluation of Generative Models, 2016, arXiv 1511.01844.
 
@@ -174,13 +170,13 @@ class UniformDequantizer(Dequantizer):
     >>> drawn = dequantizer(images)
     >>> bool((dequantizer.quantize(drawn.x) == images).all())
     True
-    >>> round(drawn.log_prob.item() / (3 * math.log(2)), 9)  # bits for each dimension
+    >>> round(drawn.log_prob.item() / (3 * math.log(2)), 9)  # bits per dimension
     7.0
     """
 
+    @override
     def noise(
         self, images: Tensor, *, generator: Generators = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
-        """Draw u uniform on [0, 1), (B, *D); its log-density is 0."""
         u = rand(images.shape, generator=generator, device=images.device, dtype=self.dtype)
         return u, u.new_zeros(len(images))

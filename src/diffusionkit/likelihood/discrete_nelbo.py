@@ -23,9 +23,10 @@ class DiscreteBound:
     """An estimate of a bound on -log P(images), term by term.
 
     Args:
-        reconstruction: what reading the levels off the least noisy state costs (B,), nats.
-        prior: the divergence of the noisiest state from the prior (B,), nats.
-        diffusion: what the way from one to the other costs (B,), nats.
+        reconstruction: the negative log-likelihood of the levels given the state at t_min (B,),
+            nats.
+        prior: the KL divergence of the state at T from the prior (B,), nats.
+        diffusion: the denoising term (B,), nats.
     """
 
     reconstruction: Tensor
@@ -39,27 +40,28 @@ class DiscreteBound:
 
 
 class DiscreteNELBO:
-    r"""The variational bound on -log P(images) of integers: no dequantizer, no offset.
+    r"""The variational bound on -log P(images) of integers, without dequantization or offset.
 
     .. math::
         -\log P(k) \le E[-\log p(k \mid z_0)] + KL(q(z_1 \mid x) \,\|\, N(0, \pi^2 I))
         + \tfrac12 \int \frac{g^2}{\sigma^2} E\|\epsilon - \hat\epsilon\|^2\, dt
 
-    for data x at the centres of the levels k, z_0 the state at t_min and z_1 that at T. With
-    `steps` the process is the chain of so many equal steps of time, and the last term
+    for data x at the centers of the levels k, with z_0 the state at t_min and z_1 that at T. With
+    `steps` the process is a chain of N equal time steps, and the last term is
 
     .. math::
         \tfrac{N}{2} E[\mathrm{expm1}(\mathrm{log\,snr}_s - \mathrm{log\,snr}_t)
         \|\epsilon - \hat\epsilon\|^2], \quad t - s = (T - t_{min}) / N.
 
-    Each call looks at one time for each sample. From one generator, or none, they are spread
-    evenly over the batch, u_i = (u_0 + i / B) mod 1, which lowers the variance of the mean; with
-    one generator for each sample they are independent. Differentiable: for training and for
-    evaluation. Any process will do whose noise at t_min is below the width of a level.
+    Each call draws one time per sample. With a single generator, or none, the times are evenly
+    spaced over the batch, u_i = (u_0 + i / B) mod 1, which lowers the variance of the mean; with
+    one generator per sample they are independent. The bound is differentiable, for training and
+    evaluation. Any process works whose noise at t_min is below the width of a level.
 
     Args:
         model: the score model; its SDE is the process.
-        decoder: reads the levels off the least noisy state.
+        decoder: the likelihood of the levels given the state at t_min; 256 levels in [-1, 1] by
+            default.
         steps: the number N of steps, or None for continuous time.
 
     Raises:
@@ -82,7 +84,6 @@ class DiscreteNELBO:
         *,
         steps: int | None = None,
     ) -> None:
-        """Keep the parts; the decoder is by default that of 256 levels in [-1, 1]."""
         check_part(model, ScoreModel, "model")
         self.model = model
         self.decoder = LevelDecoder() if decoder is None else decoder
@@ -102,11 +103,11 @@ class DiscreteNELBO:
         Args:
             images: integers 0 ... levels - 1, (B, *D), of any integer dtype.
             generator: the source of times and noise.
-            cond: handed to the model.
+            cond: passed to the model.
 
         Raises:
             TypeError: if images are not integers.
-            ValueError: if a value is no level, or the model's error is not finite (read on the
+            ValueError: if a value is not a level, or a prediction is not finite (checked on the
                 CPU only).
         """
         kind = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
@@ -126,11 +127,13 @@ class DiscreteNELBO:
         squares = exact(error).square().reshape(len(x), -1).sum(1)
         if readable(squares) and not bool(torch.isfinite(squares).all()):
             worst = float(t[~torch.isfinite(squares)][0])
-            raise ValueError(f"model: expected a finite prediction, got none at t = {worst:g}")
+            raise ValueError(
+                f"model: expected a finite prediction, got NaN or infinity at t = {worst:g}"
+            )
         return 0.5 * weight * squares
 
     def _times(self, sde: ForwardSDE, x: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
-        """Return times (B,) and the weights of half the squared error at them (B,)."""
+        """Return times (B,) and the weights (B,) of half the squared error."""
         n, dtype = len(x), schedule_dtype(x.device)
         shared = generator is None or isinstance(generator, torch.Generator)
         u = rand(1 if shared else n, generator=generator, device=x.device, dtype=dtype)
@@ -150,16 +153,26 @@ class DiscreteNELBO:
 def variance_minimizing_backward(
     loss: Tensor, diffusion: Tensor, interior: Iterable[torch.nn.Parameter]
 ) -> None:
-    r"""Backpropagate a loss, but for a schedule's interior the second moment of its estimate.
+    r"""Backpropagate a loss, and train the schedule's interior to minimize its variance.
 
-    Everything else gets the gradient of `loss`, the interior
+    All other parameters get the gradient of `loss`; those of the interior get
 
     .. math::
         \nabla_\eta \tfrac1B \sum_i \ell_i^2,
 
-    that of the variance of the diffusion terms, as their mean does not depend on it in
-    continuous time. (In a chain of steps it does: there use `loss.backward()`.) It costs another
-    backward pass, to the state only. Hand both in per dimension, so that no gradient is huge:
+    the gradient of the variance of the diffusion terms, since in continuous time their mean does
+    not depend on the interior. In a chain of steps it does: use `loss.backward()` there. The cost
+    is one additional backward pass, down to the state only.
+
+    Args:
+        loss: the loss, a scalar, best per dimension to keep gradients moderate.
+        diffusion: the diffusion terms (B,), in the same units.
+        interior: the parameters of the schedule between its end points.
+
+    Raises:
+        RuntimeError: if the diffusion terms do not depend on a parameter of the interior.
+
+    Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
 
     >>> from diffusionkit import EpsModel, LearnedSDE, LogSigmaLabel
     >>> from diffusionkit.networks import MLP
@@ -167,22 +180,12 @@ def variance_minimizing_backward(
     >>> bound = DiscreteNELBO(model)(torch.randint(256, (8, 2)))
     >>> loss = bound.nats.mean() / 2
     >>> variance_minimizing_backward(loss, bound.diffusion / 2, model.sde.interior())
-
-    Args:
-        loss: the loss, a scalar.
-        diffusion: the diffusion terms (B,), in the same units.
-        interior: the parameters of the schedule between its end points.
-
-    Raises:
-        RuntimeError: if a parameter of the interior did not take part in the diffusion terms.
-
-    Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
     """
     parameters = list(interior)
     gradients = torch.autograd.grad(diffusion.square().mean(), parameters, retain_graph=True)
     before = [p.grad for p in parameters]
     for p in parameters:
-        p.grad = None  # or the loss would be added to it in place
+        p.grad = None  # or the loss would accumulate into it in place
     loss.backward()  # type: ignore[no-untyped-call]
     for p, old, new in zip(parameters, before, gradients, strict=True):
         p.grad = new if old is None else old + new

@@ -1,4 +1,4 @@
-"""The divergence of a model's prediction: exact, or by random probes, from one forward pass."""
+"""The divergence of a prediction, exact or by random probes, from one forward pass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count
 from .._schedules import exact
@@ -17,52 +18,52 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Divergence(abc.ABC):
-    """A way to find the divergence of a function of a state, in reverse mode.
+    """An exact or stochastic divergence of a function, by reverse-mode differentiation.
 
-    A subclass calls the function once, with gradients, and may ask `products` for vectors times
-    its Jacobian.
+    A subclass calls the function once, with gradients, and may use `products` for
+    vector-Jacobian products.
 
     Attributes:
-        probes: how many independent estimates K it returns of each divergence.
+        probes: the number K of independent estimates of each divergence.
     """
 
     probes: int = 1
 
     @abc.abstractmethod
     def start(self, x: Tensor, generator: Generators = None) -> Any:
-        """Draw what stays fixed along a path that starts at a state x (B, *D)."""
+        """Draw the random state, fixed along a path that starts at x (B, *D)."""
 
     @abc.abstractmethod
     def __call__(self, function: Function, x: Tensor, state: Any) -> tuple[Tensor, Tensor]:
-        """Return the value (B, *D) at x (B, *D) and its divergence (K, B), from one call.
+        """Return the value (B, *D) at x (B, *D) and its divergence (K, B).
 
         Args:
-            function: maps (B, *D) to (B, *D), each sample by itself.
+            function: maps (B, *D) to (B, *D), each sample independently.
             x: the state (B, *D).
-            state: what `start` returned.
+            state: the result of `start`.
         """
 
 
 class Hutchinson(Divergence):
-    r"""The stochastic estimate of the divergence by vector-Jacobian products.
+    r"""Hutchinson's stochastic estimate of the divergence, by vector-Jacobian products.
 
     .. math::
         \nabla \cdot f = E[v^\top J v], \quad E[v v^\top] = I
 
-    With Rademacher probes its variance is 2 sum_{i != j} A_ij^2 for the symmetric part A of the
-    Jacobian J, none for a diagonal one; with Gaussian probes it is 2 sum_ij A_ij^2. The probes
-    are drawn once for each sample and path: the estimate is a smooth function along the path,
-    which an adaptive solver can follow. A probe costs one backward pass.
+    With Rademacher probes the variance is 2 sum_{i != j} A_ij^2 for the symmetric part A of the
+    Jacobian J, zero for a diagonal A; with Gaussian probes it is 2 sum_ij A_ij^2. Probes are
+    drawn once per sample and path, so the estimate is smooth along the path, as an adaptive
+    solver requires. A probe costs one backward pass.
 
     Args:
-        probes: how many estimates K to return; from two on, their spread tells their error.
-        noise: the law of the probes.
+        probes: the number K of estimates; with two or more, their spread estimates the error.
+        noise: the distribution of the probes.
 
     Raises:
         ValueError: if probes < 1 or the noise is unknown.
         TypeError: if probes is not an integer.
 
-    Source: Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990;
+    Source: Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix, 1990;
     Grathwohl et al., FFJORD, 2019, arXiv 1810.01367.
 
     >>> x = torch.zeros(2, 3)
@@ -75,7 +76,6 @@ class Hutchinson(Divergence):
     def __init__(
         self, probes: int = 1, noise: Literal["rademacher", "gaussian"] = "rademacher"
     ) -> None:
-        """Keep the number of probes and their law."""
         check_count(probes, "probes")
         if noise not in ("rademacher", "gaussian"):
             raise ValueError(f"noise: expected 'rademacher' or 'gaussian', got {noise!r}")
@@ -85,28 +85,29 @@ class Hutchinson(Divergence):
     def __repr__(self) -> str:
         return f"Hutchinson(probes={self.probes}, noise={self.noise!r})"
 
-    def start(self, x: Tensor, generator: Generators = None) -> Tensor:
-        """Draw the probes (K, B, *D)."""
+    @override
+    def start(self, x: Tensor, generator: Generators = None) -> Tensor:  # (K, B, *D)
         shape = (x.shape[0], self.probes, *x.shape[1:])
         v = randn(shape, generator=generator, device=x.device, dtype=x.dtype).transpose(0, 1)
         return v if self.noise == "gaussian" else torch.where(v < 0, -1.0, 1.0).to(x.dtype)
 
+    @override
     def __call__(self, function: Function, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         x, value = _forward(function, x)
         inner = []
-        for k, v in enumerate(state, 1):  # one by one: memory does not grow with the probes
+        for k, v in enumerate(state, 1):  # sequential: memory does not grow with the probes
             row = products(value, x, v.unsqueeze(0), keep=k < len(state))[0]
             inner.append((exact(v) * exact(row)).reshape(len(x), -1).sum(1))
         return value.detach(), torch.stack(inner)
 
 
 class ExactDivergence(Divergence):
-    """The trace of the Jacobian, row by row, for data of moderate dimension d.
+    """The exact trace of the Jacobian, row by row, for data of moderate dimension d.
 
     It costs d backward passes for each forward pass, `chunk` of them at a time.
 
     Args:
-        chunk: how many rows to compute together; memory grows with it.
+        chunk: the number of rows computed together; memory grows with it.
 
     Raises:
         ValueError: if chunk < 1.
@@ -118,16 +119,17 @@ class ExactDivergence(Divergence):
     """
 
     def __init__(self, chunk: int = 32) -> None:
-        """Keep the size of a chunk."""
         check_count(chunk, "chunk")
         self.chunk = chunk
 
     def __repr__(self) -> str:
         return f"ExactDivergence(chunk={self.chunk})"
 
+    @override
     def start(self, x: Tensor, generator: Generators = None) -> None:
-        """Draw nothing."""
+        return None
 
+    @override
     def __call__(self, function: Function, x: Tensor, state: None) -> tuple[Tensor, Tensor]:
         x, value = _forward(function, x)
         total = exact(x.new_zeros(len(x)))
@@ -149,23 +151,23 @@ def _forward(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def products(value: Tensor, x: Tensor, vectors: Tensor, *, keep: bool) -> Tensor:
-    """Return vectors (K, B, *D) times the Jacobian of a value (B, *D) by x, (K, B, *D).
+    """Return the products (K, B, *D) of vectors with the Jacobian of a value with respect to x.
 
-    Several at once where every operation of the function can be batched, else one by one. The
-    parameters get no gradient.
+    They are computed in one batch if all operations of the function support it, else one by one.
+    Parameters receive no gradients.
 
     Args:
-        value: what a function made of x, with its graph.
-        x: the state, a leaf.
-        vectors: the vectors.
-        keep: whether the graph will be asked again.
+        value: the value (B, *D) of a function at x, with its graph.
+        x: the state (B, *D), a leaf.
+        vectors: the vectors (K, B, *D).
+        keep: whether to retain the graph for further calls.
     """
     if not value.requires_grad:  # a function that does not depend on x
         return torch.zeros_like(vectors)
     if len(vectors) > 1:
         try:
             return _grad(value, x, vectors, keep=True, batched=True)
-        except RuntimeError:  # an operation without a rule for batches
+        except RuntimeError:  # an operation without a batching rule
             pass
     last = len(vectors) - 1
     return torch.stack(
@@ -177,4 +179,4 @@ def _grad(value: Tensor, x: Tensor, vectors: Tensor, *, keep: bool, batched: boo
     (gradient,) = torch.autograd.grad(
         value, x, vectors, retain_graph=keep, is_grads_batched=batched, materialize_grads=True
     )
-    return gradient.expand_as(vectors)  # zeros where x is not used, once for all vectors
+    return gradient.expand_as(vectors)  # one zero tensor for all vectors if x is unused

@@ -1,4 +1,4 @@
-"""Bits per dimension of a whole data set: repeated, resumable, shared out over processes."""
+"""Bits per dimension of a data set: several draws, resumable, distributed over processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from .._checks import check_count, check_part
+from .._distributed import barrier, gather_objects, rank_and_world_size
 from .._files import atomic_write, read_torch
 from .._loops import Progress, evaluation_mode, with_progress
 from ..random import seeded
@@ -23,10 +23,9 @@ from .dequantization import Dequantizer
 
 
 class Data(Sized, Protocol):
-    """A map-style data set: items (*D) by their number."""
+    """A map-style data set of items (*D)."""
 
-    def __getitem__(self, index: int, /) -> Any:
-        """Return one item."""
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,9 +34,9 @@ class BitsPerDim:
 
     Args:
         mean: the mean over the data and the draws.
-        stderr: its standard error: how far another test set of the same size would take it. The
-            noise of the draws is in it.
-        draw_stderr: the part of it that more draws would take away, None for one draw.
+        stderr: its standard error over test sets of the same size, including the noise of the
+            draws.
+        draw_stderr: the part of stderr due to the draws, None for one draw.
         bits: bits per dimension of each item and draw (N, draws), in float64.
     """
 
@@ -47,7 +46,6 @@ class BitsPerDim:
     bits: Tensor
 
     def __str__(self) -> str:
-        """Return the mean and its standard error as one writes them."""
         return f"{self.mean:.4f} +- {self.stderr:.4f} bits/dim"
 
 
@@ -64,36 +62,36 @@ def evaluate_bits_per_dim(
     path: str | Path | None = None,
     progress: Progress = True,
 ) -> BitsPerDim:
-    r"""Return bits per dimension of a whole data set, every item counted.
+    r"""Return the bits per dimension of a whole data set.
 
     .. math::
         \frac{1}{d \ln 2} E\left[-\log p(x) + \log q(x | \mathrm{image})\right]
 
-    with x drawn by the dequantizer. Each item and draw has random numbers of its own, which
-    depend on the seed and its number alone. Where torch.distributed is initialised, the batches
-    are shared out over the processes, and each of them returns the same result, to the last bit,
-    as one process would. Networks are in evaluation mode, and no gradient is recorded.
+    with x drawn by the dequantizer. The random numbers of each item and draw depend only on the
+    seed and their indices. With torch.distributed the batches are distributed over the processes;
+    each returns the same result, bit for bit, as a single process. Networks are in evaluation
+    mode, and no gradients are recorded.
 
     Args:
         likelihood: `NELBO`, `ODELikelihood`, or any callable of x, generator= and conditions whose
             result has `.nats` (B,), the negative log-likelihood or a bound on it.
-        data: a tensor (N, \*D) or a map-style data set of tensors (\*D); whole numbers for a
+        data: a tensor (N, \*D) or a map-style data set of tensors (\*D), integers if there is a
             dequantizer.
-        dequantizer: draws x from an image. None for data that are continuous, whose number is a
-            density and may be negative, and for likelihoods of images themselves.
-        draws: how many times every item is dequantized and measured.
-        batch_size: how many items are measured at once.
-        seed: of everything that is random.
-        cond: what is handed to the likelihood, tensors (N, ...), cut into batches with the data.
-        device: where the batches go, the likelihood's model's device by default.
-        path: a file that keeps what is done; with it a run that was stopped goes on. With several
-            processes each writes its own, named after it, in the same folder.
-        progress: whether to show progress, or a wrapper of the batches that does.
+        dequantizer: draws x given an image. None for likelihoods of images, and for continuous
+            data, where the result is a density and may be negative.
+        draws: the number of evaluations of each item, with new random numbers.
+        batch_size: the number of items evaluated at once.
+        seed: the random seed.
+        cond: conditions passed to the likelihood, tensors (N, ...), batched with the data.
+        device: the device of the batches, by default that of the likelihood's model.
+        path: a file with partial results, from which an interrupted run resumes. With several
+            processes, each adds its rank to the name.
+        progress: whether to show progress, or a function that wraps the batches and shows it.
 
     Raises:
-        ValueError: if the data set is empty, cond has another length, the dequantizer has another
-            range than the model's data, or path belongs to a run with other settings.
-        TypeError: if a part has the wrong type, or data have no length.
+        ValueError: if the data set is empty, cond has another length, the range of the dequantizer
+            is not that of the model's data, or path belongs to a run with other settings.
+        TypeError: if a part has the wrong type, or data has no length.
 
     >>> from diffusionkit import NELBO, GaussianMixtureModel, UniformDequantizer, VPSDE
     >>> model = GaussianMixtureModel(VPSDE(), means=torch.zeros(1, 2), stds=[0.5])
@@ -122,17 +120,17 @@ def evaluate_bits_per_dim(
         raise ValueError("data: expected at least one item, got none")
     for name, entries in cond.items():
         if len(entries) != n:
-            raise ValueError(f"cond: expected {n} entries of {name}, got {len(entries)}")
+            raise ValueError(f"{name}: expected {n} entries, one per item, got {len(entries)}")
     modules = [m for m in (getattr(likelihood, "model", None), dequantizer) if m is not None]
     device = _device(modules) if device is None else torch.device(device)
     settings = {"n": n, "draws": draws, "batch_size": batch_size, "seed": seed}
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _shared() else (0, 1)
-    file = None if path is None else _own_file(Path(path), rank, world)
-    nats = torch.full((n, draws), math.nan, dtype=torch.float64)
+    rank, world = rank_and_world_size()
+    nats, file = torch.full((n, draws), math.nan, dtype=torch.float64), None
     if path is not None:
-        _resume(nats, Path(path), settings)
-    if _shared():
-        dist.barrier()  # before anybody writes what others still have to read
+        file = Path(path)
+        _resume(nats, file, settings)
+        file = file if world == 1 else file.with_name(f"{file.name}.{rank}")
+    barrier()  # no process may write before all have read
 
     batches = [
         (draw, rows)
@@ -161,14 +159,9 @@ def evaluate_bits_per_dim(
             nats[index, draw] = found
             if file is not None:
                 atomic_write(file, partial(torch.save, {"settings": settings, "nats": nats}))
-    nats = _merge(nats)
-    dims = torch.as_tensor(data[0]).numel()
-    bits = bits_per_dim(nats, dims)
-    return _summary(bits)
-
-
-def _summary(bits: Tensor) -> BitsPerDim:
-    n, draws = bits.shape
+    for other in gather_objects(nats):
+        nats = torch.where(nats.isnan(), other, nats)
+    bits = bits_per_dim(nats, torch.as_tensor(data[0]).numel())
     items = bits.mean(1)
     return BitsPerDim(
         mean=float(items.mean()),
@@ -194,32 +187,13 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _shared() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _own_file(path: Path, rank: int, world: int) -> Path:
-    return path if world == 1 else path.with_name(f"{path.name}.{rank}")
-
-
 def _resume(nats: Tensor, path: Path, settings: dict[str, int]) -> None:
-    """Fill in what any process of an earlier run has kept."""
+    """Fill in the results saved by any process of an earlier run."""
     for file in (path, *sorted(path.parent.glob(f"{path.name}.[0-9]*"))):
         if not file.exists():
             continue
         kept = read_torch(file)
         if not isinstance(kept, dict) or kept.get("settings") != settings:
             found = kept.get("settings") if isinstance(kept, dict) else type(kept).__name__
-            raise ValueError(f"path: expected a run with {settings} in {file}, got {found}")
+            raise ValueError(f"path: expected results with {settings} in {file}, got {found}")
         nats.copy_(torch.where(nats.isnan(), kept["nats"], nats))
-
-
-def _merge(nats: Tensor) -> Tensor:
-    """Return what all processes found."""
-    if not _shared():
-        return nats
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, nats)
-    for other in everyone:
-        nats = torch.where(nats.isnan(), other, nats)
-    return nats

@@ -1,4 +1,4 @@
-"""The exact likelihood of a model by its probability-flow ODE."""
+"""The likelihood of a model under its probability-flow ODE."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .divergence import Divergence, Hutchinson
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ODELogLikelihood:
-    """The likelihood of data under the probability flow of a model.
+    """The log-likelihood of data under the probability flow of a model.
 
     Args:
         log_prob: the log-density of each sample in nats (B,), the mean over the probes.
         latent: the latent codes at T (B, *D).
-        nfe: how many times the network was evaluated.
-        stderr: the standard error of `log_prob` that the probes leave (B,), if there are
-            several; neither the solver's error nor that of dequantization.
-        t: the time that the data are taken to stand at.
-        density: the density that is scored, in words.
+        nfe: the number of network evaluations.
+        stderr: the standard error of `log_prob` over several probes (B,), without the errors of
+            the solver and dequantization; None for one probe.
+        t: the time assigned to the data.
+        density: a description of the evaluated density.
     """
 
     log_prob: Tensor
@@ -49,42 +49,43 @@ class ODELogLikelihood:
 class ODELikelihood:
     r"""The log-density of data under the probability flow of a model.
 
-    The flow carries x at t_min to a latent code x_T, which the prior scores:
+    The flow maps x at t_min to a latent code x_T, evaluated under the prior:
 
     .. math::
         \log p(x) = \log \pi(x_T) + d \log \frac{r(T)}{r(t_{min})}
             + \int \nabla \cdot v(x, t)\, d\theta, \quad r^2 = \alpha^2 + \sigma^2, \quad
         \tan\theta = \frac{\sigma}{\alpha},
 
-    with the prediction's velocity v = alpha eps - sigma x0. The angle theta and x / r are the
-    variables that the path is solved in, see `ProbabilityFlow`: on the way the divergence is
-    that of v alone, regular at both ends and zero for standard normal data.
+    with the predicted velocity v = alpha eps - sigma x0. The ODE is solved for x / r in the angle
+    theta, see `ProbabilityFlow`: there the divergence is that of v alone, regular at both ends
+    and zero for standard normal data.
 
-    What is scored is the ODE model's density at t_min, with x put there as it is. It is neither
-    the density at t = 0 nor what the SDE model assigns, of which `NELBO` is the bound: the two
-    models agree where the score is exact, and need not where it is not.
+    The result is the ODE model's density at t_min, evaluated at x. It is neither the density at
+    t = 0 nor that of the SDE model, which `NELBO` bounds: the two models agree for an exact
+    score, but not in general.
 
-    State and log-density are kept in float64 where the device has it, and the network is called
-    in the dtype of its parameters. One adaptive step serves the whole batch: with a generator
-    for each sample, a value depends on the rest of its batch only within the tolerance.
+    State and log-density are kept in float64 if the device supports it, and the network is called
+    in the dtype of its parameters. The batch shares adaptive steps: with one generator per
+    sample, a value depends on the rest of its batch only within the tolerance.
 
     Args:
-        model: the score model. Networks in DistributedDataParallel are called bare, so that
-            ranks need not wait for one another; dropout is off.
-        divergence: how the divergence is found; one Rademacher probe by default.
+        model: the score model. Networks in DistributedDataParallel are called unwrapped, so ranks
+            do not wait for each other; dropout is off.
+        divergence: the divergence estimator, one Rademacher probe by default.
         method: a solver of torchdiffeq, as in `ProbabilityFlow`.
         rtol: relative tolerance of an adaptive solver.
         atol: absolute tolerance, in units of the data and in nats per dimension.
-        t_min: the time that stands for the data, the SDE's t_min by default.
+        t_min: the time assigned to the data, the SDE's t_min by default.
         options: further options of the solver, such as {"step_size": h} in theta.
 
     Raises:
-        ValueError: unless the method is known, the tolerances are positive and t_min lies in
-            [0, T), where sigma > 0.
+        ValueError: if the method is unknown, a tolerance is not positive, t_min is not in [0, T),
+            or sigma is 0 at t_min.
         TypeError: if model is not a ScoreModel or divergence not a Divergence.
 
-    Source: Song et al., 2021, arXiv 2011.13456 (section 4.3); Song et al., Maximum Likelihood
-    Training of Score-Based Diffusion Models, 2021, arXiv 2101.09258.
+    Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
+    (section 4.3); Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
+    arXiv 2101.09258.
 
     >>> from diffusionkit import GaussianMixtureModel, VPSDE
     >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
@@ -106,7 +107,6 @@ class ODELikelihood:
         t_min: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep the model and the settings."""
         check_part(model, ScoreModel, "model")
         self.model = model
         self.divergence = Hutchinson() if divergence is None else divergence
@@ -120,22 +120,22 @@ class ODELikelihood:
         return f"ODELikelihood({self.divergence!r}, {self.solver!r}, t_min={self.t_min:g})"
 
     def __call__(self, x: Tensor, *, generator: Generators = None, **cond: Any) -> ODELogLikelihood:
-        """Return the likelihood of data x (B, *D).
+        """Return the log-likelihood of data x (B, *D).
 
         Args:
-            x: the data, dequantized if they are discrete.
+            x: the data (B, *D), dequantized if discrete.
             generator: the source of the probes: one generator, one for each sample, or None.
-            cond: handed to the model.
+            cond: passed to the model.
 
         Raises:
-            ValueError: if x is not finite or outside the model's data_range, or the model's
-                prediction is not finite, naming the time.
+            ValueError: if x is not finite or outside the model's data_range, or a prediction is
+                not finite.
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
         check_finite(x)
         check_range(x, self.model)
-        # Tensors made in inference mode could not be differentiated, not even by x.
+        # Tensors created in inference mode cannot be differentiated, not even with respect to x.
         with torch.inference_mode(False), torch.no_grad():
             cond = {name: _ordinary(value) for name, value in cond.items()}
             return self._run(_ordinary(x), generator, cond)
@@ -152,7 +152,7 @@ class ODELikelihood:
             v, divergence = self.divergence(predict, x, fixed)
             return v, divergence / d
 
-        # Kept in nats per dimension, which is what the tolerance then means.
+        # In nats per dimension, the unit of the tolerance.
         volume = x.new_zeros(probes, len(x), dtype=schedule_dtype(x.device))
         (latent, volume), nfe = self.solver(
             self.model, evaluate, x, self.t_min, sde.T, (volume,), dtype
@@ -171,12 +171,12 @@ class ODELikelihood:
 
 
 def _ordinary(value: Any) -> Any:
-    """Copy a tensor that was made in inference mode; leave everything else as it is."""
+    """Return a copy of a tensor created in inference mode, and anything else unchanged."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _network_dtype(model: ScoreModel, x: Tensor) -> torch.dtype:
-    """Return the dtype of the model's parameters, else buffers, else of x; the SDE's apart."""
+    """Return the dtype of the model's parameters or buffers, without the SDE's, or else of x."""
     sde = model.sde
     own = (
         {id(p) for p in chain(sde.parameters(), sde.buffers())}

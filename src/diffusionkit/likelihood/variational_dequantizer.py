@@ -1,4 +1,4 @@
-"""Points in the bins of integers from a learned law: variational dequantization."""
+"""Variational dequantization: a learned distribution of points in the bins of integers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+from typing_extensions import override
 
 from .._checks import check_count
 from .._gaussian import normal_log_prob
 from .._schedules import exact
 from ..random import Generators, randn
 from .dequantization import Dequantizer
+from .flow.bijections import ActNorm, Bijection, ChannelMixing, total
 from .flow.conditioner import Conditioner
-from .flow.coupling import LogisticCoupling
-from .flow.gated import ActNorm, Bijection, ChannelMixing, total
+from .flow.logistic_coupling import LogisticCoupling
 
 
 class _Squash(NamedTuple):
-    """A function of the real line onto (0, 1), its inverse, and the log of its slope."""
+    """A map of the real line onto (0, 1), its inverse, and the log of its slope."""
 
     function: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
@@ -39,25 +40,25 @@ _SQUASH = {
 
 
 class VariationalDequantizer(Dequantizer):
-    r"""Points drawn by a flow that is conditioned on the image.
+    r"""Points in their bins, drawn by a normalizing flow conditioned on the image.
 
     .. math::
         \epsilon \sim N(0, I), \quad u = S(f(\epsilon; k)), \quad
         \log q(u \mid k) = \log N(\epsilon) - \log |\det f'| - \log S'
 
-    where f is `steps` times a scale and shift of each channel, a mixing of the channels and a
-    coupling by mixtures of logistics, whose networks see features of the image. x and log_prob
-    are differentiable functions of the parameters, so minimising the mean of
+    where f has `steps` steps of activation normalization, an invertible mixing of channels and a
+    mixture-of-logistics coupling conditioned on features of the image. x and log_prob are
+    differentiable in the parameters, so minimizing the mean of
 
         likelihood(drawn.x).nats + drawn.log_prob,  drawn = dequantizer(images)
 
-    tightens the bound on -log P(image); the model learns with it if its parameters are
-    optimised too. The first call in training mode sets the scales by its own draw: before
-    wrapping in DistributedDataParallel call once, so that all ranks start alike.
+    tightens the bound on -log P(image), and trains the model too if its parameters are optimized.
+    The first call in training mode initializes the scales from its own draw: call it once before
+    wrapping in DistributedDataParallel, so that all ranks start equal.
 
-    S is the sigmoid, as in the papers, or the distribution function of the normal law. An
-    untrained f is a rotation at most: with the normal law training starts from the uniform
-    dequantizer, with the sigmoid from one that costs 0.28 bits per dimension more.
+    S is the sigmoid, as in the papers, or the normal distribution function. An untrained f is at
+    most a rotation: with the normal function training starts at the uniform dequantizer, with the
+    sigmoid at one that costs 0.28 bits per dimension more.
 
     Args:
         channels: the number C of channels of images (B, C, \*spatial).
@@ -67,23 +68,23 @@ class VariationalDequantizer(Dequantizer):
         low: the lower end of the model's range.
         high: the upper end of the model's range.
         steps: the number of steps of the flow.
-        width: the number of channels inside the networks.
+        width: the number of hidden channels of the networks.
         components: the number of logistics in each mixture.
-        context_width: the number of features of the image at each position.
+        context_width: the number of image features at each position.
         blocks: the number of residual blocks of each network.
         heads: the number of heads of the attention after each block, a divisor of width; 0 for
-            no attention, whose cost grows with the square of the number of positions.
+            no attention, whose cost is quadratic in the number of positions.
         squash: the function S onto (0, 1), "sigmoid" or "normal".
         dtype: the dtype of x, torch's default dtype if None.
 
     Raises:
         ValueError: if a number is too small, dims is not 0, 1, 2 or 3, heads does not divide
-            width, or squash is unknown; and see `Dequantizer`.
+            width, or squash is unknown; see also `Dequantizer`.
         TypeError: if a number is not an integer.
 
     Source: Ho et al., Flow++: Improving Flow-Based Generative Models with Variational
-    Dequantization and Architecture Design, 2019, arXiv 1902.00275; with score models Song et
-    al., 2021, arXiv 2101.09258.
+    Dequantization and Architecture Design, 2019, arXiv 1902.00275; with score models: Song et
+    al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021, arXiv 2101.09258.
 
     >>> dequantizer = VariationalDequantizer(1, levels=17, width=8, components=2, heads=0)
     >>> images = torch.randint(17, (4, 1, 8, 8))
@@ -109,7 +110,6 @@ class VariationalDequantizer(Dequantizer):
         squash: Literal["sigmoid", "normal"] = "sigmoid",
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build the flow."""
         super().__init__(levels, low, high, dtype=dtype)
         sizes = {"channels": channels, "steps": steps, "width": width, "components": components,
                  "context_width": context_width, "blocks": blocks}  # fmt: skip
@@ -129,6 +129,7 @@ class VariationalDequantizer(Dequantizer):
         self.context = Conditioner(
             dims, channels, context_width, width=context_width, blocks=blocks, heads=0
         )
+        network = {"width": width, "blocks": blocks, "heads": heads}
         layers: list[Bijection] = []
         for step in range(steps):
             layers.append(ActNorm(channels))
@@ -136,26 +137,15 @@ class VariationalDequantizer(Dequantizer):
                 layers.append(ChannelMixing(channels))
             layers.append(
                 LogisticCoupling(
-                    dims,
-                    channels,
-                    context_width,
-                    parity=step % 2,
-                    components=components,
-                    width=width,
-                    blocks=blocks,
-                    heads=heads,
+                    dims, channels, context_width, parity=step % 2, components=components, **network
                 )
             )
         self.layers = nn.ModuleList(layers)
 
+    @override
     def noise(
         self, images: Tensor, *, generator: Generators = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
-        """Draw u (B, *D) from the flow, and log q(u | images) (B,).
-
-        Raises:
-            ValueError: if the images' shape does not fit channels and dims.
-        """
         context = self._features(images)
         shape = images.shape if self.dims else (*images.shape, 1)
         eps = randn(shape, generator=generator, device=images.device, dtype=self._dtype)
@@ -165,17 +155,17 @@ class VariationalDequantizer(Dequantizer):
     def log_prob_of(self, x: Tensor, images: Tensor) -> Tensor:
         """Return log q(x | images) (B,) of given points x (B, *D), by inverting the flow.
 
-        The position in a bin is a small difference: to see it well, hand in float64.
+        Pass float64: the position in a bin is a small difference.
 
         Raises:
-            ValueError: if a point does not lie in its image's bin, or a shape does not fit.
+            ValueError: if a point is not in its image's bin, or shapes do not match.
             TypeError: if the images are not integers or x is not a floating-point tensor.
         """
         k = self._integers(images)
         if x.shape != k.shape or bool((self.quantize(x) != k).any()):
             raise ValueError(
-                f"x: expected points in the bins of the images, {tuple(k.shape)}, got others, "
-                f"{tuple(x.shape)}"
+                f"x: expected points in the bins of the images, {tuple(k.shape)}, got points of "
+                f"shape {tuple(x.shape)} outside them"
             )
         context = self._features(k)
         u = self._position(x) - k
@@ -199,7 +189,7 @@ class VariationalDequantizer(Dequantizer):
         return features
 
     def _push(self, eps: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logit u (B, C, *D) of noise eps, and log q(u) (B,)."""
+        """Return S^-1(u) (B, C, *D) for noise eps, and log q(u) (B,)."""
         z, log_prob = eps, normal_log_prob(exact(eps), 1.0)
         for layer in self.layers:
             z, log_det = layer(z, context)

@@ -1,9 +1,9 @@
-"""How good samples are: features in, numbers out, streaming and mergeable over processes."""
+"""Sample quality metrics of features, streaming and mergeable across processes."""
 
-from ._features import gather
+from ._features import all_gather
 from .extract import extract_features, inception_features
 from .frechet import FeatureMoments, frechet_distance
-from .inception_score import InceptionScore, Score
+from .inception_score import InceptionScore, InceptionScoreResult
 from .kernel import KernelDistance, kernel_distance
 from .neighbors import PrecisionRecall, precision_recall
 from .quality import SampleQuality, evaluate_samples
@@ -12,14 +12,14 @@ from .shards import load_shards, sample_to_shards, to_uint8
 __all__ = [
     "FeatureMoments",
     "InceptionScore",
+    "InceptionScoreResult",
     "KernelDistance",
     "PrecisionRecall",
     "SampleQuality",
-    "Score",
+    "all_gather",
     "evaluate_samples",
     "extract_features",
     "frechet_distance",
-    "gather",
     "inception_features",
     "kernel_distance",
     "load_shards",

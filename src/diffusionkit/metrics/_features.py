@@ -1,4 +1,4 @@
-"""What the metrics share: checks of features, and what the processes put together."""
+"""Shared by the metrics: feature validation, and gathering across processes."""
 
 from __future__ import annotations
 
@@ -8,45 +8,41 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
+
+from .._distributed import gather_objects, is_distributed
 
 
 class Accumulator(Protocol):
-    """What is known of a stream of samples, and can be joined with what another knows."""
+    """Statistics of a stream of samples that can be merged with those of another stream."""
 
-    def merge(self, other: Any, /) -> None:
-        """Take in what another accumulator has seen."""
+    def merge(self, other: Any, /) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that is known, on the CPU."""
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Know what a state says, and nothing else."""
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
 
 
-Found = TypeVar("Found", bound=Tensor | Accumulator)
+Result = TypeVar("Result", bound=Tensor | Accumulator)
 
 
-def gather(found: Found) -> Found:
-    """Return what all processes of torch.distributed have found, the same on each of them.
+def all_gather(result: Result) -> Result:
+    """Return the combined results of all processes of torch.distributed, the same on each.
 
     Args:
-        found: features (n, d) or logits (n, C), of which n may differ between the processes: their
-            rows come back in the order of the ranks. Or `FeatureMoments` or an `InceptionScore`,
-            which stay as they are: the merged one is new. Without torch.distributed it is what
-            the process has.
+        result: features (n, d) or logits (n, C), whose rows are concatenated in rank order; n may
+            differ between processes. Or `FeatureMoments` or an `InceptionScore`, merged into a
+            new object. Without a process group, it is returned unchanged.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return found
-    everyone: list[Any] = [None] * dist.get_world_size()
-    if isinstance(found, Tensor):
-        dist.all_gather_object(everyone, found.detach().cpu())
-        return cast(Found, torch.cat(everyone).to(found.device))
-    dist.all_gather_object(everyone, found.state_dict())
-    total = type(found)()
-    total.load_state_dict(everyone[0])
-    for state in everyone[1:]:
-        other = type(found)()
+    if not is_distributed():
+        return result
+    if isinstance(result, Tensor):
+        rows = gather_objects(result.detach().cpu())
+        return cast(Result, torch.cat(rows).to(result.device))
+    first, *others = gather_objects(result.state_dict())
+    total = type(result)()
+    total.load_state_dict(first)
+    for state in others:
+        other = type(result)()
         other.load_state_dict(state)
         total.merge(other)
     return total
@@ -55,17 +51,15 @@ def gather(found: Found) -> Found:
 def check_features(x: Tensor, name: str, *, least: int = 1) -> None:
     """Raise unless x is floating-point, (n, d), finite, and n at least `least`.
 
-    Unlike the checks of states, this reads the values on every device: one bad row would spoil
-    a number that took hours.
+    Unlike the checks of states, this reads the values on every device: one bad row would ruin
+    a result that took hours.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape (n, d), got {type(x).__name__}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(
-            f"{name}: expected shape (n, d), one row for each sample, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape (n, d), one row per sample, got {tuple(x.shape)}")
     if len(x) < least:
         raise ValueError(f"{name}: expected at least {least} rows, got {len(x)}")
     bad = int((~torch.isfinite(x)).any(1).sum())
@@ -76,22 +70,22 @@ def check_features(x: Tensor, name: str, *, least: int = 1) -> None:
 
 
 def check_pair(real: Tensor, fake: Tensor, *, least: int) -> None:
-    """Raise unless real (m, d) and fake (n, d) are features of one kind, on one device."""
+    """Raise unless real (m, d) and fake (n, d) are valid features with the same d and device."""
     check_features(real, "real", least=least)
     if isinstance(fake, Tensor) and fake.device != real.device:
         raise ValueError(f"fake: expected the device of real, {real.device}, got {fake.device}")
     check_features(fake, "fake", least=least)
     if real.shape[1] != fake.shape[1]:
         raise ValueError(
-            f"fake: expected features of {real.shape[1]} dimensions as real's, got {fake.shape[1]}"
+            f"fake: expected {real.shape[1]} dimensions, as in real, got {fake.shape[1]}"
         )
 
 
 def from_numpy(x: Any) -> Any:
-    """Return an array of numpy as a tensor of its own, and anything else as it is."""
+    """Return a copy of a NumPy array as a tensor, and anything else unchanged."""
     return torch.tensor(x) if isinstance(x, np.ndarray) else x
 
 
 def double(x: Tensor) -> Tensor:
-    """Return values in float64, on the CPU where their device has none."""
+    """Return values in float64, on the CPU if their device does not support it."""
     return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)

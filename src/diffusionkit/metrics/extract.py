@@ -1,4 +1,4 @@
-"""Features of images, by any callable or by the standard Inception network."""
+"""Feature extraction with any callable or the standard Inception network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._checks import check_count
 from .._loops import Progress, evaluation_mode, with_progress
@@ -27,19 +28,19 @@ def extract_features(
     r"""Return the features of images, on the CPU, without gradients.
 
     Args:
-        images: a tensor (N, \*D), cut into batches, or batches that come one after another: a data
-            loader's, or `load_shards`'. Of a batch that is a tuple or a list, such as images and
-            labels, the first item is taken; batches of no images are passed over.
-        extractor: maps images (B, \*D) to features (B, d), or to a tuple of such, as
-            `inception_features` does; arrays of numpy will do. A module is in evaluation mode
-            meanwhile.
-        batch_size: the size of the batches of a tensor.
-        device: where the batches go, by default that of a module's first parameter.
-        progress: whether to show progress, or a wrapper of the batches that does.
+        images: a tensor (N, \*D), split into batches, or an iterable of batches, such as a data
+            loader or `load_shards`. If a batch is a tuple or list, such as images and labels, its
+            first item is used; empty batches are skipped.
+        extractor: maps images (B, \*D) to features (B, d) or a tuple of them, as
+            `inception_features` does; NumPy arrays are accepted. A module is put in evaluation
+            mode meanwhile.
+        batch_size: the batch size for a tensor.
+        device: the device of the batches, by default that of a module's first parameter.
+        progress: whether to show progress, or a function that wraps the batches and shows it.
 
     Raises:
-        ValueError: if there are no images, the features are not one row for each of them, or
-            their dimensions change between batches.
+        ValueError: if there are no images, the features do not have one row per image, or their
+            dimensions change between batches.
         TypeError: if a batch or a feature is not a tensor, or the extractor is not callable.
 
     >>> images = torch.randn(10, 3, 8, 8)
@@ -68,7 +69,7 @@ def extract_features(
             first, last = ([part.shape[1] for part in found[i]] for i in (0, -1))
             if last != first:
                 raise ValueError(
-                    f"extractor: expected features of {first} dimensions as before, got {last}"
+                    f"extractor: expected features of {first} dimensions, as before, got {last}"
                 )
     if not found:
         raise ValueError("images: expected at least one, got none")
@@ -77,17 +78,17 @@ def extract_features(
 
 
 def _parts(features: Sequence[Any], n: int) -> list[Tensor]:
-    """Return each of the features of n images, on the CPU, or raise unless they are (n, d)."""
+    """Return the features of n images on the CPU; raise unless each has shape (n, d)."""
     parts = [from_numpy(part) for part in features]
     for part in parts:
         if not isinstance(part, Tensor):
             raise TypeError(
-                "extractor: expected features, a tensor (B, d) or a tuple of such, "
+                "extractor: expected a tensor of features (B, d) or a tuple of them, "
                 f"got {type(part).__name__}"
             )
         if part.ndim != 2 or len(part) != n:
             raise ValueError(
-                f"extractor: expected features ({n}, d) for as many images, got {tuple(part.shape)}"
+                f"extractor: expected features ({n}, d) for {n} images, got {tuple(part.shape)}"
             )
     return [part.cpu() for part in parts]
 
@@ -97,24 +98,25 @@ class _Inception(nn.Module):
         super().__init__()
         self.network = network
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (B, 2048) and logits (B, 1008)."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                "images: expected uint8 (B, 3, H, W) from 0 to 255 (see to_uint8; one channel is "
-                f"repeated by .repeat(1, 3, 1, 1)), got {images.dtype} {tuple(images.shape)}"
+                "images: expected uint8 (B, 3, H, W) from 0 to 255 (see to_uint8; for one channel "
+                f"use .repeat(1, 3, 1, 1)), got {images.dtype} {tuple(images.shape)}"
             )
         features, logits = self.network(images)
         return features, logits
 
 
 def inception_features() -> nn.Module:
-    """Return the network of published FID, KID, Inception score, precision and recall.
+    """Return the network used for published FID, KID, Inception scores, precision and recall.
 
-    It is torch-fidelity's copy of the 2015 Inception network, which resizes images as the
-    original does; that package downloads its weights at the first use. Images (B, 3, H, W), uint8
-    from 0 to 255, become features (B, 2048) for the distances and for precision and recall, and
-    logits (B, 1008) for `InceptionScore`.
+    It is torch-fidelity's port of the 2015 Inception network, which resizes images as the
+    original does; that package downloads the weights on first use. It maps images (B, 3, H, W),
+    uint8 from 0 to 255, to features (B, 2048) for the distances and for precision and recall,
+    and logits (B, 1008) for `InceptionScore`.
 
     Raises:
         ImportError: if torch-fidelity is not installed.

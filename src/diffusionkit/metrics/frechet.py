@@ -1,4 +1,4 @@
-"""The Frechet distance of two sets of features, from moments that are kept while they stream."""
+"""The Frechet distance between two sets of features, from streaming moments."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 from ._features import check_features, double, from_numpy
 
-# What is in float64 at once: rows of features, and columns of the scatter matrix.
+# Block sizes of the float64 computation: rows of features, columns of the scatter matrix.
 _ROWS, _COLUMNS = 4096, 256
-# How far below zero, in parts of the largest eigenvalue, rounding may take a covariance's others.
+# The most negative eigenvalue attributed to rounding, relative to the largest.
 _NEGATIVE = 1e-3
 
 
 class FeatureMoments:
-    r"""The mean and the covariance of features, whose rows are not kept.
+    r"""The streaming mean and covariance of features.
 
     .. math::
         \mu = \frac{1}{n} \sum_i x_i, \qquad
         S = \frac{1}{n - 1} \sum_i (x_i - \mu)(x_i - \mu)^\top
 
-    in float64, each batch about its own mean, so that features far from zero lose nothing. Memory
-    is that of one (d, d) matrix, however many samples there are.
+    in float64. Batches are centered on their own means, so features far from zero lose no
+    precision. Memory is that of one (d, d) matrix, whatever the number of samples.
 
-    Source: the update by batches is Chan, Golub, LeVeque (1982), "Updating formulae and a pairwise
-    algorithm for computing sample variances".
+    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances, 1982.
 
     >>> moments = FeatureMoments()
     >>> for _ in range(10):
@@ -38,7 +38,6 @@ class FeatureMoments:
     """
 
     def __init__(self) -> None:
-        """Start with no samples."""
         self.count = 0
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # its upper triangle
@@ -51,7 +50,7 @@ class FeatureMoments:
         """The mean (d,).
 
         Raises:
-            ValueError: if there was no sample.
+            ValueError: if there are no samples.
         """
         self._need(1)
         return self._mean.clone()
@@ -61,17 +60,17 @@ class FeatureMoments:
         """The covariance (d, d), divided by n - 1.
 
         Raises:
-            ValueError: if there were fewer than two samples.
+            ValueError: if there are fewer than two samples.
         """
         self._need(2)
         upper = self._scatter.triu() / (self.count - 1)
         return upper + upper.triu(1).T
 
     def update(self, features: Tensor) -> None:
-        """Take in features (n, d).
+        """Add features (n, d).
 
         Raises:
-            ValueError: if they are not finite, or of another d than before.
+            ValueError: if they are not finite, or d differs from earlier calls.
             TypeError: if they are not a floating-point tensor.
         """
         check_features(features, "features")
@@ -85,11 +84,11 @@ class FeatureMoments:
                 self._scatter[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
 
     def merge(self, other: FeatureMoments) -> None:
-        """Take in the samples that another has seen.
+        """Add the samples of another accumulator.
 
         Raises:
-            ValueError: if their features have another d.
-            TypeError: if it is something else.
+            ValueError: if its features have a different d.
+            TypeError: if other is not FeatureMoments.
         """
         if not isinstance(other, FeatureMoments):
             raise TypeError(f"other: expected FeatureMoments, got {type(other).__name__}")
@@ -106,10 +105,10 @@ class FeatureMoments:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Restore the state returned by `state_dict`.
 
         Raises:
-            ValueError: if it is not one.
+            ValueError: if its entries or shapes are wrong.
         """
         if set(state) != {"count", "mean", "scatter"}:
             raise ValueError(f"state: expected count, mean and scatter, got {sorted(state)}")
@@ -123,16 +122,16 @@ class FeatureMoments:
 
     def _need(self, least: int) -> None:
         if self.count < least:
-            raise ValueError(f"expected at least {least} samples, got {self.count}")
+            raise ValueError(f"features: expected at least {least} samples, got {self.count}")
 
     def _shift(self, count: int, mean: Tensor) -> None:
-        """Take in the number and the mean of new samples, but for their scatter about it."""
+        """Add the number and mean of new samples, without their scatter about that mean."""
         if not self.count:
             self._mean = torch.zeros_like(mean)
             self._scatter = mean.new_zeros(len(mean), len(mean))
         if len(mean) != len(self._mean):
             raise ValueError(
-                f"features: expected {len(self._mean)} dimensions as before, got {len(mean)}"
+                f"features: expected {len(self._mean)} dimensions, as before, got {len(mean)}"
             )
         self._mean, self._scatter = self._mean.to(mean.device), self._scatter.to(mean.device)
         total = self.count + count
@@ -147,28 +146,28 @@ Gaussian: TypeAlias = FeatureMoments | Tensor | tuple[Array, Array]
 
 
 def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
-    r"""Return the Frechet distance of two sets of features, FID where they are Inception's.
+    r"""Return the Frechet distance between two sets of features, FID for Inception features.
 
     .. math::
         |\mu_1 - \mu_2|^2 + \operatorname{tr}\left(S_1 + S_2 - 2 (S_1 S_2)^{1/2}\right)
 
     The trace of the root is the sum of the singular values of :math:`L_1^\top L_2` with
-    :math:`S_i = L_i L_i^\top`. No complex number comes up, and covariances of any rank do, as
-    those of fewer samples than dimensions. It is biased upwards, by about 1 / n: compare numbers
-    of the same n only.
+    :math:`S_i = L_i L_i^\top`. No complex numbers arise, and covariances may have any rank, as
+    with fewer samples than dimensions. The bias is positive, of order 1 / n: compare only results
+    with equal n.
 
     Args:
         real: `FeatureMoments`, features (n, d), or a pair of a mean (d,) and a covariance (d, d),
-            as they are published for data sets; tensors, or arrays of numpy.
+            as published for data sets, as tensors or NumPy arrays.
         fake: likewise.
 
     Raises:
         ValueError: if dimensions differ, values are not finite, a covariance is not symmetric or
-            has an eigenvalue below zero by more than rounding, or there are fewer than two
-            samples.
+            has an eigenvalue too negative for rounding, or there are fewer than two samples.
         TypeError: if an argument is none of the three.
 
-    Source: Heusel et al. (2017), arXiv:1706.08500.
+    Source: Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+    Equilibrium, 2017, arXiv 1706.08500.
 
     >>> x = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
     >>> round(frechet_distance(x, x + 3), 6)
@@ -177,7 +176,9 @@ def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
     mean, covariance = _gaussian(real, "real")
     other_mean, other_covariance = (x.to(mean.device) for x in _gaussian(fake, "fake"))
     if len(mean) != len(other_mean):
-        raise ValueError(f"fake: expected {len(mean)} dimensions as real's, got {len(other_mean)}")
+        raise ValueError(
+            f"fake: expected {len(mean)} dimensions, as in real, got {len(other_mean)}"
+        )
     factor, other_factor = _factor(covariance, "real"), _factor(other_covariance, "fake")
     root = torch.linalg.svdvals(factor.T @ other_factor).sum()
     distance = (
@@ -185,7 +186,7 @@ def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
         + (covariance.diagonal() + other_covariance.diagonal()).sum()
         - 2 * root
     )
-    return max(float(distance), 0.0)  # rounding may take a zero below itself
+    return max(float(distance), 0.0)  # rounding may make a zero distance negative
 
 
 def _gaussian(x: Gaussian, name: str) -> tuple[Tensor, Tensor]:
@@ -223,10 +224,10 @@ def _gaussian(x: Gaussian, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _factor(covariance: Tensor, name: str) -> Tensor:
-    """Return L with L L^T = S: Cholesky's, or from eigenvectors where S is nearly singular.
+    """Return L with L L^T = S, by Cholesky or, if S is nearly singular, by eigendecomposition.
 
-    There Cholesky's last pivots are rounding, of which L would hold the roots. Eigenvalues a
-    little below zero are rounding too, of published covariances in reduced precision.
+    In that case the last Cholesky pivots are rounding errors, whose roots L would contain.
+    Slightly negative eigenvalues are rounding too, of covariances published in low precision.
     """
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(covariance)

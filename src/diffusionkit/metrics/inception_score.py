@@ -1,4 +1,4 @@
-"""The Inception score of what a classifier says of samples, kept while they stream."""
+"""The Inception score of class predictions, from streaming sums."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .._checks import check_count
 from ._features import check_features, double
 
 
-class Score(NamedTuple):
-    """A score over several parts of the samples.
+class InceptionScoreResult(NamedTuple):
+    """An Inception score averaged over splits of the samples.
 
     Args:
-        mean: of the parts.
-        std: between the parts, divided by their number less one; NaN for one part.
+        mean: the mean over the splits.
+        std: their sample standard deviation; NaN for one split.
     """
 
     mean: float
@@ -25,24 +25,24 @@ class Score(NamedTuple):
 
 
 class InceptionScore:
-    r"""How sure a classifier is of each sample, and how many classes it sees in all.
+    r"""The Inception score: confident predictions for each sample, diverse ones overall.
 
     .. math::
         \exp\left(E_x\, KL\left(p(y | x) \,\|\, E_x\, p(y | x)\right)\right)
 
-    between 1 and the number of classes, for each of several parts of the samples. They are dealt
-    out to the parts one after another, as their number need not be known: for samples in no
-    particular order that is as good as cutting them into runs, which is the published way.
+    It lies between 1 and the number of classes, and is computed for each of several splits.
+    Samples are assigned to splits in turn, so their number need not be known in advance. For
+    samples in random order this is equivalent to the contiguous splits of published scores.
 
     Args:
-        splits: the number of parts; published scores have 10, of 5,000 samples each. The score
-            grows with the size of the parts.
+        splits: the number of splits; published scores use 10 of 5,000 samples each. The score
+            grows with the size of a split.
 
     Raises:
         ValueError: if splits is not positive.
-        TypeError: if it is not an integer.
+        TypeError: if splits is not an integer.
 
-    Source: Salimans et al. (2016), arXiv:1606.03498.
+    Source: Salimans et al., Improved Techniques for Training GANs, 2016, arXiv 1606.03498.
 
     >>> score = InceptionScore(splits=1)
     >>> score.update(probs=torch.eye(4))
@@ -51,19 +51,18 @@ class InceptionScore:
     """
 
     def __init__(self, splits: int = 10) -> None:
-        """Start with no samples."""
         check_count(splits, "splits")
         self.splits, self.count = splits, 0
         self._probs = torch.zeros(splits, 0, dtype=torch.float64)
         self._negentropies = torch.zeros(splits, dtype=torch.float64)
 
     def update(self, *, probs: Tensor | None = None, logits: Tensor | None = None) -> None:
-        """Take in class probabilities or logits (n, C), one of the two.
+        """Add class probabilities or logits (n, C), one of the two.
 
         Raises:
-            ValueError: if they are not finite, C is another than before, or probabilities are
+            ValueError: if they are not finite, C differs from earlier calls, or probabilities are
                 negative or do not sum to one.
-            TypeError: unless exactly one is given, a floating-point tensor.
+            TypeError: unless exactly one is given, as a floating-point tensor.
         """
         if probs is not None and logits is None:
             check_features(probs, "probs")
@@ -71,7 +70,7 @@ class InceptionScore:
             wrong = (p < 0).any(1) | ((p.sum(1) - 1).abs() > 1e-3)
             if bool(wrong.any()):
                 raise ValueError(
-                    "probs: expected numbers >= 0 whose rows sum to 1, "
+                    "probs: expected nonnegative rows that sum to 1, "
                     f"got {int(wrong.sum())} of {len(p)} rows that do not"
                 )
             negentropies = torch.xlogy(p, p).sum(1)
@@ -81,7 +80,7 @@ class InceptionScore:
             p = log_p.exp()
             negentropies = (p * log_p).sum(1)
         else:
-            raise TypeError("expected either probs= or logits=")
+            raise TypeError("probs, logits: expected exactly one, got both or neither")
         self._prepare(p)
         part = (self.count + torch.arange(len(p), device=p.device)) % self.splits
         self._probs.index_add_(0, part, p)
@@ -89,11 +88,11 @@ class InceptionScore:
         self.count += len(p)
 
     def merge(self, other: InceptionScore) -> None:
-        """Take in the samples that another has seen, as if they came after one's own.
+        """Add the samples of another accumulator, as if they came after these.
 
         Raises:
-            ValueError: if it has other splits or classes.
-            TypeError: if it is something else.
+            ValueError: if its number of splits or classes differs.
+            TypeError: if other is not an InceptionScore.
         """
         if not isinstance(other, InceptionScore):
             raise TypeError(f"other: expected an InceptionScore, got {type(other).__name__}")
@@ -106,15 +105,15 @@ class InceptionScore:
             self._negentropies += other._negentropies.roll(shift).to(self._probs.device)
             self.count += other.count
 
-    def compute(self) -> Score:
-        """Return the mean over the splits and their standard deviation.
+    def compute(self) -> InceptionScoreResult:
+        """Return the mean and standard deviation over the splits.
 
         Raises:
             ValueError: if there are fewer samples than splits.
         """
         if self.count < self.splits:
             raise ValueError(
-                f"expected at least one sample for each of {self.splits} splits, got {self.count}"
+                f"samples: expected at least one for each of {self.splits} splits, got {self.count}"
             )
         part = torch.arange(self.splits, device=self._probs.device)
         counts = (self.count - part + self.splits - 1) // self.splits
@@ -122,10 +121,10 @@ class InceptionScore:
         gain = self._negentropies / counts - torch.xlogy(marginal, marginal).sum(1)
         scores = gain.exp()
         std = float(scores.std()) if self.splits > 1 else float("nan")
-        return Score(float(scores.mean()), std)
+        return InceptionScoreResult(float(scores.mean()), std)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the count and the sums of each split, on the CPU."""
+        """Return the count and the sums over each split, on the CPU."""
         return {
             "count": self.count,
             "probs": self._probs.cpu().clone(),
@@ -133,10 +132,10 @@ class InceptionScore:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, with its splits.
+        """Restore the state returned by `state_dict`, including the number of splits.
 
         Raises:
-            ValueError: if it is not one.
+            ValueError: if its entries or shapes are wrong.
         """
         if set(state) != {"count", "probs", "negentropies"}:
             raise ValueError(f"state: expected count, probs and negentropies, got {sorted(state)}")
@@ -150,12 +149,12 @@ class InceptionScore:
         self._probs, self._negentropies = probs.clone(), sums.clone()
 
     def _prepare(self, like: Tensor) -> None:
-        """Make room for classes as those of p (n, C), or check that they are as before."""
+        """Allocate sums for the classes of p (n, C), or check that C is unchanged."""
         if not self.count:
             self._probs = like.new_zeros(self.splits, like.shape[1])
         if like.shape[1] != self._probs.shape[1]:
             raise ValueError(
-                f"expected {self._probs.shape[1]} classes as before, got {like.shape[1]}"
+                f"classes: expected {self._probs.shape[1]}, as before, got {like.shape[1]}"
             )
         self._probs = self._probs.to(like.device)
         self._negentropies = self._negentropies.to(like.device)

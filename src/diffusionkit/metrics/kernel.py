@@ -1,4 +1,4 @@
-"""The kernel distance of two sets of features, unbiased and with its standard error."""
+"""The kernel distance between two sets of features, unbiased and with a standard error."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ._features import check_pair, double
 
-_BLOCK = 2048  # rows whose kernel values are in memory at once
+_BLOCK = 2048  # rows per block of kernel values
 
 
 class KernelDistance(NamedTuple):
     """A squared maximum mean discrepancy.
 
     Args:
-        value: the estimate; it is unbiased, and so may be below zero.
-        stderr: its standard error: how far other samples of the same sizes would take it.
+        value: the estimate; it is unbiased, so it may be negative.
+        stderr: its standard error over samples of the same sizes.
     """
 
     value: float
@@ -26,16 +26,16 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
-    r"""Return the kernel distance of two sets of features, KID where they are Inception's.
+    r"""Return the kernel distance between two sets of features, KID for Inception features.
 
     .. math::
         \frac{1}{m(m-1)} \sum_{i \ne j} k(x_i, x_j) + \frac{1}{n(n-1)} \sum_{i \ne j} k(y_i, y_j)
         - \frac{2}{m n} \sum_{i, j} k(x_i, y_j),
         \qquad k(x, y) = \left(\frac{x^\top y}{d} + 1\right)^3
 
-    over all pairs, in float64 and by blocks: memory grows with m + n only, time with their square.
-    The mean over 100 random subsets of 1,000, in which it is often quoted, estimates the same
-    number with more noise, and the spread of those subsets is not the error of their mean.
+    over all pairs, in float64 and by blocks: memory is linear and time quadratic in m + n. The
+    often quoted mean over 100 random subsets of 1,000 estimates the same number with more noise,
+    and the spread of those subsets is not the standard error of their mean.
 
     The standard error is the root of the first two terms of Hoeffding's decomposition,
 
@@ -46,9 +46,9 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
         V_1 = \frac{4}{m} \operatorname{Var} a + \frac{4}{n} \operatorname{Var} b - 2 V_2,
 
     :math:`a_i = \bar k(x_i, X) - \bar k(x_i, Y)`, :math:`b_j` likewise, and :math:`\tau` the
-    variances of kernel values without the means of their rows and columns. So it holds for sets of
-    one law too, where :math:`V_1` is zero. Its estimate is cut at zero, which makes the error of
-    such sets larger than their spread: by 1.4 for features of one dimension, 1.2 for ten.
+    variances of kernel values after subtracting row and column means. So it also holds for equal
+    distributions, where :math:`V_1` is zero. The estimate of :math:`V_1` is clipped at zero, so
+    there the error is too large: by a factor of 1.4 in one dimension, 1.2 in ten.
 
     Args:
         real: features (m, d).
@@ -58,7 +58,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
         ValueError: if there are fewer than two rows, dimensions differ, or values are not finite.
         TypeError: if features are not floating-point tensors.
 
-    Source: Binkowski et al. (2018), arXiv:1801.01401.
+    Source: Binkowski et al., Demystifying MMD GANs, 2018, arXiv 1801.01401.
 
     >>> distance = kernel_distance(torch.randn(200, 4), torch.randn(200, 4) + 1)
     >>> distance.value > 5 * distance.stderr
@@ -78,7 +78,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
     rest_y = y_squares / pairs_y - means[1] ** 2 - 2 * y.var()
     rest_xy = squares / pairs_xy - means[2] ** 2 - rows.var() - columns.var()
     second = 2 * (rest_x / pairs_x + rest_y / pairs_y) + 4 * rest_xy / pairs_xy
-    # The variances of the means hold the second term twice.
+    # The variances of the means contain the second term twice.
     first = 4 * ((x - rows).var() / m + (y - columns).var() / n) - 2 * second
     return KernelDistance(float(value), math.sqrt(max(float(first), 0.0) + float(second)))
 
@@ -89,7 +89,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _within(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of k(x_i, x_j) over j other than i (n,), and of all their squares."""
+    """Return the sums of k(x_i, x_j) over j != i, (n,), and the sum of all their squares."""
     parts = torch.split(x, _BLOCK)
     sums = [double(part).new_zeros(len(part)) for part in parts]
     squares = sums[0].new_zeros(())
@@ -106,7 +106,7 @@ def _within(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _between(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of k(x_i, y_j) over j (m,), over i (n,), and of all their squares."""
+    """Return the sums of k(x_i, y_j) over j, (m,), and i, (n,), and of all their squares."""
     rows, columns = [], double(y).new_zeros(len(y))
     squares = columns.new_zeros(())
     for part in torch.split(x, _BLOCK):

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: what the nearest neighbours of features say."""
+"""Precision, recall, density and coverage, from nearest neighbors of features."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from .._checks import check_count
 from ._features import check_pair, double
 
-_BLOCK = 2048  # rows whose distances are in memory at once
+_BLOCK = 2048  # rows per block of distances
 
 
 class PrecisionRecall(NamedTuple):
-    """How two sets of features lie among each other.
+    """Overlap of two sets of features.
 
     Args:
-        precision: the share of generated samples within the ball of any real one.
-        recall: the share of real samples within the ball of any generated one.
-        density: in how many balls of real samples a generated one lies, divided by k, on average;
-            it may exceed 1.
-        coverage: the share of real samples with a generated one within their ball.
+        precision: the fraction of generated samples within the ball of any real sample.
+        recall: the fraction of real samples within the ball of any generated sample.
+        density: the mean number of real samples' balls that contain a generated sample, divided
+            by k; it may exceed 1.
+        coverage: the fraction of real samples with a generated sample in their ball.
     """
 
     precision: float
@@ -34,25 +34,27 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionRecall:
     r"""Return improved precision and recall, density and coverage.
 
-    The ball of a sample reaches, its border included, to the k-th nearest other sample of its own
-    set. Distances are by blocks in float64; those too close to a radius for a matrix product to
-    tell are computed from differences, so that copies and ties count as such. Memory is that of
-    the features and a few blocks, whatever n is.
+    The closed ball of a sample extends to its k-th nearest neighbor in its own set. Distances are
+    computed by blocks in float64. If a distance from a matrix product is too close to a radius to
+    decide, it is recomputed from differences, so that copies and ties are exact. Memory is that
+    of the features and a few blocks, for any n.
 
-    All four depend on k and on the numbers of samples: compare numbers of the same settings only.
-    Published ones use k = 3 for precision and recall, k = 5 for density and coverage.
+    All four depend on k and the numbers of samples: compare only results with equal settings.
+    Published results use k = 3 for precision and recall, k = 5 for density and coverage.
 
     Args:
         real: features (m, d).
         fake: features (n, d).
-        k: which neighbour.
+        k: the neighbor that sets the radius.
 
     Raises:
         ValueError: if a set has fewer than k + 1 rows, dimensions differ, or values are not finite.
         TypeError: if features are not floating-point tensors, or k is not an integer.
 
-    Source: Kynkaanniemi et al. (2019), arXiv:1904.06991; Naeem et al. (2020), arXiv:2002.09797,
-    whose released code leaves the border out, which differs where there are ties alone.
+    Source: Kynkaanniemi et al., Improved Precision and Recall Metric for Assessing Generative
+    Models, 2019, arXiv 1904.06991; Naeem et al., Reliable Fidelity and Diversity Metrics for
+    Generative Models, 2020, arXiv 2002.09797, whose released code uses open balls, which differ
+    only at ties.
 
     >>> real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     >>> precision_recall(real, real + 1.5, k=1)
@@ -104,7 +106,7 @@ def _exact(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _within(distances: Tensor, radii: Tensor, x: Tensor, y: Tensor, error: Tensor) -> Tensor:
-    """Return which squared distances (m, n) are at most the radii, (m, 1) or (1, n)."""
+    """Return the mask (m, n) of squared distances up to the squared radii (m, 1) or (1, n)."""
     inside = distances <= radii
     doubtful = ((distances - radii).abs() <= error).nonzero()
     for i, j in _blocks(doubtful[:, 0], doubtful[:, 1]):
@@ -113,7 +115,7 @@ def _within(distances: Tensor, radii: Tensor, x: Tensor, y: Tensor, error: Tenso
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Return the squared distances to the k-th nearest other row (n,)."""
+    """Return the squared distances to the k-th nearest other rows, (n,)."""
     found = []
     for start in range(0, len(features), _BLOCK):
         x = double(features[start : start + _BLOCK])

@@ -1,4 +1,4 @@
-"""All numbers of the quality of samples at once."""
+"""All sample quality metrics at once."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from torch import Tensor
 from .._checks import check_count
 from ._features import check_pair
 from .frechet import frechet_distance
-from .inception_score import InceptionScore, Score
+from .inception_score import InceptionScore, InceptionScoreResult
 from .kernel import KernelDistance, kernel_distance
 from .neighbors import PrecisionRecall, precision_recall
 
 
 @dataclass(frozen=True, slots=True)
 class SampleQuality:
-    """The quality of samples; `dataclasses.asdict` makes it a dictionary for a log.
+    """Sample quality metrics; `dataclasses.asdict` returns them as a dictionary for logging.
 
     Args:
         frechet: the Frechet distance.
         kernel: the kernel distance and its standard error.
         neighbors: precision, recall, density and coverage.
-        inception_score: the score and its deviation over the splits, None without logits.
+        inception_score: the score and its standard deviation over splits, None without logits.
         real: the number of real samples.
-        fake: the number of generated ones.
+        fake: the number of generated samples.
     """
 
     frechet: float
     kernel: KernelDistance
     neighbors: PrecisionRecall
-    inception_score: Score | None
+    inception_score: InceptionScoreResult | None
     real: int
     fake: int
 
     def __str__(self) -> str:
-        """Return one line for each number."""
         rows = [
             ("Frechet distance", f"{self.frechet:.4f}"),
             ("kernel distance", f"{self.kernel.value:.6f} +- {self.kernel.stderr:.6f}"),
@@ -44,26 +43,26 @@ class SampleQuality:
         if self.inception_score is not None:
             mean, std = self.inception_score
             rows.append(("Inception score", f"{mean:.4f} +- {std:.4f}"))
-        rows.append(("samples", f"{self.fake} against {self.real} real ones"))
+        rows.append(("samples", f"{self.fake} generated, {self.real} real"))
         return "\n".join(f"{name:<17}{value}" for name, value in rows)
 
 
 def evaluate_samples(
     real: Tensor, fake: Tensor, *, k: int = 3, logits: Tensor | None = None, splits: int = 10
 ) -> SampleQuality:
-    """Return all numbers of the quality of samples.
+    """Return all sample quality metrics.
 
     Args:
-        real: features (m, d) of real samples, as `extract_features` returns them; `gather` puts
-            those of several processes together.
+        real: features (m, d) of real samples, as returned by `extract_features`; use `all_gather`
+            to combine those of several processes.
         fake: features (n, d) of generated samples.
-        k: which neighbour `precision_recall` takes.
-        logits: of a classifier of the generated samples (n, C), for the `InceptionScore`.
-        splits: the parts of which the score has a standard deviation.
+        k: the neighbor used by `precision_recall`.
+        logits: a classifier's logits (n, C) of the generated samples, for `InceptionScore`.
+        splits: the number of splits for the Inception score.
 
     Raises:
-        ValueError: if a set has fewer than k + 1 rows, or fewer logits than splits, shapes do not
-            fit, or values are not finite.
+        ValueError: if a set has fewer than k + 1 rows, there are fewer logits than splits, shapes
+            do not match, or values are not finite.
         TypeError: if features or logits are not floating-point tensors.
 
     >>> x, y = torch.randn(2, 500, 8)
@@ -78,9 +77,7 @@ def evaluate_samples(
         scores = InceptionScore(splits)
         scores.update(logits=logits)
         if len(logits) != len(fake):
-            raise ValueError(
-                f"logits: expected {len(fake)} rows as fake's features, got {len(logits)}"
-            )
+            raise ValueError(f"logits: expected {len(fake)} rows, as in fake, got {len(logits)}")
         score = scores.compute()
     return SampleQuality(
         frechet=frechet_distance(real, fake),

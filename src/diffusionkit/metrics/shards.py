@@ -1,4 +1,4 @@
-"""Many samples in files: shared out over processes, resumable, each sample with its own seed."""
+"""Samples in files: distributed over processes, resumable, with one seed per sample."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from .._checks import check_count, check_number, check_state
+from .._distributed import barrier, rank_and_world_size
 from .._files import atomic_write
 from .._loops import Progress, with_progress
 from ..random import seeded
@@ -23,22 +23,21 @@ SETTINGS = "settings.json"
 
 
 def to_uint8(x: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    r"""Return samples as images of 8 bits, rounded to the nearest level.
+    r"""Return samples as 8-bit images, rounded to the nearest level.
 
     .. math::
         \operatorname{round}\left(255\, \frac{x - low}{high - low}\right)
 
-    so that images which went to the range by 255 levels come back as they were, which truncating
-    would not do; so do those put at the centres of 256 intervals of it. What is beyond the
-    range becomes its end.
+    This recovers images scaled by k / 255, unlike truncation, and those at the centers
+    (k + 1/2) / 256. Values outside the range are clamped.
 
     Args:
         x: samples (B, \*D).
         data_range: the values of black and white.
 
     Raises:
-        ValueError: if x is not finite, or the range is not low < high.
-        TypeError: if x is not a floating-point tensor, or the range not a pair of numbers.
+        ValueError: if x is not finite, or data_range is not low < high.
+        TypeError: if x is not a floating-point tensor, or data_range not a pair of numbers.
 
     >>> to_uint8(torch.tensor([[-1.0, 0.0, 0.999, 1.2]]))
     tensor([[  0, 128, 255, 255]], dtype=torch.uint8)
@@ -65,34 +64,33 @@ def sample_to_shards(
     world_size: int | None = None,
     progress: Progress = True,
 ) -> None:
-    r"""Draw samples and keep them as images of 8 bits, one .npy file (n, \*D) for each batch.
+    r"""Draw samples and save them as 8-bit images, one .npy file (n, \*D) per batch.
 
-    Sample i has a generator of its own, which depends on the seed and on i alone: neither the size
-    of the batches nor the number of processes changes it. Files are written whole or not at all,
-    and those that are there are left alone, so a run that was stopped goes on, with another
-    number of processes if need be, or to a larger count.
+    Sample i has its own generator, which depends only on the seed and i, not on the batch size or
+    the number of processes. Files are written atomically and existing ones are kept, so an
+    interrupted run can be resumed, also with another number of processes or a larger count.
 
     Args:
-        draw: returns n samples (n, \*D) from n generators, one for each of them, for example
+        draw: returns n samples (n, \*D) from n generators, one per sample, for example
             ``lambda n, generators: sampler((n, 3, 32, 32), generator=generators)``.
-        count: the number of samples in all. A run into a folder of fewer adds the others; into a
-            folder of more it is refused, as `load_shards` would return those too.
-        directory: the folder of the files; it is made.
-        batch_size: how many samples are drawn at once.
-        seed: of everything that is random.
+        count: the total number of samples. If the folder has fewer, the others are added; if it
+            has more, an error is raised, as `load_shards` would return those too.
+        directory: the folder of the files, created if missing.
+        batch_size: the number of samples drawn at once.
+        seed: the random seed.
         data_range: the values of black and white in the samples; see `to_uint8`.
-        settings: what else distinguishes the run, such as the checkpoint's name and the number
-            of steps: anything that JSON can express. It is kept, and a run into the same folder
-            with other settings is refused.
-        rank: which of the processes this is, by default the one of torch.distributed.
-        world_size: how many there are.
-        progress: whether to show progress, or a wrapper of the batches that does.
+        settings: other settings that identify the run, such as the checkpoint and the number of
+            steps, as JSON values. They are saved, and a later run in the same folder must have
+            the same.
+        rank: the index of this process, by default its rank in torch.distributed.
+        world_size: the number of processes.
+        progress: whether to show progress, or a function that wraps the batches and shows it.
 
     Raises:
-        ValueError: if the folder has samples of other settings or more of them, numbers do not
-            fit, or samples are not n, or not finite.
-        TypeError: if a number is not one, the range is not a pair, settings are no mapping that
-            JSON can express, or draw returns no floating-point tensor.
+        ValueError: if the folder has samples with other settings or more samples, a number is out
+            of range, or samples are not finite or have the wrong shape.
+        TypeError: if an argument has the wrong type, settings cannot be written as JSON, or draw
+            does not return a floating-point tensor.
 
     >>> import tempfile
     >>> draw = lambda n, generators: torch.stack([torch.rand(3, 8, 8, generator=g)
@@ -107,11 +105,7 @@ def sample_to_shards(
     check_count(count, "count")
     check_count(batch_size, "batch_size")
     check_count(seed, "seed", least=0)
-    shared = dist.is_available() and dist.is_initialized()
-    if world_size is None:
-        world_size = dist.get_world_size() if shared else 1
-    if rank is None:
-        rank = dist.get_rank() if shared else 0
+    rank, world_size = rank_and_world_size(rank, world_size)
     check_count(world_size, "world_size")
     check_count(rank, "rank", least=0)
     if rank >= world_size:
@@ -139,18 +133,17 @@ def sample_to_shards(
             got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
             raise ValueError(f"draw: expected {n} samples ({n}, *D), got {got}")
         atomic_write(file, partial(_save, to_uint8(samples, data_range)))
-    if shared:
-        dist.barrier()  # whoever returns may load them all
+    barrier()  # so that every process can load all files on return
 
 
 def load_shards(directory: str | Path) -> Iterator[Tensor]:
-    r"""Return the images (n, \*D), uint8, of every file of `sample_to_shards`, in order.
+    r"""Return the images (n, \*D), uint8, of each file of `sample_to_shards`, in order.
 
-    ``torch.cat(list(load_shards(directory)))`` is all of them at once.
+    ``torch.cat(list(load_shards(directory)))`` returns them in one tensor.
 
     Raises:
         FileNotFoundError: if the folder has no samples.
-        ValueError: if some are missing, as those of a run that has not ended.
+        ValueError: if files are missing or truncated, as after an interrupted run.
     """
     folder = Path(directory)
     about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -158,8 +151,8 @@ def load_shards(directory: str | Path) -> Iterator[Tensor]:
     missing = [file.name for file, start, stop in shards if not _kept(file, stop - start)]
     if missing:
         raise ValueError(
-            f"{folder}: expected {len(shards)} files, {len(missing)} are missing or cut short, "
-            f"first {missing[0]}; sample_to_shards with the same settings goes on"
+            f"directory: expected {len(shards)} complete files in {folder}, got {len(missing)} "
+            f"missing or truncated, first {missing[0]}; resume with sample_to_shards"
         )
     return (torch.from_numpy(np.load(file)) for file, _, _ in shards)
 
@@ -178,26 +171,26 @@ def _range(data_range: tuple[float, float]) -> list[float]:
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:
-    """Return settings as they come back from JSON."""
+    """Return settings after a round trip through JSON."""
     if not isinstance(settings, Mapping):
         raise TypeError(f"settings: expected a mapping, got {type(settings).__name__}")
     try:
         return json.loads(json.dumps(dict(settings), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"settings: expected what JSON can express, got {settings}") from error
+        raise TypeError(f"settings: expected JSON values, got {settings}") from error
 
 
 def _keep_settings(folder: Path, about: dict[str, Any]) -> None:
-    """Write the settings, or check that the files that are there have the same, and are no more."""
+    """Write the settings, or check that existing files have the same ones and are not more."""
     file = folder / SETTINGS
     kept = about | {"count": 0}
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf-8"))
     if about | {"count": kept.get("count")} != kept:
-        raise ValueError(f"{folder}: expected samples of the settings {about}, got those of {kept}")
+        raise ValueError(f"settings: expected {kept}, as saved in {folder}, got {about}")
     if kept["count"] > about["count"]:
         raise ValueError(
-            f"count: expected at least {kept['count']}, as many as {folder} is for, "
+            f"count: expected at least the {kept['count']} samples of {folder}, "
             f"got {about['count']}"
         )
     if kept["count"] < about["count"]:
@@ -218,7 +211,7 @@ def _shards(folder: Path, count: int, batch_size: int) -> Iterator[tuple[Path, i
 
 
 def _kept(file: Path, n: int) -> bool:
-    """Whether there is a file of n images, and the whole of it."""
+    """Whether a file has all of its n images."""
     try:
         images = np.load(file, mmap_mode="r")
     except (OSError, EOFError, ValueError):

@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_number
+from .._distributed import gather_rows
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand
-from ._gather import gathered
 
 
 def _steps(sde: ForwardSDE) -> int:
@@ -156,7 +156,7 @@ class LossSecondMomentTimes(TimeSampler):
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Record the losses (n,) at times (n,) in place of the oldest ones of their steps."""
         dtype = torch.promote_types(loss.dtype, torch.float32)  # float16 cannot index all steps
-        pairs = gathered(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
+        pairs = gather_rows(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
         steps = len(self._counts)
         for time, value in pairs[torch.isfinite(pairs).all(1)].tolist():
             i = round(time * steps / self._T) - 1

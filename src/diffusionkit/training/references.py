@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 from .._checks import check_count
+from .._distributed import rank_and_world_size
 from ..random import seeded
 
 
@@ -70,11 +70,7 @@ class ReferenceBatches:
                 "dataset: expected a map-style data set with a length, "
                 f"got {type(dataset).__name__}"
             )
-        shared = dist.is_available() and dist.is_initialized()
-        if world_size is None:
-            world_size = dist.get_world_size() if shared else 1
-        if rank is None:
-            rank = dist.get_rank() if shared else 0
+        rank, world_size = rank_and_world_size(rank, world_size)
         check_count(batch_size, "batch_size")
         check_count(reference_size, "reference_size")
         check_count(world_size, "world_size")

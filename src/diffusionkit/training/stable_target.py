@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_reference, readable
+from .._distributed import gather_rows
 from .._schedules import exact
 from ..interfaces import Perturbed, Prediction, TargetEstimator
 from ..models.oracles import softmax_mean
-from ._gather import gathered
 
 Source: TypeAlias = Literal["inside", "outside", "added"]
 # A block of references (m, D) minus their mean, its logits (B, m), which are 0 at the source, and
@@ -117,9 +117,9 @@ class StableTarget(TargetEstimator):
         check_reference(reference, sample.x0)
         _check_labels(class_labels, reference_class_labels, sample.x0, reference)
         if self.gather:
-            reference = gathered(reference)
+            reference = gather_rows(reference)
             reference_class_labels = (
-                None if reference_class_labels is None else gathered(reference_class_labels)
+                None if reference_class_labels is None else gather_rows(reference_class_labels)
             )
         offset = self._offset(sample, reference, class_labels, reference_class_labels)
         ratio = _ratio(sample).view(-1, *(1,) * (sample.x.ndim - 1))

@@ -24,8 +24,7 @@ def times_and_weights(
         dtype = torch.promote_types(x0.dtype, torch.float32)
         return sampler.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
     check_times(t, sde.T, len(x0), x0)
-    # A view drops the floats that a sampler's time carries, so that parts get tensors (B,).
-    return t.view_as(t), torch.ones_like(t)
+    return t, torch.ones_like(t)
 
 
 def _stratified(

@@ -1,1 +1,1 @@
-"""The parts of a conditional flow: each maps (z, context) one to one, with its log-determinant."""
+"""Layers of a conditional normalizing flow: invertible maps of z given a context."""

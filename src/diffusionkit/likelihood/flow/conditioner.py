@@ -1,4 +1,4 @@
-"""The networks that say how a flow moves its state: gated convolutions and attention."""
+"""The networks that condition a flow: gated convolutions and attention."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def conv(dims: int, inputs: int, outputs: int, size: int = 3) -> nn.Module:
-    """Return a convolution over `dims` spatial dimensions that keeps their sizes.
+    """Return a convolution over `dims` spatial dimensions that preserves their sizes.
 
-    Vectors, dims = 0, are feature maps of one position: their convolution is a linear layer.
+    Vectors, dims = 0, are feature maps with one position: the convolution is a linear layer.
     """
     size = size if dims else 1
     return _CONVOLUTIONS[dims](inputs, outputs, size, padding=size // 2)
 
 
 class GatedBlock(nn.Module):
-    """A residual block of two convolutions whose result passes a learned gate.
+    """A residual block of two convolutions and a gated linear unit.
 
     Args:
         dims: the number of spatial dimensions.
@@ -30,12 +31,12 @@ class GatedBlock(nn.Module):
     """
 
     def __init__(self, dims: int, width: int) -> None:
-        """Build the layers."""
         super().__init__()
         self.norm = nn.GroupNorm(1, width)
         self.conv_1 = conv(dims, width, width)
         self.conv_2 = conv(dims, width, 2 * width)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to a feature map (B, width, *D)."""
         h = F.silu(self.conv_1(F.silu(self.norm(x))))
@@ -52,13 +53,13 @@ class Attention(nn.Module):
     """
 
     def __init__(self, dims: int, width: int, heads: int) -> None:
-        """Build the layers."""
         super().__init__()
         self.heads = heads
         self.norm = nn.GroupNorm(1, width)
         self.qkv = conv(dims, width, 3 * width, 1)
         self.out = conv(dims, width, width, 1)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to a feature map (B, width, *D)."""
         pattern = "b (three heads c) ... -> three b heads (...) c"
@@ -76,15 +77,14 @@ class Conditioner(nn.Module):
         dims: the number of spatial dimensions.
         inputs: the number of input channels.
         outputs: the number of output channels.
-        width: the number of channels inside.
+        width: the number of hidden channels.
         blocks: the number of gated blocks.
-        heads: the number of heads of the attention after each block, 0 for no attention.
+        heads: the number of attention heads after each block, 0 for no attention.
     """
 
     def __init__(
         self, dims: int, inputs: int, outputs: int, *, width: int, blocks: int, heads: int
     ) -> None:
-        """Build the layers."""
         super().__init__()
         self.first = conv(dims, inputs, width)
         self.blocks = nn.Sequential()
@@ -95,8 +95,9 @@ class Conditioner(nn.Module):
         self.norm = nn.GroupNorm(1, width)
         self.last = conv(dims, width, outputs)
 
+    @override
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return (B, outputs, *D) for inputs (B, *, *D), joined along the channels."""
+        """Return (B, outputs, *D) for inputs (B, *, *D), concatenated along the channels."""
         h = self.blocks(self.first(torch.cat(inputs, dim=1)))
         out: Tensor = self.last(F.silu(self.norm(h)))
         return out

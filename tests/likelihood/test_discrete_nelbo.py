@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit import (
     VESDE,
@@ -18,7 +19,7 @@ from diffusionkit.likelihood.discrete_nelbo import DiscreteNELBO, variance_minim
 from diffusionkit.networks import MLP
 from diffusionkit.sde.learned import LearnedSDE, LogSNRSDE
 
-# Nats per dimension for standard normal data and the exact score, gamma from -13.3 to 5, with 40
+# Nats per dimension for standard normal data and the exact score, gamma from -13.3 to 5, to 40
 # digits by other code.
 L_INF = 6.646643163001345
 L_STEPS = {10: 17.707851893055114, 100: 7.24379287583708, 1000: 6.703246331847182}
@@ -29,22 +30,18 @@ def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def seed(n=0):
-    return torch.Generator().manual_seed(n)
-
-
 def variance(log_snr):
-    """The mean squared error of the best guess at the noise, for standard normal data."""
+    """The minimum mean squared error of the noise, for standard normal data."""
     return torch.sigmoid(log_snr)
 
 
 class Peeking(ScoreModel):
-    """Knows the data, and errs by exactly what the exact model of N(0, 1) does on average."""
+    """Predicts from the data, with exactly the mean squared error of the exact model of N(0, 1)."""
 
     def __init__(self, sde, x0) -> None:
         super().__init__()
         self.sde, self.x0 = sde, x0
-        self.exact = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))  # says the dtype
+        self.exact = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))  # sets the dtype
         self.times = None
 
     def predict(self, x, t, **cond):
@@ -59,18 +56,18 @@ def bound_of(sde, n, parts=(3, -1.0, 1.0), level=1, **options):
     decoder = LevelDecoder(*parts)
     images = torch.full((n, 1), level)
     model = Peeking(sde, decoder.encode(images, dtype=torch.float64))
-    return DiscreteNELBO(model, decoder, **options)(images, generator=seed()), model
+    return DiscreteNELBO(model, decoder, **options)(images, generator=seeded()), model
 
 
 @pytest.mark.parametrize("steps", L_STEPS)
-def test_chain_of_steps(steps) -> None:
-    """Stratified times meet each step once, so that the mean is the sum over steps."""
+def test_a_chain_of_steps(steps) -> None:
+    """Evenly spaced times visit each step once, so the mean is the sum over steps."""
     bound, _ = bound_of(LogSNRSDE(), steps, steps=steps)
     assert float(bound.diffusion.detach().mean()) == pytest.approx(L_STEPS[steps], rel=1e-9)
     assert L_STEPS[steps] > L_INF
 
 
-def test_chain_tends_to_continuous_time_like_its_step() -> None:
+def test_a_chain_converges_to_continuous_time_at_first_order() -> None:
     gaps = []
     for steps in (1000, 2000, 4000):
         bound, _ = bound_of(LogSNRSDE(), steps, steps=steps)
@@ -88,13 +85,13 @@ def test_continuous_time() -> None:
     torch.testing.assert_close(spacing, torch.full_like(spacing, 1 / 4000), rtol=1e-6, atol=0)
 
 
-def test_every_process_in_its_own_time(sde) -> None:
+def test_the_diffusion_term_of_every_process(sde) -> None:
     bound, model = bound_of(sde, 200)
     t, span = model.times, sde.T - sde.t_min
     h = 1e-3 * t.clamp_max(sde.T - t)
     slope = (sde.log_snr(t - h) - sde.log_snr(t + h)) / (2 * h)
     expected = 0.5 * span * slope * variance(sde.log_snr(t))
-    # The chain's slope jumps at its thousand steps, a few of which lie within h.
+    # The slope of the chain jumps at its thousand steps, a few of which are within h.
     off = (bound.diffusion.detach() / expected - 1).abs()
     assert off.median() < 1e-3
     assert off.max() < (0.5 if hasattr(sde, "betas") else 1e-3)
@@ -105,22 +102,22 @@ def test_every_process_in_its_own_time(sde) -> None:
 
 
 @pytest.mark.parametrize(("x", "parts"), [(0.0, (3, -1.0, 1.0)), (1.0, (3, -0.5, 2.5))])
-def test_prior(x, parts) -> None:
+def test_prior_term(x, parts) -> None:
     bound, model = bound_of(LogSNRSDE(), 2, parts)
     assert float(model.x0[0]) == x
     assert bound.prior.tolist() == pytest.approx([PRIOR[x]] * 2, rel=1e-9)
 
 
-def test_prior_of_other_processes() -> None:
+def test_prior_term_of_other_processes() -> None:
     for sde in (VPSDE(), VESDE(sigma_max=5.0)):
         bound, _ = bound_of(sde, 1, (2, -2.0, 2.0))
         alpha, sigma, std = (*(c.item() for c in sde.marginal(f64(1.0))), sde.prior_std)
-        law, prior = (torch.distributions.Normal(*f64(*p)) for p in ((alpha, sigma), (0, std)))
-        expected = float(torch.distributions.kl_divergence(law, prior))
+        noisy, prior = (torch.distributions.Normal(*f64(*p)) for p in ((alpha, sigma), (0, std)))
+        expected = float(torch.distributions.kl_divergence(noisy, prior))
         assert float(bound.prior) == pytest.approx(expected, rel=1e-6)
 
 
-def test_reconstruction_is_the_decoder_at_the_first_time() -> None:
+def test_reconstruction_is_the_decoder_at_t_min() -> None:
     for sde in (LogSNRSDE(-4.0, 5.0), VESDE(sigma_min=0.1)):
         bound, _ = bound_of(sde, 20000, (16, -1.0, 1.0), 5)
         decoder = LevelDecoder(16)
@@ -141,44 +138,44 @@ WEIGHTS = (0.1, 0.2, 0.3, 0.4)
 @pytest.mark.parametrize(
     "sde", [LogSNRSDE(-8.0, 8.0), VPSDE(), VESDE(sigma_min=0.02, sigma_max=30.0)], ids=repr
 )
-def test_tight_with_the_exact_score(sde) -> None:
-    """For every image the sum of the terms is -log P(image): nothing is missing, no offset."""
+def test_the_bound_is_tight_for_the_exact_score(sde) -> None:
+    """For every image the terms sum to -log P(image), without an offset."""
     decoder, n = LevelDecoder(4), 20000
     k = torch.arange(4).unsqueeze(1)
     means = decoder.encode(k, dtype=torch.float64)
     model = GaussianMixtureModel(sde, means=means, stds=[0.0] * 4, weights=WEIGHTS)
     bound = DiscreteNELBO(model, decoder)
     for level, weight in enumerate(WEIGHTS):
-        nats = bound(k[level].expand(n, 1), generator=seed(level)).nats
+        nats = bound(k[level].expand(n, 1), generator=seeded(level)).nats
         error = float(nats.std()) / math.sqrt(n)
         assert float(nats.mean()) == pytest.approx(-math.log(weight), abs=4 * error + 0.002)
         assert error < 0.08
 
 
-def test_terms_add_up_and_sum_over_dimensions() -> None:
+def test_terms_are_sums_over_dimensions() -> None:
     model = EpsModel(lambda x, noise_label: 0 * x, LogSNRSDE())
-    images = torch.randint(256, (2, 3, 4, 4), generator=seed(), dtype=torch.uint8)
-    bound = DiscreteNELBO(model)(images, generator=seed())
+    images = torch.randint(256, (2, 3, 4, 4), generator=seeded(), dtype=torch.uint8)
+    bound = DiscreteNELBO(model)(images, generator=seeded())
     torch.testing.assert_close(bound.nats, bound.reconstruction + bound.prior + bound.diffusion)
     x = 2 * (images.double() + 0.5) / 256 - 1
     expected = 48 * PRIOR[0.0] + x.square().sum((1, 2, 3)) * (PRIOR[1.0] - PRIOR[0.0])
     torch.testing.assert_close(bound.prior, expected, rtol=1e-6, atol=0)
-    # An error of the whole noise: chi-squared with 48 degrees of freedom.
+    # The error is all of the noise: chi-squared with 48 degrees of freedom.
     assert (bound.diffusion / (0.5 * 18.3 * 48) - 1).abs().max() < 0.8
 
 
-def test_a_sample_of_its_own_generator_is_alone() -> None:
+def test_a_sample_does_not_depend_on_its_batch() -> None:
     model = EpsModel(MLP(3), LogSNRSDE(), label=LogSigmaLabel())
-    images = torch.randint(256, (4, 3), generator=seed())
+    images = torch.randint(256, (4, 3), generator=seeded())
     for steps in (None, 7):
         bound = DiscreteNELBO(model, steps=steps)
-        whole = bound(images, generator=[seed(i) for i in range(4)]).nats
-        parts = [bound(images[i : i + 1], generator=[seed(i)]).nats for i in range(4)]
+        whole = bound(images, generator=[seeded(i) for i in range(4)]).nats
+        parts = [bound(images[i : i + 1], generator=[seeded(i)]).nats for i in range(4)]
         torch.testing.assert_close(whole, torch.cat(parts))
     assert "steps=7" in repr(bound)
 
 
-def test_conditions_and_parameterisation_reach_the_model() -> None:
+def test_conditions_and_gradients_reach_the_model() -> None:
     torch.manual_seed(0)
     images = torch.randint(256, (64, 2))
     net = MLP(2, num_classes=2)
@@ -187,13 +184,13 @@ def test_conditions_and_parameterisation_reach_the_model() -> None:
     class_labels = torch.zeros(64, dtype=torch.int64)
     with pytest.raises(TypeError, match="label"):
         bound(images)
-    terms = bound(images, generator=seed(), class_labels=class_labels)
+    terms = bound(images, generator=seeded(), class_labels=class_labels)
     terms.nats.mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     assert any((p.grad != 0).any() for p in net.parameters())
 
 
-def test_a_model_of_double_precision() -> None:
+def test_a_model_in_double_precision() -> None:
     model = EpsModel(MLP(2).double(), LogSNRSDE())
     assert DiscreteNELBO(model)(torch.zeros(3, 2, dtype=torch.uint8)).nats.dtype == torch.float64
 
@@ -208,13 +205,13 @@ def learned(**options):
     return DiscreteNELBO(model, LevelDecoder(8), **options), sde, net
 
 
-def test_who_gets_which_gradient() -> None:
+def test_gradients_of_the_interior_and_of_other_parameters() -> None:
     bound, sde, net = learned()
-    images = torch.randint(8, (6, 2), generator=seed())
+    images = torch.randint(8, (6, 2), generator=seeded())
     others = [*net.parameters(), sde.ends]
 
     def terms():
-        return bound(images, generator=seed(1))
+        return bound(images, generator=seeded(1))
 
     for p in (*others, *sde.interior()):
         p.grad = torch.ones_like(p)
@@ -239,9 +236,9 @@ def test_who_gets_which_gradient() -> None:
 @pytest.mark.parametrize("steps", [None, 5])
 def test_differentiable_in_the_whole_schedule(steps) -> None:
     bound, sde, _ = learned(steps=steps)
-    images = torch.randint(8, (6, 2), generator=seed())
+    images = torch.randint(8, (6, 2), generator=seeded())
     for term in ("reconstruction", "prior", "diffusion"):
-        value = getattr(bound(images, generator=seed(1)), term).sum()
+        value = getattr(bound(images, generator=seeded(1)), term).sum()
         (gradient,) = torch.autograd.grad(value, sde.ends)
         h = 1e-5
         for i in range(2):
@@ -249,34 +246,34 @@ def test_differentiable_in_the_whole_schedule(steps) -> None:
             with torch.no_grad():
                 for sign in (1, -1):
                     sde.ends[i] += sign * h
-                    values.append(float(getattr(bound(images, generator=seed(1)), term).sum()))
+                    values.append(float(getattr(bound(images, generator=seeded(1)), term).sum()))
                     sde.ends[i] -= sign * h
             slope = (values[0] - values[1]) / (2 * h)
             assert float(gradient[i]) == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
 
-def test_training_the_interior_lowers_the_variance_and_keeps_the_mean() -> None:
-    """Optimal for N(0, s^2) is gamma' v(gamma) constant, v the mean squared error."""
+def test_training_the_interior_reduces_the_variance_but_not_the_mean() -> None:
+    """For N(0, s^2) gamma' v(gamma) is constant at the optimum, v the mean squared error."""
     s, d = 0.05, 8
     sde = LearnedSDE(hidden=64)
     model = GaussianMixtureModel(sde, means=torch.zeros(1, d), stds=[s])
     bound, decoder = DiscreteNELBO(model), LevelDecoder()
-    generator = seed()
+    generator = seeded()
     data = decoder.decode(s * torch.randn(4096, d, generator=generator))
     gamma = torch.linspace(-13.3, 5, 20001, dtype=torch.float64)
 
     def error(gamma):
         return torch.sigmoid(-gamma + 2 * math.log(s))
 
-    cumulated = torch.trapezoid(error(gamma), gamma)
+    integral = torch.trapezoid(error(gamma), gamma)
 
     def moments():
-        """The mean of gamma' v and the ratio of its second moment to the smallest possible."""
+        """Return the mean of gamma' v, and its second moment relative to the minimum."""
         t = torch.linspace(0, 1, 20001, dtype=torch.float64)
         with torch.no_grad():
             g = -sde.log_snr(t)
             rate = (sde.diffusion(t) / sde.marginal(t)[1]) ** 2 * error(g)
-        return float(torch.trapezoid(rate, t)), float(torch.trapezoid(rate**2, t) / cumulated**2)
+        return float(torch.trapezoid(rate, t)), float(torch.trapezoid(rate**2, t) / integral**2)
 
     def estimate():
         with torch.no_grad():
@@ -294,7 +291,7 @@ def test_training_the_interior_lowers_the_variance_and_keeps_the_mean() -> None:
         optimizer.step()
     (new_mean, new_ratio), (after, new_spread) = moments(), estimate()
     assert new_ratio < 1.15
-    assert new_mean == pytest.approx(mean, rel=1e-6) == float(cumulated)
+    assert new_mean == pytest.approx(mean, rel=1e-6) == float(integral)
     assert abs(after - before) < 4 * spread / math.sqrt(4096)
     assert new_spread < 0.8 * spread
 
@@ -313,7 +310,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"levels 0 \.\.\. 255, got 0 to 256"):
         bound(torch.tensor([[0, 256]]))
     with pytest.raises(ValueError, match="each of the 2 samples, got 3"):
-        bound(torch.zeros(2, 3, dtype=torch.uint8), generator=[seed()] * 3)
+        bound(torch.zeros(2, 3, dtype=torch.uint8), generator=[seeded()] * 3)
     broken = EpsModel(lambda x, noise_label: x * math.nan, LogSNRSDE())
     with pytest.raises(ValueError, match=r"finite prediction, got .* at t = 0\."):
         DiscreteNELBO(broken)(torch.zeros(2, 3, dtype=torch.uint8))

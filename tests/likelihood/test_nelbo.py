@@ -1,10 +1,11 @@
-"""The bound on the SDE model's likelihood, against 40-digit quadrature and closed forms."""
+"""The bound on the SDE model's likelihood: 40-digit quadrature and closed forms."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
+from support import seeded
 from torch import Tensor
 
 from diffusionkit import (
@@ -23,8 +24,8 @@ from diffusionkit import (
 
 ENTROPY = 0.5 * math.log(2 * math.pi * math.e)
 
-# The exact score of N(m, s^2); terms averaged over the data: the prior's, path and drift together,
-# the smallest time's, and the whole.
+# For the exact score of N(m, s^2), averages over the data of: the prior term, path + drift, the
+# last step and the bound.
 REFERENCE = [
     (VPSDE(), 0, 1, 1.4189385332046727, 0.0, 2.5049766392394e-13, 1.4189385332049231),
     (SubVPSDE(), 0, 1, 1.418916941262647, 2.1091911252087966e-05, 5.00496999004505e-07,
@@ -46,12 +47,8 @@ REFERENCE = [
 ]  # fmt: skip
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def spread(m: float, s: float, n: int) -> Tensor:
-    """Points m - s and m + s: the bound is quadratic in x, so their mean is that over N(m, s^2)."""
+    """Points m - s and m + s: the bound is quadratic in x, so it has the same mean as N(m, s^2)."""
     signs = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(n // 2)
     return (m + s * signs).unsqueeze(1)
 
@@ -74,6 +71,27 @@ def test_terms_with_an_exact_score(case, divergence) -> None:
     torch.testing.assert_close(terms.nats, parts)
 
 
+def test_closed_form_with_little_signal_left_at_t_min() -> None:
+    """The last step, and the bound: KL(p_T || prior) + H[p_t] + E[-log p(x | x_t)] - H[x_t | x].
+
+    At t_min = .3 of VP, log alpha is -.46 in each dimension.
+    """
+    m, s, d, n = 0.3, 0.5, 2, 20_000
+    (alpha, square), (alpha_T, square_T) = (
+        (math.exp(log_alpha), math.exp(2 * log_alpha) * s**2 - math.expm1(2 * log_alpha))
+        for log_alpha in (-0.5 * (0.1 * t + 9.95 * t**2) for t in (0.3, 1.0))
+    )
+    last = -math.log(alpha) + 0.5 * alpha**2 * s**2 / square - 0.5
+    mismatch = 0.5 * (square_T + (alpha_T * m) ** 2 - 1 - math.log(square_T))
+    model = GaussianMixtureModel(VPSDE(), [[m] * d], [s])
+    terms = NELBO(model, samples=6, t_min=0.3)(spread(m, s, n).expand(n, d), generator=seeded())
+    error = float(terms.stderr.square().mean().sqrt()) / math.sqrt(n)
+    assert error < 0.01
+    assert float(terms.smallest_time.mean()) == pytest.approx(d * last, abs=4 * error)
+    total = d * (last + ENTROPY + 0.5 * math.log(square) + mismatch)
+    assert float(terms.nats.mean()) == pytest.approx(total, abs=4 * error)
+
+
 def test_the_drift_is_exact() -> None:
     for sde, nats in ((VPSDE(), 5.0249994995025), (VESDE(), 0.0), (EDMSDE(), 0.0)):
         bound = NELBO(GaussianMixtureModel(sde, torch.zeros(1, 3), [1.0]))
@@ -81,8 +99,8 @@ def test_the_drift_is_exact() -> None:
         assert drift.tolist() == pytest.approx([3 * nats] * 2, rel=1e-12)
 
 
-def test_the_prior_of_a_point() -> None:
-    # KL(p(x_T | x) || N(0, 1)) is the prior's term less the entropy of x_T.
+def test_the_prior_term_of_a_point() -> None:
+    # KL(p(x_T | x) || N(0, 1)) is the prior term minus the entropy of x_T.
     for sde, x, kl in (
         (VPSDE(), 0.0, 4.662656545450391e-10),
         (VPSDE(), 1.0, 2.1593340795825196e-05),
@@ -95,7 +113,7 @@ def test_the_prior_of_a_point() -> None:
         assert float(terms.prior - ENTROPY - torch.log(sigma)) == pytest.approx(kl, rel=2e-6)
 
 
-def test_a_wrong_score_orders_the_two_models() -> None:
+def test_a_wrong_score_separates_the_sde_from_the_ode() -> None:
     """N(0, 1) data, score -.8 x: KL_SDE = .0552 <= J_SM = .2010 < KL_ODE = .5720."""
     model = RawScoreModel(lambda x, noise_label: -0.8 * x, VPSDE())
     x, n = spread(0.0, 1.0, 40_000), 40_000
@@ -110,7 +128,7 @@ def test_a_wrong_score_orders_the_two_models() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 5), (1, 4, 4), (1, 3, 2, 2)])
-def test_never_below_the_truth_and_tight_in_any_shape(shape) -> None:
+def test_the_bound_is_tight_for_data_of_any_shape(shape) -> None:
     sde = VPSDE()
     means = torch.stack([torch.full(shape, -0.5), torch.full(shape, 0.7)])
     model = GaussianMixtureModel(sde, means, [0.3, 0.5])
@@ -124,8 +142,10 @@ def test_never_below_the_truth_and_tight_in_any_shape(shape) -> None:
 
 
 @pytest.mark.parametrize("divergence", [None, Hutchinson()])
-@pytest.mark.parametrize("sde", [VPSDE(), VESDE(0.5, 0.6)])  # the path's noise, the last step's
-def test_the_standard_error_is_honest(divergence, sde) -> None:
+@pytest.mark.parametrize(
+    "sde", [VPSDE(), VESDE(0.5, 0.6)]
+)  # noise mostly from the path, from the last step
+def test_the_standard_error_matches_the_spread(divergence, sde) -> None:
     model = GaussianMixtureModel(sde, torch.zeros(1, 4), [0.5])
     x = torch.full((3000, 4), 0.4, dtype=torch.float64)
     terms = NELBO(model, samples=42, divergence=divergence)(x, generator=seeded())
@@ -134,14 +154,14 @@ def test_the_standard_error_is_honest(divergence, sde) -> None:
     assert NELBO(model)(x[:2]).stderr is None
 
 
-def test_strata_help() -> None:
+def test_stratification_reduces_the_variance() -> None:
     model = GaussianMixtureModel(VPSDE(), torch.zeros(1, 4), [0.5])
     x = torch.full((3000, 4), 0.4, dtype=torch.float64)
     one, many = (NELBO(model, samples=k)(x, generator=seeded()).path.std() for k in (1, 16))
     assert float(many) < 0.8 * float(one) / 4
 
 
-def test_gradients_reach_data_and_parameters() -> None:
+def test_gradients_flow_to_data_and_parameters() -> None:
     network = torch.nn.Linear(3, 3)
     model = EpsModel(lambda x, noise_label: network(x), VPSDE())
     x = torch.randn(4, 3, requires_grad=True)
@@ -168,7 +188,7 @@ def test_conditions_reach_the_model() -> None:
     assert float(nats[0]) != float(nats[1])
 
 
-def test_what_is_not_finite_is_named_with_its_time() -> None:
+def test_an_error_names_the_time_of_a_prediction_that_is_not_finite() -> None:
     model = EpsModel(lambda x, noise_label: x * torch.nan, VPSDE())
     for divergence in (None, Hutchinson()):
         with pytest.raises(ValueError, match="NaN or infinity at t = "):
@@ -176,7 +196,7 @@ def test_what_is_not_finite_is_named_with_its_time() -> None:
 
 
 @pytest.mark.parametrize("likelihood", [NELBO, ODELikelihood])
-def test_data_outside_the_models_range(likelihood) -> None:
+def test_data_outside_the_range_of_the_model(likelihood) -> None:
     model = EpsModel(lambda x, noise_label: x, VPSDE(), data_range=(-1.0, 1.0))
     likelihood(model)(torch.tensor([[-1.0], [1.0]]))
     with pytest.raises(ValueError, match=r"range \[-1, 1\], got values from -1 to 255"):
@@ -193,7 +213,7 @@ def test_bad_input() -> None:
         NELBO(model, divergence="hutchinson")
     with pytest.raises(ValueError, match="t_min"):
         NELBO(model, t_min=2.0)
-    with pytest.raises(ValueError, match="expected a time with noise, got 0"):
+    with pytest.raises(ValueError, match="expected a time with sigma > 0, got 0"):
         NELBO(model, t_min=0.0)(torch.ones(2, 3))
     with pytest.raises(TypeError, match="floating-point"):
         NELBO(model)(torch.ones(2, 3, dtype=torch.int64))

@@ -1,11 +1,12 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import seeded
 
-from diffusionkit.likelihood.flow.logistics import LogisticMixture
+from diffusionkit.likelihood.flow.logistic_mixture import LogisticMixture
 
 WEIGHTS, MEANS, SCALES = [0.2, 0.5, 0.3], [-3.0, 0.5, 4.0], [0.25, 1.5, 0.5]
-# x, logit F(x) and log dy/dx of this mixture, in 60 digits by mpmath, rounded.
+# x, logit F(x) and log dy/dx of this mixture, by mpmath with 60 digits, rounded.
 EXACT = [
     (-10000.0, -6667.6931471805599, -0.40546510810816438),
     (-1000.0, -667.69314718055995, -0.40546510810816438),
@@ -31,14 +32,14 @@ def columns(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return tuple(torch.tensor(EXACT, dtype=dtype).T.unsqueeze(1))
 
 
-def test_logit_and_slope_are_those_of_high_precision() -> None:
+def test_logit_and_slope_match_high_precision() -> None:
     x, y, log_slope = columns(torch.float64)
     found = mixture(len(EXACT), torch.float64).logit(x)
     torch.testing.assert_close(found[0], y, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(found[1], log_slope, rtol=1e-12, atol=1e-14)
 
 
-def test_both_are_right_in_float32_far_in_the_tails() -> None:
+def test_float32_is_accurate_far_in_the_tails() -> None:
     x, y, log_slope = columns(torch.float32)
     found = mixture(len(EXACT), torch.float32).logit(x)
     torch.testing.assert_close(found[0], y, rtol=5e-7, atol=5e-7)
@@ -46,7 +47,7 @@ def test_both_are_right_in_float32_far_in_the_tails() -> None:
 
 
 def test_a_gap_between_components_does_not_underflow() -> None:
-    """Half-way between two logistics 2000 apart F = 1/2 and F' = exp(-1000), by symmetry."""
+    """Midway between two logistics 2000 apart, F = 1/2 and F' = exp(-1000) by symmetry."""
     means = torch.tensor([-1000.0, 1000.0])[:, None, None]
     y, log_slope = LogisticMixture(
         torch.zeros(2, 1, 1), means, torch.zeros(2, 1, 1)
@@ -56,9 +57,9 @@ def test_a_gap_between_components_does_not_underflow() -> None:
     torch.testing.assert_close(log_slope, torch.tensor([[-998.61370564]]))
 
 
-def test_equal_standard_components_are_the_identity_whatever_their_weights() -> None:
+def test_standard_logistic_components_of_any_weights_are_the_identity() -> None:
     x = torch.linspace(-300, 300, 101).unsqueeze(0)
-    logits = torch.randn(4, 1, 101, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(4, 1, 101, generator=seeded())
     y, log_slope = LogisticMixture(
         logits, torch.zeros_like(logits), torch.zeros_like(logits)
     ).logit(x)
@@ -72,18 +73,18 @@ def test_equal_standard_components_are_the_identity_whatever_their_weights() -> 
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_inverse_over_the_real_line(seed: int, size: float, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     logits, means, log_scales, x = torch.randn(4, 3, 2, 50, generator=generator, dtype=dtype)
     m, x = LogisticMixture(logits, means, log_scales), size * x[0]
     y, log_slope = m.logit(x)
     error = (m.inverse(y) - x).abs()
-    # What a rounding of y (and of the terms x - mu it is made of) can move.
+    # The effect of rounding y and the differences x - mu.
     unit = torch.finfo(dtype).eps * (1 + y.abs() + (x / log_scales.exp()).abs().amax(0))
     assert bool((error <= 8 * unit * torch.exp(-log_slope).clamp_min(1.0)).all())
 
 
 def test_the_inverse_has_the_gradients_of_an_inverse() -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     parts = torch.randn(3, 3, 1, 4, generator=generator, dtype=torch.float64)
     y = torch.randn(1, 4, generator=generator, dtype=torch.float64).requires_grad_()
     logits, means, log_scales = (part.requires_grad_() for part in parts.unbind(0))
@@ -95,7 +96,7 @@ def test_the_inverse_has_the_gradients_of_an_inverse() -> None:
 
 
 def test_the_gradients_of_the_inverse_are_finite_in_a_gap() -> None:
-    """Where the slope is exp(-1000), the root moves further than floats can say."""
+    """Where the slope is exp(-1000), the derivative of the root overflows."""
     means = torch.tensor([-1000.0, 1000.0])[:, None, None].requires_grad_()
     zeros = torch.zeros(2, 1, 1)
     LogisticMixture(zeros, means, zeros).inverse(torch.zeros(1, 1)).sum().backward()

@@ -1,4 +1,4 @@
-"""The bound on the likelihood of the SDE model, term by term."""
+"""The variational bound on the likelihood of the SDE model, term by term."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Bound:
         prior: the expected -log of the prior at x_T (B,), exact.
         path: the score-matching integral (B,), estimated.
         drift: minus the integral of the divergence of the drift (B,), exact.
-        smallest_time: what the step from t_min to the data costs (B,), estimated.
-        stderr: the standard error of the bound over its own draws (B,), None for one draw.
-        t_min: where the path ends and the last step begins.
+        smallest_time: the term of the last step, from t_min to the data (B,), estimated.
+        stderr: the Monte Carlo standard error of the bound (B,), None for one draw.
+        t_min: the end of the path and the start of the last step.
     """
 
     nats: Tensor
@@ -49,7 +49,7 @@ class Bound:
 
 
 class NELBO:
-    r"""The negative evidence lower bound: -log p_SDE(x) <= NELBO(x), one for each sample.
+    r"""The negative evidence lower bound: -log p_SDE(x) <= NELBO(x), for each sample.
 
     The SDE model starts from the prior at T, runs the reverse-time SDE with the model's score
     down to t_min, and ends with a Gaussian step around the denoised state. Its bound is
@@ -61,24 +61,24 @@ class NELBO:
         - d \int_{t_{min}}^T f \, dt
         + E\left[-\log N(x; \hat x_0, \tfrac{\sigma^2}{\alpha^2} I)\right] - H[N(0, \sigma^2 I)]
 
-    with the last two at t_min. Times are uniform in the log-SNR, one in each of as many strata as
-    there are draws; all that has a closed form is exact. It says nothing of the likelihood under
-    the probability-flow ODE, which is another model of the same score: see `ODELikelihood`.
+    with the last two at t_min. Times are uniform in the log-SNR, stratified with one draw per
+    stratum; terms with a closed form are exact. It does not bound the likelihood under the
+    probability-flow ODE, a different model with the same score: see `ODELikelihood`.
 
-    In the denoising form gradients flow to the data and to the parameters, so that the bound
-    serves as an objective too. The model stays in the mode it is in: call `model.eval()` first
-    where dropout matters, as `evaluate_bits_per_dim` does.
+    In the denoising form gradients flow to the data and the parameters, so the bound can also
+    serve as an objective. The model's mode is unchanged: call `model.eval()` first to disable
+    dropout, as `evaluate_bits_per_dim` does.
 
     Args:
         model: the score model.
-        samples: how many times and noises are drawn for each sample. A tenth as many, at least
-            two, are drawn for the step from t_min; one if this is one.
-        divergence: if given, the path is measured by the score's own divergence, as in sliced
-            score matching, without gradients, instead of in the denoising form.
-        t_min: where the path ends, the SDE's t_min by default.
+        samples: the number of times and noises drawn for each data point. For the last step a
+            tenth as many are drawn, but at least two; one if samples is one.
+        divergence: if given, estimates the path from the divergence of the score, as in sliced
+            score matching and without gradients, instead of by denoising.
+        t_min: the end of the path, the SDE's t_min by default.
 
     Raises:
-        ValueError: unless samples >= 1 and 0 <= t_min < T, with noise at t_min.
+        ValueError: if samples < 1, or t_min is not in [0, T).
         TypeError: if a part has the wrong type.
 
     Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
@@ -99,7 +99,6 @@ class NELBO:
         divergence: Divergence | None = None,
         t_min: float | None = None,
     ) -> None:
-        """Keep the model and the number of draws."""
         check_part(model, ScoreModel, "model")
         check_count(samples, "samples")
         if divergence is not None:
@@ -119,12 +118,11 @@ class NELBO:
         Args:
             x: the data (B, *D).
             generator: the source of times and noise: one, one for each sample, or None.
-            cond: handed to the model.
+            cond: passed to the model.
 
         Raises:
-            ValueError: if x is empty, not finite or outside the model's data_range, there is no
-                noise at t_min, or the model's prediction is not finite (the time is named; on the
-                CPU only).
+            ValueError: if x is empty, not finite or outside the model's data_range, sigma is 0 at
+                t_min, or a prediction is not finite (checked on the CPU only).
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
@@ -172,7 +170,7 @@ class NELBO:
             log_snr = sde.log_snr(at)
         if not bool(torch.isfinite(log_snr).all()):
             raise ValueError(
-                f"t_min: expected a time with noise, got {self.t_min:g}, where sigma is "
+                f"t_min: expected a time with sigma > 0, got {self.t_min:g}, where sigma is "
                 f"{float(sigmas[0]):g} and the bound infinite"
             )
         return alphas.tolist(), sigmas.tolist(), log_snr.tolist()
@@ -180,9 +178,9 @@ class NELBO:
     def _integrand(
         self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]
     ) -> Tensor:
-        """Return sigma^2 times the square brackets of the formula (B,)."""
+        """Return sigma^2 times the bracketed term of the integral (B,)."""
         if self.divergence is None:
-            # The noise's own square is d on average: exact, not drawn.
+            # E |eps|^2 = d is exact.
             return self._error(x, t, generator, cond) - x[0].numel()
         sample = self.model.sde.perturb(x, t, generator=generator)
         state = self.divergence.start(sample.x, generator)
@@ -205,7 +203,7 @@ class NELBO:
 
 
 def _check(value: Tensor, t: Tensor) -> None:
-    """Raise if the model's answer is not finite, and say when that was."""
+    """Raise if a prediction is not finite, naming the time."""
     if readable(value):
         bad = ~torch.isfinite(value.detach()).reshape(len(t), -1).all(1)
         if bool(bad.any()):
@@ -217,8 +215,8 @@ def _check(value: Tensor, t: Tensor) -> None:
 def _stderr(path: Tensor, small: Tensor) -> Tensor:
     """Return the standard error of the sum of two means over draws (k, B) and (m, B).
 
-    The path's draws lie in neighbouring strata: half the square of a difference of neighbours is
-    their variance, and a little more where the integrand changes from one stratum to the next.
+    The path has one draw per stratum: half the squared difference of neighbors estimates the
+    variance, slightly too large where the integrand changes between strata.
     """
     k, m = len(path), len(small)
     variance = path.diff(dim=0).square().mean(0) / (2 * k)

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 from numpy.polynomial.legendre import leggauss
+from support import seeded
+from support.flows import perturbed
 from torch.nn.functional import logsigmoid
 
 from diffusionkit.likelihood.dequantization import UniformDequantizer
@@ -15,14 +17,10 @@ def small(channels=1, dims=2, levels=17, low=-1.0, high=1.0, **options) -> Varia
     return VariationalDequantizer(channels, dims, levels, low, high, **{**sizes, **options})
 
 
-def exact(dequantizer: VariationalDequantizer, stir: float = 0.2) -> VariationalDequantizer:
-    """The dequantizer in float64, with all its parameters moved."""
-    dequantizer.double().dtype = torch.float64
-    generator = torch.Generator().manual_seed(1)
-    for parameter in dequantizer.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data += stir * noise
-    return dequantizer.eval()
+def exact(dequantizer: VariationalDequantizer, scale: float = 0.2) -> VariationalDequantizer:
+    """Return the dequantizer in float64 with perturbed parameters."""
+    dequantizer.dtype = torch.float64
+    return perturbed(dequantizer, scale, seed=1).eval()
 
 
 SHAPES = {
@@ -37,13 +35,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("squash", ["sigmoid", "normal"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_density_is_that_of_the_draws(name, squash) -> None:
+def test_log_prob_of_agrees_with_the_draws(name, squash) -> None:
     channels, dims, shape = SHAPES[name]
-    # The normal law's tails leave (0, 1) within the digits of float64 eight deviations out.
-    stir = 0.1 if squash == "sigmoid" else 0.02
-    dequantizer = exact(small(channels, dims, squash=squash), stir)
+    # Beyond 8 standard deviations the normal distribution function rounds to 0 or 1 in float64.
+    scale = 0.1 if squash == "sigmoid" else 0.02
+    dequantizer = exact(small(channels, dims, squash=squash), scale)
     images = torch.randint(17, (4, *shape))
-    drawn = dequantizer(images, generator=torch.Generator().manual_seed(2))
+    drawn = dequantizer(images, generator=seeded(2))
     assert drawn.x.shape == images.shape
     assert torch.equal(dequantizer.quantize(drawn.x), images)
     found = dequantizer.log_prob_of(drawn.x, images)
@@ -51,9 +49,9 @@ def test_the_density_is_that_of_the_draws(name, squash) -> None:
 
 
 @pytest.mark.parametrize("squash", ["sigmoid", "normal"])
-def test_log_prob_is_that_of_the_jacobian(squash) -> None:
-    stir = 0.2 if squash == "sigmoid" else 0.02
-    dequantizer = exact(small(2, 2, levels=4, low=0.0, high=2.0, squash=squash), stir)
+def test_log_prob_agrees_with_the_jacobian(squash) -> None:
+    scale = 0.2 if squash == "sigmoid" else 0.02
+    dequantizer = exact(small(2, 2, levels=4, low=0.0, high=2.0, squash=squash), scale)
     function = torch.sigmoid if squash == "sigmoid" else torch.distributions.Normal(0, 1).cdf
     images = torch.randint(4, (1, 2, 2, 2))
     context = dequantizer._features(images)
@@ -80,19 +78,17 @@ def test_the_density_integrates_to_one_over_a_bin() -> None:
     assert abs(mass.item() - 1) < 1e-6
 
 
-def test_it_depends_on_the_image() -> None:
+def test_points_depend_on_the_image() -> None:
     dequantizer = exact(small())
     x = [
-        dequantizer(torch.full((1, 1, 4, 4), k), generator=torch.Generator().manual_seed(0)).x
-        - 2 * k / 17
-        for k in (0, 16)
+        dequantizer(torch.full((1, 1, 4, 4), k), generator=seeded()).x - 2 * k / 17 for k in (0, 16)
     ]
     assert (x[0] - x[1]).abs().max() > 1e-4
 
 
-# Reference value: E log q(u) of u = sigmoid(z), z ~ N(0, 1), by quadrature in high precision.
-def test_the_cost_of_an_untrained_flow() -> None:
-    dequantizer = exact(small(1, 0, levels=2, low=0.0, high=2.0), stir=0.0)
+# Reference: E log q(u) for u = sigmoid(z), z ~ N(0, 1), by high-precision quadrature.
+def test_the_expected_log_prob_of_an_untrained_flow() -> None:
+    dequantizer = exact(small(1, 0, levels=2, low=0.0, high=2.0), scale=0.0)
     t = torch.linspace(-9, 9, 361, dtype=torch.float64).unsqueeze(1)
     log_q = dequantizer.log_prob_of(torch.sigmoid(t), torch.zeros(361, 1, dtype=torch.long))
     normal = torch.exp(-0.5 * t.squeeze(1).square()) / math.sqrt(2 * math.pi)
@@ -101,10 +97,10 @@ def test_the_cost_of_an_untrained_flow() -> None:
     assert cost / math.log(2) == pytest.approx(0.27869958777607706, rel=1e-10)
 
 
-def test_an_untrained_flow_through_the_normal_law_is_uniform() -> None:
+def test_an_untrained_flow_with_the_normal_squash_is_uniform() -> None:
     dequantizer = small(64, 0, squash="normal").eval()
     images = torch.randint(17, (200, 64))
-    drawn = dequantizer(images, generator=torch.Generator().manual_seed(0))
+    drawn = dequantizer(images, generator=seeded())
     uniform = UniformDequantizer(17)(images)
     torch.testing.assert_close(drawn.log_prob, uniform.log_prob, rtol=0, atol=1e-4)
     u = (drawn.x.double() + 1) * 8.5 - images
@@ -112,9 +108,9 @@ def test_an_untrained_flow_through_the_normal_law_is_uniform() -> None:
     assert gap.abs().max() < 1.63 / math.sqrt(u.numel())
 
 
-def test_an_untrained_flow_is_a_logit_normal_in_every_dimension() -> None:
-    """The rotations leave the noise as it is; a fresh scale is 1 in evaluation mode."""
-    dequantizer = exact(small(3), stir=0.0)
+def test_an_untrained_flow_is_logit_normal_in_every_dimension() -> None:
+    """Rotations preserve the distribution of the noise; new scales are 1 in evaluation mode."""
+    dequantizer = exact(small(3), scale=0.0)
     images = torch.randint(17, (4, 3, 3, 3))
     drawn = dequantizer(images)
     u = (drawn.x + 1) * 8.5 - images
@@ -125,21 +121,21 @@ def test_an_untrained_flow_is_a_logit_normal_in_every_dimension() -> None:
     torch.testing.assert_close(drawn.log_prob, terms.flatten(1).sum(1), rtol=1e-6, atol=0)
 
 
-def test_the_first_call_in_training_standardises_its_own_draw() -> None:
+def test_the_first_call_in_training_mode_normalizes_its_draw() -> None:
     dequantizer = small(2)
     images = torch.randint(17, (8, 2, 4, 4))
-    drawn = dequantizer(images, generator=torch.Generator().manual_seed(0))
+    drawn = dequantizer(images, generator=seeded())
     context = dequantizer._features(images)
-    eps = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    eps = torch.randn(8, 2, 4, 4, generator=seeded())
     first, _ = dequantizer.layers[0](eps, context)
     torch.testing.assert_close(first.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-6)
     torch.testing.assert_close(first.std((0, 2, 3), correction=0), torch.ones(2))
-    # Nothing is set anew by a second call.
-    again = dequantizer(images, generator=torch.Generator().manual_seed(0))
+    # A second call changes nothing.
+    again = dequantizer(images, generator=seeded())
     assert torch.equal(again.x, drawn.x)
 
 
-def test_a_saved_state_draws_the_same() -> None:
+def test_a_loaded_state_draws_the_same_points() -> None:
     dequantizer = small()
     images = torch.randint(17, (4, 1, 4, 4))
     dequantizer(images)
@@ -147,8 +143,7 @@ def test_a_saved_state_draws_the_same() -> None:
     other.load_state_dict(dequantizer.state_dict())
     for training in (True, False):
         drawn, expected = (
-            d.train(training)(images, generator=torch.Generator().manual_seed(5))
-            for d in (other, dequantizer)
+            d.train(training)(images, generator=seeded(5)) for d in (other, dequantizer)
         )
         assert torch.equal(drawn.x, expected.x)
         assert torch.equal(drawn.log_prob, expected.log_prob)
@@ -160,16 +155,16 @@ def test_a_saturated_float32_point_stays_in_its_bin_with_its_density(shift) -> N
     dequantizer = small(steps=1).eval()
     dequantizer.layers[0].center.data.fill_(-shift)
     images = torch.arange(17).view(1, 1, 1, 17)
-    drawn = dequantizer(images, generator=torch.Generator().manual_seed(0))
+    drawn = dequantizer(images, generator=seeded())
     assert torch.equal(dequantizer.quantize(drawn.x), images)
-    eps = torch.randn(1, 1, 1, 17, generator=torch.Generator().manual_seed(0)).double()
+    eps = torch.randn(1, 1, 1, 17, generator=seeded()).double()
     # -log sigmoid'(z) = |z| + 2 log(1 + exp(-|z|)).
     slopes = (eps + shift).abs() + 2 * torch.exp(-(eps + shift).abs())
     terms = -0.5 * eps.square() - 0.5 * math.log(2 * math.pi) + slopes - math.log(2 / 17)
     torch.testing.assert_close(drawn.log_prob, terms.flatten(1).sum(1), rtol=1e-6, atol=0)
 
 
-def test_gradients_are_derivatives() -> None:
+def test_gradients_match_finite_differences() -> None:
     dequantizer = exact(small(1, 1, steps=2))
     images = torch.randint(17, (3, 1, 4))
     points = dequantizer(images).x.detach()
@@ -180,7 +175,7 @@ def test_gradients_are_derivatives() -> None:
             parameter.data += h * direction
 
     def draw():
-        return dequantizer(images, generator=torch.Generator().manual_seed(3))
+        return dequantizer(images, generator=seeded(3))
 
     for value in (
         lambda: draw().x.square().sum(),
@@ -197,8 +192,8 @@ def test_gradients_are_derivatives() -> None:
         assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_autocast_leaves_the_state_its_precision() -> None:
-    """What networks say has no effect in an untrained flow: any difference is the state's."""
+def test_autocast_preserves_the_precision_of_the_state() -> None:
+    """Networks have no effect in an untrained flow: any difference is due to the state."""
     dequantizer = small(3, dtype=torch.float64).eval()
     images = torch.randint(17, (2, 3, 4, 4))
     expected, drawn = (
@@ -211,16 +206,16 @@ def test_autocast_leaves_the_state_its_precision() -> None:
 
 def draw(images, context, dequantizer):
     with context, torch.no_grad():
-        return dequantizer(images, generator=torch.Generator().manual_seed(0))
+        return dequantizer(images, generator=seeded())
 
 
-def test_channels_mix_in_every_step_where_there_are_several() -> None:
+def test_every_step_mixes_the_channels_if_there_are_several() -> None:
     kinds = [type(layer).__name__ for layer in small(3, steps=2).layers]
     assert kinds == 2 * ["ActNorm", "ChannelMixing", "LogisticCoupling"]
     assert [type(layer).__name__ for layer in small(1, steps=1).layers] == [kinds[0], kinds[2]]
 
 
-def test_two_steps_make_every_element_depend_on_others() -> None:
+def test_after_two_steps_every_element_depends_on_others() -> None:
     dequantizer = exact(small(1, 1, steps=2))
     context = dequantizer._features(torch.randint(17, (1, 1, 5)))
     eps = torch.randn(1, 1, 5, dtype=torch.float64)
@@ -231,7 +226,7 @@ def test_two_steps_make_every_element_depend_on_others() -> None:
     assert (others.abs().amax(1) > 1e-6).all()
 
 
-def test_the_context_sees_images_scaled_to_one() -> None:
+def test_the_context_network_gets_images_scaled_to_one() -> None:
     dequantizer = small(levels=5)
     seen = []
     dequantizer.context.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -240,7 +235,7 @@ def test_the_context_sees_images_scaled_to_one() -> None:
 
 
 def test_training_closes_the_gap_to_the_discrete_likelihood() -> None:
-    """Correlated normal data in 3 x 3 bins: log q - log p approaches -log P(k) from above."""
+    """Correlated Gaussian data in 3 x 3 bins: log q - log p approaches -log P(k) from above."""
     covariance = torch.tensor([[0.16, 0.12], [0.12, 0.16]], dtype=torch.float64)
     p = torch.distributions.MultivariateNormal(torch.tensor([0.1, -0.2]).double(), covariance)
     images = torch.cartesian_prod(torch.arange(3), torch.arange(3))
@@ -270,7 +265,7 @@ def test_training_closes_the_gap_to_the_discrete_likelihood() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "says"),
+    ("arguments", "error", "message"),
     [
         ({"channels": 0}, ValueError, "channels"),
         ({"dims": 4}, ValueError, "dims"),
@@ -282,8 +277,8 @@ def test_training_closes_the_gap_to_the_discrete_likelihood() -> None:
         ({"squash": "tanh"}, ValueError, "squash: expected one of"),
     ],
 )
-def test_flows_that_are_none(arguments, error, says) -> None:
-    with pytest.raises(error, match=says):
+def test_bad_settings(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
         small(**arguments)
 
 

