@@ -227,7 +227,7 @@ for name, call in {
             lambda c=call, shape=shape: c(shape))  # fmt: skip
 bad("prior_sample-shape", ValueError, r"expected positive integers.*got \(3, 0\)",
     lambda: VP.prior_sample((3, 0)))  # fmt: skip
-bad("start-dtype", ValueError, r"as asked for, got cpu, torch\.float32",
+bad("start-dtype", ValueError, r"float64, got cpu, torch\.float32",
     lambda: sample(start=X, dtype=torch.float64))  # fmt: skip
 bad("start-device", ValueError, r"initial state on meta.*got cpu",
     lambda: sample(start=X, device="meta"))  # fmt: skip
