@@ -227,9 +227,9 @@ for name, call in {
             lambda c=call, shape=shape: c(shape))  # fmt: skip
 bad("prior_sample-shape", ValueError, r"expected positive integers.*got \(3, 0\)",
     lambda: VP.prior_sample((3, 0)))  # fmt: skip
-bad("start-dtype", ValueError, r"as asked for, got cpu, torch\.float32",
+bad("start-dtype", ValueError, r"float64, got cpu, torch\.float32",
     lambda: sample(start=X, dtype=torch.float64))  # fmt: skip
-bad("start-device", ValueError, r"initial state on meta.*got cpu",
+bad("start-device", ValueError, r"state on meta.*got cpu",
     lambda: sample(start=X, device="meta"))  # fmt: skip
 bad("suggest_sigma_max-one", ValueError, r"at least two points, got 1",
     lambda: suggest_sigma_max(X[:1]))  # fmt: skip

@@ -1,6 +1,7 @@
 """The direction of the dependencies, and a few rules for every file."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What each part may import, beside itself.
 PRIVATE = {"_checks", "_gaussian", "_grid_times", "_loops", "_nfe", "_schedules", "random"}
 BASE = {*PRIVATE, "values", "interfaces"}
-CORE = {*BASE, "_chain_terms", "_ode", "decoders", "sde", "models"}
+CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
     "_distributed": set(),
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "interfaces": {*PRIVATE, "values"},
     "decoders": BASE,
     "_chain_terms": {*BASE, "decoders"},
-    "_ode": BASE,
+    "_flow_solver": BASE,
     "_pickles": set(),
     "_files": {"_pickles"},
     "sde": BASE,
@@ -96,6 +97,44 @@ def test_rules_for_every_file(source) -> None:
         called = node.func if isinstance(node, ast.Call) else None
         assert not (isinstance(called, ast.Name) and called.id == "print"), f"line {node.lineno}"
     assert not any(name.split(".")[0] == "torchvision" for name in imports(tree, path))
+
+
+def test_imports_inside_the_package_are_relative(source) -> None:
+    _, tree = source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level or (node.module or "").split(".")[0] != "diffusionkit", node.lineno
+
+
+def test_module_names_are_unique() -> None:
+    """One subject, one name: no two modules differ only in their folder or an underscore."""
+    names = Counter(path.stem.lstrip("_") for path in FILES if path.name != "__init__.py")
+    assert [name for name, times in names.items() if times > 1] == []
+
+
+def test_docstrings_do_not_open_with_a_question(source) -> None:
+    _, tree = source
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            assert text.split()[0] not in {"What", "Who", "Which", "How", "Where"}, text
+
+
+def test_loggers_have_one_name(source) -> None:
+    _, tree = source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and "getLogger" in ast.unparse(node.value):
+            assert ast.unparse(node) == "logger = logging.getLogger(__name__)"
+
+
+def test_errors_name_what_was_expected(source) -> None:
+    """`name: expected ..., got ...` in the first words of every ValueError and TypeError."""
+    _, tree = source
+    for node in ast.walk(tree):
+        error = getattr(node, "exc", None) if isinstance(node, ast.Raise) else None
+        if getattr(getattr(error, "func", None), "id", "") in {"ValueError", "TypeError"}:
+            text = ast.unparse(error)
+            assert "expected" in text or text.endswith("(message)"), f"line {node.lineno}: {text}"
 
 
 def test_networks_know_no_sde(source) -> None:

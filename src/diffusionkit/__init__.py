@@ -1,7 +1,11 @@
 """Composable parts for score-based diffusion models in PyTorch.
 
 A process, a score model, an objective and a sampler are each one object, and any of them can be
-swapped for another. `interfaces` holds the whole contract.
+replaced by another. `interfaces` holds the whole contract.
+
+This namespace holds what users compose: interfaces and values, every part that is passed to
+another, and functions for a loop of one's own. Results, bases for extension, operators, metrics,
+networks and loaders are imported from their sub-packages.
 """
 
 from importlib.metadata import PackageNotFoundError, version

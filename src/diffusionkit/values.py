@@ -231,7 +231,7 @@ class Prediction:
 
     @property
     def log_var_fraction(self) -> Tensor | None:
-        """Where a learned log-variance lies from the posterior's to the forward step's, or None."""
+        """The learned log-variance as a fraction from the posterior's to the forward step's."""
         return self._log_var_fraction
 
     @property

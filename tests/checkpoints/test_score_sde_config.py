@@ -97,9 +97,9 @@ def test_error_names_the_missing_entry(given, section, name) -> None:
         ("model", {"name": "unet"}, r"expected model\.name ncsnpp, ddpm or ncsnv2_\*, got 'unet'"),
         ("model", {"name": "ncsnv2_512"}, r"expected model\.name ncsnv2_64,.*got 'ncsnv2_512'"),
         ("model", {"nonlinearity": "gelu"}, r"expected model\.nonlinearity swish,.*got 'gelu'"),
-        ("model", {"resblock_type": "resnet"}, "resblock must be one of.*got 'resnet'"),
-        ("model", {"embedding_type": "learned"}, "embedding must be one of.*got 'learned'"),
-        ("model", {"progressive": "dense"}, "progressive must be one of.*got 'dense'"),
+        ("model", {"resblock_type": "resnet"}, "resblock: expected one of.*got 'resnet'"),
+        ("model", {"embedding_type": "learned"}, "embedding: expected one of.*got 'learned'"),
+        ("model", {"progressive": "dense"}, "progressive: expected one of.*got 'dense'"),
         ("training", {"sde": "edm"}, r"expected training\.sde vesde, vpsde or subvpsde, got 'edm'"),
     ],
 )

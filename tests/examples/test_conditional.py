@@ -32,7 +32,7 @@ def test_small_run_of_the_four_tasks(example, tmp_path, capsys, monkeypatch):
 def test_constraints_impose_the_measurement_of_their_task(example):
     x, other = torch.rand(2, 5, 3, 16, 16) * 2 - 1
     for task in example.TASKS.values():
-        imposed = task.constraint(x)(other, 1.0, 0.0)
+        imposed = task.constraint(x)(other, torch.ones(5), torch.zeros(5))
         torch.testing.assert_close(task.measure(imposed), task.measure(x))
         baseline = task.measure(task.baseline(x))
         torch.testing.assert_close(baseline, task.measure(x), atol=0.5, rtol=0)

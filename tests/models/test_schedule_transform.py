@@ -73,8 +73,8 @@ def test_dtypes_and_conditions():
 @pytest.mark.parametrize(
     ("own", "other", "message"),
     [
-        (VPSDE(), EDMSDE(sigma_max=200.0), r"has, 0 to 152\.2, got 0\.002 to 200"),
-        (VESDE(0.01, 50.0), EDMSDE(sigma_max=40.0), r"has, 0\.01 to 50, got 0\.002 to 40"),
+        (VPSDE(), EDMSDE(sigma_max=200.0), r"process, 0 to 152\.2, got 0\.002 to 200"),
+        (VESDE(0.01, 50.0), EDMSDE(sigma_max=40.0), r"process, 0\.01 to 50, got 0\.002 to 40"),
     ],
 )
 def test_noise_levels_outside_the_models_range_raise(own, other, message):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.tiny_networks import CLASSES, FAMILIES, arguments, tiny
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -64,7 +65,7 @@ def test_compiles_with_inductor(kind: str) -> None:
 @classes
 def test_another_batch_size_recompiles_at_most_once(kind: str) -> None:
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     net = tiny(kind)
     compiled = torch.compile(net, fullgraph=True, backend=counter)
     for batch in (2, 3, 4):

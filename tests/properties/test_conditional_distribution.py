@@ -167,7 +167,8 @@ class Multistep(Predictor):
     """A second-order multistep rule in log-SNR, with the last data estimate as memory."""
 
     def step(self, model, x, t, s, state=None, *, generator=None, **cond):
-        (a, u), (b, v) = (model.sde.perturbation_kernel(x, at) for at in (t, s))
+        kernels = (model.sde.perturbation_kernel(x, at) for at in (t, s))
+        (a, u), (b, v) = ([float(c[0]) for c in kernel] for kernel in kernels)
         h = math.log(b / v) - math.log(a / u)
         x0 = now = model.predict(x, t).x0
         if state is not None:

@@ -104,7 +104,7 @@ def test_sde_solvers_raise_at_zero_snr(predictor) -> None:
     """The drift is infinite at alpha = 0; starting from an earlier time works."""
     chain = DDPMChain.linear(50).zero_terminal_snr()
     model = X0Model(lambda x, noise_label: 0.5 * torch.ones_like(x), chain)
-    message = rf"begin where alpha > 0, .* got t = 1 with {type(predictor).__name__}; take a pred"
+    message = rf"begin where alpha > 0, .* got t = 1 with {type(predictor).__name__}; use a pred"
     with pytest.raises(ValueError, match=message):
         PCSampler(model, predictor, steps=49)
     if predictor != Heun(churn=20.0):  # churn needs a grid

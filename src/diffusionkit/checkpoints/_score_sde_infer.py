@@ -60,7 +60,7 @@ def _ncsnv2(tensors: Mapping[str, Tensor], sigmas: Sequence[float]) -> NCSNv2:
 
 def _ncsnpp(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> NCSNpp:
     if any(tensor.numel() == 0 for tensor in tensors.values()):
-        raise ValueError("a tensor without elements")
+        raise ValueError("expected tensors with elements, got an empty one")
     options = _Reader(_modules(tensors)).options()
     fourier, ddpm = options["embedding"] == "fourier", options["resblock"] == "ddpm"
     # The options of the published networks of this kind.
@@ -181,7 +181,7 @@ class _Reader:
         blocks[-1] -= 2  # the middle blocks
         attentions[-1] -= 1  # and their attention
         if len(set(blocks)) > 1:
-            raise ValueError("levels with different numbers of blocks")
+            raise ValueError("expected levels with equal numbers of blocks")
         self.found |= {
             "blocks": blocks[0],
             "multipliers": tuple(out // width for out in outs),

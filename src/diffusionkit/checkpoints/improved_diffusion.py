@@ -138,7 +138,7 @@ def _infer(
 ) -> dict[str, Any]:
     try:
         if any(tensor.numel() == 0 for tensor in tensors.values()):
-            raise ValueError("a tensor without elements")
+            raise ValueError("expected tensors with elements, got an empty one")
         return _options({key: tuple(t.shape) for key, t in tensors.items()}, learn_sigma)
     except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: expected {_EXPECTED}, got other names or shapes") from error

@@ -150,8 +150,8 @@ def posterior_divergence(
     bounds the variance of the stable target,
     V_STF <= (V_DSM + sqrt(3) d sqrt(D) / sigma^2) / (n - 1) + O(1 / n^2). The summand is
     heavy-tailed: where the posterior is narrow, a few noisy states dominate, and the standard
-    error is too small. The total variation, half the sum of |w_k - 1/N|, shows the same phases of
-    the process and is at most 1.
+    error is too small. The total variation, half the sum of ``|w_k - 1/N|``, shows the same
+    phases of the process and is at most 1.
 
     Args:
         sde: the forward process.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._chain_terms import chain_length, prior_kl, step_nats
 from .._checks import check_count, check_part, readable
@@ -154,6 +155,7 @@ class ChainNELBO:
         self.steps_at_once = steps_at_once
         self.progress = progress
 
+    @override
     def __repr__(self) -> str:
         return f"ChainNELBO({type(self.model).__name__}, {self.decoder}, clip={self.clip})"
 

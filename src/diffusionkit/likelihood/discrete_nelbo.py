@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._chain_terms import prior_kl
 from .._checks import check_count, check_part, readable
@@ -92,6 +93,7 @@ class DiscreteNELBO:
             check_count(steps, "steps")
         self.steps = steps
 
+    @override
     def __repr__(self) -> str:
         return f"DiscreteNELBO({type(self.model).__name__}, {self.decoder}, steps={self.steps})"
 

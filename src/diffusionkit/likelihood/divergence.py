@@ -82,6 +82,7 @@ class Hutchinson(Divergence):
         self.probes = probes
         self.noise = noise
 
+    @override
     def __repr__(self) -> str:
         return f"Hutchinson(probes={self.probes}, noise={self.noise!r})"
 
@@ -122,6 +123,7 @@ class ExactDivergence(Divergence):
         check_count(chunk, "chunk")
         self.chunk = chunk
 
+    @override
     def __repr__(self) -> str:
         return f"ExactDivergence(chunk={self.chunk})"
 

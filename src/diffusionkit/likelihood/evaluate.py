@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._checks import check_count, check_part
 from .._distributed import barrier, gather_objects, rank_and_world_size
@@ -45,6 +46,7 @@ class BitsPerDim:
     draw_stderr: float | None
     bits: Tensor
 
+    @override
     def __str__(self) -> str:
         return f"{self.mean:.4f} +- {self.stderr:.4f} bits/dim"
 

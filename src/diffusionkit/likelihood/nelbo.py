@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import (
     check_count,
@@ -109,6 +110,7 @@ class NELBO:
         self.t_min = model.sde.t_min if t_min is None else t_min
         check_t_min(self.t_min, model.sde.T)
 
+    @override
     def __repr__(self) -> str:
         return f"NELBO(samples={self.samples}, divergence={self.divergence}, t_min={self.t_min})"
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._checks import check_finite, check_part, check_range, check_state, check_t_min
-from .._ode import Solver, angles, radii
+from .._flow_solver import Solver, angles, radii
 from .._schedules import schedule_dtype
 from ..interfaces import ScoreModel
 from ..random import Generators
@@ -116,6 +117,7 @@ class ODELikelihood:
         check_t_min(self.t_min, model.sde.T)
         angles(model.sde, self.t_min, model.sde.T)
 
+    @override
     def __repr__(self) -> str:
         return f"ODELikelihood({self.divergence!r}, {self.solver!r}, t_min={self.t_min:g})"
 

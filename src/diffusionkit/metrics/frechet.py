@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ._features import check_features, double, from_numpy
 
@@ -42,6 +43,7 @@ class FeatureMoments:
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # its upper triangle
 
+    @override
     def __repr__(self) -> str:
         return f"FeatureMoments(count={self.count}, dims={len(self._mean)})"
 

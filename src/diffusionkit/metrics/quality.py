@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count
 from ._features import check_pair
@@ -34,6 +35,7 @@ class SampleQuality:
     real: int
     fake: int
 
+    @override
     def __str__(self) -> str:
         rows = [
             ("Frechet distance", f"{self.frechet:.4f}"),

@@ -34,7 +34,7 @@ def initial_state(
             dtype is not None and dtype != start.dtype
         ):
             raise ValueError(
-                f"x: expected an initial state on {device}, {dtype}, "
+                f"x: expected a state on {device or start.device}, {dtype or start.dtype}, "
                 f"got {start.device}, {start.dtype}"
             )
         check_generator(generator, start.shape[0])

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_part, check_positive, check_same, check_state
+from .._flow_solver import Solver
 from .._grid_times import grid_times
 from .._loops import bare_networks, evaluation_mode, repeated
 from .._nfe import EvaluationCounter
-from .._ode import Solver
 from ..interfaces import ScoreModel
 from ..random import Generators
 from ._start import initial_state

@@ -43,6 +43,7 @@ def power_exponent(sigma_rel: float) -> float:
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
     2024, arXiv 2312.02696 (section 3.1).
 
+    >>> from diffusionkit.training import power_exponent
     >>> round(power_exponent(0.10), 4)
     6.9372
     """
