@@ -36,8 +36,8 @@ def test_a_respaced_run_equals_a_chain_of_new_betas(spec, predictor) -> None:
 def test_the_network_gets_the_original_step() -> None:
     chain, steps = DDPMChain.linear(100), []
 
-    def network(x, label):
-        steps.append(float(label[0]))
+    def network(x, noise_label):
+        steps.append(float(noise_label[0]))
         return x
 
     model = EpsModel(network, chain, label=StepLabel(100))

@@ -37,9 +37,9 @@ def test_encoding_finds_the_noise_that_ddim_decodes(sde) -> None:
 def test_encoding_evaluates_the_model_as_samplers_do() -> None:
     chain, seen = DDPMChain.linear(50), []
 
-    def network(x, label, class_labels=None):
+    def network(x, noise_label, class_labels=None):
         seen.append(
-            (model.training, torch.is_grad_enabled(), float(label[0]), int(class_labels[0]))
+            (model.training, torch.is_grad_enabled(), float(noise_label[0]), int(class_labels[0]))
         )
         return x
 

@@ -37,7 +37,7 @@ class Counting(nn.Module):
         self.calls = 0
         self.modes = set()
 
-    def forward(self, x, label, **cond):
+    def forward(self, x, noise_label, **cond):
         self.calls += 1
         self.modes.add(self.training)
         return torch.zeros_like(x) + self.weight + cond.get("shift", 0.0)

@@ -60,7 +60,7 @@ def test_samples_the_mixture(mixture):
 def test_evaluations_are_counted(method):
     calls = 0
 
-    def network(x, label):
+    def network(x, noise_label):
         nonlocal calls
         calls += 1
         return torch.tanh(x)

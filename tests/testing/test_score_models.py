@@ -49,8 +49,8 @@ def test_network_models_pass(kind, dtype, sde) -> None:
             super().__init__()
             self.parts = net
 
-        def forward(self, x, label):
-            return self.parts["drop"](self.parts["mlp"](x, label))
+        def forward(self, x, noise_label):
+            return self.parts["drop"](self.parts["mlp"](x, noise_label))
 
     model = kind(Network(), sde)
     assert check_score_model(model, (4, 3)).ok
