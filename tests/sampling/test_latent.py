@@ -78,8 +78,8 @@ def test_invalid_codes_raise():
     a = torch.ones(2, 3)
     for b, weight, message in (
         (torch.ones(3, 3), 0.5, r"b: expected the shape of a, \(2, 3\), got \(3, 3\)"),
-        (-a, 0.5, "a, b: expected codes that are not zero"),
-        (0 * a, 0.5, "a, b: expected codes that are not zero"),
+        (-a, 0.5, "a, b: expected nonzero codes"),
+        (0 * a, 0.5, "a, b: expected nonzero codes"),
         (torch.full((2, 3), math.nan), 0.5, "b: expected finite values"),
         (a, math.nan, "weight: expected finite values"),
         (a, torch.tensor([0.5, math.inf]), "weight: expected finite values, got 1"),

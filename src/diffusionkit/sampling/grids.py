@@ -186,8 +186,8 @@ class ChainGrid:
         points = steps + (0 if self.to_zero else 1)
         if len(levels) < points:
             raise ValueError(
-                f"steps: expected at most {len(levels) - points + steps}, the number of the "
-                f"chain's levels within the process's range, got {steps}"
+                f"steps: expected at most {len(levels) - points + steps} with the {len(levels)} "
+                f"levels of the chain that are within the process's range, got {steps}"
             )
         index = (torch.arange(points) * ((len(levels) - 1) / (points - 1))).round().long()
         times = sde.time_at_log_snr(levels[index.to(levels.device)]).detach()

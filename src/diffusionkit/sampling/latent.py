@@ -55,8 +55,8 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     angle = 2 * torch.atan2(*(torch.linalg.vector_norm(z, dim=1) for z in (u - v, u + v)))
     if readable(angle) and not bool((angle < torch.pi - 1e-6).all()):  # so that a NaN fails
         raise ValueError(
-            "a, b: expected codes that are not zero and not opposite, where no path is the "
-            f"shortest, got angles up to {float(angle.max()):g}"
+            "a, b: expected nonzero codes that are not opposite to each other, "
+            f"got angles up to {float(angle.max()):g}"
         )
     whole = torch.sinc(angle / torch.pi)
     first, second = (c * torch.sinc(c * angle / torch.pi) / whole for c in (1 - w, w))
