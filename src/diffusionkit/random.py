@@ -95,9 +95,11 @@ class ObservedPath(NoisePath):
     def __init__(self, path: NoisePath) -> None:
         self._path, self.used = path, False
 
+    @override
     def __len__(self) -> int:
         return len(self._path)
 
+    @override
     def __getitem__(self, index: Any) -> Any:
         return self._path[index]
 

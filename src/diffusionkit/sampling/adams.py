@@ -61,6 +61,7 @@ class DEIS(_NoiseAdams):
     order: int = 3
     variable: str = "log_snr"
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variable not in ("log_snr", "time"):

@@ -80,6 +80,7 @@ class BrownianPath(NoisePath):
                 raise ValueError(f"seeds: expected integers below 2^63, got {seed}")
         self.seeds = tuple(seeds)
 
+    @override
     def __repr__(self) -> str:
         return f"BrownianPath({len(self)} samples)"
 
@@ -87,6 +88,7 @@ class BrownianPath(NoisePath):
     def _generators(self) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
+    @override
     def __len__(self) -> int:
         return len(self.seeds)
 
@@ -96,6 +98,7 @@ class BrownianPath(NoisePath):
     @overload
     def __getitem__(self, index: slice) -> BrownianPath: ...
 
+    @override
     def __getitem__(self, index: int | slice) -> torch.Generator | BrownianPath:
         """Return the generator of a sample, or the path of some samples."""
         if isinstance(index, slice):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_part
 from .._grid_times import grid_times, noise_at
@@ -141,6 +142,7 @@ class PCSampler:
                 f"got {time_travel.jump}"
             )
 
+    @override
     def __repr__(self) -> str:
         return f"PCSampler({self.predictor}, {self.corrector}, steps={self.steps})"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._checks import check_count, check_finite, check_part, check_positive, check_same, check_state
 from .._flow_solver import Solver
@@ -87,6 +88,7 @@ class ProbabilityFlow:
         self.denoise = denoise
         self.nfe = 0
 
+    @override
     def __repr__(self) -> str:
         solver = self.solver
         return f"ProbabilityFlow({solver.method!r}, rtol={solver.rtol}, atol={solver.atol})"

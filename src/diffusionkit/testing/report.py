@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 class InconsistentError(ValueError):
@@ -38,6 +39,7 @@ class Report:
         """Whether there are no problems."""
         return not self.problems
 
+    @override
     def __str__(self) -> str:
         if self.ok:
             return f"{self.subject}: {len(self.checks)} checks, no problems"
