@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 Coefficient: TypeAlias = Tensor | float
 
@@ -161,6 +162,7 @@ class Prediction:
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
         self._output, self._a, self._b = None, 0.0, 1.0
 
+    @override
     def __repr__(self) -> str:
         return f"Prediction(x of shape {tuple(self._x.shape)}, {self._x.dtype})"
 
