@@ -11,6 +11,7 @@ import diffusionkit.diagnostics
 import diffusionkit.metrics
 import diffusionkit.networks
 import diffusionkit.ops
+import diffusionkit.random
 import diffusionkit.testing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,7 @@ def public() -> list[str]:
         diffusionkit.models,
         diffusionkit.networks,
         diffusionkit.ops,
+        diffusionkit.random,
         diffusionkit.sampling,
         diffusionkit.sde,
         diffusionkit.testing,
@@ -53,6 +55,7 @@ def public() -> list[str]:
         f"{module.__name__}.{name}"
         for module in modules
         for name in module.__all__
+        if name != "Generators"  # a type alias
         if module is diffusionkit or getattr(diffusionkit, name, None) is not getattr(module, name)
     ]
 
