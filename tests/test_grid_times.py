@@ -25,6 +25,7 @@ from diffusionkit import (
     GaussianMixtureModel,
     Heun,
     LogSNRGrid,
+    NetworkModel,
     PCSampler,
     Predictor,
     RawScoreModel,
@@ -110,6 +111,17 @@ def test_models_at_a_samplers_time_equal_those_at_plain_tensors(kind, sde):
         found, plain = model.predict(x, t), model.predict(x, t.clone())
         torch.testing.assert_close(found.x0, plain.x0, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found.eps, plain.eps, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("constant", [1.0, torch.tensor(1.0), torch.ones(1)])
+@pytest.mark.parametrize("wrap", [staticmethod, lambda f: lambda self, *args: f(*args)])
+def test_parameterizations_of_any_form_sample_as_they_train(constant, wrap):
+    class Own(NetworkModel):
+        parameterization = wrap(lambda alpha, sigma: (constant, -sigma))
+
+    model, x = Own(lambda x, noise_label: 0.5 * x, VPSDE()), torch.ones(2, 3)
+    (t,) = grid_times(model.sde, torch.tensor([0.5], dtype=torch.float64), x)
+    torch.testing.assert_close(model.predict(x, t).x0, model.predict(x, t.clone()).x0)
 
 
 def test_two_models_of_one_process_keep_their_own_parameterizations():

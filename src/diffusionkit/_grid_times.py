@@ -46,11 +46,15 @@ class Grid:
 
     def values(self, function: Function) -> list[Any]:
         """Return the values of a function of alpha and sigma at all times, as floats."""
-        key = id(function.__self__), function.__name__  # type: ignore[attr-defined]
+        # A bound method is a new object at each access; its owner is not.
+        key = id(getattr(function, "__self__", function)), getattr(function, "__name__", "")
         found = self._functions.get(key)
         if found is None:
-            rows = by_row(tuple(function(self.alpha, self.sigma)), None, len(self.alpha), None)
-            # The bound method keeps its owner alive, so that the id is not reused.
+            n = len(self.alpha)
+            values = function(self.alpha, self.sigma)
+            columns = [v.expand(n) if isinstance(v, Tensor) else v for v in values]
+            rows = by_row(columns, None, n, None)
+            # The function keeps its owner alive, so that the id is not reused.
             found = self._functions[key] = function, rows
         return found[1]
 
