@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ from torch.nn.parameter import is_lazy
 from ._checks import readable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_GAIN = 256.0  # of cotangents, which float16 holds from 6e-5 to 65504
 _DEPTH = 3  # of functions that call functions
 WIDER = "use float32 or bfloat16"  # the advice for a result that overflows
 
-Weight = tuple[nn.Module, str, Tensor]
+Coefficient: TypeAlias = Tensor | float
+Weight: TypeAlias = tuple[nn.Module, str, Tensor]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -59,6 +61,24 @@ def narrowed(x: Tensor, dtype: torch.dtype, name: str, advice: str) -> Tensor:
                     f"got {largest:g}; {advice}"
                 )
     return out
+
+
+def backward_factor(gain: Coefficient, dtype: torch.dtype | None) -> Coefficient | None:
+    """Return a power of two that scales the cotangents of a network so that float16 holds them.
+
+    A prediction may be so many times as large as the network's output that its gradients overflow
+    on their way back through the network. Multiply the vectors of a vector-Jacobian product by the
+    factor, and divide the product by it.
+
+    Args:
+        gain: the largest derivative of the prediction with respect to the output, (B,) or a float.
+        dtype: the dtype of the network. The factor is None unless it is float16.
+    """
+    if dtype != torch.float16:
+        return None
+    gain = torch.as_tensor(gain).clamp(1.0, 2.0**100)
+    factor = torch.exp2(-torch.ceil(torch.log2(gain / _GAIN)).clamp_min(0.0))
+    return factor if factor.ndim else factor.item()
 
 
 def network_dtype(network: object) -> torch.dtype | None:

@@ -7,15 +7,13 @@ where the whole batch is at one time. `expand` prepares either for multiplying a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ._precision import at_least_float32
-
-Coefficient: TypeAlias = Tensor | float
+from ._precision import Coefficient, at_least_float32
 
 
 def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
