@@ -18,6 +18,7 @@ from .._precision import at_least_float32, backward_factor, network_dtype, state
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
+from ..values import Coefficient
 from .divergence import Divergence, Hutchinson
 
 
@@ -152,10 +153,11 @@ class ODELikelihood:
             factor = _factor(sde, t, own)
 
             def predict(x: Tensor) -> Tensor:
-                return self.model.predict(x, t, **cond).v * factor
+                v = self.model.predict(x, t, **cond).v
+                return v if factor is None else v * factor
 
             v, divergence = self.divergence(predict, x, fixed)
-            return v / factor, divergence / (d * factor)
+            return (v, divergence / d) if factor is None else (v / factor, divergence / d / factor)
 
         # In nats per dimension, the unit of the tolerance.
         volume = x.new_zeros(probes, len(x), dtype=schedule_dtype(x.device))
@@ -175,14 +177,14 @@ class ODELikelihood:
         )
 
 
-def _factor(sde: ForwardSDE, t: Tensor, dtype: torch.dtype | None) -> float:
+def _factor(sde: ForwardSDE, t: Tensor, dtype: torch.dtype | None) -> Coefficient | None:
     """Return the factor of backward passes from the velocity to a state, see `backward_factor`.
 
     The velocity is at most r^2 max(sigma, 1 / sigma) times as large as a network's output.
     """
     alpha, sigma = (float(value) for value in schedule(sde, t))
     gain = (alpha**2 + sigma**2) * max(sigma, 1 / sigma)
-    return float(backward_factor(gain, dtype) or 1.0)
+    return backward_factor(gain, dtype)
 
 
 def _ordinary(value: Any) -> Any:
