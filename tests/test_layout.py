@@ -99,6 +99,14 @@ def test_rules_for_every_file(source) -> None:
     assert not any(name.split(".")[0] == "torchvision" for name in imports(tree, path))
 
 
+def test_nothing_changes_the_warning_filters_of_the_process(source) -> None:
+    """`warnings.catch_warnings` in two threads leaves one thread's filters behind for good."""
+    _, tree = source
+    changing = {"catch_warnings", "simplefilter", "filterwarnings", "resetwarnings"}
+    used = {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(tree)}
+    assert not used & changing
+
+
 def test_imports_inside_the_package_are_relative(source) -> None:
     _, tree = source
     for node in ast.walk(tree):
