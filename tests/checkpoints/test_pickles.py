@@ -28,7 +28,7 @@ NAMES = [
     "torch._utils._rebuild_wrapper_subclass", "torch._tensor._rebuild_from_type_v2",
     "numpy.load", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.fromfile", "numpy.testing._private.utils.runstring",
-    "collections.Counter", "collections.defaultdict", "dnnlib.util.open_url", "dnnlib.EasyDict",
+    "collections.deque", "collections.defaultdict", "dnnlib.util.open_url", "dnnlib.EasyDict",
     "torch_utils.persistence._src_to_module", "torch_utils.persistence.import_hook",
 ]  # fmt: skip
 
@@ -127,7 +127,7 @@ def test_operations_on_values_of_the_wrong_type_are_rejected(harmless) -> None:
     harmless(b"\x8fK\x01K\x02s", made + "set")
     harmless(named("builtins.set") + b"]R", "expected a call of an allowed global")
     harmless(b"NNR", "expected a call of an allowed global")
-    harmless(b"(}(K\x01ut", "ValueError")
+    harmless(b"(}(K\x01ut", "expected pairs of keys and values, got an odd number")
 
 
 def test_unfinished_pickles_are_rejected(rejected) -> None:
@@ -174,7 +174,9 @@ def tensor(body: bytes, offset: int, size: tuple, stride: tuple) -> bytes:
     ],
 )
 def test_tensors_outside_their_storage_are_rejected(rejected, offset, size, stride) -> None:
-    match = "expected (a tensor within its 2 values|shape and strides of a tensor)"
+    match = (
+        "expected (a tensor within its 2 v|shape and strides of a t|tensors of the size of the f)"
+    )
     rejected(zipped(tensor(storage(), offset, size, stride), **{"0": bytes(8)}), match)
     data = legacy(OWN, keys=KEY, rest=struct.pack("<qff", 2, 1, 2))
     content = b"B" + struct.pack("<I", len(data)) + data + b"\x85R"
@@ -298,7 +300,7 @@ def test_state_of_plain_objects_is_rejected(harmless) -> None:
         harmless(made + b"}" + text("_metadata") + odd + b"sb", "expected the versions of modules")
     harmless(b"]}b", "got a state for list")
     number = named("numpy.dtype") + text("f8") + b"\x89\x88\x87R"
-    harmless(number + b"}b}b", "got a state for Node")
+    harmless(number + b"}b}b", "expected a plain little-endian dtype")
 
 
 def test_tensors_with_hooks_are_rejected(rejected) -> None:
