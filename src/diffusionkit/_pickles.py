@@ -10,7 +10,6 @@ for a value that contains itself.
 from __future__ import annotations
 
 import os
-import pickle
 import pickletools
 import struct
 from collections import Counter, OrderedDict
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from reprlib import repr
 from types import NoneType
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,13 +26,56 @@ from torch import Tensor
 
 _MAX_DEPTH, _MAX_NAME = 100, 200
 # Bytes of memory that a pickle may take: so many, and so many more for each of its own.
-_FREE, _FACTOR = 1 << 27, 32
+_FREE, _FACTOR = 1 << 25, 32
 # Bytes that the tensors of a file may have in all if each is copied, for each byte of the file.
 _REPEATS = 16
 _SIZED = (str, bytes, list, tuple, set, dict)
 _NUMBERS = {"b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"}
-# The states of numpy's little-endian dtypes.
-_NATIVE = [(3, order, None, None, None, -1, -1, 0) for order in "<|"]
+_LITTLE = [(3, order, None, None, None, -1, -1, 0) for order in "<|"]
+# Each operation, the format of its argument and the memory it takes beyond its own bytes.
+_OPERATIONS = {
+    "PROTO": ("<B", 0), "FRAME": ("<Q", 0), "STOP": ("", 0), "MARK": ("", 80),
+    "NONE": ("", 8), "NEWTRUE": ("", 8), "NEWFALSE": ("", 8), "BININT1": ("<B", 8),
+    "BININT2": ("<H", 40), "BININT": ("<i", 40), "BINFLOAT": (">d", 40), "LONG1": ("<B", 64),
+    "SHORT_BINUNICODE": ("<B", 96), "BINUNICODE": ("<I", 96), "BINUNICODE8": ("<Q", 96),
+    "SHORT_BINBYTES": ("<B", 48), "BINBYTES": ("<I", 48), "BINBYTES8": ("<Q", 48),
+    "EMPTY_LIST": ("", 96), "EMPTY_DICT": ("", 256), "EMPTY_SET": ("", 256),
+    "APPEND": ("", 16), "APPENDS": ("", 0), "SETITEM": ("", 64), "SETITEMS": ("", 0),
+    "ADDITEMS": ("", 0), "EMPTY_TUPLE": ("", 8), "TUPLE": ("", 64), "TUPLE1": ("", 96),
+    "TUPLE2": ("", 96), "TUPLE3": ("", 96), "BINPUT": ("<B", 0), "LONG_BINPUT": ("<I", 128),
+    "MEMOIZE": ("", 128), "BINGET": ("<B", 8), "LONG_BINGET": ("<I", 8), "GLOBAL": ("", 256),
+    "STACK_GLOBAL": ("", 256), "REDUCE": ("", 512), "NEWOBJ": ("", 512), "BUILD": ("", 0),
+    "BINPERSID": ("", 512),
+}  # fmt: skip
+_CONTENTS: dict[str, Callable[[bytes], Any]] = {
+    "LONG1": lambda data: int.from_bytes(data, "little", signed=True),
+    **dict.fromkeys(
+        ["SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"],
+        lambda data: data.decode("utf-8", "surrogatepass"),
+    ),
+    **dict.fromkeys(["SHORT_BINBYTES", "BINBYTES", "BINBYTES8"], bytes),
+}
+_PUSHED = {"BININT", "BININT1", "BININT2", "BINFLOAT", *_CONTENTS}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+_CODES = {
+    opcode.code.encode("latin1"): (
+        opcode.name,
+        struct.Struct(_OPERATIONS[opcode.name][0]),
+        _CONTENTS.get(opcode.name),
+        _OPERATIONS[opcode.name][1],
+    )
+    for opcode in pickletools.opcodes
+    if opcode.name in _OPERATIONS
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Global:
@@ -86,173 +128,131 @@ def run(
     Raises:
         Exception: of many types, if the pickle is damaged or uses anything not allowed.
     """
-    machine = _Machine(source, table, persistent)
-    try:
-        value, steps = machine.load()
-    except (IndexError, struct.error) as error:
-        raise UnpicklingError("expected a whole pickle, got a damaged one") from error
-    _check(value, 4 * steps + 1000, _REPEATS * limit + (1 << 20))
-    return value
+    stack: list[Any] = []
+    marked: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    start, steps, passed = source.tell(), 0, 0
+    for name, argument in _operations(source):
+        steps += 1
+        if name in _PUSHED:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+        elif name in ("BINGET", "LONG_BINGET"):
+            if argument not in memo:
+                raise UnpicklingError(f"expected a stored value, got number {argument}")
+            stack.append(memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            (value,) = _popped(stack, 1)
+            memo[len(memo) if argument is None else argument] = value
+            stack.append(value)
+        elif name == "MARK":
+            marked.append(stack)
+            stack = []
+        elif name in ("TUPLE", "APPENDS", "SETITEMS", "ADDITEMS"):
+            if not marked:
+                raise UnpicklingError("expected a mark on the stack, got none")
+            items, stack = stack, marked.pop()
+            if name == "TUPLE":
+                stack.append(tuple(items))
+            else:
+                _extend(name, stack, items)
+        elif name in _TUPLES:
+            stack.append(tuple(_popped(stack, _TUPLES[name])))
+        elif name == "APPEND":
+            _extend("APPENDS", stack, _popped(stack, 1))
+        elif name == "SETITEM":
+            _extend("SETITEMS", stack, _popped(stack, 2))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            stack.append(_found(table, argument or _popped(stack, 2)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            callee, args = _popped(stack, 2)
+            if not isinstance(callee, Call) or type(args) is not tuple:
+                raise UnpicklingError(f"expected a call of an allowed global, got {repr(callee)}")
+            passed += sum(len(part) for part in args if isinstance(part, _SIZED))
+            if passed > 1000 + source.tell() - start:
+                raise UnpicklingError("expected each part to be used once, got more than was read")
+            stack.append(callee.function(*args))
+        elif name == "BUILD":
+            target, state = _popped(stack, 2)
+            _build(target, state)
+            stack.append(target)
+        elif name == "BINPERSID":
+            if persistent is None:
+                raise UnpicklingError("expected plain data, got a persistent id")
+            stack.append(persistent(*_popped(stack, 1)))
+    if marked or len(stack) != 1:
+        raise UnpicklingError("expected a pickle of one value, got an unfinished one")
+    _check(stack[0], 4 * steps + 1000, _REPEATS * limit + (1 << 20))
+    return stack[0]
 
 
-class _Machine:
-    """The stack and the memory of the machine that a pickle is a program for."""
+def _operations(source: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Yield the operations of a pickle, without reading more than the file holds."""
+    start = source.tell()
+    end = source.seek(0, os.SEEK_END)
+    source.seek(start)
 
-    def __init__(
-        self,
-        source: BinaryIO,
-        table: Mapping[str, Any],
-        persistent: Callable[[Any], Any] | None,
-    ) -> None:
-        self._source, self._table, self._persistent = source, table, persistent
-        self._start = source.tell()
-        self._end = source.seek(0, os.SEEK_END)
-        source.seek(self._start)
-        self._passed = 0
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-
-    def load(self) -> tuple[Any, int]:
-        """Return the value and the number of operations."""
-        read, operations = self._source.read, _OPERATIONS
-        steps, spent, allowed = 0, 0, _FREE
-        while (code := read(1)) != pickle.STOP:
-            operation, cost = operations.get(code) or _unknown(code)
-            steps += 1
-            spent += cost
-            if spent > allowed:
-                allowed = _FREE + _FACTOR * (self._source.tell() - self._start)
-                if spent > allowed:
-                    raise UnpicklingError("expected a pickle of few parts, got too many")
-            operation(self)
-        if self.marked or len(self.stack) != 1:
-            raise UnpicklingError("expected a pickle of one value, got an unfinished one")
-        return self.stack[0], steps + 1
-
-    def take(self, count: int) -> bytes:
-        """Read bytes, without allocating more than the file has left."""
-        if count > 1 << 16 and count > self._end - self._source.tell():
-            raise UnpicklingError(f"expected {count} more bytes, got the end of the file")
-        data = self._source.read(count)
+    def read(count: int) -> bytes:
+        data = source.read(count if count <= 1 << 16 else min(count, end - source.tell()))
         if len(data) < count:
             raise UnpicklingError(f"expected {count} more bytes, got the end of the file")
         return data
 
-    def pop(self, count: int) -> list[Any]:
-        """Take values off the stack."""
-        if len(self.stack) < count:
-            raise UnpicklingError("expected a value on the stack, got none")
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        return items
-
-    def pop_marked(self) -> list[Any]:
-        """Take the values since the last mark off the stack."""
-        items, self.stack = self.stack, self.marked.pop()
-        return items
-
-    def mark(self) -> None:
-        """Start a part of the stack."""
-        self.marked.append(self.stack)
-        self.stack = []
-
-    def put(self, number: int) -> None:
-        """Store the last value."""
-        self.memo[number] = self.stack[-1]
-
-    def get(self, number: int) -> None:
-        """Push a stored value."""
-        if number not in self.memo:
-            raise UnpicklingError(f"expected a stored value, got number {number}")
-        self.stack.append(self.memo[number])
-
-    def find_line(self) -> None:
-        """Push the global of which module and name follow, a line each."""
-        lines = [self._source.readline(_MAX_NAME + 2) for _ in range(2)]
-        if not all(line.endswith(b"\n") for line in lines):
-            raise UnpicklingError("expected the name of a global, got a longer text")
-        self._find(*(line[:-1].decode() for line in lines))
-
-    def find_stacked(self) -> None:
-        """Push the global of which module and name are on the stack."""
-        module, name = self.pop(2)
-        if type(module) is not str or type(name) is not str:
-            raise UnpicklingError(f"expected the name of a global, got {repr(module)}")
-        self._find(module, name)
-
-    def _find(self, module: str, name: str) -> None:
-        if max(len(module), len(name)) > _MAX_NAME:
-            raise UnpicklingError("expected the name of a global, got a longer text")
-        full = f"{module}.{name}"
-        try:
-            self.stack.append(self._table[full])
-        except KeyError:
-            raise UnpicklingError(f"the global {full}, which is not among the safe ones") from None
-
-    def call(self) -> None:
-        """Replace a function and its arguments by the result."""
-        callee, args = self.pop(2)
-        if not isinstance(callee, Call) or type(args) is not tuple:
-            raise UnpicklingError(f"expected a call of an allowed global, got {repr(callee)}")
-        self._passed += sum(len(part) for part in args if isinstance(part, _SIZED))
-        if self._passed > 1000 + self._source.tell() - self._start:
-            raise UnpicklingError("expected each part to be used once, got more than was read")
-        self.stack.append(callee.function(*args))
-
-    def identify(self) -> None:
-        """Replace a persistent id by its value."""
-        if self._persistent is None:
-            raise UnpicklingError("expected a pickle of plain data, got a persistent id")
-        self.stack.append(self._persistent(self.stack.pop()))
-
-    def build(self) -> None:
-        """Set the state of an object."""
-        target, state = self.pop(2)
-        self.stack.append(target)
-        if isinstance(target, Node) and target.state is None:
-            target.state = state
-        elif (
-            type(target) is OrderedDict
-            and type(state) is dict
-            and len(state) == 1
-            and "_metadata" in state
-        ):
-            target.__dict__.update(state)  # the versions of a state dict's modules
-        elif isinstance(target, np.dtype):
-            if type(state) is not tuple or state not in _NATIVE:
-                raise UnpicklingError(f"expected a plain little-endian dtype, got {repr(state)}")
-        else:
-            raise UnpicklingError(f"expected plain data, got a state for {type(target).__name__}")
+    name, spent, allowed = "", 0, _FREE
+    while name != "STOP":
+        code = source.read(1)
+        name, packed, content, cost = _CODES.get(code) or _unknown(code)
+        spent += cost
+        if spent > allowed:
+            allowed = _FREE + _FACTOR * (source.tell() - start)
+            if spent > allowed:
+                raise UnpicklingError("expected a pickle of fewer parts, got too many")
+        argument: Any = None
+        if packed.size:
+            (argument,) = packed.unpack(read(packed.size))
+            if content is not None:
+                argument = content(read(argument))
+        elif name == "GLOBAL":
+            argument = [source.readline(_MAX_NAME + 2).decode().rstrip("\n") for _ in range(2)]
+        yield name, argument
 
 
 def _unknown(code: bytes) -> Any:
-    if not code:
-        raise UnpicklingError("expected a whole pickle, got the end of the file")
-    known = pickletools.code2op.get(code.decode("latin1"))
-    name = known.name if known else code.hex()
-    raise UnpicklingError(f"expected a pickle of plain data, got the operation {name}")
+    names = [op.name for op in pickletools.opcodes if op.code.encode("latin1") == code]
+    found = f"the operation {(*names, code)[0]}" if code else "the end of the file"
+    raise UnpicklingError(f"expected a pickle of plain data, got {found}")
 
 
-def _extend(target: Any, items: list[Any]) -> None:
-    _check_target(target, list)
-    target.extend(items)
+def _popped(stack: list[Any], count: int) -> list[Any]:
+    if len(stack) < count:
+        raise UnpicklingError("expected a value on the stack, got none")
+    items = stack[-count:]
+    del stack[-count:]
+    return items
 
 
-def _add(target: Any, items: list[Any]) -> None:
-    _check_target(target, set)
-    target.update(map(_key, items))
+def _found(table: Mapping[str, Any], names: list[Any]) -> Any:
+    if any(type(name) is not str or len(name) > _MAX_NAME for name in names):
+        raise UnpicklingError(f"expected the name of a global, got {repr(names)}")
+    name = ".".join(names)
+    try:
+        return table[name]
+    except KeyError:
+        raise UnpicklingError(f"the global {name}, which is not among the safe ones") from None
 
 
-def _set_items(target: Any, items: list[Any]) -> None:
-    _check_target(target, dict, OrderedDict)
-    if len(items) % 2:
-        raise UnpicklingError("expected pairs of keys and values, got an odd number")
-    target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
-
-
-def _check_target(target: Any, *kinds: type) -> None:
-    if type(target) not in kinds:
+def _extend(operation: str, stack: list[Any], items: list[Any]) -> None:
+    target = stack[-1] if stack else None
+    if operation == "APPENDS" and type(target) is list:
+        target.extend(items)
+    elif operation == "ADDITEMS" and type(target) is set:
+        target.update(map(_key, items))
+    elif operation == "SETITEMS" and type(target) in (dict, OrderedDict):
+        if len(items) % 2:
+            raise UnpicklingError("expected pairs of keys and values, got an odd number")
+        target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
+    else:
         raise UnpicklingError(f"expected a list, set or dictionary, got {type(target).__name__}")
 
 
@@ -264,120 +264,16 @@ def _key(key: Any) -> Any:
     raise UnpicklingError(f"expected a string or a number as key, got {type(key).__name__}")
 
 
-def _constant(value: Any) -> _Operation:
-    return lambda machine: machine.stack.append(value)
-
-
-def _made(make: Callable[[], Any]) -> _Operation:
-    return lambda machine: machine.stack.append(make())
-
-
-def _number(form: str, use: Callable[[_Machine, Any], None]) -> _Operation:
-    """Read a number and use it."""
-    packed = struct.Struct(form)
-    size, unpack = packed.size, packed.unpack
-    return lambda machine: use(machine, unpack(machine.take(size))[0])
-
-
-def _pushed(machine: _Machine, value: Any) -> None:
-    machine.stack.append(value)
-
-
-def _ignored(machine: _Machine, value: Any) -> None:
-    pass
-
-
-def _content(form: str, convert: Callable[[bytes], Any]) -> _Operation:
-    """Read a size and so many bytes, and push what they mean."""
-
-    def push(machine: _Machine, count: int) -> None:
-        machine.stack.append(convert(machine.take(count)))
-
-    return _number(form, push)
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogatepass")
-
-
-def _long(data: bytes) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
-def _tuple(count: int) -> _Operation:
-    return lambda machine: machine.stack.append((*machine.pop(count),))
-
-
-def _marked_tuple(machine: _Machine) -> None:
-    items = tuple(machine.pop_marked())
-    machine.stack.append(items)
-
-
-def _marked(use: Callable[[Any, list[Any]], None]) -> _Operation:
-    """Use the values since the last mark on the one before it."""
-
-    def operation(machine: _Machine) -> None:
-        items = machine.pop_marked()
-        use(machine.stack[-1], items)
-
-    return operation
-
-
-def _last(count: int, use: Callable[[Any, list[Any]], None]) -> _Operation:
-    """Use the last values of the stack on the one before them."""
-
-    def operation(machine: _Machine) -> None:
-        items = machine.pop(count)
-        use(machine.stack[-1], items)
-
-    return operation
-
-
-_Operation: TypeAlias = Callable[[_Machine], None]
-# Each operation with the memory that it may take, beyond a few times its own bytes.
-_OPERATIONS: dict[bytes, tuple[_Operation, int]] = {
-    pickle.PROTO: (_number("<B", _ignored), 0),
-    pickle.FRAME: (_number("<Q", _ignored), 0),
-    pickle.NONE: (_constant(None), 8),
-    pickle.NEWTRUE: (_constant(True), 8),
-    pickle.NEWFALSE: (_constant(False), 8),
-    pickle.BININT: (_number("<i", _pushed), 40),
-    pickle.BININT1: (_number("<B", _pushed), 8),
-    pickle.BININT2: (_number("<H", _pushed), 40),
-    pickle.LONG1: (_content("<B", _long), 64),
-    pickle.BINFLOAT: (_number(">d", _pushed), 40),
-    pickle.SHORT_BINUNICODE: (_content("<B", _text), 88),
-    pickle.BINUNICODE: (_content("<I", _text), 88),
-    pickle.BINUNICODE8: (_content("<Q", _text), 88),
-    pickle.SHORT_BINBYTES: (_content("<B", bytes), 48),
-    pickle.BINBYTES: (_content("<I", bytes), 48),
-    pickle.BINBYTES8: (_content("<Q", bytes), 48),
-    pickle.EMPTY_TUPLE: (_constant(()), 8),
-    pickle.EMPTY_LIST: (_made(list), 96),
-    pickle.EMPTY_DICT: (_made(dict), 256),
-    pickle.EMPTY_SET: (_made(set), 256),
-    pickle.MARK: (_Machine.mark, 80),
-    pickle.TUPLE: (_marked_tuple, 64),
-    pickle.TUPLE1: (_tuple(1), 72),
-    pickle.TUPLE2: (_tuple(2), 80),
-    pickle.TUPLE3: (_tuple(3), 88),
-    pickle.APPEND: (_last(1, _extend), 16),
-    pickle.APPENDS: (_marked(_extend), 0),
-    pickle.ADDITEMS: (_marked(_add), 0),
-    pickle.SETITEM: (_last(2, _set_items), 64),
-    pickle.SETITEMS: (_marked(_set_items), 0),
-    pickle.BINPUT: (_number("<B", _Machine.put), 0),
-    pickle.LONG_BINPUT: (_number("<I", _Machine.put), 128),
-    pickle.MEMOIZE: (lambda machine: machine.put(len(machine.memo)), 128),
-    pickle.BINGET: (_number("<B", _Machine.get), 8),
-    pickle.LONG_BINGET: (_number("<I", _Machine.get), 8),
-    pickle.GLOBAL: (_Machine.find_line, 512),
-    pickle.STACK_GLOBAL: (_Machine.find_stacked, 512),
-    pickle.REDUCE: (_Machine.call, 1024),
-    pickle.NEWOBJ: (_Machine.call, 1024),
-    pickle.BUILD: (_Machine.build, 0),
-    pickle.BINPERSID: (_Machine.identify, 1024),
-}
+def _build(target: Any, state: Any) -> None:
+    if isinstance(target, Node) and target.state is None:
+        target.state = state
+    elif isinstance(target, np.dtype):
+        if type(state) is not tuple or state not in _LITTLE:
+            raise UnpicklingError(f"expected a plain little-endian dtype, got {repr(state)}")
+    elif type(target) is OrderedDict and type(state) is dict and state.keys() == {"_metadata"}:
+        target.__dict__.update(state)  # the versions of a state dict's modules
+    else:
+        raise UnpicklingError(f"expected plain data, got a state for {type(target).__name__}")
 
 
 def _check(value: Any, budget: int, tensors: int) -> None:
