@@ -38,7 +38,7 @@ _UNTYPED = {
     torch.float8_e8m0fnu,
 }  # fmt: skip
 _MAX_DIMENSIONS = 64
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 class _StorageType(Global):
@@ -108,13 +108,12 @@ def read_into(file: BinaryIO, flat: Tensor) -> int | None:
         file.seek(flat.nbytes, os.SEEK_CUR)
         return None
     host = flat if flat.device.type == "cpu" else torch.empty_like(flat, device="cpu")
-    buffer = memoryview(host.view(torch.uint8).numpy())
+    buffer = memoryview(host.view(torch.uint8).numpy())  # type: ignore[arg-type]
     crc = 0
     for start in range(0, len(buffer), _CHUNK):
-        part = file.read(len(buffer[start : start + _CHUNK]))
-        if len(part) < len(buffer[start : start + _CHUNK]):
+        part = buffer[start : start + _CHUNK]
+        if file.readinto(part) < len(part):  # type: ignore[attr-defined]
             raise UnpicklingError(f"expected {len(buffer)} bytes, got the end of the file")
-        buffer[start : start + _CHUNK] = part
         crc = zlib.crc32(part, crc)
     if host is not flat:
         flat.copy_(host)
