@@ -57,7 +57,8 @@ def tensor_problem(value: Any) -> str | None:
     if not isinstance(value, Tensor):
         return f"expected a tensor, got {type(value).__name__}"
     if value.dtype not in FLOATS:
-        return f"expected floating-point numbers of 16 to 64 bits, got {value.dtype}"
+        least = " of at least 16 bits" if value.is_floating_point() else ""
+        return f"expected floating-point numbers{least}, got {value.dtype}"
     if value.layout != torch.strided or value.is_meta:
         return f"expected a dense tensor with values, got {value.layout} on {value.device}"
     if not is_finite(value):

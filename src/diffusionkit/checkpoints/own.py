@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import networks
 from .._files import CheckpointError, assign, atomic_write, check_weights, read_torch
+from .._weights import check_own_values, check_tensors, laid_out
 from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"
@@ -105,8 +107,9 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
         )
     try:
         config = json.loads(about["config"])
-        with torch.device("meta"):  # a damaged width allocates no memory
-            check_weights(path, "network", kind(**config), state)
+        check_weights(path, "network", laid_out(path, partial(kind, **config), state), state)
+        check_tensors(path, "network", state)
+        check_own_values(path, state)
         network = kind(**config)
     except CheckpointError:
         raise
@@ -115,8 +118,6 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
             f"{path}: expected a configuration of {kind.__name__}, got {error}"
         ) from error
     dtypes = {value.dtype for value in state.values()}
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise CheckpointError(f"{path}: expected floating-point weights, got {dtypes}")
     # A network in half precision keeps some of its tensors in float32.
     network.to(min(dtypes, key=lambda dtype: dtype.itemsize))
     assign(path, "network", network, state)
