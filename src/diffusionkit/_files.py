@@ -1,15 +1,14 @@
-"""Files of tensors: written atomically, read without running code."""
+"""Files of tensors, read without running code."""
 
 from __future__ import annotations
 
 import os
 import struct
 import threading
-import uuid
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -65,26 +64,6 @@ _LOADING = threading.Lock()
 
 class CheckpointError(ValueError):
     """A file is not the expected checkpoint."""
-
-
-def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Write a file under a temporary name and rename it, so a crash leaves the previous file.
-
-    Args:
-        path: the file.
-        write: writes the content to a file open for writing and reading.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "x+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import networks
-from .._files import CheckpointError, assign, atomic_write, check_weights, read_torch
+from .._files import CheckpointError, assign, check_weights, read_torch
+from .._writing import atomic_write
 from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .._checks import check_count, check_number, check_state
 from .._distributed import barrier, rank_and_world_size
-from .._files import atomic_write
 from .._loops import Progress, with_progress
+from .._writing import atomic_write
 from ..random import seeded
 
 SETTINGS = "settings.json"

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._files import CheckpointError, atomic_write, check_torch, check_weights, read_torch
+from .._files import CheckpointError, check_torch, check_weights, read_torch
+from .._writing import atomic_write, check_suffix
 from .ema import EMA
 
 FORMAT = "diffusionkit.checkpoint"
@@ -78,6 +79,7 @@ def save_checkpoint(
     Raises:
         ValueError: if a part holds values that cannot be read back safely.
     """
+    check_suffix(path)
     payload = {
         "format": FORMAT,
         "version": VERSION,
