@@ -81,7 +81,9 @@ def test_killed_writers_lose_nothing_and_leave_nothing(tmp_path, kind, monkeypat
     write(path, bytes(size))
     left, found = 0, set()
     for kill in range(50):
-        killed(lambda n: write(path, bytes([n % 256, kill]) * (size // 2)), 0.008 * draw.random())
+        killed(
+            lambda n, k=kill: write(path, bytes([n % 256, k]) * (size // 2)), 0.008 * draw.random()
+        )
         content = path.read_bytes()
         assert content == content[:2] * (size // 2)
         found.add(content[:2])
