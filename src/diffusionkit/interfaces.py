@@ -20,6 +20,7 @@ from ._checks import check_shape, check_state, check_times, check_transition
 from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
+from ._precision import at_least_float32, narrowed, state_dtype
 from ._schedules import bisect, drift_and_diffusion, exact, home
 from .random import Generators, randn, randn_like
 from .values import Perturbed, Prediction, Step, linear
@@ -116,12 +117,15 @@ class ForwardSDE(abc.ABC):
     def perturb(self, x0: Tensor, t: Tensor, *, generator: Generators = None) -> Perturbed:
         """Draw x = alpha x0 + sigma eps for data x0 (B, *D) at times t (B,).
 
+        Data in half precision are widened to float32: the noise near t = 0 is below their rounding.
+
         Raises:
             ValueError: if shapes or devices differ, or a time is outside [0, T].
             TypeError: if x0 or t is not a floating-point tensor.
         """
         check_state(x0, "x0")
         check_times(t, self.T, x0.shape[0], x0)
+        x0 = at_least_float32(x0)
         eps = randn_like(x0, generator)
         alpha, sigma = self.marginal(exact(t))
         x = linear(alpha, x0, sigma, eps)
@@ -136,9 +140,15 @@ class ForwardSDE(abc.ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Draw a state at T, N(0, prior_std^2 I), of a shape (B, *D)."""
-        z = randn(check_shape(shape), generator=generator, device=device, dtype=dtype)
-        return z * self.prior_std
+        """Draw a state at T, N(0, prior_std^2 I), of a shape (B, *D).
+
+        Raises:
+            ValueError: if dtype is float16 and a number overflows it (read on the CPU only).
+        """
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        wide = state_dtype(dtype)
+        z = randn(check_shape(shape), generator=generator, device=device, dtype=wide)
+        return narrowed(z * self.prior_std, dtype, "prior", "use float32 or bfloat16")
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density of the prior at x (B, *D), in nats, (B,)."""
@@ -163,7 +173,10 @@ class ScoreModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        """Predict the data and the noise in a state x (B, *D) at times t (B,)."""
+        """Predict the data and the noise in a state x (B, *D) at times t (B,).
+
+        The prediction is in the dtype of the state, at least float32.
+        """
 
     @override
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:

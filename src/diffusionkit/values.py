@@ -7,13 +7,13 @@ where the whole batch is at one time. `expand` prepares either for multiplying a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-Coefficient: TypeAlias = Tensor | float
+from ._precision import Coefficient, at_least_float32
 
 
 def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
@@ -116,6 +116,9 @@ class Prediction:
     sigma = 1e-3 the difference of two noises computed from two x0 has lost three digits, the
     difference of the two x0 none.
 
+    A prediction has the dtype of the state, at least float32: what a network computed in another
+    dtype is converted once, here.
+
     Args:
         x: the noisy state (B, *D).
         x0: the predicted data (B, *D).
@@ -157,7 +160,8 @@ class Prediction:
         log_var: Tensor | None = None,
         log_var_fraction: Tensor | None = None,
     ) -> None:
-        self._x, self._x0, self._eps = x, x0, eps
+        x = at_least_float32(x)
+        self._x, self._x0, self._eps = x, _like(x, x0), _like(x, eps)
         self._alpha, self._sigma = alpha, sigma
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
         self._output, self._a, self._b = None, 0.0, 1.0
@@ -193,10 +197,11 @@ class Prediction:
                 (B, *D), or None.
         """
         self = cls.__new__(cls)
+        x = at_least_float32(x)
         self._x, self._x0, self._eps = x, None, None
         self._alpha, self._sigma = alpha, sigma
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
-        self._output, self._a, self._b = output, a, b
+        self._output, self._a, self._b = _like(x, output), a, b
         return self
 
     @classmethod
@@ -331,6 +336,10 @@ class Prediction:
             wanted = linear(a, target.x0, b, target.eps)
             factor = alpha / (alpha * b - self._sigma * a)
         return _scaled(factor, self._output - wanted)
+
+
+def _like(x: Tensor, value: Tensor) -> Tensor:
+    return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
 def _is(coefficient: Coefficient, value: float) -> bool:

@@ -20,6 +20,7 @@ from .._checks import (
 )
 from .._grid_times import kernel
 from .._loops import Progress, with_progress
+from .._precision import NetworkDtype, at_least_float32, state_dtype
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel
@@ -27,7 +28,7 @@ from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes
 from ..values import expand
-from ._guided import at_least_float32, check_callable, shape_or_type
+from ._guided import check_callable, shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
@@ -75,6 +76,7 @@ class NoiseClassifier(nn.Module):
         self.label = LogSigmaLabel() if label is None else label
         check_callable(network, "network")
         check_callable(self.label, "label")
+        self._dtype = NetworkDtype(network)
 
     @override
     def extra_repr(self) -> str:
@@ -85,8 +87,10 @@ class NoiseClassifier(nn.Module):
         """Return the logits (B, K) of a state x (B, *D) at times t (B,)."""
         alpha, sigma = kernel(self.sde, x, t)
         scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
-        label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
-        logits: Tensor = self.network((x * expand(scale, x)).to(x.dtype), label)
+        x = at_least_float32(x)
+        dtype = self._dtype(self.network) or x.dtype
+        label = self.label(self.sde, t).to(state_dtype(dtype))
+        logits: Tensor = self.network((x * expand(scale, x)).to(dtype), label)
         return logits
 
 
