@@ -6,7 +6,6 @@ import os
 import struct
 import threading
 import uuid
-import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -104,8 +103,7 @@ def opened(path: str | os.PathLike[str], expected: str, *kinds: str) -> Iterator
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: expected {expected}, got a directory or a device")
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with open(path, "rb") as file:
         try:
             if (kind := _kind(file.read(64))) not in kinds:
                 raise CheckpointError(kind)

@@ -139,10 +139,10 @@ def _tensor(
 ) -> Tensor:
     if not isinstance(storage, torch.storage.TypedStorage):
         raise UnpicklingError(f"expected the storage of a tensor, got {type(storage).__name__}")
-    numel = len(storage)
+    data = storage._untyped_storage  # the public methods of a typed storage warn
+    numel = data.nbytes() // storage.dtype.itemsize
     check_view(numel, offset, size, stride, limit=numel)
-    empty = torch.empty(0, dtype=storage.dtype)
-    return empty.set_(storage, offset, size, stride)
+    return torch.empty(0, dtype=storage.dtype).set_(data, offset, size, stride)
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .._distributed import placed_state, whole
 from .._files import CheckpointError, atomic_write, check_torch, check_weights, read_torch
+from ._averaged_weights import check_own_weights
 from .ema import EMA
 
 FORMAT = "diffusionkit.checkpoint"
@@ -78,19 +80,22 @@ def save_checkpoint(
     Raises:
         ValueError: if a part holds values that cannot be read back safely.
     """
-    payload = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": int(step),
-        "model": model.state_dict(),
-        "ema": ema.state_dict() if ema is not None else None,
-        "optimizer": optimizer.state_dict() if optimizer is not None else None,
-        "optimizer_type": type(optimizer).__name__ if optimizer is not None else None,
-        "stateful": {name: part.state_dict() for name, part in (stateful or {}).items()},
-        "generators": {name: g.get_state() for name, g in (generators or {}).items()},
-        "random": _random_states(),
-        "extra": dict(extra or {}),
-    }
+    check_own_weights(model)
+    payload = whole(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": int(step),
+            "model": model.state_dict(),
+            "ema": ema.state_dict() if ema is not None else None,
+            "optimizer": optimizer.state_dict() if optimizer is not None else None,
+            "optimizer_type": type(optimizer).__name__ if optimizer is not None else None,
+            "stateful": {name: part.state_dict() for name, part in (stateful or {}).items()},
+            "generators": {name: g.get_state() for name, g in (generators or {}).items()},
+            "random": _random_states(),
+            "extra": dict(extra or {}),
+        }
+    )
 
     def write(file: BinaryIO) -> None:
         try:
@@ -136,6 +141,7 @@ def load_checkpoint(
         CheckpointError: if the file is truncated, damaged or not a checkpoint, lacks a requested
             part, or has missing, extra or misshapen tensors.
     """
+    check_own_weights(model)
     state = _read(path, map_location)
     stateful, generators = stateful or {}, generators or {}
     for name, wanted in (("ema", ema), ("optimizer", optimizer)):
@@ -153,7 +159,8 @@ def load_checkpoint(
             check_weights(path, "ema", ema.model, state["ema"]["model"])
         if optimizer is not None:
             _check_optimizer(path, optimizer, state)
-            loads.append((optimizer.load_state_dict, optimizer.state_dict(), state["optimizer"]))
+            after = _placed_optimizer(optimizer, state["optimizer"])
+            loads.append((optimizer.load_state_dict, optimizer.state_dict(), after))
         for name, part in stateful.items():
             loads.append((part.load_state_dict, part.state_dict(), state["stateful"][name]))
         for name, generator in generators.items():
@@ -167,7 +174,7 @@ def load_checkpoint(
         # The weights come last: they were fully checked and cannot fail.
         if ema is not None:
             ema.load_state_dict(state["ema"])
-        model.load_state_dict(state["model"])
+        model.load_state_dict(placed_state(state["model"], model.state_dict()))
     except CheckpointError:
         raise
     except Exception as error:
@@ -203,6 +210,18 @@ def _check_optimizer(
     got = described(state["optimizer_type"], state["optimizer"]["param_groups"])
     if wanted != got:
         raise CheckpointError(f"{path}: optimizer: expected {wanted}, got {got}")
+
+
+def _placed_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with the moments of each parameter sharded as it is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    moments = dict(state["state"])
+    for n, p in zip(numbers, parameters, strict=True):
+        if n in moments:
+            like = {k: p for k, x in moments[n].items() if getattr(x, "shape", None) == p.shape}
+            moments[n] = placed_state(moments[n], like)
+    return {**state, "state": moments}
 
 
 def _random_states() -> dict[str, Any]:
