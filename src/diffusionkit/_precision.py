@@ -30,8 +30,8 @@ Weight: TypeAlias = tuple[nn.Module, str, Tensor]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return a floating-point tensor in float32, or float64 if it is that already."""
-    return x if x.dtype.itemsize >= 4 else x.float()
+    """Return a tensor in half precision in float32, and any other unchanged."""
+    return x if x.dtype.itemsize >= 4 or not x.is_floating_point() else x.float()
 
 
 def state_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
