@@ -55,9 +55,10 @@ def per_time(*names: str) -> Check:
         t = args[-1] if args else next(iter(kwargs.values()))
         values = result if len(names) > 1 else (result,)
         if not isinstance(values, tuple) or len(values) != len(names):
+            many = f" of {len(values)}" if isinstance(values, tuple) else ""
             raise TypeError(
                 f"{_title(self)}: expected a tuple of {' and '.join(names)}, "
-                f"got {type(result).__name__}"
+                f"got {type(result).__name__}{many}"
             )
         for name, value in zip(names, values, strict=True):
             if not isinstance(value, Tensor) or value.shape != t.shape:

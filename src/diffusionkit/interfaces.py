@@ -26,7 +26,6 @@ from ._schedules import bisect, drift_and_diffusion, exact, home
 from .random import Generators, randn, randn_like
 from .values import Perturbed, Prediction, Step, linear
 
-
 _PER_TIME = {
     "marginal": per_time("alpha", "sigma"),
     "transition": per_time("scale", "std"),
@@ -341,9 +340,7 @@ def _check_times_and_weights(
         check_each(value, n, part, name)
 
 
-def _check_target(
-    part: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_target(part: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not isinstance(target, Prediction):
         raise TypeError(
             f"{type(part).__name__}: expected a Prediction, got {type(target).__name__}"

@@ -15,7 +15,6 @@ from .._checks import (
     check_part,
     check_positive,
     check_state,
-    check_times,
     readable,
 )
 from .._grid_times import kernel
