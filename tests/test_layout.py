@@ -13,8 +13,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {
-    "_checks", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision", "_returned", "_schedules",
-    "random",
+    "_checks", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision", "_returned",
+    "_schedules", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
