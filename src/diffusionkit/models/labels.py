@@ -21,6 +21,21 @@ from ..interfaces import ForwardSDE
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
 
 
+def noise_label(label: Label, sde: ForwardSDE, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the label (B,) of times t (B,) in a dtype, or raise if it has another shape."""
+    value = label(sde, t)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"label: expected a tensor of shape {tuple(t.shape)}, got {type(value).__name__}"
+        )
+    if value.shape != t.shape:
+        raise ValueError(
+            f"label: expected one noise label for each sample, shape {tuple(t.shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    return value.to(dtype)
+
+
 @dataclass(frozen=True)
 class TimeLabel:
     """The time relative to T, times a scale: 999 t for published VP networks.
