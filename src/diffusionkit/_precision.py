@@ -11,7 +11,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -182,7 +182,7 @@ def _modules(network: object, seen: set[int], depth: int) -> Iterator[nn.Module]
         for cell in network.__closure__ or ():
             with contextlib.suppress(ValueError):  # a variable that has no value yet
                 found.append(cell.cell_contents)
-    elif depth == _DEPTH:
+    elif depth >= _DEPTH - 1 and not isinstance(network, (type, ModuleType)):
         found = list(getattr(network, "__dict__", {}).values())
     for value in found:
         yield from _modules(value, seen, depth - 1)
