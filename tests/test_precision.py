@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from diffusionkit import EpsModel, RawScoreModel, VESDE, VPSDE
+from diffusionkit import VESDE, VPSDE, EpsModel, RawScoreModel
 from diffusionkit._precision import (
     NetworkDtype,
     at_least_float32,

@@ -15,7 +15,7 @@ from .._grid_times import evaluate, floats, kernel_tensors
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
-from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
+from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel, checked_label
 
 _LEARNED = ("learned_range", "learned")
 _VARIANCES = (*_LEARNED, "fixed_small", "fixed_large")
@@ -119,7 +119,7 @@ class NetworkModel(ScoreModel):
             inputs = narrowed(inputs, dtype, "x", _OVERFLOW)
             cond = {name: _like_weights(value, dtype) for name, value in cond.items()}
         # In half precision a label could not distinguish a thousand times.
-        noise_label = self.label(self.sde, t).to(state_dtype(dtype or x.dtype))
+        noise_label = checked_label(self.label(self.sde, t), t).to(state_dtype(dtype or x.dtype))
         output = self.network(inputs, noise_label, **cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
