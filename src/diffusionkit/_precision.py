@@ -117,10 +117,11 @@ class NetworkDtype:
             return None
         module, name = self._place
         weight: Tensor | None = module._parameters.get(name)
-        weight = module._buffers.get(name) if weight is None else weight
-        if weight is None:  # it was renamed, as by a parametrization
-            self._find(network)
-            return self(network)
+        if weight is None:
+            weight = module._buffers.get(name)
+            if weight is None:  # it was renamed, as by a parametrization
+                self._find(network)
+                return network_dtype(network)
         return weight.dtype
 
     def _find(self, network: object) -> None:
