@@ -80,9 +80,9 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
         if bad:
             raise ValueError(
                 f"{name}: expected finite values, got NaN or infinity in {bad} of {len(x)} "
-                "samples; common causes are a network that diverged in training (too large a "
-                "learning rate), noise labels or states that it was not trained on, a time without "
-                "noise or data, float16 (no number above 65504) and too few steps"
+                "samples; common causes are a network that diverged in training, at too large a "
+                "learning rate; noise labels that it was not trained on; a time at which the "
+                "process has no noise or no signal; and numbers above 65504 in float16"
             )
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._checks import check_count, check_interval, check_state, readable
 from ._gaussian import log_mass, log_normal_cdf
+from ._precision import at_least_float32
 from .values import expand
 
 __all__ = ["GaussianDecoder", "LevelDecoder", "Levels"]
@@ -165,6 +166,7 @@ class GaussianDecoder:
         Raises:
             ValueError: if a value is further than a hundredth of a bin from every level.
         """
+        x = at_least_float32(x)
         if readable(x):
             off = (x - self.encode(self._bins.decode(x), dtype=x.dtype)).abs()
             if not bool((off <= 0.02 * self._half).all()):  # a NaN fails too
