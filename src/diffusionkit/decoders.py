@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._checks import check_count, check_interval, check_state, readable
 from ._gaussian import log_mass, log_normal_cdf
+from ._precision import at_least_float32
 from .values import expand
 
 __all__ = ["GaussianDecoder", "LevelDecoder", "Levels"]
@@ -253,6 +254,7 @@ class LevelDecoder(Levels):
                 )
         if readable(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma: expected values > 0, got {float(sigma.min()):g}")
+        z = at_least_float32(z)
         precision = expand(alpha / sigma, z)
         data = z / expand(alpha, z)
         columns = (data, torch.as_tensor(precision).expand_as(z), images.long())

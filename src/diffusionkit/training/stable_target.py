@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .._checks import check_reference, readable
 from .._distributed import gather_rows
+from .._precision import at_least_float32
 from .._schedules import exact
 from ..interfaces import Perturbed, Prediction, TargetEstimator
 from ..models.oracles import softmax_mean
@@ -144,7 +145,7 @@ class StableTarget(TargetEstimator):
             allowed = class_labels.unsqueeze(1) == reference_class_labels
             _check_classes(class_labels, allowed)
         # Relative to the references' mean, so that a large common value costs no digits.
-        center = exact(reference.mean(0))
+        center = exact(at_least_float32(reference).mean(0))
         own, d = anchor - center, anchor.shape[1]
         rows = max(1, min(1024, 2**19 // d))  # a block stays in the cache
         blocks = (block - center for block in torch.split(reference, rows))
