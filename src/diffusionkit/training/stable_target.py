@@ -128,7 +128,7 @@ class StableTarget(TargetEstimator):
         ratio = _ratio(sample).view(-1, *(1,) * (sample.x.ndim - 1))
         # Not from x, in which low noise has been rounded off.
         x0, eps = exact(sample.x0) + offset, exact(sample.eps) - ratio * offset
-        dtype = sample.x.dtype
+        dtype = at_least_float32(sample.x).dtype
         return Prediction(sample.x, x0.to(dtype), eps.to(dtype), sample.alpha, sample.sigma)
 
     def _offset(
