@@ -117,7 +117,7 @@ class StableTarget(TargetEstimator):
             )
         if isinstance(reference, Tensor):
             reference = at_least_float32(reference)  # as the data are
-        check_reference(reference, sample.x0)
+        check_reference(reference, at_least_float32(sample.x0))
         _check_labels(class_labels, reference_class_labels, sample.x0, reference)
         if self.gather:
             reference = gather_rows(reference)
@@ -147,7 +147,7 @@ class StableTarget(TargetEstimator):
             allowed = class_labels.unsqueeze(1) == reference_class_labels
             _check_classes(class_labels, allowed)
         # Relative to the references' mean, so that a large common value costs no digits.
-        center = exact(at_least_float32(reference).mean(0))
+        center = exact(reference.mean(0))
         own, d = anchor - center, anchor.shape[1]
         rows = max(1, min(1024, 2**19 // d))  # a block stays in the cache
         blocks = (block - center for block in torch.split(reference, rows))
