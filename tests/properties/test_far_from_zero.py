@@ -12,6 +12,7 @@ from diffusionkit import (
     VESDE,
     VPSDE,
     EmpiricalModel,
+    GaussianDecoder,
     GaussianMixtureModel,
     LevelDecoder,
     StableTarget,
@@ -19,7 +20,13 @@ from diffusionkit import (
     clipped_step,
 )
 from diffusionkit.diagnostics import dsm_variance, posterior_divergence, stf_variance
-from diffusionkit.metrics import FeatureMoments, frechet_distance, kernel_distance, precision_recall
+from diffusionkit.metrics import (
+    FeatureMoments,
+    InceptionScore,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 
 OFFSETS = [1e2, 1e4, 1e6, 1e8]
 
@@ -155,6 +162,26 @@ def test_level_probabilities_of_large_images_in_half_precision(dtype) -> None:
     z = torch.zeros(images.shape, dtype=dtype)
     found = LevelDecoder().log_prob(images, z, torch.ones(1), torch.full((1,), 1e4))
     assert float(found) == pytest.approx(-images.numel() * math.log(256), rel=1e-5)
+
+
+@pytest.mark.parametrize("cdf", ["exact", "tanh"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_pixel_probabilities_in_half_precision(dtype, cdf) -> None:
+    """Those of the levels themselves, which half precision rounds."""
+    decoder, levels = GaussianDecoder(cdf=cdf), torch.arange(256).view(1, -1)
+    x, mean = decoder.encode(levels), torch.full((1, 256), 0.25)
+    log_var = torch.full((1, 256), -4.0)
+    found = decoder.log_prob(x.to(dtype), mean.to(dtype), log_var.to(dtype))
+    torch.testing.assert_close(found, decoder.log_prob(x, mean, log_var))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_inception_scores_of_half_precision_probabilities(dtype) -> None:
+    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    scores = [InceptionScore(1), InceptionScore(1)]
+    scores[0].update(logits=logits)
+    scores[1].update(probs=logits.softmax(1).to(dtype))
+    assert scores[1].compute().mean == pytest.approx(scores[0].compute().mean, rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", HALF)
