@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "_checks": set(),
     "_distributed": set(),
     "_schedules": set(),
-    "_gaussian": {"_schedules"},
+    "_gaussian": {"_precision", "_schedules"},
     "_grid_times": {"_checks", "_precision", "_schedules", "values"},
     "_loops": set(),
     "_nfe": set(),
