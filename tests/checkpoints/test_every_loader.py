@@ -278,3 +278,89 @@ def test_bad_flags_are_rejected(given, flag, values) -> None:
     for value in values:
         with pytest.raises((TypeError, ValueError), match="expected"):
             load_improved_diffusion(given(weights), **{flag: value})
+
+
+def save_hostile_files(folder: Path, written) -> None:
+    """Write files of a few kilobytes that ask for networks of any size."""
+    for i, kwargs in enumerate(
+        [
+            {"num_blocks": 10**7},
+            {"model_channels": 2**30},
+            {"model_channels": 10**30},
+            {"channel_mult": [1] * 10**4, "img_resolution": 2**30},
+            {"channel_mult": [2**30, 2**30]},
+            {"label_dim": 2**31 - 1, "augment_dim": 2**31 - 1},
+            {"img_channels": 2**31 - 1},
+            {"resample_filter": [1] * 10**4},
+            {"attn_resolutions": list(range(1, 10**4))},
+            {"M": 10**9},
+        ]
+    ):
+        case = "iddpm_other" if "M" in kwargs else "vp_other"
+        tensors = formula(layout("edm", case)) | {"u": torch.zeros(101)}
+        path = Path(written(EDM[case]["precond"], EDM[case]["kwargs"] | kwargs, tensors))
+        path.rename(folder / f"edm-{i}.pkl")
+    networks = {
+        "MLP": [{"depth": 10**9}, {"width": 2**20}, {"num_classes": 2**31 - 1}],
+        "NCSNpp": [{"blocks": 10**7}, {"multipliers": [1] * 10**4}, {"width": 2**16}],
+        "ADMUNet": [{"blocks": 10**9}, {"width": 10**30}, {"multipliers": [1e300]}],
+        "NCSNv2": [{"levels": [[2**30, 1]] * 1000, "sigmas": [2.0, 1.0]}],
+    }
+    for name, changes in networks.items():
+        for i, change in enumerate(changes):
+            first = {"features": 2} if name == "MLP" else {"channels": 3}
+            about = {"format": "diffusionkit.network", "version": "1", "network": name}
+            state = dict(MLP(2, width=8, depth=1).state_dict())
+            content = about | {"config": json.dumps(first | change), "state": state}
+            torch.save(content, folder / f"own-{name}{i}.pt")
+    good = score_sde_content("vp_ddpmpp")
+    for i, change in enumerate(
+        [
+            {"num_res_blocks": 10**7},
+            {"nf": 2**30},
+            {"nf": 10**30},
+            {"num_scales": 10**9},
+            {"ch_mult": [1] * 10**4},
+            {"ch_mult": [2**30]},
+        ]
+    ):
+        config = score_sde_config("vp_ddpmpp")
+        config["model"] |= change
+        torch.save(good, folder / f"configured-{i}.pth")
+        (folder / f"configured-{i}.json").write_text(json.dumps(config))
+    one = torch.ones(())
+    modules = {f"all_modules.{i}.Conv_1.weight": torch.ones(1, 1, 1, 1) for i in range(500)}
+    inferred = {
+        "begin": {"begin_conv.weight": one.expand(60, 60, 3, 3), "res1.0.conv1.weight": one},
+        "numbers": {"all_modules.0.weight": torch.ones(8, 8), "all_modules.9999.x": one},
+        "modules": {"all_modules.0.weight": torch.ones(8, 3, 3, 3), **modules},
+    }
+    for name, tensors in inferred.items():
+        model = {"sigmas": torch.tensor([2.0, 1.0])} | tensors
+        ema = {"shadow_params": list(tensors.values())}
+        torch.save({"model": model, "ema": ema}, folder / f"score-{name}.pth")
+    adm = formula(layout("openai", "improved_plain"))
+    for name, more in {
+        "numbers": {"output_blocks.9999.1.conv.weight": one, "input_blocks.9999.0.x": one},
+        "downs": {f"input_blocks.{i}.0.x": one for i in range(0, 1000, 2)},
+        "wide": {"time_embed.0.weight": one.expand(64, 50)},
+        "expanded": {key: one.expand(w.shape) for key, w in adm.items()},
+    }.items():
+        torch.save(adm | more, folder / f"improved-{name}.pt")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as on Linux")
+def test_files_that_ask_for_more_than_they_bring_are_rejected(tmp_path, written) -> None:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    save_hostile_files(folder, written)
+    assert max(file.stat().st_size for file in folder.iterdir()) < 4e6
+    command = [sys.executable, str(PROGRAM), str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    report = json.loads(ran.stdout)
+    assert len(report) > 30
+    for name, (seconds, said) in report.items():
+        assert said.startswith(("CheckpointError: ", "ValueError: ")), (name, said)
+        assert "expected" in said or "missing" in said, (name, said)
+        assert seconds < 5, name
