@@ -1,4 +1,4 @@
-"""Load files that ask for more than they bring; run by test_every_loader.py in a process of its own.
+"""Load files that ask for more than they bring; run by test_every_loader.py in a process.
 
     python hostile.py FOLDER
 

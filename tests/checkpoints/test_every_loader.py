@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.released import EDM, OPENAI, SCORE_SDE, inputs, score_sde_config, score_sde_content
+from support.released import EDM, OPENAI, score_sde_config, score_sde_content
 from support.released import shapes as layout
 from support.released import weights as formula
 
@@ -125,7 +125,7 @@ def test_files_with_other_entries_are_rejected(loader, fault) -> None:
         changed["more.weight"] = torch.ones(3)
     else:
         changed = {n: torch.ones(()).expand(w.shape) for n, w in changed.items()}
-    with pytest.raises(CheckpointError, match="expected|missing|unexpected"):
+    with pytest.raises(CheckpointError, match=r"expected|missing|unexpected"):
         loader.load(changed)
 
 
@@ -133,7 +133,9 @@ def test_files_with_other_entries_are_rejected(loader, fault) -> None:
 @pytest.mark.parametrize("which", ["all", "convolutions"])
 def test_weights_in_half_precision_are_loaded_exactly(loader, dtype, which) -> None:
     """Networks converted to half precision keep their normalizations in float32."""
-    half = {n: w.to(dtype) if which == "all" or w.ndim > 1 else w for n, w in loader.weights.items()}
+    half = {
+        n: w.to(dtype) if which == "all" or w.ndim > 1 else w for n, w in loader.weights.items()
+    }
     got = state_of(loader.load(half))
     wanted = state_of(loader.load({n: w.float() for n, w in half.items()}))
     assert got.keys() == wanted.keys()
@@ -190,7 +192,9 @@ def test_a_number_beyond_the_range_of_the_network_is_rejected(given) -> None:
     network = load_score_sde(given(content), config).network.half()
     before = copy.deepcopy(network.state_dict())
     content["model"]["all_modules.2.weight"][0, 0, 0, 0] = 1e5
-    with pytest.raises(CheckpointError, match=r"all_modules\.2\.weight: .* range of torch\.float16"):
+    with pytest.raises(
+        CheckpointError, match=r"all_modules\.2\.weight: .* range of torch\.float16"
+    ):
         load_score_sde(given(content), network, ema=False)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -199,13 +203,12 @@ def test_a_number_beyond_the_range_of_the_network_is_rejected(given) -> None:
 BAD = [None, -1, 0, 1.5, 10**30, "x", True, [], {}, math.nan, math.inf, [None], [-1], ["x"], 1j]
 
 
-def accepted(call, *errors: type[Exception]) -> bool:
-    """Whether a call succeeds; it may otherwise raise the errors, which name a problem."""
+def accepted(call) -> bool:
+    """Whether a call succeeds, rather than naming a problem."""
     try:
         call()
-    except errors as error:
-        assert "expected" in str(error) or "missing" in str(error), error
-        return False
+    except (ValueError, TypeError) as error:
+        return "expected" not in str(error) and "missing" not in str(error)
     return True
 
 
@@ -229,7 +232,7 @@ def test_bad_values_in_configurations_are_rejected(given, section, name) -> None
             continue  # another value of the type may be right
         config = copy.deepcopy(good)
         config[section][name] = value
-        if accepted(lambda c=config: load_score_sde(given(content), c), ValueError, TypeError):
+        if accepted(lambda c=config: load_score_sde(given(content), c)):
             assert (name, value) in [("dropout", 0), ("attn_resolutions", [-1]), ("image_size", 0)]
 
 
@@ -242,7 +245,7 @@ def test_bad_arguments_in_pickles_of_edm_are_rejected(case) -> None:
         for value in BAD:
             kwargs = ema.init_kwargs | {name: value}
             changed = EDMObject(ema.class_name, (), kwargs, tensors)
-            if accepted(lambda c=changed: edm_arguments(c, tensors), ValueError, TypeError):
+            if accepted(lambda c=changed: edm_arguments(c, tensors)):
                 # Another number or list of the right type: the tensors decide.
                 kind = int | float if isinstance(right, float) else type(right)
                 assert isinstance(value, kind | list)
@@ -253,7 +256,7 @@ def test_bad_arguments_in_pickles_of_edm_are_rejected(case) -> None:
 @pytest.mark.parametrize("value", [None, -2, 0, 1.5, 10**30, "4", True, [4], math.nan, 3])
 def test_bad_counts_in_flags_are_rejected(given, flag, value) -> None:
     weights = formula(layout("openai", "improved_plain"))
-    with pytest.raises((TypeError, ValueError), match="heads|head_channels"):
+    with pytest.raises((TypeError, ValueError), match=r"heads|head_channels"):
         load_improved_diffusion(given(weights), **{flag: value})
 
 

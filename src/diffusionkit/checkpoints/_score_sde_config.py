@@ -123,8 +123,8 @@ class _Section:
         """Return an entry as a tuple, or raise unless it is a sequence of some types."""
         # The lists of a configuration may be of a class of their own.
         values = self.typed(Sequence, name, *default)
-        section = _Section(f"{self.name}.{name}", dict(enumerate(values)))
-        return tuple(section.typed(kinds, i) for i in range(len(values)))
+        section = _Section(f"{self.name}.{name}", {str(i): value for i, value in enumerate(values)})
+        return tuple(section.typed(kinds, name) for name in section.values)
 
 
 def _of_sections(config: Any, levels: int) -> Configured:

@@ -164,7 +164,7 @@ def check_label_values(noise_label: Tensor, use: str, *, positive: bool) -> None
             kind, advice = "finite numbers", "check the model's label at this time"
             if positive:
                 kind = "finite numbers > 0"
-                advice = "use a model with label=SigmaLabel(), or embedding=\"positional\""
+                advice = 'use a model with label=SigmaLabel(), or embedding="positional"'
             raise ValueError(
                 f"noise_label: expected {kind}, since the network {use}, got values from "
                 f"{low:g} to {high:g}; {advice}"
