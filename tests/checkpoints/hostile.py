@@ -1,9 +1,8 @@
-"""Load files that ask for more than they bring; run by test_every_loader.py in a process.
+"""Read files made to harm in little memory; run by test_fuzzing.py in a separate process.
 
     python hostile.py FOLDER
 
-FOLDER holds files named LOADER-anything. The process may use 1 GiB beyond what its imports use.
-Seconds and messages by file are printed as JSON.
+The results are printed as JSON.
 """
 
 import json
@@ -13,57 +12,48 @@ import time
 from pathlib import Path
 
 import torch
+from support.hostile_files import hostile_files
 
-from diffusionkit import CheckpointError
-from diffusionkit.checkpoints import (
-    load_edm,
-    load_improved_diffusion,
-    load_network,
-    load_score_sde,
-)
+from diffusionkit._files import CheckpointError, read_torch
+from diffusionkit.checkpoints._edm_keys import read_edm_pickle
+from diffusionkit.checkpoints._safetensors import read_safetensors
 
-LOADERS = {
-    "edm": load_edm,
-    "improved": load_improved_diffusion,
-    "own": load_network,
-    "score": load_score_sde,
+READERS = {
+    "zip": read_torch,
+    "archive": read_torch,
+    "legacy": read_torch,
+    "edm": read_edm_pickle,
+    "safetensors": read_safetensors,
 }
-
-
-def configured(path: Path) -> object:
-    """Load a file with the configuration beside it."""
-    return load_score_sde(path, json.loads(path.with_suffix(".json").read_text()))
-
-
-def used() -> int:
-    """Bytes of address space in use."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize()
+MEMORY = 256 << 20
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    limit = used() + 2**30
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    report = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".json":
-            continue
-        name = path.name.split("-")[0]
-        load = configured if name == "configured" else LOADERS[name]
+    status = Path("/proc/self/status").read_text()
+    (used,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
+    read, failures, slow, count = [], [], [], 0
+    path = folder / "x"
+    for name, content in hostile_files():
+        path.write_bytes(content)
+        count += 1
         began = time.process_time()
+        resource.setrlimit(resource.RLIMIT_DATA, ((used << 10) + MEMORY,) * 2)
         try:
-            load(path)
-            said = "loaded"
+            value = READERS[name.split(":")[0]](path)
+            read.append(name)
+            if name.startswith("archive") and not torch.equal(value, torch.arange(3.0)):
+                failures.append(f"{name}: read as {value!r:.100}")
         except CheckpointError as error:
-            said = f"CheckpointError: {error}"[:500]
-        except (ValueError, TypeError) as error:
-            said = f"{type(error).__name__}: {error}"[:500]
+            if str(path) not in str(error) or len(str(error)) > 2000 or "MemoryE" in str(error):
+                failures.append(f"{name}: {error}")
         except BaseException as error:
-            said = f"raw {type(error).__name__}: {error}"[:500]
-        report[path.name] = (time.process_time() - began, said)
+            failures.append(f"{name}: {type(error).__name__} {error}")
+        if (seconds := time.process_time() - began) > 0.3:
+            slow.append((name, round(seconds, 2), len(content)))
+    report = {"count": count, "read": read, "failures": failures, "slow": slow}
     sys.stdout.write(json.dumps(report))
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(Path(sys.argv[1]))

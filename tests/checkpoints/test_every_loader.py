@@ -28,7 +28,7 @@ from diffusionkit.checkpoints._edm_arguments import edm_arguments
 from diffusionkit.checkpoints._edm_keys import EDMObject
 from diffusionkit.networks import MLP
 
-PROGRAM = Path(__file__).parent / "hostile.py"
+PROGRAM = Path(__file__).parent / "demanding.py"
 
 
 class Loader:
@@ -283,7 +283,7 @@ def test_bad_flags_are_rejected(given, flag, values) -> None:
             load_improved_diffusion(given(weights), **{flag: value})
 
 
-def save_hostile_files(folder: Path, written) -> None:
+def save_demanding_files(folder: Path, written) -> None:
     """Write files of a few kilobytes that ask for networks of any size."""
     for i, kwargs in enumerate(
         [
@@ -354,9 +354,9 @@ def save_hostile_files(folder: Path, written) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as on Linux")
 def test_files_that_ask_for_more_than_they_bring_are_rejected(tmp_path, written) -> None:
-    folder = tmp_path / "hostile"
+    folder = tmp_path / "demanding"
     folder.mkdir()
-    save_hostile_files(folder, written)
+    save_demanding_files(folder, written)
     assert max(file.stat().st_size for file in folder.iterdir()) < 4e6
     command = [sys.executable, str(PROGRAM), str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)

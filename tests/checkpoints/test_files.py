@@ -14,7 +14,7 @@ from torch import nn
 
 import diffusionkit
 from diffusionkit import training
-from diffusionkit._files import CheckpointError, assign, atomic_write, read_torch
+from diffusionkit._files import CheckpointError, assign, read_torch
 from diffusionkit.checkpoints._safetensors import read_safetensors
 
 
@@ -177,7 +177,7 @@ def test_flipped_bit_in_a_tensor_is_detected(rejected, saved) -> None:
     for position in range(start, start + 56):
         data = bytearray(content)
         data[position] ^= 1 << position % 8
-        rejected(bytes(data), "a file damaged at .*/data/0")
+        rejected(bytes(data), "a file damaged at data/0")
 
 
 def test_flipped_bit_anywhere_is_detected_or_harmless(tmp_path, saved) -> None:
@@ -197,11 +197,14 @@ def test_flipped_bit_anywhere_is_detected_or_harmless(tmp_path, saved) -> None:
 
 def test_legacy_files_of_another_length_are_rejected(rejected, saved) -> None:
     content = saved([torch.ones(3), torch.zeros(2)], legacy=True)
-    rejected(content[:-1], "expected a file of")
+    rejected(content[:-1], r"expected (8|12) bytes, got the end of the file")
     rejected(content + b"\0", "expected a file of")
     start = content.index(b"\x03" + bytes(7) + torch.ones(3).numpy().tobytes())
     for numel in (b"\x02", b"\x04", b"\xff"):
-        rejected(content[:start] + numel + content[start + 1 :], "expected _Storage.* values")
+        rejected(
+            content[:start] + numel + content[start + 1 :],
+            "expected 3 values in storage .*, got others",
+        )
 
 
 def test_pickled_module_is_rejected_by_name(rejected, saved) -> None:
@@ -226,28 +229,6 @@ def test_torchscript_is_rejected(rejected, tmp_path) -> None:
 
 def test_all_packages_export_one_error_class() -> None:
     assert diffusionkit.CheckpointError is training.CheckpointError is CheckpointError
-
-
-def test_atomic_write_replaces_the_file_or_leaves_it(tmp_path) -> None:
-    path = tmp_path / "x"
-    atomic_write(path, lambda file: file.write(b"one"))
-    assert path.read_bytes() == b"one"
-
-    def fail(file) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(str(path), fail)
-    assert path.read_bytes() == b"one"
-
-    def write(file) -> None:
-        file.write(b"three")
-        assert path.read_bytes() == b"one"  # until the end
-
-    atomic_write(path, write)
-    assert path.read_bytes() == b"three"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_assign_loads_all_tensors_or_none() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import networks
-from .._files import CheckpointError, atomic_write, check_weights, read_torch
+from .._files import CheckpointError, check_weights, read_torch
 from .._weights import check_own_values, check_tensors, fill, laid_out
+from .._writing import atomic_write
 from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"

@@ -310,8 +310,6 @@ class ClassifierFreeGuidance(GuidedModel):
 
 def _rescaled(x0: Tensor, like: Tensor, amount: float) -> Tensor:
     """Return data (B, *D) with their standard deviation moved towards that of other data."""
-    now, wanted = (
-        data.reshape(len(data), -1).std(1, correction=0) for data in (x0, like)
-    )
+    now, wanted = (data.reshape(len(data), -1).std(1, correction=0) for data in (x0, like))
     factor = torch.where(now > 0, wanted / now, 1.0)  # constant data have no scale
     return x0 * expand(amount * factor + 1 - amount, x0)
