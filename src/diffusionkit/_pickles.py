@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import pickletools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pickle import UnpicklingError
@@ -281,6 +281,14 @@ def _set(items: Any = ()) -> set[Any]:
     return set(map(_key, items))
 
 
+def _counter(items: Any = None) -> Counter[Any]:
+    if type(items) not in (dict, NoneType) or not all(
+        type(n) is int for n in (items or {}).values()
+    ):
+        raise UnpicklingError("expected the numbers of a counter, got something else")
+    return Counter(items)
+
+
 def _complex(real: Any, imaginary: Any) -> complex:
     if type(real) is not float or type(imaginary) is not float:
         raise UnpicklingError("expected the two parts of a complex number, got something else")
@@ -304,6 +312,7 @@ PLAIN_GLOBALS: Mapping[str, Any] = {
     "torch.Size": Call(_size),
     "torch.device": Call(_device),
     "collections.OrderedDict": Call(lambda: OrderedDict()),
+    "collections.Counter": Call(_counter),
     "_codecs.encode": Call(_encoded),
     "numpy.dtype": Call(_dtype),
     # Names of Python 2 and protocol 2, then of Python 3; of numpy 1, then of numpy 2.

@@ -118,8 +118,9 @@ def _kind(value: Any) -> str:
 
 
 def _check_form(state: Any) -> None:
-    if not isinstance(state, dict) or set(state) < {"state", "param_groups"}:
-        _wrong("state", "state and param_groups", type(state).__name__)
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        got = list(state) if isinstance(state, dict) else type(state).__name__
+        _wrong("state", "state and param_groups", got)
     moments, groups = state["state"], state["param_groups"]
     if not isinstance(moments, dict) or not isinstance(groups, list) or not groups:
         _wrong("state", "a dictionary and a list of groups", "others")
