@@ -6,8 +6,8 @@ to the state's dtype.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ Weight: TypeAlias = tuple[nn.Module, str, Tensor]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return a floating-point tensor in float32, or float64 if it is that already."""
-    return x if x.dtype.itemsize >= 4 else x.float()
+    """Return a tensor in half precision in float32, and any other unchanged."""
+    return x if x.dtype.itemsize >= 4 or not x.is_floating_point() else x.float()
 
 
 def state_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
@@ -177,9 +177,11 @@ def _modules(network: object, seen: set[int], depth: int) -> Iterator[nn.Module]
     elif isinstance(network, MethodType):
         found = [network.__self__, network.__func__]
     elif isinstance(network, FunctionType):
-        names = inspect.getclosurevars(network)
-        found = [*names.nonlocals.values(), *names.globals.values()]
-        found += [getattr(network, "__wrapped__", None)]
+        code, names = network.__code__, network.__globals__
+        found = [names[name] for name in code.co_names if name in names]
+        for cell in network.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a variable that has no value yet
+                found.append(cell.cell_contents)
     elif depth == _DEPTH:
         found = list(getattr(network, "__dict__", {}).values())
     for value in found:

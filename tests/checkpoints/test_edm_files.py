@@ -111,7 +111,7 @@ def test_denoisers_match_released_code(load, case) -> None:
     model = load(case)
     assert not model.training
     assert_released(denoised(model, case), EDM[case]["D"], 1e-4)
-    kind = ADMUNet if "dhariwal" in case or "iddpm" in case else NCSNpp
+    kind = NCSNpp if EDM[case]["kwargs"]["model_type"] == "SongUNet" else ADMUNet
     assert type(model.network) is kind
     assert model.data_range == (-1, 1)
 
@@ -211,6 +211,13 @@ def test_missing_arguments_have_released_defaults(written, load) -> None:
         ({"augment_dim": 9}, r"missing map_augment\.weight"),
         ({"img_channels": 4}, "expected tensors for"),
         ({"img_resolution": 16}, "missing enc"),
+        ({"img_resolution": 1}, "img_resolution: expected 2 different halvings, got 1"),
+        ({"resample_filter": [1, 2, 1]}, "resample_filter: expected a symmetric filter of even"),
+        ({"resample_filter": [1, 3, 2, 1]}, "resample_filter: expected a symmetric filter of"),
+        ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter: expected a tensor of .*\(1, 1, 2, 2"),
+        ({"resample_filter": [1, -1, -1, 1]}, "fir_kernel: expected at least two taps of nonzero sum"),
+        ({"num_heads": 2}, "init_kwargs: expected arguments of SongUNet, got 'num_heads'"),
+        ({"C_1": 0.1}, "init_kwargs: expected arguments of SongUNet, got 'C_1'"),
         ({"img_resolution": "8"}, "expected a known network of EDM, got"),
         ({"beta_d": -20.0}, "expected a known network of EDM, got"),
         ({"beta_min": "0.1"}, "expected a known network of EDM, got"),

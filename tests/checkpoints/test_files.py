@@ -177,7 +177,7 @@ def test_flipped_bit_in_a_tensor_is_detected(rejected, saved) -> None:
     for position in range(start, start + 56):
         data = bytearray(content)
         data[position] ^= 1 << position % 8
-        rejected(bytes(data), "a file damaged at .*/data/0")
+        rejected(bytes(data), "a file damaged at data/0")
 
 
 def test_flipped_bit_anywhere_is_detected_or_harmless(tmp_path, saved) -> None:
@@ -197,11 +197,14 @@ def test_flipped_bit_anywhere_is_detected_or_harmless(tmp_path, saved) -> None:
 
 def test_legacy_files_of_another_length_are_rejected(rejected, saved) -> None:
     content = saved([torch.ones(3), torch.zeros(2)], legacy=True)
-    rejected(content[:-1], "expected a file of")
+    rejected(content[:-1], r"expected (8|12) bytes, got the end of the file")
     rejected(content + b"\0", "expected a file of")
     start = content.index(b"\x03" + bytes(7) + torch.ones(3).numpy().tobytes())
     for numel in (b"\x02", b"\x04", b"\xff"):
-        rejected(content[:start] + numel + content[start + 1 :], "expected _Storage.* values")
+        rejected(
+            content[:start] + numel + content[start + 1 :],
+            "expected 3 values in storage .*, got others",
+        )
 
 
 def test_pickled_module_is_rejected_by_name(rejected, saved) -> None:

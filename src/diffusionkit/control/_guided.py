@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from .._checks import check_number, check_part, readable
 from .._grid_times import copy_grid_point, kernel
 from .._precision import NetworkDtype, at_least_float32, backward_factor
