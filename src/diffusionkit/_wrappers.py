@@ -28,6 +28,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def bare_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, of one sharded by fully_shard that from before."""
+    kind = type(module)
+    return kind.__bases__[-1] if hasattr(kind, "_get_fsdp_state") else kind
+
+
 def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield a module and all modules in it, each with the prefix of its tensors' names.
 

@@ -201,7 +201,7 @@ def _number_problem(own: Any, value: Any, strict: bool, name: str) -> str | None
 
 
 def _kind(value: Any) -> str:
-    kinds = {
+    kinds: dict[str, Any] = {
         "a truth value": bool,
         "a number": (int, float),
         "a string": str,

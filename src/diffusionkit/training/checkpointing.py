@@ -129,7 +129,7 @@ def save_checkpoint(
     parts, stateful = objective_parts(objective), stateful or {}
     weights = whole(bare_state(model))
     check_finite_weights("model", model, weights)
-    averages = None if ema is None else whole(ema.state_dict())
+    averages: Any = None if ema is None else whole(ema.state_dict())
     for length, average in averages_of(ema).items():
         state, name = (averages, "ema") if length is None else (averages[length], f"ema[{length}]")
         check_finite_weights(name, average.model, state["model"])
