@@ -33,7 +33,7 @@ from ._checkpoint_parts import (
     unread_parts,
 )
 from ._model_description import described, difference
-from ._optimizer_state import fitted_optimizer, saved_optimizer
+from ._optimizer_state import fitted_optimizer, load_optimizer, saved_optimizer
 from ._payload import save_payload
 from ._random_states import (
     check_random_states,
@@ -246,7 +246,7 @@ def _loads(
     if (optimizer := asked["optimizer"]) is not None:
         names = parameter_names(model, asked["objective"], asked["stateful"])
         moments = fitted_optimizer(file, optimizer, names, state)
-        loads.append(_Load(optimizer.load_state_dict, optimizer.state_dict(), moments))
+        loads.append(_Load(partial(load_optimizer, optimizer), optimizer.state_dict(), moments))
     for kind in ("objective", "stateful"):
         for name, part in asked[kind].items():
             after = fitted_part(file, f"{kind}[{name!r}]", part, state[kind][name])
