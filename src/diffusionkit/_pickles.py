@@ -384,6 +384,7 @@ PLAIN_GLOBALS: Mapping[str, Any] = {
     "_codecs.encode": Call(_encoded),
     "numpy.dtype": Call(_dtype),
     # Names of Python 2 and protocol 2, then of Python 3; of numpy 1, then of numpy 2.
+    "__builtin__.bytes": Call(lambda: b""),
     "__builtin__.set": Call(_set),
     "builtins.set": Call(_set),
     "__builtin__.complex": Call(_complex),
