@@ -33,6 +33,7 @@ _STARTS = {
 }
 # The first two pickles of a file of torch before 1.6: a magic number and a version.
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)
+_CPU = torch.device("cpu")
 
 
 class CheckpointError(ValueError):
@@ -119,24 +120,36 @@ def read_torch(
     Args:
         path: the file.
         expected: a description of the file, for the error.
-        map_location: the device of the tensors.
+        map_location: the device of the tensors, None for those named in the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is truncated, damaged or foreign, or holds other objects.
+        ValueError: if there is no such device.
+        TypeError: if `map_location` is not a device.
     """
+    device = None if map_location is None else _device(map_location)
     with opened(path, expected, ZIP, PICKLE) as file:
-        return load_torch(file, map_location)
+        return load_torch(file, device)
 
 
-def load_torch(file: BinaryIO, device: torch.device | str | None = "cpu") -> Any:
+def _device(map_location: torch.device | str) -> torch.device:
+    message = f"map_location: expected a device or None, got {map_location!r}"
+    try:
+        return torch.device(map_location)
+    except RuntimeError as error:
+        raise ValueError(message) from error
+    except TypeError as error:
+        raise TypeError(message) from error
+
+
+def load_torch(file: BinaryIO, device: torch.device | None = _CPU) -> Any:
     """Load the content of an open file written by `torch.save`; see `read_torch`."""
-    place = None if device is None else torch.device(device)
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     zipped = file.read(4) == b"PK\3\4"
     file.seek(0)
-    return (_load_zip if zipped else _load_legacy)(file, place, length)
+    return (_load_zip if zipped else _load_legacy)(file, device, length)
 
 
 def check_torch(file: BinaryIO) -> None:
@@ -145,7 +158,7 @@ def check_torch(file: BinaryIO) -> None:
     Raises:
         Exception: of many types, if it cannot.
     """
-    load_torch(file, "meta")
+    load_torch(file, torch.device("meta"))
 
 
 def _load_zip(file: BinaryIO, device: torch.device | None, length: int) -> Any:

@@ -84,7 +84,7 @@ def places(value: Any) -> list[int]:
     return [list(dict.fromkeys(pointers)).index(pointer) for pointer in pointers]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(value=values, protocol=st.integers(2, 5), legacy=st.booleans())
 def test_values_are_read_back_bit_for_bit(value, protocol, legacy) -> None:
     file = written(value, protocol, legacy=legacy)
@@ -92,14 +92,3 @@ def test_values_are_read_back_bit_for_bit(value, protocol, legacy) -> None:
     read = load_torch(file)
     assert same(read, value)
     assert places(read) == places(value)
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(value=values, legacy=st.booleans())
-def test_values_are_read_as_torch_reads_them(value, legacy) -> None:
-    file = written(value, 2, legacy=legacy)
-    read = load_torch(file)
-    file.seek(0)
-    numpy = [np.dtype, np.float64(0).__reduce__()[0], *{type(np.dtype(code)) for code in NUMPY}]
-    with torch.serialization.safe_globals(numpy):
-        assert same(read, torch.load(file, weights_only=True))

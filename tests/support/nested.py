@@ -24,4 +24,5 @@ def same(a: Any, b: Any) -> bool:
 
 
 def bytes_of(value: Tensor) -> list[int]:
-    return value.detach().contiguous().flatten().view(torch.uint8).tolist()
+    flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().flatten())
+    return flat.view(torch.uint8).tolist()
