@@ -97,9 +97,7 @@ CORRECTORS: dict[str, Corrector | None] = {
     "none": None,
 }
 
-# In two dimensions a single sample's score is sometimes close to 0, and a step size based on its
-# norm far too large. The norm averaged over the batch does not have this problem.
-TOY_CORRECTOR = Langevin(snr=0.16, norm="batch")
+TOY_CORRECTOR = Langevin(snr=0.16)
 TOY_BATCH, TOY_POINTS = 256, 1000
 TOY_STARTS = ((-1.8, 1.6), (2.1, 0.9), (0.3, -2.3))  # initial points of the trajectories shown
 COLORS = ("tab:orange", "tab:green", "tab:red")

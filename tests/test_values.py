@@ -107,13 +107,21 @@ def test_floats_apply_to_a_whole_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_predictions_keep_the_dtype_of_the_state(dtype):
-    x, x0, _eps, alpha, sigma = setup(dtype)
-    x = x.to(dtype)
-    prediction = Prediction.from_v(x, x0, alpha, sigma)
-    assert {getattr(prediction, name).dtype for name in ("x0", "eps", "score", "v")} == {dtype}
+@pytest.mark.parametrize("answer", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_predictions_have_the_dtype_of_the_state_and_at_least_float32(dtype, answer):
+    """Whatever the dtype of the network's output."""
+    x, x0, eps, alpha, sigma = setup(dtype)
+    x, x0, eps = x.to(dtype), x0.to(answer), eps.to(answer)
     wide = dtype if dtype.itemsize >= 4 else torch.float32
-    assert prediction.alpha.dtype == prediction.sigma.dtype == wide
+    for prediction in (
+        Prediction.from_v(x, x0, alpha, sigma),
+        Prediction(x, x0, eps, alpha, sigma),
+        Prediction.from_x0(x, x0, 0.6, 0.8),
+    ):
+        parts = [getattr(prediction, name) for name in ("x0", "eps", "score", "v")]
+        parts.append(prediction.combine(x=0.5, x0=0.5))
+        assert {part.dtype for part in parts} == {wide}
+        assert prediction.alpha.dtype == prediction.sigma.dtype == wide
 
 
 def test_values_are_frozen():

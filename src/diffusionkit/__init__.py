@@ -133,6 +133,7 @@ from .training import (
     drop_conditions,
     linear_warmup,
     load_checkpoint,
+    power_exponent,
     reconstruct_ema,
     save_checkpoint,
 )
@@ -254,6 +255,7 @@ __all__ = [
     "expand",
     "linear_warmup",
     "load_checkpoint",
+    "power_exponent",
     "reconstruct_ema",
     "save_checkpoint",
     "slerp",

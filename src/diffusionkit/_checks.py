@@ -1,23 +1,54 @@
 """Argument validation. Errors state what was expected and what was received.
 
 Values are read only where this needs no device synchronization: on the CPU and outside compiled
-code. Shapes, dtypes and devices are always checked.
+code. `value_checks`, or the environment variable DIFFUSIONKIT_CHECKS, turns these checks on for all
+devices. Shapes, dtypes and devices are always checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+# A context variable, so that other threads are not slowed down.
+_everywhere: ContextVar[bool] = ContextVar(
+    "value_checks", default=os.environ.get("DIFFUSIONKIT_CHECKS", "0") not in ("", "0")
+)
+
+
+@contextlib.contextmanager
+def value_checks() -> Iterator[None]:
+    """Check values on every device, not only on the CPU, in this thread.
+
+    Reading a value makes the host wait for the device, so that on devices neither arguments nor
+    results are checked for NaN, infinities and numbers out of range. To find out where training or
+    sampling fails there, run it inside `with value_checks():`, or with the environment variable
+    DIFFUSIONKIT_CHECKS=1. Compiled code and `torch.func` transforms are never checked.
+
+    >>> with value_checks():
+    ...     pass  # train, sample
+    """
+    token = _everywhere.set(True)
+    try:
+        yield
+    finally:
+        _everywhere.reset(token)
+
 
 def readable(x: Tensor) -> bool:
-    """Return whether values can be read without stalling a device, a compiler or a vmap."""
+    """Return whether values can be read without stalling a device, a compiler or a vmap.
+
+    Inside `value_checks` devices may be stalled.
+    """
     return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and (x.device.type == "cpu" or (_everywhere.get() and not x.is_meta))
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -42,7 +73,20 @@ def check_finite(x: Tensor, name: str = "x") -> None:
             raise ValueError(f"{name}: expected finite values, got {bad} that are NaN or infinite")
 
 
-def check_range(x: Tensor, model: object) -> None:
+def check_samples(x: Tensor, name: str = "samples") -> None:
+    """Raise if the result of a sampler contains a NaN or an infinity (read on the CPU only)."""
+    if readable(x) and not math.isfinite(x.detach().float().sum().item()):
+        bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
+        if bad:
+            raise ValueError(
+                f"{name}: expected finite values, got NaN or infinity in {bad} of {len(x)} "
+                "samples; common causes are a network that diverged in training (too large a "
+                "learning rate), noise labels or states that it was not trained on, a time without "
+                "noise or data, float16 (no number above 65504) and too few steps"
+            )
+
+
+def check_range(x: Tensor, model: object, name: str = "x") -> None:
     """Raise if x is outside the data range of a model (read on the CPU only)."""
     data_range = getattr(model, "data_range", None)
     if data_range is None or not readable(x):
@@ -51,9 +95,12 @@ def check_range(x: Tensor, model: object) -> None:
     slack = 1e-3 * (high - low)
     first, last = (end.item() for end in x.detach().aminmax())
     if first < low - slack or last > high + slack:
+        hint = ""
+        if high < last <= 255 and first >= 0:
+            hint = f"; scale 8-bit images first, to {low:g} + x * {(high - low) / 255:.6g}"
         raise ValueError(
-            f"x: expected data within the model's range [{low:g}, {high:g}], "
-            f"got values from {first:g} to {last:g}"
+            f"{name}: expected data within the model's range [{low:g}, {high:g}], "
+            f"got values from {first:g} to {last:g}{hint}"
         )
 
 
@@ -84,6 +131,20 @@ def check_t_min(t_min: float, T: float) -> None:
     check_number(t_min, "t_min")
     if not 0.0 <= t_min < T:
         raise ValueError(f"t_min: expected a time in [0, T) = [0, {T:g}), got {t_min}")
+
+
+def check_log_snr(log_snr: Sequence[float], first: float, last: float) -> None:
+    """Raise unless the log-SNR is finite at a first time, near the data, and at the last, T."""
+    if not math.isfinite(log_snr[1]):
+        raise ValueError(
+            f"sde: expected a finite log-SNR at T = {last:g}, got {log_snr[1]:g}, since "
+            f"{'alpha(T) = 0' if log_snr[1] < 0 else 'sigma(T) = 0'}; end the process earlier"
+        )
+    if not math.isfinite(log_snr[0]):
+        raise ValueError(
+            f"t_min: expected a time with noise, got {first:g}, where the log-SNR is "
+            f"{log_snr[0]:g}, since sigma({first:g}) = 0"
+        )
 
 
 def check_transition(s: Tensor, t: Tensor, T: float) -> None:

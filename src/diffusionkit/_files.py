@@ -1,12 +1,11 @@
-"""Files of tensors: written atomically, read without running code."""
+"""Files of tensors, read without running code."""
 
 from __future__ import annotations
 
 import os
 import struct
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -38,26 +37,6 @@ _CPU = torch.device("cpu")
 
 class CheckpointError(ValueError):
     """A file is not the expected checkpoint."""
-
-
-def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Write a file under a temporary name and rename it, so a crash leaves the previous file.
-
-    Args:
-        path: the file.
-        write: writes the content to a file open for writing and reading.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "x+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,16 +18,35 @@ Item = TypeVar("Item")
 Progress: TypeAlias = bool | Callable[[Iterable[Any]], Iterable[Any]]
 
 
+# Threads may share modules: a change to one is undone when the last block that made it ends.
+# Blocks keep their modules alive, and so their ids.
+_lock = threading.RLock()
+_evaluated: Counter[int] = Counter()  # modules
+_unwrapped: Counter[tuple[int, str]] = Counter()  # parents and names
+_wrappers: dict[tuple[int, str], nn.Module] = {}
+
+
+def _is_last(blocks: Counter[Any], key: Any) -> bool:
+    """Count a block that ends, and return whether it was the last of its key."""
+    blocks[key] -= 1
+    return not blocks[key] and blocks.pop(key) == 0
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and restore the mode of each module afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with _lock:
+        training = [m for m in model.modules() if m.training or id(m) in _evaluated]
+        _evaluated.update(map(id, training))
     try:
+        with _lock:
+            model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            for module in training:
+                if _is_last(_evaluated, id(module)):
+                    module.training = True
 
 
 @contextlib.contextmanager
@@ -35,19 +56,23 @@ def bare_networks(model: nn.Module) -> Iterator[None]:
     Adaptive solvers call the network a data-dependent number of times, so wrapped networks on
     different ranks would wait for each other forever.
     """
-    wrapped = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, DistributedDataParallel)
-    ]
-    for parent, name, child in wrapped:
-        setattr(parent, name, child.module)
+    held = []
+    with _lock:
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                if isinstance(child, DistributedDataParallel):
+                    _wrappers[id(parent), name] = child
+                    setattr(parent, name, child.module)
+                if (id(parent), name) in _wrappers:
+                    _unwrapped[id(parent), name] += 1
+                    held.append((parent, name))
     try:
         yield
     finally:
-        for parent, name, child in wrapped:
-            setattr(parent, name, child)
+        with _lock:
+            for parent, name in held:
+                if _is_last(_unwrapped, (id(parent), name)):
+                    setattr(parent, name, _wrappers.pop((id(parent), name)))
 
 
 def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:

@@ -111,7 +111,7 @@ def test_denoisers_match_released_code(load, case) -> None:
     model = load(case)
     assert not model.training
     assert_released(denoised(model, case), EDM[case]["D"], 1e-4)
-    kind = ADMUNet if "dhariwal" in case or "iddpm" in case else NCSNpp
+    kind = NCSNpp if EDM[case]["kwargs"]["model_type"] == "SongUNet" else ADMUNet
     assert type(model.network) is kind
     assert model.data_range == (-1, 1)
 
@@ -196,12 +196,12 @@ def test_missing_arguments_have_released_defaults(written, load) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"model_type": "UNet"}, "expected a known network of EDM, got 'UNet'"),
-        ({"channel_mult_emb": 2}, "expected a known network of EDM, got 'channel_mult_emb 2'"),
-        ({"channel_mult_noise": 2}, "got 'channel_mult_noise 2 with a positional embedding'"),
-        ({"embedding_type": "learned"}, "expected a known network of EDM, got 'learned'"),
-        ({"encoder_type": "dense"}, "expected a known network of EDM, got 'dense'"),
-        ({"decoder_type": "residual"}, "expected a known network of EDM, got 'residual'"),
+        ({"model_type": "UNet"}, "model_type: expected one of 'SongUNet', .*, got 'UNet'"),
+        ({"channel_mult_emb": 2}, "channel_mult_emb: expected 4, got 2"),
+        ({"channel_mult_noise": 2}, "channel_mult_noise: expected 1 with a positional embedding"),
+        ({"embedding_type": "learned"}, "embedding_type: expected one of .*, got 'learned'"),
+        ({"encoder_type": "dense"}, "encoder_type: expected one of .*, got 'dense'"),
+        ({"decoder_type": "residual"}, "decoder_type: expected one of .*, got 'residual'"),
         ({"model_channels": 16}, r"problems: .*expected tensors for \(64, 16\)"),
         ({"num_blocks": 2}, "problems: .*missing"),
         ({"channel_mult": [1, 2, 2]}, "problems: .*missing"),
@@ -211,6 +211,13 @@ def test_missing_arguments_have_released_defaults(written, load) -> None:
         ({"augment_dim": 9}, r"missing map_augment\.weight"),
         ({"img_channels": 4}, "expected tensors for"),
         ({"img_resolution": 16}, "missing enc"),
+        ({"img_resolution": 1}, "img_resolution: expected 2 different halvings, got 1"),
+        ({"resample_filter": [1, 2, 1]}, "resample_filter: expected a symmetric filter of even"),
+        ({"resample_filter": [1, 3, 2, 1]}, "resample_filter: expected a symmetric filter of"),
+        ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter: expected a tensor of .*\(1, 1, 2, 2"),
+        ({"resample_filter": [1, -1, -1, 1]}, "fir_kernel: expected at least two taps of nonzero sum"),
+        ({"num_heads": 2}, "init_kwargs: expected arguments of SongUNet, got 'num_heads'"),
+        ({"C_1": 0.1}, "init_kwargs: expected arguments of SongUNet, got 'C_1'"),
         ({"img_resolution": "8"}, "expected a known network of EDM, got"),
         ({"beta_d": -20.0}, "expected a known network of EDM, got"),
         ({"beta_min": "0.1"}, "expected a known network of EDM, got"),
@@ -223,7 +230,7 @@ def test_arguments_of_another_network_are_rejected(load, kwargs, match) -> None:
 
 
 def test_classes_other_than_preconditionings_are_rejected(written) -> None:
-    with pytest.raises(CheckpointError, match="expected a known network of EDM, got 'MyPrecond'"):
+    with pytest.raises(CheckpointError, match="class_name: expected one of .*, got 'MyPrecond'"):
         load_edm(written("MyPrecond", EDM["vp_other"]["kwargs"], tensors_of("vp_other")))
     with pytest.raises(CheckpointError, match="expected a known network of EDM"):
         load_edm(written("SongUNet", {"img_resolution": 8}, {"map_layer0.weight": torch.ones(1)}))

@@ -15,7 +15,7 @@ from torch import nn
 
 import diffusionkit
 from diffusionkit import training
-from diffusionkit._files import CheckpointError, assign, atomic_write, read_torch
+from diffusionkit._files import CheckpointError, assign, read_torch
 from diffusionkit.checkpoints._safetensors import read_safetensors
 
 
@@ -276,28 +276,6 @@ def test_torchscript_is_rejected(rejected, tmp_path) -> None:
 
 def test_all_packages_export_one_error_class() -> None:
     assert diffusionkit.CheckpointError is training.CheckpointError is CheckpointError
-
-
-def test_atomic_write_replaces_the_file_or_leaves_it(tmp_path) -> None:
-    path = tmp_path / "x"
-    atomic_write(path, lambda file: file.write(b"one"))
-    assert path.read_bytes() == b"one"
-
-    def fail(file) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(str(path), fail)
-    assert path.read_bytes() == b"one"
-
-    def write(file) -> None:
-        file.write(b"three")
-        assert path.read_bytes() == b"one"  # until the end
-
-    atomic_write(path, write)
-    assert path.read_bytes() == b"three"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_assign_loads_all_tensors_or_none() -> None:

@@ -32,7 +32,7 @@ def test_inputs_of_the_network(sde) -> None:
     NoiseClassifier(network, sde, label=TimeLabel(999.0))(x.bfloat16(), t)
     x_seen, label = seen[1]
     torch.testing.assert_close(label, (999 * t / sde.T).float())
-    assert (x_seen.dtype, label.dtype) == (torch.bfloat16, torch.float32)
+    assert (x_seen.dtype, label.dtype) == (torch.float32, torch.float32)
 
 
 def test_network_inputs_have_unit_variance() -> None:

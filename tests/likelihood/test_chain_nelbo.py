@@ -217,16 +217,22 @@ def test_repr() -> None:
     ("held", "seen"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
 )
 def test_states_have_at_least_single_precision(held, seen) -> None:
-    """bfloat16 cannot resolve the levels."""
+    """bfloat16 cannot resolve the levels; the network is called in its own dtype."""
 
     class Network(torch.nn.Linear):
         def forward(self, x, label):
-            dtypes.add(x.dtype)
+            networks.add(x.dtype)
             return 0.3 * x
 
-    dtypes: set[torch.dtype] = set()
-    ChainNELBO(EpsModel(Network(1, 1, dtype=held), DDPMChain.cosine(10)))(IMAGE)
-    assert dtypes == {seen}
+    class Observed(EpsModel):
+        def predict(self, x, t, **cond):
+            states.add(x.dtype)
+            return super().predict(x, t, **cond)
+
+    networks: set[torch.dtype] = set()
+    states: set[torch.dtype] = set()
+    ChainNELBO(Observed(Network(1, 1, dtype=held), DDPMChain.cosine(10)))(IMAGE)
+    assert (networks, states) == ({held}, {seen})
 
 
 def test_bits_per_step_of_a_data_set() -> None:

@@ -232,13 +232,24 @@ C = torch.zeros(2, 5)
         (None, C, TypeError, r"condition_features=None.*got a tensor of shape \(2, 5\)"),
         (5, C[:1], ValueError, r"condition: expected shape \(2, 5\), got \(1, 5\)"),
         (5, C[:, :4], ValueError, r"condition: expected shape \(2, 5\), got \(2, 4\)"),
-        (5, C.double(), TypeError, "condition: expected the dtype of x, torch.float32"),
+        (5, C.long(), TypeError, "condition: expected a floating-point tensor, got torch.int64"),
         (5, C.to("meta"), ValueError, "condition: expected the device of x, cpu, got meta"),
     ],
 )
 def test_condition_errors(features, condition, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         plain({"condition_features": features})(X, T, condition=condition)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_conditions_are_converted_to_the_network(dtype) -> None:
+    """A condition need not have the dtype that a score model gives to the input."""
+    net = plain({"condition_features": 5, "low_res_channels": 1}).to(torch.bfloat16)
+    given = {"condition": torch.ones(2, 5), "low_res": torch.ones(2, 1, 2, 2)}
+    x = X.bfloat16()
+    wanted = net(x, T, **{name: value.bfloat16() for name, value in given.items()})
+    got = net(x, T, **{name: value.to(dtype) for name, value in given.items()})
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=1e-6)
 
 
 L = torch.zeros(2, 1, 2, 2)
@@ -253,7 +264,7 @@ L = torch.zeros(2, 1, 2, 2)
         (3, L, ValueError, r"low_res: expected shape \(2, 3, H, W\), got \(2, 1, 2, 2\)"),
         (1, L[..., 0], ValueError, r"low_res: expected shape .*got \(2, 1, 2\)"),
         (1, L[..., :0], ValueError, r"low_res: expected shape .*got \(2, 1, 2, 0\)"),
-        (1, L.double(), TypeError, "low_res: expected the dtype of x, torch.float32"),
+        (1, L.long(), TypeError, "low_res: expected a floating-point tensor, got torch.int64"),
         (1, L.to("meta"), ValueError, "low_res: expected the device of x, cpu, got meta"),
     ],
 )

@@ -17,10 +17,13 @@ from diffusionkit import (
     Langevin,
     LogSNRGrid,
     PCSampler,
+    SubVPSDE,
 )
 
 
-@pytest.mark.parametrize("corrector", [AnnealedLangevin(0.2, 5), Langevin(0.2, 5, "batch")])
+@pytest.mark.parametrize(
+    "corrector", [AnnealedLangevin(0.2, 5), Langevin(0.2, 5), Langevin(0.2, 5, "batch")]
+)
 def test_a_corrector_alone_is_annealed_langevin_dynamics(corrector):
     """It finds the modes but not their exact widths, since its steps shrink with sigma."""
     sde = VESDE(sigma_min=0.01, sigma_max=20.0)
@@ -46,21 +49,66 @@ def test_langevin_with_norms_of_each_sample_in_many_dimensions():
 
 
 def test_a_langevin_step_computed_by_hand():
-    """epsilon = 2 (snr ||z|| / ||s||)^2, x + epsilon s + sqrt(2 epsilon) z, sample by sample."""
+    """epsilon = 2 (snr sigma)^2 (d / ||sigma s||^2)^w, sample by sample; the batch's is 2 (snr
+    ||z|| / ||s||)^2 with mean norms."""
     x = torch.tensor([[3.0, 4.0], [0.3, -0.4]], dtype=torch.float64)
-    model = EpsModel(
-        lambda x, noise_label: x, VESDE(sigma_min=0.1, sigma_max=10.0)
-    )  # score -x / sigma
-    t = torch.full((2,), 0.5, dtype=torch.float64)  # sigma = 1
+    model = EpsModel(lambda x, noise_label: 2 * x, VESDE(sigma_min=0.1, sigma_max=40.0))  # score -x
+    t = torch.full((2,), 0.5, dtype=torch.float64)  # sigma = 2
     z = torch.randn((2, 2), generator=seeded(), dtype=torch.float64)
-    size = z.square().sum(1).sqrt() / torch.tensor([5.0, 0.5])
-    eps = (2 * 0.01 * size**2).unsqueeze(1)
+    ratio = torch.tensor([[0.02], [2.0]], dtype=torch.float64)  # 2 / (10^2, 1^2)
+    eps = 2 * (0.1 * 2) ** 2 * ratio ** (4 / 4100)
     step = Langevin(snr=0.1).step(model, x, t, generator=seeded())
     torch.testing.assert_close(step.mean, x - eps * x, rtol=1e-12, atol=0)
     torch.testing.assert_close(step.x, x - eps * x + (2 * eps) ** 0.5 * z, rtol=1e-12, atol=0)
     eps = 2 * (0.1 * z.square().sum(1).sqrt().mean() / 2.75) ** 2
     step = Langevin(snr=0.1, norm="batch").step(model, x, t, generator=seeded())
     torch.testing.assert_close(step.x, x - eps * x + (2 * eps) ** 0.5 * z, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 3.0])
+def test_at_image_sizes_langevin_is_the_papers_rule(scale):
+    """Within 1%: a step of 2 (snr ||z|| / ||s||)^2, for scores of any length."""
+    x = torch.randn((4, 3, 32, 32), generator=seeded(), dtype=torch.float64)
+    model = EpsModel(lambda x, noise_label: scale * x, VESDE(sigma_min=0.1, sigma_max=10.0))
+    t = torch.full((4,), 0.5, dtype=torch.float64)  # sigma = 1
+    z = torch.randn((4, 3, 32, 32), generator=seeded(1), dtype=torch.float64)
+    norms = (v.flatten(1).norm(dim=1).view(4, 1, 1, 1) for v in (z, scale * x))
+    eps = 2 * (0.16 * next(norms) / next(norms)) ** 2
+    step = Langevin(snr=0.16).step(model, x, t, generator=seeded(1))
+    paper = x - eps * scale * x + (2 * eps) ** 0.5 * z
+    difference = (step.x - paper).flatten(1).norm(dim=1) / (paper - x).flatten(1).norm(dim=1)
+    assert float(difference.max()) < 0.02  # of the move: ||z|| differs by 1% from its mean
+    assert float(step.x.std() / paper.std() - 1) == pytest.approx(0, abs=0.005)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE()])
+@pytest.mark.parametrize("d", [1, 2, 3, 8, 20, 64])
+def test_langevin_leaves_a_mixture_unchanged_in_any_dimension(d, sde):
+    """60 steps from exact samples: the variance grows by less than the bias of finite steps, and
+    twice the largest w / d, together 4%; the largest value stays within that of exact samples."""
+    means = torch.zeros(2, d, dtype=torch.float64)
+    means[:, 0] = torch.tensor([-1.0, 1.0])
+    model, n = GaussianMixtureModel(sde, means, [0.3, 0.6], [0.35, 0.65]), 16_000 // d
+    t = sde.time_at_log_snr(torch.zeros(1, dtype=torch.float64)).expand(n)  # sigma = alpha
+    exact = sde.perturb(model.sample(n, generator=seeded(), dtype=torch.float64), t)
+    x, generator = exact.x, seeded(1)
+    for _ in range(60):
+        x = Langevin(snr=0.16).step(model, x, t, generator=generator).x
+    alpha, sigma = (float(value) for value in sde.marginal(t[:1]))
+    # Along the first axis the means add .91 alpha^2; the others have the modes' mean variance.
+    truth = torch.full((d,), (0.35 * 0.3**2 + 0.65 * 0.6**2) * alpha**2 + sigma**2)
+    truth[0] += 0.91 * alpha**2
+    ratio = float(((x - x.mean(0)).square().mean(0) / truth).mean())
+    assert ratio == pytest.approx(1.015, abs=0.025 + 4 * (2 / (n * d)) ** 0.5)
+    assert float(x.abs().max()) < 1.5 * float(exact.x.abs().max())
+
+
+def test_langevin_does_not_depend_on_the_batch(mixture):
+    x, t = torch.randn((6, 2), generator=seeded()), torch.full((6,), 0.3)
+    whole = Langevin(steps=3).step(mixture, x, t, generator=[seeded(i) for i in range(6)]).x
+    for i in range(6):
+        alone = Langevin(steps=3).step(mixture, x[i : i + 1], t[:1], generator=[seeded(i)]).x
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-6, atol=1e-6)
 
 
 def test_an_annealed_langevin_step_computed_by_hand():
@@ -90,11 +138,8 @@ def test_langevin_in_half_precision():
         # From 0, so that the mean is not rounded to the state's digits.
         start = torch.zeros_like(x, dtype=dtype)
         half = Langevin().step(network, start, t, generator=[seeded(i) for i in range(4)])
-        noise = torch.stack([torch.randn(64, generator=seeded(i), dtype=dtype) for i in range(4)])
-        ratio = noise.double().norm(dim=1, keepdim=True) / (8 / 1e-3)
-        drift = -2 * (0.16 * ratio) ** 2 / 1e-3
-        expected = drift.expand(-1, 64)
-        error = (half.mean.double() - expected).abs().max() / expected.abs().max()
+        drift = -2 * 0.16**2 * 1e-3  # the score is -1 / sigma, its norm that of the noise's mean
+        error = (half.mean.double() / drift - 1).abs().max()
         assert float(error) < tolerance
 
 

@@ -216,12 +216,15 @@ def test_a_state_is_drawn_only_if_the_grid_begins_at_the_prior(mixture):
     assert sampler(torch.ones(2, 2)).shape == (2, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_dtype_is_the_models_or_the_requested_one(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_dtype_is_float64_for_such_models_or_the_requested_one(dtype):
     model = EpsModel(Counting().to(dtype), VPSDE())
     sampler = PCSampler(model, ReverseDiffusion(), Langevin(), steps=3)
-    assert sampler((2, 3)).dtype == dtype
-    assert sampler((2, 3), dtype=torch.float64).dtype == torch.float64
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert sampler((2, 3)).dtype == wide
+    for wanted in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert sampler((2, 3), dtype=wanted).dtype == wanted
+        assert sampler(torch.zeros(2, 3, dtype=wanted)).dtype == wanted
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 5), (3, 1, 4, 6), (2, 1, 2, 3, 4)])

@@ -268,7 +268,7 @@ def test_invalid_arguments(tmp_path) -> None:
         PowerEMA(3)
     with pytest.raises(ValueError, match="updates: expected an integer >= 1, got 0"):
         PowerEMA(Weights()).save(tmp_path)
-    with pytest.raises(ValueError, match="model: expected 2 tensors of the averaged"):
+    with pytest.raises(ValueError, match="model: expected the tensors of the averaged"):
         PowerEMA(Weights()).update(Weights(size=3))
     with pytest.raises(ValueError, match=r"snapshots: expected distinct ones"):
         power_coefficients([(1, 0.1), (1, 0.1)], (2, 0.1))

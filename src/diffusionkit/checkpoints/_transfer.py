@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .._files import CheckpointError, listed
+from .._weights import check_own_values, fill, is_finite, weight_problems
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,20 @@ def transfer(
 
     Args:
         path: the file, for error messages.
-        network: the network.
+        network: the network, perhaps without values, see `laid_out`.
         sources: the source of each tensor of its state dict.
         tensors: the foreign tensors.
 
     Raises:
-        CheckpointError: if tensors are missing, extra, misshapen or not finite; it lists them.
+        CheckpointError: if tensors are missing, extra, misshapen or no weights; it lists them.
     """
+    check_own_values(path, tensors)
+    faults = weight_problems(tensors)
     problems: list[str] = []
     state: dict[str, Tensor] = {}
     used: set[str] = set()
-    for name, wanted in network.state_dict().items():
+    wanted: dict[str, Tensor] = network.state_dict()
+    for name, value in wanted.items():
         source = sources.get(name)
         if source is None:
             problems.append(f"missing a source of {name}")
@@ -113,24 +117,23 @@ def transfer(
         if absent := [key for key in source.keys if key not in tensors]:
             problems += [f"missing {key}" for key in absent]
             continue
+        if faulty := [f"{key}: {faults[key]}" for key in source.keys if key in faults]:
+            problems += faulty
+            continue
         given = [tensors[key] for key in source.keys]
         keys = ", ".join(source.keys)
         try:
             made = source.make(*given)
         except (RuntimeError, IndexError, ValueError):
             made = None
-        if made is None or made.shape != wanted.shape:
+        if made is None or made.shape != value.shape:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
-            shape = tuple(wanted.shape)
-            problems.append(f"{keys}: expected tensors for {shape}, got {shapes}")
-        elif not made.is_floating_point():
-            problems.append(f"{keys}: expected floating-point numbers, got {made.dtype}")
-        elif not made.isfinite().all():
-            problems.append(f"{keys}: expected finite numbers, got NaN or infinity")
-        else:
-            state[name] = made
-    problems += [f"unexpected {key}" for key in tensors if key not in used]
+            problems.append(f"{keys}: expected tensors for {tuple(value.shape)}, got {shapes}")
+            continue
+        state[name] = torch.empty(made.shape, dtype=value.dtype).copy_(made)
+        if made.dtype != value.dtype and not is_finite(state[name]):
+            problems.append(f"{keys}: expected numbers within the range of {value.dtype}")
+    problems += [f"unexpected {key:.200}" for key in tensors if key not in used]
     if problems:
         raise CheckpointError(f"{path}: the file does not fit the network, {listed(problems)}")
-    with torch.no_grad():
-        network.load_state_dict(state)
+    fill(network, state)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._files import CheckpointError
+from .._weights import laid_out
 from ..models import EDMModel, EpsModel, IndexLabel, ScaledScoreModel, TimeLabel
 from ..models.network import NetworkModel
 from ..networks import ADMUNet, NCSNpp
 from ..sde import EDMSDE, VESDE, VPSDE, DDPMChain
+from ._edm_arguments import edm_arguments
 from ._edm_keys import EDMObject, read_edm_pickle
 from ._transfer import Source, attention, rename, sines_first, transfer
 
@@ -28,6 +31,8 @@ _BLOCK = {
 }
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "out": "proj"}
 _ORDER = "head channel kind"
+_INPUTS: dict[str, Any] = {"standard": "none", "skip": "input_skip", "residual": "residual"}
+_OUTPUTS: dict[str, Any] = {"standard": "none", "skip": "output_skip"}
 _RANGE = (-1.0, 1.0)
 
 
@@ -56,39 +61,40 @@ def load_edm(path: str | os.PathLike[str]) -> NetworkModel:
     """
     ema: EDMObject = read_edm_pickle(path)["ema"]
     try:
-        network, rules = _network(path, ema)
-        model = _MODELS[ema.class_name](network, ema.init_kwargs)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        options = edm_arguments(ema, ema.state_dict)
+        network = laid_out(path, partial(_network, ema.class_name, options), ema.state_dict)
+        tensors = {
+            name.removeprefix("model."): tensor
+            for name, tensor in ema.state_dict.items()
+            if not name.endswith("resample_filter") and name != "u"
+        }
+        sources = _sources(network, options["img_resolution"])
+        transfer(path, network, sources, tensors)
+        return _MODELS[ema.class_name](network, options).eval()
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: expected a known network of EDM, got {error}") from error
-    tensors = {
-        name.removeprefix("model."): tensor
-        for name, tensor in ema.state_dict.items()
-        if not name.endswith("resample_filter") and name != "u"
-    }
-    transfer(path, network, rules, tensors)
-    return model.eval()
 
 
 def _edm(network: torch.nn.Module, options: Mapping[str, Any]) -> NetworkModel:
-    return EDMModel(network, EDMSDE(), options.get("sigma_data", 0.5), data_range=_RANGE)
+    return EDMModel(network, EDMSDE(), options["sigma_data"], data_range=_RANGE)
 
 
 def _vp(network: torch.nn.Module, options: Mapping[str, Any]) -> NetworkModel:
-    beta_min = options.get("beta_min", 0.1)
-    sde = VPSDE(beta_min, beta_min + options.get("beta_d", 19.9))
-    return EpsModel(network, sde, label=TimeLabel(options.get("M", 1000) - 1), data_range=_RANGE)
+    beta_min = options["beta_min"]
+    sde = VPSDE(beta_min, beta_min + options["beta_d"])
+    return EpsModel(network, sde, label=TimeLabel(options["M"] - 1), data_range=_RANGE)
 
 
 def _ve(network: torch.nn.Module, options: Mapping[str, Any]) -> NetworkModel:
-    sde = VESDE(options.get("sigma_min", 0.02), options.get("sigma_max", 100.0))
+    sde = VESDE(options["sigma_min"], options["sigma_max"])
     return ScaledScoreModel(network, sde, data_range=_RANGE)
 
 
 def _iddpm(network: torch.nn.Module, options: Mapping[str, Any]) -> NetworkModel:
-    steps = options.get("M", 1000)
-    chain = DDPMChain.cosine(
-        steps, s=options.get("C_2", 0.008), max_beta=1 - options.get("C_1", 0.001)
-    )
+    steps = options["M"]
+    chain = DDPMChain.cosine(steps, s=options["C_2"], max_beta=1 - options["C_1"])
     ratios = torch.exp(-0.5 * chain.log_snr(torch.arange(1, steps + 1).double() / steps))
     label = IndexLabel(ratios)
     return EpsModel(network, chain, label=label, data_range=_RANGE, variance="learned_range")
@@ -102,61 +108,40 @@ _MODELS: dict[str, Callable[[torch.nn.Module, Mapping[str, Any]], NetworkModel]]
 }
 
 
-def _network(
-    path: str | os.PathLike[str], ema: EDMObject
-) -> tuple[NCSNpp | ADMUNet, dict[str, Source]]:
-    """Build the network inside a preconditioning, and return the sources of its tensors."""
-    given = dict(ema.init_kwargs)
-    iddpm = ema.class_name == "iDDPMPrecond"
-    dhariwal = {"EDMPrecond": "DhariwalUNet", "iDDPMPrecond": "DhariwalUNet"}
-    kind = given.get("model_type", dhariwal.get(ema.class_name, "SongUNet"))
-    size = given["img_resolution"]
-    song = kind == "SongUNet"
-    if kind not in ("SongUNet", "DhariwalUNet"):
-        raise KeyError(kind)
-    multipliers = tuple(given.get("channel_mult", (1, 2, 2, 2) if song else (1, 2, 3, 4)))
-    attended = given.get("attn_resolutions", (16,) if song else (32, 16, 8))
+def _network(class_name: str, given: Mapping[str, Any]) -> NCSNpp | ADMUNet:
+    """Build the network inside a preconditioning."""
+    size, multipliers = given["img_resolution"], tuple(given["channel_mult"])
+    attended, learned = given["attn_resolutions"], class_name == "iDDPMPrecond"
     options: dict[str, Any] = {
         "channels": given["img_channels"],
-        "width": given.get("model_channels", 128 if song else 192),
+        "width": given["model_channels"],
         "multipliers": multipliers,
-        "blocks": given.get("num_blocks", 4 if song else 3),
+        "blocks": given["num_blocks"],
         "attention_levels": tuple(i for i in range(len(multipliers)) if size >> i in attended),
-        "dropout": given.get("dropout", 0.1),
-        "num_classes": given.get("label_dim", 0) or None,
-        "condition_features": given.get("augment_dim", 0) or None,
+        "dropout": given["dropout"],
+        "num_classes": given["label_dim"] or None,
+        "condition_features": given["augment_dim"] or None,
     }
-    if given.get("channel_mult_emb", 4) != 4:
-        raise KeyError(f"channel_mult_emb {given['channel_mult_emb']}")
-    if song:
-        network: NCSNpp | ADMUNet = _song(given, options)
-    else:
-        options |= {"head_channels": 64, "resblock_updown": True}
-        network = ADMUNet(**options, learn_sigma=iddpm)
-    return network, _sources(network, size, song)
-
-
-def _song(given: Mapping[str, Any], options: dict[str, Any]) -> NCSNpp:
-    """Build the network that EDM calls SongUNet."""
-    embedding = given.get("embedding_type", "positional")
-    noise = given.get("channel_mult_noise", 1)
-    if noise != {"positional": 1, "fourier": 2}[embedding]:
-        raise KeyError(f"channel_mult_noise {noise} with a {embedding} embedding")
-    kernel = tuple(given.get("resample_filter", (1, 1)))
-    branches: Any = {"standard": "none", "skip": "input_skip", "residual": "residual"}
-    outputs: Any = {"standard": "none", "skip": "output_skip"}
+    if given["model_type"] == "DhariwalUNet":
+        return ADMUNet(**options, head_channels=64, resblock_updown=True, learn_sigma=learned)
+    residual = given["encoder_type"] == "residual"
+    kernel = tuple(given["resample_filter"]) if len(multipliers) > 1 else (1, 1)
     return NCSNpp(
         **options,
-        embedding="positional" if embedding == "positional" else "fourier_linear",
-        fir_kernel=None if kernel == (1, 1) else kernel,
-        progressive_input=branches[given.get("encoder_type", "standard")],
-        progressive=outputs[given.get("decoder_type", "standard")],
+        out_channels=given["img_channels"] * (2 if learned else 1),
+        embedding="positional" if given["embedding_type"] == "positional" else "fourier_linear",
+        # EDM's residual branch averages outputs of a convolution at the full resolution, not those
+        # of one with stride 2: without an FIR kernel ours would be the latter.
+        fir_kernel=None if kernel == (1, 1) and not residual else kernel,
+        progressive_input=_INPUTS[given["encoder_type"]],
+        progressive=_OUTPUTS[given["decoder_type"]],
         scale_by_sigma=False,
     )
 
 
-def _sources(network: NCSNpp | ADMUNet, size: int, song: bool) -> dict[str, Source]:
+def _sources(network: NCSNpp | ADMUNet, size: int) -> dict[str, Source]:
     """Return the source of each tensor of a network for images of a resolution."""
+    song = isinstance(network, NCSNpp)
     sources = {
         **rename("", "", {"embedding.linear_1": "map_layer0", "embedding.linear_2": "map_layer1"}),
         **rename("", "", {"input": f"enc.{size}x{size}_conv"}),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from .. import networks
-from .._files import CheckpointError, assign, atomic_write, check_weights, read_torch
+from .._files import CheckpointError, check_weights, read_torch
+from .._weights import check_own_values, check_tensors, fill, laid_out
+from .._writing import atomic_write
 from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"
@@ -105,21 +108,18 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
         )
     try:
         config = json.loads(about["config"])
-        with torch.device("meta"):  # a damaged width allocates no memory
-            check_weights(path, "network", kind(**config), state)
-        network = kind(**config)
+        network = laid_out(path, partial(kind, **config), state)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a configuration of {kind.__name__}, got {error}"
         ) from error
-    dtypes = {value.dtype for value in state.values()}
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise CheckpointError(f"{path}: expected floating-point weights, got {dtypes}")
+    check_weights(path, "network", network, state)
+    check_tensors(path, "network", state)
+    check_own_values(path, state)
     # A network in half precision keeps some of its tensors in float32.
-    network.to(min(dtypes, key=lambda dtype: dtype.itemsize))
-    assign(path, "network", network, state)
+    fill(network, {key: value.clone() for key, value in state.items()})
     return network
 
 

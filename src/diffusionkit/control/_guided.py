@@ -9,35 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._checks import check_number, check_part, readable
 from .._grid_times import copy_grid_point, kernel
+from .._precision import NetworkDtype, at_least_float32, backward_factor
 from ..interfaces import ScoreModel
 from ..values import Coefficient, Prediction, expand, linear
-
-
-class GuidedPrediction(Prediction):
-    """A prediction kept in float32 and read in the dtype of the state.
-
-    Where alpha is 5e-5, as at the end of a cosine chain, guided data may overflow float16.
-    """
-
-    __slots__ = ()
-
-    @property
-    @override
-    def x0(self) -> Tensor:
-        return super().x0.to(self._x.dtype)
-
-    @property
-    @override
-    def eps(self) -> Tensor:
-        return super().eps.to(self._x.dtype)
-
-    @override
-    def _noise(self, factor: Coefficient) -> Tensor:
-        return super()._noise(factor).to(self._x.dtype)
 
 
 class GuidedModel(ScoreModel):
@@ -51,6 +28,7 @@ class GuidedModel(ScoreModel):
         self.sde = model.sde
         self.data_range = getattr(model, "data_range", None)
         self.variance = getattr(model, "variance", None)
+        self._dtype = NetworkDtype(model)
 
     def _kernel(self, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
         """Return alpha and sigma for a state x (B, *D), or raise where alpha is 0."""
@@ -71,14 +49,21 @@ class GuidedModel(ScoreModel):
         sigma or alpha.
         """
         alpha, sigma = self._kernel(x, t)
-        x0 = _without_graph(float32_x0(prediction, alpha))
-        eps = _without_graph(at_least_float32(prediction.eps))
+        x0, eps = (_without_graph(part) for part in (prediction.x0, prediction.eps))
         learned = (
             None if value is None else _without_graph(value)
             for value in (prediction.log_var, prediction.log_var_fraction)
         )
         x0, eps = linear(1.0, x0, sigma * (sigma / alpha), grad), linear(1.0, eps, -sigma, grad)
-        return GuidedPrediction(x, x0, eps, alpha, sigma, *learned)
+        return Prediction(x, x0, eps, alpha, sigma, *learned)
+
+    def _factor(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient | None:
+        """Return the factor of backward passes from the predicted data to a state.
+
+        The data are at most max(1, sigma, sigma^2) / alpha times as large as a network's output.
+        """
+        noise = torch.as_tensor(sigma).clamp_min(1.0)
+        return backward_factor(noise * noise / alpha, self._dtype(self.model))
 
     @contextlib.contextmanager
     def _differentiable(
@@ -91,6 +76,7 @@ class GuidedModel(ScoreModel):
         """
         keep = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
+            x = at_least_float32(x)
             leaf = x if x.requires_grad else _recordable(x).detach().requires_grad_()
             saved = {name: _recordable(value) for name, value in cond.items()}
             yield leaf, _recordable(t), saved, keep
@@ -112,35 +98,6 @@ def check_scale(scale: float) -> None:
 def shape_or_type(value: object) -> str:
     """Return the shape of a tensor, or the type of anything else, for an error message."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def at_least_float32(value: Tensor) -> Tensor:
-    """Return a tensor in float32, or float64 if it is that already."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def half_precision_factor(
-    x: Tensor, alpha: Coefficient, headroom: float = 1.0
-) -> Coefficient | None:
-    """Return the factor headroom * alpha that keeps data in range; None unless x is in half.
-
-    In half precision the data (x - sigma eps) / alpha may overflow before the difference is
-    taken. Gradients by the data may too, and need headroom: below 6e-5, float16 has few digits.
-    """
-    if x.dtype.itemsize >= 4:
-        return None
-    if isinstance(alpha, Tensor):
-        return torch.where(alpha > 0, (headroom * alpha).clamp(max=1.0), 1.0)
-    return min(headroom * alpha, 1.0) or 1.0
-
-
-def float32_x0(prediction: Prediction, alpha: Coefficient) -> Tensor:
-    """Return the predicted data (B, *D), in at least float32."""
-    factor = half_precision_factor(prediction.x, alpha)
-    if factor is None:
-        return prediction.x0
-    scaled = at_least_float32(prediction.combine(x=0.0, x0=factor))
-    return scaled / expand(factor, scaled)
 
 
 def _without_graph(value: Tensor) -> Tensor:
@@ -174,9 +131,8 @@ def gradient(
         x: the state.
         name: the function's name, for the error.
         along: the vector of a vector-Jacobian product, of the value's shape.
-        factor: scales the backward pass, (B,) or a float, so that it does not overflow:
-            `half_precision_factor` with headroom 64, for a function of the data. The gradient is
-            then in float32.
+        factor: scales the backward pass, (B,) or a float, so that it does not overflow; None for
+            no scaling.
         keep: whether the gradient is differentiated in turn.
 
     Raises:
@@ -186,11 +142,10 @@ def gradient(
     if value.requires_grad:
         again = along is not None or keep  # there are several products with one graph
         along = torch.ones_like(value) if along is None else along
-        if factor is not None:
-            along = (along * expand(factor, along)).to(value.dtype)
+        along = along if factor is None else along * expand(factor, along)
         (found,) = torch.autograd.grad(
             value, x, along, retain_graph=again, create_graph=keep, allow_unused=True
         )
     if found is None:
         raise ValueError(f"{name}: expected a differentiable function, got one without a gradient")
-    return found if factor is None else at_least_float32(found) / expand(factor, found)
+    return found if factor is None else found / expand(factor, found)

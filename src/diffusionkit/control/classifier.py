@@ -15,19 +15,19 @@ from .._checks import (
     check_part,
     check_positive,
     check_state,
-    check_times,
     readable,
 )
 from .._grid_times import kernel
 from .._loops import Progress, with_progress
+from .._precision import NetworkDtype, at_least_float32, state_dtype
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel
 from ..random import Generators
 from ..training.optim import clipped_step
-from ..training.times import UniformTimes
+from ..training.times import UniformTimes, times_and_weights
 from ..values import expand
-from ._guided import at_least_float32, check_callable, shape_or_type
+from ._guided import check_callable, shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
@@ -75,6 +75,7 @@ class NoiseClassifier(nn.Module):
         self.label = LogSigmaLabel() if label is None else label
         check_callable(network, "network")
         check_callable(self.label, "label")
+        self._dtype = NetworkDtype(network)
 
     @override
     def extra_repr(self) -> str:
@@ -85,8 +86,10 @@ class NoiseClassifier(nn.Module):
         """Return the logits (B, K) of a state x (B, *D) at times t (B,)."""
         alpha, sigma = kernel(self.sde, x, t)
         scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
-        label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
-        logits: Tensor = self.network((x * expand(scale, x)).to(x.dtype), label)
+        x = at_least_float32(x)
+        dtype = self._dtype(self.network) or x.dtype
+        label = self.label(self.sde, t).to(state_dtype(dtype))
+        logits: Tensor = self.network((x * expand(scale, x)).to(dtype), label)
         return logits
 
 
@@ -196,16 +199,11 @@ def classifier_loss(
     check_state(x0, "x0")
     check_finite(x0, "x0")
     check_process(classifier, sde)
-    if t is None:
-        times = UniformTimes() if times is None else times
-        check_part(times, TimeSampler, "times")
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        t, weight = times.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
-    else:
-        if times is not None:
-            raise ValueError("times: expected times or t, got both")
-        check_times(t, sde.T, len(x0), x0)
-        weight = torch.ones_like(t)
+    if t is not None and times is not None:
+        raise ValueError("times: expected times or t, got both")
+    times = UniformTimes() if times is None else times
+    check_part(times, TimeSampler, "times")
+    t, weight = times_and_weights(times, sde, x0, t, generator)
     x = sde.perturb(x0, t, generator=generator).x
     return -weight * class_log_probs(classifier, x, t, class_labels)
 

@@ -19,13 +19,9 @@ from ..training.conditions import null_like
 from ..values import Coefficient, Prediction, expand, linear
 from ._guided import (
     GuidedModel,
-    GuidedPrediction,
-    at_least_float32,
     check_callable,
     check_scale,
-    float32_x0,
     gradient,
-    half_precision_factor,
     shape_or_type,
 )
 from .classifier import check_process, class_log_probs
@@ -166,14 +162,14 @@ class GradientGuidance(GuidedModel):
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, _ = self._kernel(x, t)
-            log_p = self.log_likelihood(float32_x0(prediction, alpha).to(x.dtype))
+            alpha, sigma = self._kernel(x, t)
+            log_p = self.log_likelihood(prediction.x0)
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
                 raise ValueError(
                     f"log_likelihood: expected one number for each sample, shape ({len(x)},), "
                     f"got {shape_or_type(log_p)}"
                 )
-            factor = half_precision_factor(x, alpha, 64.0)
+            factor = self._factor(alpha, sigma)
             grad = gradient(log_p, leaf, "log_likelihood", factor=factor, keep=keep)
         return self._shifted(prediction, x, t, self.scale * grad)
 
@@ -269,15 +265,15 @@ class ClassifierFreeGuidance(GuidedModel):
         if not isinstance(scale, Tensor) and scale in (0.0, 1.0):
             return self.model.predict(x, t, **(cond if scale else null))
         without, prediction = self.model.predict(x, t, **null), self.model.predict(x, t, **cond)
-        start, end = float32_x0(without, alpha), float32_x0(prediction, alpha)
+        start, end = without.x0, prediction.x0
         x0 = linear(1.0, start, scale, end - start)
         learned = {"log_var": prediction.log_var, "log_var_fraction": prediction.log_var_fraction}
         if self.rescale:
             x0 = _rescaled(x0, end, self.rescale)
-            return GuidedPrediction.from_output(x, x0, alpha, sigma, a=1.0, b=0.0, **learned)
-        start, end = at_least_float32(without.eps), at_least_float32(prediction.eps)
+            return Prediction.from_output(x, x0, alpha, sigma, a=1.0, b=0.0, **learned)
+        start, end = without.eps, prediction.eps
         eps = linear(1.0, start, scale, end - start)
-        return GuidedPrediction(x, x0, eps, alpha, sigma, **learned)
+        return Prediction(x, x0, eps, alpha, sigma, **learned)
 
     def _null_conditions(self, cond: Mapping[str, Any]) -> dict[str, Any]:
         """Return the conditions of the unconditional model."""
@@ -314,8 +310,6 @@ class ClassifierFreeGuidance(GuidedModel):
 
 def _rescaled(x0: Tensor, like: Tensor, amount: float) -> Tensor:
     """Return data (B, *D) with their standard deviation moved towards that of other data."""
-    now, wanted = (
-        at_least_float32(data.reshape(len(data), -1)).std(1, correction=0) for data in (x0, like)
-    )
+    now, wanted = (data.reshape(len(data), -1).std(1, correction=0) for data in (x0, like))
     factor = torch.where(now > 0, wanted / now, 1.0)  # constant data have no scale
-    return (x0 * expand(amount * factor + 1 - amount, x0)).to(x0.dtype)
+    return x0 * expand(amount * factor + 1 - amount, x0)

@@ -11,18 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_finite, check_number, check_positive, check_state, readable
+from .._precision import at_least_float32
 from ..interfaces import ScoreModel
 from ..random import randn_like
 from ..values import Coefficient, Prediction, expand
-from ._guided import (
-    GuidedModel,
-    at_least_float32,
-    check_callable,
-    float32_x0,
-    gradient,
-    half_precision_factor,
-    shape_or_type,
-)
+from ._guided import GuidedModel, check_callable, gradient, shape_or_type
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -126,9 +119,9 @@ class LinearGaussianGuidance(GuidedModel):
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
             alpha, sigma = self._kernel(x, t)
-            predicted = self.operator(float32_x0(prediction, alpha).to(x.dtype))
-            self._check(predicted, x)
-            factor = half_precision_factor(x, alpha, 64.0)
+            predicted = self.operator(prediction.x0)
+            self._check(predicted, leaf)
+            factor = self._factor(alpha, sigma)
 
             def backward(v: Tensor) -> Tensor:
                 v = v.to(predicted.dtype)
@@ -139,7 +132,7 @@ class LinearGaussianGuidance(GuidedModel):
                 variance = sigma * (sigma / alpha)
 
                 def covariance(v: Tensor) -> Tensor:
-                    spread = self.operator(_times(variance, backward(v)).to(x.dtype))
+                    spread = self.operator(_times(variance, backward(v)))
                     return self.noise_std**2 * v + spread.to(v.dtype)
 
                 solved = conjugate_gradients(

@@ -15,8 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_finite, check_number, check_part, check_shape, readable
+from .._precision import at_least_float32
 from ..random import randn_like
-from ._guided import at_least_float32
 
 
 class LinearOperator(abc.ABC):

@@ -14,6 +14,7 @@ from typing_extensions import override
 from .._chain_terms import chain_length, prior_kl, step_nats
 from .._checks import check_count, check_part, readable
 from .._loops import Progress, repeated, with_progress
+from .._precision import network_dtype, state_dtype
 from .._schedules import exact, schedule_dtype
 from ..decoders import GaussianDecoder
 from ..interfaces import ScoreModel
@@ -173,8 +174,7 @@ class ChainNELBO:
             ValueError: if a value is not a level, or a prediction is not finite (checked on the
                 CPU only).
         """
-        kind = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
-        x = self.decoder.encode(images, dtype=torch.promote_types(kind, torch.float32))
+        x = self.decoder.encode(images, dtype=state_dtype(network_dtype(self.model)))
         check_generator(generator, len(x))
         count = chain_length(self.model)
         starts = range(0, count, self.steps_at_once)

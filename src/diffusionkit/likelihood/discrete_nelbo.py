@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .._chain_terms import prior_kl
 from .._checks import check_count, check_part, readable
+from .._precision import network_dtype, state_dtype
 from .._schedules import exact, schedule_dtype
 from ..decoders import LevelDecoder
 from ..interfaces import ForwardSDE, ScoreModel
@@ -112,8 +113,7 @@ class DiscreteNELBO:
             ValueError: if a value is not a level, or a prediction is not finite (checked on the
                 CPU only).
         """
-        kind = next((p.dtype for p in self.model.parameters()), torch.get_default_dtype())
-        x = self.decoder.encode(images, dtype=torch.promote_types(kind, torch.float32))
+        x = self.decoder.encode(images, dtype=state_dtype(network_dtype(self.model)))
         sde = self.model.sde
         first = x.new_full((len(x),), sde.t_min)
         least = sde.perturb(x, first, generator=generator)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_finite, check_part, check_range, check_state, check_t_min
 from .._flow_solver import Solver, angles, radii
+from .._grid_times import schedule
+from .._precision import at_least_float32, backward_factor, network_dtype, state_dtype
 from .._schedules import schedule_dtype
-from ..interfaces import ScoreModel
+from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
+from ..values import Coefficient
 from .divergence import Divergence, Hutchinson
 
 
@@ -65,8 +67,7 @@ class ODELikelihood:
     t = 0 nor that of the SDE model, which `NELBO` bounds: the two models agree for an exact
     score, but not in general.
 
-    State and log-density are kept in float64 if the device supports it, and the network is called
-    in the dtype of its parameters. The batch shares adaptive steps: with one generator per
+    State and log-density are kept in float64 if the device supports it. The batch shares adaptive steps: with one generator per
     sample, a value depends on the rest of its batch only within the tolerance.
 
     Args:
@@ -144,15 +145,19 @@ class ODELikelihood:
 
     def _run(self, x: Tensor, generator: Generators, cond: dict[str, Any]) -> ODELogLikelihood:
         sde, d, probes = self.model.sde, x[0].numel(), self.divergence.probes
-        dtype = _network_dtype(self.model, x)
+        own = network_dtype(self.model)
+        dtype = state_dtype(x.dtype, own)
         fixed = self.divergence.start(x.to(dtype), generator)
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+            factor = _factor(sde, t, own)
+
             def predict(x: Tensor) -> Tensor:
-                return self.model.predict(x, t, **cond).v
+                v = self.model.predict(x, t, **cond).v
+                return v if factor is None else v * factor
 
             v, divergence = self.divergence(predict, x, fixed)
-            return v, divergence / d
+            return (v, divergence / d) if factor is None else (v / factor, divergence / d / factor)
 
         # In nats per dimension, the unit of the tolerance.
         volume = x.new_zeros(probes, len(x), dtype=schedule_dtype(x.device))
@@ -164,7 +169,7 @@ class ODELikelihood:
         each = sde.prior_log_prob(latent) + d * (growth + volume)
         return ODELogLikelihood(
             log_prob=each.mean(0),
-            latent=latent.to(x.dtype),
+            latent=latent.to(at_least_float32(x).dtype),
             nfe=nfe,
             stderr=each.std(0) / math.sqrt(probes) if probes > 1 else None,
             t=self.t_min,
@@ -172,18 +177,16 @@ class ODELikelihood:
         )
 
 
+def _factor(sde: ForwardSDE, t: Tensor, dtype: torch.dtype | None) -> Coefficient | None:
+    """Return the factor of backward passes from the velocity to a state, see `backward_factor`.
+
+    The velocity is at most r^2 max(sigma, 1 / sigma) times as large as a network's output.
+    """
+    alpha, sigma = (float(value) for value in schedule(sde, t))
+    gain = (alpha**2 + sigma**2) * max(sigma, 1 / sigma)
+    return backward_factor(gain, dtype)
+
+
 def _ordinary(value: Any) -> Any:
     """Return a copy of a tensor created in inference mode, and anything else unchanged."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _network_dtype(model: ScoreModel, x: Tensor) -> torch.dtype:
-    """Return the dtype of the model's parameters or buffers, without the SDE's, or else of x."""
-    sde = model.sde
-    own = (
-        {id(p) for p in chain(sde.parameters(), sde.buffers())}
-        if isinstance(sde, nn.Module)
-        else ()
-    )
-    tensors = (p for p in chain(model.parameters(), model.buffers()) if id(p) not in own)
-    return next((p.dtype for p in tensors if p.is_floating_point()), x.dtype)

@@ -12,12 +12,17 @@ from typing_extensions import override
 
 from .._checks import check_part
 from .._grid_times import evaluate, floats, kernel_tensors
+from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
 from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
 
 _LEARNED = ("learned_range", "learned")
 _VARIANCES = (*_LEARNED, "fixed_small", "fixed_large")
+_OVERFLOW = (
+    "use bfloat16, or a model that scales the network's input, such as EDMModel, or a process with "
+    "less noise"
+)
 
 
 class NetworkModel(ScoreModel):
@@ -34,6 +39,9 @@ class NetworkModel(ScoreModel):
     steps that the network was trained on. A variance that is not learned is v_posterior, for None
     and "fixed_small", or v_forward, for "fixed_large". Samplers read it from the prediction and
     from `model.variance`.
+
+    The state is in float32 or float64; the network is called in its own dtype, that of most of its
+    parameters, and its answer converted back. Noise labels are in float32 at least.
 
     Args:
         network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D), or to an object
@@ -76,6 +84,7 @@ class NetworkModel(ScoreModel):
         self.label = label
         self.data_range = data_range
         self.variance = variance
+        self._dtype = NetworkDtype(network)
 
     @staticmethod
     def _default_label() -> Label:
@@ -97,21 +106,28 @@ class NetworkModel(ScoreModel):
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
 
         Raises:
-            ValueError: if t is not (B,), is outside [0, T] or on another device, or the network's
-                output has another shape than x.
+            ValueError: if t is not (B,), is outside [0, T] or on another device, the network's
+                output has another shape than x, or its input overflows float16 (read on the CPU
+                only).
             TypeError: if x or t is not a floating-point tensor.
         """
         kernel = kernel_tensors(self.sde, x, t)
+        x = at_least_float32(x)
+        dtype = self._dtype(self.network)
+        inputs = self.scale_input(x, *kernel)
+        if dtype is not None and inputs.dtype != dtype:
+            inputs = narrowed(inputs, dtype, "x", _OVERFLOW)
+            cond = {name: _like_weights(value, dtype) for name, value in cond.items()}
         # In half precision a label could not distinguish a thousand times.
-        noise_label = self.label(self.sde, t).to(torch.promote_types(x.dtype, torch.float32))
-        output = self.network(self.scale_input(x, *kernel), noise_label, **cond)
+        noise_label = self.label(self.sde, t).to(state_dtype(dtype or x.dtype))
+        output = self.network(inputs, noise_label, **cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
         (alpha, sigma), (a, b) = floats(*kernel), evaluate(self.parameterization, *kernel)
         if not learned:
             return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
-        output, v = output.chunk(2, 1)
+        output, v = output.to(x.dtype).chunk(2, 1)
         name, value = (
             ("log_var", v) if self.variance == "learned" else ("log_var_fraction", (v + 1) / 2)
         )
@@ -136,6 +152,12 @@ class NetworkModel(ScoreModel):
                 f"network: expected an output of shape {shape}{learned}, got {tuple(output.shape)}"
             )
         return output
+
+
+def _like_weights(value: Any, dtype: torch.dtype) -> Any:
+    """Return a condition in float32 if it is in float64 and the weights are not."""
+    wide = isinstance(value, Tensor) and value.dtype == torch.float64
+    return value.to(state_dtype(dtype)) if wide else value
 
 
 class EpsModel(NetworkModel):

@@ -129,6 +129,27 @@ def check_noise_label(x: Tensor, noise_label: Tensor) -> None:
     check_device(noise_label, x, "noise_label")
 
 
+def check_label_values(noise_label: Tensor, use: str, *, positive: bool) -> None:
+    """Raise unless noise labels are finite, and positive if they must be (read on the CPU only).
+
+    Args:
+        noise_label: the noise labels (B,).
+        use: what the network does with them, for the error.
+        positive: whether they must be positive.
+    """
+    if readable(noise_label) and len(noise_label):
+        low, high = (end.item() for end in noise_label.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)) or (positive and low <= 0):
+            kind, advice = "finite numbers", "check the model's label at this time"
+            if positive:
+                kind = "finite numbers > 0"
+                advice = 'use a model with label=SigmaLabel(), or embedding="positional"'
+            raise ValueError(
+                f"noise_label: expected {kind}, since the network {use}, got values from "
+                f"{low:g} to {high:g}; {advice}"
+            )
+
+
 def check_level_index(noise_label: Tensor, count: int) -> None:
     """Raise unless noise labels are indices in [0, count) (read on the CPU only)."""
     if readable(noise_label) and len(noise_label):
@@ -181,12 +202,18 @@ def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int 
             )
 
 
+def check_floating(x: Tensor, name: str) -> None:
+    """Raise unless a tensor is floating-point."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+
+
 def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -> None:
     """Raise unless condition vectors match the input and the network.
 
     Args:
         x: input (B, ...).
-        condition: condition vectors, expected to be (B, features), with the dtype and on the
+        condition: condition vectors, expected to be (B, features), floating-point, and on the
             device of x, or None.
         features: size of the network's condition vectors, or None if it takes none.
 
@@ -202,7 +229,7 @@ def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -
             f"got a tensor of shape {tuple(condition.shape)}"
         )
     check_device(condition, x, "condition")
-    check_dtype(condition, x, "condition")
+    check_floating(condition, "condition")
     if condition.shape != (x.shape[0], features):
         raise ValueError(
             f"condition: expected shape ({x.shape[0]}, {features}), got {tuple(condition.shape)}"
@@ -214,7 +241,7 @@ def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> No
 
     Args:
         x: input (B, C, \*spatial).
-        low_res: image, expected to be (B, channels, \*any spatial), with the dtype and on the
+        low_res: image, expected to be (B, channels, \*any spatial), floating-point, and on the
             device of x; expected to be None if `channels` is None.
         channels: number of channels of the network's low-resolution image, or None.
 
@@ -234,7 +261,7 @@ def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> No
             f"low_res: expected a tensor for a network with low_res_channels={channels}, got None"
         )
     check_device(low_res, x, "low_res")
-    check_dtype(low_res, x, "low_res")
+    check_floating(low_res, "low_res")
     if low_res.ndim != x.ndim or low_res.shape[:2] != (x.shape[0], channels) or 0 in low_res.shape:
         expected = ", ".join([str(x.shape[0]), str(channels), *_SPATIAL[x.ndim - 2]])
         raise ValueError(f"low_res: expected shape ({expected}), got {tuple(low_res.shape)}")

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from ._arguments import check_level_index, check_optional_counts
+from ._arguments import check_label_values, check_level_index, check_optional_counts
 from .layers import Style, linear
 
 LabelEmbedding = Literal["fourier", "fourier_linear", "positional"]
 
 
-def _as_float(noise_label: Tensor) -> Tensor:
+def _as_float(noise_label: Tensor, *, log: bool = False) -> Tensor:
+    use = "embeds their logarithm" if log else "embeds them"
+    check_label_values(noise_label, use, positive=log)
     # Labels reach 1e3, beyond the precision of half-precision angles.
     return noise_label.to(torch.promote_types(noise_label.dtype, torch.float32))
 
@@ -46,7 +48,8 @@ class PositionalEmbedding(nn.Module):
         endpoint: whether the last frequency is 1e-4, as above; otherwise d/2 replaces d/2 - 1.
 
     Raises:
-        ValueError: if `features` is odd or below 4.
+        ValueError: if `features` is odd or below 4; when called, if a label is not finite (read on
+            the CPU only).
 
     Source: A. Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762; this form:
     J. Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; without the
@@ -87,7 +90,8 @@ class FourierEmbedding(nn.Module):
         log: whether to embed the logarithm of the label, for labels that are a noise level.
 
     Raises:
-        ValueError: if `features` is odd or below 4, or the scale is not positive and finite.
+        ValueError: if `features` is odd or below 4, or the scale is not positive and finite; when
+            called, if a label is not finite, or not positive if `log` (read on the CPU only).
 
     Source: M. Tancik et al., Fourier Features Let Networks Learn High Frequency Functions in Low
     Dimensional Domains, 2020, arXiv 2006.10739; of log sigma: Y. Song et al., 2021, arXiv
@@ -114,7 +118,7 @@ class FourierEmbedding(nn.Module):
     @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Map noise labels (B,), positive if `log`, to features (B, features)."""
-        noise_label = _as_float(noise_label)
+        noise_label = _as_float(noise_label, log=self.log)
         frequencies = self.frequencies.to(noise_label.dtype)
         # Angles reach hundreds, where rounding matters: multiply in the order of the released
         # networks that use each form.
@@ -139,7 +143,8 @@ class SignedLogEmbedding(nn.Module):
         features: even number d of features, at least 4.
 
     Raises:
-        ValueError: if `features` is odd or below 4.
+        ValueError: if `features` is odd or below 4; when called, if a label is not finite (read on
+            the CPU only).
     """
 
     def __init__(self, features: int) -> None:
@@ -229,7 +234,7 @@ class ConditionEmbedding(nn.Module):
         if classes is not None and not self.late_classes:
             features = features + classes
         if self.condition is not None and condition is not None:
-            features = features + self.condition(condition)
+            features = features + self.condition(condition.to(features.dtype))
         emb: Tensor = self.linear_2(self.activation(self.linear_1(features)))
         if classes is not None and self.late_classes:
             emb = emb + classes

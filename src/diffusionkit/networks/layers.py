@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._arguments import check_label_values
+
 # A scale of exactly zero would zero the weights, and with them every gradient through two such
 # layers in a row.
 _SMALLEST_SCALE = 1e-10
@@ -191,6 +193,10 @@ def over_level(h: Tensor, level: Tensor) -> Tensor:
 
     Returns:
         h / level, in the dtype of h.
+
+    Raises:
+        ValueError: if a level is not finite and positive (read on the CPU only).
     """
+    check_label_values(level, "divides its output by them", positive=True)
     level = level.to(torch.promote_types(h.dtype, torch.float32))
     return (h / level.reshape(-1, *(1,) * (h.ndim - 1))).to(h.dtype)

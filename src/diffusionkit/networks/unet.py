@@ -261,7 +261,7 @@ class UNet(nn.Module):
 
         Raises:
             TypeError: if a dtype is wrong, or an argument is missing or unexpected.
-            ValueError: if a shape, a device or a class label is wrong.
+            ValueError: if a shape, a device, a class label or a noise label is wrong.
         """
         self._check(x, noise_label, class_labels, condition, low_res)
         emb = (
@@ -271,7 +271,8 @@ class UNet(nn.Module):
             x = x * self.scale + self.shift
         if low_res is not None:
             mode = _INTERPOLATION[self.dims]
-            x = torch.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1)
+            low_res = F.interpolate(low_res.to(x.dtype), x.shape[2:], mode=mode)
+            x = torch.cat([x, low_res], dim=1)
 
         h: Tensor = self.input(x)
         skips, branch = [h], x

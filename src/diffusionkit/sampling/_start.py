@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_number, check_shape, check_state
+from .._checks import check_finite, check_number, check_samples, check_shape, check_state
+from .._precision import (
+    WIDER,
+    at_least_float32,
+    check_float_dtype,
+    narrowed,
+    network_dtype,
+    state_dtype,
+)
 from .._schedules import home
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, ObservedPath, check_generator
@@ -21,12 +29,14 @@ def initial_state(
     generator: Generators,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-) -> Tensor:
-    """Return the initial state: the one given, or a draw from the prior.
+) -> tuple[Tensor, torch.dtype]:
+    """Return the initial state, the one given or a draw from the prior, and the result's dtype.
 
-    By default it is drawn on the device and in the dtype of the model's parameters. The prior is
-    the distribution at T; times (N + 1,) that begin at another noise level need a state.
+    By default it is drawn on the device of the model's parameters, in float64 if they are, else in
+    float32. A state in half precision is widened. The prior is the distribution at T; times
+    (N + 1,) that begin at another noise level need a state.
     """
+    check_float_dtype(dtype)
     if isinstance(start, Tensor):
         check_state(start)
         check_finite(start)
@@ -38,7 +48,7 @@ def initial_state(
                 f"got {start.device}, {start.dtype}"
             )
         check_generator(generator, start.shape[0])
-        return start
+        return at_least_float32(start), start.dtype
     shape = check_shape(start)
     _, sigma = model.sde.marginal(times[:1].to(home(model.sde)))
     if not math.isclose(sigma.item(), model.sde.prior_std, rel_tol=0.02):
@@ -51,9 +61,18 @@ def initial_state(
     tensor = parameter if parameter is not None else next(model.buffers(), None)
     if device is None and tensor is not None:
         device = tensor.device
-    if dtype is None and parameter is not None:
-        dtype = parameter.dtype
-    return model.sde.prior_sample(shape, generator=generator, device=device, dtype=dtype)
+    if dtype is None:
+        own = torch.get_default_dtype() if parameter is None else network_dtype(model)
+        dtype = state_dtype(own)
+    wide = state_dtype(dtype)
+    x = model.sde.prior_sample(shape, generator=generator, device=device, dtype=wide)
+    return x, dtype
+
+
+def result(x: Tensor, dtype: torch.dtype, name: str = "samples") -> Tensor:
+    """Return the result of a run in a dtype, or raise unless it is finite there."""
+    check_samples(x, name)
+    return narrowed(x, dtype, name, WIDER)
 
 
 def noised_data(

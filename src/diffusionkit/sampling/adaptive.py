@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .._checks import check_count, check_positive, check_step_times
 from .._grid_times import exact_times, grid_points
+from .._precision import at_least_float32
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, rand
@@ -104,6 +105,7 @@ class AdaptiveSDE(Predictor):
     ) -> Step:
         sde = model.sde
         check_step_times(s, t, sde.T, x)
+        x = at_least_float32(x)
         path = generator if isinstance(generator, NoisePath) else _path(len(x), generator)
         t, s = exact(t), exact(s)
         alpha, sigma = sde.marginal(s)

@@ -11,8 +11,10 @@ from torch import Tensor
 from .._checks import check_count, check_finite, check_part, check_state
 from .._grid_times import grid_times, kernel, noise_at
 from .._loops import Progress, evaluation_mode, with_progress
+from .._precision import at_least_float32
 from ..interfaces import ScoreModel
 from ..values import Coefficient
+from ._start import result
 from .grids import Grid, resolve_grid
 
 
@@ -45,7 +47,8 @@ def ddim_encode(
         cond: passed to the model.
 
     Raises:
-        ValueError: if the state is not finite, the grid is invalid, or it ends without noise.
+        ValueError: if the state or the result is not finite, the grid is invalid, or it ends
+            without noise.
         TypeError: if a part has the wrong type.
 
     Source: Song et al., Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502 (section 4.3).
@@ -60,7 +63,7 @@ def ddim_encode(
     check_state(x)
     check_finite(x)
     check_count(steps, "steps")
-    sde = model.sde
+    sde, dtype, x = model.sde, x.dtype, at_least_float32(x)
     times = grid_times(sde, resolve_grid(grid, sde, steps).flip(0), x)
     if not noise_at(times[0]) > 0:
         raise ValueError(
@@ -72,4 +75,4 @@ def ddim_encode(
             (alpha_t, sigma_t), (alpha_s, sigma_s) = kernel(sde, x, t), kernel(sde, x, s)
             ratio: Coefficient = sigma_s / sigma_t
             x = model.predict(x, t, **cond).combine(x=ratio, x0=alpha_s - alpha_t * ratio)
-    return x
+    return result(x, dtype, "noise")

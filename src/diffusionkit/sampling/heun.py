@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_number, check_positive
+from .._precision import at_least_float32
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, randn_like
 from ..values import Coefficient, linear
@@ -191,5 +192,6 @@ class Heun(TwoStagePredictor):
                 )
             return self.stages(model, x, t, c, cond)
         if not vanishes(c.noise):
+            x = at_least_float32(x)
             x = linear(c.lift, x, c.noise, randn_like(x, generator))
         return self.stages(model, x, t if c.start is None else c.start, c, cond)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_part
+from .._checks import check_count, check_part, check_samples
 from .._grid_times import grid_times, noise_at
 from .._loops import Progress, evaluation_mode, with_progress
 from .._nfe import EvaluationCounter
+from .._precision import WIDER, narrowed
 from .._schedules import schedule_dtype
 from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, ObservedPath
@@ -166,19 +167,22 @@ class PCSampler:
             start: the shape (B, *D) of a draw from the prior, or the initial state.
             generator: the source of randomness: one generator, one for each sample, or None.
             device: the device of a drawn state, by default the model's.
-            dtype: the dtype of a drawn state, by default the model's.
+            dtype: the dtype of the result, by default that of the given state, or else float64 for
+                a model in float64 and float32 for others. The run itself is in float32 at least.
             cond: passed to the model.
 
         Raises:
             ValueError: if the state is not finite, the generators do not match the batch, a
-                state is to be drawn and the grid does not begin at the prior's noise, or a
-                predictor adds noise that is not that of the `BrownianPath` it got.
+                state is to be drawn and the grid does not begin at the prior's noise, a
+                predictor adds noise that is not that of the `BrownianPath` it got, or the result
+                is not finite (read on the CPU only).
+            TypeError: if dtype is not a floating-point dtype.
         """
         with torch.no_grad(), evaluation_mode(self.model):
-            x = initial_state(self.model, start, self.times, generator, device, dtype)
+            x, kind = initial_state(self.model, start, self.times, generator, device, dtype)
             for state in self._run(x, generator, cond):  # noqa: B007 - only the last is used
                 pass
-        return state.x
+        return narrowed(state.x, kind, "samples", WIDER)
 
     def edit(self, x0: Tensor, t: float, *, generator: Generators = None, **cond: Any) -> Tensor:
         """Return data x0 (B, *D) perturbed to about time t and denoised from there: SDEdit.
@@ -193,7 +197,8 @@ class PCSampler:
             cond: passed to the model.
 
         Raises:
-            ValueError: if no step of the grid begins within (0, t], or x0 is not finite.
+            ValueError: if no step of the grid begins within (0, t], or x0 or the result is not
+                finite.
             TypeError: if t is not a number.
 
         Source: Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic
@@ -203,7 +208,7 @@ class PCSampler:
             x, first = noised_data(self.model.sde, x0, t, self.times, generator)
             for state in self._run(x, generator, cond, first=first):  # noqa: B007 - only the last is used
                 pass
-        return state.x
+        return narrowed(state.x, x0.dtype, "samples", WIDER)
 
     def iterate(
         self,
@@ -217,10 +222,10 @@ class PCSampler:
         """Yield the initial state, the state after each step, and the denoised result.
 
         Takes the arguments of a call. Between two states the caller's gradient mode and the
-        model's training mode are restored.
+        model's training mode are restored. The states are those of the run, in float32 at least.
         """
         with torch.no_grad():
-            x = initial_state(self.model, start, self.times, generator, device, dtype)
+            x, _ = initial_state(self.model, start, self.times, generator, device, dtype)
         return self._in_modes(self._run(x, generator, cond))
 
     def _in_modes(self, run: Iterator[SamplerState]) -> Iterator[SamplerState]:
@@ -265,7 +270,10 @@ class PCSampler:
                 one = x.new_ones(len(x), dtype=schedule_dtype(x.device))
                 x = self.constraint(x, one, torch.zeros_like(one))
             self.nfe = counter.evaluations
+            check_samples(x)
             yield SamplerState(x, x, clock[-1], last, self.nfe, prediction)
+        else:
+            check_samples(step.x)
 
     def _time_travel(self, generator: Generators) -> TimeTravel | None:
         if self.time_travel is not None and isinstance(generator, NoisePath):

@@ -14,9 +14,10 @@ from .._flow_solver import Solver
 from .._grid_times import grid_times
 from .._loops import bare_networks, evaluation_mode, repeated
 from .._nfe import EvaluationCounter
+from .._precision import at_least_float32
 from ..interfaces import ScoreModel
 from ..random import Generators
-from ._start import initial_state
+from ._start import initial_state, result
 from .latent import slerp
 
 
@@ -112,23 +113,26 @@ class ProbabilityFlow:
                 diverse.
             generator: the source of randomness: one generator, one for each sample, or None.
             device: the device of a drawn state, by default the model's.
-            dtype: the dtype of a drawn state, by default the model's.
+            dtype: the dtype of the result, by default that of the given state, or else float64 for
+                a model in float64 and float32 for others. The run itself is in float32 at least.
             cond: passed to the model.
 
         Raises:
-            ValueError: if the state is not finite, or temperature not finite and positive.
+            ValueError: if the state or the result is not finite, or temperature not finite and
+                positive.
+            TypeError: if dtype is not a floating-point dtype.
         """
         check_positive(temperature, "temperature")
         last = torch.tensor([self.model.sde.T])
-        z = initial_state(self.model, start, last, generator, device, dtype)
+        z, kind = initial_state(self.model, start, last, generator, device, dtype)
         x = self.decode(z * temperature, **cond)
         if not self.denoise:
-            return x
+            return result(x, kind)
         (t,) = grid_times(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
         with evaluation_mode(self.model), bare_networks(self.model), EvaluationCounter() as counter:
             x = self.model.predict(x, t, **cond).x0
         self.nfe += counter.evaluations
-        return x
+        return result(x, kind)
 
     def encode(self, x: Tensor, **cond: Any) -> Tensor:
         """Return the latent code at T (B, *D) of data x (B, *D), taken as the state at t_end."""
@@ -154,20 +158,21 @@ class ProbabilityFlow:
             {name: repeated(value, n, times) for name, value in cond.items()}
             for times in (2, steps)
         )
-        codes = self.encode(torch.cat([x, y]), **twice)
+        codes = self.encode(at_least_float32(torch.cat([x, y])), **twice)
         used = self.nfe
         path = [slerp(codes[:n], codes[n:], k / (steps - 1)) for k in range(steps)]
         points = self.decode(torch.cat(path), **often)
         self.nfe += used
-        return points.view(steps, *x.shape)
+        return result(points, x.dtype).view(steps, *x.shape)
 
     @torch.no_grad()
     def _solve(self, x: Tensor, start: float, end: float, cond: Mapping[str, Any]) -> Tensor:
         check_state(x)
         check_finite(x)
+        wide = at_least_float32(x)
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
             return (self.model.predict(x, t, **cond).v,)
 
-        (end_state,), self.nfe = self.solver(self.model, evaluate, x, start, end)
-        return end_state.to(x.dtype)
+        (end_state,), self.nfe = self.solver(self.model, evaluate, wide, start, end)
+        return result(end_state.to(wide.dtype), x.dtype, "state")

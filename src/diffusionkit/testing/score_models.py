@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import check_part, check_shape
 from .._grid_times import grid_times
+from .._loops import evaluation_mode
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Prediction, ScoreModel
 from ..values import expand
@@ -69,13 +70,8 @@ def check_score_model(
     ]
     if exact:
         checks.append(_symmetric)
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return run_checks(type(model).__name__, checks, model, x, t, cond)
-    finally:
-        for module in modes:
-            module.training = True
 
 
 Cond = dict[str, Any]

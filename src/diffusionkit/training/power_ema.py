@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import check_count, check_number
-from .._files import CheckpointError, atomic_write, read_torch
-from .ema import EMA, Tensors
+from .._distributed import whole
+from .._files import CheckpointError, read_torch
+from .._writing import save_torch
+from .ema import EMA
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ def power_exponent(sigma_rel: float) -> float:
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
     2024, arXiv 2312.02696 (section 3.1).
 
-    >>> from diffusionkit.training import power_exponent
     >>> round(power_exponent(0.10), 4)
     6.9372
     """
@@ -65,9 +65,9 @@ class _PowerAverage(EMA):
         self.exponent = power_exponent(sigma_rel)
 
     @override
-    def _average(self, average: Tensors, current: Tensors, _: Tensor | int) -> None:
-        keep = (1 - 1 / self.updates) ** (self.exponent + 1)
-        torch._foreach_lerp_(average, current, 1.0 - keep)
+    def _decay(self) -> float:
+        keep: float = (1 - 1 / self.updates) ** (self.exponent + 1)
+        return keep
 
 
 class PowerEMA:
@@ -137,8 +137,9 @@ class PowerEMA:
             raise ValueError(
                 f"state: expected the lengths {sorted(self.averages)}, got {sorted(state)}"
             )
+        checked = {s: average._checked(state[s]) for s, average in self.averages.items()}
         for sigma_rel, average in self.averages.items():
-            average.load_state_dict(state[sigma_rel])
+            average._restore(checked[sigma_rel])
 
     def save(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
@@ -160,15 +161,16 @@ class PowerEMA:
         Path(folder).mkdir(parents=True, exist_ok=True)
         paths = []
         for sigma_rel, average in self.averages.items():
-            averaged = [n for n, _ in average.model.named_parameters(remove_duplicate=False)]
-            weights = average.model.state_dict()
+            parameters = average.model.named_parameters(remove_duplicate=False)
+            averaged = [n for n, p in parameters if p.is_floating_point() or p.is_complex()]
+            weights = dict(whole(average.model.state_dict()))
             weights |= {name: weights[name].to(dtype or weights[name].dtype) for name in averaged}
             content = {
                 "format": FORMAT, "version": VERSION, "updates": self.updates,
-                "sigma_rel": float(sigma_rel), "averaged": averaged, "model": dict(weights),
+                "sigma_rel": float(sigma_rel), "averaged": averaged, "model": weights,
             }  # fmt: skip
             paths.append(Path(folder) / f"{self.updates:09d}-{sigma_rel:g}.pt")
-            atomic_write(paths[-1], partial(torch.save, content))
+            save_torch(paths[-1], content)
         return paths
 
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .._checks import check_reference, readable
 from .._distributed import gather_rows
+from .._precision import at_least_float32
 from .._schedules import exact
 from ..interfaces import Perturbed, Prediction, TargetEstimator
 from ..models.oracles import softmax_mean
@@ -114,6 +115,8 @@ class StableTarget(TargetEstimator):
                 f"cond: expected no condition but class_labels, got {', '.join(cond)}; "
                 "references of other conditions would give a wrong target"
             )
+        if isinstance(reference, Tensor):
+            reference = at_least_float32(reference)  # as the data are
         check_reference(reference, sample.x0)
         _check_labels(class_labels, reference_class_labels, sample.x0, reference)
         if self.gather:
