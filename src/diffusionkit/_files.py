@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,13 @@ def opened(path: str | os.PathLike[str], expected: str, *kinds: str) -> Iterator
             raise CheckpointError(f"{path}: expected {expected}, got {error}") from error.__cause__
         # Damaged or hostile files make the readers raise almost any exception.
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"a damaged or foreign one: {_reason(error)}"
             raise CheckpointError(f"{path}: expected {expected}, got {reason:.1000}") from error
+
+
+def _reason(error: Exception) -> str:
+    ours = isinstance(error, (UnpicklingError, BadZipFile))
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def _kind(head: bytes) -> str:
