@@ -73,10 +73,18 @@ HARMLESS = {"builtins.set of b')'1", "builtins.set of b']'4006", "overlapping ro
 
 
 def test_hostile_files_are_refused_in_little_time_and_memory(tmp_path) -> None:
-    report = report_of("hostile.py", tmp_path)
+    report = report_of("hostile.py", tmp_path, "readers")
     assert report["count"] > 600
     assert not report["failures"]
     assert not report["slow"]
     # Some fields of a zip file mean nothing here; the program compares what it reads.
     read = {name for name in report["read"] if not name.startswith("archive")}
     assert {name.split(": ")[1] for name in read} <= HARMLESS
+
+
+@pytest.mark.slow
+def test_all_loaders_refuse_hostile_files(tmp_path) -> None:
+    report = report_of("hostile.py", tmp_path, "loaders")
+    assert not report["failures"]
+    assert not report["slow"]
+    assert not report["read"]
