@@ -67,7 +67,7 @@ def opened(path: str | os.PathLike[str], expected: str, *kinds: str) -> Iterator
             raise CheckpointError(f"{path}: expected {expected}, got {error}") from error.__cause__
         # Damaged or hostile files make the readers raise almost any exception.
         except Exception as error:
-            reason = f"a damaged or foreign one: {_reason(error)}"
+            reason = f"one that cannot be read: {_reason(error)}"
             raise CheckpointError(f"{path}: expected {expected}, got {reason:.1000}") from error
 
 

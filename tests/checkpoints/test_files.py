@@ -96,6 +96,29 @@ def test_other_devices_than_those_of_torch_are_refused(tmp_path, saved) -> None:
         read_torch(tmp_path / "x", map_location=1.5)
 
 
+def test_a_missing_device_is_named(tmp_path, saved) -> None:
+    def edit(record: str, data: bytes) -> bytes:
+        return data.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0xpu:99")
+
+    (tmp_path / "x").write_bytes(rezipped(saved(torch.ones(3)), edit))
+    with pytest.raises(CheckpointError, match="of a device that is here, got xpu:99"):
+        read_torch(tmp_path / "x", map_location=None)
+    (tmp_path / "x").write_bytes(saved(torch.ones(3)))
+    assert read_torch(tmp_path / "x", map_location=None).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_booleans_of_other_bytes_are_refused(rejected, saved, legacy) -> None:
+    flags = torch.tensor([2, 0, 1], dtype=torch.uint8)
+    content = saved(flags, legacy=legacy)
+
+    def edit(record: str, data: bytes) -> bytes:
+        return data.replace(b"ByteStorage", b"BoolStorage")
+
+    content = edit("", content) if legacy else rezipped(content, edit)
+    rejected(content, "expected booleans of 0 and 1")
+
+
 def test_files_of_another_byte_order_are_refused(rejected, saved) -> None:
     def edit(record: str, data: bytes) -> bytes:
         return b"big" if record.endswith("byteorder") else data
