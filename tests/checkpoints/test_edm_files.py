@@ -172,11 +172,11 @@ def test_missing_arguments_have_released_defaults(written, load) -> None:
         ({"resample_filter": [1, 3, 2, 1]}, "resample_filter: expected a symmetric filter of"),
         (
             {"resample_filter": [1, 3, 3, 1]},
-            r"resample_filter: expected a tensor .*\(1, 1, 2, 2",
+            r"resample_filter: expected a tensor of .*\(1, 1, 2, 2",
         ),
         (
             {"resample_filter": [1, -1, -1, 1]},
-            "fir_kernel: expected at least two taps of nonzero",
+            "fir_kernel: expected at least two taps of nonzero sum",
         ),
         ({"num_heads": 2}, "init_kwargs: expected arguments of SongUNet, got 'num_heads'"),
         ({"C_1": 0.1}, "init_kwargs: expected arguments of SongUNet, got 'C_1'"),
