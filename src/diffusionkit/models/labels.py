@@ -21,19 +21,16 @@ from ..interfaces import ForwardSDE
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
 
 
-def noise_label(label: Label, sde: ForwardSDE, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the label (B,) of times t (B,) in a dtype, or raise if it has another shape."""
-    value = label(sde, t)
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"label: expected a tensor of shape {tuple(t.shape)}, got {type(value).__name__}"
-        )
-    if value.shape != t.shape:
-        raise ValueError(
-            f"label: expected one noise label for each sample, shape {tuple(t.shape)}, "
-            f"got {tuple(value.shape)}"
-        )
-    return value.to(dtype)
+def checked_label(noise_label: object, t: Tensor) -> Tensor:
+    """Return the noise labels (B,) at times t (B,), or raise if they are anything else."""
+    if isinstance(noise_label, Tensor) and noise_label.shape == t.shape:
+        return noise_label
+    if not isinstance(noise_label, Tensor):
+        got = type(noise_label).__name__
+        raise TypeError(f"label: expected a tensor of the shape of t, {tuple(t.shape)}, got {got}")
+    raise ValueError(
+        f"label: expected the shape of t, {tuple(t.shape)}, got {tuple(noise_label.shape)}"
+    )
 
 
 @dataclass(frozen=True)
