@@ -56,12 +56,14 @@ def _check_divergence(
 ) -> None:
     x = args[1] if len(args) > 1 else kwargs["x"]
     if not isinstance(result, tuple) or len(result) != 2:
-        got = type(result).__name__
-        raise TypeError(f"{type(part).__name__}: expected a value and its divergence, got {got}")
+        raise TypeError(
+            f"{type(part).__name__}: expected a value and its divergence, "
+            f"got {type(result).__name__}"
+        )
     shapes = tuple(x.shape), (part.probes, len(x))
     for name, value, shape in zip(("a value", "a divergence"), result, shapes, strict=True):
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if got != shape:
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{type(part).__name__}: expected {name} of shape {shape}, got {got}")
 
 

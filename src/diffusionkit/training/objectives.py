@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from .._checks import (
     check_state,
     readable,
 )
-from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
+from ..interfaces import ForwardSDE, ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
 from ..values import Prediction
 from ._masks import masked, mean, total
-from ._output_weights import output_weights
+from ._output_weights import limits, output_weights, reaches_noise
 from .targets import DenoisingTarget
 from .times import UniformTimes, times_and_weights
 from .weighting import LikelihoodWeighting, SimpleWeighting
@@ -185,18 +186,32 @@ class ScoreMatching:
         target = self.target(sample, reference, **target_cond)
         prediction = model.predict(sample.x, t, **cond)
         error = prediction.output_error(target)
-        loss = mean(error.square(), mask)
-        loss = loss * output_weights(self.weighting, sde, prediction, t).to(loss.dtype)
+        squares = mean(error.square(), mask)
+        weights = output_weights(self.weighting, sde, prediction, t)
+        loss = squares * weights.to(squares.dtype)
+        if self._may_be_infinite(loss, sde):
+            weights = limits(weights, self.weighting, sde, prediction, t)
+            loss = squares * weights.to(squares.dtype)
         weighted = loss * weight.to(loss.dtype)
-        if readable(loss) and not bool(torch.isfinite(weighted).all()):
-            self._explain(weighted, loss, error, target, t)
+        self._check(weighted, loss, error, target, t)
         self.times.update(t, loss.detach())
         return weighted
 
-    def _explain(
+    @staticmethod
+    def _may_be_infinite(loss: Tensor, sde: ForwardSDE) -> bool:
+        """Return whether a weight may be infinite: it is, if values can be read."""
+        if readable(loss):
+            return not math.isfinite(loss.detach().sum().item())
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return True
+        return reaches_noise(sde)
+
+    def _check(
         self, weighted: Tensor, loss: Tensor, error: Tensor, target: Prediction, t: Tensor
     ) -> None:
-        """Raise if losses are not finite although the model's output is."""
+        """Raise if losses are not finite although the model's output is (read on the CPU only)."""
+        if not readable(weighted) or math.isfinite(weighted.detach().sum().item()):
+            return
         for name, value, part in (("x0", target.x0, self.target), ("eps", target.eps, self.target)):
             if bool((bad := ~_finite(value)).any()):
                 raise ValueError(
