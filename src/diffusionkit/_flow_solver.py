@@ -20,6 +20,8 @@ from .interfaces import ForwardSDE, ScoreModel
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
+# The distance in log(sigma / alpha) kept from a jump: times are rounded, and must not cross it.
+_ASIDE = 1e-9
 
 Evaluate: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -43,6 +45,20 @@ def angles(sde: ForwardSDE, start: float, end: float) -> Tensor:
     return torch.atan2(sigma, alpha)
 
 
+def jumps(model: ScoreModel, low: float, high: float) -> list[float]:
+    """Return the increasing angles, between two others, at which noise labels of a model jump."""
+    found: list[float] = []
+    for part in model.modules():
+        label = getattr(part, "label", None)
+        if hasattr(label, "jumps"):  # at ratios sigma / alpha, which mean the same to every process
+            found += torch.atan(torch.exp(-0.5 * label.jumps(part.sde))).tolist()
+    inside = [low]
+    for angle in sorted(found):
+        if _log_tan(angle) > _log_tan(inside[-1]) + 4 * _ASIDE and angle < high:
+            inside.append(angle)
+    return inside[1:]
+
+
 @dataclass(frozen=True)
 class Solver:
     r"""A torchdiffeq solver for the probability flow of any linear SDE.
@@ -55,6 +71,9 @@ class Solver:
         \nabla_z \cdot \frac{dz}{d\theta} = \nabla_x \cdot v,
 
     the same equation for every process, which determines only the map from theta to t.
+
+    Solvers assume that the velocity is smooth. Where a noise label jumps from one numbered level
+    to the next (`IndexLabel.jumps`), one run ends and another begins.
 
     Args:
         method: the name of the solver.
@@ -112,45 +131,67 @@ class Solver:
         # near pi / 2.
         state_dtype, dtype = schedule_dtype(x.device), dtype or x.dtype
         clock = angles(sde, start, end).to(x.device, state_dtype)
-        options, length = dict(self.options), abs(float(clock[1] - clock[0]))
+        length = abs(float(clock[1] - clock[0]))
+        first, last = radii(sde, start, end)
+
+        def solve(state: tuple[Tensor, ...], ends: Tensor) -> tuple[Tensor, ...]:
+            bounds = [_log_tan(angle) for angle in sorted(ends.tolist())]
+
+            def velocity(theta: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                here = home(sde)
+                log = min(max(_log_tan(theta.item()), bounds[0] + _ASIDE), bounds[1] - _ASIDE)
+                value = torch.tensor([-2 * log], dtype=schedule_dtype(here), device=here)
+                time = sde.time_at_log_snr(value).clamp(low, high)
+                z = state[0]
+                (t,) = grid_times(sde, time, z.new_empty(len(z), dtype=dtype))
+                alpha, sigma = schedule(sde, t)
+                r = math.hypot(float(alpha), float(sigma))
+                rates = [y.to(state_dtype) for y in evaluate((r * z).to(dtype), t)]
+                for rate in rates:
+                    if not bool(torch.isfinite(rate).all()):
+                        raise ValueError(
+                            "model: expected finite predictions and derivatives, got NaN or "
+                            f"infinity at t = {time.item():g}"
+                        )
+                return rates[0] / r, *rates[1:]
+
+            return tuple(
+                values[-1]
+                for values in torchdiffeq.odeint(
+                    velocity,
+                    state,
+                    ends,
+                    rtol=self.rtol,
+                    atol=self.atol,
+                    method=self.method,
+                    options=self._options(ends, length),
+                )
+            )
+
+        with evaluation_mode(model), bare_networks(model), EvaluationCounter() as counter:
+            state = (x.to(state_dtype) / first, *totals)
+            inside = jumps(model, *sorted(clock.tolist()))
+            between = clock.new_tensor(inside if start < end else inside[::-1])
+            for ends in torch.cat([clock[:1], between, clock[1:]]).unfold(0, 2, 1):
+                state = solve(state, ends)
+        return (state[0] * last, *state[1:]), counter.evaluations
+
+    def _options(self, ends: Tensor, length: float) -> dict[str, Any]:
+        """Return the options of a run between two angles, part of a flow of a given length."""
+        options, own = dict(self.options), abs(float(ends[1] - ends[0]))
         if self.method in ADAPTIVE:
             # Near the data the state hardly changes, and torchdiffeq's initial step is far too
             # long. Without step_t it steps past the end, to angles without a time.
             options.setdefault("first_step", 0.02 * length)
-            options.setdefault("step_t", clock[1:])
+            options.setdefault("step_t", ends[1:])
         elif not {"step_size", "grid_constructor"} & options.keys():
-            options["step_size"] = 0.01 * length
+            options["step_size"] = own / math.ceil(own / (0.01 * length))
+        return options
 
-        def velocity(theta: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            here = home(sde)
-            log_snr = -2 * math.log(math.tan(min(theta.item(), 0.5 * math.pi)))
-            value = torch.tensor([log_snr], dtype=schedule_dtype(here), device=here)
-            time = sde.time_at_log_snr(value).clamp(low, high)
-            z = state[0]
-            (t,) = grid_times(sde, time, z.new_empty(len(z), dtype=dtype))
-            alpha, sigma = schedule(sde, t)
-            r = math.hypot(float(alpha), float(sigma))
-            rates = [y.to(state_dtype) for y in evaluate((r * z).to(dtype), t)]
-            for rate in rates:
-                if not bool(torch.isfinite(rate).all()):
-                    raise ValueError(
-                        "model: expected finite predictions and derivatives, got NaN or "
-                        f"infinity at t = {time.item():g}"
-                    )
-            return rates[0] / r, *rates[1:]
 
-        first, last = radii(sde, start, end)
-        with evaluation_mode(model), bare_networks(model), EvaluationCounter() as counter:
-            z, *sums = torchdiffeq.odeint(
-                velocity,
-                (x.to(state_dtype) / first, *totals),
-                clock,
-                rtol=self.rtol,
-                atol=self.atol,
-                method=self.method,
-                options=options,
-            )
-        return (z[-1] * last, *(total[-1] for total in sums)), counter.evaluations
+def _log_tan(angle: float) -> float:
+    """Return log(sigma / alpha) at an angle."""
+    return math.log(math.tan(min(angle, 0.5 * math.pi)))
 
 
 def radii(sde: ForwardSDE, *times: float) -> list[float]:

@@ -28,6 +28,16 @@ def home(sde: object) -> torch.device:
     return torch.device("cpu")
 
 
+def snapped(position: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return positions in a chain of steps, whole numbers where times of that dtype would be.
+
+    (i + 1) / N times N is not i + 1 in floating point, and may be below it.
+    """
+    off = (position.round() - position).detach()
+    slack = min(2 * steps * torch.finfo(dtype).eps, 0.5)
+    return position + torch.where(off.abs() <= slack, off, 0.0)
+
+
 def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tensor]:
     """Return f = d log alpha / dt and g = sqrt(d sigma^2 / dt - 2 f sigma^2) by autograd, (B,).
 

@@ -1,24 +1,30 @@
 """Noise labels (B,): the scalar that conditions a network on the noise level.
 
 A label is any callable (sde, t) -> (B,). Networks embed the label and do not depend on an SDE.
+
+A label that jumps between numbered levels says where by a method `jumps`, see `IndexLabel.jumps`:
+solvers of the probability flow then step from jump to jump.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_positive
-from .._grid_times import schedule
+from .._grid_times import grid_point, schedule
+from .._schedules import exact, snapped
 from ..interfaces import ForwardSDE
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
+Number = TypeVar("Number", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,10 @@ class LogSigmaLabel:
 class StepLabel:
     """The step of a chain: i at t = (i + 1) / steps, linear in between.
 
+    At the times of steps it is exactly i, also where a time in float32 lies below (i + 1) / steps,
+    so that networks may round it down. Between the steps such a network jumps where no solver
+    expects it: for likelihoods and `ProbabilityFlow` use `IndexLabel` with it.
+
     Args:
         steps: the number of steps.
         scale: the factor applied to the step; improved DDPM uses 1000 / steps.
@@ -105,8 +115,15 @@ class StepLabel:
         check_positive(self.scale, "scale")
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return scale (t steps / T - 1), at least 0, (B,)."""
-        return (t * (self.steps / sde.T) - 1).clamp_min(0.0) * self.scale
+        """Return scale (t steps / T - 1), at least 0, (B,), in at least float32."""
+        dtype, count = torch.promote_types(t.dtype, torch.float32), self.steps / sde.T
+        if (point := grid_point(t, sde)) is not None:
+            position = snapped(torch.tensor(point.time * count, dtype=torch.float64), self.steps)
+            return torch.full_like(t, max(float(position) - 1, 0.0) * self.scale, dtype=dtype)
+        # Times in float64 often were in float32 before.
+        coarse = t.dtype if t.dtype.itemsize < 4 else torch.float32
+        position = snapped(exact(t) * count, self.steps, coarse)
+        return ((position - 1).clamp_min(0.0) * self.scale).to(dtype)
 
 
 class IndexLabel:
@@ -138,13 +155,30 @@ class IndexLabel:
         self._flip = bool(steps[0] < 0)
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])
+        self._sorted = self._edges.tolist()
 
     @override
     def __repr__(self) -> str:
         return f"IndexLabel({len(self._edges) + 1} levels)"
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return the index of the nearest level, (B,), in the dtype of t."""
-        log_sigma = -0.5 * sde.log_snr(t)
+        """Return the index of the nearest level, (B,), in at least float32."""
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        if (point := grid_point(t, sde)) is not None:
+            log = _log(point.sigma) - _log(point.alpha)
+            return torch.full_like(t, self._number(bisect_left(self._sorted, log)), dtype=dtype)
+        log_sigma = -0.5 * sde.log_snr(exact(t))
         index = torch.bucketize(log_sigma, self._edges.to(log_sigma.device, log_sigma.dtype))
-        return (len(self._edges) - index if self._flip else index).to(t.dtype)
+        return self._number(index).to(dtype)
+
+    def jumps(self, sde: ForwardSDE) -> Tensor:
+        """Return the log-SNR (levels - 1,) at which the index changes, for solvers of ODEs."""
+        return -2 * self._edges
+
+    def _number(self, index: Number) -> Number:
+        """Return the index in the table of an index in increasing order."""
+        return len(self._edges) - index if self._flip else index
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
