@@ -33,6 +33,8 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
 
     Differentiable where t or a learned schedule is.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _forward_mode(marginal, t, T)
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         learned = any(c.requires_grad for c in marginal(t.detach()))
@@ -45,6 +47,18 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
         f, growth = _derivative(torch.log(alpha), at, keep), _derivative(variance, at, keep)
         g = torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
     return (f, g) if keep else (f.detach(), g.detach())
+
+
+def _forward_mode(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """Return f and g by forward differentiation, inside a transform of torch.func."""
+
+    def values(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = marginal(t)
+        return torch.log(alpha), sigma * sigma
+
+    at = t.clamp_min(1e-12 * T)
+    (_, variance), (f, growth) = torch.func.jvp(values, (at,), (torch.ones_like(at),))
+    return f, torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
 
 
 def _derivative(y: Tensor, t: Tensor, keep: bool) -> Tensor:

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from .._checks import check_count, check_positive
 from .._grid_times import schedule
+from .._schedules import exact
 from ..interfaces import ForwardSDE
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
@@ -39,7 +40,9 @@ class TimeLabel:
         check_positive(self.scale, "scale")
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return scale t / T, (B,)."""
+        """Return scale t / T, (B,); a whole number at the steps of a chain where it is one."""
+        if hasattr(sde, "steps"):
+            return _whole(t, exact(t) * (self.scale / sde.T), self.scale)
         return t * (self.scale / sde.T)
 
 
@@ -86,7 +89,7 @@ class LogSigmaLabel:
 
 @dataclass(frozen=True)
 class StepLabel:
-    """The step of a chain: i at t = (i + 1) / steps, linear in between.
+    """The step of a chain: exactly i at t = (i + 1) / steps, linear in between.
 
     Args:
         steps: the number of steps.
@@ -106,7 +109,18 @@ class StepLabel:
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return scale (t steps / T - 1), at least 0, (B,)."""
-        return (t * (self.steps / sde.T) - 1).clamp_min(0.0) * self.scale
+        step = (exact(t) * (self.steps / sde.T) - 1).clamp_min(0.0)
+        return _whole(t, step * self.scale, self.steps * self.scale)
+
+
+def _whole(t: Tensor, label: Tensor, scale: float) -> Tensor:
+    """Return labels in the dtype of t, whole numbers where the rounding of t missed them.
+
+    A network that looks labels up in a table rounds them down: 498.99997 would be step 498.
+    """
+    nearest = label.round()
+    missed = (label - nearest).abs() <= 2 * scale * torch.finfo(t.dtype).eps
+    return torch.where(missed, nearest, label).to(t.dtype)
 
 
 class IndexLabel:
@@ -138,6 +152,11 @@ class IndexLabel:
         self._flip = bool(steps[0] < 0)
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])
+
+    @property
+    def jumps(self) -> Tensor:
+        """The ratios sigma / alpha between levels, at which the label jumps, increasing."""
+        return torch.exp(self._edges)
 
     @override
     def __repr__(self) -> str:
