@@ -28,13 +28,17 @@ def home(sde: object) -> torch.device:
     return torch.device("cpu")
 
 
-def snapped(position: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return positions in a chain of steps, whole numbers where times of that dtype would be.
+def slack(steps: float, dtype: torch.dtype) -> float:
+    """Return how far from a whole number a position in 0 ... steps may be by rounding alone."""
+    return min(2 * steps * torch.finfo(dtype).eps, 0.5)
 
-    (i + 1) / N times N is not i + 1 in floating point, and may be below it.
+
+def snapped(position: Tensor, slack: float) -> Tensor:
+    """Return positions in a chain, whole numbers where only rounding makes a difference.
+
+    In floating point (i + 1) / N times N is not i + 1, and may be below it.
     """
     off = (position.round() - position).detach()
-    slack = min(2 * steps * torch.finfo(dtype).eps, 0.5)
     return position + torch.where(off.abs() <= slack, off, 0.0)
 
 
@@ -43,6 +47,8 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
 
     Differentiable where t or a learned schedule is.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _forward_mode(marginal, t, T)
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         learned = any(c.requires_grad for c in marginal(t.detach()))
@@ -55,6 +61,18 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
         f, growth = _derivative(torch.log(alpha), at, keep), _derivative(variance, at, keep)
         g = torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
     return (f, g) if keep else (f.detach(), g.detach())
+
+
+def _forward_mode(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """Return f and g by forward differentiation, inside a transform of torch.func."""
+
+    def values(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = marginal(t)
+        return torch.log(alpha), sigma * sigma
+
+    at = t.clamp_min(1e-12 * T)
+    (_, variance), (f, growth) = torch.func.jvp(values, (at,), (torch.ones_like(at),))
+    return f, torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
 
 
 def _derivative(y: Tensor, t: Tensor, keep: bool) -> Tensor:

@@ -214,8 +214,14 @@ def test_missing_arguments_have_released_defaults(written, load) -> None:
         ({"img_resolution": 1}, "img_resolution: expected 2 different halvings, got 1"),
         ({"resample_filter": [1, 2, 1]}, "resample_filter: expected a symmetric filter of even"),
         ({"resample_filter": [1, 3, 2, 1]}, "resample_filter: expected a symmetric filter of"),
-        ({"resample_filter": [1, 3, 3, 1]}, r"resample_filter: expected a tensor of .*\(1, 1, 2, 2"),
-        ({"resample_filter": [1, -1, -1, 1]}, "fir_kernel: expected at least two taps of nonzero sum"),
+        (
+            {"resample_filter": [1, 3, 3, 1]},
+            r"resample_filter: expected a tensor of .*\(1, 1, 2, 2",
+        ),
+        (
+            {"resample_filter": [1, -1, -1, 1]},
+            "fir_kernel: expected at least two taps of nonzero sum",
+        ),
         ({"num_heads": 2}, "init_kwargs: expected arguments of SongUNet, got 'num_heads'"),
         ({"C_1": 0.1}, "init_kwargs: expected arguments of SongUNet, got 'C_1'"),
         ({"img_resolution": "8"}, "expected a known network of EDM, got"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_times, check_transition
-from .._schedules import schedule_dtype, snapped
+from .._schedules import schedule_dtype, slack, snapped
 from ..interfaces import ForwardSDE
 from ._subsequence import subsequence
 
@@ -94,7 +94,7 @@ class Chain(ForwardSDE):
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step that each time falls in, and the fraction of it completed."""
         check_times(t, self.T)
-        position = snapped(t * self.steps, self.steps, t.dtype)
+        position = snapped(t * self.steps, slack(self.steps, t.dtype))
         below = self._below(position)
         return below, position - below
 
@@ -105,8 +105,8 @@ class Chain(ForwardSDE):
         float32 before, and so may be a little later.
         """
         check_times(t, self.T)
-        position = snapped(t * self.steps, self.steps, t.dtype)
-        below = self._below(snapped(position, self.steps))
+        position = snapped(t * self.steps, slack(self.steps, t.dtype))
+        below = self._below(snapped(position, slack(self.steps, torch.float32)))
         return self._increments.to(t.device, t.dtype)[below], position - below
 
     def _below(self, position: Tensor) -> Tensor:
