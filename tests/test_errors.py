@@ -375,7 +375,7 @@ for kind in (UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid):
     for t_end in (1.0, 2.0, -0.5, math.nan):
         bad(f"{kind.__name__}-{t_end}", ValueError, rf"t_end: expected a time in .*, got {t_end}",
             lambda kind=kind, t_end=t_end: kind(t_end=t_end)(VP, 4))  # fmt: skip
-bad("LogSNRGrid-zero", ValueError, r"a time at which LogSNRGrid is finite, got 0",
+bad("LogSNRGrid-zero", ValueError, r"t_end: expected a time with noise for LogSNRGrid, got 0",
     lambda: LogSNRGrid(t_end=0.0)(VP, 4))  # fmt: skip
 
 # Generators.

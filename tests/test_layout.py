@@ -12,39 +12,58 @@ ROOT = Path(diffusionkit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
-PRIVATE = {"_checks", "_gaussian", "_grid_times", "_loops", "_nfe", "_schedules", "random"}
+PRIVATE = {
+    "_checks", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision", "_returned",
+    "_schedules", "random",
+}  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
     "_distributed": set(),
     "_schedules": set(),
-    "_gaussian": {"_schedules"},
-    "_grid_times": {"_checks", "_schedules", "values"},
+    "_gaussian": {"_precision", "_schedules"},
+    "_grid_times": {"_checks", "_precision", "_schedules", "values"},
     "_loops": set(),
     "_nfe": set(),
+    "_precision": {"_checks"},
+    "_returned": set(),
     "_wrappers": set(),
     "random": {"_checks"},
-    "values": set(),
+    "values": {"_precision"},
     "interfaces": {*PRIVATE, "values"},
     "decoders": BASE,
     "_chain_terms": {*BASE, "decoders"},
     "_flow_solver": BASE,
     "_pickles": set(),
-    "_files": {"_pickles"},
+    "_plain_globals": {"_pickles"},
+    "_tensors": {"_pickles", "_plain_globals"},
+    "_archives": set(),
+    "_files": {"_archives", "_pickles", "_tensors"},
+    "_writing": set(),
     "_weights": {"_files"},
     "sde": BASE,
     "models": {*BASE, "sde"},
-    "training": {*CORE, "_distributed", "_files", "_weights", "_wrappers"},
+    "training": {*CORE, "_distributed", "_files", "_weights", "_wrappers", "_writing"},
     "sampling": CORE,
-    "likelihood": {*CORE, "_distributed", "_files"},
+    "likelihood": {*CORE, "_distributed", "_files", "_writing"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
     "diagnostics": {*CORE, "_distributed", "training"},
     "ops": {"_checks"},
     "networks": {"_checks", "ops"},
-    "checkpoints": {*CORE, "networks", "ops", "_files", "_pickles", "_weights"},
-    "metrics": {"_checks", "_distributed", "_files", "_loops", "random"},
+    "checkpoints": {
+        *CORE,
+        "networks",
+        "ops",
+        "_files",
+        "_pickles",
+        "_tensors",
+        "_weights",
+        "_wrappers",
+        "_writing",
+    },  # fmt: skip
+    "metrics": {"_checks", "_distributed", "_loops", "_writing", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
 

@@ -41,6 +41,9 @@ def value_checks() -> Iterator[None]:
         _everywhere.reset(token)
 
 
+_LARGEST_COUNT = 2**31 - 1
+
+
 def readable(x: Tensor) -> bool:
     """Return whether values can be read without stalling a device, a compiler or a vmap.
 
@@ -86,7 +89,7 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
             )
 
 
-def check_range(x: Tensor, model: object) -> None:
+def check_range(x: Tensor, model: object, name: str = "x") -> None:
     """Raise if x is outside the data range of a model (read on the CPU only)."""
     data_range = getattr(model, "data_range", None)
     if data_range is None or not readable(x):
@@ -95,9 +98,12 @@ def check_range(x: Tensor, model: object) -> None:
     slack = 1e-3 * (high - low)
     first, last = (end.item() for end in x.detach().aminmax())
     if first < low - slack or last > high + slack:
+        hint = ""
+        if high < last <= 255 and first >= 0:
+            hint = f"; scale 8-bit images first, to {low:g} + x * {(high - low) / 255:.6g}"
         raise ValueError(
-            f"x: expected data within the model's range [{low:g}, {high:g}], "
-            f"got values from {first:g} to {last:g}"
+            f"{name}: expected data within the model's range [{low:g}, {high:g}], "
+            f"got values from {first:g} to {last:g}{hint}"
         )
 
 
@@ -128,6 +134,20 @@ def check_t_min(t_min: float, T: float) -> None:
     check_number(t_min, "t_min")
     if not 0.0 <= t_min < T:
         raise ValueError(f"t_min: expected a time in [0, T) = [0, {T:g}), got {t_min}")
+
+
+def check_log_snr(log_snr: Sequence[float], first: float, last: float) -> None:
+    """Raise unless the log-SNR is finite at a first time, near the data, and at the last, T."""
+    if not math.isfinite(log_snr[1]):
+        raise ValueError(
+            f"sde: expected a finite log-SNR at T = {last:g}, got {log_snr[1]:g}, since "
+            f"{'alpha(T) = 0' if log_snr[1] < 0 else 'sigma(T) = 0'}; end the process earlier"
+        )
+    if not math.isfinite(log_snr[0]):
+        raise ValueError(
+            f"t_min: expected a time with noise, got {first:g}, where the log-SNR is "
+            f"{log_snr[0]:g}, since sigma({first:g}) = 0"
+        )
 
 
 def check_transition(s: Tensor, t: Tensor, T: float) -> None:
@@ -207,11 +227,13 @@ def check_positive(value: float, name: str) -> None:
 
 
 def check_count(value: int, name: str, *, least: int = 1) -> None:
-    """Raise unless a number is an integer of at least `least`."""
+    """Raise unless a number is an integer of at least `least` that a tensor can have as a size."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    if value > _LARGEST_COUNT:
+        raise ValueError(f"{name}: expected an integer <= {_LARGEST_COUNT}, got a larger one")
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -1,27 +1,23 @@
-"""Files of tensors: written atomically, read without running code."""
+"""Files of tensors, read without running code."""
 
 from __future__ import annotations
 
 import os
 import struct
-import threading
-import uuid
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from reprlib import repr
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _pickles
+from . import _archives, _pickles
+from ._tensors import GLOBALS, Storages, read_into
 
 ZIP, PICKLE, SAFETENSORS = "a zip file", "a pickle", "a safetensors file"
 
@@ -35,55 +31,13 @@ _STARTS = {
     b"\x89HDF": "an HDF5 file",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself",
 }
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "storage.UntypedStorage": torch.uint8,
-}
 # The first two pickles of a file of torch before 1.6: a magic number and a version.
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)
-_SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY: list[Any] = [
-    np.dtype,
-    *{type(dtype) for dtype in _pickles.NUMPY_DTYPES},
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-]
-_LOADING = threading.Lock()
+_CPU = torch.device("cpu")
 
 
 class CheckpointError(ValueError):
     """A file is not the expected checkpoint."""
-
-
-def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Write a file under a temporary name and rename it, so a crash leaves the previous file.
-
-    Args:
-        path: the file.
-        write: writes the content to a file open for writing and reading.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "x+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -113,8 +67,13 @@ def opened(path: str | os.PathLike[str], expected: str, *kinds: str) -> Iterator
             raise CheckpointError(f"{path}: expected {expected}, got {error}") from error.__cause__
         # Damaged or hostile files make the readers raise almost any exception.
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"one that cannot be read: {_reason(error)}"
             raise CheckpointError(f"{path}: expected {expected}, got {reason:.1000}") from error
+
+
+def _reason(error: Exception) -> str:
+    ours = isinstance(error, (UnpicklingError, BadZipFile))
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def _kind(head: bytes) -> str:
@@ -146,166 +105,86 @@ def read_torch(
     Args:
         path: the file.
         expected: a description of the file, for the error.
-        map_location: the device of the tensors.
+        map_location: the device of the tensors, None for those named in the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is truncated, damaged or foreign, or holds other objects.
+        ValueError: if there is no such device.
+        TypeError: if `map_location` is not a device.
     """
+    device = None if map_location is None else _device(map_location)
     with opened(path, expected, ZIP, PICKLE) as file:
-        return load_torch(file, map_location)
+        return load_torch(file, device)
 
 
-def load_torch(file: BinaryIO, map_location: torch.device | str | None = "cpu") -> Any:
+def _device(map_location: torch.device | str) -> torch.device:
+    message = f"map_location: expected a device or None, got {map_location!r}"
+    try:
+        return torch.device(map_location)
+    except RuntimeError as error:
+        raise ValueError(message) from error
+    except TypeError as error:
+        raise TypeError(message) from error
+
+
+def load_torch(file: BinaryIO, device: torch.device | None = _CPU) -> Any:
     """Load the content of an open file written by `torch.save`; see `read_torch`."""
-    check_torch(file)
+    length = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if file.read(4) == b"PK\x03\x04":
-        with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():
-                raise CheckpointError(f"a file damaged at {damaged}")
+    zipped = file.read(4) == b"PK\3\4"
     file.seek(0)
-    # The list of safe globals belongs to the whole process: restore it.
-    with _LOADING:
-        known = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([entry for entry in _NUMPY if entry not in known]):
-            return torch.load(file, map_location, weights_only=True)
+    return (_load_zip if zipped else _load_legacy)(file, device, length)
 
 
 def check_torch(file: BinaryIO) -> None:
-    """Check that a file written by `torch.save` holds only plain data and complete tensors.
-
-    `torch.load(weights_only=True)` runs no foreign code, but lets a small file allocate much
-    memory, and allows types that checkpoints do not need.
+    """Check that an open file written by `torch.save` can be read, without reading tensors.
 
     Raises:
-        Exception: of many types, if it does not.
+        Exception: of many types, if it cannot.
     """
-    length = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if file.read(4) == b"PK\x03\x04":
-        _check_zip(file, length)
-    else:
-        file.seek(0)
-        _check_legacy(file, length)
+    load_torch(file, torch.device("meta"))
 
 
-def _check_zip(file: BinaryIO, length: int) -> None:
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        sizes = {record.filename: record.file_size for record in records}
-        root = next(iter(sizes), "").split("/")[0]
-        if f"{root}/constants.pkl" in sizes:
-            raise CheckpointError("a TorchScript program")
-        if f"{root}/data.pkl" not in sizes:
-            raise CheckpointError("a zip file with no record data.pkl")
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise CheckpointError("a zip file with compressed records")
-        if len(sizes) != len(records) or sum(sizes.values()) > length:
-            raise CheckpointError("a zip file with overlapping records")
-        content = BytesIO(archive.read(f"{root}/data.pkl"))
+def _load_zip(file: BinaryIO, device: torch.device | None, length: int) -> Any:
+    records = _archives.records(file, length)
 
-    def storage(identity: Any) -> _Storage:
-        key, found = _storage(*identity)
-        if sizes.get(f"{root}/data/{key}") != found.numel * found.dtype.itemsize:
-            raise UnpicklingError(f"expected {found} at data/{key}, got another size")
-        return found
+    def fill(name: str, flat: Tensor) -> None:
+        record = records.get(name)
+        if record is None or record.size != flat.nbytes:
+            raise UnpicklingError(f"expected {flat.nbytes} bytes at {name}, got another size")
+        file.seek(record.start)
+        if read_into(file, flat) not in (None, record.crc):
+            raise CheckpointError(f"a file damaged at {name}")
 
-    _pickles.run(content, _Globals(length).find, storage)
+    def content(name: str) -> bytes:
+        flat = torch.empty(records[name].size, dtype=torch.uint8, device="cpu")
+        fill(name, flat)
+        return flat.numpy().tobytes()
+
+    if "byteorder" in records and content("byteorder") != sys.byteorder.encode():
+        raise CheckpointError(f"a file of a machine that is not {sys.byteorder}-endian")
+    storages = Storages(device, length, lambda key, flat: fill(f"data/{key}", flat))
+    return _pickles.run(BytesIO(content("data.pkl")), GLOBALS, storages.load, limit=length)
 
 
-def _check_legacy(file: BinaryIO, length: int) -> None:
-    storages: dict[str, _Storage] = {}
-
-    def storage(identity: Any) -> _Storage:
-        if type(identity) is not tuple or identity[-1] is not None:
-            raise UnpicklingError("expected a whole storage, got a view of another")
-        key, found = _storage(*identity[:-1])
-        if storages.setdefault(key, found) != found:
-            raise UnpicklingError(f"expected one storage {key}, got {found} and {storages[key]}")
-        return found
-
-    find = _Globals(length).find
-    if tuple(_pickles.run(file, find) for _ in _LEGACY) != _LEGACY:
+def _load_legacy(file: BinaryIO, device: torch.device | None, length: int) -> Any:
+    if tuple(_pickles.run(file, {}) for _ in _LEGACY) != _LEGACY:
         raise UnpicklingError("expected the first numbers of a file of torch, got others")
-    _pickles.run(file, find)  # the machine that wrote it
-    _pickles.run(file, find, storage)
-    keys = _pickles.run(file, find)
-    if type(keys) is not list or sorted(keys) != sorted(storages):
-        raise UnpicklingError(f"expected the values of {len(storages)} storages, got others")
+    _pickles.run(file, {})  # the machine that wrote it
+    storages = Storages(device, length)
+    value = _pickles.run(file, GLOBALS, storages.load, limit=length)
+    keys = _pickles.run(file, {})
+    if type(keys) is not list or sorted(keys) != sorted(storages.flat):
+        raise UnpicklingError(f"expected the values of {len(storages.flat)} storages, got others")
     for key in keys:
-        (numel,) = struct.unpack("<q", file.read(8))
-        if numel != storages[key].numel:
-            raise UnpicklingError(f"expected {storages[key]}, got {numel} values")
-        file.seek(numel * storages[key].dtype.itemsize, os.SEEK_CUR)
+        flat = storages.flat[key]
+        if file.read(8) != struct.pack("<q", len(flat)):
+            raise UnpicklingError(f"expected {len(flat)} values in storage {key}, got others")
+        read_into(file, flat)
     if file.tell() != length:
         raise UnpicklingError(f"expected a file of {file.tell()} bytes, got {length}")
-
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: torch.dtype
-    numel: int
-
-
-@dataclass(frozen=True)
-class _StorageType:
-    dtype: torch.dtype
-
-
-def _storage(
-    kind: Any, storage_type: Any, key: Any, location: Any, numel: Any
-) -> tuple[str, _Storage]:
-    if kind != "storage" or not isinstance(storage_type, _StorageType) or type(key) is not str:
-        raise UnpicklingError(f"expected a storage, got {repr(kind)} {repr(storage_type)}")
-    if type(numel) is not int or numel < 0:
-        raise UnpicklingError(f"expected the size of a storage, got {repr(numel)}")
-    return key, _Storage(storage_type.dtype, numel)
-
-
-class _Globals:
-    """The globals that `torch.save` writes for tensors, checked without building any."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-        types = {f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGES.items()}
-        self._table = {
-            **_pickles.PLAIN_GLOBALS,
-            **types,
-            "torch._utils._rebuild_tensor_v2": _pickles.Call(self._tensor),
-            "torch._utils._rebuild_tensor_v3": _pickles.Call(self._tensor),
-            "torch._utils._rebuild_parameter": _pickles.Call(self._parameter),
-        }
-
-    def find(self, name: str) -> Any:
-        if name not in self._table:
-            raise UnpicklingError(f"the global {name}, which is not among the safe ones")
-        return self._table[name]
-
-    def _tensor(
-        self,
-        storage: Any,
-        offset: Any,
-        size: Any,
-        stride: Any,
-        requires_grad: Any,
-        hooks: Any,
-        dtype: Any = None,
-    ) -> _Storage:
-        self._parameter(storage, requires_grad, hooks)
-        dtype = storage.dtype if dtype is None else dtype
-        if type(dtype) is not torch.dtype:
-            raise UnpicklingError(f"expected the dtype of a tensor, got {repr(dtype)}")
-        numel = storage.numel * storage.dtype.itemsize // dtype.itemsize
-        _pickles.check_view(numel, offset, size, stride, limit=self._length)
-        return _Storage(dtype, numel)
-
-    def _parameter(self, data: Any, requires_grad: Any, hooks: Any) -> _Storage:
-        if not isinstance(data, _Storage):
-            raise UnpicklingError(f"expected a tensor, got {type(data).__name__}")
-        if type(hooks) is not OrderedDict or hooks:
-            raise UnpicklingError("expected a tensor without hooks, got hooks")
-        return data
+    return value
 
 
 def check_weights(

@@ -119,11 +119,6 @@ def grid_times(sde: _SDE, grid: Tensor, like: Tensor) -> Sequence[Tensor]:
     grid = grid.to(here, schedule_dtype(here))
     values = sde.marginal(grid)
     for name, value in zip(("alpha", "sigma"), values, strict=True):
-        if not isinstance(value, Tensor) or value.shape != grid.shape:
-            raise ValueError(
-                f"marginal: expected {name} as a tensor of the shape of t, {tuple(grid.shape)}, "
-                f"got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
-            )
         if not bool(torch.isfinite(value).all()):
             worst, bad = (float(v[~torch.isfinite(value)][0]) for v in (grid, value))
             raise ValueError(f"marginal: expected finite values, got {name}({worst:g}) = {bad:g}")

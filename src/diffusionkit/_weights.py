@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -57,7 +57,8 @@ def tensor_problem(value: Any) -> str | None:
     if not isinstance(value, Tensor):
         return f"expected a tensor, got {type(value).__name__}"
     if value.dtype not in FLOATS:
-        return f"expected floating-point numbers of 16 to 64 bits, got {value.dtype}"
+        least = " of at least 16 bits" if value.is_floating_point() else ""
+        return f"expected floating-point numbers{least}, got {value.dtype}"
     if value.layout != torch.strided or value.is_meta:
         return f"expected a dense tensor with values, got {value.layout} on {value.device}"
     if not is_finite(value):
@@ -166,7 +167,7 @@ def laid_out(
             beyond those of any tensor.
     """
     try:
-        with torch.device("meta"), _Limit(1000 + 50 * len(tensors)):
+        with torch.device("meta"), _Limit(1000 + 20 * len(tensors)):
             return make()
     except _LimitError as error:
         raise CheckpointError(
@@ -177,6 +178,20 @@ def laid_out(
         raise CheckpointError(
             f"{path}: expected the description of a network that can be built, got {reason:.200}"
         ) from error
+
+
+@torch.no_grad()
+def fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict that fits into a network.
+
+    Args:
+        network: the network. If it was only laid out, the tensors become its own.
+        state: the tensors by name.
+    """
+    empty = any(value.is_meta for value in network.state_dict().values())
+    network.load_state_dict(
+        {name: value.contiguous() for name, value in state.items()}, assign=empty
+    )
 
 
 class _LimitError(Exception):
@@ -197,4 +212,8 @@ class _Limit(TorchFunctionMode):
         self.left -= 1
         if self.left < 0:
             raise _LimitError
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # Normal numbers on the meta device make torch import its compiler, for seconds.
+        if func is torch.nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)

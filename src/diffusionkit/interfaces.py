@@ -21,9 +21,19 @@ from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
+from ._returned import check_each, per_time, wrap
 from ._schedules import bisect, drift_and_diffusion, exact, home
 from .random import Generators, randn, randn_like
 from .values import Perturbed, Prediction, Step, linear
+
+_PER_TIME = {
+    "marginal": per_time("alpha", "sigma"),
+    "transition": per_time("scale", "std"),
+    "drift_coefficient": per_time("drift_coefficient"),
+    "diffusion": per_time("diffusion"),
+    "log_snr": per_time("log_snr"),
+    "time_at_log_snr": per_time("time_at_log_snr"),
+}
 
 
 class ForwardSDE(abc.ABC):
@@ -48,6 +58,13 @@ class ForwardSDE(abc.ABC):
 
     T: float = 1.0
     t_min: float = 1e-5
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the shapes of everything that a process returns for times (B,)."""
+        super().__init_subclass__(**kwargs)
+        for name, check in _PER_TIME.items():
+            wrap(cls, name, check)
 
     @property
     def t_stop(self) -> float:
@@ -112,7 +129,8 @@ class ForwardSDE(abc.ABC):
         (alpha_s, _), (alpha_t, sigma_t) = self.marginal(s), self.marginal(t)
         gain = self.log_snr(t) - self.log_snr(s)
         gain = torch.where(s == t, torch.zeros_like(gain), gain)  # inf - inf at s = t = 0
-        return alpha_t / alpha_s, sigma_t * torch.sqrt(-torch.expm1(gain))
+        scale = torch.where(s == t, torch.ones_like(gain), alpha_t / alpha_s)  # 0 / 0
+        return scale, sigma_t * torch.sqrt(-torch.expm1(gain))
 
     def perturb(self, x0: Tensor, t: Tensor, *, generator: Generators = None) -> Perturbed:
         """Draw x = alpha x0 + sigma eps for data x0 (B, *D) at times t (B,).
@@ -151,7 +169,7 @@ class ForwardSDE(abc.ABC):
         return narrowed(z * self.prior_std, dtype, "prior", "use float32 or bfloat16")
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
-        """Return the log-density of the prior at x (B, *D), in nats, (B,)."""
+        """Return the log-density of the prior at x (B, *D), in nats, (B,), at least in float32."""
         check_state(x)
         return normal_log_prob(x, self.prior_std)
 
@@ -185,7 +203,17 @@ class ScoreModel(nn.Module, abc.ABC):
 
 
 class Weighting(abc.ABC):
-    """The weight of the noise-prediction error ||eps_hat - eps||^2 at each time."""
+    """The weight of the noise-prediction error ||eps_hat - eps||^2 at each time.
+
+    It may be infinite where a model's error vanishes, as at alpha = 0: objectives weight the error
+    of the model's own output.
+    """
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the shape of the weights."""
+        super().__init_subclass__(**kwargs)
+        wrap(cls, "__call__", _check_weights)
 
     @abc.abstractmethod
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
@@ -194,6 +222,12 @@ class Weighting(abc.ABC):
 
 class TargetEstimator(abc.ABC):
     """The regression target."""
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the shapes of the target."""
+        super().__init_subclass__(**kwargs)
+        wrap(cls, "__call__", _check_target)
 
     @abc.abstractmethod
     def __call__(
@@ -211,6 +245,12 @@ class TimeSampler(abc.ABC):
     """
 
     unbiased: bool = True
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the shapes of times and weights."""
+        super().__init_subclass__(**kwargs)
+        wrap(cls, "sample", _check_times_and_weights)
 
     @abc.abstractmethod
     def sample(
@@ -279,6 +319,39 @@ class Constraint(abc.ABC):
                 data, no noise is drawn.
             generator: the source of randomness.
         """
+
+
+def _check_weights(
+    part: object, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    t = kwargs["t"] if "t" in kwargs else args[-1]
+    check_each(weights, len(t), part, "weights")
+
+
+def _check_times_and_weights(
+    part: object, drawn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not isinstance(drawn, tuple) or len(drawn) != 2:
+        raise TypeError(
+            f"{type(part).__name__}: expected times and weights, got {type(drawn).__name__}"
+        )
+    n = kwargs["n"] if "n" in kwargs else args[-1]
+    for name, value in zip(("times", "weights"), drawn, strict=True):
+        check_each(value, n, part, name)
+
+
+def _check_target(part: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not isinstance(target, Prediction):
+        raise TypeError(
+            f"{type(part).__name__}: expected a Prediction, got {type(target).__name__}"
+        )
+    sample: Perturbed = kwargs["sample"] if "sample" in kwargs else args[0]
+    for name, value in (("x0", target.x0), ("eps", target.eps)):
+        if value.shape != sample.x.shape:
+            raise ValueError(
+                f"{type(part).__name__}: expected {name} of the shape of x, "
+                f"{tuple(sample.x.shape)}, got {tuple(value.shape)}"
+            )
 
 
 __all__ = [

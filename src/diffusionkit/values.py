@@ -309,8 +309,8 @@ class Prediction:
         delta = self._alpha * self._b - self._sigma * self._a
         if _is(delta, 0.0):
             raise ValueError(
-                "expected alpha > 0, got alpha = 0: a model of the noise or the score does not "
-                "determine the data there; start a little before, or predict x0 or v"
+                "model: expected a prediction of x0 or v at alpha = 0, got one of the noise or the "
+                "score, which does not determine the data there; start a little before"
             )
         ratio = x0 / delta
         return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)
@@ -326,18 +326,40 @@ class Prediction:
         Args:
             target: the data and noise to compare with.
         """
+        return _scaled(self.noise_factor(), self.output_error(target))
+
+    def output_error(self, target: Prediction) -> Tensor:
+        """Return F - a x0 - b eps (B, *D), the error of the model's output.
+
+        Args:
+            target: the data and noise to compare with, with the same noisy state.
+        """
         if self._output is None:
             return self.eps - target.eps
-        a, b, alpha = self._a, self._b, self._alpha
-        factor: Coefficient
+        a, b = self._a, self._b
         if _is(a, 0.0):
-            wanted, factor = _scaled(b, target.eps), 1.0 / b
-        elif _is(b, 0.0):
-            wanted, factor = _scaled(a, target.x0), -alpha / (self._sigma * a)
-        else:
-            wanted = linear(a, target.x0, b, target.eps)
-            factor = alpha / (alpha * b - self._sigma * a)
-        return _scaled(factor, self._output - wanted)
+            return self._output - _scaled(b, target.eps)
+        if _is(b, 0.0):
+            return self._output - _scaled(a, target.x0)
+        return self._output - linear(a, target.x0, b, target.eps)
+
+    def noise_factor(
+        self, alpha: Coefficient | None = None, sigma: Coefficient | None = None
+    ) -> Coefficient:
+        """Return the noise's error over that of the output, (B,) or a float.
+
+        Args:
+            alpha: another scale of the data, (B,) or a float.
+            sigma: another standard deviation of the noise, (B,) or a float.
+        """
+        a, b = self._a, self._b
+        alpha = self._alpha if alpha is None else alpha
+        sigma = self._sigma if sigma is None else sigma
+        if self._output is None or _is(a, 0.0):
+            return 1.0 / b
+        if _is(b, 0.0):
+            return -alpha / (sigma * a)
+        return alpha / (alpha * b - sigma * a)
 
 
 def _like(x: Tensor, value: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def test_error_names_the_problem_in_the_weights(tmp_path, content) -> None:
         rejected(tmp_path, content | {"state": state}, match)
     for dtype in (torch.int64, torch.complex64, torch.bool):
         state = {key: value.to(dtype) for key, value in content["state"].items()}
-        rejected(tmp_path, content | {"state": state}, "expected floating-point weights, got")
+        rejected(tmp_path, content | {"state": state}, "expected floating-point numbers, got")
 
 
 @pytest.mark.parametrize("missing", ["format", "version", "network", "config", "state"])

@@ -1,19 +1,31 @@
 """Hostile files: no code runs, memory and time are bounded, and errors give the reason."""
 
-import io
-import pickle
 import re
 import struct
 import time
 import tracemalloc
-import zipfile
 
 import pytest
+from support.pickle_code import (
+    BOMBS,
+    END,
+    KEY,
+    OWN,
+    START,
+    edm,
+    laughs,
+    legacy,
+    named,
+    number,
+    storage,
+    tensor,
+    text,
+    zipped,
+)
 
 from diffusionkit._files import CheckpointError, read_torch
 from diffusionkit.checkpoints._edm_keys import read_edm_pickle
 
-START, END = b"\x80\x02", b"."
 NAMES = [
     "posix.system", "os.system", "nt.system", "builtins.eval", "builtins.exec",
     "builtins.getattr", "builtins.__import__", "builtins.open", "builtins.bytearray",
@@ -28,47 +40,9 @@ NAMES = [
     "torch._utils._rebuild_wrapper_subclass", "torch._tensor._rebuild_from_type_v2",
     "numpy.load", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.fromfile", "numpy.testing._private.utils.runstring",
-    "collections.Counter", "collections.defaultdict", "dnnlib.util.open_url", "dnnlib.EasyDict",
+    "collections.deque", "collections.defaultdict", "dnnlib.util.open_url", "dnnlib.EasyDict",
     "torch_utils.persistence._src_to_module", "torch_utils.persistence.import_hook",
 ]  # fmt: skip
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def number(value: float) -> bytes:
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    data = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def named(name: str) -> bytes:
-    module, member = name.rsplit(".", 1)
-    return b"c" + module.encode() + b"\n" + member.encode() + b"\n"
-
-
-def zipped(body: bytes, **records: bytes) -> bytes:
-    """Return a file of torch with a pickle."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("x/data.pkl", START + body + END)
-        archive.writestr("x/version", "3\n")
-        for key, data in records.items():
-            archive.writestr(f"x/data/{key}", data)
-    return file.getvalue()
-
-
-def legacy(body: bytes, *, keys: bytes = b"]", rest: bytes = b"") -> bytes:
-    """Return a file of torch before 1.6 with a pickle."""
-    head = [number(0x1950A86A20F9469CFC6C), number(1001), b"}", body, keys]
-    return b"".join(START + part + END for part in head) + rest
-
-
-def edm(body: bytes) -> bytes:
-    """Return a pickle of a dictionary with a value."""
-    return START + b"}" + text("ema") + body + b"s" + END
 
 
 READERS = {
@@ -127,30 +101,12 @@ def test_operations_on_values_of_the_wrong_type_are_rejected(harmless) -> None:
     harmless(b"\x8fK\x01K\x02s", made + "set")
     harmless(named("builtins.set") + b"]R", "expected a call of an allowed global")
     harmless(b"NNR", "expected a call of an allowed global")
-    harmless(b"(}(K\x01ut", "ValueError")
+    harmless(b"(}(K\x01ut", "expected pairs of keys and values, got an odd number")
 
 
 def test_unfinished_pickles_are_rejected(rejected) -> None:
     for body in (b"NN", b"(N", b"N(N"):
         rejected(zipped(body), "expected a pickle of one value")
-
-
-def storage(numel: int = 2, kind: str = "FloatStorage") -> bytes:
-    pid = text("storage") + named(f"torch.{kind}") + text("0") + text("cpu") + number(numel)
-    return b"(" + pid + b"tQ"
-
-
-# The earlier format has the viewed storage, None if there is none; the keys follow.
-OWN, KEY = storage().replace(b"tQ", b"NtQ"), b"]" + text("0") + b"a"
-
-
-def tensor(body: bytes, offset: int, size: tuple, stride: tuple) -> bytes:
-    def shape(values: tuple) -> bytes:
-        return b"(" + b"".join(map(number, values)) + b"t"
-
-    hooks = named("collections.OrderedDict") + b")R"
-    args = body + number(offset) + shape(size) + shape(stride) + b"\x89" + hooks
-    return named("torch._utils._rebuild_tensor_v2") + b"(" + args + b"tR"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +130,9 @@ def tensor(body: bytes, offset: int, size: tuple, stride: tuple) -> bytes:
     ],
 )
 def test_tensors_outside_their_storage_are_rejected(rejected, offset, size, stride) -> None:
-    match = "expected (a tensor within its 2 values|shape and strides of a tensor)"
+    match = (
+        "expected (a tensor within its 2 v|shape and strides of a t|tensors of the size of the f)"
+    )
     rejected(zipped(tensor(storage(), offset, size, stride), **{"0": bytes(8)}), match)
     data = legacy(OWN, keys=KEY, rest=struct.pack("<qff", 2, 1, 2))
     content = b"B" + struct.pack("<I", len(data)) + data + b"\x85R"
@@ -218,23 +176,6 @@ def test_malformed_storages_are_rejected(tmp_path, rejected) -> None:
     read_torch(path)
 
 
-def laughs(pair: bytes) -> bytes:
-    """Return 60 values, each with the previous one twice; the last is number 60 of the memo."""
-    values = [pair.replace(b"%", b"h" + bytes([n])) + b"q" + bytes([n + 1]) for n in range(60)]
-    return b"]q\x00" + b"".join(values)
-
-
-BOMBS = {
-    "lists": b"(" + laughs(b"](%%e") + b"t",
-    "tuples": b"(" + laughs(b"%%\x86") + b"t",
-    "dictionaries": b"(" + laughs(b"}(K\x01%K\x02%u") + b"t",
-    "a list of itself": b"]q\x00h\x00a",
-    "a deep list": b"]" * 5000 + b"a" * 4999,
-    "a deep tuple": b")" + b"\x85" * 5000,
-    "a wide list often": b"(](" + b"N" * 3000 + b"eq\x00" + b"](" + b"h\x00" * 3000 + b"et",
-}
-
-
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_exponentially_large_values_are_rejected(harmless, bomb) -> None:
     harmless(BOMBS[bomb], "that contains itself or repeats too often")
@@ -272,9 +213,9 @@ def test_keys_that_overflow_or_collide_are_rejected(harmless, key) -> None:
 def test_sizes_in_the_pickle_do_not_allocate_memory(harmless) -> None:
     huge = struct.pack("<Q", 2**40)
     for body in (b"\x8e" + huge, b"\x8d" + huge, b"B\xff\xff\xff\xff", b"X\xff\xff\xff\x7f"):
-        harmless(body + b"abc", "Error")
-    harmless(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "Error")
-    harmless(b"Nr\xff\xff\xff\xff" + b"(", "Error")
+        harmless(body + b"abc", "expected .*, got")
+    harmless(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "expected .*, got")
+    harmless(b"Nr\xff\xff\xff\xff" + b"(", "expected .*, got")
 
 
 @pytest.mark.parametrize("name", ["_codecs.encode", "builtins.set", "torch.Size"])
@@ -298,7 +239,7 @@ def test_state_of_plain_objects_is_rejected(harmless) -> None:
         harmless(made + b"}" + text("_metadata") + odd + b"sb", "expected the versions of modules")
     harmless(b"]}b", "got a state for list")
     number = named("numpy.dtype") + text("f8") + b"\x89\x88\x87R"
-    harmless(number + b"}b}b", "got a state for Node")
+    harmless(number + b"}b}b", "expected a plain little-endian dtype")
 
 
 def test_tensors_with_hooks_are_rejected(rejected) -> None:

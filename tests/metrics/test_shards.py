@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -181,3 +183,70 @@ def test_bad_numbers(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         load_shards(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_flipped_bit_is_noticed_and_its_file_drawn_again(tmp_path) -> None:
+    whole, bits = sample(tmp_path), random.Random(0)
+    files = sorted(tmp_path.glob("*.npy"))
+    for number, file in enumerate(files, 1):
+        good = file.read_bytes()
+        for position in [*range(0, len(good), 37), *range(len(good) - 20, len(good))]:
+            bad = bytearray(good)
+            bad[position] ^= 1 << bits.randrange(8)
+            file.write_bytes(bad)
+            with pytest.raises(ValueError, match=f"got {number} missing or damaged, first 00"):
+                load_shards(tmp_path)
+    assert torch.equal(sample(tmp_path), whole)
+
+
+def test_files_are_readable_by_numpy(tmp_path) -> None:
+    whole = sample(tmp_path)
+    for mode in (None, "r"):
+        arrays = [np.load(file, mmap_mode=mode) for file in sorted(tmp_path.glob("*.npy"))]
+        assert np.array_equal(np.concatenate(arrays), whole.numpy())
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"", "a damaged file: "),
+        (b"{", "a damaged file: "),
+        (b"\xff\xfe\x00", "a damaged file: "),
+        (b"[" * 100_000, "a damaged file: "),
+        (b"[1, 2]", "list"),
+        (b"null", "NoneType"),
+        (b"{}", r"\[\]"),
+        (b'{"count": 21}', r"\['count'\]"),
+        ({"count": "21"}, "count: expected an integer, got str"),
+        ({"count": -3}, "count: expected an integer >= 1, got -3"),
+        ({"count": True}, "count: expected an integer, got bool"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size: expected an integer, got float"),
+        ({"seed": None}, "seed: expected an integer, got NoneType"),
+        ({"data_range": [1, -1]}, "data_range: expected finite low < high"),
+        ({"data_range": "ab"}, "data_range: expected a pair"),
+    ],
+    ids=str,
+)
+def test_damaged_settings_are_errors_in_words(tmp_path, content, got) -> None:
+    sample(tmp_path)
+    file = tmp_path / "settings.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_bytes()) | content).encode()
+    file.write_bytes(content)
+    match = rf"directory: expected {file} as written by sample_to_shards, got {got}"
+    for use in (load_shards, sample):
+        with pytest.raises(ValueError, match=match) as caught:
+            use(tmp_path)
+        assert type(caught.value) is ValueError
+    assert file.read_bytes() == content
+
+
+def test_a_huge_count_makes_no_list(tmp_path) -> None:
+    sample(tmp_path)
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"count": 10**15}))
+    with pytest.raises(ValueError, match=r"expected 2\d* complete files .* first 00000020\.npy"):
+        load_shards(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no samples in .*: settings\.json is missing"):
+        load_shards(tmp_path / "none")

@@ -258,7 +258,7 @@ def test_foreign_torch_files_are_rejected(tmp_path) -> None:
 def test_other_versions_are_rejected(saved) -> None:
     state = torch.load(saved, weights_only=True)
     torch.save({**state, "version": 99}, saved)
-    rejected(saved, "expected version 1, got 99")
+    rejected(saved, "expected version 2, got 99")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_malicious_pickles_do_not_run(saved, tmp_path) -> None:
     state, victim = torch.load(saved, weights_only=True), tmp_path / "victim"
     for content in (Payload(victim), {**state, "extra": {"x": Payload(victim)}}):
         torch.save(content, saved)
-        rejected(saved, "expected a checkpoint written by save_checkpoint, got UnpicklingError")
+        rejected(saved, "expected a checkpoint written by save_checkpoint, got one that cannot be read")
         torch.save(content, saved, _use_new_zipfile_serialization=False)
         rejected(saved, "expected a checkpoint written by save_checkpoint, got")
     assert not victim.exists()

@@ -1,5 +1,7 @@
 """Distributions of training times over the steps of a chain."""
 
+import math
+
 import pytest
 import torch
 from support import seeded
@@ -236,7 +238,7 @@ def test_discrete_times_have_no_nats() -> None:
         (
             lambda: LossSecondMomentTimes(5).load_state_dict(learned().state_dict()),
             ValueError,
-            r"losses: expected shape \(4, 5\), got \(4, 10\)",
+            r"losses, counts: expected shapes \(N, 5\) and \(N,\), got \(4, 10\) and \(4,\)",
         ),
     ],
 )
@@ -247,3 +249,34 @@ def test_invalid_arguments(make, error, match) -> None:
 
 def test_repr() -> None:
     assert repr(LossSecondMomentTimes(5)) == "LossSecondMomentTimes(history=5, uniform=0.001)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"losses": None},
+        {"losses": torch.ones(4, 10, dtype=torch.int64)},
+        {"losses": torch.ones(4, 10, dtype=torch.complex64)},
+        {"losses": torch.full((4, 10), math.nan)},
+        {"losses": torch.full((4, 10), math.inf)},
+        {"losses": torch.ones(4, 9)},
+        {"losses": torch.ones(40)},
+        {"counts": torch.ones(4)},
+        {"counts": torch.ones(4, dtype=torch.bool)},
+        {"counts": torch.tensor([1, 2, 3, -1])},
+        {"counts": torch.ones(5, dtype=torch.int64)},
+        {"counts": torch.ones((), dtype=torch.int64)},
+        {"counts": [1, 1, 1, 1]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_history_is_refused_and_changes_nothing(change) -> None:
+    times = learned()
+    before = times.state_dict()
+    with pytest.raises(ValueError, match="expected"):
+        times.load_state_dict(before | change)
+    for wrong in ({"losses": before["losses"]}, [], None):
+        with pytest.raises(ValueError, match="state: expected losses and counts, got"):
+            times.load_state_dict(wrong)
+    assert all(torch.equal(value, before[name]) for name, value in times.state_dict().items())

@@ -381,3 +381,90 @@ def test_nats_with_references_of_the_same_class() -> None:
     plain = ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes(stratified=False))
     expected = plain.nats(model, data, class_labels=options["class_labels"], generator=seeded(7))
     torch.testing.assert_close(nats, expected)
+
+
+def masks() -> dict[str, torch.Tensor]:
+    """Masks of sequences (4, 2, 9) of lengths 9, 5, 1 and 7."""
+    kept = torch.arange(9) < torch.tensor([9, 5, 1, 7]).unsqueeze(1)
+    return {
+        "booleans": kept.unsqueeze(1).expand(4, 2, 9),
+        "one channel": kept.unsqueeze(1),
+        "integers": kept.unsqueeze(1).long(),
+        "weights": kept.unsqueeze(1) * torch.rand((4, 2, 9), generator=seeded(3)),
+        "all alike": torch.rand((1, 2, 9), generator=seeded(4)),
+    }
+
+
+@pytest.mark.parametrize("padding", [0.0, 7.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", masks())
+def test_a_masked_loss_is_the_mean_over_what_is_not_masked(name, padding):
+    mask, sde = masks()[name], VPSDE()
+    x0 = torch.randn((4, 2, 9), generator=seeded())
+    filled = x0.masked_fill(mask == 0, padding)
+    clean = x0.masked_fill(mask == 0, 0.0)
+    t = torch.tensor([0.1, 0.4, 0.7, 0.95])
+    model = VModel(lambda x, noise_label: 0.3 * x, sde)
+    objective = ScoreMatching(LikelihoodWeighting())
+    got = objective(model, filled, mask=mask, t=t, generator=seeded(1))
+    # By hand: eps_hat = sigma x + alpha v, and g^2 / sigma^2.
+    alpha, sigma = (c.view(4, 1, 1) for c in sde.marginal(t.double()))
+    sample = sde.perturb(clean.double(), t.double(), generator=seeded(1))
+    eps = torch.randn((4, 2, 9), generator=seeded(1)).double()
+    x = alpha * clean.double() + sigma * eps
+    del sample
+    error = (sigma * x + alpha * 0.3 * x - eps).square() * mask
+    weight = LikelihoodWeighting()(sde, t.double())
+    whole = mask.expand(4, 2, 9).double()
+    right = weight * error.sum((1, 2)) / whole.sum((1, 2))
+    torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-7)
+
+
+def test_masked_losses_in_nats_sum_over_what_is_not_masked():
+    mask = masks()["weights"]
+    x0 = torch.randn((4, 2, 9), generator=seeded())
+    objective = ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes())
+    nats = objective.nats(GAUSSIAN, x0, mask=mask, generator=seeded(1))
+    loss = objective(GAUSSIAN, x0, mask=mask, generator=seeded(1))
+    sde = GAUSSIAN.sde
+    torch.testing.assert_close(nats, 0.5 * (sde.T - sde.t_min) * mask.sum((1, 2)) * loss)
+
+
+GAUSSIAN = EpsModel(lambda x, noise_label: 0.5 * x, VPSDE())
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("x", "mask: expected a tensor or None, got str"),
+        (torch.ones(4, 3), r"mask: expected shape \(4, 2, 9\)"),
+        (torch.ones(9), r"mask: expected shape \(4, 2, 9\)"),
+        (torch.ones(3, 2, 9), r"mask: expected shape \(4, 2, 9\)"),
+        (-torch.ones(4, 2, 9), "mask: expected numbers >= 0, got -1"),
+        (torch.zeros(4, 2, 9), "mask: expected an entry > 0 in each sample"),
+        (torch.full((4, 2, 9), float("nan")), "mask: expected finite values"),
+        (torch.ones(4, 2, 9, dtype=torch.complex64), "mask: expected booleans or numbers"),
+    ],
+)
+def test_invalid_masks_raise(mask, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ScoreMatching()(GAUSSIAN, torch.zeros(4, 2, 9), mask=mask)
+
+
+def test_data_outside_the_models_range_raise():
+    model = EpsModel(zero, VPSDE(), data_range=(-1, 1))
+    x0 = torch.rand((8, 4), generator=seeded())
+    assert ScoreMatching()(model, 2 * x0 - 1).shape == (8,)
+    with pytest.raises(ValueError, match=r"x0: expected data within .*; scale 8-bit images first"):
+        ScoreMatching()(model, 255 * x0)
+    with pytest.raises(ValueError, match=r"x0: expected data within the model's range \[-1, 1\]"):
+        ScoreMatching()(model, x0 - 2)
+    mask = torch.ones(8, 4)
+    mask[:, 2] = 0  # what is masked may be anything
+    x0[:, 2] = 100.0
+    assert ScoreMatching()(model, x0, mask=mask).shape == (8,)
+
+
+def test_a_networks_nan_is_a_loss_that_training_can_skip():
+    """`clipped_step` skips it; only infinities of the library's own making raise."""
+    model = EpsModel(lambda x, noise_label: x * float("nan"), VPSDE())
+    assert bool(ScoreMatching()(model, torch.zeros(2, 3)).isnan().all())

@@ -143,3 +143,74 @@ def test_invalid_arguments() -> None:
     named = [{"x": torch.zeros(3)} for _ in range(20)]
     with pytest.raises(TypeError, match="tuples of tensors and numbers, got dict"):
         next(iter(ReferenceBatches(named, 4, 8)))
+
+
+@pytest.mark.parametrize("n", [40, 43])
+@pytest.mark.parametrize(("batch", "reference"), [(4, 12), (5, 5), (7, 40), (3, 13)])
+def test_a_resumed_epoch_continues_bit_for_bit(n, batch, reference) -> None:
+    """Wherever a run is interrupted, the rest has the same batches and references."""
+
+    def make() -> ReferenceBatches:
+        return ReferenceBatches(Counting(n), batch, reference, seed=3)
+
+    source = make()
+    whole = [*numbers(source), *numbers(source)]
+    for taken in range(len(whole)):
+        interrupted = make()
+        flow = itertools.chain.from_iterable(itertools.repeat(interrupted))
+        numbers(itertools.islice(flow, taken))
+        resumed = make()
+        resumed.load_state_dict(interrupted.state_dict())
+        assert resumed.state_dict() == interrupted.state_dict()
+        resumed.set_epoch(resumed.epoch)  # as loops over epochs do
+        rest = [*numbers(resumed), *numbers(resumed)]
+        assert rest[: len(whole) - taken] == whole[taken:]
+        left = len(source) - taken % len(source)
+        assert len(rest) == left + len(source)
+        assert max(resumed.dataset.loaded) <= 2
+
+
+def test_a_resumed_epoch_loads_only_what_it_uses() -> None:
+    source = ReferenceBatches(Counting(100), batch_size=10, reference_size=30)
+    source.load_state_dict(source.state_dict() | {"step": 5})
+    next(iter(source))
+    assert sum(source.dataset.loaded) == 30
+
+
+def test_the_place_is_that_of_all_ranks() -> None:
+    ranks = [ReferenceBatches(torch.arange(40.0), 2, 4, rank=r, world_size=2) for r in (0, 1)]
+    numbers(itertools.islice(ranks[0], 3))
+    fresh = ReferenceBatches(torch.arange(40.0), 2, 4, rank=1, world_size=2)
+    fresh.load_state_dict(ranks[0].state_dict())
+    assert numbers(fresh) == numbers(ranks[1])[3:]
+
+
+def test_the_place_in_other_batches_is_refused() -> None:
+    def make(n=40, batch=4, reference=8, **options) -> ReferenceBatches:
+        return ReferenceBatches(torch.arange(float(n)), batch, reference, **options)
+
+    source = make()
+    good = source.state_dict()
+    for other, message in (
+        (make(seed=1), "seed: expected 0, got 1"),
+        (make(n=41), "items: expected 40, got 41"),
+        (make(batch=5), "batch_size: expected 4, got 5"),
+        (make(reference=9), "reference_size: expected 8, got 9"),
+        (make(rank=0, world_size=2), "world_size: expected 1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            source.load_state_dict(other.state_dict())
+    for change, error in (
+        ({"step": 10}, ValueError),
+        ({"step": -1}, ValueError),
+        ({"step": 1.0}, TypeError),
+        ({"epoch": True}, TypeError),
+        ({"epoch": -1}, ValueError),
+        ({"more": 1}, ValueError),
+    ):
+        with pytest.raises(error, match="expected"):
+            source.load_state_dict(good | change)
+    for wrong in ({}, None, [1]):
+        with pytest.raises(ValueError, match="state: expected epoch, step, items"):
+            source.load_state_dict(wrong)
+    assert source.state_dict() == good

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pickle import UnpicklingError
 from reprlib import repr
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from .._files import PICKLE, CheckpointError, load_torch, opened
-from .._pickles import PLAIN_GLOBALS, Call, Node, check_view, run
+from .._pickles import Call, Node, run
+from .._tensors import GLOBALS
 
 _VERSION = 6
 _MODULES = "torch.nn.modules."
@@ -63,7 +64,7 @@ def read_edm_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     2022, arXiv 2206.00364 (released code).
     """
     with opened(path, "a network pickle of EDM", PICKLE) as file:
-        data = run(file, _find)
+        data = run(file, _GLOBALS, limit=os.stat(path).st_size)
         if file.read(1):
             raise UnpicklingError("expected the end of the file after the pickle, got more bytes")
         if type(data) is not dict or not isinstance(data.get("ema"), _Persistent):
@@ -85,7 +86,7 @@ def _public(value: Any) -> Any:
         return type(value)(map(_public, value))
     if isinstance(value, Node):
         raise UnpicklingError(f"expected plain values, got an object of {value.name}")
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -98,18 +99,10 @@ def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         if value is not None:
             if not isinstance(value, Tensor):
                 raise UnpicklingError(f"expected a tensor at {prefix}{key}, got something else")
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", value.detach()
     for key, child in state["_modules"].items():
         if child is not None:
             yield from _tensors(child, f"{prefix}{key}.")
-
-
-def _find(name: str) -> Any:
-    if name.startswith(_MODULES):
-        return Call(lambda: Node(name))
-    if name not in _GLOBALS:
-        raise UnpicklingError(f"the global {name}, which is not among the safe ones")
-    return _GLOBALS[name]
 
 
 def _persistent(meta: Any) -> _Persistent:
@@ -122,40 +115,27 @@ def _persistent(meta: Any) -> _Persistent:
     name, state = meta.get("class_name"), meta.get("state")
     if type(name) is not str or type(state) is not dict:
         raise UnpicklingError("expected the name and the state of an object, got something else")
-    return _Persistent(name, (), state)
+    return _Persistent(name, state)
 
 
 def _storage(data: Any) -> Any:
     if type(data) is not bytes:
         raise UnpicklingError(f"expected the bytes of a storage, got {type(data).__name__}")
-    storage = load_torch(BytesIO(data))
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise UnpicklingError(f"expected a storage, got {type(storage).__name__}")
-    return storage
+    return load_torch(BytesIO(data))
 
 
-def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any
-) -> Tensor:
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise UnpicklingError(f"expected the storage of a tensor, got {type(storage).__name__}")
-    data = storage._untyped_storage  # the public methods of a typed storage warn
-    numel = data.nbytes() // storage.dtype.itemsize
-    check_view(numel, offset, size, stride, limit=numel)
-    return torch.empty(0, dtype=storage.dtype).set_(data, offset, size, stride)
+class _Globals(dict[str, Any]):
+    """The globals of such pickles; all classes of torch's modules are among them."""
+
+    def __missing__(self, name: str) -> Any:
+        if not name.startswith(_MODULES):
+            raise KeyError(name)
+        return Call(lambda: Node(name))
 
 
-def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
-    if not isinstance(data, Tensor):
-        raise UnpicklingError(f"expected the tensor of a parameter, got {type(data).__name__}")
-    return data
-
-
-_GLOBALS: Mapping[str, Any] = {
-    **PLAIN_GLOBALS,
+_GLOBALS = _Globals(GLOBALS)
+_GLOBALS |= {
     "dnnlib.util.EasyDict": Call(lambda: {}),
     "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent),
     "torch.storage._load_from_bytes": Call(_storage),
-    "torch._utils._rebuild_tensor_v2": Call(_tensor),
-    "torch._utils._rebuild_parameter": Call(_parameter),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import UnionType
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from ..sde import VESDE, VPSDE, DDPMChain, SubVPSDE
 
 _ACTIVATIONS = {"swish": "silu", "lrelu": "leaky_relu", "elu": "elu", "relu": "relu"}
 _NCSNV2_LEVELS = {"ncsnv2_64": LEVELS_64, "ncsnv2_128": LEVELS_128, "ncsnv2_256": LEVELS_256}
+
+_HUGE = 2**31
 
 Network = NCSNpp | NCSNv2
 
@@ -46,29 +50,31 @@ class Setting:
         return self.kind(network, self.sde, label=self.label, data_range=data_range)
 
 
-def configured(config: Any, sigmas: Sequence[float]) -> tuple[Network, Setting]:
-    """Return the network that a configuration describes, and its setting.
+Configured = tuple[Callable[[], Network], Setting]
+
+
+def configured(config: Any, sigmas: Sequence[float]) -> Configured:
+    """Return what makes the network that a configuration describes, and its setting.
 
     Args:
         config: a name in `PUBLISHED`; a mapping or an object with attributes, with the sections
             ``model``, ``data`` and ``training``; or a network itself.
-        sigmas: the noise levels in the file, for the setting of a network.
+        sigmas: the noise levels in the file.
 
     Raises:
-        ValueError: if an entry is missing or unknown.
-        TypeError: if a network of another class is given.
+        ValueError: if an entry is missing, unknown or out of range.
+        TypeError: if a network of another class is given, or an entry has another type.
     """
     if isinstance(config, nn.Module):
         return _of_network(config, sigmas)
     if isinstance(config, str):
         if config not in PUBLISHED:
             raise ValueError(f"network: expected one of {', '.join(PUBLISHED)}, got {config!r}")
-        make, setting = PUBLISHED[config]
-        return make(), setting
-    return _of_sections(config)
+        return PUBLISHED[config]
+    return _of_sections(config, len(sigmas))
 
 
-def _of_network(network: nn.Module, sigmas: Sequence[float]) -> tuple[Network, Setting]:
+def _of_network(network: nn.Module, sigmas: Sequence[float]) -> Configured:
     if not isinstance(network, Network):
         raise TypeError(
             "network: expected an NCSNpp, DDPMpp, DDPMUNet or NCSNv2, a configuration or its "
@@ -76,10 +82,10 @@ def _of_network(network: nn.Module, sigmas: Sequence[float]) -> tuple[Network, S
         )
     config = network.config
     if config.get("sigmas") is not None:
-        return network, _smld(config["sigmas"])
+        return lambda: network, _smld(config["sigmas"])
     if config["scale_by_sigma"] or config["embedding"] == "fourier":
-        return network, _ve(sigmas[-1], sigmas[0])
-    return network, Setting(VPSDE())
+        return lambda: network, _ve(sigmas[-1], sigmas[0])
+    return lambda: network, Setting(VPSDE())
 
 
 @dataclass(frozen=True)
@@ -99,64 +105,92 @@ class _Section:
             raise ValueError(f"network: expected {self.name}.{name}, got none")
         return default[0]
 
+    def typed(self, kinds: type | UnionType, name: str, *default: Any) -> Any:
+        """Return an entry, or raise unless it has one of some types or is the default."""
+        value = self.get(name, *default)
+        wrong = isinstance(value, bool) and kinds is not bool
+        missing = bool(default) and value is default[0]
+        if not missing and (wrong or not isinstance(value, kinds)):
+            known = getattr(kinds, "__name__", str(kinds))
+            raise TypeError(
+                f"network: expected {self.name}.{name} of type {known}, got {type(value).__name__}"
+            )
+        if isinstance(value, int) and abs(value) >= _HUGE:
+            raise ValueError(f"network: expected {self.name}.{name} below {_HUGE:g}, got more")
+        return value
 
-def _of_sections(config: Any) -> tuple[Network, Setting]:
+    def sequence(self, kinds: type | UnionType, name: str, *default: Any) -> tuple[Any, ...]:
+        """Return an entry as a tuple, or raise unless it is a sequence of some types."""
+        # The lists of a configuration may be of a class of their own.
+        values = self.typed(Sequence, name, *default)
+        section = _Section(f"{self.name}.{name}", {str(i): value for i, value in enumerate(values)})
+        return tuple(section.typed(kinds, name) for name in section.values)
+
+
+def _of_sections(config: Any, levels: int) -> Configured:
     root = _Section("config", config)
     model, data, training = (_Section(s, root.get(s)) for s in ("model", "data", "training"))
-    kind = model.get("name")
-    sigmas = _smld_sigmas(model.get("sigma_min"), model.get("sigma_max"), model.get("num_scales"))
+    kind = model.typed(str, "name")
+    ends = model.typed(float | int, "sigma_min"), model.typed(float | int, "sigma_max")
+    if model.typed(int, "num_scales") != levels:
+        got = model.get("num_scales")
+        raise ValueError(f"network: expected model.num_scales {levels} as in the file, got {got}")
+    if not 0 < ends[0] < ends[1] < math.inf:
+        raise ValueError(f"network: expected 0 < model.sigma_min < model.sigma_max, got {ends}")
+    sigmas = _smld_sigmas(*ends, levels)
     setting = _setting(training, model, sigmas)
-    size, multipliers = data.get("image_size"), tuple(model.get("ch_mult", (1,)))
+    size, multipliers = data.typed(int, "image_size"), model.sequence(int, "ch_mult", (1,))
     options: dict[str, Any] = {
-        "channels": data.get("num_channels", data.get("channels", 3)),
-        "width": model.get("nf"),
-        "data_range": (-1.0, 1.0) if data.get("centered") else (0.0, 1.0),
+        "channels": data.typed(int, "num_channels", data.typed(int, "channels", 3)),
+        "width": model.typed(int, "nf"),
+        "data_range": (-1.0, 1.0) if data.typed(bool, "centered") else (0.0, 1.0),
     }
-    if str(kind).startswith("ncsnv2"):
+    if kind.startswith("ncsnv2"):
         return _ncsnv2(kind, sigmas=tuple(sigmas), **options), setting
     if kind not in ("ncsnpp", "ddpm"):
         raise ValueError(f"network: expected model.name ncsnpp, ddpm or ncsnv2_*, got {kind!r}")
-    activation = model.get("nonlinearity", "swish")
+    activation = model.typed(str, "nonlinearity", "swish")
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f"network: expected model.nonlinearity {', '.join(_ACTIVATIONS)}, got {activation!r}"
         )
-    conditional = model.get("conditional", True)
-    embedding = model.get("embedding_type", "positional") if kind == "ncsnpp" else "positional"
-    scaled = model.get("scale_by_sigma", False)
-    attended = model.get("attn_resolutions")
-    levels = range(len(multipliers))
+    conditional = model.typed(bool, "conditional", True)
+    embedding = "positional"
+    if kind == "ncsnpp":
+        embedding = model.typed(str, "embedding_type", "positional")
+    scaled = model.typed(bool, "scale_by_sigma", False)
+    attended = model.sequence(int, "attn_resolutions")
     options |= {
         "multipliers": multipliers,
-        "blocks": model.get("num_res_blocks"),
-        "attention_levels": tuple(i for i in levels if size // 2**i in attended),
-        "dropout": model.get("dropout", 0.0),
-        "resample_with_conv": model.get("resamp_with_conv", True),
+        "blocks": model.typed(int, "num_res_blocks"),
+        "attention_levels": tuple(i for i in range(len(multipliers)) if size >> i in attended),
+        "dropout": model.typed(float | int, "dropout", 0.0),
+        "resample_with_conv": model.typed(bool, "resamp_with_conv", True),
         "embedding": embedding if conditional else None,
         "activation": _ACTIVATIONS[activation],
         "scale_by_sigma": scaled,
         "sigmas": tuple(sigmas) if scaled and embedding == "positional" else None,
     }
     if kind == "ddpm":
-        return DDPMUNet(**options), setting
-    kernel = tuple(model.get("fir_kernel", (1, 3, 3, 1)))
+        return partial(DDPMUNet, **options), setting
+    kernel = model.sequence(float | int, "fir_kernel", (1, 3, 3, 1))
     options |= {
-        "fir_kernel": kernel if model.get("fir", False) else None,
-        "fourier_scale": model.get("fourier_scale", 16),
-        "resblock": model.get("resblock_type").lower(),
-        "progressive": model.get("progressive").lower(),
-        "progressive_input": model.get("progressive_input").lower(),
-        "progressive_combine": model.get("progressive_combine", "sum").lower(),
-        "skip_rescale": model.get("skip_rescale"),
+        "fir_kernel": kernel if model.typed(bool, "fir", False) else None,
+        "fourier_scale": model.typed(float | int, "fourier_scale", 16),
+        "resblock": model.typed(str, "resblock_type").lower(),
+        "progressive": model.typed(str, "progressive").lower(),
+        "progressive_input": model.typed(str, "progressive_input").lower(),
+        "progressive_combine": model.typed(str, "progressive_combine", "sum").lower(),
+        "skip_rescale": model.typed(bool, "skip_rescale"),
     }
-    return NCSNpp(**options), setting
+    return partial(NCSNpp, **options), setting
 
 
 def _setting(training: _Section, model: _Section, sigmas: list[float]) -> Setting:
-    kind, continuous = str(training.get("sde")).lower(), training.get("continuous")
+    kind, continuous = training.typed(str, "sde").lower(), training.typed(bool, "continuous")
     if kind == "vesde":
         return _ve(model.get("sigma_min"), model.get("sigma_max")) if continuous else _smld(sigmas)
-    betas = model.get("beta_min", 0.1), model.get("beta_max", 20.0)
+    betas = model.typed(float | int, "beta_min", 0.1), model.typed(float | int, "beta_max", 20.0)
     if kind == "subvpsde":
         return Setting(SubVPSDE(*betas))
     if kind != "vpsde":
@@ -164,11 +198,11 @@ def _setting(training: _Section, model: _Section, sigmas: list[float]) -> Settin
     return Setting(VPSDE(*betas)) if continuous else _ddpm(len(sigmas), *betas)
 
 
-def _ncsnv2(kind: str, **options: Any) -> NCSNv2:
+def _ncsnv2(kind: str, **options: Any) -> Callable[[], NCSNv2]:
     if kind not in _NCSNV2_LEVELS:
         known = ", ".join(_NCSNV2_LEVELS)
         raise ValueError(f"network: expected model.name {known}, got {kind!r}")
-    return NCSNv2(levels=_NCSNV2_LEVELS[kind], **options)
+    return partial(NCSNv2, levels=_NCSNV2_LEVELS[kind], **options)
 
 
 def _ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Setting:
@@ -194,9 +228,6 @@ def _smld_sigmas(sigma_min: float, sigma_max: float, levels: int) -> list[float]
     ratio = torch.linspace(0, 1, levels, dtype=torch.float64)
     sigmas: list[float] = (sigma_max * (sigma_min / sigma_max) ** ratio).tolist()
     return sigmas
-
-
-Configured = tuple[Callable[[], Network], Setting]
 
 
 def _continuous(make: Callable[[], Network], sigma_max: float) -> Configured:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .._files import CheckpointError, read_torch
+from .._weights import FLOATS, unwrapped
 
 FOURIER = "all_modules.0.W"
 """The fixed frequencies of a Fourier embedding."""
@@ -28,7 +29,8 @@ def read_score_sde(
         ema: whether to read the averaged weights rather than the last ones.
 
     Returns:
-        The tensors by name, without ``module.``, and the noise levels, the largest first.
+        The tensors by name, without prefixes such as ``module.``, and the noise levels, the
+        largest first.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -45,12 +47,27 @@ def read_score_sde(
     )
     if not tensors_only or not model:
         raise CheckpointError(f"{path}: expected tensors by name under 'model', got something else")
-    tensors = {key.removeprefix("module."): value for key, value in model.items()}
-    if len(tensors) < len(model):
-        raise CheckpointError(f"{path}: expected names with or without 'module.', got one as both")
+    _check_counts(path, data)
+    tensors = unwrapped(path, model)
     if ema:
         tensors |= _averages(path, data["ema"], tensors)
     return tensors, _levels(path, tensors.pop("sigmas", None))
+
+
+def _check_counts(path: str | os.PathLike[str], data: Mapping[Any, Any]) -> None:
+    """Raise unless the numbers beside the weights, as far as there are any, make sense."""
+    ema = data.get("ema")
+    averages = ema if isinstance(ema, Mapping) else {}
+    decay = averages.get("decay")
+    real = isinstance(decay, int | float) and not isinstance(decay, bool)
+    if decay is not None and not (real and 0 <= decay <= 1):
+        raise CheckpointError(f"{path}: ema.decay: expected a number in [0, 1], got {decay!r:.50}")
+    counts = {"ema.num_updates": averages.get("num_updates"), "step": data.get("step")}
+    for name, count in counts.items():
+        if isinstance(count, Tensor) and count.numel() == 1 and not count.is_floating_point():
+            count = count.item()
+        if count is not None and not (type(count) is int and count >= 0):
+            raise CheckpointError(f"{path}: {name}: expected an integer >= 0, got {count!r:.50}")
 
 
 def _averages(
@@ -79,7 +96,7 @@ def _averages(
 
 def _levels(path: str | os.PathLike[str], sigmas: Tensor | None) -> list[float]:
     # Rounded to 12 digits: the file's levels were computed from logarithms.
-    given = [] if sigmas is None or sigmas.is_complex() else sigmas.flatten().tolist()
+    given = sigmas.flatten().tolist() if sigmas is not None and sigmas.dtype in FLOATS else []
     levels = [float(f"{sigma:.12g}") for sigma in given]
     if len(levels) < 2 or not all(a > b for a, b in itertools.pairwise((math.inf, *levels, 0.0))):
         raise CheckpointError(

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .._files import CheckpointError, listed
-from .._weights import check_own_values, is_finite, weight_problems
+from .._weights import check_own_values, fill, is_finite, weight_problems
 
 
 @dataclass(frozen=True)
@@ -136,5 +136,4 @@ def transfer(
     problems += [f"unexpected {key:.200}" for key in tensors if key not in used]
     if problems:
         raise CheckpointError(f"{path}: the file does not fit the network, {listed(problems)}")
-    with torch.no_grad():
-        network.load_state_dict(state, assign=any(value.is_meta for value in wanted.values()))
+    fill(network, state)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from .._checks import check_count, check_number
 from .._files import CheckpointError, read_torch
+from .._weights import laid_out, unwrapped
 from ..models import EpsModel, StepLabel, X0Model
 from ..models.network import NetworkModel
 from ..networks import ADMUNet
@@ -42,6 +45,7 @@ _DEFAULTS: dict[str, Any] = {
     "predict_xstart": False,
     "sigma_small": False,
 }
+_MOST_STEPS = 100_000
 # Flags of training and sampling, and flags that the tensors determine.
 _WITHOUT_EFFECT = {
     "attention_resolutions",
@@ -88,13 +92,11 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
     2102.09672; Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021, arXiv
     2105.05233.
     """
-    data = read_torch(path, expected=_EXPECTED)
-    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
-        raise CheckpointError(f"{path}: expected {_EXPECTED}, got {type(data).__name__}")
-    tensors = dict(data)
+    tensors = _read(path)
     options = _infer(path, tensors, flags.get("learn_sigma"))
     given = _DEFAULTS | _checked(flags, _flags_of(options))
-    network = ADMUNet(
+    make = partial(
+        ADMUNet,
         **options,
         group_channels=1,  # always 32 groups
         heads=given["num_heads"],
@@ -102,6 +104,7 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
         head_channels=None if given["num_head_channels"] == -1 else given["num_head_channels"],
         dropout=given["dropout"],
     )
+    network = laid_out(path, make, tensors)
     order = _NEW_ORDER if given["use_new_attention_order"] else _LEGACY_ORDER
     transfer(path, network, _sources(network, order), tensors)
     steps = given["diffusion_steps"]
@@ -113,6 +116,20 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
         data_range=(-1.0, 1.0),
         variance="learned_range" if options["learn_sigma"] else fixed,
     ).eval()
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    data = read_torch(path, expected=_EXPECTED)
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        raise CheckpointError(f"{path}: expected {_EXPECTED}, got {type(data).__name__}")
+    others = [name for name, value in data.items() if not isinstance(value, Tensor)]
+    if others:
+        names = ", ".join(others[:6])
+        raise CheckpointError(
+            f"{path}: expected {_EXPECTED}, got a {type(data).__name__} with the entries "
+            f"{names:.200}, which are no tensors"
+        )
+    return unwrapped(path, data)
 
 
 def _chain(schedule: str, steps: int) -> DDPMChain:
@@ -130,7 +147,23 @@ def _checked(flags: dict[str, Any], inferred: dict[str, Any]) -> dict[str, Any]:
         if name not in inferred and name not in _DEFAULTS and name not in _WITHOUT_EFFECT:
             known = ", ".join(sorted(_DEFAULTS.keys() | inferred | _WITHOUT_EFFECT))
             raise TypeError(f"flags: expected released ones, {known}, got {name!r}")
+        if name in inferred or name in _DEFAULTS:
+            _check_type(name, value, (inferred | _DEFAULTS)[name])
     return {name: value for name, value in flags.items() if name in _DEFAULTS}
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raise unless a flag has the type of its default, and a count is possible."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    elif isinstance(default, int):
+        if value != default:
+            check_count(value, name)
+        if value > _MOST_STEPS:
+            raise ValueError(f"{name}: expected an integer <= {_MOST_STEPS}, got {value}")
+    elif isinstance(default, float):
+        check_number(value, name)
 
 
 def _infer(

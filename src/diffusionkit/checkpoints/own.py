@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import networks
-from .._files import CheckpointError, assign, atomic_write, check_weights, read_torch
+from .._distributed import whole
+from .._files import CheckpointError, check_weights, read_torch
+from .._weights import check_own_values, check_tensors, fill, laid_out, weight_problems
+from .._wrappers import bare_class, bare_state, unwrapped
+from .._writing import atomic_write, is_safetensors, save_torch
 from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"
@@ -25,16 +29,19 @@ _EXPECTED = "a network written by save_network"
 def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
     """Write a network of `diffusionkit.networks` to a file, with its configuration.
 
-    The file is written under a temporary name and renamed. With the ending ``.safetensors`` it is
-    a safetensors file, which needs that package; otherwise a file of torch.
+    The file is complete before it replaces the previous one. With the ending ``.safetensors`` it
+    is a safetensors file, which needs that package; otherwise a file of torch. Wrappers of torch
+    (torch.compile, DistributedDataParallel) are not saved, and sharded weights are gathered.
 
     Args:
         path: the file.
-        network: the network, without wrappers.
+        network: the network.
 
     Raises:
         TypeError: if the network is of another class.
-        ValueError: if it was built with anything but numbers, strings, lists and tuples.
+        ValueError: if it was built with anything but numbers, strings, lists and tuples, or its
+            weights are not finite.
+        OSError: if the file cannot be written; the previous one is left as it was.
 
     >>> import tempfile, torch
     >>> from diffusionkit.checkpoints import load_network, save_network
@@ -44,11 +51,12 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
     ...     load_network(f"{folder}/mlp.pt").config["width"]
     16
     """
-    name = type(network).__name__
-    if type(network) is not _CLASSES.get(name):
+    network = unwrapped(network) if isinstance(network, nn.Module) else network
+    kind = bare_class(network)
+    name = kind.__name__
+    if kind is not _CLASSES.get(name):
         raise TypeError(
-            f"network: expected one of {', '.join(_CLASSES)}, without a wrapper, "
-            f"got {type(network).__module__}.{name}"
+            f"network: expected one of {', '.join(_CLASSES)}, got {kind.__module__}.{name}"
         )
     try:
         config = json.dumps(network.config)
@@ -57,15 +65,13 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
             f"network: expected a configuration of plain values, got {network.config}"
         ) from error
     about = {"format": _FORMAT, "version": str(_VERSION), "network": name, "config": config}
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
-
-    def write(file: BinaryIO) -> None:
-        if str(path).endswith(".safetensors"):
-            file.write(_safetensors(state, about))
-        else:
-            torch.save(about | {"state": state}, file)
-
-    atomic_write(path, write)
+    state = {key: value.contiguous() for key, value in whole(bare_state(network)).items()}
+    for key, problem in weight_problems(state).items():
+        raise ValueError(f"network: {key}: {problem}")
+    if is_safetensors(path):
+        atomic_write(path, lambda file: file.write(_safetensors(state, about)))
+    else:
+        save_torch(path, about | {"state": state})
 
 
 def _safetensors(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
@@ -105,26 +111,23 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
         )
     try:
         config = json.loads(about["config"])
-        with torch.device("meta"):  # a damaged width allocates no memory
-            check_weights(path, "network", kind(**config), state)
-        network = kind(**config)
+        network = laid_out(path, partial(kind, **config), state)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a configuration of {kind.__name__}, got {error}"
         ) from error
-    dtypes = {value.dtype for value in state.values()}
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        raise CheckpointError(f"{path}: expected floating-point weights, got {dtypes}")
+    check_weights(path, "network", network, state)
+    check_tensors(path, "network", state)
+    check_own_values(path, state)
     # A network in half precision keeps some of its tensors in float32.
-    network.to(min(dtypes, key=lambda dtype: dtype.itemsize))
-    assign(path, "network", network, state)
+    fill(network, {key: value.clone() for key, value in state.items()})
     return network
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if str(path).endswith(".safetensors"):
+    if is_safetensors(path):
         tensors, about = read_safetensors(path)
         return about, tensors
     data = read_torch(path, expected=_EXPECTED)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from .._files import CheckpointError
+from .._weights import laid_out
 from ..models.network import NetworkModel
 from ..networks import NCSNpp
 from ._score_sde_config import configured
@@ -50,16 +51,18 @@ def load_score_sde(
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is damaged, foreign or hostile, or does not fit the network.
-        ValueError: if the configuration is incomplete or unknown.
+        TypeError: if an entry of the configuration has another type.
+        ValueError: if the configuration is incomplete, unknown or out of range.
 
     Source: Song et al., Score-Based Generative Modeling through Stochastic Differential
     Equations, 2021, arXiv 2011.13456.
     """
     tensors, sigmas = read_score_sde(path, ema=ema)
     if network is None:
-        network = infer_network(path, tensors, sigmas)
-    network, setting = configured(network, sigmas)
+        network = laid_out(path, partial(infer_network, path, tensors, sigmas), tensors)
+    make, setting = configured(network, sigmas)
     _check_levels(path, setting.sigmas, sigmas)
+    network = laid_out(path, make, tensors)
     first = 0
     if isinstance(network, NCSNpp) and network.embedding is None:
         # Files of unconditional networks hold the unused layers of an embedding.

@@ -15,7 +15,6 @@ from .._checks import (
     check_part,
     check_positive,
     check_state,
-    check_times,
     readable,
 )
 from .._grid_times import kernel
@@ -26,7 +25,7 @@ from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
 from ..training.optim import clipped_step
-from ..training.times import UniformTimes
+from ..training.times import UniformTimes, times_and_weights
 from ..values import expand
 from ._guided import check_callable, shape_or_type
 
@@ -200,16 +199,11 @@ def classifier_loss(
     check_state(x0, "x0")
     check_finite(x0, "x0")
     check_process(classifier, sde)
-    if t is None:
-        times = UniformTimes() if times is None else times
-        check_part(times, TimeSampler, "times")
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        t, weight = times.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
-    else:
-        if times is not None:
-            raise ValueError("times: expected times or t, got both")
-        check_times(t, sde.T, len(x0), x0)
-        weight = torch.ones_like(t)
+    if t is not None and times is not None:
+        raise ValueError("times: expected times or t, got both")
+    times = UniformTimes() if times is None else times
+    check_part(times, TimeSampler, "times")
+    t, weight = times_and_weights(times, sde, x0, t, generator)
     x = sde.perturb(x0, t, generator=generator).x
     return -weight * class_log_probs(classifier, x, t, class_labels)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .._checks import check_count, check_shape
+from .._precision import at_least_float32
 
 
 def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
@@ -31,6 +32,7 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
     """
     if not isinstance(nats, Tensor):
         raise TypeError(f"nats: expected a tensor, got {type(nats).__name__}")
+    nats = at_least_float32(nats) if nats.is_floating_point() else nats
     if isinstance(dims, int):
         check_count(dims, "dims")
         return nats / (dims * math.log(2))

@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +15,9 @@ from typing_extensions import override
 
 from .._checks import check_count, check_part
 from .._distributed import barrier, gather_objects, rank_and_world_size
-from .._files import atomic_write, read_torch
+from .._files import read_torch
 from .._loops import Progress, evaluation_mode, with_progress
+from .._writing import check_suffix, save_torch
 from ..random import seeded
 from .bits import bits_per_dim
 from .dequantization import Dequantizer
@@ -129,6 +129,7 @@ def evaluate_bits_per_dim(
     rank, world = rank_and_world_size()
     nats, file = torch.full((n, draws), math.nan, dtype=torch.float64), None
     if path is not None:
+        check_suffix(path)
         file = Path(path)
         _resume(nats, file, settings)
         file = file if world == 1 else file.with_name(f"{file.name}.{rank}")
@@ -160,7 +161,7 @@ def evaluate_bits_per_dim(
                 )
             nats[index, draw] = found
             if file is not None:
-                atomic_write(file, partial(torch.save, {"settings": settings, "nats": nats}))
+                save_torch(file, {"settings": settings, "nats": nats})
     for other in gather_objects(nats):
         nats = torch.where(nats.isnan(), other, nats)
     bits = bits_per_dim(nats, torch.as_tensor(data[0]).numel())

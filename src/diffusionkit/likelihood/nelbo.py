@@ -13,6 +13,7 @@ from typing_extensions import override
 from .._checks import (
     check_count,
     check_finite,
+    check_log_snr,
     check_part,
     check_range,
     check_state,
@@ -124,7 +125,7 @@ class NELBO:
 
         Raises:
             ValueError: if x is empty, not finite or outside the model's data_range, sigma is 0 at
-                t_min, or a prediction is not finite (checked on the CPU only).
+                t_min or alpha at T, or a prediction is not finite (checked on the CPU only).
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
@@ -170,11 +171,7 @@ class NELBO:
         with torch.no_grad():
             alphas, sigmas = sde.marginal(at)
             log_snr = sde.log_snr(at)
-        if not bool(torch.isfinite(log_snr).all()):
-            raise ValueError(
-                f"t_min: expected a time with sigma > 0, got {self.t_min:g}, where sigma is "
-                f"{float(sigmas[0]):g} and the bound infinite"
-            )
+        check_log_snr(log_snr.tolist(), self.t_min, sde.T)
         return alphas.tolist(), sigmas.tolist(), log_snr.tolist()
 
     def _integrand(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,11 +18,14 @@ from torch import Tensor
 
 from .._checks import check_count, check_number, check_state
 from .._distributed import barrier, rank_and_world_size
-from .._files import atomic_write
 from .._loops import Progress, with_progress
+from .._writing import atomic_write
 from ..random import seeded
 
 SETTINGS = "settings.json"
+_KEYS = {"count", "batch_size", "seed", "data_range", "settings"}
+_CHECKSUM = b"\ncrc32 %08x\n"  # after the content of a file, which readers of .npy ignore
+_LENGTH = len(_CHECKSUM % 0)
 
 
 def to_uint8(x: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
@@ -67,8 +73,9 @@ def sample_to_shards(
     r"""Draw samples and save them as 8-bit images, one .npy file (n, \*D) per batch.
 
     Sample i has its own generator, which depends only on the seed and i, not on the batch size or
-    the number of processes. Files are written atomically and existing ones are kept, so an
-    interrupted run can be resumed, also with another number of processes or a larger count.
+    the number of processes. Files are written atomically, with a checksum, and existing ones are
+    kept unless they are damaged, so an interrupted run can be resumed, also with another number of
+    processes or a larger count.
 
     Args:
         draw: returns n samples (n, \*D) from n generators, one per sample, for example
@@ -87,8 +94,8 @@ def sample_to_shards(
         progress: whether to show progress, or a function that wraps the batches and shows it.
 
     Raises:
-        ValueError: if the folder has samples with other settings or more samples, a number is out
-            of range, or samples are not finite or have the wrong shape.
+        ValueError: if the folder has samples with other settings or more samples, its settings are
+            damaged, a number is out of range, or samples are not finite or have the wrong shape.
         TypeError: if an argument has the wrong type, settings cannot be written as JSON, or draw
             does not return a floating-point tensor.
 
@@ -123,7 +130,7 @@ def sample_to_shards(
     missing = [
         (file, start, stop)
         for number, (file, start, stop) in enumerate(_shards(folder, count, batch_size))
-        if number % world_size == rank and not _kept(file, stop - start)
+        if number % world_size == rank and _images(file, stop - start) is None
     ]
     for file, start, stop in with_progress(missing, progress if rank == 0 else False):
         n = stop - start
@@ -143,18 +150,45 @@ def load_shards(directory: str | Path) -> Iterator[Tensor]:
 
     Raises:
         FileNotFoundError: if the folder has no samples.
-        ValueError: if files are missing or truncated, as after an interrupted run.
+        ValueError: if files are missing, as after an interrupted run, or damaged.
     """
     folder = Path(directory)
-    about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    shards = list(_shards(folder, about["count"], about["batch_size"]))
-    missing = [file.name for file, start, stop in shards if not _kept(file, stop - start)]
-    if missing:
+    about = _settings(folder)
+    expected = math.ceil(about["count"] / about["batch_size"])
+    names = {file.name for file in folder.glob("*.npy")}
+    # A damaged count must not make a long list.
+    shards = list(islice(_shards(folder, about["count"], about["batch_size"]), len(names) + 1))
+    bad = [file.name for file, start, stop in shards if _images(file, stop - start) is None]
+    if bad:
         raise ValueError(
-            f"directory: expected {len(shards)} complete files in {folder}, got {len(missing)} "
-            f"missing or truncated, first {missing[0]}; resume with sample_to_shards"
+            f"directory: expected {expected} complete files in {folder}, got "
+            f"{len(bad) + expected - len(shards)} missing or damaged, first {bad[0]}; "
+            "resume with sample_to_shards"
         )
     return (torch.from_numpy(np.load(file)) for file, _, _ in shards)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Read the settings of a folder."""
+    file = folder / SETTINGS
+    expected = f"directory: expected {file} as written by sample_to_shards, got"
+    try:
+        about = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no samples in {folder}: {SETTINGS} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{expected} a damaged file: {error}") from error
+    if not isinstance(about, dict) or set(about) != _KEYS:
+        got = sorted(about) if isinstance(about, dict) else type(about).__name__
+        raise ValueError(f"{expected} {got}")
+    try:
+        check_count(about["count"], "count")
+        check_count(about["batch_size"], "batch_size")
+        check_count(about["seed"], "seed", least=0)
+        about["data_range"] = _range(about["data_range"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected} {error}") from error
+    return about
 
 
 def _range(data_range: tuple[float, float]) -> list[float]:
@@ -183,10 +217,8 @@ def _plain(settings: Mapping[str, Any]) -> Any:
 def _keep_settings(folder: Path, about: dict[str, Any]) -> None:
     """Write the settings, or check that existing files have the same ones and are not more."""
     file = folder / SETTINGS
-    kept = about | {"count": 0}
-    if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    if about | {"count": kept.get("count")} != kept:
+    kept = _settings(folder) if file.exists() else about | {"count": 0}
+    if about | {"count": kept["count"]} != kept:
         raise ValueError(f"settings: expected {kept}, as saved in {folder}, got {about}")
     if kept["count"] > about["count"]:
         raise ValueError(
@@ -194,15 +226,18 @@ def _keep_settings(folder: Path, about: dict[str, Any]) -> None:
             f"got {about['count']}"
         )
     if kept["count"] < about["count"]:
-        atomic_write(file, partial(_write, json.dumps(about, indent=1)))
-
-
-def _write(text: str, file: BinaryIO) -> None:
-    file.write(text.encode("utf-8"))
+        text = json.dumps(about, indent=1).encode()
+        atomic_write(file, lambda opened: opened.write(text))
 
 
 def _save(images: Tensor, file: BinaryIO) -> None:
-    np.save(file, images.cpu().numpy())
+    content = BytesIO()
+    np.save(content, images.cpu().numpy())
+    file.write(content.getvalue() + _checksum(content.getvalue()))
+
+
+def _checksum(content: bytes) -> bytes:
+    return _CHECKSUM % zlib.crc32(content)
 
 
 def _shards(folder: Path, count: int, batch_size: int) -> Iterator[tuple[Path, int, int]]:
@@ -210,10 +245,14 @@ def _shards(folder: Path, count: int, batch_size: int) -> Iterator[tuple[Path, i
         yield folder / f"{start:08d}.npy", start, min(start + batch_size, count)
 
 
-def _kept(file: Path, n: int) -> bool:
-    """Whether a file has all of its n images."""
+def _images(file: Path, n: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+    """Return the n images of a file; None if it is missing, truncated or damaged."""
     try:
-        images = np.load(file, mmap_mode="r")
+        whole = file.read_bytes()
+        content, checksum = whole[:-_LENGTH], whole[-_LENGTH:]
+        if checksum != _checksum(content):
+            return None
+        images = np.load(BytesIO(content))
     except (OSError, EOFError, ValueError):
-        return False
-    return len(images) == n and images.dtype == np.uint8
+        return None
+    return images if len(images) == n and images.dtype == np.uint8 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -70,17 +71,17 @@ class EDMModel(NetworkModel):
     def _default_label() -> Label:
         return LogSigmaLabel()
 
-    def _total(self, ratio: Tensor) -> Tensor:
-        return (ratio * ratio + self.sigma_data**2) ** 0.5
+    def _std(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return alpha S, the standard deviation of the state; finite at alpha = 0."""
+        return torch.hypot(sigma, alpha * self.sigma_data)
 
     @override
     def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        ratio = sigma / alpha
-        total = self._total(ratio)
-        return ratio / (self.sigma_data * total), -self.sigma_data / total
+        std = self._std(alpha, sigma)
+        return sigma / (self.sigma_data * std), -self.sigma_data * alpha / std
 
     def _input_scale(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
-        return (1.0 / (alpha * self._total(sigma / alpha)),)
+        return (1.0 / self._std(alpha, sigma),)
 
     @override
     def scale_input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

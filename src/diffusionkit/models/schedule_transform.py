@@ -69,7 +69,9 @@ class ScheduleTransformedModel(ScoreModel):
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
         inner = self.model.sde.time_at_log_snr(self.sde.log_snr(exact(t)))
-        scale = expand(self.model.sde.marginal(inner)[0] / alpha, x)
+        # The ratio of the scales, which is that of the noises: finite where either is 0.
+        inner_alpha, inner_sigma = self.model.sde.marginal(inner)
+        scale = expand(((inner_alpha**2 + inner_sigma**2) / (alpha**2 + sigma**2)) ** 0.5, x)
         prediction = self.model.predict((x * scale).to(x.dtype), inner, **cond)
         fraction = prediction.log_var_fraction  # independent of the scale
         return Prediction(x, prediction.x0, prediction.eps, alpha, sigma, log_var_fraction=fraction)

@@ -56,9 +56,13 @@ class _SpacedGrid(abc.ABC):
         times = self._spaced(sde, ends, u).detach()
         times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
-            raise ValueError(
-                f"t_end: expected a time at which {type(self).__name__} is finite, got {t_end}"
-            )
+            name = type(self).__name__
+            if float(sde.marginal(ends[:1])[0]) == 0.0:
+                raise ValueError(
+                    f"sde: expected alpha(T) > 0 for {name}, got 0 at T = {sde.T:g}, where the "
+                    "log-SNR is -inf; use UniformGrid, or the steps of the chain"
+                )
+            raise ValueError(f"t_end: expected a time with noise for {name}, got {t_end}")
         return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
 
 

@@ -69,9 +69,11 @@ def run_checks(subject: str, checks: Sequence[Check], *arguments: Any) -> Report
 
 def largest_difference(got: Tensor, expected: Tensor, tolerance: float) -> str | None:
     """Return where two tensors (n,) differ most, or None if they agree."""
-    scale = expected.abs().max().clamp_min(1e-300)
-    error = (got - expected).abs() / (expected.abs() + 1e-6 * scale)
-    error = torch.where(torch.isfinite(got), error, torch.inf)
+    known = expected.abs()
+    scale = torch.where(torch.isfinite(known), known, 0.0).max().clamp_min(1e-300)
+    error = (got - expected).abs() / (known + 1e-6 * scale)
+    error = torch.where(torch.isfinite(got) & torch.isfinite(known), error, torch.inf)
+    error = torch.where(got == expected, 0.0, error)  # the same infinity, too
     worst = int(error.argmax())
     if float(error[worst]) <= tolerance:
         return None

@@ -184,11 +184,10 @@ def _holder(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         node: nn.Module = root
         for name in prefix.split(".")[:-1]:
             node = cast(nn.Module, node._modules.setdefault(name, _Holder()))
-        for mine, theirs in (
-            (node._parameters, module._parameters),
-            (node._buffers, module._buffers),
-        ):
-            mine.update({n: tensors.get(prefix + n) for n in theirs})  # type: ignore[arg-type]
+        for name, x in module._parameters.items():
+            node._parameters[name] = cast(Any, None if x is None else tensors[prefix + name])
+        for name, buffer in module._buffers.items():
+            node._buffers[name] = None if buffer is None else tensors[prefix + name]
         node._non_persistent_buffers_set |= module._non_persistent_buffers_set
     return root
 

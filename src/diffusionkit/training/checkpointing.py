@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pickle import PicklingError, UnpicklingError
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._distributed import placed_state, whole
-from .._files import CheckpointError, atomic_write, check_torch, check_weights, read_torch
+from .._checks import check_count, check_part
+from .._distributed import whole
+from .._files import CheckpointError, read_torch
+from .._wrappers import bare_state, load_bare_state
+from .._writing import check_suffix, checked_path
 from ._averaged_weights import check_own_weights
+from ._checkpoint_parts import (
+    averages_of,
+    check_arguments,
+    check_finite_weights,
+    check_has_parts,
+    fitted_averages,
+    fitted_model,
+    fitted_part,
+    objective_parts,
+    parameter_names,
+    unread_parts,
+)
+from ._model_description import described, difference
+from ._optimizer_state import fitted_optimizer, load_optimizer, saved_optimizer
+from ._payload import save_payload
+from ._random_states import (
+    check_random_states,
+    check_torch_state,
+    random_states,
+    restore_random_states,
+)
 from .ema import EMA
+from .power_ema import PowerEMA
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "diffusionkit.checkpoint"
-VERSION = 1
+VERSION = 2
 
 _PARTS: dict[str, Any] = {
     "step": int,
@@ -33,6 +59,13 @@ _PARTS: dict[str, Any] = {
     "generators": dict,
     "random": dict,
     "extra": dict,
+}
+# What version 1 did not have, and its value there.
+_LATER: dict[str, tuple[Any, Any]] = {
+    "about": (dict, {}),
+    "objective": (dict, {}),
+    "optimizer_names": (list | None, None),
+    "optimizer_entries": (dict | None, None),
 }
 
 
@@ -53,8 +86,9 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
     *,
-    ema: EMA | None = None,
+    ema: EMA | PowerEMA | None = None,
     optimizer: Optimizer | None = None,
+    objective: Any = None,
     step: int = 0,
     stateful: Mapping[str, Any] | None = None,
     generators: Mapping[str, torch.Generator] | None = None,
@@ -62,60 +96,68 @@ def save_checkpoint(
 ) -> None:
     """Write the whole training state to a file.
 
-    The file is written under a temporary name and renamed, so a crash leaves the previous
-    checkpoint intact. The states of Python's, numpy's and torch's global random generators are
-    stored too: on a CPU a resumed run continues bit for bit.
+    The file is complete and on the disk before it replaces the previous one, so a crash leaves
+    one or the other. The states of Python's, numpy's and torch's global random generators are
+    stored too: on a CPU a resumed run continues bit for bit. Weights have the names of the model
+    without wrappers (torch.compile, DistributedDataParallel), and those of a sharded model are
+    gathered: then all processes must call this. A description of the model's process,
+    parameterization, noise label and network is stored with them.
 
     Args:
         path: the file.
         model: the score model.
         ema: the average of its weights.
         optimizer: the optimizer.
+        objective: the objective, whose parts may have a state, such as `LossSecondMomentTimes`.
         step: the number of steps taken.
         stateful: further objects with `state_dict` and `load_state_dict`, by name: a scheduler,
-            a gradient scaler.
+            a gradient scaler, `ReferenceBatches`.
         generators: the torch generators of your loop, by name.
         extra: plain values and tensors to keep.
 
     Raises:
-        ValueError: if a part holds values that cannot be read back safely.
+        ValueError: if a part holds values that cannot be read back, weights or moments are not
+            finite, the model holds averaged weights, or the name is that of a safetensors file.
+        TypeError: if a part has the wrong type.
+        OSError: if the file cannot be written; the previous one is left as it was.
     """
+    check_suffix(path)
+    check_part(model, nn.Module, "model")
+    check_count(step, "step", least=0)
+    check_arguments(ema, optimizer, stateful, generators, extra)
     check_own_weights(model)
-    payload = whole(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": int(step),
-            "model": model.state_dict(),
-            "ema": ema.state_dict() if ema is not None else None,
-            "optimizer": optimizer.state_dict() if optimizer is not None else None,
-            "optimizer_type": type(optimizer).__name__ if optimizer is not None else None,
-            "stateful": {name: part.state_dict() for name, part in (stateful or {}).items()},
-            "generators": {name: g.get_state() for name, g in (generators or {}).items()},
-            "random": _random_states(),
-            "extra": dict(extra or {}),
-        }
-    )
-
-    def write(file: BinaryIO) -> None:
-        try:
-            torch.save(payload, file)
-            check_torch(file)
-        except (UnpicklingError, PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                "checkpoint: expected tensors, numbers, strings, lists and dictionaries only, "
-                f"got values that cannot be read back safely: {error}"
-            ) from error
-
-    atomic_write(path, write)
+    parts, stateful = objective_parts(objective), stateful or {}
+    weights = whole(bare_state(model))
+    check_finite_weights("model", model, weights)
+    averages: Any = None if ema is None else whole(ema.state_dict())
+    for length, average in averages_of(ema).items():
+        state, name = (averages, "ema") if length is None else (averages[length], f"ema[{length}]")
+        check_finite_weights(name, average.model, state["model"])
+    names = parameter_names(model, parts, stateful)
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "about": described(model),
+        "model": weights,
+        "ema": averages,
+        "objective": {name: whole(part.state_dict()) for name, part in parts.items()},
+        "stateful": {name: whole(part.state_dict()) for name, part in stateful.items()},
+        "generators": {name: g.get_state() for name, g in (generators or {}).items()},
+        "random": random_states(),
+        "extra": whole(dict(extra or {})),
+        **saved_optimizer(optimizer, names),
+    }
+    save_payload(path, payload)
 
 
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
     *,
-    ema: EMA | None = None,
+    ema: EMA | PowerEMA | None = None,
     optimizer: Optimizer | None = None,
+    objective: Any = None,
     stateful: Mapping[str, Any] | None = None,
     generators: Mapping[str, torch.Generator] | None = None,
     restore_random: bool = True,
@@ -123,11 +165,18 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a file of `save_checkpoint` into objects, strictly: after an error none has changed.
 
+    The process, parameterization, noise label and network of the model must be those of the file:
+    processes and labels are compared by their values, networks by class and arguments. To use
+    its weights in another model, load them into one like the file's and pass on its network.
+    Moments of the optimizer are matched to parameters by name. Parts of the file that are not
+    asked for are listed in a warning in the log.
+
     Args:
         path: the file.
         model: the score model.
         ema: the average of its weights.
         optimizer: the optimizer.
+        objective: the objective, with the parts that it had.
         stateful: the further objects that were saved, by name.
         generators: the torch generators of your loop, by name.
         restore_random: whether to set the global random generators too.
@@ -138,106 +187,109 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged or not a checkpoint, lacks a requested
-            part, or has missing, extra or misshapen tensors.
+        CheckpointError: if the file is truncated, damaged, not a checkpoint or one of another
+            model, lacks a requested part, or has missing, extra, misshapen or invalid entries.
+        ValueError: if the model holds averaged weights.
+        TypeError: if a part has the wrong type.
     """
+    file = checked_path(path)
+    check_part(model, nn.Module, "model")
+    check_arguments(ema, optimizer, stateful, generators, None)
     check_own_weights(model)
-    state = _read(path, map_location)
-    stateful, generators = stateful or {}, generators or {}
-    for name, wanted in (("ema", ema), ("optimizer", optimizer)):
-        if wanted is not None and state[name] is None:
-            raise CheckpointError(f"{path}: expected a checkpoint with {name}, got one without")
-    for name, parts in (("stateful", stateful), ("generators", generators)):
-        if missing := sorted(set(parts) - set(state[name])):
-            raise CheckpointError(
-                f"{path}: expected {name} {missing}, got {sorted(state[name]) or 'none'}"
-            )
-    loads: list[tuple[Callable[[Any], Any], Any, Any]] = []
+    asked = {
+        "ema": ema, "optimizer": optimizer, "objective": objective_parts(objective),
+        "stateful": stateful or {}, "generators": generators or {},
+    }  # fmt: skip
+    state = _read(file, map_location)
+    check_has_parts(file, state, asked)
+    done: list[_Load] = []
     try:
-        check_weights(path, "model", model, state["model"])
-        if ema is not None:
-            check_weights(path, "ema", ema.model, state["ema"]["model"])
-        if optimizer is not None:
-            _check_optimizer(path, optimizer, state)
-            after = _placed_optimizer(optimizer, state["optimizer"])
-            loads.append((optimizer.load_state_dict, optimizer.state_dict(), after))
-        for name, part in stateful.items():
-            loads.append((part.load_state_dict, part.state_dict(), state["stateful"][name]))
-        for name, generator in generators.items():
-            after = state["generators"][name].cpu()
-            loads.append((generator.set_state, generator.get_state(), after))
-        if restore_random:
-            loads.append((_restore_random, _random_states(), state["random"]))
-        loads = [(load, copy.deepcopy(before), after) for load, before, after in loads]
-        for load, _, after in loads:
-            load(after)
-        # The weights come last: they were fully checked and cannot fail.
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-        model.load_state_dict(placed_state(state["model"], model.state_dict()))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        for load, before, _ in loads:
-            load(before)
+        loads = _loads(file, model, state, asked, restore_random)
+        for load in loads:
+            done.append(load)
+            load.into(load.after)
+    except BaseException as error:
+        for load in done:
+            load.into(load.before)
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            raise
         raise CheckpointError(
-            f"{path}: expected states that fit the objects given, "
+            f"{file}: expected states that fit the objects given, "
             f"got {type(error).__name__}: {error}"
         ) from error
+    if unread := list(unread_parts(state, asked)):
+        logger.warning("%s: not loaded, since nothing asked for it: %s", file, ", ".join(unread))
     return Checkpoint(step=state["step"], extra=state["extra"])
 
 
-def _read(path: str | os.PathLike[str], map_location: torch.device | str | None) -> dict[str, Any]:
+@dataclass
+class _Load:
+    """A state to load into an object, and the one that it has before."""
+
+    into: Callable[[Any], Any]
+    before: Any
+    after: Any
+
+
+def _loads(
+    file: str,
+    model: nn.Module,
+    state: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    restore_random: bool,
+) -> list[_Load]:
+    """Return what is to be loaded, after checking all of it."""
+    weights = fitted_model(file, "model", model, state["model"])
+    if (problem := difference(described(model, weights), state["about"])) is not None:
+        raise CheckpointError(f"{file}: {problem}")
+    loads = []
+    if (optimizer := asked["optimizer"]) is not None:
+        names = parameter_names(model, asked["objective"], asked["stateful"])
+        moments = fitted_optimizer(file, optimizer, names, state)
+        loads.append(_Load(partial(load_optimizer, optimizer), optimizer.state_dict(), moments))
+    for kind in ("objective", "stateful"):
+        for name, part in asked[kind].items():
+            after = fitted_part(file, f"{kind}[{name!r}]", part, state[kind][name])
+            loads.append(_Load(part.load_state_dict, part.state_dict(), after))
+    try:
+        for name, generator in asked["generators"].items():
+            after = state["generators"][name]
+            check_torch_state(after, torch.Generator(generator.device), f"generators[{name!r}]")
+            loads.append(_Load(generator.set_state, generator.get_state(), after.cpu()))
+        if restore_random:
+            check_random_states(state["random"])
+            loads.append(_Load(restore_random_states, random_states(), state["random"]))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if (ema := asked["ema"]) is not None:
+        averages = fitted_averages(file, "ema", ema, state["ema"])
+        loads.append(_Load(ema.load_state_dict, ema.state_dict(), averages))
+    for load in loads:
+        load.before = copy.deepcopy(load.before)
+    own = bare_state(model)
+    if not all(isinstance(value, torch.Tensor) for value in own.values()):
+        own = copy.deepcopy(own)  # an extra state may be refused; checked tensors are not
+    return [*loads, _Load(partial(load_bare_state, model), own, weights)]
+
+
+def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
     expected = "a checkpoint written by save_checkpoint"
     state = read_torch(path, expected=expected, map_location=map_location)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected {expected}, got a foreign file")
-    if state.get("version") != VERSION:
-        raise CheckpointError(f"{path}: expected version {VERSION}, got {state.get('version')}")
-    odd = [k for k, kind in _PARTS.items() if k not in state or not isinstance(state[k], kind)]
+    version = state.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise CheckpointError(f"{path}: expected version {VERSION}, got {version}")
+    if version == 1:
+        logger.warning(
+            "%s: a file of version 1 does not know its process, parameterization, noise label and "
+            "network, nor the names of the optimizer's parameters; they are not compared", path,
+        )  # fmt: skip
+        state = {**{name: value for name, (_, value) in _LATER.items()}, **state}
+    kinds = _PARTS | {name: kind for name, (kind, _) in _LATER.items()}
+    odd = [k for k, kind in kinds.items() if k not in state or not isinstance(state[k], kind)]
     if odd:
         raise CheckpointError(f"{path}: expected {expected}, got one with odd or missing: {odd}")
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise CheckpointError(f"{path}: step: expected a number >= 0, got {state['step']}")
     return state
-
-
-def _check_optimizer(
-    path: str | os.PathLike[str], optimizer: Optimizer, state: Mapping[str, Any]
-) -> None:
-    def described(kind: str, groups: list[dict[str, Any]]) -> str:
-        return f"{kind} with groups of {[len(group['params']) for group in groups]} tensors"
-
-    wanted = described(type(optimizer).__name__, optimizer.param_groups)
-    got = described(state["optimizer_type"], state["optimizer"]["param_groups"])
-    if wanted != got:
-        raise CheckpointError(f"{path}: optimizer: expected {wanted}, got {got}")
-
-
-def _placed_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state with the moments of each parameter sharded as it is."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [n for group in state["param_groups"] for n in group["params"]]
-    moments = dict(state["state"])
-    for n, p in zip(numbers, parameters, strict=True):
-        if n in moments:
-            like = {k: p for k, x in moments[n].items() if getattr(x, "shape", None) == p.shape}
-            moments[n] = placed_state(moments[n], like)
-    return {**state, "state": moments}
-
-
-def _random_states() -> dict[str, Any]:
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _restore_random(states: Mapping[str, Any]) -> None:
-    random.setstate(states["python"])
-    keys, *rest = states["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

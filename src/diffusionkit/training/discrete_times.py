@@ -172,12 +172,23 @@ class LossSecondMomentTimes(TimeSampler):
         """Restore a history returned by `state_dict`.
 
         Raises:
-            ValueError: if the losses are not of shape (N, history).
+            ValueError: if it is not one of this length, or holds negative or infinite numbers.
         """
+        if not isinstance(state, Mapping) or {*state} != {"losses", "counts"}:
+            got = list(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: expected losses and counts, got {got}")
+        for name, dtype in (("losses", torch.float64), ("counts", torch.int64)):
+            value: Any = state[name]
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            if got != dtype:
+                raise ValueError(f"{name}: expected a tensor of {dtype}, got {got}")
         losses, counts = state["losses"], state["counts"]
-        if losses.shape != (len(counts), self.history):
+        if counts.ndim != 1 or losses.shape != (len(counts), self.history):
             raise ValueError(
-                f"losses: expected shape ({len(counts)}, {self.history}), got {tuple(losses.shape)}"
+                f"losses, counts: expected shapes (N, {self.history}) and (N,), "
+                f"got {tuple(losses.shape)} and {tuple(counts.shape)}"
             )
+        if not bool(losses.isfinite().all()) or bool((counts < 0).any()):
+            raise ValueError("losses, counts: expected finite losses and counts >= 0, got others")
         self._losses = losses.to("cpu", torch.float64, copy=True)
         self._counts = counts.to("cpu", torch.int64, copy=True)

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_finite, check_part, check_reference, check_state
+from .._checks import (
+    check_device,
+    check_finite,
+    check_part,
+    check_range,
+    check_reference,
+    check_state,
+    readable,
+)
 from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
+from ._output_weights import output_weights
 from .targets import DenoisingTarget
 from .times import UniformTimes, times_and_weights
 from .weighting import LikelihoodWeighting, SimpleWeighting
@@ -25,7 +34,9 @@ class ScoreMatching:
 
     with w the weighting times the time sampler's weight, and the mean over the d dimensions of
     a sample. The error is computed in the model's own parameterization, which loses no digits at
-    any noise level.
+    any noise level; where a weight is infinite and the error zero, as for `VModel` at alpha = 0,
+    the loss is the finite limit. A network's output that is not finite gives a loss that is not,
+    which `clipped_step` skips and reports.
 
     Args:
         weighting: the weight of the noise-prediction error, `SimpleWeighting` by default.
@@ -69,6 +80,7 @@ class ScoreMatching:
         *,
         reference: Tensor | None = None,
         reference_class_labels: Tensor | None = None,
+        mask: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
     ) -> Tensor:
@@ -79,8 +91,8 @@ class ScoreMatching:
             \|s_\theta - \nabla \log p(x_t | x_0)\|^2 \, dt
             = \tfrac{d}{2} (T - t_{min}) \, E[\ell]
 
-        an unbiased estimate of the trainable term of the bound on -log p of the SDE model.
-        `NELBO` computes the whole bound.
+        an unbiased estimate of the trainable term of the bound on -log p of the SDE model, d the
+        sum of the mask if there is one. `NELBO` computes the whole bound.
 
         Raises:
             TypeError: if the weighting is not `LikelihoodWeighting`.
@@ -104,11 +116,13 @@ class ScoreMatching:
             x0,
             reference=reference,
             reference_class_labels=reference_class_labels,
+            mask=mask,
             generator=generator,
             **cond,
         )
         sde = model.sde
-        return 0.5 * (sde.T - sde.t_min) * x0[0].numel() * loss
+        d = x0[0].numel() if mask is None else mask.expand_as(x0).flatten(1).sum(1)
+        return 0.5 * (sde.T - sde.t_min) * d * loss
 
     def __call__(
         self,
@@ -117,6 +131,7 @@ class ScoreMatching:
         *,
         reference: Tensor | None = None,
         reference_class_labels: Tensor | None = None,
+        mask: Tensor | None = None,
         t: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
@@ -128,13 +143,18 @@ class ScoreMatching:
             x0: the data (B, *D).
             reference: reference data (n, *D), for targets that use them.
             reference_class_labels: the class labels (n,) of the reference data.
+            mask: booleans or weights >= 0 of the elements, (B, *D) or with sizes of 1, such as
+                (B, 1, H, W): the loss is sum(mask * error^2) / sum(mask). The data are set to 0
+                where it is 0, whatever their value, NaN included.
             t: times (B,), in [0, T], with weight 1; drawn from the time sampler by default.
             generator: the generator of times and noise.
             cond: conditions, passed to the model and to the target.
 
         Raises:
-            ValueError: if the batch is empty or not finite, or the shapes, dtypes or devices of
-                data and reference differ.
+            ValueError: if the batch is empty, not finite or outside the model's data_range; the
+                shapes, dtypes or devices of data and reference differ; a mask has no entry > 0; a
+                part returns another shape than the interface's; or the loss is infinite although
+                the model's output is not.
             TypeError: if x0 is not a floating-point tensor, or model is not a ScoreModel.
         """
         if not isinstance(model, ScoreModel):
@@ -143,7 +163,10 @@ class ScoreMatching:
                 "not the score model: EpsModel(DistributedDataParallel(network), sde)"
             )
         check_state(x0, "x0")
+        if mask is not None:
+            mask, x0 = _masked(mask, x0)
         check_finite(x0, "x0")
+        check_range(x0 if mask is None else x0[mask != 0], model, "x0")
         if reference is not None:
             check_reference(reference, x0)
         sde = model.sde
@@ -153,9 +176,54 @@ class ScoreMatching:
         if reference_class_labels is not None:
             target_cond["reference_class_labels"] = reference_class_labels
         target = self.target(sample, reference, **target_cond)
-        error = model.predict(sample.x, t, **cond).noise_error(target)
-        dtype = torch.promote_types(error.dtype, torch.float32)
-        loss = error.to(dtype).square().reshape(len(x0), -1).mean(1)
-        loss = loss * self.weighting(sde, t).to(loss.dtype)
+        prediction = model.predict(sample.x, t, **cond)
+        error = prediction.output_error(target)
+        loss = _mean(error.square(), mask)
+        loss = loss * output_weights(self.weighting, sde, prediction, t).to(loss.dtype)
+        self._check(loss, error, t)
         self.times.update(t, loss.detach())
         return loss * weight.to(loss.dtype)
+
+    def _check(self, loss: Tensor, error: Tensor, t: Tensor) -> None:
+        """Raise if a loss is infinite although the model's output is not (read on the CPU only)."""
+        if readable(loss) and not bool(torch.isfinite(loss).all()):
+            bad = torch.isfinite(error).flatten(1).all(1) & ~torch.isfinite(loss)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"weighting: expected a finite loss, got an infinite weight of the model's "
+                    f"error at t = {float(t[bad][0]):g} with {self.weighting}; end the times "
+                    "earlier, or use a weighting or a parameterization that is finite there"
+                )
+
+
+def _mean(square: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over each sample (B,), weighted by a mask."""
+    if mask is None:
+        return square.reshape(len(square), -1).mean(1)
+    total = mask.reshape(len(square), -1).sum(1)
+    return (square * mask).reshape(len(square), -1).sum(1) / total
+
+
+def _masked(mask: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a mask of the shape and dtype of data x0, and the data with zeros where it is 0."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor or None, got {type(mask).__name__}")
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask: expected booleans or numbers >= 0, got {mask.dtype}")
+    check_device(mask, x0, "mask", "x0")
+    fits = mask.ndim == x0.ndim and all(
+        n in (1, size) for n, size in zip(mask.shape, x0.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask: expected shape {tuple(x0.shape)}, or 1 for some of its sizes, "
+            f"got {tuple(mask.shape)}"
+        )
+    mask = mask.to(x0.dtype).expand_as(x0)
+    if readable(mask):
+        check_finite(mask, "mask")
+        if bool((mask < 0).any()):
+            raise ValueError(f"mask: expected numbers >= 0, got {float(mask.min()):g}")
+        if not bool((mask != 0).flatten(1).any(1).all()):
+            raise ValueError("mask: expected an entry > 0 in each sample, got a sample of zeros")
+    return mask, torch.where(mask == 0, torch.zeros_like(x0), x0)

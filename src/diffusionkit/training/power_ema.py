@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from typing_extensions import override
 
 from .._checks import check_count, check_number
 from .._distributed import whole
-from .._files import CheckpointError, atomic_write, read_torch
+from .._files import CheckpointError, read_torch
+from .._writing import save_torch
 from .ema import EMA
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class PowerEMA:
                 "sigma_rel": float(sigma_rel), "averaged": averaged, "model": weights,
             }  # fmt: skip
             paths.append(Path(folder) / f"{self.updates:09d}-{sigma_rel:g}.pt")
-            atomic_write(paths[-1], partial(torch.save, content))
+            save_torch(paths[-1], content)
         return paths
 
 

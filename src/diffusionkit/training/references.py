@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ class ReferenceBatches:
     processes even this out. An item is loaded, and augmented, once for both batch and reference.
     They share memory, which later steps use again: do not modify them in place. Of a data set with
     class labels each is a tuple: `for (batch, labels), (reference, reference_labels) in ...`.
+
+    The place in the epoch is part of the training state: `state_dict` returns it, and after
+    `load_state_dict` the next epoch is the rest of the interrupted one.
 
     Args:
         dataset: a map-style data set of tensors (*D), or of tuples (tensor, class label, ...); a
@@ -88,24 +91,69 @@ class ReferenceBatches:
         self.batch_size, self.reference_size = batch_size, reference_size
         self.seed, self.rank, self.world_size, self.loader = seed, rank, world_size, loader
         self.epoch, self._share = 0, share
+        # The steps of the next epoch that were taken before, and the place of the current one.
+        self._taken, self._place = 0, (0, 0)
 
     def __len__(self) -> int:
         """Return the number of steps per epoch."""
         return self._share // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the next epoch, to resume a run; by default epochs count up from 0."""
+        """Set the next epoch; by default epochs count up from 0.
+
+        The epoch that `load_state_dict` has set keeps its place.
+        """
         check_count(epoch, "epoch", least=0)
-        self.epoch = epoch
+        self._taken = self._taken if epoch == self.epoch else 0
+        self.epoch, self._place = epoch, (epoch, self._taken)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the data: the epoch and its steps so far, and what they depend on."""
+        epoch, step = self._place
+        if step == len(self):
+            epoch, step = epoch + 1, 0
+        return {"epoch": epoch, "step": step, **self._order()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue from a place returned by `state_dict`.
+
+        Raises:
+            ValueError: if it is that of batches of other sizes, of other data or of another seed.
+            TypeError: if a value is not an integer.
+        """
+        wanted = self._order()
+        if not isinstance(state, Mapping) or {*state} != {"epoch", "step", *wanted}:
+            got = list(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: expected epoch, step, {', '.join(wanted)}, got {got}")
+        for name in ("epoch", "step"):
+            check_count(state[name], name, least=0)
+        for name, value in wanted.items():
+            if state[name] != value:
+                raise ValueError(f"{name}: expected {value}, got {state[name]!r}")
+        if state["step"] >= len(self):
+            raise ValueError(f"step: expected a number below {len(self)}, got {state['step']}")
+        self.epoch, self._taken = state["epoch"], state["step"]
+        self._place = self.epoch, self._taken
+
+    def _order(self) -> dict[str, int]:
+        """Return what determines the batches of an epoch, in all processes."""
+        return {
+            "items": len(self.dataset),
+            "batch_size": self.batch_size,
+            "reference_size": self.reference_size,
+            "seed": self.seed,
+            "world_size": self.world_size,
+        }
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         """Yield (batch, reference) for each step of the next epoch, tensors or tuples of them."""
-        epoch, size = self.epoch, self.batch_size
-        self.epoch += 1
+        epoch, size, taken = self.epoch, self.batch_size, self._taken
+        self.epoch, self._taken, self._place = epoch + 1, 0, (epoch, taken)
         shuffled = torch.randperm(len(self.dataset), generator=seeded(self.seed, epoch))
         order = shuffled[self.rank :: self.world_size][: self._share].tolist()
-        starts = range(self.reference_size, self._share, size)
-        new = [order[: self.reference_size], *(order[start : start + size] for start in starts)]
+        first = min(taken * size, self._share - self.reference_size)
+        starts = range(first + self.reference_size, self._share, size)
+        new = [order[first : starts.start], *(order[start : start + size] for start in starts)]
         pieces = iter(
             DataLoader(
                 self.dataset,
@@ -115,14 +163,16 @@ class ReferenceBatches:
             )
         )
         piece = next(pieces)
-        pool, single, first = _tensors(piece), isinstance(piece, Tensor), 0
-        for begin in range(0, len(self) * size, size):
+        pool, single = _tensors(piece), isinstance(piece, Tensor)
+        for step in range(taken, len(self)):
+            begin = step * size
             if first < min(begin, self._share - self.reference_size):
                 piece = _tensors(next(pieces))
                 count = len(piece[0])
                 first += count
                 pool = [torch.cat([x[count:], y]) for x, y in zip(pool, piece, strict=True)]
             batch = [x[begin - first : begin - first + size] for x in pool]
+            self._place = epoch, step + 1
             yield (batch[0], pool[0]) if single else (tuple(batch), tuple(pool))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_number, check_positive, check_times
+from .._checks import check_count, check_log_snr, check_number, check_positive, check_times
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand, randn
@@ -129,7 +129,7 @@ class ImportanceTimes(TimeSampler):
         """Return Z, the integral of g^2 / sigma^2 over [t_min, T].
 
         Raises:
-            ValueError: if Z is infinite, as with t_min = 0 and sigma(0) = 0.
+            ValueError: if Z is infinite: sigma(t_min) or alpha(T) is 0.
         """
         first, last = self._ends(sde, None)
         return float(first - last)
@@ -165,11 +165,7 @@ class ImportanceTimes(TimeSampler):
         """Return the log-SNR at t_min and T, (2,)."""
         at = torch.tensor([sde.t_min, sde.T], dtype=schedule_dtype(device), device=home(sde))
         ends = sde.log_snr(at).detach().to(device)
-        if not bool(torch.isfinite(ends).all()):
-            raise ValueError(
-                f"sde: expected a finite log-SNR at t_min = {sde.t_min:g} and T = {sde.T:g}, "
-                f"got {ends.tolist()}; set t_min > 0"
-            )
+        check_log_snr(ends.tolist(), sde.t_min, sde.T)
         return ends
 
 

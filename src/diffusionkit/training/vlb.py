@@ -180,7 +180,8 @@ class HybridLoss(_ChainObjective):
                 "model: expected a learned variance, as in EpsModel(..., "
                 'variance="learned_range"), got none; use ScoreMatching() for a fixed one'
             )
-        target = Prediction.from_eps(sample.x, sample.eps, sample.alpha, sample.sigma)
+        # The data, too: at alpha = 0 the noise does not determine them.
+        target = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
         bits = self._bits(model, sample, prediction, step, detach_mean=True)
         error = prediction.noise_error(target).to(bits.dtype)
         return error.square().reshape(len(error), -1).mean(1) + self.vlb_weight * bits

@@ -1,0 +1,76 @@
+"""Checks of what users' parts return, made wherever a part is called.
+
+A weight or a schedule value of shape (B, 1) would multiply a batch of losses to (B, B), silently.
+The interfaces therefore wrap the methods of their subclasses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Check = Callable[[object, Any, tuple[Any, ...], dict[str, Any]], None]
+
+
+def wrap(cls: type, name: str, check: Check) -> None:
+    """Replace a method of a class, its own or inherited, by one whose result is checked.
+
+    Args:
+        cls: the class.
+        name: the name of the method; nothing happens if it is abstract or already checked.
+        check: takes the object, the result, and the positional and keyword arguments of a call.
+    """
+    method = getattr(cls, name, None)
+    if method is None or hasattr(method, "_returned") or hasattr(method, "__isabstractmethod__"):
+        return
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        check(self, result, args, kwargs)
+        return result
+
+    checked._returned = True  # type: ignore[attr-defined]
+    setattr(cls, name, checked)
+
+
+def check_each(value: object, n: int, part: object, name: str) -> None:
+    """Raise unless a part returned a floating-point tensor (n,), one number for each sample."""
+    if isinstance(value, Tensor) and value.ndim == 1 and len(value) == n:
+        if value.dtype.is_floating_point:
+            return
+        raise TypeError(f"{_title(part)}: expected {name} in floating point, got {value.dtype}")
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    kind = ValueError if isinstance(value, Tensor) else TypeError
+    raise kind(f"{_title(part)}: expected {name} as a tensor of shape ({n},), got {got}")
+
+
+def per_time(*names: str) -> Check:
+    """Return the check of a method of a process: one value of each name for each time."""
+
+    def check(self: object, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        t = args[-1] if args else next(iter(kwargs.values()))
+        values = result if len(names) > 1 else (result,)
+        if not isinstance(values, tuple) or len(values) != len(names):
+            many = f" of {len(values)}" if isinstance(values, tuple) else ""
+            raise TypeError(
+                f"{_title(self)}: expected a tuple of {' and '.join(names)}, "
+                f"got {type(result).__name__}{many}"
+            )
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(value, Tensor) or value.shape != t.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                kind = ValueError if isinstance(value, Tensor) else TypeError
+                raise kind(
+                    f"{_title(self)}: expected {name} as a tensor of the shape of t, "
+                    f"{tuple(t.shape)}, got {got}"
+                )
+
+    return check
+
+
+def _title(part: object) -> str:
+    return part if isinstance(part, str) else type(part).__name__
