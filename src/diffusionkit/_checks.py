@@ -41,6 +41,9 @@ def value_checks() -> Iterator[None]:
         _everywhere.reset(token)
 
 
+_LARGEST_COUNT = 2**31 - 1
+
+
 def readable(x: Tensor) -> bool:
     """Return whether values can be read without stalling a device, a compiler or a vmap.
 
@@ -80,9 +83,9 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
         if bad:
             raise ValueError(
                 f"{name}: expected finite values, got NaN or infinity in {bad} of {len(x)} "
-                "samples; common causes are a network that diverged in training (too large a "
-                "learning rate), noise labels or states that it was not trained on, a time without "
-                "noise or data, float16 (no number above 65504) and too few steps"
+                "samples; common causes are a network that diverged in training, at too large a "
+                "learning rate; noise labels that it was not trained on; a time at which the "
+                "process has no noise or no signal; and numbers above 65504 in float16"
             )
 
 
@@ -224,11 +227,13 @@ def check_positive(value: float, name: str) -> None:
 
 
 def check_count(value: int, name: str, *, least: int = 1) -> None:
-    """Raise unless a number is an integer of at least `least`."""
+    """Raise unless a number is an integer of at least `least` that a tensor can have as a size."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    if value > _LARGEST_COUNT:
+        raise ValueError(f"{name}: expected an integer <= {_LARGEST_COUNT}, got a larger one")
 
 
 def autocast_enabled(x: Tensor) -> bool:

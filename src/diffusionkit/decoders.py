@@ -166,6 +166,7 @@ class GaussianDecoder:
         Raises:
             ValueError: if a value is further than a hundredth of a bin from every level.
         """
+        x = at_least_float32(x)
         if readable(x):
             off = (x - self.encode(self._bins.decode(x), dtype=x.dtype)).abs()
             if not bool((off <= 0.02 * self._half).all()):  # a NaN fails too

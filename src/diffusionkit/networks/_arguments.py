@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .._checks import check_count, check_device, check_dtype, check_number, readable
 
+_MOST_CHANNELS = 2**31 - 1
 _SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimension
 
 
@@ -28,6 +30,9 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
     """Raise unless the taps can resample by two: at least two, with a finite nonzero sum."""
     if kernel is None:
         return
+    check_sequence("fir_kernel", kernel)
+    for tap in kernel:
+        check_number(tap, "fir_kernel")
     total = sum(kernel)
     if len(kernel) < 2 or not math.isfinite(total) or total == 0:
         raise ValueError(f"fir_kernel: expected at least two taps of nonzero sum, got {kernel}")
@@ -35,14 +40,23 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Raise unless the dropout probability is in [0, 1)."""
+    if not isinstance(dropout, Real) or isinstance(dropout, bool):  # numbers of numpy are real
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+
+
+def check_sequence(name: str, value: object) -> None:
+    """Raise unless a value is a list or a tuple, or another sequence but a string."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name}: expected a sequence, got {type(value).__name__}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise unless a value is among the choices."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: expected one of {known}, got {value!r:.80}")
 
 
 def check_layout(
@@ -64,15 +78,19 @@ def check_layout(
     if width < 4 or width % 2:  # the embedding of the noise label has as many features
         raise ValueError(f"width: expected an even integer >= 4, got {width}")
     check_choice("dims", dims, (1, 2, 3))
+    check_sequence("multipliers", multipliers)
+    check_sequence("attention_levels", attention_levels)
     if not multipliers:
         raise ValueError("multipliers: expected one entry per level, got none")
     for multiplier in multipliers:
         check_number(multiplier, "multipliers")
-        if not math.isfinite(multiplier) or int(width * multiplier) < 1:
+        if not 1 <= width * multiplier <= _MOST_CHANNELS:
             raise ValueError(
-                f"multipliers: expected at least one of {width} channels, got {multiplier}"
+                f"multipliers: expected at least one of {width} channels, and no more than "
+                f"{_MOST_CHANNELS}, got {multiplier!r:.40}"
             )
     for level in attention_levels:
+        check_count(level, "attention_levels", least=0)
         if level not in range(len(multipliers)):
             raise ValueError(
                 f"attention_levels: expected levels in [0, {len(multipliers)}), got {level}"
@@ -82,6 +100,11 @@ def check_layout(
 
 def check_data_range(data_range: tuple[float, float]) -> tuple[float, float]:
     """Return scale and shift of the affine map from a data range to [-1, 1], or raise."""
+    check_sequence("data_range", data_range)
+    if len(data_range) != 2:
+        raise ValueError(f"data_range: expected two limits, got {len(data_range)}")
+    for limit in data_range:
+        check_number(limit, "data_range")
     low, high = data_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"data_range: expected finite, increasing limits, got {data_range}")

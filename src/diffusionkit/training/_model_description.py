@@ -147,7 +147,7 @@ def _listed(value: Any) -> Any:
 
 def _title(part: Any, settings: Mapping[str, Any]) -> str:
     """Return the representation of a part, without an address in memory."""
-    plain = type(part).__repr__ in (object.__repr__, nn.Module.__repr__)
+    plain = isinstance(part, nn.Module) or type(part).__repr__ is object.__repr__
     if callable(part) and not isinstance(part, nn.Module) and hasattr(part, "__qualname__"):
         return "a function"
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
