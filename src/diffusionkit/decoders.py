@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import check_count, check_interval, check_state, readable
+from ._checks import check_choice, check_count, check_interval, check_state, readable
 from ._gaussian import log_mass, log_normal_cdf
 from .values import expand
 
@@ -48,7 +48,7 @@ class Levels:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count(self.levels, "levels", least=2)
+        check_count(self.levels, "levels", least=2, most=2**24)
         check_interval(self.low, self.high, "low", "high")
 
     @property
@@ -139,8 +139,7 @@ class GaussianDecoder:
 
     def __post_init__(self) -> None:
         Levels(self.levels, self.low, self.high)  # validates the arguments
-        if self.cdf not in ("exact", "tanh"):
-            raise ValueError(f'cdf: expected "exact" or "tanh", got {self.cdf!r}')
+        check_choice("cdf", self.cdf, ("exact", "tanh"))
 
     @property
     def _half(self) -> float:
