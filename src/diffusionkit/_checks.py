@@ -194,6 +194,12 @@ def check_reference(reference: Tensor, x0: Tensor) -> None:
     check_finite(reference, "reference")
 
 
+def fits(x: Tensor, like: Tensor) -> bool:
+    """Return whether a tensor broadcasts to the shape of another."""
+    sizes = zip(reversed(x.shape), reversed(like.shape), strict=False)
+    return x.ndim <= like.ndim and all(n in (1, m) for n, m in sizes)
+
+
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape (B, *D) as a tuple, or raise unless it consists of positive integers."""
     if not isinstance(shape, (tuple, list)):  # torch.Size is a tuple
@@ -331,7 +337,7 @@ def check_target_device(device: torch.device | str | None, name: str = "device")
 
 def numbers(values: object, name: str) -> Tensor:
     """Return a sequence of numbers or a real tensor in float64, or raise."""
-    if isinstance(values, (str, bytes, dict, set)):
+    if isinstance(values, (str, bytes, dict, set, bool)):
         raise TypeError(f"{name}: expected numbers, got {type(values).__name__}")
     if isinstance(values, Tensor):
         check_known(values, name)

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import check_choice, check_count, check_interval, check_state, readable
+from ._checks import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_floating_dtype,
+    check_interval,
+    check_part,
+    check_state,
+    fits,
+    readable,
+)
 from ._gaussian import log_mass, log_normal_cdf
 from .values import expand
 
@@ -86,6 +96,7 @@ class Levels:
     def encode(self, images: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return the centers of the levels of images (B, *D), in a dtype or the default one."""
         self.check(images)
+        check_floating_dtype(dtype)
         return self.low + self.width * (images.to(dtype or torch.get_default_dtype()) + 0.5)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -93,6 +104,7 @@ class Levels:
 
         The level of a NaN is undefined; check samples first.
         """
+        check_state(x)
         return ((x - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
 
 
@@ -164,6 +176,7 @@ class GaussianDecoder:
         Raises:
             ValueError: if a value is further than a hundredth of a bin from every level.
         """
+        check_state(x, "x0")
         if readable(x):
             off = (x - self.encode(self._bins.decode(x), dtype=x.dtype)).abs()
             if not bool((off <= 0.02 * self._half).all()):  # a NaN fails too
@@ -181,6 +194,13 @@ class GaussianDecoder:
             mean: the means mu (B, *D).
             log_var: the log-variances log(s^2), broadcastable to (B, *D).
         """
+        for name, value in (("x", x), ("mean", mean), ("log_var", log_var)):
+            check_part(value, Tensor, name)
+            if not fits(value, x):
+                raise ValueError(
+                    f"{name}: expected a shape that fits that of x, {tuple(x.shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
         scale, half = torch.exp(-0.5 * log_var), self._half
         first, last = x < self.low + half, x > self.high - half
         offset = x - mean
@@ -246,10 +266,12 @@ class LevelDecoder(Levels):
                 f"z: expected the shape of images, {tuple(images.shape)}, got {tuple(z.shape)}"
             )
         for name, value in (("alpha", alpha), ("sigma", sigma)):
+            check_part(value, Tensor, name)
             if value.shape != z.shape[:1]:
                 raise ValueError(
                     f"{name}: expected shape ({z.shape[0]},), got {tuple(value.shape)}"
                 )
+        check_finite(alpha, "alpha")
         if readable(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma: expected values > 0, got {float(sigma.min()):g}")
         precision = expand(alpha / sigma, z)

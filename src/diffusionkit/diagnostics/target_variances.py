@@ -173,8 +173,7 @@ def posterior_divergence(
         "f": (_f_divergence, "f-divergence"),
         "tv": (_total_variation, "total variation"),
     }
-    if kind not in kinds:
-        raise ValueError(f"kind: expected one of {tuple(kinds)}, got {kind!r}")
+    check_choice("kind", kind, tuple(kinds))
     statistic, label = kinds[kind]
     return _average(statistic, sde, data, t, samples, generator, progress, units=None, label=label)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_choice, check_reference, readable
+from .._checks import check_choice, check_flag, check_reference, readable
 from .._distributed import gather_rows
 from .._precision import at_least_float32
 from .._schedules import exact
@@ -73,6 +73,7 @@ class StableTarget(TargetEstimator):
 
     def __post_init__(self) -> None:
         check_choice("source", self.source, get_args(Source))
+        check_flag(self.gather, "gather")
 
     @override
     @torch.no_grad()
