@@ -57,6 +57,9 @@ def check_operator(operator: LinearOperator, data: Tensor) -> None:
     >>> check_operator(AveragePool(2), torch.zeros(3, 8, 8))
     """
     check_part(operator, LinearOperator, "operator")
+    check_state(data, "data")
+    check_known(data, "data")
+    check_finite(data, "data")
     generator = torch.Generator().manual_seed(0)
     u, v = (randn_like(data, generator) for _ in range(2))
     y = operator(u)
