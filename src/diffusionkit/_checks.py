@@ -42,6 +42,9 @@ def value_checks() -> Iterator[None]:
         _everywhere.reset(token)
 
 
+_LARGEST_COUNT = 2**31 - 1
+
+
 def readable(x: Tensor) -> bool:
     """Return whether values can be read without stalling a device, a compiler or a vmap.
 
@@ -81,9 +84,9 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
         if bad:
             raise ValueError(
                 f"{name}: expected finite values, got NaN or infinity in {bad} of {len(x)} "
-                "samples; common causes are a network that diverged in training (too large a "
-                "learning rate), noise labels or states that it was not trained on, a time without "
-                "noise or data, float16 (no number above 65504) and too few steps"
+                "samples; common causes are a network that diverged in training, at too large a "
+                "learning rate; noise labels that it was not trained on; a time at which the "
+                "process has no noise or no signal; and numbers above 65504 in float16"
             )
 
 
@@ -265,7 +268,7 @@ def check_positive(value: float, name: str) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
 
-def check_count(value: int, name: str, *, least: int = 1, most: int = 2**31 - 1) -> None:
+def check_count(value: int, name: str, *, least: int = 1, most: int = _LARGEST_COUNT) -> None:
     """Raise unless a number is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
@@ -301,9 +304,9 @@ def check_callable(value: object, name: str) -> None:
 
 
 def check_sequence(values: object, name: str) -> None:
-    """Raise unless values are a list or a tuple."""
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{name}: expected a list or a tuple, got {type(values).__name__}")
+    """Raise unless values are a list, a tuple or another sequence, but not a string."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name}: expected a sequence, got {type(values).__name__}")
 
 
 def check_mapping(values: object, name: str) -> None:

@@ -26,6 +26,7 @@ from ._checks import (
     readable,
 )
 from ._gaussian import log_mass, log_normal_cdf
+from ._precision import at_least_float32
 from .values import expand
 
 __all__ = ["GaussianDecoder", "LevelDecoder", "Levels"]
@@ -177,6 +178,7 @@ class GaussianDecoder:
             ValueError: if a value is further than a hundredth of a bin from every level.
         """
         check_state(x, "x0")
+        x = at_least_float32(x)
         if readable(x):
             off = (x - self.encode(self._bins.decode(x), dtype=x.dtype)).abs()
             if not bool((off <= 0.02 * self._half).all()):  # a NaN fails too
@@ -187,10 +189,10 @@ class GaussianDecoder:
                 )
 
     def log_prob(self, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-        """Return the log-probabilities of pixels x (B, *D) in nats, (B, *D).
+        """Return the log-probabilities of pixels x (B, *D) in nats, (B, *D), at least in float32.
 
         Args:
-            x: the values of the levels (B, *D).
+            x: the values of the levels (B, *D). In half precision they are rounded to a level.
             mean: the means mu (B, *D).
             log_var: the log-variances log(s^2), broadcastable to (B, *D).
         """
@@ -201,6 +203,9 @@ class GaussianDecoder:
                     f"{name}: expected a shape that fits that of x, {tuple(x.shape)}, "
                     f"got {tuple(value.shape)}"
                 )
+        if x.dtype.itemsize < 4:
+            x = self.encode(self._bins.decode(x.float()), dtype=torch.float32)
+        mean, log_var = at_least_float32(mean), at_least_float32(log_var)
         scale, half = torch.exp(-0.5 * log_var), self._half
         first, last = x < self.low + half, x > self.high - half
         offset = x - mean
@@ -274,6 +279,7 @@ class LevelDecoder(Levels):
         check_finite(alpha, "alpha")
         if readable(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma: expected values > 0, got {float(sigma.min()):g}")
+        z = at_least_float32(z)
         precision = expand(alpha / sigma, z)
         data = z / expand(alpha, z)
         columns = (data, torch.as_tensor(precision).expand_as(z), images.long())

@@ -170,7 +170,7 @@ class ForwardSDE(abc.ABC):
         return narrowed(z * self.prior_std, dtype, "prior", "use float32 or bfloat16")
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
-        """Return the log-density of the prior at x (B, *D), in nats, (B,)."""
+        """Return the log-density of the prior at x (B, *D), in nats, (B,), at least in float32."""
         check_state(x)
         return normal_log_prob(x, self.prior_std)
 

@@ -7,13 +7,15 @@ where the whole batch is at one time. `expand` prepares either for multiplying a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ._precision import Coefficient, at_least_float32
+from ._precision import at_least_float32
+
+Coefficient: TypeAlias = Tensor | float
 
 
 def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:

@@ -23,7 +23,7 @@ from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
-from ..models.labels import Label, LogSigmaLabel
+from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes, times_and_weights
@@ -89,7 +89,7 @@ class NoiseClassifier(nn.Module):
         scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
         x = at_least_float32(x)
         dtype = self._dtype(self.network) or x.dtype
-        label = self.label(self.sde, t).to(state_dtype(dtype))
+        label = checked_label(self.label(self.sde, t), t).to(state_dtype(dtype))
         logits: Tensor = self.network((x * expand(scale, x)).to(dtype), label)
         return logits
 

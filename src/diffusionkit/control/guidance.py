@@ -169,7 +169,7 @@ class GradientGuidance(GuidedModel):
                     f"log_likelihood: expected one number for each sample, shape ({len(x)},), "
                     f"got {shape_or_type(log_p)}"
                 )
-            factor = self._factor(alpha, sigma)
+            factor = self._factor(leaf, alpha, sigma)
             grad = gradient(log_p, leaf, "log_likelihood", factor=factor, keep=keep)
         return self._shifted(prediction, x, t, self.scale * grad)
 

@@ -129,7 +129,7 @@ class LinearGaussianGuidance(GuidedModel):
             alpha, sigma = self._kernel(x, t)
             predicted = self.operator(prediction.x0)
             self._check(predicted, leaf)
-            factor = self._factor(alpha, sigma)
+            factor = self._factor(leaf, alpha, sigma)
 
             def backward(v: Tensor) -> Tensor:
                 v = v.to(predicted.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_known
+from .._precision import at_least_float32
 
 
 def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
@@ -31,6 +32,7 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
     """
     check_known(nats, "nats")
     check_finite(nats, "nats")
+    nats = at_least_float32(nats) if nats.is_floating_point() else nats
     if isinstance(dims, (tuple, list)):
         for size in dims:
             check_count(size, "dims")

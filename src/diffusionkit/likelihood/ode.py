@@ -14,7 +14,13 @@ from typing_extensions import override
 from .._checks import check_finite, check_part, check_range, check_state, check_t_min
 from .._flow_solver import Solver, angles, radii
 from .._grid_times import schedule
-from .._precision import at_least_float32, backward_factor, network_dtype, state_dtype
+from .._precision import (
+    arithmetic_dtype,
+    at_least_float32,
+    backward_factor,
+    network_dtype,
+    state_dtype,
+)
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
@@ -67,8 +73,9 @@ class ODELikelihood:
     t = 0 nor that of the SDE model, which `NELBO` bounds: the two models agree for an exact
     score, but not in general.
 
-    State and log-density are kept in float64 if the device supports it. The batch shares adaptive steps: with one generator per
-    sample, a value depends on the rest of its batch only within the tolerance.
+    State and log-density are kept in float64 if the device supports it. The batch shares adaptive
+    steps: with one generator per sample, a value depends on the rest of its batch only within the
+    tolerance.
 
     Args:
         model: the score model. Networks in DistributedDataParallel are called unwrapped, so ranks
@@ -150,7 +157,7 @@ class ODELikelihood:
         fixed = self.divergence.start(x.to(dtype), generator)
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-            factor = _factor(sde, t, own)
+            factor = _factor(sde, t, arithmetic_dtype(own, x))
 
             def predict(x: Tensor) -> Tensor:
                 v = self.model.predict(x, t, **cond).v

@@ -67,7 +67,8 @@ class InceptionScore:
         if probs is not None and logits is None:
             check_features(probs, "probs")
             p = double(probs)
-            wrong = (p < 0).any(1) | ((p.sum(1) - 1).abs() > 1e-3)
+            rounding = max(1e-3, torch.finfo(probs.dtype).eps)
+            wrong = (p < 0).any(1) | ((p.sum(1) - 1).abs() > rounding)
             if bool(wrong.any()):
                 raise ValueError(
                     "probs: expected nonnegative rows that sum to 1, "

@@ -21,6 +21,18 @@ from ..interfaces import ForwardSDE
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
 
 
+def checked_label(noise_label: object, t: Tensor) -> Tensor:
+    """Return the noise labels (B,) at times t (B,), or raise if they are anything else."""
+    if isinstance(noise_label, Tensor) and noise_label.shape == t.shape:
+        return noise_label
+    if not isinstance(noise_label, Tensor):
+        got = type(noise_label).__name__
+        raise TypeError(f"label: expected a tensor of the shape of t, {tuple(t.shape)}, got {got}")
+    raise ValueError(
+        f"label: expected the shape of t, {tuple(t.shape)}, got {tuple(noise_label.shape)}"
+    )
+
+
 @dataclass(frozen=True)
 class TimeLabel:
     """The time relative to T, times a scale: 999 t for published VP networks.

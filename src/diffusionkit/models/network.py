@@ -15,7 +15,7 @@ from .._grid_times import evaluate, floats, kernel_tensors
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
-from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
+from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel, checked_label
 
 _LEARNED = ("learned_range", "learned")
 _VARIANCES = (*_LEARNED, "fixed_small", "fixed_large")
@@ -109,15 +109,18 @@ class NetworkModel(ScoreModel):
             TypeError: if x or t is not a floating-point tensor.
         """
         kernel = kernel_tensors(self.sde, x, t)
-        x = at_least_float32(x)
-        dtype = self._dtype(self.network)
+        x, network = at_least_float32(x), self.network
+        dtype = self._dtype(network)
         inputs = self.scale_input(x, *kernel)
-        if dtype is not None and inputs.dtype != dtype:
+        if dtype is None:
+            dtype = x.dtype
+        elif dtype is not inputs.dtype:
             inputs = narrowed(inputs, dtype, "x", _OVERFLOW)
             cond = {name: _like_weights(value, dtype) for name, value in cond.items()}
         # In half precision a label could not distinguish a thousand times.
-        noise_label = self.label(self.sde, t).to(state_dtype(dtype or x.dtype))
-        output = self.network(inputs, noise_label, **cond)
+        noise_label = checked_label(self.label(self.sde, t), t)
+        noise_label = noise_label.to(torch.float64 if dtype is torch.float64 else torch.float32)
+        output = network(inputs, noise_label, **cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .._checks import (
     readable,
 )
 
+_MOST_CHANNELS = 2**20
 # What is a number of modules takes seconds to build, and rather more would take days.
 _MOST = {"depth": 1000, "blocks": 1000, "dims": 3}
 _SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimension
@@ -29,7 +31,7 @@ _SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimensio
 def check_counts(**values: int) -> None:
     """Raise unless all named values are positive integers of a size that can be built."""
     for name, value in values.items():
-        check_count(value, name, most=_MOST.get(name, 2**20))
+        check_count(value, name, most=_MOST.get(name, _MOST_CHANNELS))
 
 
 def check_optional_counts(**values: int | None) -> None:
@@ -57,7 +59,8 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Raise unless the dropout probability is in [0, 1)."""
-    check_number(dropout, "dropout")
+    if not isinstance(dropout, Real) or isinstance(dropout, bool):  # numbers of numpy are real
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
@@ -87,9 +90,10 @@ def check_layout(
         raise ValueError("multipliers: expected one entry per level, got none")
     for multiplier in multipliers:
         check_number(multiplier, "multipliers")
-        if not math.isfinite(multiplier) or not 1 <= int(width * multiplier) <= 2**20:
+        if not 1 <= width * multiplier <= _MOST_CHANNELS:
             raise ValueError(
-                f"multipliers: expected at least one of {width} channels, got {multiplier}"
+                f"multipliers: expected at least one of {width} channels, and no more than "
+                f"{_MOST_CHANNELS}, got {multiplier!r:.40}"
             )
     for level in attention_levels:
         check_count(level, "attention_levels", least=0)

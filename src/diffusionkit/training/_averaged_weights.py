@@ -186,8 +186,8 @@ def _holder(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             node = cast(nn.Module, node._modules.setdefault(name, _Holder()))
         for name, x in module._parameters.items():
             node._parameters[name] = cast(Any, None if x is None else tensors[prefix + name])
-        for name, x in module._buffers.items():
-            node._buffers[name] = None if x is None else tensors[prefix + name]
+        for name, buffer in module._buffers.items():
+            node._buffers[name] = None if buffer is None else tensors[prefix + name]
         node._non_persistent_buffers_set |= module._non_persistent_buffers_set
     return root
 

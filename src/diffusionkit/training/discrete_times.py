@@ -185,7 +185,8 @@ class LossSecondMomentTimes(TimeSampler):
             got = list(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state: expected losses and counts, got {got}")
         for name, dtype in (("losses", torch.float64), ("counts", torch.int64)):
-            got = getattr(state[name], "dtype", type(state[name]).__name__)
+            value: Any = state[name]
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             if got != dtype:
                 raise ValueError(f"{name}: expected a tensor of {dtype}, got {got}")
         losses, counts = state["losses"], state["counts"]

@@ -97,5 +97,9 @@ def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _norm(parameters: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients, of those parameters that have one."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Return the norm of all gradients, of those parameters that have one, at least in float32."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    # Tensors of half precision enter by their norms, which may not fit in half precision.
+    half = [g for g in grads if g.dtype.itemsize < 4]
+    norms = torch._foreach_norm(half, 2, dtype=torch.float32) if half else []
+    return torch.nn.utils.get_total_norm([*norms, *(g for g in grads if g.dtype.itemsize >= 4)])
