@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count
+from .._checks import check_choice, check_count
 from .._returned import wrap
 from .._schedules import exact
 from ..random import Generators, randn
@@ -98,8 +98,7 @@ class Hutchinson(Divergence):
         self, probes: int = 1, noise: Literal["rademacher", "gaussian"] = "rademacher"
     ) -> None:
         check_count(probes, "probes")
-        if noise not in ("rademacher", "gaussian"):
-            raise ValueError(f"noise: expected 'rademacher' or 'gaussian', got {noise!r}")
+        check_choice("noise", noise, ("rademacher", "gaussian"))
         self.probes = probes
         self.noise = noise
 

@@ -125,7 +125,7 @@ class ODELikelihood:
         self.model = model
         self.divergence = Hutchinson() if divergence is None else divergence
         check_part(self.divergence, Divergence, "divergence")
-        self.solver = Solver(method, rtol, atol, dict(options or {}), differentiable)
+        self.solver = Solver(method, rtol, atol, {} if options is None else options, differentiable)
         self.t_min = model.sde.t_min if t_min is None else t_min
         check_t_min(self.t_min, model.sde.T)
         angles(model.sde, self.t_min, model.sde.T)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_positive
+from .._checks import check_count, check_positive, numbers
 from .._grid_times import grid_point, schedule
 from .._schedules import exact, slack, snapped
 from ..interfaces import ForwardSDE
@@ -168,7 +168,7 @@ class IndexLabel:
 
     def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
         """Store the midpoints between adjacent entries, in log(sigma)."""
-        table = torch.as_tensor(sigmas, dtype=torch.float64).flatten().cpu()
+        table = numbers(sigmas, "sigmas").flatten().cpu()
         steps = table.diff()
         if len(table) < 2 or not (table > 0).all() or not ((steps > 0).all() or (steps < 0).all()):
             raise ValueError(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_finite, check_part, check_state, check_times
+from .._checks import (
+    check_count,
+    check_finite,
+    check_known,
+    check_part,
+    check_state,
+    check_times,
+    numbers,
+)
 from .._precision import at_least_float32
 from .._schedules import exact
 from ..interfaces import ForwardSDE, ScoreModel
@@ -69,9 +77,8 @@ class GaussianMixtureModel(ScoreModel):
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
         self.sde = sde
-        parts = [torch.as_tensor(part, dtype=torch.float64) for part in (means, stds)]
-        m, s = parts
-        w = torch.ones_like(s) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        m, s = numbers(means, "means"), numbers(stds, "stds")
+        w = torch.ones_like(s) if weights is None else numbers(weights, "weights")
         if m.ndim < 2 or s.shape != m.shape[:1] or w.shape != s.shape:
             raise ValueError(
                 "means, stds, weights: expected shapes (K, *D), (K,) and (K,), "
@@ -172,6 +179,7 @@ class EmpiricalModel(ScoreModel):
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
         check_state(data, "data")
+        check_known(data, "data")
         check_finite(data, "data")
         check_count(block, "block")
         if data.ndim < 2:
