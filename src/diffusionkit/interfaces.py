@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ._checks import check_shape, check_state, check_times, check_transition
+from ._checks import check_floating_dtype, check_shape, check_state, check_times, check_transition
 from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
@@ -164,6 +164,7 @@ class ForwardSDE(abc.ABC):
         Raises:
             ValueError: if dtype is float16 and a number overflows it (read on the CPU only).
         """
+        check_floating_dtype(dtype)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         wide = state_dtype(dtype)
         z = randn(check_shape(shape), generator=generator, device=device, dtype=wide)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ._checks import readable
 from ._precision import at_least_float32
 
 Coefficient: TypeAlias = Tensor | float
@@ -38,8 +39,13 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
     """Return first * x + second * y for coefficients (B,) or numbers, in the dtype of x."""
     second = expand(second, y)
     out = x * expand(first, x)
-    # In place: for images, fresh memory costs more than the arithmetic.
-    out = out.addcmul_(y, second) if isinstance(second, Tensor) else out.add_(y, alpha=second)
+    # In place: for images, fresh memory costs more than the arithmetic. Under vmap the sum may
+    # have a dimension that the product lacks.
+    fresh = _transformed()
+    if isinstance(second, Tensor):
+        out = torch.addcmul(out, y, second) if fresh else out.addcmul_(y, second)
+    else:
+        out = torch.add(out, y, alpha=second) if fresh else out.add_(y, alpha=second)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
@@ -49,13 +55,18 @@ def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0)
     The result reuses the noise's memory where no gradient is recorded: pass noise that is not
     used elsewhere. The standard deviation is (B,), (B, 1, ..., 1) or a float.
     """
-    out = None if torch.is_grad_enabled() else noise
+    out = None if torch.is_grad_enabled() or _transformed() else noise
     if not isinstance(std, Tensor):
         return torch.add(mean, noise, alpha=value * std, out=out)
     factor = std if std.ndim == mean.ndim else cast(Tensor, expand(std, mean))
     if factor.dtype == mean.dtype:
         return torch.addcmul(mean, factor, noise, value=value, out=out)
     return (mean + value * factor * noise).to(mean.dtype)
+
+
+def _transformed() -> bool:
+    """Return whether a transform of torch.func, such as vmap, is active."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:
@@ -273,8 +284,19 @@ class Prediction:
 
     @property
     def score(self) -> Tensor:
-        """The score -eps / sigma (B, *D), the gradient of log p_t."""
-        return self._noise(-1.0 / self._sigma)
+        """The score -eps / sigma (B, *D), the gradient of log p_t.
+
+        Raises:
+            ValueError: if sigma is 0, where there is no score (read on the CPU only).
+        """
+        sigma = self._sigma
+        if isinstance(sigma, Tensor):
+            noisy = not readable(sigma) or bool((sigma.detach() > 0).all())
+        else:
+            noisy = sigma > 0
+        if not noisy:
+            raise ValueError("t: expected times with noise for a score, got sigma = 0")
+        return self._noise(-1.0 / sigma)
 
     @property
     def v(self) -> Tensor:

@@ -56,6 +56,9 @@ class Trigonometric(ForwardSDE):
 class InverseSignal(Weighting):
     """1 / alpha^2: flow matching's loss of a velocity."""
 
+    def __repr__(self):
+        return "InverseSignal()"
+
     def __call__(self, sde, t):
         return 1 / sde.marginal(t)[0].square()
 

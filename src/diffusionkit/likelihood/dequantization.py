@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_state, readable
+from .._checks import check_floating_dtype, check_state, readable
 from .._returned import check_each
 from .._schedules import exact, schedule_dtype
 from ..decoders import Levels
@@ -80,9 +80,8 @@ class Dequantizer(nn.Module, abc.ABC):
         self.levels = levels
         self.low = float(low)
         self.high = float(high)
+        check_floating_dtype(dtype)
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        if not self.dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {self.dtype}")
         if self._rounding(self.dtype) > 0.25:
             raise ValueError(
                 f"dtype: expected one that resolves {levels} levels on [{low:g}, {high:g}], "
