@@ -142,4 +142,6 @@ def test_rates_of_steps_in_float32(chain):
     for rate in (chain.diffusion, chain.drift_coefficient):
         assert torch.equal(rate(t.float().double()), rate(t))
     weights = LikelihoodWeighting()
-    torch.testing.assert_close(weights(chain, t.float()), weights(chain, t).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        weights(chain, t.float()), weights(chain, t).float(), rtol=1e-5, atol=0
+    )

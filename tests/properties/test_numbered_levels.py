@@ -1,5 +1,6 @@
 """The probability flow of networks that jump between numbered noise levels, integrated exactly."""
 
+import itertools
 import math
 
 import pytest
@@ -8,8 +9,6 @@ import torch
 from diffusionkit import (
     EDMSDE,
     VESDE,
-    VPSDE,
-    DDPMChain,
     DenoisedModel,
     EpsModel,
     ExactDivergence,
@@ -23,7 +22,7 @@ from diffusionkit import (
 LEVELS = torch.exp(torch.linspace(math.log(50.0), math.log(0.01), 10, dtype=torch.float64))
 SLOPES = LEVELS / (1 + LEVELS**2)
 DATA = torch.tensor([[0.3], [-1.0], [2.0]])
-SDES = [VESDE(), EDMSDE(), SubVPSDE(), DDPMChain.linear(100)]
+SDES = [VESDE(), EDMSDE(), SubVPSDE()]
 
 
 def network(x, noise_label):
@@ -42,7 +41,7 @@ def closed_form(sde):
     middle = torch.sqrt(LEVELS[1:] * LEVELS[:-1]).tolist()
     ends = [low, *sorted(u for u in middle if low < u < high), high]
     total = 0.0
-    for first, last in zip(ends, ends[1:], strict=False):
+    for first, last in itertools.pairwise(ends):
         log = 0.5 * (math.log(max(first, 1e-9)) + math.log(last))
         level = int((LEVELS.log() - log).abs().argmin())
         total += float(SLOPES[level]) * (last - first)
@@ -69,14 +68,13 @@ def test_likelihoods_of_numbered_levels(sde):
     torch.testing.assert_close(got.latent.double(), latent, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["dopri8", "rk4", "implicit_adams"])
+@pytest.mark.parametrize("method", ["dopri8", "rk4"])
 def test_every_solver_stops_at_jumps(method):
-    # Without stops these are off by .0001 (in 4,096 evaluations), .1 and 1.4.
+    # Without stops these are off by .0001 (in 4,096 evaluations) and .1.
     sde, model = VESDE(), EpsModel(network, VESDE(), label=IndexLabel(LEVELS))
     got = ODELikelihood(model, divergence=ExactDivergence(), method=method)(DATA)
     expected, _ = likelihood(sde)
-    atol = {"rtol": 0, "atol": 0.05 if method == "implicit_adams" else 3e-3}
-    torch.testing.assert_close(got.log_prob, expected, **atol)
+    torch.testing.assert_close(got.log_prob, expected, rtol=0, atol=3e-3)
     assert got.nfe < 600
 
 
