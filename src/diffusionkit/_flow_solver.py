@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._checks import check_positive
+from ._checks import check_choice, check_mapping, check_positive
 from ._grid_times import grid_times, schedule
 from ._loops import bare_networks, evaluation_mode
 from ._nfe import EvaluationCounter
@@ -78,10 +78,10 @@ class Solver:
     differentiable: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in (*ADAPTIVE, *FIXED):
-            raise ValueError(f"method: expected one of {[*ADAPTIVE, *FIXED]}, got {self.method!r}")
+        check_choice("method", self.method, (*ADAPTIVE, *FIXED))
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
+        check_mapping(self.options, "options")
 
     def __call__(
         self,

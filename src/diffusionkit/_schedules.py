@@ -15,6 +15,15 @@ def exact(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 or t.device.type == "mps" else t.double()
 
 
+def within(t: Tensor, T: float) -> Tensor:
+    """Return times in float64, at most T: in float32, T may have been rounded up."""
+    wide = exact(t)
+    if wide.dtype == t.dtype:
+        return wide
+    scaled = T * (2**29 + 1)
+    return wide.clamp_max(T) if scaled - (scaled - T) > T else wide
+
+
 def schedule_dtype(device: torch.device | str | None) -> torch.dtype:
     """Return the dtype in which times are kept on a device."""
     return torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64

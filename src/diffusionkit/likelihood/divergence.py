@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count
+from .._checks import check_choice, check_count
+from .._returned import wrap
 from .._schedules import exact
 from ..random import Generators, randn
 
@@ -29,6 +30,12 @@ class Divergence(abc.ABC):
 
     probes: int = 1
 
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the shapes of values and divergences."""
+        super().__init_subclass__(**kwargs)
+        wrap(cls, "__call__", _check_divergence)
+
     @abc.abstractmethod
     def start(self, x: Tensor, generator: Generators = None) -> Any:
         """Draw the random state, fixed along a path that starts at x (B, *D)."""
@@ -42,6 +49,20 @@ class Divergence(abc.ABC):
             x: the state (B, *D).
             state: the result of `start`.
         """
+
+
+def _check_divergence(
+    part: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    x = args[1] if len(args) > 1 else kwargs["x"]
+    if not isinstance(result, tuple) or len(result) != 2:
+        got = type(result).__name__
+        raise TypeError(f"{type(part).__name__}: expected a value and its divergence, got {got}")
+    shapes = tuple(x.shape), (part.probes, len(x))
+    for name, value, shape in zip(("a value", "a divergence"), result, shapes, strict=True):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if got != shape:
+            raise ValueError(f"{type(part).__name__}: expected {name} of shape {shape}, got {got}")
 
 
 class Hutchinson(Divergence):
@@ -77,8 +98,7 @@ class Hutchinson(Divergence):
         self, probes: int = 1, noise: Literal["rademacher", "gaussian"] = "rademacher"
     ) -> None:
         check_count(probes, "probes")
-        if noise not in ("rademacher", "gaussian"):
-            raise ValueError(f"noise: expected 'rademacher' or 'gaussian', got {noise!r}")
+        check_choice("noise", noise, ("rademacher", "gaussian"))
         self.probes = probes
         self.noise = noise
 

@@ -14,7 +14,13 @@ from typing_extensions import override
 from .._checks import check_finite, check_part, check_range, check_state, check_t_min
 from .._flow_solver import Solver, angles, radii
 from .._grid_times import schedule
-from .._precision import at_least_float32, backward_factor, network_dtype, state_dtype
+from .._precision import (
+    arithmetic_dtype,
+    at_least_float32,
+    backward_factor,
+    network_dtype,
+    state_dtype,
+)
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
@@ -119,7 +125,7 @@ class ODELikelihood:
         self.model = model
         self.divergence = Hutchinson() if divergence is None else divergence
         check_part(self.divergence, Divergence, "divergence")
-        self.solver = Solver(method, rtol, atol, dict(options or {}), differentiable)
+        self.solver = Solver(method, rtol, atol, {} if options is None else options, differentiable)
         self.t_min = model.sde.t_min if t_min is None else t_min
         check_t_min(self.t_min, model.sde.T)
         angles(model.sde, self.t_min, model.sde.T)
@@ -157,7 +163,7 @@ class ODELikelihood:
         fixed = self.divergence.start(x.to(dtype), generator)
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-            factor = _factor(sde, t, own)
+            factor = _factor(sde, t, arithmetic_dtype(own, x))
 
             def predict(x: Tensor) -> Tensor:
                 v = self.model.predict(x, t, **cond).v

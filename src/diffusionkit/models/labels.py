@@ -18,13 +18,25 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_positive
+from .._checks import check_count, check_positive, numbers
 from .._grid_times import grid_point, schedule
 from .._schedules import exact, slack, snapped
 from ..interfaces import ForwardSDE
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
 Number = TypeVar("Number", int, Tensor)
+
+
+def checked_label(noise_label: object, t: Tensor) -> Tensor:
+    """Return the noise labels (B,) at times t (B,), or raise if they are anything else."""
+    if isinstance(noise_label, Tensor) and noise_label.shape == t.shape:
+        return noise_label
+    if not isinstance(noise_label, Tensor):
+        got = type(noise_label).__name__
+        raise TypeError(f"label: expected a tensor of the shape of t, {tuple(t.shape)}, got {got}")
+    raise ValueError(
+        f"label: expected the shape of t, {tuple(t.shape)}, got {tuple(noise_label.shape)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,7 @@ class IndexLabel:
 
     def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
         """Store the midpoints between adjacent entries, in log(sigma)."""
-        table = torch.as_tensor(sigmas, dtype=torch.float64).flatten().cpu()
+        table = numbers(sigmas, "sigmas").flatten().cpu()
         steps = table.diff()
         if len(table) < 2 or not (table > 0).all() or not ((steps > 0).all() or (steps < 0).all()):
             raise ValueError(

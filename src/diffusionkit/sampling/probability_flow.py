@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_finite, check_part, check_positive, check_same, check_state
+from .._checks import (
+    check_count,
+    check_finite,
+    check_flag,
+    check_number,
+    check_part,
+    check_positive,
+    check_same,
+    check_state,
+)
 from .._flow_solver import Solver
 from .._grid_times import grid_times
 from .._loops import bare_networks, evaluation_mode, repeated
@@ -83,9 +92,12 @@ class ProbabilityFlow:
     ) -> None:
         """Keep the model and the solver's settings."""
         check_part(model, ScoreModel, "model")
-        self.solver = Solver(method, rtol, atol, dict(options or {}), differentiable)
+        check_flag(denoise, "denoise")
+        options = {} if options is None else options
+        self.solver = Solver(method, rtol, atol, options, differentiable)
         self.model = model
         self.t_end = model.sde.t_min if t_end is None else t_end
+        check_number(self.t_end, "t_end")
         if not 0.0 < self.t_end < model.sde.T:
             raise ValueError(
                 f"t_end: expected a time in (0, T) = (0, {model.sde.T:g}), got {t_end}"
