@@ -23,7 +23,7 @@ ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
 
 _MOST_JUMPS = 300
-_MARGIN = 1e-9  # of a segment, beyond the rounding of its ends
+_ROUNDING = 1e-10  # of a time in float64 that was computed from its noise level
 
 Evaluate: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -121,13 +121,14 @@ class Solver:
         length = abs(float(clock[1] - clock[0]))
         knots = self._knots(model, clock)
 
-        def velocity(theta: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def time_at(angle: float) -> Tensor:
             here = home(sde)
-            # Just inside the segment: at its ends a noise label may jump.
-            angle = min(max(theta.item(), inside[0]), inside[1], 0.5 * math.pi)
-            log_snr = -2 * math.log(math.tan(angle))
+            log_snr = -2 * math.log(math.tan(min(angle, 0.5 * math.pi)))
             value = torch.tensor([log_snr], dtype=schedule_dtype(here), device=here)
-            time = sde.time_at_log_snr(value).clamp(low, high)
+            return sde.time_at_log_snr(value).clamp(low, high)
+
+        def velocity(theta: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            time = time_at(theta.item()).clamp(*bounds)
             z = state[0]
             (t,) = grid_times(sde, time, z.new_empty(len(z), dtype=dtype))
             alpha, sigma = schedule(sde, t)
@@ -151,8 +152,9 @@ class Solver:
         ):
             for segment in itertools.pairwise(knots):
                 width = abs(segment[1] - segment[0])
-                margin = _MARGIN * width if len(knots) > 2 else 0.0
-                inside = (min(segment) + margin, max(segment) - margin)
+                bounds = (low, high)
+                if len(knots) > 2:
+                    bounds = _inside(*(float(time_at(angle)) for angle in sorted(segment)), dtype)
                 path = torchdiffeq.odeint(
                     velocity,
                     state,
@@ -185,6 +187,16 @@ class Solver:
         jumps = torch.atan(label_jumps(model)).tolist()
         inner = [angle for angle in jumps if min(start, end) < angle < max(start, end)]
         return [start, *sorted(inner, reverse=start > end), end]
+
+
+def _inside(first: float, last: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Return two times moved towards each other, so that rounding leaves neither outside.
+
+    At the ends of a segment a noise label jumps, to a level that is wrong within it.
+    """
+    margin = max(4 * torch.finfo(dtype).eps, _ROUNDING)
+    first, last = first * (1 + margin), last * (1 - margin)
+    return (first, last) if first < last else (0.5 * (first + last),) * 2
 
 
 def label_jumps(model: ScoreModel) -> Tensor:

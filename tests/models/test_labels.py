@@ -10,13 +10,21 @@ from diffusionkit import (
     EDMSDE,
     VESDE,
     VPSDE,
+    Ancestral,
     DDPMChain,
+    DiscreteTimes,
+    EpsModel,
     IndexLabel,
+    LikelihoodWeighting,
     LogSigmaLabel,
+    PCSampler,
+    ScoreMatching,
     SigmaLabel,
+    SMLDChain,
     StepLabel,
     TimeLabel,
 )
+from diffusionkit._grid_times import grid_times
 
 
 def test_step_label() -> None:
@@ -103,3 +111,37 @@ def test_sampling_and_training_condition_on_the_step(steps):
     for objective in (ScoreMatching(times=DiscreteTimes()), ScoreMatching()):
         objective(model, torch.zeros(512, 1))
     assert torch.equal(seen[0], seen[0].round())
+
+
+@pytest.mark.parametrize("steps", [50, 300, 999, 1000, 4000])
+def test_labels_of_times_that_were_rounded_before(steps):
+    """A time that was in float32, or of another process, is that of a step in float64, too."""
+    chain, i = DDPMChain.cosine(steps), torch.arange(steps)
+    t = chain.time(i).float().double()
+    assert torch.equal(StepLabel(steps)(chain, t).long(), i)
+    inner = chain.time_at_log_snr(chain.log_snr(t))
+    assert torch.equal(StepLabel(steps)(chain, inner).long(), i)
+    assert StepLabel(steps)(chain, t.half()).dtype == torch.float32
+    (on_grid,) = grid_times(chain, t[steps // 2 :][:1], torch.zeros(1, 1))
+    assert StepLabel(steps)(chain, on_grid).tolist() == [steps // 2]
+
+
+def test_indices_next_to_an_edge_are_those_of_the_exact_time():
+    """At a time of a grid the index is that of its float64, not of the float32 tensor."""
+    label, sde = IndexLabel([50.0, 1.0, 0.01]), VESDE()
+    edge = sde.time_at_log_snr(-2 * label.jumps.log())
+    for shift, expected in ((1e-12, [1.0, 0.0]), (-1e-12, [2.0, 1.0])):
+        times = grid_times(sde, (edge + shift).flip(0), torch.zeros(1, 1))
+        assert [float(label(sde, t)) for t in times][::-1] == expected
+
+
+@pytest.mark.parametrize("chain", [DDPMChain.linear(1000), SMLDChain.geometric(1000)])
+def test_rates_of_steps_in_float32(chain):
+    """The rate of step i is its own at its end, also at times that were in float32 before."""
+    t = chain.time(torch.arange(1000))
+    for rate in (chain.diffusion, chain.drift_coefficient):
+        assert torch.equal(rate(t.float().double()), rate(t))
+    weights = LikelihoodWeighting()
+    torch.testing.assert_close(
+        weights(chain, t.float()), weights(chain, t).float(), rtol=1e-5, atol=0
+    )
