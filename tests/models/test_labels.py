@@ -11,6 +11,7 @@ from diffusionkit import (
     VESDE,
     VPSDE,
     DDPMChain,
+    EpsModel,
     IndexLabel,
     LogSigmaLabel,
     SigmaLabel,
@@ -64,3 +65,30 @@ def test_time_sigma_and_index_labels():
     table = [50.0, 5.0, 0.5, 0.05, 0.01]  # NCSN's order: level 0 is the largest noise
     assert IndexLabel(table)(VESDE(), t).tolist() == [4.0, 2.0, 0.0]
     assert IndexLabel(table[::-1])(VESDE(), t).tolist() == [0.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("label", "error", "got"),
+    [
+        (lambda sde, t: t[:, None], ValueError, r"\(3, 1\)"),
+        (lambda sde, t: t[:1], ValueError, r"\(1,\)"),
+        (lambda sde, t: 1.0, TypeError, "float"),
+        (lambda sde, t: None, TypeError, "NoneType"),
+    ],
+)
+def test_labels_of_another_shape_are_refused(label, error, got):
+    model = EpsModel(lambda x, noise_label: x, VPSDE(), label=label)
+    with pytest.raises(error, match=rf"label: expected .*shape of t, \(3,\), got {got}"):
+        model.predict(torch.zeros(3, 2), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_labels_reach_the_network_in_float32(dtype):
+    seen = []
+    model = EpsModel(
+        lambda x, noise_label: seen.append(noise_label.dtype) or x,
+        VPSDE(),
+        label=lambda sde, t: (10 * t).to(dtype),
+    )
+    model.predict(torch.zeros(3, 2), torch.full((3,), 0.5))
+    assert seen == [torch.float32]
