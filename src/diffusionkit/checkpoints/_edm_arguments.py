@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import check_count, check_number
-from ..networks._arguments import check_choice
+from .._checks import check_choice, check_count, check_number
 from ._edm_keys import EDMObject
 
 _PRECONDITIONINGS: dict[str, dict[str, Any]] = {

@@ -85,12 +85,6 @@ class GuidedModel(ScoreModel):
             yield leaf, _recordable(t), saved, keep
 
 
-def check_callable(function: object, name: str) -> None:
-    """Raise unless an argument is callable."""
-    if not callable(function):
-        raise TypeError(f"{name}: expected a callable, got {type(function).__name__}")
-
-
 def check_scale(scale: float) -> None:
     """Raise unless a scale is a finite number."""
     check_number(scale, "scale")

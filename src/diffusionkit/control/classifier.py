@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import (
+    check_callable,
     check_count,
     check_finite,
     check_part,
@@ -27,7 +28,7 @@ from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes, times_and_weights
 from ..values import expand
-from ._guided import check_callable, shape_or_type
+from ._guided import shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
 

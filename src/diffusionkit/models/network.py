@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_part
+from .._checks import check_callable, check_choice, check_data_range, check_part
 from .._grid_times import evaluate, floats, kernel_tensors
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
@@ -53,8 +53,9 @@ class NetworkModel(ScoreModel):
         variance: "learned_range", "learned", "fixed_small", "fixed_large" or None.
 
     Raises:
-        TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
-        ValueError: if variance is none of these.
+        TypeError: if the network or the label is not callable, sde is not a ForwardSDE, or
+            data_range is not a pair of numbers.
+        ValueError: if variance is none of these, or data_range not low < high.
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.1).
     """
@@ -72,17 +73,13 @@ class NetworkModel(ScoreModel):
         super().__init__()
         label = self._default_label() if label is None else label
         check_part(sde, ForwardSDE, "sde")
-        for name, part in (("network", network), ("label", label)):
-            if not callable(part):
-                raise TypeError(f"{name}: expected a callable, got {type(part).__name__}")
-        if variance is not None and variance not in _VARIANCES:
-            raise ValueError(
-                f"variance: expected one of {', '.join(_VARIANCES)}, or None, got {variance!r}"
-            )
+        check_callable(network, "network")
+        check_callable(label, "label")
+        check_choice("variance", variance, (*_VARIANCES, None))
         self.network = network
         self.sde = sde
         self.label = label
-        self.data_range = data_range
+        self.data_range = None if data_range is None else check_data_range(data_range)
         self.variance = variance
         self._dtype = NetworkDtype(network)
 

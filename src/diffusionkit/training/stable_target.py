@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_reference, readable
+from .._checks import check_choice, check_flag, check_reference, readable
 from .._distributed import gather_rows
 from .._precision import at_least_float32
 from .._schedules import exact
@@ -72,8 +72,8 @@ class StableTarget(TargetEstimator):
     gather: bool = False
 
     def __post_init__(self) -> None:
-        if self.source not in get_args(Source):
-            raise ValueError(f"source: expected one of {get_args(Source)}, got {self.source!r}")
+        check_choice("source", self.source, get_args(Source))
+        check_flag(self.gather, "gather")
 
     @override
     @torch.no_grad()
