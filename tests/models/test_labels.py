@@ -74,6 +74,33 @@ def test_time_sigma_and_index_labels():
     assert IndexLabel(table[::-1])(VESDE(), t).tolist() == [0.0, 2.0, 4.0]
 
 
+@pytest.mark.parametrize(
+    ("label", "error", "got"),
+    [
+        (lambda sde, t: t[:, None], ValueError, r"\(3, 1\)"),
+        (lambda sde, t: t[:1], ValueError, r"\(1,\)"),
+        (lambda sde, t: 1.0, TypeError, "float"),
+        (lambda sde, t: None, TypeError, "NoneType"),
+    ],
+)
+def test_labels_of_another_shape_are_refused(label, error, got):
+    model = EpsModel(lambda x, noise_label: x, VPSDE(), label=label)
+    with pytest.raises(error, match=rf"label: expected .*shape of t, \(3,\), got {got}"):
+        model.predict(torch.zeros(3, 2), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_labels_reach_the_network_in_float32(dtype):
+    seen = []
+    model = EpsModel(
+        lambda x, noise_label: seen.append(noise_label.dtype) or x,
+        VPSDE(),
+        label=lambda sde, t: (10 * t).to(dtype),
+    )
+    model.predict(torch.zeros(3, 2), torch.full((3,), 0.5))
+    assert seen == [torch.float32]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [50, 100, 300, 999, 1000, 4000])
 def test_labels_of_steps_are_whole_numbers(steps, dtype):

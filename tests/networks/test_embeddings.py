@@ -17,7 +17,7 @@ from diffusionkit.networks.embeddings import (
     SigmaTable,
     SignedLogEmbedding,
 )
-from diffusionkit.networks.layers import Style
+from diffusionkit.networks.layers import Style, over_level
 
 EMBEDDINGS = [PositionalEmbedding, SignedLogEmbedding, FourierEmbedding]
 
@@ -246,3 +246,25 @@ def test_frequencies_keep_their_precision_in_half_precision() -> None:
     assert torch.equal(embedding.bfloat16().half().frequencies, exact)
     assert torch.equal(embedding(noise_label), expected)
     assert embedding.double().frequencies.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "embedding",
+    [PositionalEmbedding(4), SignedLogEmbedding(4), FourierEmbedding(4, log=False)],
+    ids=lambda embedding: type(embedding).__name__,
+)
+def test_labels_that_are_not_finite_are_refused(embedding, bad: float) -> None:
+    with pytest.raises(ValueError, match="noise_label: expected finite numbers, since the network"):
+        embedding(torch.tensor([1.0, bad]))
+    for fine in (-3.0, 0.0, 1e6):
+        assert embedding(torch.tensor([1.0, fine])).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.4, math.nan, math.inf])
+def test_labels_without_a_logarithm_or_a_quotient_are_refused(bad: float) -> None:
+    noise_label = torch.tensor([1.0, bad])
+    with pytest.raises(ValueError, match=r"noise_label: expected finite numbers > 0.*SigmaLabel"):
+        FourierEmbedding(4)(noise_label)
+    with pytest.raises(ValueError, match=r"noise_label: expected finite numbers > 0.*divides"):
+        over_level(torch.zeros(2, 3, 4), noise_label)

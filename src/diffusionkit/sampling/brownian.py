@@ -75,7 +75,7 @@ class BrownianPath(NoisePath):
         if not seeds:
             raise ValueError("seeds: expected at least one, got none")
         for seed in seeds:
-            check_count(seed, "seeds", least=0)
+            check_count(seed, "seeds", least=0, most=2**64 - 1)
             if seed >= 1 << 63:
                 raise ValueError(f"seeds: expected integers below 2^63, got {seed}")
         self.seeds = tuple(seeds)
