@@ -175,16 +175,16 @@ class WeightsOnly(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise AttributeError(f"{error}; {_NO_COPY}") from None
+            raise AttributeError(f"{error}: these are {_NO_COPY}") from None
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(_NO_COPY)
+        raise TypeError(f"ema.model: expected a model that can be copied, got {_NO_COPY}")
 
 
 _NO_COPY = (
-    "ema.model: expected a model that can be copied, got the weights of one that cannot, such as a "
-    "network sharded by fully_shard; use `with ema.applied(model)`"
+    "the weights of a model that cannot, such as one sharded by fully_shard; "
+    "use `with ema.applied(model)`"
 )
 
 
