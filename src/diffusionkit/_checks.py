@@ -41,9 +41,6 @@ def value_checks() -> Iterator[None]:
         _everywhere.reset(token)
 
 
-_LARGEST_COUNT = 2**31 - 1
-
-
 def readable(x: Tensor) -> bool:
     """Return whether values can be read without stalling a device, a compiler or a vmap.
 
@@ -226,14 +223,16 @@ def check_positive(value: float, name: str) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
 
-def check_count(value: int, name: str, *, least: int = 1) -> None:
-    """Raise unless a number is an integer of at least `least` that a tensor can have as a size."""
+def check_count(
+    value: int, name: str, *, least: int = 1, most: int = torch.iinfo(torch.int64).max
+) -> None:
+    """Raise unless a number is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
-    if value > _LARGEST_COUNT:
-        raise ValueError(f"{name}: expected an integer <= {_LARGEST_COUNT}, got a larger one")
+    if value > most:
+        raise ValueError(f"{name}: expected an integer <= {most}, got a larger one")
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .._checks import check_count, check_device, check_dtype, check_number, readable
 
-_MOST_CHANNELS = 2**31 - 1
+MOST = 2**31 - 1
+"""The largest count of a network."""
+
 _SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimension
 
 
 def check_counts(**values: int) -> None:
-    """Raise unless all named values are positive integers."""
+    """Raise unless all named values are positive integers of a possible size."""
     for name, value in values.items():
-        check_count(value, name)
+        check_count(value, name, most=MOST)
 
 
 def check_optional_counts(**values: int | None) -> None:
@@ -40,7 +41,7 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Raise unless the dropout probability is in [0, 1)."""
-    if not isinstance(dropout, Real) or isinstance(dropout, bool):  # numbers of numpy are real
+    if isinstance(dropout, bool) or not hasattr(dropout, "__float__"):  # or a number of numpy
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
@@ -84,10 +85,10 @@ def check_layout(
         raise ValueError("multipliers: expected one entry per level, got none")
     for multiplier in multipliers:
         check_number(multiplier, "multipliers")
-        if not 1 <= width * multiplier <= _MOST_CHANNELS:
+        if not 1 <= width * multiplier <= MOST:
             raise ValueError(
                 f"multipliers: expected at least one of {width} channels, and no more than "
-                f"{_MOST_CHANNELS}, got {multiplier!r:.40}"
+                f"{MOST}, got {multiplier!r:.40}"
             )
     for level in attention_levels:
         check_count(level, "attention_levels", least=0)

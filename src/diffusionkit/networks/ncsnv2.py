@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from .._checks import check_count
 from ._arguments import (
+    MOST,
     check_choice,
     check_class_labels,
     check_counts,
@@ -91,7 +92,8 @@ class NCSNv2(nn.Module):
     ) -> None:
         super().__init__()
         check_counts(channels=channels, dims=dims)
-        check_count(width, "width", least=2)  # the normalization takes a variance over channels
+        # The normalization takes a variance over channels.
+        check_count(width, "width", least=2, most=MOST)
         check_choice("dims", dims, (1, 2, 3))
         check_choice("activation", activation, tuple(ACTIVATIONS))
         _check_levels(levels)
