@@ -172,7 +172,7 @@ def test_missing_arguments_have_released_defaults(written, load) -> None:
         ({"resample_filter": [1, 3, 2, 1]}, "resample_filter: expected a symmetric filter of"),
         (
             {"resample_filter": [1, 3, 3, 1]},
-            r"resample_filter: expected a tensor .*\(1, 1, 2, 2",
+            r"resample_filter: expected a tensor of .*\(1, 1, 2, 2",
         ),
         (
             {"resample_filter": [0, 0]},

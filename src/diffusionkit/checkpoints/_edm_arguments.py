@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import check_count, check_number
-from ..networks._arguments import MOST, check_choice
+from .._checks import check_choice, check_count, check_number
 from ._edm_keys import EDMObject
 
 _PRECONDITIONINGS: dict[str, dict[str, Any]] = {
@@ -108,7 +107,7 @@ def _check(name: str, value: Any, default: Any) -> None:
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     elif isinstance(default, int):
-        check_count(value, name, least=0 if name in _FROM_ZERO else 1, most=MOST)
+        check_count(value, name, least=0 if name in _FROM_ZERO else 1)
     elif isinstance(default, float):
         check_number(value, name)
         if not (0 <= value <= _LARGEST or value == default):
@@ -120,7 +119,7 @@ def _check(name: str, value: Any, default: Any) -> None:
             if name == "resample_filter":
                 check_number(entry, name)
             else:
-                check_count(entry, name, most=MOST)
+                check_count(entry, name)
 
 
 def _check_supported(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .._checks import check_count
-from ._arguments import MOST, check_class_labels, check_counts, check_input, check_noise_label
+from ._arguments import check_class_labels, check_counts, check_input, check_noise_label
 from .config import remembers
 from .embeddings import ConditionEmbedding, SignedLogEmbedding
 from .layers import linear
@@ -83,9 +83,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         out_features = features if out_features is None else out_features
-        check_counts(features=features, out_features=out_features, depth=depth)
-        # Normalizing a single unit would yield zero.
-        check_count(width, "width", least=2, most=MOST)
+        check_counts(features=features, out_features=out_features, depth=depth, width=width)
+        check_count(width, "width", least=2)  # normalizing a single unit would yield zero
         self.features = features
         self.num_classes = num_classes
         self.embedding = ConditionEmbedding(
