@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Raise unless the dropout probability is in [0, 1)."""
-    if isinstance(dropout, bool) or not hasattr(dropout, "__float__"):  # or a number of numpy
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float, np.floating)):
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
