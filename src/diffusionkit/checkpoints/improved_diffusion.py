@@ -159,9 +159,7 @@ def _check_type(name: str, value: Any, default: Any) -> None:
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     elif isinstance(default, int):
         if value != default:
-            check_count(value, name)
-        if value > _MOST_STEPS:
-            raise ValueError(f"{name}: expected an integer <= {_MOST_STEPS}, got {value}")
+            check_count(value, name, most=_MOST_STEPS)
     elif isinstance(default, float):
         check_number(value, name)
 

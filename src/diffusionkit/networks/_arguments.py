@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Raise unless the dropout probability is in [0, 1)."""
-    if not isinstance(dropout, Real) or isinstance(dropout, bool):  # numbers of numpy are real
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float, np.floating)):
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
