@@ -47,7 +47,7 @@ def records(file: BinaryIO, length: int) -> dict[str, Record]:
     """
     last = _read(file, length - _END, _END)
     if not last.startswith(b"PK\5\6") or not last.endswith(b"\0\0"):
-        raise BadZipFile("a zip file that is truncated or has bytes after its end")
+        raise BadZipFile("a zip file that is cut off or has bytes after its end")
     archive = ZipFile(file)
     entries = archive.infolist()
     folder = entries[0].filename.split("/")[0] + "/" if entries else ""
@@ -96,4 +96,7 @@ def _record(file: BinaryIO, entry: ZipInfo, end: int) -> Record:
 
 def _read(file: BinaryIO, start: int, count: int) -> bytes:
     file.seek(max(start, 0))
-    return file.read(count)
+    data = file.read(count)
+    if len(data) < count:
+        raise BadZipFile("a part of a zip file")
+    return data

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ _STARTS = {
 }
 # The first two pickles of a file of torch before 1.6: a magic number and a version.
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)
+_CPU = torch.device("cpu")
 
 
 class CheckpointError(ValueError):
@@ -65,8 +67,13 @@ def opened(path: str | os.PathLike[str], expected: str, *kinds: str) -> Iterator
             raise CheckpointError(f"{path}: expected {expected}, got {error}") from error.__cause__
         # Damaged or hostile files make the readers raise almost any exception.
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"one that cannot be read: {_reason(error)}"
             raise CheckpointError(f"{path}: expected {expected}, got {reason:.1000}") from error
+
+
+def _reason(error: Exception) -> str:
+    ours = isinstance(error, (UnpicklingError, BadZipFile))
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def _kind(head: bytes) -> str:
@@ -98,24 +105,36 @@ def read_torch(
     Args:
         path: the file.
         expected: a description of the file, for the error.
-        map_location: the device of the tensors.
+        map_location: the device of the tensors, None for those named in the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is truncated, damaged or foreign, or holds other objects.
+        ValueError: if there is no such device.
+        TypeError: if `map_location` is not a device.
     """
+    device = None if map_location is None else _device(map_location)
     with opened(path, expected, ZIP, PICKLE) as file:
-        return load_torch(file, map_location)
+        return load_torch(file, device)
 
 
-def load_torch(file: BinaryIO, device: torch.device | str | None = "cpu") -> Any:
+def _device(map_location: torch.device | str) -> torch.device:
+    message = f"map_location: expected a device or None, got {map_location!r}"
+    try:
+        return torch.device(map_location)
+    except RuntimeError as error:
+        raise ValueError(message) from error
+    except TypeError as error:
+        raise TypeError(message) from error
+
+
+def load_torch(file: BinaryIO, device: torch.device | None = _CPU) -> Any:
     """Load the content of an open file written by `torch.save`; see `read_torch`."""
-    place = None if device is None else torch.device(device)
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     zipped = file.read(4) == b"PK\3\4"
     file.seek(0)
-    return (_load_zip if zipped else _load_legacy)(file, place, length)
+    return (_load_zip if zipped else _load_legacy)(file, device, length)
 
 
 def check_torch(file: BinaryIO) -> None:
@@ -124,7 +143,7 @@ def check_torch(file: BinaryIO) -> None:
     Raises:
         Exception: of many types, if it cannot.
     """
-    load_torch(file, "meta")
+    load_torch(file, torch.device("meta"))
 
 
 def _load_zip(file: BinaryIO, device: torch.device | None, length: int) -> Any:

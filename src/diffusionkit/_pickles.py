@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pickletools
 import struct
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pickle import UnpicklingError
@@ -21,16 +21,14 @@ from types import NoneType
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from torch import Tensor
 
 _MAX_DEPTH, _MAX_NAME = 100, 200
 # Bytes of memory that a pickle may take: so many, and so many more for each of its own.
 _FREE, _FACTOR = 1 << 25, 32
-# Bytes that the tensors of a file may have in all if each is copied, for each byte of the file.
+# Bytes that the tensors of a file may have in all, each by itself, for each byte of the file.
 _REPEATS = 16
 _SIZED = (str, bytes, list, tuple, set, dict)
-_NUMBERS = {"b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"}
 _LITTLE = [(3, order, None, None, None, -1, -1, 0) for order in "<|"]
 # Each operation, the format of its argument and the memory it takes beyond its own bytes.
 _OPERATIONS = {
@@ -243,20 +241,21 @@ def _found(table: Mapping[str, Any], names: list[Any]) -> Any:
 
 
 def _extend(operation: str, stack: list[Any], items: list[Any]) -> None:
-    target = stack[-1] if stack else None
+    target: Any = stack[-1] if stack else None
     if operation == "APPENDS" and type(target) is list:
         target.extend(items)
     elif operation == "ADDITEMS" and type(target) is set:
-        target.update(map(_key, items))
+        target.update(map(check_key, items))
     elif operation == "SETITEMS" and type(target) in (dict, OrderedDict):
         if len(items) % 2:
             raise UnpicklingError("expected pairs of keys and values, got an odd number")
-        target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
+        target.update(zip(map(check_key, items[::2]), items[1::2], strict=True))
     else:
         raise UnpicklingError(f"expected a list, set or dictionary, got {type(target).__name__}")
 
 
-def _key(key: Any) -> Any:
+def check_key(key: Any) -> Any:
+    """Return a key of a dictionary or an item of a set, if it may be one."""
     # Hashing nested tuples overflows the C stack; long integers can be made to collide.
     small = isinstance(key, int) and abs(key) < 2**63
     if key is None or small or (isinstance(key, (str, bytes, float)) and key == key):
@@ -324,71 +323,3 @@ def _versions(metadata: Any) -> Iterator[Any]:
             if not isinstance(entry, dict) or type(number) not in (int, NoneType):
                 raise UnpicklingError("expected the versions of modules, got something else")
             yield None
-
-
-def _scalar(dtype: Any, data: Any) -> Any:
-    if not isinstance(dtype, np.dtype) or type(data) is not bytes:
-        raise UnpicklingError("expected a numpy number, got something else")
-    (value,) = np.frombuffer(data, dtype)
-    return value
-
-
-def _dtype(code: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
-    if type(code) is not str or code not in _NUMBERS or {type(align), type(copy)} - {bool, int}:
-        raise UnpicklingError(f"expected the dtype of a number, got {repr(code)}")
-    return np.dtype(f"<{code}")
-
-
-def _encoded(text: Any, encoding: Any) -> bytes:
-    if type(text) is not str or encoding != "latin1":
-        raise UnpicklingError(f"expected bytes as latin1, got encoding {repr(encoding)}")
-    return text.encode("latin1")
-
-
-def _set(items: Any = ()) -> set[Any]:
-    if type(items) not in (list, tuple):
-        raise UnpicklingError(f"expected the items of a set, got {type(items).__name__}")
-    return set(map(_key, items))
-
-
-def _complex(real: Any, imaginary: Any) -> complex:
-    if type(real) is not float or type(imaginary) is not float:
-        raise UnpicklingError("expected the two parts of a complex number, got something else")
-    return complex(real, imaginary)
-
-
-def _device(kind: Any, index: Any = None) -> torch.device:
-    if type(kind) is not str or not (index is None or type(index) is int):
-        raise UnpicklingError(f"expected the name of a device, got {repr(kind)}")
-    return torch.device(kind) if index is None else torch.device(kind, index)
-
-
-def _size(items: Any) -> torch.Size:
-    if type(items) is not tuple or any(type(n) is not int for n in items):
-        raise UnpicklingError(f"expected a shape, got {repr(items)}")
-    return torch.Size(items)
-
-
-def _counter(counts: Any) -> Counter[Any]:
-    if type(counts) is not dict or any(type(n) is not int for n in counts.values()):
-        raise UnpicklingError(f"expected numbers by key, got {repr(counts)}")
-    return Counter(counts)
-
-
-PLAIN_GLOBALS: Mapping[str, Any] = {
-    **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if type(dtype) is torch.dtype},
-    "torch.Size": Call(_size),
-    "torch.device": Call(_device),
-    "collections.OrderedDict": Call(lambda: OrderedDict()),
-    "collections.Counter": Call(_counter),
-    "_codecs.encode": Call(_encoded),
-    "numpy.dtype": Call(_dtype),
-    # Names of Python 2 and protocol 2, then of Python 3; of numpy 1, then of numpy 2.
-    "__builtin__.set": Call(_set),
-    "builtins.set": Call(_set),
-    "__builtin__.complex": Call(_complex),
-    "builtins.complex": Call(_complex),
-    "numpy.core.multiarray.scalar": Call(_scalar),
-    "numpy._core.multiarray.scalar": Call(_scalar),
-}
-"""The globals that are allowed in any file; their values are plain data."""

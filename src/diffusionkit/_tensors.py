@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ._pickles import PLAIN_GLOBALS, Call, Global
+from ._pickles import Call, Global
+from ._plain_globals import PLAIN
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -81,14 +82,23 @@ class Storages:
             self._left -= numel * storage_type.dtype.itemsize
             if self._left < 0:
                 raise UnpicklingError(f"expected storages within the file, got {numel} values")
-            device = torch.device(location) if self._device is None else self._device
-            flat = torch.empty(numel, dtype=storage_type.dtype, device=device)
-            self._fill(key, flat)
-            self.flat[key] = flat
+            self.flat[key] = self._made(location, numel, storage_type.dtype)
+            self._fill(key, self.flat[key])
         flat = self.flat[key].view(storage_type.dtype)
         if len(flat) != numel:
             raise UnpicklingError(f"expected one storage {key}, got {len(flat)} and {numel} values")
         return flat
+
+    def _made(self, location: str, numel: int, dtype: torch.dtype) -> Tensor:
+        if self._device is not None:
+            return torch.empty(numel, dtype=dtype, device=self._device)
+        try:
+            return torch.empty(numel, dtype=dtype, device=location)
+        except (AssertionError, RuntimeError) as error:
+            raise UnpicklingError(
+                f"expected tensors of a device that is here, got {location} ({error}); "
+                "map_location moves them to another"
+            ) from error
 
 
 def read_into(file: BinaryIO, flat: Tensor) -> int | None:
@@ -102,7 +112,7 @@ def read_into(file: BinaryIO, flat: Tensor) -> int | None:
         The CRC-32 of its bytes, None on the meta device, where they are skipped.
 
     Raises:
-        UnpicklingError: if the file ends before.
+        UnpicklingError: if the file ends before, or booleans are neither 0 nor 1.
     """
     if flat.is_meta:
         file.seek(flat.nbytes, os.SEEK_CUR)
@@ -115,6 +125,8 @@ def read_into(file: BinaryIO, flat: Tensor) -> int | None:
         if file.readinto(part) < len(part):  # type: ignore[attr-defined]
             raise UnpicklingError(f"expected {len(buffer)} bytes, got the end of the file")
         crc = zlib.crc32(part, crc)
+    if host.dtype is torch.bool and (host.view(torch.uint8) > 1).any():
+        raise UnpicklingError("expected booleans of 0 and 1, got other numbers")
     if host is not flat:
         flat.copy_(host)
     return crc
@@ -191,7 +203,7 @@ def _check_view(numel: int, offset: Any, size: Any, stride: Any) -> None:
 
 
 GLOBALS: Mapping[str, Any] = {
-    **PLAIN_GLOBALS,
+    **PLAIN,
     **{f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGES.items()},
     "torch._utils._rebuild_tensor_v2": Call(_tensor),
     "torch._utils._rebuild_tensor_v3": Call(_tensor_of_dtype),

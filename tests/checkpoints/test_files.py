@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -61,17 +62,86 @@ def test_numbers_of_both_numpy_versions_are_read(tmp_path, saved, legacy, name) 
     assert lr == 0.1
 
 
-def test_reading_restores_the_safe_globals(tmp_path, saved) -> None:
-    (tmp_path / "good").write_bytes(saved(np.float64(0.1)))
-    (tmp_path / "bad").write_bytes(saved(np.float64(0.1))[:-1])
-    for own in ([], [np.dtype]):
-        with torch.serialization.safe_globals(own):
-            before = set(torch.serialization.get_safe_globals())
-            read_torch(tmp_path / "good")
-            assert set(torch.serialization.get_safe_globals()) == before
-            with pytest.raises(CheckpointError):
-                read_torch(tmp_path / "bad")
-            assert set(torch.serialization.get_safe_globals()) == before
+def test_torch_itself_reads_nothing(tmp_path, monkeypatch, saved) -> None:
+    """Two readers could see two different archives in one file."""
+    for name in ("load", "PyTorchFileReader"):
+        owner = torch if name == "load" else torch._C
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail("called"))
+    for legacy in (False, True):
+        (tmp_path / "x").write_bytes(saved([torch.ones(3), np.float64(0.1)], legacy=legacy))
+        assert same(read_torch(tmp_path / "x"), [torch.ones(3), np.float64(0.1)])
+
+
+def test_threads_read_without_touching_the_process(tmp_path, torch_content, saved) -> None:
+    (tmp_path / "x").write_bytes(saved(torch_content))
+    filters, allowed = [*warnings.filters], set(torch.serialization.get_safe_globals())
+    with ThreadPoolExecutor(4) as pool:
+        for value in pool.map(read_torch, [tmp_path / "x"] * 40):
+            assert same(value, torch_content)
+    assert [*warnings.filters] == filters
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_storages_are_read_as_flat_tensors(tmp_path, saved, legacy) -> None:
+    (tmp_path / "x").write_bytes(saved(torch.ones(3).untyped_storage(), legacy=legacy))
+    assert read_torch(tmp_path / "x").view(torch.float32).tolist() == [1.0] * 3
+
+
+def test_other_devices_than_those_of_torch_are_refused(tmp_path, saved) -> None:
+    (tmp_path / "x").write_bytes(saved(torch.ones(3)))
+    with pytest.raises(ValueError, match="map_location: expected a device or None, got 'gpu'"):
+        read_torch(tmp_path / "x", map_location="gpu")
+    with pytest.raises(TypeError, match=r"map_location: expected a device or None, got 1.5"):
+        read_torch(tmp_path / "x", map_location=1.5)
+
+
+def test_a_missing_device_is_named(tmp_path, saved) -> None:
+    def edit(record: str, data: bytes) -> bytes:
+        return data.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0xpu:99")
+
+    (tmp_path / "x").write_bytes(rezipped(saved(torch.ones(3)), edit))
+    with pytest.raises(CheckpointError, match="of a device that is here, got xpu:99"):
+        read_torch(tmp_path / "x", map_location=None)
+    (tmp_path / "x").write_bytes(saved(torch.ones(3)))
+    assert read_torch(tmp_path / "x", map_location=None).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_booleans_of_other_bytes_are_refused(rejected, saved, legacy) -> None:
+    flags = torch.tensor([2, 0, 1], dtype=torch.uint8)
+    content = saved(flags, legacy=legacy)
+
+    def edit(record: str, data: bytes) -> bytes:
+        return data.replace(b"ByteStorage", b"BoolStorage")
+
+    content = edit("", content) if legacy else rezipped(content, edit)
+    rejected(content, "expected booleans of 0 and 1")
+
+
+def test_files_of_another_byte_order_are_refused(rejected, saved) -> None:
+    def edit(record: str, data: bytes) -> bytes:
+        return b"big" if record.endswith("byteorder") else data
+
+    rejected(rezipped(saved(torch.ones(3)), edit), "a file of a machine that is not little-endian")
+
+
+def test_files_of_more_than_four_gibibytes_are_understood(tmp_path) -> None:
+    """Their headers have another form; the values are not written here."""
+    path = tmp_path / "x.pt"
+    with torch.serialization.skip_data():
+        torch.save([torch.empty(2**30 + 5), torch.empty(9)], path)
+    first, second = read_torch(path, map_location="meta")
+    assert (first.shape, second.shape) == ((2**30 + 5,), (9,))
+
+
+def test_wide_tensors_count_by_what_they_claim(tmp_path, rejected, saved) -> None:
+    tied, wide = torch.ones(1000), torch.ones(1).expand(200_000)
+    for value in ([tied] * 12, [wide], {str(n): tied.view(10, 100) for n in range(12)}):
+        (tmp_path / "y").write_bytes(saved(value))
+        assert same(read_torch(tmp_path / "y"), value)
+    for value in ([wide] * 9, {str(n): wide for n in range(9)}, [torch.ones(1).expand(10**9)]):
+        rejected(saved(value), "expected tensors of the size of the file, got far larger ones")
 
 
 def test_map_location_sets_the_device(tmp_path) -> None:
@@ -158,6 +228,32 @@ def test_overlapping_zip_records_are_rejected(rejected, saved) -> None:
         archive.filelist.append(twin)
         archive._didModify = True
     rejected(file.getvalue(), "overlapping records")
+
+
+@pytest.mark.parametrize(
+    ("local", "central", "value"),
+    [
+        (6, 8, b"\x09\x08"),  # encrypted
+        (6, None, b"\x00\x08"),
+        (8, None, b"\x08\x00"),
+        (14, None, b"\x07\x07"),
+        (18, None, b"\x07\x07"),
+        (22, None, b"\x07\x07"),
+        (30, None, b"XX"),
+        (0, None, b"KP"),
+    ],
+)
+def test_headers_that_contradict_the_directory_are_rejected(
+    rejected, saved, local, central, value
+) -> None:
+    for content in (saved(torch.ones(3)), rezipped(saved(torch.ones(3)))):
+        data = bytearray(content)
+        start = content.index(b"PK\3\4", 1)
+        data[start + local : start + local + 2] = value
+        if central is not None:
+            second = content.index(b"PK\1\2", content.index(b"PK\1\2") + 1)
+            data[second + central : second + central + 2] = value
+        rejected(bytes(data), "a zip file with overlapping records at ")
 
 
 def test_records_of_another_size_are_rejected(rejected, saved) -> None:

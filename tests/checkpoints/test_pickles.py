@@ -213,9 +213,9 @@ def test_keys_that_overflow_or_collide_are_rejected(harmless, key) -> None:
 def test_sizes_in_the_pickle_do_not_allocate_memory(harmless) -> None:
     huge = struct.pack("<Q", 2**40)
     for body in (b"\x8e" + huge, b"\x8d" + huge, b"B\xff\xff\xff\xff", b"X\xff\xff\xff\x7f"):
-        harmless(body + b"abc", "Error")
-    harmless(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "Error")
-    harmless(b"Nr\xff\xff\xff\xff" + b"(", "Error")
+        harmless(body + b"abc", "expected .*, got")
+    harmless(b"\x95" + struct.pack("<Q", 2**63) + b"N" + b"N", "expected .*, got")
+    harmless(b"Nr\xff\xff\xff\xff" + b"(", "expected .*, got")
 
 
 @pytest.mark.parametrize("name", ["_codecs.encode", "builtins.set", "torch.Size"])

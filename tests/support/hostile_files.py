@@ -25,14 +25,14 @@ from support.pickle_code import (
     zipped,
 )  # fmt: skip
 
-MANY = 50_000
+MANY = 10_000
 ORDERED = named("collections.OrderedDict") + b")R"
 
 
 def pickles() -> Iterator[tuple[str, bytes]]:
     """Yield pickles of values, without start and end."""
     yield from BOMBS.items()
-    big = b"](" + b"K\x01" * 5000 + b"eq\x00"
+    big = b"](" + b"K\x01" * 2000 + b"eq\x00"
     long = text("a" * MANY) + b"q\x00"
     deep = b")" + b"\x85" * MANY + b"q\x00"
     for name, part in [
@@ -59,12 +59,12 @@ def pickles() -> Iterator[tuple[str, bytes]]:
     yield "joined long module names", b"(" + text("torch.nn.modules.") + b"q\x01" + long + (
         b"h\x01h\x00\x93" * 1000 + b"t"
     )  # fmt: skip
-    yield "many classes", b"(" + (named("torch.nn.modules.a.B") + b")\x81") * 5000 + b"t"
+    yield "many classes", b"(" + (named("torch.nn.modules.a.B") + b")\x81") * 2000 + b"t"
     yield "a long line", b"c" + b"a" * MANY + b"\na\n"
     yield "a line without end", b"c" + b"a" * MANY
     yield "a list as a name", b"]]\x93"
     yield "long numbers as keys", b"}(" + b"".join(
-        number((2**61 - 1) * i + 1) + b"N" for i in range(5, 5000)
+        number((2**61 - 1) * i + 1) + b"N" for i in range(5, 2000)
     ) + b"u"  # fmt: skip
     yield "no number as keys", b"}(" + (number(float("nan")) + b"N") * MANY + b"u"
     yield "tuples as keys", b"\x8f(" + b"K\x01K\x02\x86" * 1000 + b"\x90"
@@ -86,7 +86,7 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         "a copied counter",
         b"("
         + b"}("
-        + b"".join(number(i) + b"K\x01" for i in range(5000))
+        + b"".join(number(i) + b"K\x01" for i in range(2000))
         + b"u\x85q\x00"
         + named("collections.Counter")
         + b"q\x01"
@@ -94,12 +94,12 @@ def pickles() -> Iterator[tuple[str, bytes]]:
         + b"t",
     )
     yield "a shared state", b"}" + text("_metadata") + b"}(" + b"".join(
-        number(i) + b"}" for i in range(5000)
+        number(i) + b"}" for i in range(2000)
     ) + b"usq\x00(" + (ORDERED + b"h\x00b") * 2000 + b"t"  # fmt: skip
     yield (
         "a large state often",
         b"}("
-        + b"".join(number(i) + b"N" for i in range(5000))
+        + b"".join(number(i) + b"N" for i in range(2000))
         + b"uq\x00("
         + ORDERED
         + b"q\x01"
@@ -167,7 +167,7 @@ def tensors() -> Iterator[tuple[str, bytes, bytes]]:
         number(i) + (made + wide + b"q\x06" if i == 0 else b"h\x06") for i in range(100)
     ) + b"u", data  # fmt: skip
     yield "overlapping rows", tensor(storage(), 0, (10**5, 2), (0, 1)), data
-    yield "many dimensions", tensor(storage(), 0, (1,) * 5000, (1,) * 5000), data
+    yield "many dimensions", tensor(storage(), 0, (1,) * 2000, (1,) * 2000), data
     yield "a large empty tensor", tensor(storage(), 0, (0, 2**62, 2**62), (1, 1, 1)), data
     yield "an empty tensor far away", tensor(storage(), 2**62, (0,), (1,)), data
     yield "sizes that overflow", tensor(storage(), 0, (2**32, 2**32), (0, 0)), data
@@ -278,8 +278,8 @@ def archives() -> Iterator[tuple[str, bytes]]:
     for offset in (16, 20, 24, 32, 40, 48, 56, 60, 64, 72):
         yield f"long end {offset}", patched(good, place + offset, b"\x07\x01")
         yield f"huge long end {offset}", patched(good, place + offset, b"\xff" * 4)
-    for name in ("archive/Data/0", "archive/DATA.PKL", "archive/data/0", "Archive/data/0", "x/data/0",
-                 "data.pkl", "../archive/data/1", "/archive/data/1"):  # fmt: skip
+    for name in ("archive/Data/0", "archive/DATA.PKL", "archive/data/0", "Archive/data/0",
+                 "x/data/0", "data.pkl", "../archive/data/1", "/archive/data/1"):  # fmt: skip
         yield f"also {name}", appended(good, name, bytes(12))
         yield f"first {name}", b"".join([appended(b"", name, bytes(12), good)])
     for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
@@ -314,7 +314,6 @@ def archives() -> Iterator[tuple[str, bytes]]:
     yield "empty", empty.getvalue()
     yield "empty with a record", b"PK\3\4" + bytes(26) + empty.getvalue()
     yield "flags of encryption", rezip(good, encrypted)
-    yield "many records", zipped(b"N", **{str(n): b"" for n in range(2000)})
 
 
 def appended(content: bytes, name: str, data: bytes, then: bytes = b"") -> bytes:
@@ -363,7 +362,7 @@ def legacies() -> Iterator[tuple[str, bytes]]:
     yield "more after", legacy(body, keys=KEY, rest=rest * 2)
     yield (
         "another magic number",
-        legacy(body, keys=KEY, rest=rest).replace(b"\xfc\x9c", b"\xfc\x9d"),
+        legacy(body).replace(b"\xfc\x9c", b"\xfc\x9d"),
     )
     yield "one pickle", START + b"N" + END
     many = b"(" + b"".join(OWN.replace(text("0"), text(str(n))) for n in range(3000)) + b"t"
@@ -386,7 +385,7 @@ def safetensors() -> Iterator[tuple[str, bytes]]:
 
     for size in (0, 1, 10**6, 2**31, 2**62, 2**64 - 1):
         yield f"a header of {size}", file({"a": one()}, size=size)
-    for shape in ([], [3], [-2], [2**63, 2], [2**32, 2**32], [1] * 5000, "2", [2.0], None, [[2]]):
+    for shape in ([], [3], [-2], [2**63, 2], [2**32, 2**32], [1] * 2000, "2", [2.0], None, [[2]]):
         yield f"shape {str(shape)[:20]}", file({"a": one(shape=shape)})
     for offsets in ([0, 4], [4, 8], [8, 0], [0, 9], [0, 2**62], [-8, 0], [0], "08", [0.0, 8]):
         yield f"offsets {offsets}", file({"a": one(offsets=offsets)})

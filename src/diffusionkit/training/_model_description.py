@@ -107,21 +107,17 @@ def _part(part: Any, values: Callable[[], list[float]]) -> dict[str, Any]:
     settings = _settings(part)
     return {
         "name": _title(part, settings),
-        "class": _class(part).__name__,
+        "class": bare_class(part).__name__,
         "settings": settings,
         "values": found,
     }
-
-
-def _class(part: Any) -> type:
-    return bare_class(part) if isinstance(part, nn.Module) else type(part)
 
 
 def _network(network: nn.Module) -> dict[str, Any]:
     settings = _settings(network)
     return {
         "name": _title(network, settings),
-        "class": _class(network).__name__,
+        "class": bare_class(network).__name__,
         "settings": settings,
         "values": None,
     }
@@ -130,11 +126,7 @@ def _network(network: nn.Module) -> dict[str, Any]:
 def _settings(part: Any) -> dict[str, Any]:
     """Return the plain values that a part was made with: attributes named as its arguments."""
     try:
-        names = list(
-            inspect.signature(
-                bare_class(part) if isinstance(part, nn.Module) else type(part)
-            ).parameters
-        )
+        names = list(inspect.signature(bare_class(part)).parameters)
     except (TypeError, ValueError):
         names = []
     values = {name: getattr(part, name, None) for name in names}
@@ -160,7 +152,7 @@ def _title(part: Any, settings: Mapping[str, Any]) -> str:
     if callable(part) and not isinstance(part, nn.Module) and hasattr(part, "__qualname__"):
         return "a function"
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    text = f"{_class(part).__name__}({arguments})" if plain else repr(part)
+    text = f"{bare_class(part).__name__}({arguments})" if plain else repr(part)
     return text if len(text) <= 300 else text[:297] + "..."
 
 
