@@ -62,7 +62,7 @@ MAY_IMPORT = {
         "_weights",
         "_wrappers",
         "_writing",
-    },  # fmt: skip
+    },
     "metrics": {"_checks", "_distributed", "_loops", "_writing", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }

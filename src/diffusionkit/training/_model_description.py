@@ -147,7 +147,8 @@ def _listed(value: Any) -> Any:
 
 def _title(part: Any, settings: Mapping[str, Any]) -> str:
     """Return the representation of a part, without an address in memory."""
-    plain = isinstance(part, nn.Module) or type(part).__repr__ is object.__repr__
+    classes = type(part).__mro__[:-1]  # without object
+    plain = isinstance(part, nn.Module) or not any("__repr__" in vars(c) for c in classes)
     if callable(part) and not isinstance(part, nn.Module) and hasattr(part, "__qualname__"):
         return "a function"
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())

@@ -186,9 +186,9 @@ class LossSecondMomentTimes(TimeSampler):
             raise ValueError(f"state: expected losses and counts, got {got}")
         for name, dtype in (("losses", torch.float64), ("counts", torch.int64)):
             value: Any = state[name]
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            if got != dtype:
-                raise ValueError(f"{name}: expected a tensor of {dtype}, got {got}")
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            if kind != dtype:
+                raise ValueError(f"{name}: expected a tensor of {dtype}, got {kind}")
         losses, counts = state["losses"], state["counts"]
         if counts.ndim != 1 or losses.shape != (len(counts), self.history):
             raise ValueError(
