@@ -12,11 +12,13 @@ the standard error of each is 100 / sqrt(2 n) percent.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from diffusionkit import (
     DDIM,
@@ -71,6 +73,7 @@ class Network(nn.Module):
         self.sde = sde
         self.weight = nn.Parameter(torch.zeros(1, dtype=dtype))
 
+    @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return sigma / (alpha^2 STD^2 + sigma^2) x."""
         alpha, sigma = self.sde.marginal(t.double())
@@ -90,12 +93,15 @@ class Impulses(NoisePath):
     def __init__(self, n: int) -> None:
         self.n, self.draws = n, 0
 
+    @override
     def __len__(self) -> int:
         return self.n
 
+    @override
     def __getitem__(self, index: Any) -> Any:
         return torch.Generator()
 
+    @override
     def increment(self, x: Tensor, sde: Any, t: Tensor, s: Tensor) -> Tensor:
         """Return the next impulse, like x."""
         self.draws += 1
@@ -117,8 +123,8 @@ def exact_std(
     x = torch.zeros(count, 1, dtype=torch.float64)
     x[0] = sde.prior_std
     state = None
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
-        t, s = t.expand(count), s.expand(count)  # noqa: PLW2901
+    for t, s in itertools.pairwise(grid):
+        t, s = t.expand(count), s.expand(count)
         if corrector is not None:
             pull = 2 * corrector.snr**2  # type: ignore[attr-defined]
             alpha, sigma = sde.perturbation_kernel(x, t)

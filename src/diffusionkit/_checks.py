@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ def value_checks() -> Iterator[None]:
         yield
     finally:
         _everywhere.reset(token)
+
+
+_LARGEST_COUNT = 2**31 - 1
 
 
 def readable(x: Tensor) -> bool:
@@ -80,19 +84,21 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
         if bad:
             raise ValueError(
                 f"{name}: expected finite values, got NaN or infinity in {bad} of {len(x)} "
-                "samples; common causes are a network that diverged in training (too large a "
-                "learning rate), noise labels or states that it was not trained on, a time without "
-                "noise or data, float16 (no number above 65504) and too few steps"
+                "samples; common causes are a network that diverged in training, at too large a "
+                "learning rate; noise labels that it was not trained on; a time at which the "
+                "process has no noise or no signal; and numbers above 65504 in float16"
             )
 
 
-def check_range(x: Tensor, model: object, name: str = "x") -> None:
-    """Raise if x is outside the data range of a model (read on the CPU only)."""
+def check_range(x: Tensor, model: object, name: str = "x", mask: Tensor | None = None) -> None:
+    """Raise if x is outside the data range of a model where a mask is not 0 (read on the CPU)."""
     data_range = getattr(model, "data_range", None)
     if data_range is None or not readable(x):
         return
     low, high = data_range
     slack = 1e-3 * (high - low)
+    if mask is not None:
+        x = x[mask != 0]
     first, last = (end.item() for end in x.detach().aminmax())
     if first < low - slack or last > high + slack:
         hint = ""
@@ -131,6 +137,13 @@ def check_t_min(t_min: float, T: float) -> None:
     check_number(t_min, "t_min")
     if not 0.0 <= t_min < T:
         raise ValueError(f"t_min: expected a time in [0, T) = [0, {T:g}), got {t_min}")
+
+
+def check_t_end(t_end: float) -> None:
+    """Raise unless the last time of a sampler is a number >= 0."""
+    check_number(t_end, "t_end")
+    if not 0.0 <= t_end < math.inf:
+        raise ValueError(f"t_end: expected a finite time >= 0, got {t_end}")
 
 
 def check_log_snr(log_snr: Sequence[float], first: float, last: float) -> None:
@@ -186,11 +199,21 @@ def check_reference(reference: Tensor, x0: Tensor) -> None:
     check_finite(reference, "reference")
 
 
+def fits(x: Tensor, like: Tensor) -> bool:
+    """Return whether a tensor broadcasts to the shape of another."""
+    sizes = zip(reversed(x.shape), reversed(like.shape), strict=False)
+    return x.ndim <= like.ndim and all(n in (1, m) for n, m in sizes)
+
+
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape (B, *D) as a tuple, or raise unless it consists of positive integers."""
+    if not isinstance(shape, (tuple, list)):  # torch.Size is a tuple
+        raise TypeError(f"shape: expected positive integers (B, *D), got {type(shape).__name__}")
     sizes = tuple(shape)
     if not sizes or not all(type(n) is not bool and isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"shape: expected positive integers (B, *D), got {sizes}")
+    if math.prod(sizes) >= 2**48:
+        raise ValueError("shape: expected a tensor that fits in memory, got 2^48 numbers or more")
     return sizes
 
 
@@ -202,9 +225,19 @@ def check_part(part: object, kind: type, name: str) -> None:
 
 
 def check_number(value: float, name: str) -> None:
-    """Raise unless a value is a number."""
+    """Raise unless a value is a number, not an array or a tensor, that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise ValueError(f"{name}: expected a number that a float can hold, got about 10^"
+                         f"{int(value.bit_length() * math.log10(2))}")  # fmt: skip
+
+
+def check_finite_number(value: float, name: str) -> None:
+    """Raise unless a value is a finite number."""
+    check_number(value, name)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def check_interval(low: float, high: float, low_name: str, high_name: str) -> None:
@@ -216,6 +249,20 @@ def check_interval(low: float, high: float, low_name: str, high_name: str) -> No
         raise ValueError(f"{names}: expected finite {order}, got {low} and {high}")
 
 
+def check_data_range(data_range: object) -> tuple[float, float]:
+    """Return the range of the data as a pair, or raise unless it is finite, (low, high)."""
+    if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
+        got = type(data_range).__name__
+        got += f" of {len(data_range)}" if isinstance(data_range, (tuple, list)) else ""
+        raise TypeError(f"data_range: expected two numbers (low, high), got {got}")
+    low, high = data_range
+    check_number(low, "data_range")
+    check_number(high, "data_range")
+    if not (low < high and math.isfinite(high - low)):
+        raise ValueError(f"data_range: expected finite low < high, got {low} and {high}")
+    return low, high
+
+
 def check_positive(value: float, name: str) -> None:
     """Raise unless a number is finite and positive."""
     check_number(value, name)
@@ -223,12 +270,96 @@ def check_positive(value: float, name: str) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
 
-def check_count(value: int, name: str, *, least: int = 1) -> None:
-    """Raise unless a number is an integer of at least `least`."""
+def check_count(value: int, name: str, *, least: int = 1, most: int = _LARGEST_COUNT) -> None:
+    """Raise unless a number is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+        raise ValueError(f"{name}: expected an integer >= {least}, got {_short(value)}")
+    if value > most:
+        raise ValueError(f"{name}: expected an integer <= {most}, got {_short(value)}")
+
+
+def _short(value: int) -> str:
+    """Return an integer as text, without the digits of an enormous one."""
+    digits = int(value.bit_length() * math.log10(2))
+    return str(value) if digits < 40 else f"{'-' if value < 0 else ''}10^{digits}"
+
+
+def check_flag(value: bool, name: str) -> None:
+    """Raise unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise unless a value is among the choices: strings, whole numbers or None."""
+    if not isinstance(value, (str, int, NoneType)) or value not in choices:
+        got = repr(value) if isinstance(value, (str, int)) else type(value).__name__
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got}")
+
+
+def check_callable(value: object, name: str) -> None:
+    """Raise unless a value can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a callable, got {type(value).__name__}")
+
+
+def check_sequence(values: object, name: str) -> None:
+    """Raise unless values are a list, a tuple or another sequence, but not a string."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name}: expected a sequence, got {type(values).__name__}")
+
+
+def check_mapping(values: object, name: str) -> None:
+    """Raise unless values are a mapping whose keys are strings."""
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise TypeError(f"{name}: expected a dictionary by name, got {type(values).__name__}")
+
+
+def check_floating_dtype(dtype: torch.dtype | None, name: str = "dtype") -> None:
+    """Raise unless a value is a floating-point dtype or None."""
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype or None, got {type(dtype).__name__}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
+
+
+def check_target_device(device: torch.device | str | None, name: str = "device") -> None:
+    """Raise unless a value names a device that this machine has, or is None."""
+    if device is None or isinstance(device, torch.device):
+        return
+    if not isinstance(device, str):
+        raise TypeError(f"{name}: expected a torch.device, a string or None, "
+                        f"got {type(device).__name__}")  # fmt: skip
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name}: expected a device of this machine, got {device!r}") from error
+
+
+def numbers(values: object, name: str) -> Tensor:
+    """Return a sequence of numbers or a real tensor in float64, or raise."""
+    if isinstance(values, (str, bytes, dict, set, bool)):
+        raise TypeError(f"{name}: expected numbers, got {type(values).__name__}")
+    if isinstance(values, Tensor):
+        check_known(values, name)
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+        got = type(values).__name__
+        raise TypeError(f"{name}: expected numbers, got {got}: {error}") from error
+
+
+def check_known(x: Tensor, name: str) -> None:
+    """Raise unless x is a tensor of real numbers that has data."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.is_complex() or x.is_meta:
+        what = "a meta tensor" if x.is_meta else str(x.dtype)
+        raise TypeError(f"{name}: expected real numbers, got {what}")
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -7,14 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from ._precision import at_least_float32
 from ._schedules import exact
 
 
 def normal_log_prob(x: Tensor, std: float) -> Tensor:
-    """Return the log-density of N(0, std^2 I) at x (B, *D), in nats, (B,)."""
+    """Return the log-density of N(0, std^2 I) at x (B, *D), in nats, (B,), at least in float32."""
     flat = exact(x).flatten(1) if x.ndim > 1 else exact(x).unsqueeze(1)
     constant = flat.shape[1] * (0.5 * math.log(2 * math.pi) + math.log(std))
-    return (-0.5 * (flat / std).square().sum(1) - constant).to(x.dtype)
+    return (-0.5 * (flat / std).square().sum(1) - constant).to(at_least_float32(x).dtype)
 
 
 def log_normal_cdf(z: Tensor) -> Tensor:

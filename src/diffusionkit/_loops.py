@@ -75,8 +75,16 @@ def bare_networks(model: nn.Module) -> Iterator[None]:
                     setattr(parent, name, _wrappers.pop((id(parent), name)))
 
 
+def check_progress(progress: Progress) -> None:
+    """Raise unless `progress` is True, False or a callable that wraps an iterable."""
+    if not (isinstance(progress, bool) or callable(progress)):
+        got = type(progress).__name__
+        raise TypeError(f"progress: expected True, False or a callable, got {got}")
+
+
 def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:
     """Return items wrapped in a progress bar: tqdm if installed, or the user's wrapper."""
+    check_progress(progress)
     if not progress:
         return items
     if callable(progress):

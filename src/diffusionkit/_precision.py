@@ -11,21 +11,20 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._checks import readable
+from ._checks import autocast_enabled, readable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _GAIN = 256.0  # of cotangents, which float16 holds from 6e-5 to 65504
 _DEPTH = 3  # of functions that call functions
 WIDER = "use float32 or bfloat16"  # the advice for a result that overflows
 
-Coefficient: TypeAlias = Tensor | float
 Weight: TypeAlias = tuple[nn.Module, str, Tensor]
 
 
@@ -63,7 +62,12 @@ def narrowed(x: Tensor, dtype: torch.dtype, name: str, advice: str) -> Tensor:
     return out
 
 
-def backward_factor(gain: Coefficient, dtype: torch.dtype | None) -> Coefficient | None:
+def arithmetic_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype | None:
+    """Return the dtype of a network's matrix products: its own, or that of autocast."""
+    return torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else dtype
+
+
+def backward_factor(gain: Tensor | float, dtype: torch.dtype | None) -> Tensor | float | None:
     """Return a power of two that scales the cotangents of a network so that float16 holds them.
 
     A prediction may be so many times as large as the network's output that its gradients overflow
@@ -72,13 +76,13 @@ def backward_factor(gain: Coefficient, dtype: torch.dtype | None) -> Coefficient
 
     Args:
         gain: the largest derivative of the prediction with respect to the output, (B,) or a float.
-        dtype: the dtype of the network. The factor is None unless it is float16.
+        dtype: the `arithmetic_dtype` of the network. The factor is None unless it is float16.
     """
     if dtype != torch.float16:
         return None
     gain = torch.as_tensor(gain).clamp(1.0, 2.0**100)
     factor = torch.exp2(-torch.ceil(torch.log2(gain / _GAIN)).clamp_min(0.0))
-    return factor if factor.ndim else factor.item()
+    return factor if factor.ndim else float(factor)
 
 
 def network_dtype(network: object) -> torch.dtype | None:
@@ -112,11 +116,12 @@ class NetworkDtype:
         if self._place is None:
             return None
         module, name = self._place
-        weight = module._parameters.get(name)
-        weight = module._buffers.get(name) if weight is None else weight
-        if weight is None:  # it was renamed, as by a parametrization
-            self._find(network)
-            return self(network)
+        weight: Tensor | None = module._parameters.get(name)
+        if weight is None:
+            weight = module._buffers.get(name)
+            if weight is None:  # it was renamed, as by a parametrization
+                self._find(network)
+                return network_dtype(network)
         return weight.dtype
 
     def _find(self, network: object) -> None:
@@ -182,7 +187,7 @@ def _modules(network: object, seen: set[int], depth: int) -> Iterator[nn.Module]
         for cell in network.__closure__ or ():
             with contextlib.suppress(ValueError):  # a variable that has no value yet
                 found.append(cell.cell_contents)
-    elif depth == _DEPTH:
+    elif depth >= _DEPTH - 1 and not isinstance(network, (type, ModuleType)):
         found = list(getattr(network, "__dict__", {}).values())
     for value in found:
         yield from _modules(value, seen, depth - 1)

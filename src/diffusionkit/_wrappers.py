@@ -28,6 +28,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def bare_class(part: object) -> type:
+    """Return the class of an object, without what fully_shard adds to that of a network."""
+    kind = type(part)
+    return kind.__bases__[-1] if "FSDP" in kind.__name__ and _is_sharded(kind) else kind
+
+
+def _is_sharded(kind: type) -> bool:
+    return hasattr(kind, "_get_fsdp_state")
+
+
 def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield a module and all modules in it, each with the prefix of its tensors' names.
 
@@ -36,7 +46,7 @@ def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     the gathered ones.
     """
     module = unwrapped(module)
-    if hasattr(type(module), "_get_fsdp_state"):
+    if _is_sharded(type(module)):
         cast(Any, module).reshard()
     yield prefix, module
     for name, child in module._modules.items():

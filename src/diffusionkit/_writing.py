@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import os
 import stat
 import uuid
@@ -18,17 +19,15 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nobody can remove or rename a file that is open
-    fcntl = None  # type: ignore[assignment]
+# Windows has no such locks; there nobody can remove or rename a file that is open.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 _PREFIX = ".diffusionkit-"
 # Errors of systems that cannot sync a folder, or may not open it to do so.
 _UNSYNCED = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that any crash leaves either the previous content or the new one.
 
     The file keeps its mode and its owner. If the path is a symbolic link, its target is written.
@@ -211,7 +210,7 @@ class _Watched:
             raise
 
 
-def _filled(file: BinaryIO, write: Callable[[BinaryIO], None]) -> None:
+def _filled(file: BinaryIO, write: Callable[[BinaryIO], object]) -> None:
     """Write the content; an error of the system is raised as such, also through torch's writer."""
     watched = _Watched(file)
     try:

@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import check_count, check_interval, check_state, readable
+from ._checks import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_floating_dtype,
+    check_interval,
+    check_part,
+    check_state,
+    fits,
+    readable,
+)
 from ._gaussian import log_mass, log_normal_cdf
+from ._precision import at_least_float32
 from .values import expand
 
 __all__ = ["GaussianDecoder", "LevelDecoder", "Levels"]
@@ -48,7 +59,7 @@ class Levels:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count(self.levels, "levels", least=2)
+        check_count(self.levels, "levels", least=2, most=2**24)
         check_interval(self.low, self.high, "low", "high")
 
     @property
@@ -86,6 +97,7 @@ class Levels:
     def encode(self, images: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return the centers of the levels of images (B, *D), in a dtype or the default one."""
         self.check(images)
+        check_floating_dtype(dtype)
         return self.low + self.width * (images.to(dtype or torch.get_default_dtype()) + 0.5)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -93,6 +105,7 @@ class Levels:
 
         The level of a NaN is undefined; check samples first.
         """
+        check_state(x)
         return ((x - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
 
 
@@ -139,8 +152,7 @@ class GaussianDecoder:
 
     def __post_init__(self) -> None:
         Levels(self.levels, self.low, self.high)  # validates the arguments
-        if self.cdf not in ("exact", "tanh"):
-            raise ValueError(f'cdf: expected "exact" or "tanh", got {self.cdf!r}')
+        check_choice("cdf", self.cdf, ("exact", "tanh"))
 
     @property
     def _half(self) -> float:
@@ -165,6 +177,8 @@ class GaussianDecoder:
         Raises:
             ValueError: if a value is further than a hundredth of a bin from every level.
         """
+        check_state(x, "x0")
+        x = at_least_float32(x)
         if readable(x):
             off = (x - self.encode(self._bins.decode(x), dtype=x.dtype)).abs()
             if not bool((off <= 0.02 * self._half).all()):  # a NaN fails too
@@ -175,13 +189,23 @@ class GaussianDecoder:
                 )
 
     def log_prob(self, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-        """Return the log-probabilities of pixels x (B, *D) in nats, (B, *D).
+        """Return the log-probabilities of pixels x (B, *D) in nats, (B, *D), at least in float32.
 
         Args:
-            x: the values of the levels (B, *D).
+            x: the values of the levels (B, *D). In half precision they are rounded to a level.
             mean: the means mu (B, *D).
             log_var: the log-variances log(s^2), broadcastable to (B, *D).
         """
+        for name, value in (("x", x), ("mean", mean), ("log_var", log_var)):
+            check_part(value, Tensor, name)
+            if not fits(value, x):
+                raise ValueError(
+                    f"{name}: expected a shape that fits that of x, {tuple(x.shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
+        if x.dtype.itemsize < 4:
+            x = self.encode(self._bins.decode(x.float()), dtype=torch.float32)
+        mean, log_var = at_least_float32(mean), at_least_float32(log_var)
         scale, half = torch.exp(-0.5 * log_var), self._half
         first, last = x < self.low + half, x > self.high - half
         offset = x - mean
@@ -247,12 +271,15 @@ class LevelDecoder(Levels):
                 f"z: expected the shape of images, {tuple(images.shape)}, got {tuple(z.shape)}"
             )
         for name, value in (("alpha", alpha), ("sigma", sigma)):
+            check_part(value, Tensor, name)
             if value.shape != z.shape[:1]:
                 raise ValueError(
                     f"{name}: expected shape ({z.shape[0]},), got {tuple(value.shape)}"
                 )
+        check_finite(alpha, "alpha")
         if readable(sigma) and not bool((sigma > 0).all()):
             raise ValueError(f"sigma: expected values > 0, got {float(sigma.min()):g}")
+        z = at_least_float32(z)
         precision = expand(alpha / sigma, z)
         data = z / expand(alpha, z)
         columns = (data, torch.as_tensor(precision).expand_as(z), images.long())

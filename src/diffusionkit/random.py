@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ._checks import check_count, check_floating_dtype, check_sequence, check_target_device
+
 __all__ = ["Generators", "NoisePath", "rand", "randn", "randn_like", "step_noise"]
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
@@ -46,6 +48,8 @@ def _draw(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    check_floating_dtype(dtype)
+    check_target_device(device)
     if generator is None:
         return sampler(shape, device=device, dtype=dtype)
     if isinstance(generator, torch.Generator):
@@ -64,7 +68,7 @@ def randn(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Draw standard normal noise of a shape (B, *D)."""
-    return _draw(torch.randn, shape, generator, device, dtype)
+    return _draw(torch.randn, _sizes(shape), generator, device, dtype)
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
@@ -72,6 +76,14 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     if generator is None:
         return torch.randn_like(x, memory_format=torch.contiguous_format)
     return _draw(torch.randn, x.shape, generator, x.device, x.dtype)
+
+
+def _sizes(shape: Sequence[int]) -> Sequence[int]:
+    """Return a shape, or raise unless it consists of integers >= 0."""
+    check_sequence(shape, "shape")  # torch.Size is a tuple
+    for n in shape:
+        check_count(n, "shape", least=0, most=2**40)
+    return shape
 
 
 class NoisePath(Sequence[torch.Generator], abc.ABC):
@@ -137,7 +149,7 @@ def rand(
 ) -> Tensor:
     """Draw numbers uniform on [0, 1), n of them or a shape (B, *D)."""
     sizes = (shape,) if isinstance(shape, int) else shape
-    return _draw(torch.rand, sizes, generator, device, dtype)
+    return _draw(torch.rand, _sizes(sizes), generator, device, dtype)
 
 
 def seeded(*numbers: int) -> torch.Generator:

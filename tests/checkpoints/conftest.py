@@ -214,3 +214,46 @@ def rejected(tmp_path):
             read(path)
 
     return check
+
+
+class EDMPart(nn.Module):
+    """A stand-in for any of EDM's modules, with its name and arguments as data."""
+
+    def __init__(self, reconstruct, name, kwargs) -> None:
+        super().__init__()
+        self.reconstruct, self.name = reconstruct, name
+        self._init_args, self._init_kwargs = (), kwargs
+
+    def __reduce__(self):
+        state = {key: value for key, value in vars(self).items() if key not in ("name",)}
+        del state["reconstruct"]
+        meta = {"type": "class", "version": 6, "module_src": "", "class_name": self.name}
+        return self.reconstruct, (meta | {"state": state},), None
+
+
+@pytest.fixture
+def written(tmp_path, pickled, edm_network):
+    """A function that writes tensors to a pickle like EDM's training."""
+    reconstruct = edm_network.__reduce__()[0]
+
+    def write(precond, kwargs, tensors) -> str:
+        kwargs = {"img_resolution": 8, "img_channels": 3} | kwargs
+        root = EDMPart(reconstruct, precond, kwargs)
+        for name, tensor in tensors.items():
+            module = root
+            *path, last = name.split(".")
+            for part in path:
+                if part not in module._modules:
+                    new = EDMPart(reconstruct, "Part", {}) if part != "enc" else nn.ModuleDict()
+                    module.add_module(part, new)
+                module = module._modules[part]
+            if last in ("resample_filter", "freqs", "u"):
+                module.register_buffer(last, tensor)
+            else:
+                module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+        path = tmp_path / "network-snapshot-200000.pkl"
+        content = {"ema": root, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": {}}
+        path.write_bytes(pickled(content))
+        return str(path)
+
+    return write

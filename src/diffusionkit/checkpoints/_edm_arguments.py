@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import check_count, check_number
-from ..networks._arguments import check_choice
+from .._checks import check_choice, check_count, check_number
 from ._edm_keys import EDMObject
 
 _PRECONDITIONINGS: dict[str, dict[str, Any]] = {
@@ -62,6 +61,7 @@ _CHOICES = {
     "encoder_type": ("standard", "skip", "residual"),
     "decoder_type": ("standard", "skip"),
 }
+_LARGEST = 1e6
 _FROM_ZERO = ("label_dim", "augment_dim")
 
 
@@ -110,8 +110,8 @@ def _check(name: str, value: Any, default: Any) -> None:
         check_count(value, name, least=0 if name in _FROM_ZERO else 1)
     elif isinstance(default, float):
         check_number(value, name)
-        if not (math.isfinite(value) or value == default):
-            raise ValueError(f"{name}: expected a finite number, got {value}")
+        if not (0 <= value <= _LARGEST or value == default):
+            raise ValueError(f"{name}: expected a number in [0, {_LARGEST:g}], got {value!r:.40}")
     else:
         if not isinstance(value, list | tuple):
             raise TypeError(f"{name}: expected a list, got {type(value).__name__}")

@@ -23,6 +23,8 @@ from ..sde import VESDE, VPSDE, DDPMChain, SubVPSDE
 _ACTIVATIONS = {"swish": "silu", "lrelu": "leaky_relu", "elu": "elu", "relu": "relu"}
 _NCSNV2_LEVELS = {"ncsnv2_64": LEVELS_64, "ncsnv2_128": LEVELS_128, "ncsnv2_256": LEVELS_256}
 
+_HUGE = 2**31
+
 Network = NCSNpp | NCSNv2
 
 
@@ -113,14 +115,16 @@ class _Section:
             raise TypeError(
                 f"network: expected {self.name}.{name} of type {known}, got {type(value).__name__}"
             )
+        if isinstance(value, int) and abs(value) >= _HUGE:
+            raise ValueError(f"network: expected {self.name}.{name} below {_HUGE:g}, got more")
         return value
 
     def sequence(self, kinds: type | UnionType, name: str, *default: Any) -> tuple[Any, ...]:
         """Return an entry as a tuple, or raise unless it is a sequence of some types."""
         # The lists of a configuration may be of a class of their own.
         values = self.typed(Sequence, name, *default)
-        section = _Section(f"{self.name}.{name}", dict(enumerate(values)))
-        return tuple(section.typed(kinds, i) for i in range(len(values)))
+        section = _Section(f"{self.name}.{name}", {str(i): value for i, value in enumerate(values)})
+        return tuple(section.typed(kinds, name) for name in section.values)
 
 
 def _of_sections(config: Any, levels: int) -> Configured:

@@ -29,7 +29,8 @@ def read_score_sde(
         ema: whether to read the averaged weights rather than the last ones.
 
     Returns:
-        The tensors by name, without prefixes such as ``module.``, and the noise levels, the largest first.
+        The tensors by name, without prefixes such as ``module.``, and the noise levels, the
+        largest first.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import networks
+from .._distributed import whole
 from .._files import CheckpointError, check_weights, read_torch
-from .._weights import check_own_values, check_tensors, fill, laid_out
-from .._writing import atomic_write
+from .._weights import check_own_values, check_tensors, fill, laid_out, weight_problems
+from .._wrappers import bare_class, bare_state, unwrapped
+from .._writing import atomic_write, is_safetensors, save_torch
 from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"
@@ -28,16 +29,19 @@ _EXPECTED = "a network written by save_network"
 def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
     """Write a network of `diffusionkit.networks` to a file, with its configuration.
 
-    The file is written under a temporary name and renamed. With the ending ``.safetensors`` it is
-    a safetensors file, which needs that package; otherwise a file of torch.
+    The file is complete before it replaces the previous one. With the ending ``.safetensors`` it
+    is a safetensors file, which needs that package; otherwise a file of torch. Wrappers of torch
+    (torch.compile, DistributedDataParallel) are not saved, and sharded weights are gathered.
 
     Args:
         path: the file.
-        network: the network, without wrappers.
+        network: the network.
 
     Raises:
         TypeError: if the network is of another class.
-        ValueError: if it was built with anything but numbers, strings, lists and tuples.
+        ValueError: if it was built with anything but numbers, strings, lists and tuples, or its
+            weights are not finite.
+        OSError: if the file cannot be written; the previous one is left as it was.
 
     >>> import tempfile, torch
     >>> from diffusionkit.checkpoints import load_network, save_network
@@ -47,11 +51,12 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
     ...     load_network(f"{folder}/mlp.pt").config["width"]
     16
     """
-    name = type(network).__name__
-    if type(network) is not _CLASSES.get(name):
+    network = unwrapped(network) if isinstance(network, nn.Module) else network
+    kind = bare_class(network)
+    name = kind.__name__
+    if kind is not _CLASSES.get(name):
         raise TypeError(
-            f"network: expected one of {', '.join(_CLASSES)}, without a wrapper, "
-            f"got {type(network).__module__}.{name}"
+            f"network: expected one of {', '.join(_CLASSES)}, got {kind.__module__}.{name}"
         )
     try:
         config = json.dumps(network.config)
@@ -60,15 +65,13 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
             f"network: expected a configuration of plain values, got {network.config}"
         ) from error
     about = {"format": _FORMAT, "version": str(_VERSION), "network": name, "config": config}
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
-
-    def write(file: BinaryIO) -> None:
-        if str(path).endswith(".safetensors"):
-            file.write(_safetensors(state, about))
-        else:
-            torch.save(about | {"state": state}, file)
-
-    atomic_write(path, write)
+    state = {key: value.contiguous() for key, value in whole(bare_state(network)).items()}
+    for key, problem in weight_problems(state).items():
+        raise ValueError(f"network: {key}: {problem}")
+    if is_safetensors(path):
+        atomic_write(path, lambda file: file.write(_safetensors(state, about)))
+    else:
+        save_torch(path, about | {"state": state})
 
 
 def _safetensors(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
@@ -124,7 +127,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if str(path).endswith(".safetensors"):
+    if is_safetensors(path):
         tensors, about = read_safetensors(path)
         return about, tensors
     data = read_torch(path, expected=_EXPECTED)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import check_number, check_part, readable
 from .._grid_times import copy_grid_point, kernel
-from .._precision import NetworkDtype, at_least_float32, backward_factor
+from .._precision import NetworkDtype, arithmetic_dtype, at_least_float32, backward_factor
 from ..interfaces import ScoreModel
 from ..values import Coefficient, Prediction, expand, linear
 
@@ -57,13 +57,16 @@ class GuidedModel(ScoreModel):
         x0, eps = linear(1.0, x0, sigma * (sigma / alpha), grad), linear(1.0, eps, -sigma, grad)
         return Prediction(x, x0, eps, alpha, sigma, *learned)
 
-    def _factor(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient | None:
+    def _factor(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Coefficient | None:
         """Return the factor of backward passes from the predicted data to a state.
 
         The data are at most max(1, sigma, sigma^2) / alpha times as large as a network's output.
         """
+        dtype = arithmetic_dtype(self._dtype(self.model), x)
+        if dtype != torch.float16:
+            return None
         noise = torch.as_tensor(sigma).clamp_min(1.0)
-        return backward_factor(noise * noise / alpha, self._dtype(self.model))
+        return backward_factor(noise * noise / alpha, dtype)
 
     @contextlib.contextmanager
     def _differentiable(
@@ -80,12 +83,6 @@ class GuidedModel(ScoreModel):
             leaf = x if x.requires_grad else _recordable(x).detach().requires_grad_()
             saved = {name: _recordable(value) for name, value in cond.items()}
             yield leaf, _recordable(t), saved, keep
-
-
-def check_callable(function: object, name: str) -> None:
-    """Raise unless an argument is callable."""
-    if not callable(function):
-        raise TypeError(f"{name}: expected a callable, got {type(function).__name__}")
 
 
 def check_scale(scale: float) -> None:

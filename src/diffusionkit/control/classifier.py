@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import (
+    check_callable,
     check_count,
     check_finite,
     check_part,
@@ -22,12 +23,12 @@ from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
-from ..models.labels import Label, LogSigmaLabel
+from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes, times_and_weights
 from ..values import expand
-from ._guided import check_callable, shape_or_type
+from ._guided import shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
@@ -88,7 +89,7 @@ class NoiseClassifier(nn.Module):
         scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
         x = at_least_float32(x)
         dtype = self._dtype(self.network) or x.dtype
-        label = self.label(self.sde, t).to(state_dtype(dtype))
+        label = checked_label(self.label(self.sde, t), t).to(state_dtype(dtype))
         logits: Tensor = self.network((x * expand(scale, x)).to(dtype), label)
         return logits
 

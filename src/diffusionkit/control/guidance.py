@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_number, readable
+from .._checks import check_callable, check_flag, check_number, readable
 from .._grid_times import kernel
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
 from ..values import Coefficient, Prediction, expand, linear
 from ._guided import (
     GuidedModel,
-    check_callable,
     check_scale,
     gradient,
     shape_or_type,
@@ -75,6 +74,7 @@ class ClassifierGuidance(GuidedModel):
         """Keep the model and the classifier."""
         super().__init__(model)
         check_callable(classifier, "classifier")
+        check_flag(conditional, "conditional")
         check_scale(scale)
         check_process(classifier, self.sde)
         self.classifier = classifier
@@ -169,7 +169,7 @@ class GradientGuidance(GuidedModel):
                     f"log_likelihood: expected one number for each sample, shape ({len(x)},), "
                     f"got {shape_or_type(log_p)}"
                 )
-            factor = self._factor(alpha, sigma)
+            factor = self._factor(leaf, alpha, sigma)
             grad = gradient(log_p, leaf, "log_likelihood", factor=factor, keep=keep)
         return self._shifted(prediction, x, t, self.scale * grad)
 

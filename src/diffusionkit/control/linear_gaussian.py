@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_finite, check_number, check_positive, check_state, readable
+from .._checks import (
+    check_callable,
+    check_count,
+    check_finite,
+    check_number,
+    check_positive,
+    check_state,
+    readable,
+)
 from .._precision import at_least_float32
 from ..interfaces import ScoreModel
 from ..random import randn_like
 from ..values import Coefficient, Prediction, expand
-from ._guided import GuidedModel, check_callable, gradient, shape_or_type
+from ._guided import GuidedModel, gradient, shape_or_type
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -121,7 +129,7 @@ class LinearGaussianGuidance(GuidedModel):
             alpha, sigma = self._kernel(x, t)
             predicted = self.operator(prediction.x0)
             self._check(predicted, leaf)
-            factor = self._factor(alpha, sigma)
+            factor = self._factor(leaf, alpha, sigma)
 
             def backward(v: Tensor) -> Tensor:
                 v = v.to(predicted.dtype)

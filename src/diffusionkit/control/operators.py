@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_finite, check_number, check_part, check_shape, readable
+from .._checks import (
+    check_count,
+    check_finite,
+    check_known,
+    check_number,
+    check_part,
+    check_sequence,
+    check_state,
+    readable,
+)
 from .._precision import at_least_float32
 from ..random import randn_like
 
@@ -48,6 +57,9 @@ def check_operator(operator: LinearOperator, data: Tensor) -> None:
     >>> check_operator(AveragePool(2), torch.zeros(3, 8, 8))
     """
     check_part(operator, LinearOperator, "operator")
+    check_state(data, "data")
+    check_known(data, "data")
+    check_finite(data, "data")
     generator = torch.Generator().manual_seed(0)
     u, v = (randn_like(data, generator) for _ in range(2))
     y = operator(u)
@@ -106,7 +118,9 @@ class Mask(LinearOperator):
 
     def __init__(self, mask: Tensor) -> None:
         """Keep the mask as booleans."""
-        check_part(mask, Tensor, "mask")
+        check_known(mask, "mask")
+        if mask.numel() == 0:
+            raise ValueError(f"mask: expected at least one entry, got shape {tuple(mask.shape)}")
         if readable(mask) and not bool(((mask == 0) | (mask == 1)).all()):
             odd = mask[(mask != 0) & (mask != 1)]
             raise ValueError(
@@ -121,6 +135,7 @@ class Mask(LinearOperator):
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
+        check_state(x)
         # Not a product: unknown entries may be NaN.
         return torch.where(self.mask.to(torch.bool, x.device), x, 0.0)
 
@@ -157,6 +172,7 @@ class AveragePool(LinearOperator):
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
+        check_state(x)
         if x.ndim < self.dims or any(n % self.factor for n in x.shape[-self.dims :]):
             raise ValueError(
                 f"x: expected its {self.dims} last axes to be multiples of {self.factor}, "
@@ -168,6 +184,9 @@ class AveragePool(LinearOperator):
 
     @override
     def inverse(self, y: Tensor) -> Tensor:
+        check_state(y, "y")
+        if y.ndim < self.dims:
+            raise ValueError(f"y: expected at least {self.dims} axes, got shape {tuple(y.shape)}")
         for axis in range(-self.dims, 0):
             y = y.repeat_interleave(self.factor, axis)
         return y
@@ -210,6 +229,7 @@ class Gray(LinearOperator):
 
 
 def _check_channels(x: Tensor, channels: int, name: str) -> None:
+    check_state(x, name)
     if x.ndim < 3 or x.shape[-3] != channels:
         raise ValueError(
             f"{name}: expected images (..., {channels}, H, W), got shape {tuple(x.shape)}"
@@ -239,11 +259,13 @@ class Blur(LinearOperator):
 
     def __init__(self, kernel: Tensor, size: Sequence[int], floor: float = 0.01) -> None:
         """Keep the transfer function h and its inverse in float64."""
-        check_part(kernel, Tensor, "kernel")
+        check_known(kernel, "kernel")
         check_finite(kernel, "kernel")
         check_number(floor, "floor")
-        check_part(size, Sequence, "size")
-        self.size = check_shape(size)
+        check_sequence(size, "size")
+        for n in size:
+            check_count(n, "size")
+        self.size = tuple(size)
         if kernel.ndim != len(self.size) or any(
             k > n for k, n in zip(kernel.shape, self.size, strict=True)
         ):
@@ -279,6 +301,7 @@ class Blur(LinearOperator):
         return self._filtered(y, self.reciprocal)
 
     def _filtered(self, x: Tensor, response: _Table) -> Tensor:
+        check_state(x)
         if tuple(x.shape[-len(self.size) :]) != self.size:
             raise ValueError(f"x: expected last axes {self.size}, got shape {tuple(x.shape)}")
         # The FFT does not support half precision.
@@ -305,7 +328,7 @@ class Matrix(LinearOperator):
 
     def __init__(self, rows: Tensor) -> None:
         """Keep the rows and their inverse in float64."""
-        check_part(rows, Tensor, "rows")
+        check_known(rows, "rows")
         if rows.ndim < 2 or rows.numel() == 0:
             raise ValueError(f"rows: expected shape (m, *D), got {tuple(rows.shape)}")
         check_finite(rows, "rows")
@@ -320,6 +343,7 @@ class Matrix(LinearOperator):
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
+        check_state(x)
         dims = len(self.shape)
         if tuple(x.shape[-dims:]) != self.shape:
             raise ValueError(f"x: expected data of shape {self.shape}, got {tuple(x.shape)}")
@@ -327,6 +351,7 @@ class Matrix(LinearOperator):
 
     @override
     def inverse(self, y: Tensor) -> Tensor:
-        if y.ndim == 0 or y.shape[-1] != self.count:
+        check_state(y, "y")
+        if y.shape[-1] != self.count:
             raise ValueError(f"y: expected shape (..., {self.count}), got {tuple(y.shape)}")
         return torch.unflatten(y @ self.backward.to(y.dtype, y.device), -1, self.shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_part, check_state, check_times
+from .._checks import check_finite, check_known, check_part, check_state, check_times
 from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE
 from ..random import rand
@@ -19,7 +19,7 @@ def as_tensor(data: Tensor | Iterable[Any]) -> Tensor:
     """Return a data set as one tensor (N, *D)."""
     if not isinstance(data, Tensor):
         if isinstance(data, Sized) and hasattr(data, "__getitem__"):
-            parts = [_first(data[i])[None] for i in range(len(data))]
+            parts = [_first(data[i]).unsqueeze(0) for i in range(len(data))]
         elif isinstance(data, Iterable):
             parts = [_first(batch) for batch in data]
         else:
@@ -27,8 +27,12 @@ def as_tensor(data: Tensor | Iterable[Any]) -> Tensor:
                             f"got {type(data).__name__}")  # fmt: skip
         if not parts:
             raise ValueError("data: expected at least one item, got none")
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = [tuple(part.shape[1:]) for part in parts[:4]]
+            raise ValueError(f"data: expected items of one shape, got {shapes}")
         data = torch.cat(parts)
     check_state(data, "data")
+    check_known(data, "data")
     check_finite(data, "data")
     if data.ndim < 2:
         raise ValueError(f"data: expected shape (N, *D), got {tuple(data.shape)}")
@@ -36,7 +40,16 @@ def as_tensor(data: Tensor | Iterable[Any]) -> Tensor:
 
 
 def _first(item: Any) -> Tensor:
-    return torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item)
+    first = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(first, Tensor):
+        try:
+            first = torch.as_tensor(first)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = type(first).__name__
+            raise TypeError(f"data: expected items that are tensors, got {got}") from error
+    if first.ndim == 0:
+        raise ValueError("data: expected items with dimensions, got a number")
+    return first
 
 
 def kernel(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from .._checks import check_part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +49,13 @@ def plot_variances(results: Estimate | Sequence[Estimate], ax: Axes | None = Non
         ValueError: if there are no estimates, or their quantities differ.
         ImportError: if matplotlib is not installed.
     """
-    results = [results] if isinstance(results, Estimate) else list(results)
+    if not isinstance(results, Iterable):
+        results = [results]
+    results = list(results)
+    for result in results:
+        check_part(result, Estimate, "results")
+    if ax is not None and not hasattr(ax, "fill_between"):
+        raise TypeError(f"ax: expected the axes of matplotlib, got {type(ax).__name__}")
     quantities = sorted({result.quantity for result in results})
     if len(quantities) != 1:
         raise ValueError(f"results: expected estimates of the same quantity, got {quantities}")

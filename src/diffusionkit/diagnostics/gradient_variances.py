@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_part
+from .._checks import check_callable, check_count, check_part
 from .._loops import Progress, with_progress
 from ..interfaces import ScoreModel
 from ._data import as_tensor, check_generator, draw_rows, kernel, mean_and_error
@@ -62,6 +62,8 @@ def gradient_variance(
     Models, 2023, arXiv 2302.00670 (section 5, on the variance of the target).
     """
     check_part(model, ScoreModel, "model")
+    check_callable(objective, "objective")
+    check_part(label, str, "label")
     check_count(batch_size, "batch_size")
     check_count(pairs, "pairs", least=2)
     if reference_size is not None:

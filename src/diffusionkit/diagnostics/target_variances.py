@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from .._checks import check_choice, check_count
 from .._loops import Progress, with_progress
 from .._schedules import exact
 from ..interfaces import ForwardSDE
@@ -173,8 +173,7 @@ def posterior_divergence(
         "f": (_f_divergence, "f-divergence"),
         "tv": (_total_variation, "total variation"),
     }
-    if kind not in kinds:
-        raise ValueError(f"kind: expected one of {tuple(kinds)}, got {kind!r}")
+    check_choice("kind", kind, tuple(kinds))
     statistic, label = kinds[kind]
     return _average(statistic, sde, data, t, samples, generator, progress, units=None, label=label)
 
@@ -196,11 +195,11 @@ def _average(
 
     Each state needs memory for `width` rows of the data and for its N weights.
     """
-    if units not in (None, *get_args(Units)):
-        raise ValueError(f"units: expected one of {get_args(Units)}, got {units!r}")
+    check_choice("units", units, (None, *get_args(Units)))
     check_count(samples, "samples", least=2)
     check_generator(generator)
     rows = exact(as_tensor(data)).flatten(1)
+    rows = rows - rows.mean(0)  # all results are the same, and data far from zero keep their digits
     alpha, sigma = kernel(sde, t)
     size = max(1, _NUMBERS // max(len(rows), width * rows.shape[1]))
     halves = rows.square().sum(1) / 2

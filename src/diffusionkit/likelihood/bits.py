@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._checks import check_count, check_shape
+from .._checks import check_count, check_finite, check_known
+from .._precision import at_least_float32
 
 
 def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
@@ -22,16 +23,19 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
         dims: the number of dimensions d, or the shape D of one sample.
 
     Raises:
-        ValueError: if dims is not positive.
+        ValueError: if dims is not positive, or a likelihood is not finite (read on the CPU only).
         TypeError: if nats is not a tensor; pass the `.nats` of a result.
 
     >>> import math, torch
     >>> bits_per_dim(torch.tensor([64 * math.log(16)]), (1, 8, 8))
     tensor([4.])
     """
-    if not isinstance(nats, Tensor):
-        raise TypeError(f"nats: expected a tensor, got {type(nats).__name__}")
-    if isinstance(dims, int):
-        check_count(dims, "dims")
-        return nats / (dims * math.log(2))
-    return nats / (math.prod(check_shape(dims)) * math.log(2))
+    check_known(nats, "nats")
+    check_finite(nats, "nats")
+    nats = at_least_float32(nats) if nats.is_floating_point() else nats
+    if isinstance(dims, (tuple, list)):
+        for size in dims:
+            check_count(size, "dims")
+        dims = math.prod(dims)
+    check_count(dims, "dims", most=2**48)
+    return nats / (dims * math.log(2))

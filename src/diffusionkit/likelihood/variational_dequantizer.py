@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
-from .._checks import check_count
+from .._checks import check_choice, check_count
 from .._gaussian import normal_log_prob
 from .._schedules import exact
 from ..random import Generators, randn
@@ -114,15 +114,12 @@ class VariationalDequantizer(Dequantizer):
         sizes = {"channels": channels, "steps": steps, "width": width, "components": components,
                  "context_width": context_width, "blocks": blocks}  # fmt: skip
         for name, value in sizes.items():
-            check_count(value, name)
-        check_count(dims, "dims", least=0)
+            check_count(value, name, most=1000 if name in ("steps", "blocks") else 2**20)
+        check_count(dims, "dims", least=0, most=3)
         check_count(heads, "heads", least=0)
-        if dims > 3:
-            raise ValueError(f"dims: expected 0, 1, 2 or 3, got {dims}")
         if heads and width % heads:
             raise ValueError(f"heads: expected a divisor of width = {width}, got {heads}")
-        if squash not in _SQUASH:
-            raise ValueError(f"squash: expected one of {[*_SQUASH]}, got {squash!r}")
+        check_choice("squash", squash, tuple(_SQUASH))
         self.channels = channels
         self.dims = dims
         self.squash = squash

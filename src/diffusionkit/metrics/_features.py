@@ -22,6 +22,8 @@ class Accumulator(Protocol):
     def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
 
 
+_ROWS = 4096  # converted to float64 at once
+
 Result = TypeVar("Result", bound=Tensor | Accumulator)
 
 
@@ -84,6 +86,18 @@ def check_pair(real: Tensor, fake: Tensor, *, least: int) -> None:
 def from_numpy(x: Any) -> Any:
     """Return a copy of a NumPy array as a tensor, and anything else unchanged."""
     return torch.tensor(x) if isinstance(x, np.ndarray) else x
+
+
+def center(*features: Tensor) -> Tensor:
+    """Return the mean of the means of several sets of features (n, d), (d,), in float64.
+
+    Differences of features far from zero keep their digits relative to it.
+    """
+    means = [
+        torch.stack([double(part).sum(0) for part in torch.split(x, _ROWS)]).sum(0) / len(x)
+        for x in features
+    ]
+    return torch.stack(means).mean(0)
 
 
 def double(x: Tensor) -> Tensor:

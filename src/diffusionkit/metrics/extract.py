@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_count
+from .._checks import check_callable, check_count, check_known, check_target_device
 from .._loops import Progress, evaluation_mode, with_progress
 from ._features import from_numpy
 
@@ -47,8 +47,15 @@ def extract_features(
     >>> extract_features(images, lambda x: x.mean((2, 3)), progress=False).shape
     torch.Size([10, 3])
     """
-    if not callable(extractor):
-        raise TypeError(f"extractor: expected a callable, got {type(extractor).__name__}")
+    check_callable(extractor, "extractor")
+    check_target_device(device)
+    if not isinstance(images, (Tensor, Iterable)):
+        got = type(images).__name__
+        raise TypeError(f"images: expected a tensor or batches of tensors, got {got}")
+    if isinstance(images, Tensor):
+        check_known(images, "images")
+        if images.ndim == 0:
+            raise ValueError("images: expected shape (N, *D), got a tensor without dimensions")
     check_count(batch_size, "batch_size")
     module = extractor if isinstance(extractor, nn.Module) else None
     if device is None and module is not None:

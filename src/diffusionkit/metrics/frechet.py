@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._checks import check_count, check_mapping, numbers
 from ._features import check_features, double, from_numpy
 
 # Block sizes of the float64 computation: rows of features, columns of the scatter matrix.
@@ -112,15 +113,17 @@ class FeatureMoments:
         Raises:
             ValueError: if its entries or shapes are wrong.
         """
+        check_mapping(state, "state")
         if set(state) != {"count", "mean", "scatter"}:
             raise ValueError(f"state: expected count, mean and scatter, got {sorted(state)}")
-        mean, scatter = (torch.as_tensor(state[name]).double() for name in ("mean", "scatter"))
+        mean, scatter = (numbers(state[name], name) for name in ("mean", "scatter"))
+        check_count(state["count"], "count", least=0, most=2**62)
         if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
             raise ValueError(
                 "state: expected a mean (d,) and a scatter matrix (d, d), "
                 f"got {tuple(mean.shape)} and {tuple(scatter.shape)}"
             )
-        self.count, self._mean, self._scatter = int(state["count"]), mean, scatter.clone()
+        self.count, self._mean, self._scatter = state["count"], mean, scatter.clone()
 
     def _need(self, least: int) -> None:
         if self.count < least:

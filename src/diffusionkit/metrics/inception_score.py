@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from .._checks import check_count, check_mapping, numbers
 from ._features import check_features, double
 
 
@@ -67,7 +67,8 @@ class InceptionScore:
         if probs is not None and logits is None:
             check_features(probs, "probs")
             p = double(probs)
-            wrong = (p < 0).any(1) | ((p.sum(1) - 1).abs() > 1e-3)
+            rounding = max(1e-3, torch.finfo(probs.dtype).eps)
+            wrong = (p < 0).any(1) | ((p.sum(1) - 1).abs() > rounding)
             if bool(wrong.any()):
                 raise ValueError(
                     "probs: expected nonnegative rows that sum to 1, "
@@ -137,15 +138,17 @@ class InceptionScore:
         Raises:
             ValueError: if its entries or shapes are wrong.
         """
+        check_mapping(state, "state")
         if set(state) != {"count", "probs", "negentropies"}:
             raise ValueError(f"state: expected count, probs and negentropies, got {sorted(state)}")
-        probs, sums = (torch.as_tensor(state[name]).double() for name in ("probs", "negentropies"))
+        probs, sums = (numbers(state[name], name) for name in ("probs", "negentropies"))
+        check_count(state["count"], "count", least=0, most=2**62)
         if probs.ndim != 2 or sums.shape != probs.shape[:1]:
             raise ValueError(
                 "state: expected probs (splits, C) and negentropies (splits,), "
                 f"got {tuple(probs.shape)} and {tuple(sums.shape)}"
             )
-        self.splits, self.count = len(sums), int(state["count"])
+        self.splits, self.count = len(sums), state["count"]
         self._probs, self._negentropies = probs.clone(), sums.clone()
 
     def _prepare(self, like: Tensor) -> None:

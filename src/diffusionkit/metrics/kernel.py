@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._features import check_pair, double
+from ._features import center, check_pair, double
 
 _BLOCK = 2048  # rows per block of kernel values
 
@@ -33,7 +33,9 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
         - \frac{2}{m n} \sum_{i, j} k(x_i, y_j),
         \qquad k(x, y) = \left(\frac{x^\top y}{d} + 1\right)^3
 
-    over all pairs, in float64 and by blocks: memory is linear and time quadratic in m + n. The
+    over all pairs, in float64 and by blocks: memory is linear and time quadratic in m + n. Terms of
+    the kernel that depend on one of its arguments cancel and are left out, so that features far from
+    zero lose no digits. The
     often quoted mean over 100 random subsets of 1,000 estimates the same number with more noise,
     and the spread of those subsets is not the standard error of their mean.
 
@@ -67,9 +69,10 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
     check_pair(real, fake, least=2)
     m, n = len(real), len(fake)
     pairs_x, pairs_y, pairs_xy = m * (m - 1), n * (n - 1), m * n
-    x, x_squares = _within(real)
-    y, y_squares = _within(fake)
-    rows, columns, squares = _between(real, fake)
+    origin = center(real, fake)
+    x, x_squares = _within(real, origin)
+    y, y_squares = _within(fake, origin)
+    rows, columns, squares = _between(real, fake, origin)
     means = (x.sum() / pairs_x, y.sum() / pairs_y, rows.sum() / pairs_xy)
     value = means[0] + means[1] - 2 * means[2]
 
@@ -83,34 +86,43 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
     return KernelDistance(float(value), math.sqrt(max(float(first), 0.0) + float(second)))
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    base = (double(x) @ double(y).T).div_(x.shape[1]).add_(1.0)
-    return base * base * base
+def _kernel(x: Tensor, y: Tensor, origin: Tensor) -> Tensor:
+    """Return k(x, y) - k(x, c) - k(c, y) + k(c, c) for rows x, y and a point c, (m, n).
+
+    With u = x - c, v = y - c, w = u.v / d, a = u.c / d, b = v.c / d and p = c.c / d + 1 it is
+    (q + w)^3 - q^3 + 3 a b (p + q), q = p + a + b.
+    """
+    d, (u, v) = len(origin), (double(z) - origin for z in (x, y))
+    a, b = ((z @ origin / d) for z in (u, v))
+    p = origin.square().sum() / d + 1
+    w, q = (u @ v.T).div_(d), a.unsqueeze(1) + (b + p)
+    between = (3 * a).unsqueeze(1) * b * (q + p)
+    return w.mul(3 * q * (q + w) + w.square()).add_(between)
 
 
-def _within(x: Tensor) -> tuple[Tensor, Tensor]:
+def _within(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums of k(x_i, x_j) over j != i, (n,), and the sum of all their squares."""
     parts = torch.split(x, _BLOCK)
     sums = [double(part).new_zeros(len(part)) for part in parts]
     squares = sums[0].new_zeros(())
     for i, part in enumerate(parts):
-        own = _kernel(part, part).fill_diagonal_(0.0)
+        own = _kernel(part, part, origin).fill_diagonal_(0.0)
         sums[i] += own.sum(1)
         squares += own.square().sum()
         for j in range(i + 1, len(parts)):
-            values = _kernel(part, parts[j])
+            values = _kernel(part, parts[j], origin)
             sums[i] += values.sum(1)
             sums[j] += values.sum(0)
             squares += 2 * values.square().sum()
     return torch.cat(sums), squares
 
 
-def _between(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _between(x: Tensor, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums of k(x_i, y_j) over j, (m,), and i, (n,), and of all their squares."""
     rows, columns = [], double(y).new_zeros(len(y))
     squares = columns.new_zeros(())
     for part in torch.split(x, _BLOCK):
-        values = [_kernel(part, other) for other in torch.split(y, _BLOCK)]
+        values = [_kernel(part, other, origin) for other in torch.split(y, _BLOCK)]
         rows.append(torch.stack([block.sum(1) for block in values]).sum(0))
         columns += torch.cat([block.sum(0) for block in values])
         squares += torch.stack([block.square().sum() for block in values]).sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
-from ._features import check_pair, double
+from ._features import center, check_pair, double
 
 _BLOCK = 2048  # rows per block of distances
 
@@ -35,7 +35,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
     r"""Return improved precision and recall, density and coverage.
 
     The closed ball of a sample extends to its k-th nearest neighbor in its own set. Distances are
-    computed by blocks in float64. If a distance from a matrix product is too close to a radius to
+    computed by blocks in float64, about the features' center. If a distance from a matrix product is too close to a radius to
     decide, it is recomputed from differences, so that copies and ties are exact. Memory is that
     of the features and a few blocks, for any n.
 
@@ -63,6 +63,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
     check_count(k, "k")
     check_pair(real, fake, least=k + 1)
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)
+    origin = center(real, fake)
     in_recall, covered = [], []
     balls = torch.zeros(len(fake), dtype=torch.int64, device=fake_radii.device)
     for part, radii in _blocks(real, real_radii):
@@ -71,7 +72,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
         reached, counts = recalled.clone(), []
         for other, other_radii in _blocks(fake, fake_radii):
             y = double(other)
-            distances, error = _squared_distances(x, y)
+            distances, error = _squared_distances(x - origin, y - origin)
             inside = _within(distances, radii.unsqueeze(1), x, y, error)
             counts.append(inside.sum(0))
             reached |= inside.any(1)
@@ -96,9 +97,12 @@ def _mean(x: Tensor) -> float:
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return squared distances (m, n) by a matrix product, and a bound on their error."""
-    sizes = x.square().sum(1).unsqueeze(1) + y.square().sum(1)
-    return torch.addmm(sizes, x, y.T, alpha=-2), sizes * (4 * x.shape[1] * torch.finfo(x.dtype).eps)
+    """Return squared distances (m, n) by a matrix product, and a bound on their error.
+
+    The bound includes the rounding of x and y themselves.
+    """
+    sizes, eps = x.square().sum(1).unsqueeze(1) + y.square().sum(1), torch.finfo(x.dtype).eps
+    return torch.addmm(sizes, x, y.T, alpha=-2), sizes * (4 * (x.shape[1] + 2) * eps)
 
 
 def _exact(x: Tensor, y: Tensor) -> Tensor:
@@ -116,12 +120,13 @@ def _within(distances: Tensor, radii: Tensor, x: Tensor, y: Tensor, error: Tenso
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Return the squared distances to the k-th nearest other rows, (n,)."""
-    found = []
+    found, origin = [], center(features)
     for start in range(0, len(features), _BLOCK):
         x = double(features[start : start + _BLOCK])
         nearest, index = x.new_zeros(len(x), 0), x.new_zeros(len(x), 0, dtype=torch.int64)
         for first in range(0, len(features), _BLOCK):
-            distances, _ = _squared_distances(x, double(features[first : first + _BLOCK]))
+            y = double(features[first : first + _BLOCK])
+            distances, _ = _squared_distances(x - origin, y - origin)
             if first == start:
                 distances.fill_diagonal_(torch.inf)
             number = torch.arange(first, first + distances.shape[1], device=x.device)

@@ -73,6 +73,7 @@ def evaluate_samples(
     True
     """
     check_count(k, "k")
+    check_count(splits, "splits")
     check_pair(real, fake, least=k + 1)
     score = None
     if logits is not None:

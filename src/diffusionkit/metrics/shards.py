@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number, check_state
+from .._checks import check_callable, check_count, check_number, check_state
 from .._distributed import barrier, rank_and_world_size
 from .._loops import Progress, with_progress
 from .._writing import atomic_write
@@ -107,8 +107,7 @@ def sample_to_shards(
     ...     [len(images) for images in load_shards(folder)]
     [4, 4, 2]
     """
-    if not callable(draw):
-        raise TypeError(f"draw: expected a callable, got {type(draw).__name__}")
+    check_callable(draw, "draw")
     check_count(count, "count")
     check_count(batch_size, "batch_size")
     check_count(seed, "seed", least=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_interval, check_number, check_part
+from .._checks import check_callable, check_interval, check_number, check_part
 from .._grid_times import kernel
 from ..interfaces import ScoreModel
 from ..values import Prediction
@@ -46,8 +46,7 @@ class DenoisedModel(ScoreModel):
         """Validate and store the model and the function."""
         super().__init__()
         check_part(model, ScoreModel, "model")
-        if not callable(fn):
-            raise TypeError(f"fn: expected a callable, got {type(fn).__name__}")
+        check_callable(fn, "fn")
         self.model = model
         self.sde = model.sde
         self.fn = fn

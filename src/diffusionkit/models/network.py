@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_part
+from .._checks import check_callable, check_choice, check_data_range, check_part
 from .._grid_times import evaluate, floats, kernel_tensors
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Coefficient, Prediction
-from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel
+from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel, checked_label
 
 _LEARNED = ("learned_range", "learned")
 _VARIANCES = (*_LEARNED, "fixed_small", "fixed_large")
@@ -53,8 +53,9 @@ class NetworkModel(ScoreModel):
         variance: "learned_range", "learned", "fixed_small", "fixed_large" or None.
 
     Raises:
-        TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
-        ValueError: if variance is none of these.
+        TypeError: if the network or the label is not callable, sde is not a ForwardSDE, or
+            data_range is not a pair of numbers.
+        ValueError: if variance is none of these, or data_range not low < high.
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.1).
     """
@@ -72,17 +73,13 @@ class NetworkModel(ScoreModel):
         super().__init__()
         label = self._default_label() if label is None else label
         check_part(sde, ForwardSDE, "sde")
-        for name, part in (("network", network), ("label", label)):
-            if not callable(part):
-                raise TypeError(f"{name}: expected a callable, got {type(part).__name__}")
-        if variance is not None and variance not in _VARIANCES:
-            raise ValueError(
-                f"variance: expected one of {', '.join(_VARIANCES)}, or None, got {variance!r}"
-            )
+        check_callable(network, "network")
+        check_callable(label, "label")
+        check_choice("variance", variance, (*_VARIANCES, None))
         self.network = network
         self.sde = sde
         self.label = label
-        self.data_range = data_range
+        self.data_range = None if data_range is None else check_data_range(data_range)
         self.variance = variance
         self._dtype = NetworkDtype(network)
 
@@ -112,15 +109,18 @@ class NetworkModel(ScoreModel):
             TypeError: if x or t is not a floating-point tensor.
         """
         kernel = kernel_tensors(self.sde, x, t)
-        x = at_least_float32(x)
-        dtype = self._dtype(self.network)
+        x, network = at_least_float32(x), self.network
+        dtype = self._dtype(network)
         inputs = self.scale_input(x, *kernel)
-        if dtype is not None and inputs.dtype != dtype:
+        if dtype is None:
+            dtype = x.dtype
+        elif dtype is not inputs.dtype:
             inputs = narrowed(inputs, dtype, "x", _OVERFLOW)
             cond = {name: _like_weights(value, dtype) for name, value in cond.items()}
         # In half precision a label could not distinguish a thousand times.
-        noise_label = self.label(self.sde, t).to(state_dtype(dtype or x.dtype))
-        output = self.network(inputs, noise_label, **cond)
+        noise_label = checked_label(self.label(self.sde, t), t)
+        noise_label = noise_label.to(torch.float64 if dtype is torch.float64 else torch.float32)
+        output = network(inputs, noise_label, **cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)

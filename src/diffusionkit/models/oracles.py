@@ -10,11 +10,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_finite, check_part, check_state, check_times
+from .._checks import (
+    check_count,
+    check_finite,
+    check_known,
+    check_part,
+    check_state,
+    check_times,
+    numbers,
+)
+from .._precision import at_least_float32
 from .._schedules import exact
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators, rand, randn
 from ..values import Prediction, expand
+
+_LEAST = 1e-100  # of standard deviations, so that their squares and ratios are finite
 
 
 def _check_query(sde: ForwardSDE, x: Tensor, t: Tensor, points: Tensor) -> None:
@@ -66,9 +77,8 @@ class GaussianMixtureModel(ScoreModel):
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
         self.sde = sde
-        parts = [torch.as_tensor(part, dtype=torch.float64) for part in (means, stds)]
-        m, s = parts
-        w = torch.ones_like(s) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        m, s = numbers(means, "means"), numbers(stds, "stds")
+        w = torch.ones_like(s) if weights is None else numbers(weights, "weights")
         if m.ndim < 2 or s.shape != m.shape[:1] or w.shape != s.shape:
             raise ValueError(
                 "means, stds, weights: expected shapes (K, *D), (K,) and (K,), "
@@ -88,7 +98,8 @@ class GaussianMixtureModel(ScoreModel):
     def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma (B, 1), variances, differences (B, K, d) and log joint densities."""
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
-        variance = (alpha * self.stds) ** 2 + sigma**2
+        # Not 0, without noise: the densities' ratios then select the nearest mean.
+        variance = ((alpha * self.stds) ** 2 + sigma**2).clamp_min(_LEAST**2)
         diff = exact(x).flatten(1).unsqueeze(1) - alpha.unsqueeze(2) * self.means.flatten(1)
         d = diff.shape[2]
         log = torch.log(self.weights) - 0.5 * diff.square().sum(2) / variance
@@ -97,6 +108,7 @@ class GaussianMixtureModel(ScoreModel):
     @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         _check_query(self.sde, x, t, self.means)
+        x = at_least_float32(x)
         alpha, sigma, variance, diff, log = self._components(x, t)
         weight = (torch.softmax(log, 1) / variance).unsqueeze(2)
         eps = sigma * (weight * diff).sum(1)
@@ -108,9 +120,12 @@ class GaussianMixtureModel(ScoreModel):
         return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
 
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return log p_t(x) in nats (B,), for a state x (B, *D) at times t (B,)."""
+        """Return log p_t(x) in nats (B,), for a state x (B, *D) at times t (B,).
+
+        In at least float32: the density of an image overflows float16.
+        """
         _check_query(self.sde, x, t, self.means)
-        return torch.logsumexp(self._components(x, t)[-1], 1).to(x.dtype)
+        return torch.logsumexp(self._components(x, t)[-1], 1).to(at_least_float32(x).dtype)
 
     def sample(
         self, n: int, *, generator: Generators = None, dtype: torch.dtype | None = None
@@ -157,12 +172,14 @@ class EmpiricalModel(ScoreModel):
     """
 
     data: Tensor
+    _center: Tensor
 
     def __init__(self, sde: ForwardSDE, data: Tensor, *, block: int = 8192) -> None:
         """Store the data in float64."""
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
         check_state(data, "data")
+        check_known(data, "data")
         check_finite(data, "data")
         check_count(block, "block")
         if data.ndim < 2:
@@ -170,20 +187,25 @@ class EmpiricalModel(ScoreModel):
         self.sde = sde
         self.block = block
         self.register_buffer("data", exact(data.detach()))
+        # Relative to any point amid the data, a large common value costs no digits.
+        self.register_buffer("_center", self.data.mean(0).flatten(), persistent=False)
 
     @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         _check_query(self.sde, x, t, self.data)
+        x = at_least_float32(x)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
-        query = exact(x).flatten(1)
+        noise, sigma = sigma, sigma.clamp_min(_LEAST)  # without noise: the nearest data point
+        query = exact(x).flatten(1) - alpha * self._center
+        blocks = (rows - self._center for rows in torch.split(self.data.flatten(1), self.block))
         # Squared distances over -2 sigma^2, up to a term independent of i.
         parts = (
             (alpha * (query @ rows.T - 0.5 * alpha * rows.square().sum(1)) / sigma**2, rows)
-            for rows in torch.split(self.data.flatten(1), self.block)
+            for rows in blocks
         )
-        x0 = softmax_mean(parts)
-        eps = (query - alpha * x0) / sigma
-        eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, x0))
+        mean = softmax_mean(parts)
+        eps = torch.where(noise > 0, (query - alpha * mean) / sigma, 0.0)
+        eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, mean + self._center))
         return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
 
 

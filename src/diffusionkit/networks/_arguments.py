@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_device, check_dtype, check_number, readable
+from .._checks import (
+    check_choice,
+    check_count,
+    check_data_range,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_number,
+    check_sequence,
+    check_state,
+    readable,
+)
 
+_MOST_CHANNELS = 2**20
+# What is a number of modules takes seconds to build, and rather more would take days.
+_MOST = {"depth": 1000, "blocks": 1000, "dims": 3}
 _SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimension
 
 
 def check_counts(**values: int) -> None:
-    """Raise unless all named values are positive integers."""
+    """Raise unless all named values are positive integers of a size that can be built."""
     for name, value in values.items():
-        check_count(value, name)
+        check_count(value, name, most=_MOST.get(name, _MOST_CHANNELS))
 
 
 def check_optional_counts(**values: int | None) -> None:
@@ -24,10 +39,19 @@ def check_optional_counts(**values: int | None) -> None:
     check_counts(**{name: value for name, value in values.items() if value is not None})
 
 
+def check_flags(**values: bool) -> None:
+    """Raise unless all named values are True or False."""
+    for name, value in values.items():
+        check_flag(value, name)
+
+
 def check_fir_kernel(kernel: Sequence[float] | None) -> None:
     """Raise unless the taps can resample by two: at least two, with a finite nonzero sum."""
     if kernel is None:
         return
+    check_sequence(kernel, "fir_kernel")
+    for tap in kernel:
+        check_number(tap, "fir_kernel")
     total = sum(kernel)
     if len(kernel) < 2 or not math.isfinite(total) or total == 0:
         raise ValueError(f"fir_kernel: expected at least two taps of nonzero sum, got {kernel}")
@@ -35,14 +59,10 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
 
 def check_dropout(dropout: float) -> None:
     """Raise unless the dropout probability is in [0, 1)."""
+    if not isinstance(dropout, Real) or isinstance(dropout, bool):  # numbers of numpy are real
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise unless a value is among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_layout(
@@ -64,15 +84,19 @@ def check_layout(
     if width < 4 or width % 2:  # the embedding of the noise label has as many features
         raise ValueError(f"width: expected an even integer >= 4, got {width}")
     check_choice("dims", dims, (1, 2, 3))
+    check_sequence(multipliers, "multipliers")
+    check_sequence(attention_levels, "attention_levels")
     if not multipliers:
         raise ValueError("multipliers: expected one entry per level, got none")
     for multiplier in multipliers:
         check_number(multiplier, "multipliers")
-        if not math.isfinite(multiplier) or int(width * multiplier) < 1:
+        if not 1 <= width * multiplier <= _MOST_CHANNELS:
             raise ValueError(
-                f"multipliers: expected at least one of {width} channels, got {multiplier}"
+                f"multipliers: expected at least one of {width} channels, and no more than "
+                f"{_MOST_CHANNELS}, got {multiplier!r:.40}"
             )
     for level in attention_levels:
+        check_count(level, "attention_levels", least=0)
         if level not in range(len(multipliers)):
             raise ValueError(
                 f"attention_levels: expected levels in [0, {len(multipliers)}), got {level}"
@@ -80,11 +104,9 @@ def check_layout(
     return [int(width * multiplier) for multiplier in multipliers]
 
 
-def check_data_range(data_range: tuple[float, float]) -> tuple[float, float]:
+def unit_range(data_range: tuple[float, float]) -> tuple[float, float]:
     """Return scale and shift of the affine map from a data range to [-1, 1], or raise."""
-    low, high = data_range
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"data_range: expected finite, increasing limits, got {data_range}")
+    low, high = check_data_range(data_range)
     return 2 / (high - low), -(high + low) / (high - low)
 
 
@@ -109,17 +131,17 @@ def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
         TypeError: if the dtype is not the weight's (under autocast: not floating-point).
         ValueError: if the shape or the device is wrong or the batch is empty.
     """
+    check_state(x)
     if x.ndim != dims + 2 or x.shape[1] != channels:
         expected = ", ".join(["B", str(channels), *_SPATIAL[dims]])
         raise ValueError(f"x: expected shape ({expected}), got {tuple(x.shape)}")
-    if 0 in x.shape:
-        raise ValueError(f"x: expected a non-empty tensor, got shape {tuple(x.shape)}")
     check_device(x, weight, "x", "the network")
     check_dtype(x, weight, "x", "the network", autocast=True)
 
 
 def check_noise_label(x: Tensor, noise_label: Tensor) -> None:
     """Raise unless the noise label is real, (B,), and on the device of the input."""
+    _check_tensor(noise_label, "noise_label")
     if noise_label.shape != x.shape[:1]:
         raise ValueError(
             f"noise_label: expected shape ({x.shape[0]},), got {tuple(noise_label.shape)}"
@@ -178,7 +200,7 @@ def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int 
         if class_labels is not None:
             raise TypeError(
                 "class_labels: expected None for a network without classes (num_classes=None), "
-                f"got a tensor of shape {tuple(class_labels.shape)}"
+                f"got {_described(class_labels)}"
             )
         return
     if class_labels is None:
@@ -186,6 +208,7 @@ def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int 
             f"class_labels: expected a tensor (B,) for a network with num_classes={num_classes}, "
             "got None"
         )
+    _check_tensor(class_labels, "class_labels")
     if class_labels.dtype != torch.int64:
         raise TypeError(f"class_labels: expected torch.int64, got {class_labels.dtype}")
     if class_labels.shape != x.shape[:1]:
@@ -202,8 +225,20 @@ def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int 
             )
 
 
+def _check_tensor(x: object, name: str) -> None:
+    """Raise unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
+def _described(x: object) -> str:
+    """Return a value's type, and its shape if it is a tensor."""
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def check_floating(x: Tensor, name: str) -> None:
-    """Raise unless a tensor is floating-point."""
+    """Raise unless x is a floating-point tensor."""
+    _check_tensor(x, name)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
@@ -226,10 +261,10 @@ def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -
     if features is None:
         raise TypeError(
             "condition: expected None for a network without one (condition_features=None), "
-            f"got a tensor of shape {tuple(condition.shape)}"
+            f"got {_described(condition)}"
         )
-    check_device(condition, x, "condition")
     check_floating(condition, "condition")
+    check_device(condition, x, "condition")
     if condition.shape != (x.shape[0], features):
         raise ValueError(
             f"condition: expected shape ({x.shape[0]}, {features}), got {tuple(condition.shape)}"
@@ -253,15 +288,15 @@ def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> No
         if low_res is not None:
             raise TypeError(
                 "low_res: expected None for a network without one (low_res_channels=None), "
-                f"got a tensor of shape {tuple(low_res.shape)}"
+                f"got {_described(low_res)}"
             )
         return
     if low_res is None:
         raise TypeError(
             f"low_res: expected a tensor for a network with low_res_channels={channels}, got None"
         )
-    check_device(low_res, x, "low_res")
     check_floating(low_res, "low_res")
+    check_device(low_res, x, "low_res")
     if low_res.ndim != x.ndim or low_res.shape[:2] != (x.shape[0], channels) or 0 in low_res.shape:
         expected = ", ".join([str(x.shape[0]), str(channels), *_SPATIAL[x.ndim - 2]])
         raise ValueError(f"low_res: expected shape ({expected}), got {tuple(low_res.shape)}")

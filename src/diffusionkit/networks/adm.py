@@ -8,7 +8,13 @@ from typing import Any, Self
 
 from torch import nn
 
-from ._arguments import check_counts, check_dropout, check_layout, check_optional_counts
+from ._arguments import (
+    check_counts,
+    check_dropout,
+    check_flags,
+    check_layout,
+    check_optional_counts,
+)
 from .blocks import ResidualBlock, SelfAttention
 from .config import remembers
 from .embeddings import ConditionEmbedding, PositionalEmbedding
@@ -98,11 +104,19 @@ class ADMUNet(UNet):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
+        check_counts(channels=channels)
+        check_optional_counts(out_channels=out_channels)
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         decoder_heads = heads if decoder_heads is None else decoder_heads
         check_counts(heads=heads, decoder_heads=decoder_heads, group_channels=group_channels)
         check_optional_counts(head_channels=head_channels)
+        check_flags(
+            learn_sigma=learn_sigma,
+            scale_shift=scale_shift,
+            resblock_updown=resblock_updown,
+            resample_with_conv=resample_with_conv,
+        )
         out = (channels if out_channels is None else out_channels) * (2 if learn_sigma else 1)
         style = Style(
             dims,

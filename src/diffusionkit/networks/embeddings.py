@@ -104,7 +104,7 @@ class FourierEmbedding(nn.Module):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale: expected a finite number > 0, got {scale}")
         self.log = log
-        self.frequencies = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
+        self.frequencies = nn.Parameter(torch.randn(features // 2).mul_(scale), requires_grad=False)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from .._checks import check_count, check_part, check_sequence, check_state
+
 
 class FourierFeatures(nn.Module):
     r"""A network with Fourier features of its input as extra channels, which resolve fine detail.
@@ -42,11 +44,10 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, network: nn.Module, *, exponents: Sequence[int] = (6, 7)) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"network: expected a module, got {type(network).__name__}")
+        check_part(network, nn.Module, "network")
+        check_sequence(exponents, "exponents")
         for n in exponents:
-            if not isinstance(n, int) or isinstance(n, bool):
-                raise TypeError(f"exponents: expected integers, got {n!r}")
+            check_count(n, "exponents", least=-100, most=100)
         if not exponents:
             raise ValueError("exponents: expected at least one entry, got none")
         self.network = network
@@ -70,8 +71,7 @@ class FourierFeatures(nn.Module):
             TypeError: if the input is not floating-point.
             ValueError: if it has no channel dimension.
         """
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+        check_state(x)
         if x.ndim < 2:
             raise ValueError(f"x: expected shape (B, C, ...), got {tuple(x.shape)}")
         parts = [x]

@@ -83,7 +83,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         out_features = features if out_features is None else out_features
-        check_counts(features=features, out_features=out_features, depth=depth)
+        check_counts(features=features, out_features=out_features, depth=depth, width=width)
         check_count(width, "width", least=2)  # normalizing a single unit would yield zero
         self.features = features
         self.num_classes = num_classes

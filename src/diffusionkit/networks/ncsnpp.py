@@ -8,7 +8,8 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
-from ._arguments import check_choice, check_counts, check_dropout, check_fir_kernel, check_layout
+from .._checks import check_choice, check_positive
+from ._arguments import check_counts, check_dropout, check_fir_kernel, check_flags, check_layout
 from .blocks import ResidualBlock, SelfAttention
 from .config import remembers
 from .embeddings import LabelEmbedding, SigmaTable, make_embedding
@@ -125,7 +126,14 @@ class NCSNpp(UNet):
     ) -> None:
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
-        check_counts(group_channels=group_channels)
+        check_counts(channels=channels, group_channels=group_channels)
+        check_flags(
+            resample_with_conv=resample_with_conv,
+            skip_rescale=skip_rescale,
+            adaptive_scale=adaptive_scale,
+            scale_by_sigma=scale_by_sigma,
+        )
+        check_positive(fourier_scale, "fourier_scale")
         check_fir_kernel(fir_kernel)
         check_choice("embedding", embedding, ("fourier", "fourier_linear", "positional", None))
         check_choice("resblock", resblock, ("biggan", "ddpm"))

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from .._checks import check_count
+from .._checks import check_choice, check_count
 from ._arguments import (
-    check_choice,
     check_class_labels,
     check_counts,
-    check_data_range,
     check_divisible,
+    check_flags,
     check_input,
     check_noise_label,
+    unit_range,
 )
 from .config import remembers
 from .embeddings import SigmaTable
@@ -90,7 +90,8 @@ class NCSNv2(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_counts(channels=channels, dims=dims)
+        check_counts(channels=channels, dims=dims, width=width)
+        check_flags(activation_checkpointing=activation_checkpointing)
         check_count(width, "width", least=2)  # the normalization takes a variance over channels
         check_choice("dims", dims, (1, 2, 3))
         check_choice("activation", activation, tuple(ACTIVATIONS))
@@ -98,7 +99,7 @@ class NCSNv2(nn.Module):
         self.channels = channels
         self.dims = dims
         self.factor = 2 ** sum(dilation == 1 for _, dilation in levels[1:])  # total downsampling
-        self.scale, self.shift = check_data_range(data_range)
+        self.scale, self.shift = unit_range(data_range)
         self.recompute = activation_checkpointing
         self.noise_level = SigmaTable(sigmas)
         self.activation = act = ACTIVATIONS[activation]

@@ -15,12 +15,13 @@ from ._arguments import (
     check_class_labels,
     check_condition,
     check_counts,
-    check_data_range,
     check_divisible,
+    check_flags,
     check_input,
     check_low_res,
     check_noise_label,
     check_optional_counts,
+    unit_range,
 )
 from .embeddings import ConditionEmbedding
 from .layers import Style, over_level
@@ -178,11 +179,12 @@ class UNet(nn.Module):
         super().__init__()
         check_counts(channels=channels, out_channels=out_channels, blocks=blocks)
         check_optional_counts(low_res_channels=low_res_channels)
+        check_flags(activation_checkpointing=activation_checkpointing)
         self.channels = channels
         self.low_res_channels = low_res_channels
         self.dims = style.dims
         self.factor = 2 ** (len(widths) - 1)  # total downsampling
-        self.scale, self.shift = check_data_range(data_range)
+        self.scale, self.shift = unit_range(data_range)
         self.embedding = embedding
         self.noise_level = noise_level
 

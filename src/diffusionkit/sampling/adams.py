@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count
+from .._checks import check_choice, check_count
 from ..interfaces import ForwardSDE
 from .multistep import ExponentialAdams
 
@@ -64,8 +64,7 @@ class DEIS(_NoiseAdams):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variable not in ("log_snr", "time"):
-            raise ValueError(f'variable: expected "log_snr" or "time", got {self.variable!r}')
+        check_choice("variable", self.variable, ("log_snr", "time"))
 
     @override
     def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_positive
+from .._checks import check_choice, check_count, check_positive
 from .._grid_times import kernel
 from ..interfaces import Corrector, ScoreModel, Step
 from ..random import Generators, randn_like
@@ -61,8 +61,7 @@ class Langevin(Corrector):
     def __post_init__(self) -> None:
         check_positive(self.snr, "snr")
         check_count(self.steps, "steps")
-        if self.norm not in ("sample", "batch"):
-            raise ValueError(f'norm: expected "sample" or "batch", got {self.norm!r}')
+        check_choice("norm", self.norm, ("sample", "batch"))
 
     @override
     def step(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_number
+from .._checks import check_choice, check_number
 from ..interfaces import ForwardSDE
 from .multistep import ExponentialAdams, ExponentialMidpoint
 from .predictors import DDIM, StepCoefficients
@@ -70,8 +70,7 @@ class DPMSolver3M(ExponentialAdams):
     memory = 2
 
     def __post_init__(self) -> None:
-        if self.form not in ("exact", "published"):
-            raise ValueError(f'form: expected "exact" or "published", got {self.form!r}')
+        check_choice("form", self.form, ("exact", "published"))
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
@@ -120,8 +119,7 @@ class DPMSolver2MSDE(ExponentialMidpoint):
         check_number(self.eta, "eta")
         if not 0.0 <= self.eta < math.inf:
             raise ValueError(f"eta: expected a finite number >= 0, got {self.eta}")
-        if self.solver not in ("midpoint", "heun"):
-            raise ValueError(f'solver: expected "midpoint" or "heun", got {self.solver!r}')
+        check_choice("solver", self.solver, ("midpoint", "heun"))
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:

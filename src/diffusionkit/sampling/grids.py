@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_part, check_positive
+from .._checks import check_count, check_flag, check_part, check_positive, check_t_end
 from .._schedules import home
 from ..interfaces import ForwardSDE
 from ..sde import Chain
 
+MOST_STEPS = 2**20  # a grid of more is a mistake; its values are kept as floats
 Grid: TypeAlias = Callable[[ForwardSDE, int], Tensor]
 
 
@@ -36,6 +37,11 @@ class _SpacedGrid(abc.ABC):
     t_end: float | None = None
     to_zero: bool = False
 
+    def __post_init__(self) -> None:
+        if self.t_end is not None:
+            check_t_end(self.t_end)
+        check_flag(self.to_zero, "to_zero")
+
     @abc.abstractmethod
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
         """Return the times at fractions u (n,) of the range between the two ends (2,)."""
@@ -46,7 +52,8 @@ class _SpacedGrid(abc.ABC):
         Raises:
             ValueError: unless steps >= 1 and 0 <= t_end < T, where the rule must be finite.
         """
-        check_count(steps, "steps", least=2 if self.to_zero else 1)
+        check_part(sde, ForwardSDE, "sde")
+        check_count(steps, "steps", least=2 if self.to_zero else 1, most=MOST_STEPS)
         t_end = sde.t_stop if self.t_end is None else self.t_end
         if not 0.0 <= t_end < sde.T:
             raise ValueError(f"t_end: expected a time in [0, T) = [0, {sde.T:g}), got {t_end}")
@@ -140,7 +147,9 @@ class KarrasGrid(_SpacedGrid):
 
     rho: float = 7.0
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self.rho, "rho")
 
     @override
@@ -174,6 +183,7 @@ class ChainGrid:
 
     def __post_init__(self) -> None:
         check_part(self.chain, Chain, "chain")
+        check_flag(self.to_zero, "to_zero")
 
     def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
         """Return decreasing times (steps + 1,) in float64.
@@ -181,7 +191,8 @@ class ChainGrid:
         Raises:
             ValueError: unless steps >= 1 and the process has enough of the chain's levels.
         """
-        check_count(steps, "steps", least=2 if self.to_zero else 1)
+        check_part(sde, ForwardSDE, "sde")
+        check_count(steps, "steps", least=2 if self.to_zero else 1, most=MOST_STEPS)
         ends = torch.tensor([sde.T, sde.t_stop], dtype=torch.float64, device=home(sde))
         low, high = sde.log_snr(ends).detach()
         k = torch.arange(self.chain.steps, 0, -1, dtype=torch.float64, device=home(sde))

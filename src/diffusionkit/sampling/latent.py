@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_same, check_state, readable
+from .._checks import check_finite, check_known, check_number, check_same, check_state, readable
 from .._schedules import exact
 from ..values import linear
 
@@ -42,6 +42,10 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     check_same(b, a, "b", "a")
     check_finite(a, "a")
     check_finite(b, "b")
+    if isinstance(weight, Tensor):
+        check_known(weight, "weight")
+    else:
+        check_number(weight, "weight")
     w = torch.as_tensor(weight, dtype=exact(a).dtype, device=a.device)
     if w.shape not in ((), a.shape[:1]):
         raise ValueError(

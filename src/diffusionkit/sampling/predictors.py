@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_number, check_step_times, readable
+from .._checks import check_choice, check_number, check_step_times, readable
 from .._grid_times import by_row, exact_times, grid_point, grid_points, kernel
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -223,10 +223,7 @@ class Ancestral(LinearPredictor):
     variance: str = "posterior"
 
     def __post_init__(self) -> None:
-        if self.variance not in ("posterior", "forward", "model"):
-            raise ValueError(
-                f'variance: expected "posterior", "forward" or "model", got {self.variance!r}'
-            )
+        check_choice("variance", self.variance, ("posterior", "forward", "model"))
 
     @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:

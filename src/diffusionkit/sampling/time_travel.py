@@ -53,6 +53,8 @@ class TimeTravel:
 
     def steps(self, first: int, last: int) -> list[tuple[int, int]]:
         """Return the steps between two points of the grid, as pairs of points."""
+        check_count(first, "first", least=0)
+        check_count(last, "last", least=first, most=2**20)
         steps: list[tuple[int, int]] = []
         for start in range(first, last, self.jump):
             end = min(start + self.jump, last)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count
+from .._checks import check_choice, check_count
 from ..interfaces import ForwardSDE
 from .multistep import ExponentialAdams, lagrange
 
@@ -55,8 +55,7 @@ class UniPC(ExponentialAdams):
         check_count(self.order, "order", least=2)
         if self.order > 3:
             raise ValueError(f"order: expected 2 or 3, got {self.order}")
-        if self.variant not in ("B1", "B2"):
-            raise ValueError(f'variant: expected "B1" or "B2", got {self.variant!r}')
+        check_choice("variant", self.variant, ("B1", "B2"))
 
     @property
     @override

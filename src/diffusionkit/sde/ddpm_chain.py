@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
-from .._checks import check_count, check_positive
+from .._checks import check_count, check_positive, numbers
 from .chain import Chain
 
 
@@ -46,7 +46,7 @@ class DDPMChain(Chain):
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         """Accumulate -log(alpha)."""
-        table = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().flatten().clone()
+        table = numbers(betas, "betas").detach().cpu().flatten().clone()
         inner, last = table[:-1], table[-1:]
         if len(table) < 2 or not ((inner > 0) & (inner < 1)).all() or not 0 < last <= 1:
             raise ValueError(
@@ -69,7 +69,7 @@ class DDPMChain(Chain):
         >>> DDPMChain.from_alphas_bar([0.9, 0.45, 0.09]).betas
         tensor([0.1000, 0.5000, 0.8000], dtype=torch.float64)
         """
-        table = torch.as_tensor(alphas_bar, dtype=torch.float64).detach().cpu().flatten()
+        table = numbers(alphas_bar, "alphas_bar").detach().cpu().flatten()
         before = torch.cat([table.new_ones(1), table[:-1]])
         if len(table) < 2 or not (table < before).all() or not (table >= 0).all():
             raise ValueError(
@@ -167,8 +167,7 @@ class DDPMChain(Chain):
 
     @override
     def drift_coefficient(self, t: Tensor) -> Tensor:
-        step, done = self._locate(t)
-        rate = self._increments.to(t.device, t.dtype)[step]
+        rate, done = self._rate(t)
         return -self.steps * torch.where(torch.isinf(rate), 1 / (1 - done), rate)
 
     @override

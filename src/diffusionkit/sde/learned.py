@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from typing_extensions import override
 
-from .._checks import check_count, check_interval, check_times
+from .._checks import check_count, check_flag, check_interval, check_times
 from .._schedules import exact
 from ..interfaces import ForwardSDE
 
@@ -150,7 +150,8 @@ class LearnedSDE(_GammaSDE, nn.Module):
         """Spread the sigmoids slightly beyond [0, 1], so that gamma starts nearly linear."""
         super().__init__()
         check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
-        check_count(hidden, "hidden")
+        check_count(hidden, "hidden", most=2**24)
+        check_flag(learn_ends, "learn_ends")
         spread = (torch.arange(hidden) + 0.5) / hidden
         self.centers = nn.Parameter(1.5 * spread - 0.25)
         self.raw_steepness = nn.Parameter(torch.full((hidden,), 16.0))  # k = softplus of it

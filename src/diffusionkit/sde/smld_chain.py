@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_positive, check_times
+from .._checks import check_count, check_positive, check_times, numbers
 from .chain import Chain
 
 
@@ -38,7 +38,7 @@ class SMLDChain(Chain):
 
     def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
         """Accumulate sigma^2."""
-        table = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu().flatten().clone()
+        table = numbers(sigmas, "sigmas").detach().cpu().flatten().clone()
         before = torch.cat([table.new_zeros(1), table[:-1]])
         if len(table) < 2 or not (table > before).all() or not torch.isfinite(table).all():
             falling = len(table) > 1 and bool((table.diff() < 0).all())
@@ -100,5 +100,4 @@ class SMLDChain(Chain):
 
     @override
     def diffusion(self, t: Tensor) -> Tensor:
-        rates = self._increments.to(t.device, t.dtype)
-        return torch.sqrt(self.steps * rates[self._locate(t)[0]])
+        return torch.sqrt(self.steps * self._rate(t)[0])

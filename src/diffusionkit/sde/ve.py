@@ -13,6 +13,7 @@ from .._checks import (
     check_count,
     check_finite,
     check_interval,
+    check_known,
     check_positive,
     check_state,
     check_t_min,
@@ -121,6 +122,7 @@ def suggest_sigma_max(data: Tensor, *, block: int = 2048) -> float:
     5.0
     """
     check_state(data, "data")
+    check_known(data, "data")
     check_finite(data, "data")
     check_count(block, "block")
     points = data.detach().flatten(1) if data.ndim > 1 else data.detach().unsqueeze(1)

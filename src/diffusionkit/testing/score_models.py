@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import check_part, check_shape
 from .._grid_times import grid_times
 from .._loops import evaluation_mode
+from .._precision import network_dtype, state_dtype
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Prediction, ScoreModel
 from ..values import expand
@@ -58,7 +59,8 @@ def check_score_model(
     alpha, sigma = sde.marginal(t)
     z = torch.randn(sizes, generator=generator, dtype=torch.float64)
     z = z * expand((alpha**2 + sigma**2).sqrt(), z)
-    dtype = somewhere.dtype if next(model.parameters(), None) is not None else torch.float32
+    own = network_dtype(model) if next(model.parameters(), None) is not None else None
+    dtype = state_dtype(own)
     x, t = z.to(somewhere.device, dtype), t.to(somewhere.device)
     checks: list[Check] = [
         _prediction,

@@ -186,6 +186,8 @@ def _problem(own: Any, value: Any, strict: bool, name: str = "") -> str | None:
 
 def _number_problem(own: Any, value: Any, strict: bool, name: str) -> str | None:
     if isinstance(own, Tensor):
+        if value.layout != torch.strided or value.is_meta:
+            return f"{name}: expected a dense tensor with values, got {value.layout} or meta"
         numbers = own.is_floating_point() and value.is_floating_point()
         return None if not numbers or is_finite(value) or not is_finite(own) else (
             f"{name}: expected finite numbers, got NaN or infinity"
@@ -201,7 +203,7 @@ def _number_problem(own: Any, value: Any, strict: bool, name: str) -> str | None
 
 
 def _kind(value: Any) -> str:
-    kinds = {
+    kinds: dict[str, Any] = {
         "a truth value": bool,
         "a number": (int, float),
         "a string": str,

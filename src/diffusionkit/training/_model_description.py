@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._wrappers import bare_tensors, unwrapped
+from .._wrappers import bare_class, bare_tensors, unwrapped
 from ..interfaces import ForwardSDE, ScoreModel
 
 # Times relative to T; at none of them a label that is a whole number jumps.
@@ -107,7 +107,7 @@ def _part(part: Any, values: Callable[[], list[float]]) -> dict[str, Any]:
     settings = _settings(part)
     return {
         "name": _title(part, settings),
-        "class": type(part).__name__,
+        "class": bare_class(part).__name__,
         "settings": settings,
         "values": found,
     }
@@ -117,7 +117,7 @@ def _network(network: nn.Module) -> dict[str, Any]:
     settings = _settings(network)
     return {
         "name": _title(network, settings),
-        "class": type(network).__name__,
+        "class": bare_class(network).__name__,
         "settings": settings,
         "values": None,
     }
@@ -126,7 +126,7 @@ def _network(network: nn.Module) -> dict[str, Any]:
 def _settings(part: Any) -> dict[str, Any]:
     """Return the plain values that a part was made with: attributes named as its arguments."""
     try:
-        names = list(inspect.signature(type(part)).parameters)
+        names = list(inspect.signature(bare_class(part)).parameters)
     except (TypeError, ValueError):
         names = []
     values = {name: getattr(part, name, None) for name in names}
@@ -147,11 +147,11 @@ def _listed(value: Any) -> Any:
 
 def _title(part: Any, settings: Mapping[str, Any]) -> str:
     """Return the representation of a part, without an address in memory."""
-    plain = type(part).__repr__ in (object.__repr__, nn.Module.__repr__)
+    plain = isinstance(part, nn.Module) or type(part).__repr__ is object.__repr__
     if callable(part) and not isinstance(part, nn.Module) and hasattr(part, "__qualname__"):
         return "a function"
     arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    text = f"{type(part).__name__}({arguments})" if plain else repr(part)
+    text = f"{bare_class(part).__name__}({arguments})" if plain else repr(part)
     return text if len(text) <= 300 else text[:297] + "..."
 
 

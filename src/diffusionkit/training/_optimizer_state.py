@@ -88,6 +88,18 @@ def fitted_optimizer(
     return {"state": _placed(optimizer, state["state"]), "param_groups": groups}
 
 
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state, with the dtypes that it has; torch casts moments to those of the parameters."""
+    optimizer.load_state_dict(dict(state))
+    parameters = _parameters(optimizer)
+    for number, entry in state["state"].items():
+        if isinstance(number, int):
+            held = optimizer.state[parameters[number]]
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and value.dtype != held[name].dtype:
+                    held[name] = value.to(held[name].device, copy=True)
+
+
 class _Problem(Exception):  # noqa: N818 - becomes the text of another error
     """What is wrong with a state."""
 
@@ -118,8 +130,9 @@ def _kind(value: Any) -> str:
 
 
 def _check_form(state: Any) -> None:
-    if not isinstance(state, dict) or set(state) < {"state", "param_groups"}:
-        _wrong("state", "state and param_groups", type(state).__name__)
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        got = list(state) if isinstance(state, dict) else type(state).__name__
+        _wrong("state", "state and param_groups", got)
     moments, groups = state["state"], state["param_groups"]
     if not isinstance(moments, dict) or not isinstance(groups, list) or not groups:
         _wrong("state", "a dictionary and a list of groups", "others")
@@ -235,7 +248,7 @@ def _check_values(what: str, name: Any, value: Any, p: Tensor) -> None:
     for part in _tensors(value):
         if part.layout != torch.strided or part.is_meta:
             _wrong(what, "a dense tensor with values", f"{part.layout} on {part.device}")
-        if name in _MOMENTS and part.dtype not in FLOATS and not p.is_complex():
+        if name in _MOMENTS | _SQUARES and part.dtype not in FLOATS and not p.is_complex():
             _wrong(what, "floating-point numbers of 16 to 64 bits", part.dtype)
         if (part.is_floating_point() or part.is_complex()) and not is_finite(part):
             _wrong(what, "finite numbers", "NaN or infinity")

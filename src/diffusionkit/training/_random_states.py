@@ -21,7 +21,7 @@ def random_states() -> dict[str, Any]:
     Raises:
         ValueError: if numpy's is of another kind than its default.
     """
-    state = np.random.get_state()
+    state: Any = np.random.get_state()
     if not isinstance(state, tuple) or state[0] != "MT19937":
         raise ValueError(
             "numpy: expected its global generator to be MT19937, the default, got "

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ._checkpoint_parts import (
     unread_parts,
 )
 from ._model_description import described, difference
-from ._optimizer_state import fitted_optimizer, saved_optimizer
+from ._optimizer_state import fitted_optimizer, load_optimizer, saved_optimizer
 from ._payload import save_payload
 from ._random_states import (
     check_random_states,
@@ -128,7 +129,7 @@ def save_checkpoint(
     parts, stateful = objective_parts(objective), stateful or {}
     weights = whole(bare_state(model))
     check_finite_weights("model", model, weights)
-    averages = None if ema is None else whole(ema.state_dict())
+    averages: Any = None if ema is None else whole(ema.state_dict())
     for length, average in averages_of(ema).items():
         state, name = (averages, "ema") if length is None else (averages[length], f"ema[{length}]")
         check_finite_weights(name, average.model, state["model"])
@@ -195,31 +196,27 @@ def load_checkpoint(
     check_part(model, nn.Module, "model")
     check_arguments(ema, optimizer, stateful, generators, None)
     check_own_weights(model)
-    parts, stateful = objective_parts(objective), stateful or {}
     asked = {
-        "ema": ema, "optimizer": optimizer, "objective": parts, "stateful": stateful,
-        "generators": generators or {},
+        "ema": ema, "optimizer": optimizer, "objective": objective_parts(objective),
+        "stateful": stateful or {}, "generators": generators or {},
     }  # fmt: skip
     state = _read(file, map_location)
     check_has_parts(file, state, asked)
-    weights = fitted_model(file, "model", model, state["model"])
-    if (problem := difference(described(model, weights), state["about"])) is not None:
-        raise CheckpointError(f"{file}: {problem}")
-    loads: list[_Load] = []
-    if optimizer is not None:
-        names = parameter_names(model, parts, stateful)
-        moments = fitted_optimizer(file, optimizer, names, state)
-        loads.append(_Load(optimizer.load_state_dict, optimizer.state_dict(), moments))
-    for kind, objects in (("objective", parts), ("stateful", stateful)):
-        for name, part in objects.items():
-            after = fitted_part(file, f"{kind}[{name!r}]", part, state[kind][name])
-            loads.append(_Load(part.load_state_dict, part.state_dict(), after))
-    loads += _random_loads(file, state, asked["generators"], restore_random)
-    if ema is not None:
-        averages = fitted_averages(file, "ema", ema, state["ema"])
-        loads.append(_Load(ema.load_state_dict, ema.state_dict(), averages))
-    loads.append(_Load(lambda new: load_bare_state(model, new), bare_state(model), weights))
-    _load_all(file, loads)
+    done: list[_Load] = []
+    try:
+        loads = _loads(file, model, state, asked, restore_random)
+        for load in loads:
+            done.append(load)
+            load.into(load.after)
+    except BaseException as error:
+        for load in done:
+            load.into(load.before)
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"{file}: expected states that fit the objects given, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
     if unread := list(unread_parts(state, asked)):
         logger.warning("%s: not loaded, since nothing asked for it: %s", file, ", ".join(unread))
     return Checkpoint(step=state["step"], extra=state["extra"])
@@ -234,42 +231,45 @@ class _Load:
     after: Any
 
 
-def _random_loads(
-    file: str, state: Mapping[str, Any], generators: Mapping[str, torch.Generator], globally: bool
+def _loads(
+    file: str,
+    model: nn.Module,
+    state: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    restore_random: bool,
 ) -> list[_Load]:
-    """Return the loads of the generators, after checking their states."""
+    """Return what is to be loaded, after checking all of it."""
+    weights = fitted_model(file, "model", model, state["model"])
+    if (problem := difference(described(model, weights), state["about"])) is not None:
+        raise CheckpointError(f"{file}: {problem}")
     loads = []
+    if (optimizer := asked["optimizer"]) is not None:
+        names = parameter_names(model, asked["objective"], asked["stateful"])
+        moments = fitted_optimizer(file, optimizer, names, state)
+        loads.append(_Load(partial(load_optimizer, optimizer), optimizer.state_dict(), moments))
+    for kind in ("objective", "stateful"):
+        for name, part in asked[kind].items():
+            after = fitted_part(file, f"{kind}[{name!r}]", part, state[kind][name])
+            loads.append(_Load(part.load_state_dict, part.state_dict(), after))
     try:
-        for name, generator in generators.items():
+        for name, generator in asked["generators"].items():
             after = state["generators"][name]
             check_torch_state(after, torch.Generator(generator.device), f"generators[{name!r}]")
             loads.append(_Load(generator.set_state, generator.get_state(), after.cpu()))
-        if globally:
+        if restore_random:
             check_random_states(state["random"])
             loads.append(_Load(restore_random_states, random_states(), state["random"]))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return loads
-
-
-def _load_all(file: str, loads: list[_Load]) -> None:
-    """Load all states; after an error the objects have the states from before."""
-    for load in loads[:-1]:
+    if (ema := asked["ema"]) is not None:
+        averages = fitted_averages(file, "ema", ema, state["ema"])
+        loads.append(_Load(ema.load_state_dict, ema.state_dict(), averages))
+    for load in loads:
         load.before = copy.deepcopy(load.before)
-    done: list[_Load] = []
-    try:
-        for load in loads:
-            done.append(load)
-            load.into(load.after)
-    except BaseException as error:
-        for load in done:
-            load.into(load.before)
-        if not isinstance(error, Exception):
-            raise
-        raise CheckpointError(
-            f"{file}: expected states that fit the objects given, "
-            f"got {type(error).__name__}: {error}"
-        ) from error
+    own = bare_state(model)
+    if not all(isinstance(value, torch.Tensor) for value in own.values()):
+        own = copy.deepcopy(own)  # an extra state may be refused; checked tensors are not
+    return [*loads, _Load(partial(load_bare_state, model), own, weights)]
 
 
 def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_count, check_number
 from ..random import Generators, rand
 
 
@@ -46,6 +46,10 @@ def drop_conditions(
 
 def null_like(null: Any, condition: Tensor, name: str) -> Tensor:
     """Return a null condition, a number or tensor, with another's shape, dtype and device."""
+    if isinstance(null, bool) or not isinstance(null, (int, float, Tensor)):
+        raise TypeError(f"{name}: expected a number or a tensor, got {type(null).__name__}")
+    if isinstance(null, int) and not condition.is_floating_point():
+        check_count(null, name, least=-(2**63), most=2**63 - 1)
     value = torch.as_tensor(null, device=condition.device)
     if value.is_floating_point() and not condition.is_floating_point():
         raise TypeError(f"{name}: expected {condition.dtype}, as the condition, got {value.dtype}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_number
+from .._checks import check_count, check_number, check_state
 from .._distributed import gather_rows
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
@@ -155,6 +155,13 @@ class LossSecondMomentTimes(TimeSampler):
     @torch.no_grad()
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Record the losses (n,) at times (n,) in place of the oldest ones of their steps."""
+        check_state(t, "t")
+        check_state(loss, "loss")
+        if t.ndim != 1 or loss.shape != t.shape:
+            raise ValueError(
+                "t, loss: expected one loss for each time, shapes (n,), "
+                f"got {tuple(t.shape)} and {tuple(loss.shape)}"
+            )
         dtype = torch.promote_types(loss.dtype, torch.float32)  # float16 cannot index all steps
         pairs = gather_rows(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
         steps = len(self._counts)
@@ -178,7 +185,8 @@ class LossSecondMomentTimes(TimeSampler):
             got = list(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state: expected losses and counts, got {got}")
         for name, dtype in (("losses", torch.float64), ("counts", torch.int64)):
-            got = getattr(state[name], "dtype", type(state[name]).__name__)
+            value: Any = state[name]
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             if got != dtype:
                 raise ValueError(f"{name}: expected a tensor of {dtype}, got {got}")
         losses, counts = state["losses"], state["counts"]

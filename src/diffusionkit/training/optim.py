@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._checks import check_count, check_positive
+from .._checks import check_count, check_part, check_positive
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ def linear_warmup(optimizer: Optimizer, steps: int = 5000) -> LambdaLR:
 
     Raises:
         ValueError: if steps < 1.
+        TypeError: if the optimizer is none.
     """
+    check_part(optimizer, Optimizer, "optimizer")
     check_count(steps, "steps")
     return LambdaLR(optimizer, lambda step: min((step + 1) / steps, 1.0))
 
@@ -61,11 +63,14 @@ def clipped_step(
 
     Raises:
         ValueError: if max_norm is not positive, or no parameter has a gradient.
+        TypeError: if the optimizer is none, or a parameter is not a tensor.
     """
+    check_part(optimizer, Optimizer, "optimizer")
     if max_norm != math.inf:
         check_positive(max_norm, "max_norm")
     every = [p for group in optimizer.param_groups for p in group["params"]]
-    chosen = [p for p in (every if parameters is None else parameters) if p.grad is not None]
+    selected = every if parameters is None else _checked(parameters)
+    chosen = [p for p in selected if p.grad is not None]
     if not chosen:
         raise ValueError("parameters: expected gradients, got none; call loss.backward() first")
     norm = _norm(chosen)
@@ -81,6 +86,20 @@ def clipped_step(
     return StepReport(norm=float(norm), skipped=not finite)
 
 
+def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return parameters as a list, or raise unless they are tensors."""
+    if not isinstance(parameters, Iterable) or isinstance(parameters, Tensor):
+        raise TypeError(f"parameters: expected tensors, got {type(parameters).__name__}")
+    chosen = list(parameters)
+    for p in chosen:
+        check_part(p, Tensor, "parameters")
+    return chosen
+
+
 def _norm(parameters: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients, of those parameters that have one."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Return the norm of all gradients, of those parameters that have one, at least in float32."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    # Tensors of half precision enter by their norms, which may not fit in half precision.
+    half = [g for g in grads if g.dtype.itemsize < 4]
+    norms = torch._foreach_norm(half, 2, dtype=torch.float32) if half else []
+    return torch.nn.utils.get_total_norm([*norms, *(g for g in grads if g.dtype.itemsize >= 4)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_reference, readable
+from .._checks import check_choice, check_flag, check_reference, readable
 from .._distributed import gather_rows
 from .._precision import at_least_float32
 from .._schedules import exact
@@ -72,8 +72,8 @@ class StableTarget(TargetEstimator):
     gather: bool = False
 
     def __post_init__(self) -> None:
-        if self.source not in get_args(Source):
-            raise ValueError(f"source: expected one of {get_args(Source)}, got {self.source!r}")
+        check_choice("source", self.source, get_args(Source))
+        check_flag(self.gather, "gather")
 
     @override
     @torch.no_grad()
@@ -117,7 +117,7 @@ class StableTarget(TargetEstimator):
             )
         if isinstance(reference, Tensor):
             reference = at_least_float32(reference)  # as the data are
-        check_reference(reference, sample.x0)
+        check_reference(reference, at_least_float32(sample.x0))
         _check_labels(class_labels, reference_class_labels, sample.x0, reference)
         if self.gather:
             reference = gather_rows(reference)
@@ -128,7 +128,7 @@ class StableTarget(TargetEstimator):
         ratio = _ratio(sample).view(-1, *(1,) * (sample.x.ndim - 1))
         # Not from x, in which low noise has been rounded off.
         x0, eps = exact(sample.x0) + offset, exact(sample.eps) - ratio * offset
-        dtype = sample.x.dtype
+        dtype = at_least_float32(sample.x).dtype
         return Prediction(sample.x, x0.to(dtype), eps.to(dtype), sample.alpha, sample.sigma)
 
     def _offset(

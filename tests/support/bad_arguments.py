@@ -1,0 +1,536 @@
+"""Bad values for every parameter of every public callable, and valid arguments to start from."""
+
+import functools
+import importlib
+import inspect
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import diffusionkit as dk
+from diffusionkit import control, likelihood, metrics, networks, sampling, training
+from diffusionkit.diagnostics import Estimate
+from diffusionkit.testing import Report
+
+PACKAGES = (
+    "",
+    "checkpoints",
+    "control",
+    "decoders",
+    "diagnostics",
+    "likelihood",
+    "metrics",
+    "models",
+    "networks",
+    "ops",
+    "random",
+    "sampling",
+    "sde",
+    "testing",
+    "training",
+)
+
+
+def _itself() -> list[Any]:
+    nested: list[Any] = []
+    nested.append(nested)
+    return nested
+
+
+BAD: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "a word": lambda: "x",
+    "an empty string": lambda: "",
+    "bytes": lambda: b"x",
+    "an empty list": list,
+    "an empty dictionary": dict,
+    "an empty tuple": tuple,
+    "a list of None": lambda: [None],
+    "an object": object,
+    "a class": lambda: int,
+    "a function": lambda: lambda: None,
+    "NaN": lambda: math.nan,
+    "infinity": lambda: math.inf,
+    "-infinity": lambda: -math.inf,
+    "-1": lambda: -1,
+    "0": lambda: 0,
+    "0.5": lambda: 0.5,
+    "10**30": lambda: 10**30,
+    "-10**30": lambda: -(10**30),
+    "10**400": lambda: 10**400,
+    "True": lambda: True,
+    "a complex number": lambda: 1j,
+    "a Decimal": lambda: Decimal("0.5"),
+    "a numpy number": lambda: np.float32(0.5),
+    "a numpy integer": lambda: np.int64(2),
+    "a numpy array": lambda: np.array([1.0, 2.0]),
+    "an array of objects": lambda: np.array([None, "x"], dtype=object),
+    "a scalar tensor": lambda: torch.tensor(0.5),
+    "an empty tensor": lambda: torch.zeros(0),
+    "a column": lambda: torch.full((2, 1), 0.5),
+    "three numbers": lambda: torch.full((3,), 0.5),
+    "integers": lambda: torch.ones(2, 2, dtype=torch.int64),
+    "booleans": lambda: torch.ones(2, 2, dtype=torch.bool),
+    "complex numbers": lambda: torch.ones(2, 2, dtype=torch.complex64),
+    "a tensor of NaN": lambda: torch.full((2, 2), math.nan),
+    "two NaN": lambda: torch.full((2,), math.nan),
+    "a meta tensor": lambda: torch.ones(2, 2, device="meta"),
+    "a set": lambda: {1, 2},
+    "a generator": lambda: (value for value in (None, "x")),
+    "a path": lambda: Path("/nowhere/x"),
+    "a list of itself": _itself,
+    "a reversed pair": lambda: (1.0, -1.0),
+    "a pair with NaN": lambda: (math.nan, 1.0),
+    "a pair of words": lambda: ("a", "b"),
+    "an unknown device": lambda: "cuda:99",
+    "a layer": lambda: nn.Linear(2, 2),
+}
+
+
+def callables() -> dict[str, Any]:
+    """Return every public callable by its name: functions, concrete classes and their methods."""
+    found: dict[str, Any] = {}
+    for package in PACKAGES:
+        module = importlib.import_module(f"diffusionkit.{package}".rstrip("."))
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value) and not _is_alias(value) and value not in found.values():
+                found.setdefault(name, value)
+    for name, value in list(found.items()):
+        if inspect.isclass(value):
+            for method in _methods(value):
+                found[f"{name}.{method}"] = getattr(value, method)
+    return {
+        name: value
+        for name, value in found.items()
+        if not (inspect.isclass(value) and (inspect.isabstract(value) or _is_error(value)))
+    }
+
+
+def _is_alias(value: Any) -> bool:
+    return not getattr(value, "__module__", "").startswith("diffusionkit")
+
+
+def _is_error(value: type) -> bool:
+    return issubclass(value, BaseException)
+
+
+def _methods(cls: type) -> list[str]:
+    """Return the public methods that a class itself defines, and `__call__`."""
+    names = [name for name in vars(cls) if not name.startswith("_") or name == "__call__"]
+    return [
+        name
+        for name in names
+        if inspect.isfunction(getattr(vars(cls)[name], "__func__", vars(cls)[name]))
+    ]
+
+
+def _network(x: Tensor, noise_label: Tensor, **cond: Any) -> Tensor:
+    return x * 0.1
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _model() -> Any:
+    return dk.EpsModel(_network, dk.VPSDE())
+
+
+def _chain_model() -> Any:
+    return dk.EpsModel(_network, dk.DDPMChain.linear(25))
+
+
+def _optimizer() -> torch.optim.Optimizer:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    return torch.optim.SGD([weight], lr=0.1)
+
+
+def _images() -> Tensor:
+    return torch.randint(0, 256, (2, 3, 4, 4), generator=_generator())
+
+
+def _state(*shape: int) -> Tensor:
+    return torch.randn(shape or (2, 2), generator=_generator())
+
+
+@functools.cache
+def _folder() -> Path:
+    """Return a folder with one file of each kind that the library reads."""
+    folder = Path(tempfile.mkdtemp())
+    dk.save_checkpoint(folder / "checkpoint.pt", nn.Linear(2, 2))
+    torch.manual_seed(0)
+    average = dk.PowerEMA(nn.Linear(2, 2))
+    average.update(nn.Linear(2, 2))
+    average.save(folder / "snapshots")
+    metrics.sample_to_shards(_draw, 2, folder / "shards", progress=False)
+    return folder
+
+
+def _draw(n: int, generators: list[torch.Generator]) -> Tensor:
+    return torch.zeros(n, 3, 4, 4)
+
+
+def _snapshots() -> list[Path]:
+    return sorted((_folder() / "snapshots").iterdir())
+
+
+def _estimate() -> Estimate:
+    return Estimate(*(torch.ones(2) for _ in range(4)), "variance", "label")
+
+
+Recipe = dict[str, Callable[[], Any]]
+
+# Valid arguments by the name of the parameter.
+COMMON: Recipe = {
+    "model": _model,
+    "sde": dk.VPSDE,
+    "network": lambda: _network,
+    "classifier": lambda: dk.NoiseClassifier(lambda x, noise_label: x, dk.VPSDE()),
+    "x": _state,
+    "x0": _state,
+    "y": _state,
+    "eps": _state,
+    "data": lambda: _state(4, 2),
+    "real": lambda: _state(8, 2),
+    "fake": lambda: _state(8, 2) + 0.1,
+    "images": _images,
+    "t": lambda: torch.tensor([0.5, 0.6]),
+    "s": lambda: torch.tensor([0.3, 0.4]),
+    "alpha": lambda: torch.tensor([0.5, 0.6]),
+    "sigma": lambda: torch.tensor([0.5, 0.6]),
+    "log_snr": lambda: torch.tensor([0.5, -0.6]),
+    "optimizer": _optimizer,
+    "class_labels": lambda: torch.tensor([0, 1]),
+    "generator": _generator,
+    "shape": lambda: (2, 3),
+    "start": lambda: (2, 2),
+    "channels": lambda: 3,
+    "n": lambda: 4,
+    "progress": lambda: False,
+    "steps": lambda: 5,
+    "path": lambda: _folder() / "checkpoint.pt",
+    "loss": lambda: torch.ones(2, requires_grad=True),
+    "sigma_rel": lambda: 0.1,
+    "kernel": lambda: (1, 3, 3, 1),
+    "weight": lambda: torch.ones(3, 3, 3, 3),
+}
+
+TINY: Recipe = {
+    "width": lambda: 8,
+    "multipliers": lambda: (1, 2),
+    "blocks": lambda: 1,
+    "attention_levels": lambda: (1,),
+}
+_IMAGE: Recipe = {"x": lambda: _state(2, 3, 4, 4)}
+_TARGET: Recipe = {"target": lambda: None}
+
+
+def _made(cls: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: cls(*args, **kwargs)
+
+
+# Valid arguments of one callable, where they differ; "self" makes the object of a method.
+OWN: dict[str, Recipe] = {
+    "BrownianPath": {"seeds": lambda: [1, 2]},
+    "ChainGrid": {"chain": lambda: dk.DDPMChain.linear(25)},
+    "ChainNELBO": {"model": _chain_model},
+    "ClassifierFreeGuidance": {"scale": lambda: 2.0},
+    "Colorization": {"gray": lambda: _state(2, 1, 4, 4)},
+    "DDPMChain": {"betas": lambda: [0.1, 0.2]},
+    "DDPMChain.from_alphas_bar": {"alphas_bar": lambda: [0.9, 0.1]},
+    "DDPMChain.cosine": {"s": lambda: 0.008},
+    "DenoisedModel": {"fn": lambda: dk.Clip()},
+    "DiscreteNELBO": {"model": lambda: dk.EpsModel(_network, dk.LogSNRSDE())},
+    "EpsModel": {"data_range": lambda: (-1.0, 1.0)},
+    "GaussianMixtureModel": {
+        "means": lambda: [[-1.0, 0.0], [1.0, 0.0]],
+        "stds": lambda: [0.1, 0.2],
+        "weights": lambda: [0.5, 0.5],
+    },
+    "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum((1))},
+    "IndexLabel": {"sigmas": lambda: [3.0, 2.0, 1.0]},
+    "Inpainting": {"known": _state, "mask": lambda: torch.ones(2, 2)},
+    "LearnedSDE": {"hidden": lambda: 4},
+    "LinearGaussianGuidance": {
+        "operator": lambda: control.Matrix(torch.eye(2)),
+        "noise_std": lambda: 0.1,
+    },
+    "LinearMeasurement": {"operator": lambda: torch.eye(2)},
+    "EMA": {"model": lambda: nn.Linear(2, 2)},
+    "PowerEMA": {"model": lambda: nn.Linear(2, 2)},
+    "ReferenceBatches": {
+        "dataset": lambda: [torch.ones(2)] * 8,
+        "batch_size": lambda: 2,
+        "reference_size": lambda: 4,
+    },
+    "PCSampler": {"predictor": dk.Euler},
+    "SMLDChain": {"sigmas": lambda: [1.0, 2.0]},
+    "VariationalDequantizer": {
+        "width": lambda: 8,
+        "context_width": lambda: 8,
+        "components": lambda: 2,
+        "blocks": lambda: 1,
+        "steps": lambda: 2,
+        "heads": lambda: 2,
+    },
+    "bits_per_dim": {"nats": lambda: torch.ones(2), "dims": lambda: 2},
+    "bits_per_step": {
+        "bounds": lambda: likelihood.ChainBound(prior=torch.ones(2), terms=torch.ones(2, 5)),
+        "dims": lambda: 2,
+    },
+    "drop_conditions": {
+        "condition": _state,
+        "null": lambda: 0.0,
+        "probability": lambda: 0.5,
+    },
+    "evaluate_bits_per_dim": {
+        "likelihood": lambda: dk.NELBO(_model()),
+        "data": lambda: _state(4, 2),
+    },
+    "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
+    "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
+    "save_checkpoint": {
+        "model": lambda: nn.Linear(2, 2),
+        "path": lambda: _folder() / "written.pt",
+        "step": lambda: 3,
+    },
+    "reconstruct_ema": {"snapshots": _snapshots},
+    "slerp": {"a": _state, "b": lambda: _state() + 1, "weight": lambda: 0.5},
+    "suggest_sigma_max": {},
+    "train_noise_classifier": {
+        "classifier": lambda: dk.NoiseClassifier(networks.MLP(2, out_features=2), dk.VPSDE()),
+        "class_labels": lambda: torch.tensor([0, 1, 0, 1]),
+        "steps": lambda: 1,
+    },
+    "variance_minimizing_backward": {
+        "loss": lambda: torch.ones(2),
+        "diffusion": lambda: torch.ones(2),
+        "interior": lambda: [],
+    },
+    "save_network": {
+        "path": lambda: _folder() / "network.pt",
+        "network": lambda: networks.MLP(2, width=4),
+    },
+    "AveragePool": {"factor": lambda: 2},
+    "Blur": {"kernel": lambda: torch.ones(3, 3) / 9, "size": lambda: (4, 4)},
+    "Mask": {"mask": lambda: torch.ones(2)},
+    "Matrix": {"rows": lambda: torch.eye(2)},
+    "check_operator": {"operator": lambda: control.Matrix(torch.eye(2)), "data": _state},
+    "dsm_variance": {"samples": lambda: 10},
+    "stf_variance": {"samples": lambda: 10},
+    "posterior_divergence": {"samples": lambda: 10},
+    "gradient_variance": {
+        "model": lambda: dk.EpsModel(networks.MLP(2, width=4), dk.VPSDE()),
+        "objective": dk.ScoreMatching,
+        "batch_size": lambda: 2,
+        "pairs": lambda: 2,
+    },
+    "plot_variances": {"results": _estimate},
+    "all_gather": {"result": lambda: torch.ones(2)},
+    "extract_features": {
+        "images": lambda: _state(4, 3, 4, 4),
+        "extractor": lambda: lambda x: x.flatten(1),
+    },
+    "load_shards": {"directory": lambda: _folder() / "shards"},
+    "sample_to_shards": {
+        "draw": lambda: _draw,
+        "count": lambda: 2,
+        "directory": lambda: Path(tempfile.mkdtemp(dir=_folder())),
+    },
+    "to_uint8": {"x": lambda: _state(2, 3, 4, 4)},
+    "frechet_distance": {},
+    "MLP": {"features": lambda: 2, "width": lambda: 4},
+    "ADMUNet": {**TINY, "heads": lambda: 1},
+    "DDPMUNet": {**TINY},
+    "DDPMpp": {**TINY},
+    "NCSNpp": {**TINY},
+    "NCSNv2": {
+        "sigmas": lambda: (2.0, 1.0),
+        "width": lambda: 8,
+        "levels": lambda: ((1, 1), (2, 1)),
+    },
+    "FourierFeatures": {"network": lambda: networks.MLP(2), "exponents": lambda: (6, 7)},
+    "fir_conv_downsample": _IMAGE,
+    "fir_conv_upsample": _IMAGE,
+    "fir_downsample": _IMAGE,
+    "fir_upsample": _IMAGE,
+    "upfirdn": _IMAGE,
+    "check_score_model": {"shape": lambda: (2,)},
+    "power_coefficients": {
+        "snapshots": lambda: [(10, 7.0), (20, 7.0)],
+        "wanted": lambda: (20, 8.0),
+    },
+    # methods
+    "EMA.update": {"self": _made(dk.EMA, nn.Linear(2, 2)), "model": lambda: nn.Linear(2, 2)},
+    "PowerEMA.update": {
+        "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
+        "model": lambda: nn.Linear(2, 2),
+    },
+    "NELBO.__call__": {"self": lambda: dk.NELBO(_model())},
+    "ODELikelihood.__call__": {"self": lambda: dk.ODELikelihood(_model(), rtol=0.1, atol=0.1)},
+    "ChainNELBO.__call__": {"self": lambda: dk.ChainNELBO(_chain_model())},
+    "DiscreteNELBO.__call__": {
+        "self": lambda: dk.DiscreteNELBO(dk.EpsModel(_network, dk.LogSNRSDE())),
+    },
+    "PCSampler.__call__": {"self": lambda: dk.PCSampler(_model(), dk.Euler(), steps=2)},
+    "PCSampler.edit": {
+        "self": lambda: dk.PCSampler(_model(), dk.Euler(), steps=2),
+        "t": lambda: 0.5,
+    },
+    "ProbabilityFlow.sample": {"self": lambda: dk.ProbabilityFlow(_model(), rtol=0.1, atol=0.1)},
+    "ProbabilityFlow.encode": {"self": lambda: dk.ProbabilityFlow(_model(), rtol=0.1, atol=0.1)},
+    "ProbabilityFlow.decode": {
+        "self": lambda: dk.ProbabilityFlow(_model(), rtol=0.1, atol=0.1),
+        "z": _state,
+    },
+    "ProbabilityFlow.interpolate": {
+        "self": lambda: dk.ProbabilityFlow(_model(), rtol=0.1, atol=0.1),
+        "steps": lambda: 2,
+    },
+    "ScoreMatching.__call__": {"self": dk.ScoreMatching},
+    "ScoreMatching.nats": {"self": lambda: dk.ScoreMatching(dk.LikelihoodWeighting())},
+    "ForwardSDE.perturb": {"self": dk.VPSDE},
+    "ForwardSDE.perturbation_kernel": {"self": dk.VPSDE},
+    "ForwardSDE.drift": {"self": dk.VPSDE},
+    "ForwardSDE.prior_sample": {"self": dk.VPSDE},
+    "ForwardSDE.prior_log_prob": {"self": dk.VPSDE},
+    "NetworkModel.predict": {"self": _model},
+    "ScoreModel.forward": {"self": _model},
+    "EmpiricalModel.predict": {"self": lambda: dk.EmpiricalModel(dk.VPSDE(), _state())},
+    "GaussianMixtureModel.predict": {
+        "self": lambda: dk.GaussianMixtureModel(dk.VPSDE(), [[-1.0, 0.0]], [0.1]),
+    },
+    "GaussianMixtureModel.log_prob": {
+        "self": lambda: dk.GaussianMixtureModel(dk.VPSDE(), [[-1.0, 0.0]], [0.1]),
+    },
+    "GaussianMixtureModel.sample": {
+        "self": lambda: dk.GaussianMixtureModel(dk.VPSDE(), [[-1.0, 0.0]], [0.1]),
+    },
+    "NoiseClassifier.forward": {
+        "self": lambda: dk.NoiseClassifier(lambda x, noise_label: x, dk.VPSDE()),
+    },
+    "Levels.check": {"self": dk.decoders.Levels},
+    "Levels.encode": {"self": dk.decoders.Levels},
+    "Levels.decode": {"self": dk.decoders.Levels},
+    "GaussianDecoder.encode": {"self": dk.GaussianDecoder},
+    "GaussianDecoder.check": {
+        "self": dk.GaussianDecoder,
+        "x": lambda: dk.GaussianDecoder().encode(_images()),
+    },
+    "GaussianDecoder.log_prob": {
+        "self": dk.GaussianDecoder,
+        "mean": _state,
+        "log_var": _state,
+    },
+    "LevelDecoder.log_prob": {
+        "self": dk.LevelDecoder,
+        "z": lambda: _state(2, 3, 4, 4),
+    },
+    "Dequantizer.forward": {"self": dk.UniformDequantizer},
+    "Dequantizer.quantize": {"self": dk.UniformDequantizer},
+    "LossSecondMomentTimes.update": {"self": dk.LossSecondMomentTimes},
+    "LossSecondMomentTimes.load_state_dict": {
+        "self": dk.LossSecondMomentTimes,
+        "state": lambda: dk.LossSecondMomentTimes().state_dict(),
+    },
+    "EMA.load_state_dict": {
+        "self": _made(dk.EMA, nn.Linear(2, 2)),
+        "state": lambda: dk.EMA(nn.Linear(2, 2)).state_dict(),
+    },
+    "PowerEMA.load_state_dict": {
+        "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
+        "state": lambda: dk.PowerEMA(nn.Linear(2, 2)).state_dict(),
+    },
+    "PowerEMA.save": {
+        "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
+        "folder": lambda: Path(tempfile.mkdtemp(dir=_folder())),
+    },
+    "FeatureMoments.update": {"self": metrics.FeatureMoments, "features": lambda: _state(4, 2)},
+    "FeatureMoments.merge": {"self": metrics.FeatureMoments, "other": metrics.FeatureMoments},
+    "FeatureMoments.load_state_dict": {
+        "self": metrics.FeatureMoments,
+        "state": lambda: metrics.FeatureMoments().state_dict(),
+    },
+    "InceptionScore.update": {
+        "self": metrics.InceptionScore,
+        "probs": lambda: _state(4, 3).softmax(1),
+    },
+    "InceptionScore.merge": {"self": metrics.InceptionScore, "other": metrics.InceptionScore},
+    "InceptionScore.load_state_dict": {
+        "self": metrics.InceptionScore,
+        "state": lambda: metrics.InceptionScore().state_dict(),
+    },
+    "ReferenceBatches.set_epoch": {
+        "self": lambda: dk.ReferenceBatches([torch.ones(2)] * 8, 2, 4),
+        "epoch": lambda: 1,
+    },
+    "ReferenceBatches.load_state_dict": {
+        "self": lambda: dk.ReferenceBatches([torch.ones(2)] * 8, 2, 4),
+        "state": lambda: dk.ReferenceBatches([torch.ones(2)] * 8, 2, 4).state_dict(),
+    },
+    "Chain.time": {"self": lambda: dk.DDPMChain.linear(25), "step": lambda: 2},
+    "Chain.step": {"self": lambda: dk.DDPMChain.linear(25)},
+    "Chain.subsequence": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
+    "Chain.respaced": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
+    "TimeTravel.steps": {"self": dk.TimeTravel, "first": lambda: 3, "last": lambda: 0},
+    "Mask.__call__": {"self": _made(control.Mask, torch.ones(2))},
+    "Mask.inverse": {"self": _made(control.Mask, torch.ones(2))},
+    "Matrix.__call__": {"self": _made(control.Matrix, torch.eye(2))},
+    "Matrix.inverse": {"self": _made(control.Matrix, torch.eye(2))},
+    "Gray.__call__": {"self": control.Gray, "x": lambda: _state(2, 3, 4, 4)},
+    "Gray.inverse": {"self": control.Gray, "y": lambda: _state(2, 1, 4, 4)},
+    "AveragePool.__call__": {
+        "self": _made(control.AveragePool, 2),
+        "x": lambda: _state(2, 3, 4, 4),
+    },
+    "AveragePool.inverse": {"self": _made(control.AveragePool, 2), "y": lambda: _state(2, 3, 2, 2)},
+    "Blur.__call__": {
+        "self": lambda: control.Blur(torch.ones(3, 3) / 9, (4, 4)),
+        "x": lambda: _state(2, 3, 4, 4),
+    },
+    "Blur.inverse": {
+        "self": lambda: control.Blur(torch.ones(3, 3) / 9, (4, 4)),
+        "y": lambda: _state(2, 3, 4, 4),
+    },
+    "MLP.forward": {
+        "self": lambda: networks.MLP(2, width=4),
+        "noise_label": lambda: torch.ones(2),
+        "class_labels": lambda: None,
+    },
+    "NCSNv2.forward": {
+        "self": lambda: networks.NCSNv2(sigmas=(2.0, 1.0), width=8, levels=((1, 1), (2, 1))),
+        "x": lambda: _state(2, 3, 8, 8),
+        "noise_label": lambda: torch.zeros(2),
+        "class_labels": lambda: None,
+    },
+    "UNet.forward": {
+        "self": lambda: networks.NCSNpp(**{name: value() for name, value in TINY.items()}),
+        "x": lambda: _state(2, 3, 8, 8),
+        "noise_label": lambda: torch.ones(2),
+        "class_labels": lambda: None,
+    },
+    "FourierFeatures.forward": {
+        "self": lambda: networks.FourierFeatures(networks.MLP(10, width=4), exponents=(1, 2)),
+        "noise_label": lambda: torch.ones(2),
+    },
+    "UniformGrid.__call__": {"self": dk.UniformGrid},
+    "KarrasGrid.__call__": {"self": dk.KarrasGrid},
+    "LogSNRGrid.__call__": {"self": dk.LogSNRGrid},
+    "QuadraticGrid.__call__": {"self": dk.QuadraticGrid},
+    "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
+}
+for _times in ("UniformTimes", "StratifiedTimes", "LogNormalTimes", "ImportanceTimes"):
+    OWN[f"{_times}.sample"] = {"self": getattr(dk, _times)}
+OWN["DiscreteTimes.sample"] = {"self": dk.DiscreteTimes, "sde": lambda: dk.DDPMChain.linear(25)}
+OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
+    "self": dk.LossSecondMomentTimes
+}

@@ -1,0 +1,72 @@
+"""Values are read on the CPU, and on every device inside `value_checks`."""
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusionkit._checks import check_samples, readable
+from diffusionkit.testing import value_checks
+
+ON_DEVICE = SimpleNamespace(device=torch.device("cuda"), is_meta=False)  # a tensor on a GPU
+
+
+def test_values_on_devices_are_read_inside_value_checks_only() -> None:
+    assert readable(torch.zeros(1))
+    assert not readable(ON_DEVICE)
+    with value_checks():
+        assert readable(ON_DEVICE)
+        assert not readable(torch.zeros(1, device="meta"))
+        with value_checks():
+            pass
+        assert readable(ON_DEVICE)
+        found: list[bool] = []
+        other = threading.Thread(target=lambda: found.append(readable(ON_DEVICE)))
+        other.start()
+        other.join()
+        assert found == [False]
+    with pytest.raises(RuntimeError, match="stop"), value_checks():
+        raise RuntimeError("stop")
+    assert not readable(ON_DEVICE)
+
+
+def test_compiled_and_transformed_code_is_not_read() -> None:
+    seen = []
+
+    def function(x):
+        seen.append(readable(x))
+        return x
+
+    with value_checks():
+        torch.func.vmap(function)(torch.zeros(2, 3))
+        torch.compile(lambda x: x + readable(x), backend="eager", fullgraph=True)(torch.zeros(2))
+    assert seen == [False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_turns_checks_on(value, expected) -> None:
+    code = (
+        "import torch, types; from diffusionkit._checks import readable;"
+        "print(readable(types.SimpleNamespace(device=torch.device('cuda'), is_meta=False)))"
+    )
+    environment = {**os.environ, "DIFFUSIONKIT_CHECKS": value}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_results_are_finite(dtype) -> None:
+    x = torch.zeros(4, 3, dtype=dtype)
+    check_samples(x)
+    check_samples(torch.full((2, 100), torch.finfo(dtype).max, dtype=dtype))  # the sum overflows
+    for value in (float("nan"), float("inf")):
+        x[1:3, 1] = value
+        with pytest.raises(ValueError, match=r"samples: .* got NaN or infinity in 2 of 4 samples"):
+            check_samples(x)
