@@ -256,6 +256,20 @@ def test_headers_that_contradict_the_directory_are_rejected(
         rejected(bytes(data), "a zip file with overlapping records at ")
 
 
+def test_bytes_that_belong_to_no_record_are_rejected(rejected, saved) -> None:
+    content = saved(torch.ones(3))
+    described = content.index(b"PK\7\x08")
+    for place in range(described, described + 16, 4):
+        data = bytearray(content)
+        data[place] ^= 1
+        rejected(bytes(data), "a zip file with overlapping records at ")
+    file = io.BytesIO(content)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.filelist.pop(1)
+        archive._didModify = True
+    rejected(file.getvalue(), "a zip file with overlapping records at ")
+
+
 def test_records_of_another_size_are_rejected(rejected, saved) -> None:
     content = saved(torch.ones(3))
     for size in (0, 11, 13, 24):

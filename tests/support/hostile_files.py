@@ -56,8 +56,8 @@ def pickles() -> Iterator[tuple[str, bytes]]:
     yield "a deep state", ORDERED + deep + b"b"
     yield "a deep storage", deep + b"Q"
     yield "joined long names", b"(" + long + b"h\x00h\x00\x93" * MANY + b"t"
-    yield "joined long module names", b"(" + text("torch.nn.modules.") + b"q\x01" + long + (
-        b"h\x01h\x00\x93" * 1000 + b"t"
+    yield "joined long module names", b"(" + text("torch.nn.modules.") + b"q\x01" + (
+        text("a" * 60_000) + b"q\x00" + b"h\x01h\x00\x93" * 6000 + b"t"
     )  # fmt: skip
     yield "many classes", b"(" + (named("torch.nn.modules.a.B") + b")\x81") * 2000 + b"t"
     yield "a long line", b"c" + b"a" * MANY + b"\na\n"
