@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -94,6 +95,7 @@ BAD: dict[str, Callable[[], Any]] = {
 }
 
 
+@functools.cache
 def callables() -> dict[str, Any]:
     """Return every public callable by its name: functions, concrete classes and their methods."""
     found: dict[str, Any] = {}
@@ -534,3 +536,103 @@ OWN["DiscreteTimes.sample"] = {"self": dk.DiscreteTimes, "sde": lambda: dk.DDPMC
 OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
     "self": dk.LossSecondMomentTimes
 }
+
+# Values made by the library, classes to subclass, and what takes no argument of its own.
+_RESULTS = (
+    "Perturbed Prediction Step Estimate BitsPerDim BitsPerStep Bound ChainBound Dequantized "
+    "DiscreteBound ODELogLikelihood InceptionScoreResult KernelDistance PrecisionRecall "
+    "SampleQuality SamplerState StageCoefficients StepCoefficients Report Checkpoint StepReport"
+).split()
+_ELSEWHERE = (  # files have tests of their own; `expand` runs in every step
+    "load_edm load_improved_diffusion load_network load_score_sde inception_features "
+    "variance_minimizing_backward expand all_gather"
+).split()
+
+
+def names() -> list[str]:
+    """Return the callables to test: every one, and the methods with a recipe."""
+    found = callables()
+    plain = [name for name in found if "." not in name and name not in (*_RESULTS, *_ELSEWHERE)]
+    return plain + [name for name in OWN if "self" in OWN[name]]
+
+
+def target(name: str) -> Any:
+    """Return the callable, bound to an object if it is a method."""
+    own = OWN.get(name, {})
+    return getattr(own["self"](), name.split(".")[1]) if "self" in own else callables()[name]
+
+
+_REST = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+@functools.cache
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of a callable."""
+    known = callables()
+    listed = inspect.signature(known[name] if name in known else target(name)).parameters
+    return {n: p for n, p in listed.items() if n != "self" and p.kind not in _REST}
+
+
+def call(name: str, replaced: Recipe) -> Any:
+    """Call with valid arguments, some of them replaced."""
+    own, positional, named = OWN.get(name, {}), [], {}
+    for parameter, p in parameters(name).items():
+        default = p.default is not inspect.Parameter.empty
+        if parameter in replaced or parameter in own or not default:
+            make = replaced.get(parameter) or own.get(parameter) or COMMON[parameter]
+            if p.kind is p.POSITIONAL_ONLY:
+                positional.append(make())
+            else:
+                named[parameter] = make()
+    result = target(name)(*positional, **named)
+    return list(result) if inspect.isgenerator(result) else result
+
+
+# The values that a kind of parameter takes, by a word of its annotation.
+_TAKEN = {
+    "None": ["None"],
+    "bool": ["True"],
+    "int": ["0"],
+    "float": ["0", "0.5", "-1", "10**30", "-10**30"],
+    "str": ["a word", "an empty string", "an unknown device"],
+    "PathLike": ["a word", "an empty string", "an unknown device", "a path", "bytes"],
+    "Path": ["a word", "an empty string", "an unknown device", "a path"],
+    "Module": ["a layer"],
+    "Mapping": ["an empty dictionary"],
+    "Tensor": ["a column", "three numbers", "integers", "booleans", "a numpy array"],
+    "Sequence": ["a numpy array"],
+    "Any": list(BAD),
+}
+_CALLED = ("Callable", "Label", "Grid", "Linear", "Progress", "Classifier")
+_FILES = ("PathLike", "Path")
+
+# What is taken on purpose beyond this, with the reason.
+ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("Clip", "low"): ["-infinity"],  # open to one side
+    ("Clip", "high"): ["infinity", "10**400"],
+    ("Heun", "s_min"): ["infinity"],  # never churn
+    ("Heun", "s_max"): ["infinity"],
+    ("clipped_step", "max_norm"): ["infinity"],  # only skip bad gradients
+    ("drop_conditions", "null"): ["NaN", "infinity", "-infinity", "a tensor of NaN", "two NaN",
+                                  "a scalar tensor", "complex numbers"],
+    ("drop_conditions", "condition"): ["a tensor of NaN", "two NaN", "an empty tensor"],
+}  # fmt: skip
+
+
+def problem(name: str, parameter: str, bad: str) -> str | None:
+    """Return what is wrong with the answer to a bad value, or None."""
+    kind = str(parameters(name)[parameter].annotation)
+    words = {word for word in re.findall(r"\w+", kind)}
+    called = any(word in words for word in _CALLED) and bad in ("a class", "a function", "a layer")
+    taken = {value for word in words for value in _TAKEN.get(word, [])}
+    taken |= {*ALLOWED.get((name, parameter), [])}
+    try:
+        call(name, {parameter: BAD[bad]})
+    except (ValueError, TypeError, dk.CheckpointError) as error:
+        told = "expected" in str(error) or parameter in str(error)
+        return None if told or called else f"{type(error).__name__}: {error}"
+    except OSError as error:
+        return None if words & {*_FILES} else f"{type(error).__name__}: {error}"
+    except Exception as error:
+        return None if called else f"{type(error).__name__}: {error}"
+    return None if called or bad in taken else "accepted"

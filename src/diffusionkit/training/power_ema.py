@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_count, check_number
+from .._checks import check_count, check_number, check_part, check_sequence
 from .._distributed import whole
 from .._files import CheckpointError, read_torch
 from .._writing import save_torch
@@ -105,6 +105,9 @@ class PowerEMA:
 
     def __init__(self, model: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
         """Copy the model once for each length."""
+        check_sequence(sigma_rels, "sigma_rels")
+        for sigma_rel in sigma_rels:
+            check_number(sigma_rel, "sigma_rels")
         if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
             raise ValueError(f"sigma_rels: expected distinct numbers, got {sigma_rels}")
         self.averages: Mapping[float, EMA] = {s: _PowerAverage(model, s) for s in sigma_rels}
@@ -120,6 +123,7 @@ class PowerEMA:
         Raises:
             ValueError: if the model's tensors differ in shape from the averaged ones.
         """
+        check_part(model, nn.Module, "model")
         for average in self.averages.values():
             average.update(model)
 
@@ -245,6 +249,11 @@ def reconstruct_ema(
         CheckpointError: if a file is damaged, not a snapshot, or of another model.
         ValueError: if fewer than two snapshots remain, or sigma_rel is out of range.
     """
+    if updates is not None:
+        check_count(updates, "updates")
+    if not isinstance(snapshots, (str, os.PathLike, Iterable)):
+        got = type(snapshots).__name__
+        raise TypeError(f"snapshots: expected a folder or paths of files, got {got}")
     if isinstance(snapshots, (str, os.PathLike)):
         snapshots = sorted(Path(snapshots).glob("*.pt"))
     found = {_position(path): path for path in snapshots}

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_log_snr, check_number, check_positive, check_times
+from .._checks import (
+    check_count,
+    check_flag,
+    check_log_snr,
+    check_number,
+    check_positive,
+    check_times,
+)
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand, randn
@@ -124,6 +131,9 @@ class ImportanceTimes(TimeSampler):
     """
 
     stratified: bool = True
+
+    def __post_init__(self) -> None:
+        check_flag(self.stratified, "stratified")
 
     def normalizer(self, sde: ForwardSDE) -> float:
         """Return Z, the integral of g^2 / sigma^2 over [t_min, T].
