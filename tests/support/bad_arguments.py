@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import control, likelihood, metrics, networks, sampling, training
+from diffusionkit import control, likelihood, metrics, networks
 from diffusionkit.diagnostics import Estimate
-from diffusionkit.testing import Report
 
 PACKAGES = (
     "",
@@ -258,7 +257,7 @@ OWN: dict[str, Recipe] = {
         "stds": lambda: [0.1, 0.2],
         "weights": lambda: [0.5, 0.5],
     },
-    "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum((1))},
+    "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum(1)},
     "IndexLabel": {"sigmas": lambda: [3.0, 2.0, 1.0]},
     "Inpainting": {"known": _state, "mask": lambda: torch.ones(2, 2)},
     "LearnedSDE": {"hidden": lambda: 4},
@@ -538,11 +537,7 @@ OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
 }
 
 # Values made by the library, classes to subclass, and what takes no argument of its own.
-_RESULTS = (
-    "Perturbed Prediction Step Estimate BitsPerDim BitsPerStep Bound ChainBound Dequantized "
-    "DiscreteBound ODELogLikelihood InceptionScoreResult KernelDistance PrecisionRecall "
-    "SampleQuality SamplerState StageCoefficients StepCoefficients Report Checkpoint StepReport"
-).split()
+_RESULTS = ["Perturbed", "Prediction", "Step", "Estimate", "BitsPerDim", "BitsPerStep", "Bound", "ChainBound", "Dequantized", "DiscreteBound", "ODELogLikelihood", "InceptionScoreResult", "KernelDistance", "PrecisionRecall", "SampleQuality", "SamplerState", "StageCoefficients", "StepCoefficients", "Report", "Checkpoint", "StepReport"]
 _ELSEWHERE = (  # files have tests of their own; `expand` runs in every step
     "load_edm load_improved_diffusion load_network load_score_sde inception_features "
     "variance_minimizing_backward expand all_gather"
@@ -592,6 +587,7 @@ def call(name: str, replaced: Recipe) -> Any:
 _TAKEN = {
     "None": ["None"],
     "bool": ["True"],
+    "Progress": ["True"],
     "int": ["0"],
     "float": ["0", "0.5", "-1", "10**30", "-10**30"],
     "str": ["a word", "an empty string", "an unknown device"],
@@ -599,7 +595,17 @@ _TAKEN = {
     "Path": ["a word", "an empty string", "an unknown device", "a path"],
     "Module": ["a layer"],
     "Mapping": ["an empty dictionary"],
-    "Tensor": ["a column", "three numbers", "integers", "booleans", "a numpy array"],
+    "Generators": ["None"],
+    "Gaussian": ["a column", "three numbers"],
+    # On the meta device tensors have shapes only, and code that reads no value runs.
+    "Tensor": [
+        "a meta tensor",
+        "a column",
+        "three numbers",
+        "integers",
+        "booleans",
+        "a numpy array",
+    ],
     "Sequence": ["a numpy array"],
     "Any": list(BAD),
 }
@@ -608,6 +614,7 @@ _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("bits_per_dim", "nats"): ["a scalar tensor", "an empty tensor"],  # of any shape
     ("Clip", "low"): ["-infinity"],  # open to one side
     ("Clip", "high"): ["infinity", "10**400"],
     ("Heun", "s_min"): ["infinity"],  # never churn

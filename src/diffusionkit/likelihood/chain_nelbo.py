@@ -83,7 +83,7 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsP
     torch.Size([10])
     """
     check_count(dims, "dims")
-    if not isinstance(bounds, (ChainBound, Iterable)):
+    if isinstance(bounds, Tensor) or not isinstance(bounds, (ChainBound, Iterable)):
         raise TypeError(f"bounds: expected a ChainBound or several, got {type(bounds).__name__}")
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for bound in [bounds] if isinstance(bounds, ChainBound) else bounds:

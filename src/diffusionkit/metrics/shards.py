@@ -110,7 +110,7 @@ def sample_to_shards(
     check_callable(draw, "draw")
     check_count(count, "count")
     check_count(batch_size, "batch_size")
-    check_count(seed, "seed", least=0)
+    check_count(seed, "seed", least=0, most=2**63 - 1)
     rank, world_size = rank_and_world_size(rank, world_size)
     check_count(world_size, "world_size")
     check_count(rank, "rank", least=0)
@@ -183,7 +183,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         check_count(about["count"], "count")
         check_count(about["batch_size"], "batch_size")
-        check_count(about["seed"], "seed", least=0)
+        check_count(about["seed"], "seed", least=0, most=2**63 - 1)
         about["data_range"] = _range(about["data_range"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{expected} {error}") from error

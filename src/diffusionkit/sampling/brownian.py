@@ -67,7 +67,7 @@ class BrownianPath(NoisePath):
 
     def __init__(self, seeds: Sequence[int]) -> None:
         """Keep the seeds."""
-        if not isinstance(seeds, Sequence):
+        if not isinstance(seeds, Sequence) or isinstance(seeds, (str, bytes)):
             raise TypeError(
                 "seeds: expected a sequence of integers, one for each sample, such as range(64), "
                 f"got {type(seeds).__name__}"
@@ -75,9 +75,7 @@ class BrownianPath(NoisePath):
         if not seeds:
             raise ValueError("seeds: expected at least one, got none")
         for seed in seeds:
-            check_count(seed, "seeds", least=0)
-            if seed >= 1 << 63:
-                raise ValueError(f"seeds: expected integers below 2^63, got {seed}")
+            check_count(seed, "seeds", least=0, most=2**63 - 1)
         self.seeds = tuple(seeds)
 
     @override
