@@ -144,6 +144,8 @@ def evaluate_bits_per_dim(
     rank, world = rank_and_world_size()
     nats, file = torch.full((n, draws), math.nan, dtype=torch.float64), None
     if path is not None:
+        if not isinstance(path, (str, Path)):
+            raise TypeError(f"path: expected a path, got {type(path).__name__}")
         check_suffix(path)
         file = Path(path)
         _resume(nats, file, settings)

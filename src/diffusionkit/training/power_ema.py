@@ -251,7 +251,7 @@ def reconstruct_ema(
     """
     if updates is not None:
         check_count(updates, "updates")
-    if not isinstance(snapshots, (str, os.PathLike, Iterable)):
+    if isinstance(snapshots, Tensor) or not isinstance(snapshots, (str, os.PathLike, Iterable)):
         got = type(snapshots).__name__
         raise TypeError(f"snapshots: expected a folder or paths of files, got {got}")
     if isinstance(snapshots, (str, os.PathLike)):
