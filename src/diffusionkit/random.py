@@ -73,6 +73,8 @@ def randn(
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Draw standard normal noise of the shape, dtype and device of x (B, *D)."""
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if generator is None:
         return torch.randn_like(x, memory_format=torch.contiguous_format)
     return _draw(torch.randn, x.shape, generator, x.device, x.dtype)

@@ -123,6 +123,7 @@ def sample_to_shards(
         "data_range": _range(data_range),
         "settings": _plain({} if settings is None else settings),
     }
+    _check_directory(directory)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _keep_settings(folder, about)
@@ -151,6 +152,7 @@ def load_shards(directory: str | Path) -> Iterator[Tensor]:
         FileNotFoundError: if the folder has no samples.
         ValueError: if files are missing, as after an interrupted run, or damaged.
     """
+    _check_directory(directory)
     folder = Path(directory)
     about = _settings(folder)
     expected = math.ceil(about["count"] / about["batch_size"])
@@ -255,3 +257,8 @@ def _images(file: Path, n: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
     except (OSError, EOFError, ValueError):
         return None
     return images if len(images) == n and images.dtype == np.uint8 else None
+
+
+def _check_directory(directory: str | Path) -> None:
+    if not isinstance(directory, (str, Path)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")

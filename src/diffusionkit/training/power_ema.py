@@ -137,6 +137,7 @@ class PowerEMA:
         Raises:
             ValueError: if the lengths differ.
         """
+        check_part(state, Mapping, "state")
         if set(state) != set(self.averages):
             raise ValueError(
                 f"state: expected the lengths {sorted(self.averages)}, got {sorted(state)}"
