@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from diffusionkit import (
     VESDE,
@@ -47,10 +48,10 @@ class RatioLangevin(Corrector):
     ratio: Ratio
     snr: float
 
+    @override
     def step(
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
-        """Take one step."""
         _, sigma = model.sde.perturbation_kernel(x, t)
         eps, noise = model.predict(x, t, **cond).eps, randn_like(x, generator)
         ratio = self.ratio(eps.square().mean(1), noise.square().mean(1)).nan_to_num(posinf=0.0)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "_returned": set(),
     "_wrappers": set(),
     "random": {"_checks"},
-    "values": {"_precision"},
+    "values": {"_checks", "_precision"},
     "interfaces": {*PRIVATE, "values"},
     "decoders": BASE,
     "_chain_terms": {*BASE, "decoders"},

@@ -66,6 +66,7 @@ def step_nats(
     *,
     detach_mean: bool = False,
     clip: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Return the terms of the variational bound that belong to the given steps, in nats, (B,).
 
@@ -81,6 +82,7 @@ def step_nats(
         decoder: the likelihood of the data in step 0.
         detach_mean: whether only the variance receives gradients.
         clip: whether the predicted data are clipped to the decoder's range.
+        mask: weights of the elements (B, *D), or None.
     """
     sde, count = model.sde, chain_length(model)
     i = exact(step.to(torch.float32))
@@ -103,6 +105,9 @@ def step_nats(
     elif prediction.log_var_fraction is not None:
         log_var = lower + prediction.log_var_fraction.to(dtype) * (upper - lower)
     difference = (x0 - mean) * expand(weight, x0)
-    divergence = gaussian_kl(difference, lower, log_var).reshape(len(x0), -1).sum(1)
-    log_prob = decoder.log_prob(x0, mean, log_var).reshape(len(x0), -1).sum(1)
+    divergence = gaussian_kl(difference, lower, log_var)
+    log_prob = decoder.log_prob(x0, mean, log_var)
+    if mask is not None:
+        divergence, log_prob = divergence * mask, log_prob * mask
+    divergence, log_prob = (v.reshape(len(x0), -1).sum(1) for v in (divergence, log_prob))
     return torch.where(step == 0, -log_prob, divergence)

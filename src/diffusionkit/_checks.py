@@ -90,13 +90,15 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
             )
 
 
-def check_range(x: Tensor, model: object, name: str = "x") -> None:
-    """Raise if x is outside the data range of a model (read on the CPU only)."""
+def check_range(x: Tensor, model: object, name: str = "x", mask: Tensor | None = None) -> None:
+    """Raise if x is outside the data range of a model where a mask is not 0 (read on the CPU)."""
     data_range = getattr(model, "data_range", None)
     if data_range is None or not readable(x):
         return
     low, high = data_range
     slack = 1e-3 * (high - low)
+    if mask is not None:
+        x = x[mask != 0]
     first, last = (end.item() for end in x.detach().aminmax())
     if first < low - slack or last > high + slack:
         hint = ""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_state, check_times
-from ._schedules import exact, home, schedule_dtype
+from ._schedules import home, schedule_dtype, within
 from .values import Coefficient
 
 
@@ -150,7 +150,7 @@ def copy_grid_point(t: Tensor, copy: Tensor) -> Tensor:
 def schedule(sde: _SDE, t: Tensor) -> tuple[Coefficient, Coefficient]:
     """Return alpha and sigma in float64: floats at a time of a grid, else tensors (B,)."""
     point = grid_point(t, sde)
-    return sde.marginal(exact(t)) if point is None else (point.alpha, point.sigma)
+    return sde.marginal(within(t, sde.T)) if point is None else (point.alpha, point.sigma)
 
 
 def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
@@ -162,7 +162,7 @@ def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
 def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma for a state x (B, *D), each (B,)."""
     point = _checked(sde, x, t)
-    return sde.marginal(exact(t)) if point is None else point.kernel
+    return sde.marginal(within(t, sde.T)) if point is None else point.kernel
 
 
 def _checked(sde: _SDE, x: Tensor, t: Tensor) -> GridPoint | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+Check = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+
 # A context variable, so that samplers in several threads count their own evaluations.
 _current: ContextVar[EvaluationCounter | None] = ContextVar("counter", default=None)
 
@@ -37,31 +39,40 @@ class EvaluationCounter:
             outer.evaluations += self.evaluations - self._before
 
 
-def counted(predict: Callable[..., Any]) -> Callable[..., Any]:
+def counted(predict: Callable[..., Any], check: Check) -> Callable[..., Any]:
     """Wrap a model's predict so that a call counts as one, unless it calls other models.
 
-    A wrapper of models, such as guidance, counts as the evaluations it makes.
+    A wrapper of models, such as guidance, counts as the evaluations it makes. The predictions are
+    checked.
     """
 
     @functools.wraps(predict)
     def wrapper(*args: Any, **cond: Any) -> Any:
         counter = None if torch.compiler.is_compiling() else _current.get()
         if counter is None:
-            return predict(*args, **cond)
+            prediction = predict(*args, **cond)
+            check(prediction, args, cond)
+            return prediction
         before = counter.evaluations
         prediction = predict(*args, **cond)
         if counter.evaluations == before:
             counter.evaluations += 1
+        check(prediction, args, cond)
         return prediction
 
     wrapper._counted = True  # type: ignore[attr-defined]
     return wrapper
 
 
-def counts(cls: type) -> type:
-    """Return a class of score models whose predict, its own or inherited, counts evaluations."""
+def counts(cls: type, check: Check) -> type:
+    """Return a class of score models whose predict, its own or inherited, counts evaluations.
+
+    Args:
+        cls: the class.
+        check: takes a prediction, and the positional and keyword arguments of a call.
+    """
     predict = cls.predict  # type: ignore[attr-defined]
     abstract = getattr(predict, "__isabstractmethod__", False)
     if not abstract and not hasattr(predict, "_counted"):
-        cls.predict = counted(predict)  # type: ignore[attr-defined]
+        cls.predict = counted(predict, check)  # type: ignore[attr-defined]
     return cls

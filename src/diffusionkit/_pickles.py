@@ -241,7 +241,7 @@ def _found(table: Mapping[str, Any], names: list[Any]) -> Any:
 
 
 def _extend(operation: str, stack: list[Any], items: list[Any]) -> None:
-    target = stack[-1] if stack else None
+    target: Any = stack[-1] if stack else None
     if operation == "APPENDS" and type(target) is list:
         target.extend(items)
     elif operation == "ADDITEMS" and type(target) is set:

@@ -7,6 +7,7 @@ The interfaces therefore wrap the methods of their subclasses.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,18 +24,24 @@ def wrap(cls: type, name: str, check: Check) -> None:
         name: the name of the method; nothing happens if it is abstract or already checked.
         check: takes the object, the result, and the positional and keyword arguments of a call.
     """
-    method = getattr(cls, name, None)
-    if method is None or hasattr(method, "_returned") or hasattr(method, "__isabstractmethod__"):
+    method = inspect.getattr_static(cls, name, None)
+    kind = type(method) if isinstance(method, (staticmethod, classmethod)) else None
+    function: Any = method.__func__ if isinstance(method, (staticmethod, classmethod)) else method
+    if not callable(function) or hasattr(function, "_returned"):
         return
+    if hasattr(function, "__isabstractmethod__"):
+        return
+    bound = kind is not staticmethod and hasattr(function, "__get__")
 
-    @functools.wraps(method)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        check(self, result, args, kwargs)
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        owner, given = (args[0], args[1:]) if bound else (cls.__name__, args)
+        check(owner, result, given, kwargs)
         return result
 
     checked._returned = True  # type: ignore[attr-defined]
-    setattr(cls, name, checked)
+    setattr(cls, name, checked if bound and kind is None else (kind or staticmethod)(checked))
 
 
 def check_each(value: object, n: int, part: object, name: str) -> None:
@@ -54,8 +61,8 @@ def per_time(*names: str) -> Check:
     def check(self: object, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         t = args[-1] if args else next(iter(kwargs.values()))
         values = result if len(names) > 1 else (result,)
-        if not isinstance(values, tuple) or len(values) != len(names):
-            many = f" of {len(values)}" if isinstance(values, tuple) else ""
+        if not isinstance(values, (tuple, list)) or len(values) != len(names):
+            many = f" of {len(values)}" if isinstance(values, (tuple, list)) else ""
             raise TypeError(
                 f"{_title(self)}: expected a tuple of {' and '.join(names)}, "
                 f"got {type(result).__name__}{many}"
@@ -73,4 +80,6 @@ def per_time(*names: str) -> Check:
 
 
 def _title(part: object) -> str:
-    return part if isinstance(part, str) else type(part).__name__
+    if isinstance(part, str):
+        return part
+    return part.__name__ if isinstance(part, type) else type(part).__name__

@@ -15,6 +15,15 @@ def exact(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 or t.device.type == "mps" else t.double()
 
 
+def within(t: Tensor, T: float) -> Tensor:
+    """Return times in float64, at most T: in float32, T may have been rounded up."""
+    wide = exact(t)
+    if wide.dtype == t.dtype:
+        return wide
+    scaled = T * (2**29 + 1)
+    return wide.clamp_max(T) if scaled - (scaled - T) > T else wide
+
+
 def schedule_dtype(device: torch.device | str | None) -> torch.dtype:
     """Return the dtype in which times are kept on a device."""
     return torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
@@ -28,11 +37,27 @@ def home(sde: object) -> torch.device:
     return torch.device("cpu")
 
 
+def slack(steps: float, dtype: torch.dtype) -> float:
+    """Return how far from a whole number a position in 0 ... steps may be by rounding alone."""
+    return min(2 * steps * torch.finfo(dtype).eps, 0.5)
+
+
+def snapped(position: Tensor, slack: float) -> Tensor:
+    """Return positions in a chain, whole numbers where only rounding makes a difference.
+
+    In floating point (i + 1) / N times N is not i + 1, and may be below it.
+    """
+    off = (position.round() - position).detach()
+    return position + torch.where(off.abs() <= slack, off, 0.0)
+
+
 def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tensor]:
     """Return f = d log alpha / dt and g = sqrt(d sigma^2 / dt - 2 f sigma^2) by autograd, (B,).
 
     Differentiable where t or a learned schedule is.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _forward_mode(marginal, t, T)
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         learned = any(c.requires_grad for c in marginal(t.detach()))
@@ -45,6 +70,18 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
         f, growth = _derivative(torch.log(alpha), at, keep), _derivative(variance, at, keep)
         g = torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
     return (f, g) if keep else (f.detach(), g.detach())
+
+
+def _forward_mode(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """Return f and g by forward differentiation, inside a transform of torch.func."""
+
+    def values(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = marginal(t)
+        return torch.log(alpha), sigma * sigma
+
+    at = t.clamp_min(1e-12 * T)
+    (_, variance), (f, growth) = torch.func.jvp(values, (at,), (torch.ones_like(at),))
+    return f, torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
 
 
 def _derivative(y: Tensor, t: Tensor, keep: bool) -> Tensor:

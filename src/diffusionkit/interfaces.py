@@ -22,7 +22,7 @@ from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
 from ._returned import check_each, per_time, wrap
-from ._schedules import bisect, drift_and_diffusion, exact, home
+from ._schedules import bisect, drift_and_diffusion, exact, home, within
 from .random import Generators, randn, randn_like
 from .values import Perturbed, Prediction, Step, linear
 
@@ -65,6 +65,7 @@ class ForwardSDE(abc.ABC):
         super().__init_subclass__(**kwargs)
         for name, check in _PER_TIME.items():
             wrap(cls, name, check)
+        wrap(cls, "prior_log_prob", _check_log_prob)
 
     @property
     def t_stop(self) -> float:
@@ -145,7 +146,7 @@ class ForwardSDE(abc.ABC):
         check_times(t, self.T, x0.shape[0], x0)
         x0 = at_least_float32(x0)
         eps = randn_like(x0, generator)
-        alpha, sigma = self.marginal(exact(t))
+        alpha, sigma = self.marginal(within(t, self.T))
         x = linear(alpha, x0, sigma, eps)
         target = Prediction.from_eps(x, eps, alpha, sigma)
         return Perturbed(x0=x0, eps=eps, x=x, t=t, alpha=target.alpha, sigma=target.sigma)
@@ -188,7 +189,7 @@ class ScoreModel(nn.Module, abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Count evaluations: a sampler's `nfe`."""
         super().__init_subclass__(**kwargs)
-        counts(cls)
+        counts(cls, _check_prediction)
 
     @abc.abstractmethod
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
@@ -322,6 +323,25 @@ class Constraint(abc.ABC):
         """
 
 
+def _check_log_prob(
+    part: object, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    check_each(value, len(kwargs["x"] if "x" in kwargs else args[-1]), part, "log-densities")
+
+
+def _check_prediction(prediction: Any, args: tuple[Any, ...], cond: dict[str, Any]) -> None:
+    if not isinstance(prediction, Prediction):
+        raise TypeError(
+            f"{type(args[0]).__name__}: expected a Prediction, got {type(prediction).__name__}"
+        )
+    shape = (args[1] if len(args) > 1 else cond["x"]).shape
+    if prediction.x.shape != shape:
+        raise ValueError(
+            f"{type(args[0]).__name__}: expected a prediction of shape {tuple(shape)}, "
+            f"got {tuple(prediction.x.shape)}"
+        )
+
+
 def _check_weights(
     part: object, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -347,12 +367,11 @@ def _check_target(part: object, target: Any, args: tuple[Any, ...], kwargs: dict
             f"{type(part).__name__}: expected a Prediction, got {type(target).__name__}"
         )
     sample: Perturbed = kwargs["sample"] if "sample" in kwargs else args[0]
-    for name, value in (("x0", target.x0), ("eps", target.eps)):
-        if value.shape != sample.x.shape:
-            raise ValueError(
-                f"{type(part).__name__}: expected {name} of the shape of x, "
-                f"{tuple(sample.x.shape)}, got {tuple(value.shape)}"
-            )
+    if target.x.shape != sample.x.shape:
+        raise ValueError(
+            f"{type(part).__name__}: expected a target of the shape of x, "
+            f"{tuple(sample.x.shape)}, got {tuple(target.x.shape)}"
+        )
 
 
 __all__ = [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ._checks import readable
 from ._precision import at_least_float32
 
 Coefficient: TypeAlias = Tensor | float
@@ -38,8 +39,13 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
     """Return first * x + second * y for coefficients (B,) or numbers, in the dtype of x."""
     second = expand(second, y)
     out = x * expand(first, x)
-    # In place: for images, fresh memory costs more than the arithmetic.
-    out = out.addcmul_(y, second) if isinstance(second, Tensor) else out.add_(y, alpha=second)
+    # In place: for images, fresh memory costs more than the arithmetic. Under vmap the sum may
+    # have a dimension that the product lacks.
+    fresh = _transformed()
+    if isinstance(second, Tensor):
+        out = torch.addcmul(out, y, second) if fresh else out.addcmul_(y, second)
+    else:
+        out = torch.add(out, y, alpha=second) if fresh else out.add_(y, alpha=second)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
@@ -49,13 +55,18 @@ def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0)
     The result reuses the noise's memory where no gradient is recorded: pass noise that is not
     used elsewhere. The standard deviation is (B,), (B, 1, ..., 1) or a float.
     """
-    out = None if torch.is_grad_enabled() else noise
+    out = None if torch.is_grad_enabled() or _transformed() else noise
     if not isinstance(std, Tensor):
         return torch.add(mean, noise, alpha=value * std, out=out)
     factor = std if std.ndim == mean.ndim else cast(Tensor, expand(std, mean))
     if factor.dtype == mean.dtype:
         return torch.addcmul(mean, factor, noise, value=value, out=out)
     return (mean + value * factor * noise).to(mean.dtype)
+
+
+def _transformed() -> bool:
+    """Return whether a transform of torch.func, such as vmap, is active."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:
@@ -162,6 +173,8 @@ class Prediction:
         log_var: Tensor | None = None,
         log_var_fraction: Tensor | None = None,
     ) -> None:
+        _check_shape(x, x0, "x0")
+        _check_shape(x, eps, "eps")
         x = at_least_float32(x)
         self._x, self._x0, self._eps = x, _like(x, x0), _like(x, eps)
         self._alpha, self._sigma = alpha, sigma
@@ -198,6 +211,7 @@ class Prediction:
             log_var_fraction: where it lies between the posterior's and the forward step's
                 (B, *D), or None.
         """
+        _check_shape(x, output, "output")
         self = cls.__new__(cls)
         x = at_least_float32(x)
         self._x, self._x0, self._eps = x, None, None
@@ -270,8 +284,19 @@ class Prediction:
 
     @property
     def score(self) -> Tensor:
-        """The score -eps / sigma (B, *D), the gradient of log p_t."""
-        return self._noise(-1.0 / self._sigma)
+        """The score -eps / sigma (B, *D), the gradient of log p_t.
+
+        Raises:
+            ValueError: if sigma is 0, where there is no score (read on the CPU only).
+        """
+        sigma = self._sigma
+        if isinstance(sigma, Tensor):
+            noisy = not readable(sigma) or bool((sigma.detach() > 0).all())
+        else:
+            noisy = sigma > 0
+        if not noisy:
+            raise ValueError("t: expected times with noise for a score, got sigma = 0")
+        return self._noise(-1.0 / sigma)
 
     @property
     def v(self) -> Tensor:
@@ -331,14 +356,18 @@ class Prediction:
     def output_error(self, target: Prediction) -> Tensor:
         """Return F - a x0 - b eps (B, *D), the error of the model's output.
 
+        It is the error of v for a prediction of both data and noise, and that of the noise for one
+        of any multiple of it.
+
         Args:
             target: the data and noise to compare with, with the same noisy state.
         """
         if self._output is None:
-            return self.eps - target.eps
+            # Of data and noise, the velocity alone determines both wherever alpha or sigma is 0.
+            return self.v - target.v
         a, b = self._a, self._b
-        if _is(a, 0.0):
-            return self._output - _scaled(b, target.eps)
+        if _is(a, 0.0):  # b may be infinite: that of the score is at sigma = 0
+            return self.eps - target.eps
         if _is(b, 0.0):
             return self._output - _scaled(a, target.x0)
         return self._output - linear(a, target.x0, b, target.eps)
@@ -355,11 +384,25 @@ class Prediction:
         a, b = self._a, self._b
         alpha = self._alpha if alpha is None else alpha
         sigma = self._sigma if sigma is None else sigma
-        if self._output is None or _is(a, 0.0):
-            return 1.0 / b
+        if self._output is None:
+            return alpha / (alpha * alpha + sigma * sigma)
+        if _is(a, 0.0):
+            return 1.0
         if _is(b, 0.0):
             return -alpha / (sigma * a)
         return alpha / (alpha * b - sigma * a)
+
+
+def _check_shape(x: Tensor, value: Tensor, name: str) -> None:
+    """Raise unless a value is a tensor of the shape of a state: another shape would broadcast."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor of shape {tuple(x.shape)}, got {type(value).__name__}"
+        )
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{name}: expected the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
+        )
 
 
 def _like(x: Tensor, value: Tensor) -> Tensor:

@@ -230,6 +230,32 @@ def test_overlapping_zip_records_are_rejected(rejected, saved) -> None:
     rejected(file.getvalue(), "overlapping records")
 
 
+@pytest.mark.parametrize(
+    ("local", "central", "value"),
+    [
+        (6, 8, b"\x09\x08"),  # encrypted
+        (6, None, b"\x00\x08"),
+        (8, None, b"\x08\x00"),
+        (14, None, b"\x07\x07"),
+        (18, None, b"\x07\x07"),
+        (22, None, b"\x07\x07"),
+        (30, None, b"XX"),
+        (0, None, b"KP"),
+    ],
+)
+def test_headers_that_contradict_the_directory_are_rejected(
+    rejected, saved, local, central, value
+) -> None:
+    for content in (saved(torch.ones(3)), rezipped(saved(torch.ones(3)))):
+        data = bytearray(content)
+        start = content.index(b"PK\3\4", 1)
+        data[start + local : start + local + 2] = value
+        if central is not None:
+            second = content.index(b"PK\1\2", content.index(b"PK\1\2") + 1)
+            data[second + central : second + central + 2] = value
+        rejected(bytes(data), "a zip file with overlapping records at ")
+
+
 def test_records_of_another_size_are_rejected(rejected, saved) -> None:
     content = saved(torch.ones(3))
     for size in (0, 11, 13, 24):

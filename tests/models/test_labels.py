@@ -64,3 +64,42 @@ def test_time_sigma_and_index_labels():
     table = [50.0, 5.0, 0.5, 0.05, 0.01]  # NCSN's order: level 0 is the largest noise
     assert IndexLabel(table)(VESDE(), t).tolist() == [4.0, 2.0, 0.0]
     assert IndexLabel(table[::-1])(VESDE(), t).tolist() == [0.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [50, 100, 300, 999, 1000, 4000])
+def test_labels_of_steps_are_whole_numbers(steps, dtype):
+    """A network that rounds its labels down finds step i at t = (i + 1) / steps."""
+    chain = DDPMChain.cosine(steps)
+    i = torch.arange(steps)
+    t = ((i + 1).double() / steps).to(dtype)
+    assert torch.equal(StepLabel(steps)(chain, t).long(), i)
+    assert torch.equal(TimeLabel(float(steps))(chain, t).long(), i + 1)
+    if 1000 % steps == 0:
+        assert torch.equal(StepLabel(steps, 1000 / steps)(chain, t).long(), i * (1000 // steps))
+    # Arithmetic on times, as a sampler's or a user's, may miss by another rounding.
+    missed = torch.nextafter(t, torch.zeros_like(t))
+    assert torch.equal(StepLabel(steps)(chain, missed).long(), i)
+    # Times in between keep their fractions.
+    between = ((i + 0.75).double() / steps)[1:]
+    torch.testing.assert_close(StepLabel(steps)(chain, between), i[1:] - 0.25, check_dtype=False)
+
+
+@pytest.mark.parametrize("steps", [50, 333, 1000])
+def test_sampling_and_training_condition_on_the_step(steps):
+    """Every label that a network sees on a chain is the whole number of a step."""
+    seen = []
+
+    def network(x, noise_label):
+        seen.append(noise_label)
+        return 0 * x
+
+    chain = DDPMChain.cosine(steps)
+    model = EpsModel(network, chain, label=StepLabel(steps))
+    PCSampler(model, Ancestral(), grid=chain.respaced(steps))((2, 1))
+    labels = [int(label[0]) for label in seen]
+    assert labels == [*range(steps - 1, -1, -1), 0][: len(labels)]
+    seen.clear()
+    for objective in (ScoreMatching(times=DiscreteTimes()), ScoreMatching()):
+        objective(model, torch.zeros(512, 1))
+    assert torch.equal(seen[0], seen[0].round())

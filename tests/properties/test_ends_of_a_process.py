@@ -13,9 +13,11 @@ from diffusionkit import (
     DiscreteTimes,
     EDMModel,
     EDMWeighting,
+    EmpiricalModel,
     EpsModel,
     ForwardSDE,
     GaussianDecoder,
+    GaussianMixtureModel,
     HybridLoss,
     ImportanceTimes,
     KarrasGrid,
@@ -23,10 +25,14 @@ from diffusionkit import (
     LogSNRGrid,
     MinSNRWeighting,
     PCSampler,
+    Prediction,
+    RawScoreModel,
+    ScaledScoreModel,
     ScheduleTransformedModel,
     ScoreMatching,
     SimpleWeighting,
     SubVPSDE,
+    TargetEstimator,
     TimeLabel,
     VModel,
     Weighting,
@@ -49,6 +55,9 @@ class Trigonometric(ForwardSDE):
 
 class InverseSignal(Weighting):
     """1 / alpha^2: flow matching's loss of a velocity."""
+
+    def __repr__(self):
+        return "InverseSignal()"
 
     def __call__(self, sde, t):
         return 1 / sde.marginal(t)[0].square()
@@ -115,6 +124,8 @@ def test_losses_without_noise(sde):
     eps = sde.perturb(X0, torch.ones(3, dtype=torch.float64), generator=seeded(2)).eps
     for model, noise in (
         (EpsModel(network, sde), F),
+        (ScaledScoreModel(network, sde, label=TimeLabel()), -F),
+        (RawScoreModel(network, sde, label=TimeLabel()), 0 * F),  # -sigma F
         (VModel(network, sde), F),
         (EDMModel(network, sde, label=TimeLabel()), -F),
     ):
@@ -195,3 +206,60 @@ def test_bounds_of_a_chain_without_terminal_signal(objective):
     x0 = GaussianDecoder().encode(torch.randint(0, 256, (4, 3, 2, 2), generator=seeded()))
     losses = objective(model, x0, t=torch.tensor([0.02, 0.5, 0.98, 1.0]))
     assert bool(torch.isfinite(losses).all())
+
+
+@pytest.mark.parametrize(("weighting", "limit"), WEIGHTS, ids=[str(w) for w, _ in WEIGHTS])
+@pytest.mark.parametrize("name", TO_NOISE)
+def test_losses_of_models_without_a_network_at_zero_signal(name, weighting, limit):
+    """Exact models and transformed ones; there the posterior mean is that of the data."""
+    sde = TO_NOISE[name]
+    data = torch.randn(4, 5, generator=seeded(5), dtype=torch.float64)
+    inner = X0Model(network, RectifiedFlow())
+    for model, x0 in (
+        (EmpiricalModel(sde, data), data.mean(0)),
+        (GaussianMixtureModel(sde, data, [0.1, 0.2, 0.3, 0.4]), data.mean(0)),
+        (ScheduleTransformedModel(inner, sde), F),
+    ):
+        right = limit * (x0 - X0).square().mean(1)
+        torch.testing.assert_close(loss(model, weighting, sde.T), right, rtol=1e-5, atol=1e-6)
+
+
+class ShortFlow(ForwardSDE):
+    """alpha = (1 - (t / T)^2)^.5 with a T that float32 rounds up, where alpha would be NaN."""
+
+    T = 0.1
+
+    def marginal(self, t):
+        s = t / self.T
+        return torch.sqrt(1 - s * s), s.clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_end_that_float32_rounds_up(dtype):
+    sde = ShortFlow()
+    right = (-F - X0).square().mean(1)
+    for weighting, limit in ((EDMWeighting(0.5), 4.0), (LikelihoodWeighting(), 2 / sde.T)):
+        got = loss(VModel(network, sde), weighting, sde.T, dtype)
+        torch.testing.assert_close(got, limit * right, rtol=1e-5, atol=0)
+    t = torch.full((3,), sde.T, dtype=dtype)
+    assert bool(VModel(network, sde).predict(X0.to(dtype), t).x0.isfinite().all())
+
+
+def test_a_target_of_the_noise_alone_at_zero_signal():
+    class Noise(TargetEstimator):
+        def __call__(self, sample, reference=None, **cond):
+            return Prediction.from_eps(sample.x, sample.eps, sample.alpha, sample.sigma)
+
+    objective, t = ScoreMatching(target=Noise()), torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"target: expected finite x0.* return both x0 and eps"):
+        objective(VModel(network, RectifiedFlow()), X0, t=t)
+    assert bool(objective(VModel(network, RectifiedFlow()), X0, t=0.9 * t).isfinite().all())
+
+
+@pytest.mark.parametrize("objective", [VLB(), HybridLoss()], ids=["vlb", "hybrid"])
+def test_bounds_of_noise_predictions_without_signal_raise(objective):
+    chain = DDPMChain.linear(50).zero_terminal_snr()
+    model = EpsModel(lambda x, noise_label: torch.cat([x, x], 1), chain, variance="learned_range")
+    x0 = GaussianDecoder().encode(torch.zeros(2, 3, 2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"model: expected a finite loss.*alpha = 0.*predict x0"):
+        objective(model, x0, t=torch.tensor([0.5, 1.0]))

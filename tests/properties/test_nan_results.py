@@ -88,6 +88,8 @@ EARLY = [name for name in RUNS if "bound" not in name and name not in ("edit", "
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_broken_network_is_noticed(name, value) -> None:
+    if name == "clipped" and value == math.inf:
+        value = math.nan  # an infinity can be clipped
     with pytest.raises(ValueError, match=r": expected .*finite .*NaN or infinity"):
         RUNS[name](EpsModel(Broken(value), VPSDE()))
 

@@ -13,18 +13,22 @@ from diffusionkit import (
     EpsModel,
     ForwardSDE,
     GaussianDecoder,
+    Hutchinson,
     HybridLoss,
     LikelihoodWeighting,
+    NoiseClassifier,
     ODELikelihood,
     PCSampler,
     Prediction,
     ScoreMatching,
+    ScoreModel,
     TargetEstimator,
     TimeSampler,
     UniformGrid,
     Weighting,
     classifier_loss,
 )
+from diffusionkit.likelihood import Dequantizer, Divergence
 
 B = 4
 X = torch.randn(B, 3, generator=seeded())
@@ -106,7 +110,7 @@ def test_targets(change):
             x0, eps = change(sample.x0), change(sample.eps)
             return Prediction(sample.x, x0, eps, sample.alpha, sample.sigma)
 
-    with pytest.raises(ValueError, match="Target: expected x0 of the shape of x"):
+    with pytest.raises(ValueError, match="x0: expected the shape of x"):
         ScoreMatching(target=Target())(model(), X)
 
 
@@ -163,3 +167,152 @@ def test_closed_forms_of_a_process(name):
 
     with pytest.raises(ValueError, match=rf"Process: expected {name} as a tensor of the shape"):
         getattr(Process(), name)(torch.full((B,), 0.5))
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_noise_labels(change):
+    if change is WRONG["integers"]:
+        return  # labels that are whole numbers are converted
+
+    def network(x, noise_label):
+        return x * noise_label.view(-1, 1)
+
+    def label(sde, t):
+        return change(t)
+
+    t = torch.full((B,), 0.5)
+    wrong = EpsModel(network, VPSDE(), label=label)
+    classifier = NoiseClassifier(network, VPSDE(), label=label)
+    for ask in (
+        lambda: wrong.predict(X, t),
+        lambda: ScoreMatching()(wrong, X),
+        lambda: PCSampler(wrong, DDIM(), steps=2)(X),
+        lambda: classifier_loss(classifier, VPSDE(), X, torch.zeros(B).long()),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"label: expected .*shape of t, \(4,\)"):
+            ask()
+
+
+PREDICTIONS = {
+    "score": lambda x, **_: -x,
+    "a smaller state": lambda x, alpha, sigma: Prediction.from_eps(x[:1], x[:1], alpha, sigma),
+    "a smaller noise": lambda x, alpha, sigma: Prediction.from_eps(x, x[:, :1], alpha, sigma),
+    "data": lambda x, alpha, sigma: Prediction(x, x.mean(1), x, alpha, sigma),
+    "nothing": lambda x, **_: None,
+}
+
+
+@pytest.mark.parametrize("answer", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_predictions_of_a_model(answer):
+    class Own(ScoreModel):
+        sde = VPSDE()
+
+        def predict(self, x, t, **cond):
+            alpha, sigma = self.sde.perturbation_kernel(x, t)
+            return answer(x, alpha=alpha, sigma=sigma)
+
+    for ask in (
+        lambda: Own()(X, torch.full((B,), 0.5)),
+        lambda: ScoreMatching()(Own(), X),
+        lambda: NELBO(Own())(X),
+        lambda: PCSampler(Own(), DDIM(), steps=2)(X),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"(Own|x0|eps|output): expected"):
+            ask()
+
+
+class StaticProcess(ForwardSDE):
+    @staticmethod
+    def marginal(t):
+        return torch.exp(-2 * t * t), torch.sqrt(-torch.expm1(-4 * t * t))
+
+
+class ClassProcess(ForwardSDE):
+    rate = 2.0
+
+    @classmethod
+    def marginal(cls, t):
+        return [torch.exp(-cls.rate * t * t), torch.sqrt(-torch.expm1(-2 * cls.rate * t * t))]
+
+
+class PlainProcess(ForwardSDE):
+    def marginal(self, t):
+        return torch.exp(-2 * t * t), torch.sqrt(-torch.expm1(-4 * t * t))
+
+
+@pytest.mark.parametrize("process", [StaticProcess, ClassProcess])
+def test_methods_of_any_kind(process):
+    """Static and class methods are what they were, and are checked."""
+    losses = [
+        ScoreMatching(LikelihoodWeighting())(model(sde), X, generator=seeded(1))
+        for sde in (process(), PlainProcess())
+    ]
+    torch.testing.assert_close(*losses)
+    t = torch.full((B,), 0.5)
+    torch.testing.assert_close(list(process.marginal(t)), list(PlainProcess().marginal(t)))
+
+    class Column(process):
+        @staticmethod
+        def log_snr(t):
+            return t.unsqueeze(1)
+
+    with pytest.raises(ValueError, match="Column: expected log_snr as a tensor of the shape of t"):
+        Column().log_snr(t)
+
+
+@pytest.mark.parametrize("change", list(WRONG.values())[:-2], ids=list(WRONG)[:-2])
+def test_densities_of_a_prior(change):
+    class Process(PlainProcess):
+        def prior_log_prob(self, x):
+            return change(super().prior_log_prob(x))
+
+    with pytest.raises((ValueError, TypeError), match="Process: expected log-densities"):
+        ODELikelihood(model(Process()))(X)
+
+
+def test_dequantizers():
+    class Wide(Dequantizer):
+        def noise(self, images, *, generator=None, **cond):
+            return torch.full(images.shape, 0.5), torch.zeros(len(images), 1)
+
+    class Small(Dequantizer):
+        def noise(self, images, *, generator=None, **cond):
+            return torch.full((len(images), 1, 1, 1), 0.5), torch.zeros(len(images))
+
+    images = torch.zeros(B, 3, 2, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"Wide: expected log q as a tensor of shape \(4,\)"):
+        Wide()(images)
+    with pytest.raises(ValueError, match="Small: expected u of the shape of the images"):
+        Small()(images)
+
+
+def test_divergences():
+    class Column(Divergence):
+        def start(self, x, generator=None):
+            return None
+
+        def __call__(self, function, x, state):
+            return function(x), torch.zeros(len(x), 1)
+
+    with pytest.raises(ValueError, match=r"Column: expected a divergence of shape \(1, 4\)"):
+        ODELikelihood(model(), divergence=Column())(X)
+    with pytest.raises(ValueError, match=r"Column: expected a divergence of shape \(1, 4\)"):
+        NELBO(model(), divergence=Column())(X)
+    assert NELBO(model(), divergence=Hutchinson(2))(X).nats.shape == (B,)
+
+
+def test_a_sampler_of_times_with_one_generator_for_each_sample():
+    """Torch's draws take one generator; the times of a sample do not depend on its batch."""
+
+    class LateTimes(TimeSampler):
+        def sample(self, sde, n, *, generator=None, device=None, dtype=None):
+            u = torch.rand(n, generator=generator, device=device, dtype=dtype)
+            return 0.5 + 0.5 * u, torch.ones_like(u)
+
+    def losses(*seeds):
+        each = [seeded(seed) for seed in seeds]
+        return ScoreMatching(times=LateTimes())(model(), torch.zeros(len(seeds), 3), generator=each)
+
+    together = losses(0, 1, 2)
+    assert torch.equal(together[2:], losses(2))
+    assert len(together.unique()) == 3

@@ -141,6 +141,8 @@ def test_every_tensor_is_averaged_or_copied(build) -> None:
 def test_weights_of_a_model_that_cannot_be_copied_cannot_be_called() -> None:
     with pytest.raises(TypeError, match="expected a model that can be copied, got"):
         EMA(Locked()).model(torch.ones(1))
+    with pytest.raises(AttributeError, match=r"'predict'; .* use `with ema.applied"):
+        EMA(Locked()).model.predict(torch.ones(1))
 
 
 def test_the_average_of_a_half_precision_model_predicts_in_float32() -> None:

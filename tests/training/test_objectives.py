@@ -408,10 +408,8 @@ def test_a_masked_loss_is_the_mean_over_what_is_not_masked(name, padding):
     got = objective(model, filled, mask=mask, t=t, generator=seeded(1))
     # By hand: eps_hat = sigma x + alpha v, and g^2 / sigma^2.
     alpha, sigma = (c.view(4, 1, 1) for c in sde.marginal(t.double()))
-    sample = sde.perturb(clean.double(), t.double(), generator=seeded(1))
     eps = torch.randn((4, 2, 9), generator=seeded(1)).double()
     x = alpha * clean.double() + sigma * eps
-    del sample
     error = (sigma * x + alpha * 0.3 * x - eps).square() * mask
     weight = LikelihoodWeighting()(sde, t.double())
     whole = mask.expand(4, 2, 9).double()
@@ -468,3 +466,48 @@ def test_a_networks_nan_is_a_loss_that_training_can_skip():
     """`clipped_step` skips it; only infinities of the library's own making raise."""
     model = EpsModel(lambda x, noise_label: x * float("nan"), VPSDE())
     assert bool(ScoreMatching()(model, torch.zeros(2, 3)).isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_of_large_images_in_half_precision(dtype):
+    """float16 cannot count beyond 65,504."""
+    x0 = torch.zeros(2, 3, 200, 200, dtype=dtype)
+    whole = ScoreMatching(LikelihoodWeighting()).nats(GAUSSIAN, x0, generator=seeded(1))
+    for mask in (torch.ones_like(x0), torch.ones(2, 1, 200, 200, dtype=torch.bool)):
+        got = ScoreMatching(LikelihoodWeighting()).nats(
+            GAUSSIAN, x0, mask=mask, generator=seeded(1)
+        )
+        torch.testing.assert_close(got, whole, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_masks_of_numbers_and_under_vmap():
+    """One-dimensional batches have masks, too; the losses of samples may be mapped."""
+    model = EpsModel(zero, VPSDE(), data_range=(-9, 9))
+    assert ScoreMatching()(model, torch.zeros(4), mask=torch.ones(4)).shape == (4,)
+    x0, mask = torch.zeros(4, 3), torch.tensor([1.0, 0.0, 2.0]).expand(4, 3)
+
+    def one(x0, mask):
+        t = torch.full((1,), 0.5)
+        return ScoreMatching()(model, x0[None], mask=mask[None], t=t).squeeze(0)
+
+    assert bool(torch.vmap(one, randomness="different")(x0, mask).isfinite().all())
+
+
+def test_references_are_in_the_models_range_and_have_no_mask():
+    model = EpsModel(zero, VPSDE(), data_range=(-1, 1))
+    x0, objective = torch.zeros(4, 3), ScoreMatching(target=StableTarget())
+    with pytest.raises(ValueError, match="reference: expected data within the model's range"):
+        objective(model, x0, reference=255 * torch.rand(8, 3))
+    with pytest.raises(ValueError, match="mask: expected no mask with reference data"):
+        objective(model, x0, reference=torch.zeros(8, 3), mask=torch.ones(4, 3))
+
+
+def test_infinite_weights_of_times_raise():
+    class Times(UniformTimes):
+        def sample(self, *args, **kwargs):
+            t, weight = super().sample(*args, **kwargs)
+            return t, weight / 0
+
+    with pytest.raises(ValueError, match="times: expected finite weights"):
+        ScoreMatching(times=Times())(GAUSSIAN, torch.zeros(2, 3))

@@ -126,7 +126,9 @@ def test_a_time_with_its_own_generator_does_not_depend_on_the_batch(sampler) -> 
 
 
 def test_stratified_times_reject_one_generator_for_each_sample() -> None:
-    with pytest.raises(TypeError, match=r"generator: expected .* got list; StratifiedTimes shifts"):
+    with pytest.raises(
+        ValueError, match=r"generator: expected .* got list; StratifiedTimes shifts"
+    ):
         StratifiedTimes().sample(VPSDE(), 2, generator=[seeded(0), seeded(1)])
 
 
@@ -212,7 +214,7 @@ def test_dtype_and_generators_of_importance_times() -> None:
     assert t.dtype == weight.dtype == torch.float32
     alone = sampler.sample(VPSDE(), 1, generator=[seeded(2)], dtype=torch.float32)[0]
     assert torch.equal(t[2:], alone)
-    with pytest.raises(TypeError, match="got list; ImportanceTimes shifts the whole batch"):
+    with pytest.raises(ValueError, match="got list; ImportanceTimes shifts the whole batch"):
         ImportanceTimes().sample(VPSDE(), 2, generator=[seeded(), seeded()])
 
 

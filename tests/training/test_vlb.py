@@ -283,3 +283,31 @@ def test_invalid_parts(make, error, match) -> None:
 def test_repr() -> None:
     assert repr(VLB()).startswith("VLB(decoder=GaussianDecoder(levels=256")
     assert repr(HybridLoss()).startswith("HybridLoss(0.001, decoder=GaussianDecoder(")
+
+
+@pytest.mark.parametrize("objective", [VLB(), HybridLoss()], ids=["vlb", "hybrid"])
+def test_masked_bounds_are_the_means_over_what_is_not_masked(objective):
+    """With independent pixels: the loss of an image without the masked half."""
+    chain = DDPMChain.linear(50)
+    model = EpsModel(
+        lambda x, noise_label: torch.cat([0.5 * x, 0.1 * x], 1), chain, variance="learned_range"
+    )
+    left = GaussianDecoder().encode(torch.randint(256, (5, 3, 4, 2), generator=seeded()))
+    x0 = torch.cat([left, torch.full_like(left, float("nan"))], 3)
+    mask = torch.zeros(5, 1, 1, 4)
+    mask[..., :2] = 1.0
+    t = torch.tensor([0.02, 0.04, 0.3, 0.5, 1.0])
+    noise = torch.randn(5, 3, 4, 4, generator=seeded(1))
+
+    got = objective(model, x0, mask=mask, t=t, generator=seeded(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusionkit.interfaces.randn_like", lambda x, generator: noise[..., :2])
+        right = objective(model, left, t=t)
+    torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+
+
+def test_bounds_refuse_data_outside_the_models_range():
+    model = EpsModel(lambda x, noise_label: x, DDPMChain.linear(50), data_range=(0.0, 0.5))
+    x0 = GaussianDecoder().encode(torch.full((2, 3), 255))
+    with pytest.raises(ValueError, match="x0: expected data within the model's range"):
+        VLB()(model, x0)

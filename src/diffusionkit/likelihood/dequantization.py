@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import check_floating_dtype, check_state, readable
+from .._returned import check_each
 from .._schedules import exact, schedule_dtype
 from ..decoders import Levels
 from ..random import Generators, rand
@@ -114,6 +115,13 @@ class Dequantizer(nn.Module, abc.ABC):
         """
         k = self._integers(images)
         u, log_prob = self.noise(k, generator=generator, **cond)
+        check_each(log_prob, len(k), self, "log q")
+        if not isinstance(u, Tensor) or u.shape != k.shape:
+            got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
+            raise ValueError(
+                f"{type(self).__name__}: expected u of the shape of the images, {tuple(k.shape)}, "
+                f"got {got}"
+            )
         work = schedule_dtype(k.device)
         inside = self._rounding(self.dtype) + 8 * self._rounding(work)
         position = k.to(work) + u.to(work).clamp(inside, 1 - inside)

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_count
+from .._returned import wrap
 from .._schedules import exact
 from ..random import Generators, randn
 
@@ -21,13 +22,19 @@ class Divergence(abc.ABC):
     """An exact or stochastic divergence of a function, by reverse-mode differentiation.
 
     A subclass calls the function once, with gradients, and may use `products` for
-    vector-Jacobian products.
+    vector-Jacobian products. Value and divergence can be differentiated if gradients are enabled.
 
     Attributes:
         probes: the number K of independent estimates of each divergence.
     """
 
     probes: int = 1
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the shapes of values and divergences."""
+        super().__init_subclass__(**kwargs)
+        wrap(cls, "__call__", _check_divergence)
 
     @abc.abstractmethod
     def start(self, x: Tensor, generator: Generators = None) -> Any:
@@ -42,6 +49,20 @@ class Divergence(abc.ABC):
             x: the state (B, *D).
             state: the result of `start`.
         """
+
+
+def _check_divergence(
+    part: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    x = args[1] if len(args) > 1 else kwargs["x"]
+    if not isinstance(result, tuple) or len(result) != 2:
+        got = type(result).__name__
+        raise TypeError(f"{type(part).__name__}: expected a value and its divergence, got {got}")
+    shapes = tuple(x.shape), (part.probes, len(x))
+    for name, value, shape in zip(("a value", "a divergence"), result, shapes, strict=True):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if got != shape:
+            raise ValueError(f"{type(part).__name__}: expected {name} of shape {shape}, got {got}")
 
 
 class Hutchinson(Divergence):
@@ -93,12 +114,12 @@ class Hutchinson(Divergence):
 
     @override
     def __call__(self, function: Function, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        x, value = _forward(function, x)
+        x, value, again = _forward(function, x)
         inner = []
         for k, v in enumerate(state, 1):  # sequential: memory does not grow with the probes
-            row = products(value, x, v.unsqueeze(0), keep=k < len(state))[0]
+            row = products(value, x, v.unsqueeze(0), keep=k < len(state), again=again)[0]
             inner.append((exact(v) * exact(row)).reshape(len(x), -1).sum(1))
-        return value.detach(), torch.stack(inner)
+        return value if again else value.detach(), torch.stack(inner)
 
 
 class ExactDivergence(Divergence):
@@ -132,7 +153,7 @@ class ExactDivergence(Divergence):
 
     @override
     def __call__(self, function: Function, x: Tensor, state: None) -> tuple[Tensor, Tensor]:
-        x, value = _forward(function, x)
+        x, value, again = _forward(function, x)
         total = exact(x.new_zeros(len(x)))
         d = x[0].numel()
         for first in range(0, d, self.chunk):
@@ -140,18 +161,23 @@ class ExactDivergence(Divergence):
             rows = torch.zeros(last - first, d, dtype=value.dtype, device=x.device)
             rows.diagonal(first).fill_(1.0)
             vectors = rows.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
-            jacobian = products(value, x, vectors, keep=last < d).reshape(len(rows), len(x), d)
-            total += exact(jacobian).mul(rows.unsqueeze(1)).sum((0, 2))
-        return value.detach(), total.unsqueeze(0)
+            jacobian = products(value, x, vectors, keep=last < d, again=again)
+            jacobian = jacobian.reshape(len(rows), len(x), d)
+            total = total + exact(jacobian).mul(rows.unsqueeze(1)).sum((0, 2))
+        return value if again else value.detach(), total.unsqueeze(0)
 
 
-def _forward(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(function: Function, x: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Return the state, the value there, and whether the derivatives are differentiated again."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return x, function(x)
+        x = x if again and x.requires_grad else x.detach().requires_grad_()
+        return x, function(x), again
 
 
-def products(value: Tensor, x: Tensor, vectors: Tensor, *, keep: bool) -> Tensor:
+def products(
+    value: Tensor, x: Tensor, vectors: Tensor, *, keep: bool, again: bool = False
+) -> Tensor:
     """Return the products (K, B, *D) of vectors with the Jacobian of a value with respect to x.
 
     They are computed in one batch if all operations of the function support it, else one by one.
@@ -159,25 +185,33 @@ def products(value: Tensor, x: Tensor, vectors: Tensor, *, keep: bool) -> Tensor
 
     Args:
         value: the value (B, *D) of a function at x, with its graph.
-        x: the state (B, *D), a leaf.
+        x: the state (B, *D).
         vectors: the vectors (K, B, *D).
         keep: whether to retain the graph for further calls.
+        again: whether the products are differentiated in turn.
     """
+    keep = keep or again
     if not value.requires_grad:  # a function that does not depend on x
         return torch.zeros_like(vectors)
     if len(vectors) > 1:
         try:
-            return _grad(value, x, vectors, keep=True, batched=True)
+            return _grad(value, x, vectors, keep=True, batched=True, again=again)
         except RuntimeError:  # an operation without a batching rule
             pass
     last = len(vectors) - 1
     return torch.stack(
-        [_grad(value, x, v, keep=keep or k < last, batched=False) for k, v in enumerate(vectors)]
+        [
+            _grad(value, x, v, keep=keep or k < last, batched=False, again=again)
+            for k, v in enumerate(vectors)
+        ]
     )
 
 
-def _grad(value: Tensor, x: Tensor, vectors: Tensor, *, keep: bool, batched: bool) -> Tensor:
+def _grad(
+    value: Tensor, x: Tensor, vectors: Tensor, *, keep: bool, batched: bool, again: bool
+) -> Tensor:
     (gradient,) = torch.autograd.grad(
-        value, x, vectors, retain_graph=keep, is_grads_batched=batched, materialize_grads=True
-    )
+        value, x, vectors, retain_graph=keep, create_graph=again, is_grads_batched=batched,
+        materialize_grads=True,
+    )  # fmt: skip
     return gradient.expand_as(vectors)  # one zero tensor for all vectors if x is unused

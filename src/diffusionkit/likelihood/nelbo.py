@@ -187,7 +187,8 @@ class NELBO:
         def noise(y: Tensor) -> Tensor:
             return self.model.predict(y, t, **cond).eps
 
-        eps, divergence = self.divergence(noise, sample.x, state)
+        with torch.no_grad():
+            eps, divergence = self.divergence(noise, sample.x, state)
         _check(eps, t)
         square = exact(eps).reshape(len(x), -1).square().sum(1)
         return square - 2 * exact(sample.sigma) * exact(divergence).mean(0)

@@ -75,7 +75,8 @@ class ODELikelihood:
 
     State and log-density are kept in float64 if the device supports it. The batch shares adaptive
     steps: with one generator per sample, a value depends on the rest of its batch only within the
-    tolerance.
+    tolerance. At jumps of an `IndexLabel` with fewer than 100 levels the solver starts anew; it
+    does not know of those that a network makes itself, by rounding its labels.
 
     Args:
         model: the score model. Networks in DistributedDataParallel are called unwrapped, so ranks
@@ -85,6 +86,9 @@ class ODELikelihood:
         rtol: relative tolerance of an adaptive solver.
         atol: absolute tolerance, in units of the data and in nats per dimension.
         t_min: the time assigned to the data, the SDE's t_min by default.
+        differentiable: whether gradients flow to the data, to conditions and to the network's
+            parameters, through the steps of the solver. The activations of all evaluations, and
+            of their derivatives, are then kept in memory. A process's own parameters get none.
         options: further options of the solver, such as {"step_size": h} in theta.
 
     Raises:
@@ -114,13 +118,14 @@ class ODELikelihood:
         rtol: float = 1e-5,
         atol: float = 1e-5,
         t_min: float | None = None,
+        differentiable: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         check_part(model, ScoreModel, "model")
         self.model = model
         self.divergence = Hutchinson() if divergence is None else divergence
         check_part(self.divergence, Divergence, "divergence")
-        self.solver = Solver(method, rtol, atol, {} if options is None else options)
+        self.solver = Solver(method, rtol, atol, {} if options is None else options, differentiable)
         self.t_min = model.sde.t_min if t_min is None else t_min
         check_t_min(self.t_min, model.sde.T)
         angles(model.sde, self.t_min, model.sde.T)
@@ -146,7 +151,8 @@ class ODELikelihood:
         check_finite(x)
         check_range(x, self.model)
         # Tensors created in inference mode cannot be differentiated, not even with respect to x.
-        with torch.inference_mode(False), torch.no_grad():
+        grad = self.solver.differentiable and torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
             cond = {name: _ordinary(value) for name, value in cond.items()}
             return self._run(_ordinary(x), generator, cond)
 

@@ -1,24 +1,30 @@
 """Noise labels (B,): the scalar that conditions a network on the noise level.
 
 A label is any callable (sde, t) -> (B,). Networks embed the label and do not depend on an SDE.
+
+A label that jumps between numbered levels may say where by an attribute `jumps`, see `IndexLabel`:
+solvers of the probability flow then take steps from jump to jump.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_positive, numbers
-from .._grid_times import schedule
+from .._grid_times import grid_point, schedule
+from .._schedules import exact, slack, snapped
 from ..interfaces import ForwardSDE
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
+Number = TypeVar("Number", int, Tensor)
 
 
 def checked_label(noise_label: object, t: Tensor) -> Tensor:
@@ -51,7 +57,9 @@ class TimeLabel:
         check_positive(self.scale, "scale")
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return scale t / T, (B,)."""
+        """Return scale t / T, (B,); a whole number at the steps of a chain where it is one."""
+        if hasattr(sde, "steps"):
+            return _number(sde, t, self.scale, 0, 1.0)
         return t * (self.scale / sde.T)
 
 
@@ -98,7 +106,11 @@ class LogSigmaLabel:
 
 @dataclass(frozen=True)
 class StepLabel:
-    """The step of a chain: i at t = (i + 1) / steps, linear in between.
+    """The step of a chain: exactly i at t = (i + 1) / steps, linear in between.
+
+    At the times of steps it is exactly i, also where a time in float32 lies below (i + 1) / steps,
+    so that networks may round it down. Between the steps such a network jumps where no solver
+    expects it: for likelihoods and `ProbabilityFlow` use `IndexLabel` with it.
 
     Args:
         steps: the number of steps.
@@ -117,8 +129,24 @@ class StepLabel:
         check_positive(self.scale, "scale")
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return scale (t steps / T - 1), at least 0, (B,)."""
-        return (t * (self.steps / sde.T) - 1).clamp_min(0.0) * self.scale
+        """Return scale (t steps / T - 1), at least 0, (B,), in at least float32."""
+        return _number(sde, t, self.steps, 1, self.scale)
+
+
+def _number(sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float) -> Tensor:
+    """Return scale (t steps / T - first), at least 0, and exact where t is that of a step.
+
+    A network that looks labels up in a table rounds them down: 498.99997 would be step 498.
+    """
+    dtype, count = torch.promote_types(t.dtype, torch.float32), steps / sde.T
+    # Times in float64 were often in float32 before.
+    near = slack(steps * scale, t.dtype if t.dtype.itemsize < 4 else torch.float32)
+    if (point := grid_point(t, sde)) is None:
+        label = (exact(t) * count - first).clamp_min(0.0) * scale
+        return snapped(label, near).to(dtype)
+    number = max(point.time * count - first, 0.0) * scale
+    whole = round(number)
+    return torch.full_like(t, whole if abs(whole - number) <= near else number, dtype=dtype)
 
 
 class IndexLabel:
@@ -150,13 +178,31 @@ class IndexLabel:
         self._flip = bool(steps[0] < 0)
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])
+        self._sorted = self._edges.tolist()
+
+    @property
+    def jumps(self) -> Tensor:
+        """The ratios sigma / alpha between levels, at which the label jumps, increasing."""
+        return torch.exp(self._edges)
 
     @override
     def __repr__(self) -> str:
         return f"IndexLabel({len(self._edges) + 1} levels)"
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
-        """Return the index of the nearest level, (B,), in the dtype of t."""
-        log_sigma = -0.5 * sde.log_snr(t)
+        """Return the index of the nearest level, (B,), in at least float32."""
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        if (point := grid_point(t, sde)) is not None:
+            log = _log(point.sigma) - _log(point.alpha)
+            return torch.full_like(t, self._in_table(bisect_left(self._sorted, log)), dtype=dtype)
+        log_sigma = -0.5 * sde.log_snr(exact(t))
         index = torch.bucketize(log_sigma, self._edges.to(log_sigma.device, log_sigma.dtype))
-        return (len(self._edges) - index if self._flip else index).to(t.dtype)
+        return self._in_table(index).to(dtype)
+
+    def _in_table(self, index: Number) -> Number:
+        """Return the index in the table of an index in increasing order."""
+        return len(self._edges) - index if self._flip else index
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

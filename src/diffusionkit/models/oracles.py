@@ -26,6 +26,8 @@ from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators, rand, randn
 from ..values import Prediction, expand
 
+_LEAST = 1e-100  # of standard deviations, so that their squares and ratios are finite
+
 
 def _check_query(sde: ForwardSDE, x: Tensor, t: Tensor, points: Tensor) -> None:
     """Raise unless x (B, *D) is a state at times t (B,) with the shape D of points (n, *D)."""
@@ -97,7 +99,8 @@ class GaussianMixtureModel(ScoreModel):
     def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma (B, 1), variances, differences (B, K, d) and log joint densities."""
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
-        variance = (alpha * self.stds) ** 2 + sigma**2
+        # Not 0, without noise: the densities' ratios then select the nearest mean.
+        variance = ((alpha * self.stds) ** 2 + sigma**2).clamp_min(_LEAST**2)
         diff = exact(x).flatten(1).unsqueeze(1) - alpha.unsqueeze(2) * self.means.flatten(1)
         d = diff.shape[2]
         log = torch.log(self.weights) - 0.5 * diff.square().sum(2) / variance
@@ -194,6 +197,7 @@ class EmpiricalModel(ScoreModel):
         _check_query(self.sde, x, t, self.data)
         x = at_least_float32(x)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
+        noise, sigma = sigma, sigma.clamp_min(_LEAST)  # without noise: the nearest data point
         query = exact(x).flatten(1) - alpha * self._center
         blocks = (rows - self._center for rows in torch.split(self.data.flatten(1), self.block))
         # Squared distances over -2 sigma^2, up to a term independent of i.
@@ -202,7 +206,7 @@ class EmpiricalModel(ScoreModel):
             for rows in blocks
         )
         mean = softmax_mean(parts)
-        eps = (query - alpha * mean) / sigma
+        eps = torch.where(noise > 0, (query - alpha * mean) / sigma, 0.0)
         eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, mean + self._center))
         return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
 

@@ -50,12 +50,7 @@ def initial_state(
         check_generator(generator, start.shape[0])
         return at_least_float32(start), start.dtype
     shape = check_shape(start)
-    _, sigma = model.sde.marginal(times[:1].to(home(model.sde)))
-    if not math.isclose(sigma.item(), model.sde.prior_std, rel_tol=0.02):
-        raise ValueError(
-            f"grid: expected to begin near T = {model.sde.T:g}, where the noise is the prior's, "
-            f"got {float(times[0]):g}; pass a state at that time instead of a shape"
-        )
+    check_first_noise(model.sde, times)
     check_generator(generator, shape[0])
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     tensor = parameter if parameter is not None else next(model.buffers(), None)
@@ -73,6 +68,24 @@ def result(x: Tensor, dtype: torch.dtype, name: str = "samples") -> Tensor:
     """Return the result of a run in a dtype, or raise unless it is finite there."""
     check_samples(x, name)
     return narrowed(x, dtype, name, WIDER)
+
+
+def check_first_noise(sde: ForwardSDE, times: Tensor) -> None:
+    """Raise unless the noise at the first of times (N + 1,) is that of the prior."""
+    alpha, sigma = (c.item() for c in sde.marginal(times[:1].to(home(sde))))
+    if math.isclose(sigma, sde.prior_std, rel_tol=0.02):
+        return
+    first = float(times[0])
+    if math.isclose(first, sde.T):
+        where = f"at the end of the process, T = {sde.T:g}, where alpha = {alpha:.4g} is left"
+        advice = "use a longer chain, zero_terminal_snr(), or pass the state there"
+    else:
+        where = f"at its first time {first:g}"
+        advice = f"begin at T = {sde.T:g}, or pass the state there"
+    raise ValueError(
+        f"grid: expected to begin with the prior's noise, sigma = {sde.prior_std:.4g}, "
+        f"got sigma = {sigma:.4g} {where}; {advice} instead of a shape"
+    )
 
 
 def noised_data(

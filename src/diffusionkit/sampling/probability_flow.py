@@ -54,6 +54,9 @@ class ProbabilityFlow:
         atol: absolute tolerance, in units of the data.
         t_end: the time of the data, the SDE's t_min by default.
         denoise: whether `sample` removes the noise left at t_end by Tweedie's formula.
+        differentiable: whether gradients flow from results to states, conditions and the
+            network's parameters, through the steps of the solver. The activations of all
+            evaluations are then kept in memory. A process's own parameters get no gradients.
         options: further options of the solver; {"step_size": h} sets fixed steps in theta, of
             which there are 100 by default.
 
@@ -84,12 +87,14 @@ class ProbabilityFlow:
         *,
         t_end: float | None = None,
         denoise: bool = True,
+        differentiable: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep the model and the solver's settings."""
         check_part(model, ScoreModel, "model")
         check_flag(denoise, "denoise")
-        self.solver = Solver(method, rtol, atol, {} if options is None else options)
+        options = {} if options is None else options
+        self.solver = Solver(method, rtol, atol, options, differentiable)
         self.model = model
         self.t_end = model.sde.t_min if t_end is None else t_end
         check_number(self.t_end, "t_end")
@@ -105,7 +110,6 @@ class ProbabilityFlow:
         solver = self.solver
         return f"ProbabilityFlow({solver.method!r}, rtol={solver.rtol}, atol={solver.atol})"
 
-    @torch.no_grad()
     def sample(
         self,
         start: Sequence[int] | Tensor,
@@ -140,7 +144,12 @@ class ProbabilityFlow:
         if not self.denoise:
             return result(x, kind)
         (t,) = grid_times(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
-        with evaluation_mode(self.model), bare_networks(self.model), EvaluationCounter() as counter:
+        with (
+            torch.set_grad_enabled(self.solver.differentiable and torch.is_grad_enabled()),
+            evaluation_mode(self.model),
+            bare_networks(self.model),
+            EvaluationCounter() as counter,
+        ):
             x = self.model.predict(x, t, **cond).x0
         self.nfe += counter.evaluations
         return result(x, kind)
@@ -178,7 +187,6 @@ class ProbabilityFlow:
         self.nfe += used
         return result(points, x.dtype).view(steps, *x.shape)
 
-    @torch.no_grad()
     def _solve(self, x: Tensor, start: float, end: float, cond: Mapping[str, Any]) -> Tensor:
         check_state(x)
         check_finite(x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_sequence, check_times, check_transition
-from .._schedules import schedule_dtype
+from .._schedules import schedule_dtype, slack, snapped
 from ..interfaces import ForwardSDE
 from ._subsequence import subsequence
 
@@ -99,13 +99,24 @@ class Chain(ForwardSDE):
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step that each time falls in, and the fraction of it completed."""
         check_times(t, self.T)
-        position = t * self.steps
-        # A step's end is met exactly, despite the rounding of (i + 1) / N times N.
-        off = (position.round() - position).detach()
-        near = off.abs() <= 2 * self.steps * torch.finfo(t.dtype).eps
-        position = position + torch.where(near, off, torch.zeros_like(off))
-        below = (position.detach().ceil() - 1).long().clamp(0, self.steps - 1)
+        position = snapped(t * self.steps, slack(self.steps, t.dtype))
+        below = self._below(position)
         return below, position - below
+
+    def _rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the increments of the steps that times (B,) fall in, and the fractions completed.
+
+        Increments jump at the end of a step. It belongs to that step also where a time was in
+        float32 before, and so may be a little later.
+        """
+        check_times(t, self.T)
+        position = snapped(t * self.steps, slack(self.steps, t.dtype))
+        below = self._below(snapped(position, slack(self.steps, torch.float32)))
+        return self._increments.to(t.device, t.dtype)[below], position - below
+
+    def _below(self, position: Tensor) -> Tensor:
+        """Return the steps that positions fall in."""
+        return (position.detach().ceil() - 1).long().clamp(0, self.steps - 1)
 
     def _partial(self, step: Tensor, done: Tensor, fraction: Tensor) -> Tensor:
         """Return the increment over a fraction of a step of which `done` is completed."""

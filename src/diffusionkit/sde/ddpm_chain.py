@@ -167,8 +167,7 @@ class DDPMChain(Chain):
 
     @override
     def drift_coefficient(self, t: Tensor) -> Tensor:
-        step, done = self._locate(t)
-        rate = self._increments.to(t.device, t.dtype)[step]
+        rate, done = self._rate(t)
         return -self.steps * torch.where(torch.isinf(rate), 1 / (1 - done), rate)
 
     @override

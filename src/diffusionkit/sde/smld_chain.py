@@ -100,5 +100,4 @@ class SMLDChain(Chain):
 
     @override
     def diffusion(self, t: Tensor) -> Tensor:
-        rates = self._increments.to(t.device, t.dtype)
-        return torch.sqrt(self.steps * rates[self._locate(t)[0]])
+        return torch.sqrt(self.steps * self._rate(t)[0])

@@ -167,23 +167,33 @@ def check_own_weights(model: nn.Module | Mapping[str, Tensor]) -> None:
         )
 
 
-class _Holder(nn.Module):
+class WeightsOnly(nn.Module):
     """The weights of a model that cannot be copied, under their names."""
 
     @override
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(f"{error}; {_NO_COPY}") from None
+
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(
-            "ema.model: expected a model that can be copied, got the weights of one that cannot, "
-            "such as a network sharded by fully_shard; use `with ema.applied(model)`"
-        )
+        raise TypeError(_NO_COPY)
+
+
+_NO_COPY = (
+    "ema.model: expected a model that can be copied, got the weights of one that cannot, such as a "
+    "network sharded by fully_shard; use `with ema.applied(model)`"
+)
 
 
 def _holder(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    root = _Holder()
+    root = WeightsOnly()
     for prefix, module in bare_modules(model):
         node: nn.Module = root
         for name in prefix.split(".")[:-1]:
-            node = cast(nn.Module, node._modules.setdefault(name, _Holder()))
+            node = cast(nn.Module, node._modules.setdefault(name, WeightsOnly()))
         for name, x in module._parameters.items():
             node._parameters[name] = cast(Any, None if x is None else tensors[prefix + name])
         for name, buffer in module._buffers.items():

@@ -39,8 +39,8 @@ def output_weights(
     if finite:
         return product
     near, further = (_beside(weighting, sde, prediction, t, step) for step in (1.0, 2.0))
-    # A limit other than 0 is the same at both; a pole grows towards it.
-    limit = torch.where(near > 1.1 * further, torch.inf, near)
+    # A pole grows towards it; a limit is approached linearly.
+    limit = torch.where(near > 1.1 * further, torch.inf, (2 * near - further).clamp_min(0.0))
     return torch.where(torch.isfinite(product), product, limit)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import (
-    check_device,
     check_finite,
     check_part,
     check_range,
@@ -19,6 +18,8 @@ from .._checks import (
 )
 from ..interfaces import ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
+from ..values import Prediction
+from ._masks import masked, mean, total
 from ._output_weights import output_weights
 from .targets import DenoisingTarget
 from .times import UniformTimes, times_and_weights
@@ -121,7 +122,7 @@ class ScoreMatching:
             **cond,
         )
         sde = model.sde
-        d = x0[0].numel() if mask is None else mask.expand_as(x0).flatten(1).sum(1)
+        d = x0[0].numel() if mask is None else total(mask.to(loss.dtype).expand_as(x0))
         return 0.5 * (sde.T - sde.t_min) * d * loss
 
     def __call__(
@@ -164,11 +165,17 @@ class ScoreMatching:
             )
         check_state(x0, "x0")
         if mask is not None:
-            mask, x0 = _masked(mask, x0)
+            if reference is not None:
+                raise ValueError(
+                    "mask: expected no mask with reference data, whose distances from the state "
+                    "count every element, got both"
+                )
+            mask, x0 = masked(mask, x0)
         check_finite(x0, "x0")
-        check_range(x0 if mask is None else x0[mask != 0], model, "x0")
+        check_range(x0, model, "x0", mask)
         if reference is not None:
             check_reference(reference, x0)
+            check_range(reference, model, "reference")
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
         sample = sde.perturb(x0, t, generator=generator)
@@ -178,52 +185,38 @@ class ScoreMatching:
         target = self.target(sample, reference, **target_cond)
         prediction = model.predict(sample.x, t, **cond)
         error = prediction.output_error(target)
-        loss = _mean(error.square(), mask)
+        loss = mean(error.square(), mask)
         loss = loss * output_weights(self.weighting, sde, prediction, t).to(loss.dtype)
-        self._check(loss, error, t)
+        weighted = loss * weight.to(loss.dtype)
+        if readable(loss) and not bool(torch.isfinite(weighted).all()):
+            self._explain(weighted, loss, error, target, t)
         self.times.update(t, loss.detach())
-        return loss * weight.to(loss.dtype)
+        return weighted
 
-    def _check(self, loss: Tensor, error: Tensor, t: Tensor) -> None:
-        """Raise if a loss is infinite although the model's output is not (read on the CPU only)."""
-        if readable(loss) and not bool(torch.isfinite(loss).all()):
-            bad = torch.isfinite(error).flatten(1).all(1) & ~torch.isfinite(loss)
-            if bool(bad.any()):
+    def _explain(
+        self, weighted: Tensor, loss: Tensor, error: Tensor, target: Prediction, t: Tensor
+    ) -> None:
+        """Raise if losses are not finite although the model's output is."""
+        for name, value, part in (("x0", target.x0, self.target), ("eps", target.eps, self.target)):
+            if bool((bad := ~_finite(value)).any()):
                 raise ValueError(
-                    f"weighting: expected a finite loss, got an infinite weight of the model's "
-                    f"error at t = {float(t[bad][0]):g} with {self.weighting}; end the times "
-                    "earlier, or use a weighting or a parameterization that is finite there"
+                    f"target: expected finite {name}, got NaN or infinity at "
+                    f"t = {float(t[bad][0]):g} from {part}; return both x0 and eps where one does "
+                    "not determine the other"
                 )
+        if bool((bad := _finite(error) & ~torch.isfinite(loss)).any()):
+            raise ValueError(
+                "weighting: expected a finite loss, got an infinite weight of the model's "
+                f"error at t = {float(t[bad][0]):g} with {self.weighting}; end the times "
+                "earlier, or use a weighting or a parameterization that is finite there"
+            )
+        if bool((bad := torch.isfinite(loss) & ~torch.isfinite(weighted)).any()):
+            raise ValueError(
+                f"times: expected finite weights, got others at t = {float(t[bad][0]):g} from "
+                f"{self.times}"
+            )
 
 
-def _mean(square: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over each sample (B,), weighted by a mask."""
-    if mask is None:
-        return square.reshape(len(square), -1).mean(1)
-    total = mask.reshape(len(square), -1).sum(1)
-    return (square * mask).reshape(len(square), -1).sum(1) / total
-
-
-def _masked(mask: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a mask of the shape and dtype of data x0, and the data with zeros where it is 0."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor or None, got {type(mask).__name__}")
-    if mask.dtype.is_complex:
-        raise TypeError(f"mask: expected booleans or numbers >= 0, got {mask.dtype}")
-    check_device(mask, x0, "mask", "x0")
-    fits = mask.ndim == x0.ndim and all(
-        n in (1, size) for n, size in zip(mask.shape, x0.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"mask: expected shape {tuple(x0.shape)}, or 1 for some of its sizes, "
-            f"got {tuple(mask.shape)}"
-        )
-    mask = mask.to(x0.dtype).expand_as(x0)
-    if readable(mask):
-        check_finite(mask, "mask")
-        if bool((mask < 0).any()):
-            raise ValueError(f"mask: expected numbers >= 0, got {float(mask.min()):g}")
-        if not bool((mask != 0).flatten(1).any(1).all()):
-            raise ValueError("mask: expected an entry > 0 in each sample, got a sample of zeros")
-    return mask, torch.where(mask == 0, torch.zeros_like(x0), x0)
+def _finite(x: Tensor) -> Tensor:
+    """Return whether each sample is finite (B,)."""
+    return torch.isfinite(x).reshape(len(x), -1).all(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .._checks import (
 )
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
-from ..random import Generators, rand, randn
+from ..random import Generators, check_generator, rand, randn
 
 
 def times_and_weights(
@@ -29,7 +30,17 @@ def times_and_weights(
     if t is None:
         # In the data's dtype, so that a model that computes with t stays in that dtype.
         dtype = torch.promote_types(x0.dtype, torch.float32)
-        return sampler.sample(sde, len(x0), generator=generator, device=x0.device, dtype=dtype)
+        draw = partial(sampler.sample, sde, device=x0.device, dtype=dtype)
+        try:
+            return draw(len(x0), generator=generator)
+        except TypeError:
+            # One generator for each sample, in a sampler that uses torch's draws, which take one.
+            if generator is None or isinstance(generator, torch.Generator):
+                raise
+        check_generator(generator, len(x0))
+        drawn = [draw(1, generator=one) for one in generator]
+        times, weights = (torch.cat(column) for column in zip(*drawn, strict=True))
+        return times, weights
     check_times(t, sde.T, len(x0), x0)
     return t, torch.ones_like(t)
 
@@ -43,7 +54,7 @@ def _stratified(
 ) -> Tensor:
     """Return n numbers evenly spaced over [0, 1), all shifted by one uniform draw."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
+        raise ValueError(
             f"generator: expected a torch.Generator or None, got {type(generator).__name__}; "
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )

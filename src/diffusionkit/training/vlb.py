@@ -6,15 +6,17 @@ import abc
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from .._chain_terms import chain_length, step_nats
-from .._checks import check_finite, check_part, check_positive, check_state, readable
+from .._checks import check_finite, check_part, check_positive, check_range, check_state, readable
 from ..decoders import GaussianDecoder
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
 from ..random import Generators
 from ..values import Prediction
+from ._masks import masked, mean, total
 from .discrete_times import DiscreteTimes
 from .times import times_and_weights
 
@@ -35,6 +37,7 @@ class _ChainObjective(abc.ABC):
         model: ScoreModel,
         x0: Tensor,
         *,
+        mask: Tensor | None = None,
         t: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
@@ -44,18 +47,24 @@ class _ChainObjective(abc.ABC):
         Args:
             model: the score model; `model.sde` is a discrete chain.
             x0: the data (B, *D), on the decoder's levels.
+            mask: booleans or weights >= 0 of the elements, (B, *D) or with sizes of 1: the loss is
+                the mean over them. The data are on a level where it is 0, whatever their value.
             t: times (B,) of steps, with weight 1; drawn from the time sampler by default.
             generator: the generator of times and noise.
             cond: conditions, passed to the model.
 
         Raises:
-            ValueError: if the batch is empty or not finite, data lie between levels, or times
-                between steps.
+            ValueError: if the batch is empty, not finite or outside the model's data_range, data
+                lie between levels, or times between steps; a mask has no entry > 0; or the model
+                predicts the noise where alpha = 0.
             TypeError: if x0 is not a floating-point tensor, or the process is not a chain.
         """
         count = chain_length(model)
         check_state(x0, "x0")
+        if mask is not None:
+            mask, x0 = masked(mask, x0, self.decoder.low)
         check_finite(x0, "x0")
+        check_range(x0, model, "x0", mask)
         self.decoder.check(x0)
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
@@ -68,13 +77,24 @@ class _ChainObjective(abc.ABC):
             )
         sample = sde.perturb(x0, t, generator=generator)
         prediction = model.predict(sample.x, t, **cond)
-        loss = self._loss(model, sample, prediction, point.long() - 1)
+        loss = self._loss(model, sample, prediction, point.long() - 1, mask)
+        if readable(loss) and bool((bad := (sample.alpha == 0) & ~torch.isfinite(loss)).any()):
+            raise ValueError(
+                "model: expected a finite loss, got NaN or infinity at t = "
+                f"{float(t[bad][0]):g}, where alpha = 0: there a prediction of the noise does not "
+                "determine the data; predict x0 or v"
+            )
         self.times.update(t, loss.detach())
         return loss * weight.to(loss.dtype)
 
     @abc.abstractmethod
     def _loss(
-        self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
+        self,
+        model: ScoreModel,
+        sample: Perturbed,
+        prediction: Prediction,
+        step: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         """Return the losses (B,) of a prediction at steps (B,), numbered from 0."""
 
@@ -84,12 +104,16 @@ class _ChainObjective(abc.ABC):
         sample: Perturbed,
         prediction: Prediction,
         step: Tensor,
+        mask: Tensor | None,
         *,
         detach_mean: bool = False,
     ) -> Tensor:
         """Return T times the terms of the steps (B,), in bits per dimension."""
-        nats = step_nats(model, prediction, sample.x0, step, self.decoder, detach_mean=detach_mean)
-        return nats * (chain_length(model) / (sample.x0[0].numel() * math.log(2)))
+        nats = step_nats(
+            model, prediction, sample.x0, step, self.decoder, detach_mean=detach_mean, mask=mask
+        )
+        d = sample.x0[0].numel() if mask is None else total(mask)
+        return nats * (chain_length(model) / math.log(2)) / d
 
 
 class VLB(_ChainObjective):
@@ -127,9 +151,14 @@ class VLB(_ChainObjective):
 
     @override
     def _loss(
-        self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
+        self,
+        model: ScoreModel,
+        sample: Perturbed,
+        prediction: Prediction,
+        step: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
-        return self._bits(model, sample, prediction, step)
+        return self._bits(model, sample, prediction, step, mask)
 
 
 class HybridLoss(_ChainObjective):
@@ -173,7 +202,12 @@ class HybridLoss(_ChainObjective):
 
     @override
     def _loss(
-        self, model: ScoreModel, sample: Perturbed, prediction: Prediction, step: Tensor
+        self,
+        model: ScoreModel,
+        sample: Perturbed,
+        prediction: Prediction,
+        step: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         if prediction.log_var is None and prediction.log_var_fraction is None:
             raise ValueError(
@@ -182,6 +216,6 @@ class HybridLoss(_ChainObjective):
             )
         # The data, too: at alpha = 0 the noise does not determine them.
         target = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
-        bits = self._bits(model, sample, prediction, step, detach_mean=True)
+        bits = self._bits(model, sample, prediction, step, mask, detach_mean=True)
         error = prediction.noise_error(target).to(bits.dtype)
-        return error.square().reshape(len(error), -1).mean(1) + self.vlb_weight * bits
+        return mean(error.square(), mask) + self.vlb_weight * bits

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_positive, check_times
-from .._schedules import exact
+from .._schedules import within
 from ..interfaces import ForwardSDE, Weighting
 
 
@@ -48,8 +48,9 @@ class LikelihoodWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        _, sigma = sde.marginal(exact(t))
-        return (sde.diffusion(exact(t)) / sigma).square().to(t.dtype)
+        wide = within(t, sde.T)
+        _, sigma = sde.marginal(wide)
+        return (sde.diffusion(wide) / sigma).square().to(t.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class EDMWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        alpha, sigma = sde.marginal(exact(t))
+        alpha, sigma = sde.marginal(within(t, sde.T))
         return (1 + (sigma / alpha / self.sigma_data).square()).to(t.dtype)
 
 
@@ -98,5 +99,5 @@ class MinSNRWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        alpha, sigma = sde.marginal(exact(t))
+        alpha, sigma = sde.marginal(within(t, sde.T))
         return (self.gamma * (sigma / alpha).square()).clamp_max(1.0).to(t.dtype)
