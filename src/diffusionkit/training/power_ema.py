@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_count, check_number, check_part, check_sequence
+from .._checks import check_count, check_floating_dtype, check_number, check_part, check_sequence
 from .._distributed import whole
 from .._files import CheckpointError, read_torch
 from .._writing import save_torch
@@ -162,6 +162,7 @@ class PowerEMA:
         Raises:
             ValueError: if there has been no update.
         """
+        check_floating_dtype(dtype)
         check_count(self.updates, "updates")
         Path(folder).mkdir(parents=True, exist_ok=True)
         paths = []
@@ -209,6 +210,10 @@ def power_coefficients(
 
     Source: Karras et al., 2024, arXiv 2312.02696 (appendix C).
     """
+    check_sequence(snapshots, "snapshots")
+    for name, pair in (("wanted", wanted), *(("snapshots", pair) for pair in snapshots)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{name}: expected pairs (updates, sigma_rel), got {pair!r:.80}")
     if len(set(snapshots)) < len(snapshots):
         raise ValueError(f"snapshots: expected distinct ones, got {sorted(snapshots)}")
     rows = [*snapshots, wanted]
