@@ -211,6 +211,8 @@ def power_coefficients(
     Source: Karras et al., 2024, arXiv 2312.02696 (appendix C).
     """
     check_sequence(snapshots, "snapshots")
+    if not snapshots:
+        raise ValueError("snapshots: expected at least one, got none")
     for name, pair in (("wanted", wanted), *(("snapshots", pair) for pair in snapshots)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{name}: expected pairs (updates, sigma_rel), got {pair!r:.80}")
