@@ -353,6 +353,15 @@ def numbers(values: object, name: str) -> Tensor:
         raise TypeError(f"{name}: expected numbers, got {got}: {error}") from error
 
 
+def as_item(item: object, name: str) -> Tensor:
+    """Return an item of a data set as a tensor, or raise."""
+    try:
+        return torch.as_tensor(item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(item).__name__
+        raise TypeError(f"{name}: expected items that are tensors, got {got}") from error
+
+
 def check_known(x: Tensor, name: str) -> None:
     """Raise unless x is a tensor of real numbers that has data."""
     if not isinstance(x, Tensor):

@@ -40,7 +40,7 @@ def state_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
 
 def check_float_dtype(dtype: torch.dtype | None) -> None:
     """Raise unless samples can have a dtype."""
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _DTYPES):
         names = ", ".join(str(one) for one in _DTYPES)
         raise TypeError(f"dtype: expected one of {names}, or None, got {dtype!r}")
 

@@ -197,7 +197,7 @@ class GaussianDecoder:
             log_var: the log-variances log(s^2), broadcastable to (B, *D).
         """
         for name, value in (("x", x), ("mean", mean), ("log_var", log_var)):
-            check_part(value, Tensor, name)
+            check_state(value, name)
             if not fits(value, x):
                 raise ValueError(
                     f"{name}: expected a shape that fits that of x, {tuple(x.shape)}, "

@@ -73,6 +73,9 @@ def randn(
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Draw standard normal noise of the shape, dtype and device of x (B, *D)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: expected a floating-point tensor, got {got}")
     if generator is None:
         return torch.randn_like(x, memory_format=torch.contiguous_format)
     return _draw(torch.randn, x.shape, generator, x.device, x.dtype)

@@ -196,6 +196,7 @@ def classifier_loss(
     2021, arXiv 2011.13456 (appendix I); Dhariwal and Nichol, Diffusion Models Beat GANs on Image
     Synthesis, 2021, arXiv 2105.05233.
     """
+    check_callable(classifier, "classifier")
     check_part(sde, ForwardSDE, "sde")
     check_state(x0, "x0")
     check_finite(x0, "x0")

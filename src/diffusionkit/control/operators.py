@@ -22,6 +22,7 @@ from .._checks import (
     check_part,
     check_sequence,
     check_state,
+    fits,
     readable,
 )
 from .._precision import at_least_float32
@@ -136,8 +137,13 @@ class Mask(LinearOperator):
     @override
     def __call__(self, x: Tensor) -> Tensor:
         check_state(x)
+        mask = self.mask.to(torch.bool, x.device)
+        if not fits(mask, x):
+            raise ValueError(
+                f"x: expected data that fit the mask, {tuple(mask.shape)}, got {tuple(x.shape)}"
+            )
         # Not a product: unknown entries may be NaN.
-        return torch.where(self.mask.to(torch.bool, x.device), x, 0.0)
+        return torch.where(mask, x, 0.0)
 
     @override
     def inverse(self, y: Tensor) -> Tensor:

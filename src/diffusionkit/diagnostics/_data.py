@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_known, check_part, check_state, check_times
+from .._checks import as_item, check_finite, check_known, check_part, check_state, check_times
 from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE
 from ..random import rand
@@ -41,12 +41,7 @@ def as_tensor(data: Tensor | Iterable[Any]) -> Tensor:
 
 def _first(item: Any) -> Tensor:
     first = item[0] if isinstance(item, (tuple, list)) and item else item
-    if not isinstance(first, Tensor):
-        try:
-            first = torch.as_tensor(first)
-        except (TypeError, ValueError, RuntimeError) as error:
-            got = type(first).__name__
-            raise TypeError(f"data: expected items that are tensors, got {got}") from error
+    first = as_item(first, "data")
     if first.ndim == 0:
         raise ValueError("data: expected items with dimensions, got a number")
     return first

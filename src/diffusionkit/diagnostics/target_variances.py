@@ -79,6 +79,7 @@ def dsm_variance(
     >>> bool(0.999 < found.value * found.noise**4 <= 1)  # at high noise, the variance of the data
     True
     """
+    check_choice("units", units, get_args(Units))
     return _average(_spread, sde, data, t, samples, generator, progress, units=units, label="DSM")
 
 
@@ -122,6 +123,7 @@ def stf_variance(
     Source: Xu et al., Stable Target Field for Reduced Variance Score Estimation in Diffusion
     Models, 2023, arXiv 2302.00670 (section 4).
     """
+    check_choice("units", units, get_args(Units))
     check_count(n, "n")
     check_count(draws, "draws")
     statistic = partial(_stable_error, n=n, draws=draws, generator=generator)
@@ -195,7 +197,6 @@ def _average(
 
     Each state needs memory for `width` rows of the data and for its N weights.
     """
-    check_choice("units", units, (None, *get_args(Units)))
     check_count(samples, "samples", least=2)
     check_generator(generator)
     rows = exact(as_tensor(data)).flatten(1)

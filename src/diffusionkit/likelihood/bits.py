@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._checks import check_count, check_finite, check_known
+from .._checks import check_count, check_known, readable
 from .._precision import at_least_float32
 
 
@@ -23,7 +23,7 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
         dims: the number of dimensions d, or the shape D of one sample.
 
     Raises:
-        ValueError: if dims is not positive, or a likelihood is not finite (read on the CPU only).
+        ValueError: if dims is not positive, or a likelihood is NaN (read on the CPU only).
         TypeError: if nats is not a tensor; pass the `.nats` of a result.
 
     >>> import math, torch
@@ -31,9 +31,10 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
     tensor([4.])
     """
     check_known(nats, "nats")
-    check_finite(nats, "nats")
+    if readable(nats) and bool(nats.isnan().any()):
+        raise ValueError(f"nats: expected numbers, got NaN in {int(nats.isnan().sum())} of them")
     nats = at_least_float32(nats) if nats.is_floating_point() else nats
-    if isinstance(dims, (tuple, list)):
+    if isinstance(dims, (tuple, list)) and dims:
         for size in dims:
             check_count(size, "dims")
         dims = math.prod(dims)

@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._chain_terms import chain_length, prior_kl, step_nats
-from .._checks import check_count, check_part, readable
-from .._loops import Progress, repeated, with_progress
+from .._checks import check_count, check_flag, check_part, readable
+from .._loops import Progress, check_progress, repeated, with_progress
 from .._precision import network_dtype, state_dtype
 from .._schedules import exact, schedule_dtype
 from ..decoders import GaussianDecoder
@@ -83,6 +83,8 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsP
     torch.Size([10])
     """
     check_count(dims, "dims")
+    if isinstance(bounds, Tensor) or not isinstance(bounds, (ChainBound, Iterable)):
+        raise TypeError(f"bounds: expected a ChainBound or several, got {type(bounds).__name__}")
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for bound in [bounds] if isinstance(bounds, ChainBound) else bounds:
         check_part(bound, ChainBound, "bounds")
@@ -152,6 +154,8 @@ class ChainNELBO:
         self.decoder = GaussianDecoder() if decoder is None else decoder
         check_part(self.decoder, GaussianDecoder, "decoder")
         check_count(steps_at_once, "steps_at_once")
+        check_flag(clip, "clip")
+        check_progress(progress)
         self.clip = clip
         self.steps_at_once = steps_at_once
         self.progress = progress

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_count, check_part
+from .._checks import (
+    as_item,
+    check_callable,
+    check_count,
+    check_known,
+    check_mapping,
+    check_part,
+    check_target_device,
+)
 from .._distributed import barrier, gather_objects, rank_and_world_size
 from .._files import read_torch
 from .._loops import Progress, evaluation_mode, with_progress
@@ -103,9 +111,14 @@ def evaluate_bits_per_dim(
     >>> result.bits.shape
     torch.Size([10, 1])
     """
-    if not callable(likelihood):
-        raise TypeError(f"likelihood: expected a callable, got {type(likelihood).__name__}")
-    if not isinstance(data, Sized):
+    check_callable(likelihood, "likelihood")
+    check_target_device(device)
+    check_count(seed, "seed", least=0, most=2**63 - 1)
+    if isinstance(data, Tensor):
+        check_known(data, "data")
+        if data.ndim < 2:
+            raise ValueError(f"data: expected shape (N, *D), got {tuple(data.shape)}")
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
         raise TypeError(f"data: expected a data set with a length, got {type(data).__name__}")
     if dequantizer is not None:
         check_part(dequantizer, Dequantizer, "dequantizer")
@@ -117,7 +130,9 @@ def evaluate_bits_per_dim(
             )
     for name, value in (("draws", draws), ("batch_size", batch_size)):
         check_count(value, name)
-    n, cond = len(data), dict(cond or {})
+    if cond is not None:
+        check_mapping(cond, "cond")
+    n, cond = len(data), {} if cond is None else dict(cond)
     if n == 0:
         raise ValueError("data: expected at least one item, got none")
     for name, entries in cond.items():
@@ -129,6 +144,8 @@ def evaluate_bits_per_dim(
     rank, world = rank_and_world_size()
     nats, file = torch.full((n, draws), math.nan, dtype=torch.float64), None
     if path is not None:
+        if not isinstance(path, (str, Path)):
+            raise TypeError(f"path: expected a path, got {type(path).__name__}")
         check_suffix(path)
         file = Path(path)
         _resume(nats, file, settings)
@@ -147,7 +164,7 @@ def evaluate_bits_per_dim(
     with _evaluating(modules):
         for draw, rows in with_progress(batches, progress if rank == 0 else False):
             index = list(rows)
-            x = torch.stack([torch.as_tensor(data[i]) for i in index]).to(device)
+            x = torch.stack([as_item(data[i], "data") for i in index]).to(device)
             generators = [seeded(seed, draw, i) for i in index]
             extra = {name: value[index].to(device) for name, value in cond.items()}
             density: Tensor | float = 0.0

@@ -110,7 +110,7 @@ def sample_to_shards(
     check_callable(draw, "draw")
     check_count(count, "count")
     check_count(batch_size, "batch_size")
-    check_count(seed, "seed", least=0)
+    check_count(seed, "seed", least=0, most=2**63 - 1)
     rank, world_size = rank_and_world_size(rank, world_size)
     check_count(world_size, "world_size")
     check_count(rank, "rank", least=0)
@@ -123,6 +123,7 @@ def sample_to_shards(
         "data_range": _range(data_range),
         "settings": _plain({} if settings is None else settings),
     }
+    _check_directory(directory)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _keep_settings(folder, about)
@@ -151,6 +152,7 @@ def load_shards(directory: str | Path) -> Iterator[Tensor]:
         FileNotFoundError: if the folder has no samples.
         ValueError: if files are missing, as after an interrupted run, or damaged.
     """
+    _check_directory(directory)
     folder = Path(directory)
     about = _settings(folder)
     expected = math.ceil(about["count"] / about["batch_size"])
@@ -183,7 +185,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         check_count(about["count"], "count")
         check_count(about["batch_size"], "batch_size")
-        check_count(about["seed"], "seed", least=0)
+        check_count(about["seed"], "seed", least=0, most=2**63 - 1)
         about["data_range"] = _range(about["data_range"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{expected} {error}") from error
@@ -255,3 +257,8 @@ def _images(file: Path, n: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
     except (OSError, EOFError, ValueError):
         return None
     return images if len(images) == n and images.dtype == np.uint8 else None
+
+
+def _check_directory(directory: str | Path) -> None:
+    if not isinstance(directory, (str, Path)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")

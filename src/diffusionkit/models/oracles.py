@@ -13,6 +13,7 @@ from typing_extensions import override
 from .._checks import (
     check_count,
     check_finite,
+    check_floating_dtype,
     check_known,
     check_part,
     check_state,
@@ -132,6 +133,7 @@ class GaussianMixtureModel(ScoreModel):
     ) -> Tensor:
         """Draw n data points from the mixture, (n, *D)."""
         check_count(n, "n")
+        check_floating_dtype(dtype)
         device = self.means.device
         u = rand(n, generator=generator, device=device, dtype=torch.float64)
         edges = self.weights.cumsum(0)[:-1]

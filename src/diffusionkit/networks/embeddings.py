@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from .._checks import check_number, check_sequence
 from ._arguments import check_label_values, check_level_index, check_optional_counts
 from .layers import Style, linear
 
@@ -255,6 +256,9 @@ class SigmaTable(nn.Module):
 
     def __init__(self, sigmas: Sequence[float]) -> None:
         super().__init__()
+        check_sequence(sigmas, "sigmas")
+        for sigma in sigmas:
+            check_number(sigma, "sigmas")
         if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
             raise ValueError(f"sigmas: expected finite numbers > 0, got {list(sigmas)[:6]}")
         self.values = tuple(sigmas)

@@ -205,7 +205,7 @@ class NCSNpp(UNet):
             attention_levels=attention_levels,
             attend_all=False,
             embedding=make_embedding(
-                embedding, width, style, fourier_scale, num_classes, condition_features
+                embedding, width, style, float(fourier_scale), num_classes, condition_features
             ),
             block=block,
             attention=lambda c, decoding: SelfAttention(c, style),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from .._checks import check_choice, check_count
+from .._checks import check_choice, check_count, check_sequence
 from ._arguments import (
     check_class_labels,
     check_counts,
@@ -218,6 +218,7 @@ def _published(count: int, sigma_max: float, levels: Levels = LEVELS_64) -> dict
 
 
 def _check_levels(levels: Levels) -> None:
+    check_sequence(levels, "levels")
     if not levels:
         raise ValueError("levels: expected one row (multiplier, dilation) per level, got none")
     for row in levels:

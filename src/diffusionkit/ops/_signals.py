@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_dtype, check_number
+from .._checks import check_device, check_dtype, check_finite, check_number
 
 # Python numbers, used along every dimension, or a tensor with one dimension per spatial one.
 Taps = tuple[float, ...] | Tensor
@@ -68,8 +68,9 @@ def check_kernel(kernel: Sequence[float] | Tensor, x: Tensor) -> Taps:
         if kernel.numel() == 0:
             raise ValueError(f"kernel: expected at least one tap, got shape {tuple(kernel.shape)}")
         check_device(kernel, x, "kernel")
+        check_finite(kernel, "kernel")
         return outer(kernel.double(), dims)
-    if not isinstance(kernel, Sequence):
+    if not isinstance(kernel, Sequence) or isinstance(kernel, (str, bytes)):
         raise TypeError(f"kernel: expected a sequence of numbers or a tensor, got {_kind(kernel)}")
     if not kernel:
         raise ValueError("kernel: expected at least one tap, got none")

@@ -101,7 +101,7 @@ def fir_upsample(
     if min(sizes) < factor:
         raise ValueError(f"kernel: expected at least factor = {factor} taps, got {min(sizes)}")
     pads = [((p + 1) // 2 + factor - 1, p // 2) for p in (size - factor for size in sizes)]
-    return _filter(x, taps, gain * factor**dims, factor, 1, pads)
+    return _filter(x, taps, float(gain) * factor**dims, factor, 1, pads)
 
 
 def fir_downsample(
@@ -136,7 +136,7 @@ def fir_downsample(
     dims = check_signal(x)
     taps = _normalized(kernel, x, factor, gain)
     pads = [((p + 1) // 2, p // 2) for p in (size - factor for size in _sizes(taps, dims))]
-    return _filter(x, taps, gain, 1, factor, pads)
+    return _filter(x, taps, float(gain), 1, factor, pads)
 
 
 def fir_conv_downsample(
@@ -180,7 +180,7 @@ def fir_conv_downsample(
         raise ValueError(f"x: expected at least {factor} samples, got {min(x.shape[2:])}")
     sizes = zip(_sizes(taps, dims), weight.shape[2:], strict=True)
     pads = [((p + 1) // 2, p // 2) for p in (size - factor + k - 1 for size, k in sizes)]
-    y = _filter(x, taps, gain, 1, 1, pads)
+    y = _filter(x, taps, float(gain), 1, 1, pads)
     return CONV[dims](y, weight, bias, stride=factor)
 
 
@@ -230,7 +230,7 @@ def fir_conv_upsample(
     # Flipped, since this convolution is transposed; torch expects the shape (C, out, *k).
     weight = weight.transpose(0, 1).flip(tuple(range(2, 2 + dims)))
     y = CONV_TRANSPOSE[dims](x, weight, stride=factor)
-    y = _filter(y, taps, gain * factor**dims, 1, 1, pads)
+    y = _filter(y, taps, float(gain) * factor**dims, 1, 1, pads)
     return y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * dims)
 
 

@@ -67,7 +67,7 @@ class BrownianPath(NoisePath):
 
     def __init__(self, seeds: Sequence[int]) -> None:
         """Keep the seeds."""
-        if not isinstance(seeds, Sequence):
+        if not isinstance(seeds, Sequence) or isinstance(seeds, (str, bytes)):
             raise TypeError(
                 "seeds: expected a sequence of integers, one for each sample, such as range(64), "
                 f"got {type(seeds).__name__}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_flag, check_part, check_positive, check_t_end
+from .._checks import check_count, check_flag, check_known, check_part, check_positive, check_t_end
 from .._schedules import home
 from ..interfaces import ForwardSDE
 from ..sde import Chain
@@ -218,6 +218,7 @@ def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Ten
         TypeError: if the grid is neither callable nor a tensor.
     """
     if isinstance(grid, Tensor):
+        check_known(grid, "grid")
         times = grid.detach().double().cpu() if grid.device.type != "mps" else grid.cpu().double()
     elif grid is None or callable(grid):
         times = (UniformGrid() if grid is None else grid)(sde, steps)

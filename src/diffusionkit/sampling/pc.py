@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_part, check_samples
+from .._checks import check_count, check_flag, check_part, check_samples
 from .._grid_times import grid_times, noise_at
-from .._loops import Progress, evaluation_mode, with_progress
+from .._loops import Progress, check_progress, evaluation_mode, with_progress
 from .._nfe import EvaluationCounter
 from .._precision import WIDER, narrowed
 from .._schedules import schedule_dtype
@@ -121,6 +121,9 @@ class PCSampler:
         if predictor is None and corrector is None:
             raise ValueError("predictor: expected a predictor, a corrector or both, got neither")
         check_count(steps, "steps")
+        check_flag(corrector_first, "corrector_first")
+        check_flag(denoise, "denoise")
+        check_progress(progress)
         self.model = model
         self.predictor = predictor
         self.corrector = corrector

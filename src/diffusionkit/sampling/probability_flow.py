@@ -140,7 +140,7 @@ class ProbabilityFlow:
         check_positive(temperature, "temperature")
         last = torch.tensor([self.model.sde.T])
         z, kind = initial_state(self.model, start, last, generator, device, dtype)
-        x = self.decode(z * temperature, **cond)
+        x = self.decode(z * float(temperature), **cond)
         if not self.denoise:
             return result(x, kind)
         (t,) = grid_times(self.model.sde, torch.tensor([self.t_end], dtype=torch.float64), x)
@@ -172,6 +172,8 @@ class ProbabilityFlow:
             ValueError: if x and y do not match, or steps < 2.
         """
         check_count(steps, "steps", least=2)
+        check_state(x)
+        check_state(y, "y")
         check_same(y, x, "y", "x")
         n = len(x)
         twice, often = (

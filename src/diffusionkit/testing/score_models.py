@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_part, check_shape
+from .._checks import check_flag, check_part, check_shape
 from .._grid_times import grid_times
 from .._loops import evaluation_mode
 from .._precision import network_dtype, state_dtype
@@ -50,6 +50,7 @@ def check_score_model(
     if not isinstance(getattr(model, "sde", None), ForwardSDE):
         raise TypeError("model.sde: expected a ForwardSDE: a score model owns its process")
     sizes = check_shape(shape)
+    check_flag(exact, "exact")
     somewhere = next(model.parameters(), next(model.buffers(), torch.zeros(())))
     generator = torch.Generator().manual_seed(0)
     sde = model.sde

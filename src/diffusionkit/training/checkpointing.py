@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_count, check_part
+from .._checks import check_count, check_flag, check_part, check_target_device
 from .._distributed import whole
 from .._files import CheckpointError, read_torch
 from .._wrappers import bare_state, load_bare_state
@@ -196,6 +196,8 @@ def load_checkpoint(
     check_part(model, nn.Module, "model")
     check_arguments(ema, optimizer, stateful, generators, None)
     check_own_weights(model)
+    check_flag(restore_random, "restore_random")
+    check_target_device(map_location, "map_location")
     asked = {
         "ema": ema, "optimizer": optimizer, "objective": objective_parts(objective),
         "stateful": stateful or {}, "generators": generators or {},

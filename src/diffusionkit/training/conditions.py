@@ -48,7 +48,9 @@ def null_like(null: Any, condition: Tensor, name: str) -> Tensor:
     """Return a null condition, a number or tensor, with another's shape, dtype and device."""
     if isinstance(null, bool) or not isinstance(null, (int, float, Tensor)):
         raise TypeError(f"{name}: expected a number or a tensor, got {type(null).__name__}")
-    if isinstance(null, int) and not condition.is_floating_point():
+    if isinstance(null, Tensor) and null.is_meta and not condition.is_meta:
+        raise ValueError(f"{name}: expected values, got a meta tensor")
+    if isinstance(null, int):
         check_count(null, name, least=-(2**63), most=2**63 - 1)
     value = torch.as_tensor(null, device=condition.device)
     if value.is_floating_point() and not condition.is_floating_point():

@@ -15,6 +15,7 @@ from .._distributed import gather_rows
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand
+from .times import check_draw
 
 
 def _steps(sde: ForwardSDE) -> int:
@@ -50,7 +51,7 @@ class DiscreteTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_count(n, "n")
+        check_draw(sde, n, device, dtype)
         steps, exactly = _steps(sde), schedule_dtype(device)
         u = rand(n, generator=generator, device=device, dtype=exactly)
         t = ((u * steps).floor().clamp_max(steps - 1) + 1) * (sde.T / steps)
@@ -135,7 +136,7 @@ class LossSecondMomentTimes(TimeSampler):
             TypeError: if the process is not a chain.
             ValueError: if the chain differs in length from that of the recorded losses.
         """
-        check_count(n, "n")
+        check_draw(sde, n, device, dtype)
         steps, exactly = _steps(sde), schedule_dtype(device)
         if len(self._counts) == 0:
             self._losses = torch.zeros((steps, self.history), dtype=torch.float64)

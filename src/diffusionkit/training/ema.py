@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import check_count, check_number, check_part
+from .._checks import check_count, check_flag, check_number, check_part
 from ._averaged_weights import AveragedWeights, check_own_weights
 
 
@@ -50,6 +50,7 @@ class EMA:
         """Copy the weights."""
         check_part(model, nn.Module, "model")
         check_number(decay, "decay")
+        check_flag(warmup, "warmup")
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
         self.decay = decay
@@ -76,6 +77,7 @@ class EMA:
             ValueError: if the model's tensors differ in name or shape from the averaged ones, or
                 hold an average, inside `applied`.
         """
+        check_part(model, nn.Module, "model")
         tensors = self._average.matching(model)
         check_own_weights(tensors)
         self.updates += 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._checks import check_count, check_part, check_positive
+from .._checks import check_count, check_number, check_part, check_positive
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def clipped_step(
         TypeError: if the optimizer is none, or a parameter is not a tensor.
     """
     check_part(optimizer, Optimizer, "optimizer")
+    check_number(max_norm, "max_norm")
     if max_norm != math.inf:
         check_positive(max_norm, "max_norm")
     every = [p for group in optimizer.param_groups for p in group["params"]]

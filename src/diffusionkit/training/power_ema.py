@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_count, check_number
+from .._checks import check_count, check_floating_dtype, check_number, check_part, check_sequence
 from .._distributed import whole
 from .._files import CheckpointError, read_torch
 from .._writing import save_torch
@@ -105,6 +105,9 @@ class PowerEMA:
 
     def __init__(self, model: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
         """Copy the model once for each length."""
+        check_sequence(sigma_rels, "sigma_rels")
+        for sigma_rel in sigma_rels:
+            check_number(sigma_rel, "sigma_rels")
         if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
             raise ValueError(f"sigma_rels: expected distinct numbers, got {sigma_rels}")
         self.averages: Mapping[float, EMA] = {s: _PowerAverage(model, s) for s in sigma_rels}
@@ -120,6 +123,7 @@ class PowerEMA:
         Raises:
             ValueError: if the model's tensors differ in shape from the averaged ones.
         """
+        check_part(model, nn.Module, "model")
         for average in self.averages.values():
             average.update(model)
 
@@ -133,6 +137,7 @@ class PowerEMA:
         Raises:
             ValueError: if the lengths differ.
         """
+        check_part(state, Mapping, "state")
         if set(state) != set(self.averages):
             raise ValueError(
                 f"state: expected the lengths {sorted(self.averages)}, got {sorted(state)}"
@@ -157,6 +162,7 @@ class PowerEMA:
         Raises:
             ValueError: if there has been no update.
         """
+        check_floating_dtype(dtype)
         check_count(self.updates, "updates")
         Path(folder).mkdir(parents=True, exist_ok=True)
         paths = []
@@ -204,6 +210,12 @@ def power_coefficients(
 
     Source: Karras et al., 2024, arXiv 2312.02696 (appendix C).
     """
+    check_sequence(snapshots, "snapshots")
+    if not snapshots:
+        raise ValueError("snapshots: expected at least one, got none")
+    for name, pair in (("wanted", wanted), *(("snapshots", pair) for pair in snapshots)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{name}: expected pairs (updates, sigma_rel), got {pair!r:.80}")
     if len(set(snapshots)) < len(snapshots):
         raise ValueError(f"snapshots: expected distinct ones, got {sorted(snapshots)}")
     rows = [*snapshots, wanted]
@@ -245,6 +257,11 @@ def reconstruct_ema(
         CheckpointError: if a file is damaged, not a snapshot, or of another model.
         ValueError: if fewer than two snapshots remain, or sigma_rel is out of range.
     """
+    if updates is not None:
+        check_count(updates, "updates")
+    if isinstance(snapshots, Tensor) or not isinstance(snapshots, (str, os.PathLike, Iterable)):
+        got = type(snapshots).__name__
+        raise TypeError(f"snapshots: expected a folder or paths of files, got {got}")
     if isinstance(snapshots, (str, os.PathLike)):
         snapshots = sorted(Path(snapshots).glob("*.pt"))
     found = {_position(path): path for path in snapshots}

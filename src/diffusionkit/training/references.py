@@ -68,7 +68,7 @@ class ReferenceBatches:
         **loader: Any,
     ) -> None:
         """Check the sizes; nothing is loaded yet."""
-        if not isinstance(dataset, Sized):
+        if not isinstance(dataset, Sized) or (isinstance(dataset, Tensor) and not dataset.ndim):
             raise TypeError(
                 "dataset: expected a map-style data set with a length, "
                 f"got {type(dataset).__name__}"
@@ -78,7 +78,7 @@ class ReferenceBatches:
         check_count(reference_size, "reference_size")
         check_count(world_size, "world_size")
         check_count(rank, "rank", least=0)
-        check_count(seed, "seed", least=0)
+        check_count(seed, "seed", least=0, most=2**63 - 1)
         share = len(dataset) // world_size
         if not batch_size <= reference_size <= share:
             raise ValueError(

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_log_snr, check_number, check_positive, check_times
+from .._checks import (
+    check_count,
+    check_flag,
+    check_floating_dtype,
+    check_log_snr,
+    check_number,
+    check_part,
+    check_positive,
+    check_target_device,
+    check_times,
+)
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, rand, randn
@@ -55,6 +65,16 @@ def _stratified(
     return (shift + torch.arange(n, device=device, dtype=dtype) / n) % 1.0
 
 
+def check_draw(
+    sde: ForwardSDE, n: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    """Raise unless n times of a process can be drawn on a device and in a dtype."""
+    check_part(sde, ForwardSDE, "sde")
+    check_count(n, "n")
+    check_target_device(device)
+    check_floating_dtype(dtype)
+
+
 @dataclass(frozen=True)
 class UniformTimes(TimeSampler):
     """Independent times, uniform on [t_min, T]; weight 1.
@@ -75,7 +95,7 @@ class UniformTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_count(n, "n")
+        check_draw(sde, n, device, dtype)
         dtype = dtype or schedule_dtype(device)
         u = rand(n, generator=generator, device=device, dtype=dtype)
         return sde.t_min + (sde.T - sde.t_min) * u, torch.ones_like(u)
@@ -104,7 +124,7 @@ class StratifiedTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_count(n, "n")
+        check_draw(sde, n, device, dtype)
         u = _stratified(n, generator, device, dtype or schedule_dtype(device), self)
         return sde.t_min + (sde.T - sde.t_min) * u, torch.ones_like(u)
 
@@ -136,6 +156,9 @@ class ImportanceTimes(TimeSampler):
 
     stratified: bool = True
 
+    def __post_init__(self) -> None:
+        check_flag(self.stratified, "stratified")
+
     def normalizer(self, sde: ForwardSDE) -> float:
         """Return Z, the integral of g^2 / sigma^2 over [t_min, T].
 
@@ -155,7 +178,7 @@ class ImportanceTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_count(n, "n")
+        check_draw(sde, n, device, dtype)
         exactly = schedule_dtype(device)
         if self.stratified:
             u = _stratified(n, generator, device, exactly, self)
@@ -216,7 +239,7 @@ class LogNormalTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        check_count(n, "n")
+        check_draw(sde, n, device, dtype)
         dtype = dtype or schedule_dtype(device)
         z = randn((n,), generator=generator, device=device, dtype=dtype)
         t = sde.time_at_log_snr(-2 * (self.mean + self.std * z))
