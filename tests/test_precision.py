@@ -76,7 +76,7 @@ def nested(x, noise_label):
         (lambda net: lambda x, label: net(x, label))(Net()),
         (lambda net: lambda x, label: net.net(x, label))(NET.linear),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_the_dtype_is_that_of_most_parameters(network) -> None:
     """Of a module, or of the modules that a callable refers to."""
