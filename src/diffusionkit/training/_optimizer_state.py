@@ -101,7 +101,7 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 class _Problem(Exception):  # noqa: N818 - becomes the text of another error
-    """What is wrong with a state."""
+    """A state that does not fit; its text becomes that of another error."""
 
 
 def _wrong(what: str, expected: object, got: object) -> NoReturn:
