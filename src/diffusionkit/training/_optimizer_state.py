@@ -47,7 +47,8 @@ def saved_optimizer(optimizer: Optimizer | None, names: Mapping[int, str]) -> di
     try:
         _check_state(optimizer, names, state)
     except _Problem as problem:
-        raise ValueError(f"optimizer: {problem}") from None
+        message = f"optimizer: {problem}"
+        raise ValueError(message) from None
     all_names = [_names(group, names) for group in optimizer.param_groups]
     parts = (state, type(optimizer).__name__, all_names, _entries(state))
     return dict(zip(_PARTS, parts, strict=True))
