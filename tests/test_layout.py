@@ -56,6 +56,7 @@ MAY_IMPORT = {
         *CORE,
         "networks",
         "ops",
+        "_distributed",
         "_files",
         "_pickles",
         "_tensors",

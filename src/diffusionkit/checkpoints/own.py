@@ -67,7 +67,8 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
     about = {"format": _FORMAT, "version": str(_VERSION), "network": name, "config": config}
     state = {key: value.contiguous() for key, value in whole(bare_state(network)).items()}
     for key, problem in weight_problems(state).items():
-        raise ValueError(f"network: {key}: {problem}")
+        message = f"network: {key}: {problem}"
+        raise ValueError(message)
     if is_safetensors(path):
         atomic_write(path, lambda file: file.write(_safetensors(state, about)))
     else:

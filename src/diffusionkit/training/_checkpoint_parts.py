@@ -87,7 +87,8 @@ def averages_of(ema: EMA | PowerEMA | None) -> dict[Any, EMA]:
 def check_finite_weights(what: str, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise a ValueError if weights to save are not finite; no load would take them."""
     if problems := weight_problems(state, _buffers(model), state):
-        raise ValueError(f"{what}: {problems[0]}")
+        message = f"{what}: {problems[0]}"
+        raise ValueError(message)
 
 
 def _buffers(model: nn.Module) -> set[str]:

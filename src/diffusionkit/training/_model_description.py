@@ -1,4 +1,4 @@
-"""What a checkpoint knows of its score model: process, parameterization, noise label, network.
+"""Descriptions of score models: process, parameterization, noise label and network.
 
 Parts that are functions are compared by their values at a few times, whatever they are called: a
 process by alpha and sigma, a parameterization by its two coefficients, a label by the labels.

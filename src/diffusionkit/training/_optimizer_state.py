@@ -47,7 +47,8 @@ def saved_optimizer(optimizer: Optimizer | None, names: Mapping[int, str]) -> di
     try:
         _check_state(optimizer, names, state)
     except _Problem as problem:
-        raise ValueError(f"optimizer: {problem}") from None
+        message = f"optimizer: {problem}"
+        raise ValueError(message) from None
     all_names = [_names(group, names) for group in optimizer.param_groups]
     parts = (state, type(optimizer).__name__, all_names, _entries(state))
     return dict(zip(_PARTS, parts, strict=True))
@@ -101,7 +102,7 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 class _Problem(Exception):  # noqa: N818 - becomes the text of another error
-    """What is wrong with a state."""
+    """A state that does not fit; its text becomes that of another error."""
 
 
 def _wrong(what: str, expected: object, got: object) -> NoReturn:
