@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +38,7 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
     if isinstance(dims, (tuple, list)) and dims:
         for size in dims:
             check_count(size, "dims")
-        dims = math.prod(dims)
-    check_count(dims, "dims", most=2**48)
-    return nats / (dims * math.log(2))
+    count: Any = math.prod(dims) if isinstance(dims, (tuple, list)) and dims else dims
+    check_count(count, "dims", most=2**48)
+    bits: Tensor = nats / (count * math.log(2))
+    return bits

@@ -183,8 +183,8 @@ class LossSecondMomentTimes(TimeSampler):
             ValueError: if it is not one of this length, or holds negative or infinite numbers.
         """
         if not isinstance(state, Mapping) or {*state} != {"losses", "counts"}:
-            got = list(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state: expected losses and counts, got {got}")
+            found = list(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state: expected losses and counts, got {found}")
         for name, dtype in (("losses", torch.float64), ("counts", torch.int64)):
             value: Any = state[name]
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__

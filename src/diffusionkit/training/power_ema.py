@@ -220,7 +220,7 @@ def power_coefficients(
         raise ValueError(f"snapshots: expected distinct ones, got {sorted(snapshots)}")
     rows = [*snapshots, wanted]
     for updates, _ in rows:
-        check_count(updates, "updates")
+        check_count(updates, "updates", most=10**100)
     t = torch.tensor([float(updates) for updates, _ in rows], dtype=torch.float64)
     power = torch.tensor([power_exponent(s) + 1 for _, s in rows], dtype=torch.float64)
     both, earlier = power.unsqueeze(1) + power, torch.minimum(t.unsqueeze(1), t)
