@@ -13,8 +13,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {
-    "_checks", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision", "_returned",
-    "_schedules", "random",
+    "_checks", "_coefficients", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision",
+    "_returned", "_schedules", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
@@ -23,14 +23,15 @@ MAY_IMPORT = {
     "_distributed": set(),
     "_schedules": set(),
     "_gaussian": {"_precision", "_schedules"},
-    "_grid_times": {"_checks", "_precision", "_schedules", "values"},
+    "_coefficients": set(),
+    "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
     "_loops": set(),
     "_nfe": set(),
     "_precision": {"_checks"},
     "_returned": set(),
     "_wrappers": set(),
     "random": {"_checks"},
-    "values": {"_checks", "_precision"},
+    "values": {"_checks", "_coefficients", "_precision"},
     "interfaces": {*PRIVATE, "values"},
     "decoders": BASE,
     "_chain_terms": {*BASE, "decoders"},

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from support import seeded
 
 from diffusionkit import Perturbed, Prediction, Step, expand
-from diffusionkit.values import add_noise, linear
+from diffusionkit._coefficients import add_noise, linear
 
 
 def setup(dtype=torch.float64):

@@ -10,6 +10,7 @@ networks and loaders are imported from their sub-packages.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ._coefficients import expand
 from .control import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -137,7 +138,7 @@ from .training import (
     reconstruct_ema,
     save_checkpoint,
 )
-from .values import Perturbed, Prediction, Step, expand
+from .values import Perturbed, Prediction, Step
 
 try:
     __version__ = version("diffusionkit-torch")

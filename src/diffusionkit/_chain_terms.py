@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ._checks import check_part
+from ._coefficients import expand
 from ._gaussian import gaussian_kl
 from ._schedules import exact
 from .decoders import GaussianDecoder
 from .interfaces import ForwardSDE, ScoreModel
-from .values import Prediction, expand
+from .values import Prediction
 
 
 def prior_kl(sde: ForwardSDE, x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_state, check_times
+from ._coefficients import Coefficient
 from ._schedules import home, schedule_dtype, within
-from .values import Coefficient
 
 
 class _SDE(Protocol):

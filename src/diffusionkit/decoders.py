@@ -25,9 +25,9 @@ from ._checks import (
     fits,
     readable,
 )
+from ._coefficients import expand
 from ._gaussian import log_mass, log_normal_cdf
 from ._precision import at_least_float32
-from .values import expand
 
 __all__ = ["GaussianDecoder", "LevelDecoder", "Levels"]
 

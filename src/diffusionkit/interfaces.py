@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ._checks import check_floating_dtype, check_shape, check_state, check_times, check_transition
+from ._coefficients import linear
 from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
@@ -24,7 +25,7 @@ from ._precision import at_least_float32, narrowed, state_dtype
 from ._returned import check_each, per_time, wrap
 from ._schedules import bisect, drift_and_diffusion, exact, home, within
 from .random import Generators, randn, randn_like
-from .values import Perturbed, Prediction, Step, linear
+from .values import Perturbed, Prediction, Step
 
 _PER_TIME = {
     "marginal": per_time("alpha", "sigma"),

@@ -1,80 +1,16 @@
-r"""The frozen values that parts pass to one another: Perturbed, Prediction, Step.
-
-A coefficient is either a tensor of shape (B,), one number for each sample, or a plain float
-where the whole batch is at one time. `expand` prepares either for multiplying a state.
-"""
+"""The frozen values that parts pass to one another: Perturbed, Prediction, Step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ._checks import readable
+from ._coefficients import Coefficient, equals, linear, per_sample, scaled
 from ._precision import at_least_float32
-
-Coefficient: TypeAlias = Tensor | float
-
-
-def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
-    """Shape a coefficient (B,) so that it multiplies a state (B, *D).
-
-    Args:
-        coefficient: a tensor (B,), or a float, which is returned unchanged.
-        like: the state (B, *D).
-
-    Returns:
-        Tensor (B, 1, ..., 1) in the state's dtype, at least float32; or the float.
-    """
-    if not isinstance(coefficient, Tensor):
-        return coefficient
-    dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
-    return coefficient.to(dtype).view(-1, *(1,) * (like.ndim - 1))
-
-
-def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Tensor:
-    """Return first * x + second * y for coefficients (B,) or numbers, in the dtype of x."""
-    second = expand(second, y)
-    out = x * expand(first, x)
-    # In place: for images, fresh memory costs more than the arithmetic. Under vmap the sum may
-    # have a dimension that the product lacks.
-    fresh = _transformed()
-    if isinstance(second, Tensor):
-        out = torch.addcmul(out, y, second) if fresh else out.addcmul_(y, second)
-    else:
-        out = torch.add(out, y, alpha=second) if fresh else out.add_(y, alpha=second)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
-
-
-def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0) -> Tensor:
-    """Return mean + value * std * noise, in the dtype of mean.
-
-    The result reuses the noise's memory where no gradient is recorded: pass noise that is not
-    used elsewhere. The standard deviation is (B,), (B, 1, ..., 1) or a float.
-    """
-    out = None if torch.is_grad_enabled() or _transformed() else noise
-    if not isinstance(std, Tensor):
-        return torch.add(mean, noise, alpha=value * std, out=out)
-    factor = std if std.ndim == mean.ndim else cast(Tensor, expand(std, mean))
-    if factor.dtype == mean.dtype:
-        return torch.addcmul(mean, factor, noise, value=value, out=out)
-    return (mean + value * factor * noise).to(mean.dtype)
-
-
-def _transformed() -> bool:
-    """Return whether a transform of torch.func, such as vmap, is active."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def _per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:
-    """Return the coefficient as a tensor (B,) in the dtype of x, at least float32."""
-    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-    if isinstance(coefficient, Tensor):
-        return coefficient.to(dtype)
-    return torch.full((x.shape[0],), coefficient, dtype=dtype, device=x.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,18 +196,18 @@ class Prediction:
     @property
     def alpha(self) -> Tensor:
         """The scale of the data (B,)."""
-        return _per_sample(self._alpha, self._x)
+        return per_sample(self._alpha, self._x)
 
     @property
     def sigma(self) -> Tensor:
         """The standard deviation of the noise (B,)."""
-        return _per_sample(self._sigma, self._x)
+        return per_sample(self._sigma, self._x)
 
     @property
     def x0(self) -> Tensor:
         """The predicted data (B, *D)."""
         if self._x0 is None:
-            known = _is(self._b, 0.0) and _is(self._a, 1.0)
+            known = equals(self._b, 0.0) and equals(self._a, 1.0)
             self._x0 = self._output if known else self.combine(x=0.0, x0=1.0)
         return cast(Tensor, self._x0)
 
@@ -306,10 +242,10 @@ class Prediction:
     def _noise(self, factor: Coefficient) -> Tensor:
         """Return factor * eps in one pass over the state."""
         if self._eps is not None:
-            return _scaled(factor, self._eps)
+            return scaled(factor, self._eps)
         a, b, alpha = self._a, self._b, self._alpha
-        if _is(a, 0.0):
-            return _scaled(factor / b, cast(Tensor, self._output))
+        if equals(a, 0.0):
+            return scaled(factor / b, cast(Tensor, self._output))
         ratio = factor / (alpha * b - self._sigma * a)
         return linear(-ratio * a, self._x, ratio * alpha, cast(Tensor, self._output))
 
@@ -329,10 +265,10 @@ class Prediction:
         """
         if self._output is None:
             return linear(x, self._x, x0, cast(Tensor, self._x0))
-        if _is(self._b, 0.0):
+        if equals(self._b, 0.0):
             return linear(x, self._x, x0 / self._a, self._output)
         delta = self._alpha * self._b - self._sigma * self._a
-        if _is(delta, 0.0):
+        if equals(delta, 0.0):
             raise ValueError(
                 "model: expected a prediction of x0 or v at alpha = 0, got one of the noise or the "
                 "score, which does not determine the data there; start a little before"
@@ -351,7 +287,7 @@ class Prediction:
         Args:
             target: the data and noise to compare with.
         """
-        return _scaled(self.noise_factor(), self.output_error(target))
+        return scaled(self.noise_factor(), self.output_error(target))
 
     def output_error(self, target: Prediction) -> Tensor:
         """Return F - a x0 - b eps (B, *D), the error of the model's output.
@@ -366,10 +302,10 @@ class Prediction:
             # Of data and noise, the velocity alone determines both wherever alpha or sigma is 0.
             return self.v - target.v
         a, b = self._a, self._b
-        if _is(a, 0.0):  # b may be infinite: that of the score is at sigma = 0
+        if equals(a, 0.0):  # b may be infinite: that of the score is at sigma = 0
             return self.eps - target.eps
-        if _is(b, 0.0):
-            return self._output - _scaled(a, target.x0)
+        if equals(b, 0.0):
+            return self._output - scaled(a, target.x0)
         return self._output - linear(a, target.x0, b, target.eps)
 
     def noise_factor(
@@ -386,9 +322,9 @@ class Prediction:
         sigma = self._sigma if sigma is None else sigma
         if self._output is None:
             return alpha / (alpha * alpha + sigma * sigma)
-        if _is(a, 0.0):
+        if equals(a, 0.0):
             return 1.0
-        if _is(b, 0.0):
+        if equals(b, 0.0):
             return -alpha / (sigma * a)
         return alpha / (alpha * b - sigma * a)
 
@@ -407,14 +343,3 @@ def _check_shape(x: Tensor, value: Tensor, name: str) -> None:
 
 def _like(x: Tensor, value: Tensor) -> Tensor:
     return value if value.dtype == x.dtype else value.to(x.dtype)
-
-
-def _is(coefficient: Coefficient, value: float) -> bool:
-    return not isinstance(coefficient, Tensor) and coefficient == value
-
-
-def _scaled(factor: Coefficient, x: Tensor) -> Tensor:
-    if _is(factor, 1.0):
-        return x
-    out = x * expand(factor, x)
-    return out if out.dtype == x.dtype else out.to(x.dtype)

@@ -1,5 +1,6 @@
 """Gradients through the probability flow, and noise labels that jump along it."""
 
+import itertools
 import math
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_flow_through_numbered_levels(levels, method):
     edges = torch.atan(torch.sqrt(table[1:] * table[:-1])).tolist()
     knots = [first, *[e for e in edges if first < e < last], last]
     total = 0.0
-    for low, high in zip(knots[:-1], knots[1:], strict=True):
+    for low, high in itertools.pairwise(knots):
         middle = math.log(math.tan(0.5 * (low + high)))
         k = int((table.log() - middle).abs().argmin())
 

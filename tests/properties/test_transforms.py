@@ -8,6 +8,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 
 from diffusionkit import (
     DDIM,
+    EDMSDE,
     VESDE,
     VPSDE,
     Ancestral,
@@ -17,7 +18,6 @@ from diffusionkit import (
     DPMSolver2MSDE,
     DPMSolver2S,
     EDMModel,
-    EDMSDE,
     EDMWeighting,
     EpsModel,
     Euler,
@@ -91,12 +91,15 @@ def ensemble(function, kind, sde, *args, **kwargs):
     return vmap(one, **kwargs)(parameters, buffers), torch.stack([m(*args) for m in models])
 
 
-@pytest.mark.parametrize("sde", [s for n, s in SDES.items() if n != "learned"], ids=lambda s: type(s).__name__)  # fmt: skip
+@pytest.mark.parametrize("name", [name for name in SDES if name != "learned"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_predictions_of_an_ensemble(kind, sde):
+def test_predictions_of_an_ensemble(kind, name):
+    sde = SDES[name]
     t = torch.full((5,), 0.5 * sde.T, dtype=torch.float64)
-    for name in ("score", "x0", "eps", "v"):
-        got, right = ensemble(lambda m, x, t: getattr(m.predict(x, t), name), kind, sde, X, t)
+    for what in ("score", "x0", "eps", "v"):
+        got, right = ensemble(
+            lambda m, x, t, what=what: getattr(m.predict(x, t), what), kind, sde, X, t
+        )
         torch.testing.assert_close(got, right)
 
 

@@ -47,6 +47,7 @@ from diffusionkit import (
     ddim_encode,
     expand,
 )
+from diffusionkit._coefficients import add_noise
 from diffusionkit.random import NoisePath, rand, randn_like, step_noise
 from diffusionkit.sampling import (
     LinearPredictor,
@@ -55,7 +56,7 @@ from diffusionkit.sampling import (
     TwoStagePredictor,
 )
 from diffusionkit.testing import check_score_model
-from diffusionkit.values import Step, add_noise
+from diffusionkit.values import Step
 
 PREDICTORS = [
     DDIM(), Ancestral(), EulerMaruyama(), ReverseDiffusion(), Euler(), Heun(), Heun(churn=2.0),

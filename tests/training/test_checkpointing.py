@@ -288,7 +288,9 @@ def test_malicious_pickles_do_not_run(saved, tmp_path) -> None:
     state, victim = torch.load(saved, weights_only=True), tmp_path / "victim"
     for content in (Payload(victim), {**state, "extra": {"x": Payload(victim)}}):
         torch.save(content, saved)
-        rejected(saved, "expected a checkpoint written by save_checkpoint, got one that cannot be read")
+        rejected(
+            saved, "expected a checkpoint written by save_checkpoint, got one that cannot be read"
+        )
         torch.save(content, saved, _use_new_zipfile_serialization=False)
         rejected(saved, "expected a checkpoint written by save_checkpoint, got")
     assert not victim.exists()

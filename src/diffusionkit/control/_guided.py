@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_part, readable
+from .._coefficients import Coefficient, expand, linear
 from .._grid_times import copy_grid_point, kernel
 from .._precision import NetworkDtype, arithmetic_dtype, at_least_float32, backward_factor
 from ..interfaces import ScoreModel
-from ..values import Coefficient, Prediction, expand, linear
+from ..values import Prediction
 
 
 class GuidedModel(ScoreModel):

@@ -18,6 +18,7 @@ from .._checks import (
     check_state,
     readable,
 )
+from .._coefficients import expand
 from .._grid_times import kernel
 from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
@@ -27,7 +28,6 @@ from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes, times_and_weights
-from ..values import expand
 from ._guided import shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)

@@ -11,9 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_finite, check_part, check_state
+from .._coefficients import add_noise, linear
 from ..interfaces import Constraint
 from ..random import Generators, randn_like
-from ..values import add_noise, linear
 from .operators import Gray, LinearOperator, Mask, Matrix, check_operator
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_callable, check_flag, check_number, readable
+from .._coefficients import Coefficient, expand, linear
 from .._grid_times import kernel
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
-from ..values import Coefficient, Prediction, expand, linear
+from ..values import Prediction
 from ._guided import (
     GuidedModel,
     check_scale,

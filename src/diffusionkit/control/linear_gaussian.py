@@ -19,10 +19,11 @@ from .._checks import (
     check_state,
     readable,
 )
+from .._coefficients import Coefficient, expand
 from .._precision import at_least_float32
 from ..interfaces import ScoreModel
 from ..random import randn_like
-from ..values import Coefficient, Prediction, expand
+from ..values import Prediction
 from ._guided import GuidedModel, gradient, shape_or_type
 
 Linear = Callable[[Tensor], Tensor]

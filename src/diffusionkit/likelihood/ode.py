@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_finite, check_part, check_range, check_state, check_t_min
+from .._coefficients import Coefficient
 from .._flow_solver import Solver, angles, radii
 from .._grid_times import schedule
 from .._precision import (
@@ -24,7 +25,6 @@ from .._precision import (
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
-from ..values import Coefficient
 from .divergence import Divergence, Hutchinson
 
 

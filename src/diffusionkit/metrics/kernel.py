@@ -34,10 +34,10 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
         \qquad k(x, y) = \left(\frac{x^\top y}{d} + 1\right)^3
 
     over all pairs, in float64 and by blocks: memory is linear and time quadratic in m + n. Terms of
-    the kernel that depend on one of its arguments cancel and are left out, so that features far from
-    zero lose no digits. The
-    often quoted mean over 100 random subsets of 1,000 estimates the same number with more noise,
-    and the spread of those subsets is not the standard error of their mean.
+    the kernel that depend on one of its arguments cancel and are left out, so that features far
+    from zero lose no digits. The often quoted mean over 100 random subsets of 1,000 estimates the
+    same number with more noise, and the spread of those subsets is not the standard error of their
+    mean.
 
     The standard error is the root of the first two terms of Hoeffding's decomposition,
 

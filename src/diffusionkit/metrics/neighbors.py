@@ -35,9 +35,9 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
     r"""Return improved precision and recall, density and coverage.
 
     The closed ball of a sample extends to its k-th nearest neighbor in its own set. Distances are
-    computed by blocks in float64, about the features' center. If a distance from a matrix product is too close to a radius to
-    decide, it is recomputed from differences, so that copies and ties are exact. Memory is that
-    of the features and a few blocks, for any n.
+    computed by blocks in float64, about the features' center. If a distance from a matrix product
+    is too close to a radius to decide, it is recomputed from differences, so that copies and ties
+    are exact. Memory is that of the features and a few blocks, for any n.
 
     All four depend on k and the numbers of samples: compare only results with equal settings.
     Published results use k = 3 for precision and recall, k = 5 for density and coverage.

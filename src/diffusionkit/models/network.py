@@ -11,10 +11,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_callable, check_choice, check_data_range, check_part
+from .._coefficients import Coefficient
 from .._grid_times import evaluate, floats, kernel_tensors
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
-from ..values import Coefficient, Prediction
+from ..values import Prediction
 from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel, checked_label
 
 _LEARNED = ("learned_range", "learned")

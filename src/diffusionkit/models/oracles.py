@@ -20,11 +20,12 @@ from .._checks import (
     check_times,
     numbers,
 )
+from .._coefficients import expand
 from .._precision import at_least_float32
 from .._schedules import exact
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators, rand, randn
-from ..values import Prediction, expand
+from ..values import Prediction
 
 _LEAST = 1e-100  # of standard deviations, so that their squares and ratios are finite
 

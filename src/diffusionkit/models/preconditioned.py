@@ -10,9 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_positive
+from .._coefficients import expand
 from .._grid_times import evaluate
 from ..interfaces import ForwardSDE
-from ..values import expand
 from .labels import Label, LogSigmaLabel
 from .network import NetworkModel
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_part
+from .._coefficients import expand
 from .._grid_times import kernel
 from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
-from ..values import Prediction, expand
+from ..values import Prediction
 
 
 class ScheduleTransformedModel(ScoreModel):

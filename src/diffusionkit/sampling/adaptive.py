@@ -11,12 +11,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_positive, check_step_times
+from .._coefficients import linear
 from .._grid_times import exact_times, grid_points
 from .._precision import at_least_float32
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, rand
-from ..values import Prediction, linear
+from ..values import Prediction
 from .brownian import BrownianPath
 from .predictors import check_rates
 

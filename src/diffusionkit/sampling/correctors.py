@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_count, check_positive
+from .._coefficients import add_noise, expand
 from .._grid_times import kernel
 from ..interfaces import Corrector, ScoreModel, Step
 from ..random import Generators, randn_like
-from ..values import add_noise, expand
 
 # The dimension at which the step size follows the norm of the score halfway, see `Langevin`.
 _HALFWAY = 64

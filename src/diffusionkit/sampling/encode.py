@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_part, check_state
+from .._coefficients import Coefficient
 from .._grid_times import grid_times, kernel, noise_at
 from .._loops import Progress, evaluation_mode, with_progress
 from .._precision import at_least_float32
 from ..interfaces import ScoreModel
-from ..values import Coefficient
 from ._start import result
 from .grids import Grid, resolve_grid
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_number, check_positive
+from .._coefficients import Coefficient, linear
 from .._precision import at_least_float32
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, randn_like
-from ..values import Coefficient, linear
 from .predictors import LinearPredictor, StepCoefficients, check_rates
 from .two_stage import StageCoefficients, TwoStagePredictor, vanishes
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_known, check_number, check_same, check_state, readable
+from .._coefficients import linear
 from .._schedules import exact
-from ..values import linear
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:

@@ -23,11 +23,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_step_times, readable
+from .._coefficients import Coefficient, add_noise, linear
 from .._grid_times import GridPoint, by_row, exact_times, grid_points
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, step_noise
-from ..values import Coefficient, add_noise, linear
 from .predictors import StepCoefficients
 
 # Sixteen points: 2e-15 of the integral even in a step of length 10 in l, half of the whole range.

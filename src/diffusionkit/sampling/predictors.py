@@ -16,11 +16,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_number, check_step_times, readable
+from .._coefficients import Coefficient, add_noise, expand
 from .._grid_times import by_row, exact_times, grid_point, grid_points, kernel
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, step_noise
-from ..values import Coefficient, Prediction, add_noise, expand
+from ..values import Prediction
 
 C = TypeVar("C")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._coefficients import Coefficient, add_noise, linear
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, step_noise
-from ..values import Coefficient, add_noise, linear
 from .predictors import Ancestral, StepCoefficients, TabulatedPredictor
 from .two_stage import vanishes
 

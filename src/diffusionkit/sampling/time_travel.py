@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
+from .._coefficients import add_noise
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, Step
 from ..random import Generators, randn_like
-from ..values import add_noise
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
+from .._coefficients import Coefficient, linear
 from ..interfaces import ScoreModel, Step
 from ..random import Generators
-from ..values import Coefficient, linear
 from .predictors import StepCoefficients, TabulatedPredictor
 
 

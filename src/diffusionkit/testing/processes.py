@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_part
+from .._coefficients import expand
 from .._grid_times import grid_times
 from .._schedules import drift_and_diffusion
 from ..interfaces import ForwardSDE
-from ..values import expand
 from .report import Report, largest_difference, run_checks
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_flag, check_part, check_shape
+from .._coefficients import expand
 from .._grid_times import grid_times
 from .._loops import evaluation_mode
 from .._precision import network_dtype, state_dtype
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Prediction, ScoreModel
-from ..values import expand
 from .report import Check, Report, run_checks
 
 
