@@ -154,7 +154,8 @@ class Solver:
                 width = abs(segment[1] - segment[0])
                 bounds = (low, high)
                 if len(knots) > 2:
-                    bounds = _inside(*(float(time_at(angle)) for angle in sorted(segment)), dtype)
+                    ends = [float(time_at(angle)) for angle in sorted(segment)]
+                    bounds = _inside(ends[0], ends[1], dtype)
                 path = torchdiffeq.odeint(
                     velocity,
                     state,
@@ -209,7 +210,7 @@ def label_jumps(model: ScoreModel) -> Tensor:
     labels = (getattr(part, "label", None) for part in model.modules())
     found = [jumps for jumps in (getattr(label, "jumps", None) for label in labels)
              if isinstance(jumps, Tensor) and len(jumps) < _MOST_JUMPS]  # fmt: skip
-    return torch.cat(found).unique() if found else torch.zeros(0)
+    return torch.unique(torch.cat(found)) if found else torch.zeros(0)
 
 
 def radii(sde: ForwardSDE, *times: float) -> list[float]:

@@ -75,7 +75,7 @@ def bare_networks(model: nn.Module) -> Iterator[None]:
                     setattr(parent, name, _wrappers.pop((id(parent), name)))
 
 
-def check_progress(progress: Progress) -> None:
+def check_progress(progress: object) -> None:
     """Raise unless `progress` is True, False or a callable that wraps an iterable."""
     if not (isinstance(progress, bool) or callable(progress)):
         got = type(progress).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ def _forward_mode(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tens
         return torch.log(alpha), sigma * sigma
 
     at = t.clamp_min(1e-12 * T)
-    (_, variance), (f, growth) = torch.func.jvp(values, (at,), (torch.ones_like(at),))
+    both: Any = torch.func.jvp(values, (at,), (torch.ones_like(at),))
+    (_, variance), (f, growth) = both
     return f, torch.sqrt((growth - 2 * f * variance).clamp_min(0.0))
 
 
