@@ -1,0 +1,85 @@
+"""Arithmetic of coefficients and states.
+
+A coefficient is either a tensor of shape (B,), one number for each sample, or a plain float
+where the whole batch is at one time. `expand` prepares either for multiplying a state.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+Coefficient: TypeAlias = Tensor | float
+
+
+def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
+    """Shape a coefficient (B,) so that it multiplies a state (B, *D).
+
+    Args:
+        coefficient: a tensor (B,), or a float, which is returned unchanged.
+        like: the state (B, *D).
+
+    Returns:
+        Tensor (B, 1, ..., 1) in the state's dtype, at least float32; or the float.
+    """
+    if not isinstance(coefficient, Tensor):
+        return coefficient
+    dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
+    return coefficient.to(dtype).view(-1, *(1,) * (like.ndim - 1))
+
+
+def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Tensor:
+    """Return first * x + second * y for coefficients (B,) or numbers, in the dtype of x."""
+    second = expand(second, y)
+    out = x * expand(first, x)
+    # In place: for images, fresh memory costs more than the arithmetic. Under vmap the sum may
+    # have a dimension that the product lacks.
+    fresh = _transformed()
+    if isinstance(second, Tensor):
+        out = torch.addcmul(out, y, second) if fresh else out.addcmul_(y, second)
+    else:
+        out = torch.add(out, y, alpha=second) if fresh else out.add_(y, alpha=second)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0) -> Tensor:
+    """Return mean + value * std * noise, in the dtype of mean.
+
+    The result reuses the noise's memory where no gradient is recorded: pass noise that is not
+    used elsewhere. The standard deviation is (B,), (B, 1, ..., 1) or a float.
+    """
+    out = None if torch.is_grad_enabled() or _transformed() else noise
+    if not isinstance(std, Tensor):
+        return torch.add(mean, noise, alpha=value * std, out=out)
+    factor = std if std.ndim == mean.ndim else cast(Tensor, expand(std, mean))
+    if factor.dtype == mean.dtype:
+        return torch.addcmul(mean, factor, noise, value=value, out=out)
+    return (mean + value * factor * noise).to(mean.dtype)
+
+
+def _transformed() -> bool:
+    """Return whether a transform of torch.func, such as vmap, is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:
+    """Return the coefficient as a tensor (B,) in the dtype of x, at least float32."""
+    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+    if isinstance(coefficient, Tensor):
+        return coefficient.to(dtype)
+    return torch.full((x.shape[0],), coefficient, dtype=dtype, device=x.device)
+
+
+def equals(coefficient: Coefficient, value: float) -> bool:
+    """Return whether a coefficient is a given number, for the whole batch."""
+    return not isinstance(coefficient, Tensor) and coefficient == value
+
+
+def scaled(factor: Coefficient, x: Tensor) -> Tensor:
+    """Return factor * x for a coefficient (B,) or a number, in the dtype of x."""
+    if equals(factor, 1.0):
+        return x
+    out = x * expand(factor, x)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
