@@ -359,7 +359,7 @@ def as_item(item: object, name: str) -> Tensor:
         return torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:
         got = type(item).__name__
-        raise TypeError(f"{name}: expected items that are tensors, got {got}") from error
+        raise TypeError(f"{name}: expected a tensor or numbers, got {got}") from error
 
 
 def check_known(x: Tensor, name: str) -> None:

@@ -197,7 +197,8 @@ class GaussianDecoder:
             log_var: the log-variances log(s^2), broadcastable to (B, *D).
         """
         for name, value in (("x", x), ("mean", mean), ("log_var", log_var)):
-            check_state(value, name)
+            if not isinstance(value, Tensor) or value.ndim:  # a number for all pixels
+                check_state(value, name)
             if not fits(value, x):
                 raise ValueError(
                     f"{name}: expected a shape that fits that of x, {tuple(x.shape)}, "

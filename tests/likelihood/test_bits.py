@@ -19,5 +19,5 @@ def test_bad_input() -> None:
         bits_per_dim(3.0, 3)
     with pytest.raises(ValueError, match="dims"):
         bits_per_dim(torch.zeros(1), 0)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="dims"):
         bits_per_dim(torch.zeros(1), (3, 0))

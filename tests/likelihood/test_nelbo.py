@@ -213,7 +213,7 @@ def test_bad_input() -> None:
         NELBO(model, divergence="hutchinson")
     with pytest.raises(ValueError, match="t_min"):
         NELBO(model, t_min=2.0)
-    with pytest.raises(ValueError, match="expected a time with sigma > 0, got 0"):
+    with pytest.raises(ValueError, match="t_min: expected a time with noise, got 0"):
         NELBO(model, t_min=0.0)(torch.ones(2, 3))
     with pytest.raises(TypeError, match="floating-point"):
         NELBO(model)(torch.ones(2, 3, dtype=torch.int64))

@@ -329,7 +329,7 @@ def test_a_process_without_signal_at_the_end():
     torch.testing.assert_close(result.log_prob, expected, rtol=0, atol=1e-3)
     x = ProbabilityFlow(model, **TIGHT).decode(result.latent)
     torch.testing.assert_close(x, draw(3, 2), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0: a model of the noise"):
+    with pytest.raises(ValueError, match="model: expected a prediction of x0 or v at alpha = 0"):
         ProbabilityFlow(EpsModel(lambda x, noise_label: x, Straight())).decode(torch.ones(1, 2))
 
 

@@ -1,7 +1,4 @@
-"""Gradients through the probability flow, and noise labels that jump along it."""
-
-import itertools
-import math
+"""Gradients through the probability flow."""
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from diffusionkit import (
     EpsModel,
     ExactDivergence,
     Hutchinson,
-    IndexLabel,
     ODELikelihood,
     ProbabilityFlow,
     SubVPSDE,
@@ -97,35 +93,3 @@ def test_without_the_option_nothing_is_recorded():
     with torch.no_grad():
         found = ODELikelihood(model, differentiable=True)(x, generator=seeded())
     assert not found.log_prob.requires_grad
-
-
-@pytest.mark.parametrize("levels", [4, 12])
-@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
-def test_a_flow_through_numbered_levels(levels, method):
-    """With eps = c_k x at level k, d log z / d theta = (c_k - sin) / cos: exact by segments."""
-    sde = VPSDE()
-    table = torch.logspace(-2, 2, levels, dtype=torch.float64)
-    c = torch.rand(levels, generator=seeded(), dtype=torch.float64)
-    model = EpsModel(
-        lambda x, label: c[label.long()].unsqueeze(1) * x, sde, label=IndexLabel(table)
-    )
-    ends = torch.tensor([sde.t_min, sde.T], dtype=torch.float64)
-    alpha, sigma = sde.marginal(ends)
-    first, last = torch.atan2(sigma, alpha).tolist()
-    edges = torch.atan(torch.sqrt(table[1:] * table[:-1])).tolist()
-    knots = [first, *[e for e in edges if first < e < last], last]
-    total = 0.0
-    for low, high in itertools.pairwise(knots):
-        middle = math.log(math.tan(0.5 * (low + high)))
-        k = int((table.log() - middle).abs().argmin())
-
-        def integral(theta, k=k):
-            return float(c[k]) * math.asinh(math.tan(theta)) + math.log(math.cos(theta))
-
-        total += integral(high) - integral(low)
-    x = torch.tensor([[0.3, -0.5]], dtype=torch.float64)
-    z = x * math.exp(total)
-    right = -0.5 * z.square().sum(1) - math.log(2 * math.pi) + 2 * total
-    found = ODELikelihood(model, divergence=ExactDivergence(), method=method)(x)
-    torch.testing.assert_close(found.log_prob, right, rtol=0, atol=2e-4)
-    torch.testing.assert_close(ProbabilityFlow(model, method).encode(x), z, rtol=2e-4, atol=0)

@@ -195,7 +195,9 @@ def test_learned_variances_require_channels() -> None:
 
 
 def test_unknown_variances_raise() -> None:
-    with pytest.raises(ValueError, match=r"learned_range, learned, fixed_small, .* got 'large'"):
+    with pytest.raises(
+        ValueError, match=r"variance: expected one of .*learned_range.* got 'large'"
+    ):
         EpsModel(torch.nn.Identity(), VPSDE(), variance="large")
 
 

@@ -50,7 +50,12 @@ def times(sde, u):
     return t.clamp(sde.t_min, sde.T)
 
 
-fractions = st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3, unique=True).map(sorted)
+# Not closer than the rounding with which chains meet the ends of their steps.
+fractions = (
+    st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3, unique=True)
+    .map(sorted)
+    .filter(lambda u: min(u[1] - u[0], u[2] - u[1]) > 1e-9)
+)
 
 
 @pytest.mark.parametrize("time", REFERENCE)
@@ -81,6 +86,8 @@ def test_edm_time_is_the_noise():
 @given(u=fractions)
 def test_drift_and_diffusion_are_derivatives_of_the_marginals(sde, u):
     t = times(sde, u)
+    if isinstance(sde, DDPMChain):  # f and g jump at the steps
+        t = ((t * sde.steps).floor().clamp_max(sde.steps - 1) + 0.5) / sde.steps
     plain = MarginalOnly(sde)
     drift = plain.drift_coefficient(t)
     torch.testing.assert_close(sde.drift_coefficient(t), drift, rtol=1e-10, atol=1e-14)

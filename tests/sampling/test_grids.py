@@ -90,9 +90,7 @@ def test_grids_given_as_times_or_callables(mixture):
 
 
 def test_a_rule_that_is_infinite_at_the_end_raises():
-    with pytest.raises(
-        ValueError, match="t_end: expected a time at which LogSNRGrid is finite, got 0"
-    ):
+    with pytest.raises(ValueError, match="t_end: expected a time with noise for LogSNRGrid, got 0"):
         LogSNRGrid(t_end=0.0)(VPSDE(), 5)
 
 

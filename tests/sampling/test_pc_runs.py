@@ -211,7 +211,7 @@ def test_a_given_state_is_used_and_not_modified(mixture):
 def test_a_state_is_drawn_only_if_the_grid_begins_at_the_prior(mixture):
     grid = torch.tensor([0.3, 0.1]) * mixture.sde.T
     sampler = PCSampler(mixture, DDIM(), grid=grid)
-    with pytest.raises(ValueError, match="grid: expected to begin near T"):
+    with pytest.raises(ValueError, match="grid: expected to begin with the prior's noise"):
         sampler((2, 2))
     assert sampler(torch.ones(2, 2)).shape == (2, 2)
 

@@ -204,7 +204,9 @@ def test_a_model_without_a_variance_raises(variance) -> None:
         ValueError, match=r"predicts a variance, such as .*learned_range.*, got none"
     ):
         Ancestral(variance="model").step(model, X, f64(0.16), f64(0.14))
-    with pytest.raises(ValueError, match='"posterior", "forward" or "model", got \'large\''):
+    with pytest.raises(
+        ValueError, match="variance: expected one of 'posterior', 'forward', 'model', got 'large'"
+    ):
         Ancestral(variance="large")
 
 

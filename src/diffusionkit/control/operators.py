@@ -138,7 +138,7 @@ class Mask(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         check_state(x)
         mask = self.mask.to(torch.bool, x.device)
-        if not fits(mask, x):
+        if not (fits(mask, x) or fits(x, mask)):
             raise ValueError(
                 f"x: expected data that fit the mask, {tuple(mask.shape)}, got {tuple(x.shape)}"
             )

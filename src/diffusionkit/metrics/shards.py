@@ -108,7 +108,7 @@ def sample_to_shards(
     [4, 4, 2]
     """
     check_callable(draw, "draw")
-    check_count(count, "count")
+    check_count(count, "count", most=2**63 - 1)
     check_count(batch_size, "batch_size")
     check_count(seed, "seed", least=0, most=2**63 - 1)
     rank, world_size = rank_and_world_size(rank, world_size)
@@ -183,7 +183,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         got = sorted(about) if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"{expected} {got}")
     try:
-        check_count(about["count"], "count")
+        check_count(about["count"], "count", most=2**63 - 1)
         check_count(about["batch_size"], "batch_size")
         check_count(about["seed"], "seed", least=0, most=2**63 - 1)
         about["data_range"] = _range(about["data_range"])

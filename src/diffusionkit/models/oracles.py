@@ -209,7 +209,7 @@ class EmpiricalModel(ScoreModel):
         mean = softmax_mean(parts)
         eps = torch.where(noise > 0, (query - alpha * mean) / sigma, 0.0)
         eps, x0 = (y.view(x.shape).to(x.dtype) for y in (eps, mean + self._center))
-        return Prediction(x, x0, eps, alpha.squeeze(1), sigma.squeeze(1))
+        return Prediction(x, x0, eps, alpha.squeeze(1), noise.squeeze(1))
 
 
 def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

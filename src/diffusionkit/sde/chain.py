@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_sequence, check_times, check_transition
+from .._checks import as_item, check_times, check_transition
 from .._schedules import schedule_dtype, slack, snapped
 from ..interfaces import ForwardSDE
 from ._subsequence import subsequence
@@ -38,12 +38,7 @@ class Chain(ForwardSDE):
             TypeError: if the steps are not integers.
             ValueError: if a step is outside 0 ... N - 1.
         """
-        if not isinstance(step, Tensor):
-            whole = [step] if isinstance(step, int) else step
-            check_sequence(whole, "step")
-            for n in whole:
-                check_count(n, "step", least=0)
-        i = torch.as_tensor(step)
+        i = step if isinstance(step, Tensor) else as_item(step, "step")
         if i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
             raise TypeError(f"step: expected integers, got {i.dtype}")
         if i.numel() and not (int(i.min()) >= 0 and int(i.max()) < self.steps):
