@@ -19,6 +19,15 @@ SDES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _gradients_stay_enabled():
+    """Fail the test that leaves gradients disabled, not those that follow."""
+    yield
+    enabled = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert enabled, "expected gradients enabled after the test"
+
+
 @pytest.fixture(scope="session", params=SDES)
 def sde(request) -> ForwardSDE:
     return SDES[request.param]

@@ -171,7 +171,7 @@ def test_gradients_are_finite_and_point_to_the_data(log_scale) -> None:
     [
         ({"levels": 1}, ValueError, "levels: expected an integer >= 2, got 1"),
         ({"low": 1.0}, ValueError, "expected finite low < high, got 1.0 and 1.0"),
-        ({"cdf": "erf"}, ValueError, 'cdf: expected "exact" or "tanh", got \'erf\''),
+        ({"cdf": "erf"}, ValueError, "cdf: expected one of 'exact', 'tanh', got 'erf'"),
     ],
 )
 def test_invalid_gaussian_decoders_raise(parts, error, match) -> None:

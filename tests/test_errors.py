@@ -399,7 +399,7 @@ for name, call in {
         lambda call=call: call(0))  # fmt: skip
     bad(f"generator-{name}-seeds", TypeError, r"expected a torch\.Generator.*got list",
         lambda call=call: call([0, 1, 2]))  # fmt: skip
-bad("generator-StratifiedTimes", TypeError, r"expected a torch\.Generator or None, got list",
+bad("generator-StratifiedTimes", ValueError, r"expected a torch\.Generator or None, got list",
     lambda: StratifiedTimes().sample(VP, 3, generator=generators(3)))  # fmt: skip
 
 # Arguments of the wrong type: a network for a model, a class for an instance.

@@ -330,7 +330,7 @@ KNOWN = Inpainting(torch.tensor([NAN, 1.0]), torch.tensor([0, 1]))
             TypeError,
             "known: expected a f",
         ),
-        (lambda: Inpainting(torch.ones(2), None), TypeError, "mask: expected a Tensor"),
+        (lambda: Inpainting(torch.ones(2), None), TypeError, "mask: expected a tensor"),
         (lambda: Colorization(X), ValueError, r"gray: expected images \(\.\.\., 1, H, W\)"),
         (lambda: Colorization(torch.full((1, 2, 2), NAN)), ValueError, "gray: expected finite"),
         (lambda: Colorization(torch.ones(1, 2, 2), channels=0), ValueError, "channels"),

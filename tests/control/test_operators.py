@@ -239,7 +239,7 @@ def test_inverse_that_returns_too_much():
         (lambda: Blur([1.0], (4,)), TypeError, "kernel: expected a tensor"),
         (lambda: Blur(torch.ones(5), (4,)), ValueError, r"no longer than the data's, \(4,\)"),
         (lambda: Blur(torch.ones(3, 3), (4,)), ValueError, "kernel: expected 1 axes"),
-        (lambda: Blur(torch.ones(3), 4), TypeError, "size: expected a Sequence, got int"),
+        (lambda: Blur(torch.ones(3), 4), TypeError, "size: expected a sequence, got int"),
         (lambda: Blur(torch.zeros(3), (4,)), ValueError, "non-zero"),
         (lambda: Blur(torch.tensor([float("nan")]), (4,)), ValueError, "kernel: expected finite"),
         (lambda: Blur(torch.ones(3), (4,), floor=1.0), ValueError, r"floor: .*\(0, 1\), got 1"),

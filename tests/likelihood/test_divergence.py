@@ -172,7 +172,11 @@ def test_sums_are_in_float64():
     [
         (lambda: Hutchinson(0), ValueError, "probes: expected an integer >= 1, got 0"),
         (lambda: Hutchinson(1.0), TypeError, "probes: expected an integer, got float"),
-        (lambda: Hutchinson(noise="cauchy"), ValueError, "noise: expected 'rademacher' or 'gauss"),
+        (
+            lambda: Hutchinson(noise="cauchy"),
+            ValueError,
+            "noise: expected one of 'rademacher', 'gauss",
+        ),
         (lambda: ExactDivergence(0), ValueError, "chunk: expected an integer >= 1, got 0"),
     ],
 )

@@ -195,9 +195,7 @@ def test_learned_variances_require_channels() -> None:
 
 
 def test_unknown_variances_raise() -> None:
-    with pytest.raises(
-        ValueError, match=r"variance: expected one of .*learned_range.* got 'large'"
-    ):
+    with pytest.raises(ValueError, match="variance: expected one of 'learned_range'"):
         EpsModel(torch.nn.Identity(), VPSDE(), variance="large")
 
 

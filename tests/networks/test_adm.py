@@ -183,7 +183,7 @@ def test_released_numbers(tmp_path: Path) -> None:
         ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
         ({"low_res_channels": 0}, ValueError, "low_res_channels: expected an integer >= 1, got 0"),
         ({"out_channels": 0}, ValueError, "out_channels: expected an integer >= 1, got 0"),
-        ({"data_range": (2.0, 1.0)}, ValueError, "data_range: expected finite, increasing"),
+        ({"data_range": (2.0, 1.0)}, ValueError, "data_range: expected finite low < high"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

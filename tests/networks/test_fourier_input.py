@@ -75,12 +75,12 @@ def test_wraps_the_networks_of_the_library() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(TypeError, match="network: expected a module, got function"):
+    with pytest.raises(TypeError, match="network: expected a Module, got function"):
         FourierFeatures(lambda x, noise_label: x)
     with pytest.raises(ValueError, match="exponents: expected at least one entry, got none"):
         FourierFeatures(Seen(), exponents=())
     for bad in (1.5, True):
-        with pytest.raises(TypeError, match="exponents: expected integers"):
+        with pytest.raises(TypeError, match="exponents: expected an integer"):
             FourierFeatures(Seen(), exponents=(1, bad))
     with pytest.raises(TypeError, match=r"floating-point tensor, got torch.int64"):
         FourierFeatures(Seen())(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1))

@@ -169,7 +169,7 @@ T = torch.zeros(2)
     [
         (X[:, :2], T, None, ValueError, r"\(B, 3\), got \(2, 2\)"),
         (X[:, :, None], T, None, ValueError, r"\(B, 3\), got \(2, 3, 1\)"),
-        (X[:0], T[:0], None, ValueError, "expected a non-empty tensor"),
+        (X[:0], T[:0], None, ValueError, "expected a non-empty batch"),
         (X.double(), T, None, TypeError, "dtype of the network, torch.float32, got torch.float64"),
         (X, T[:1], None, ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
         (X, T, torch.tensor([0, 0]), TypeError, "class_labels: expected None"),

@@ -41,7 +41,7 @@ def test_input(function, x, error, message) -> None:
     [
         ([], ValueError, "kernel: expected at least one tap, got none"),
         (3.0, TypeError, "kernel: expected a sequence of numbers or a tensor, got float"),
-        ("ab", TypeError, "kernel: expected a number, got str"),
+        ("ab", TypeError, "kernel: expected a sequence of numbers or a tensor, got str"),
         ([[1, 1], [1, 1]], TypeError, r"kernel: expected a number, got list"),
         ([1.0, float("nan")], ValueError, "kernel: expected a finite number, got nan"),
         ([1.0, float("inf")], ValueError, "kernel: expected a finite number, got inf"),

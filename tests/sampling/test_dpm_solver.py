@@ -182,7 +182,11 @@ def test_2m_sde_is_of_weak_order_two(eta, solver):
         (lambda: DPMSolver2MSDE(-1.0), ValueError, "eta: expected a finite number >= 0, got -1"),
         (lambda: DPMSolver2MSDE(math.inf), ValueError, "eta: expected a finite number >= 0"),
         (lambda: DPMSolver2MSDE(None), TypeError, "eta: expected a number, got NoneType"),
-        (lambda: DPMSolver2MSDE(solver="euler"), ValueError, 'solver: expected "midpoint" or "h'),
+        (
+            lambda: DPMSolver2MSDE(solver="euler"),
+            ValueError,
+            "solver: expected one of 'midpoint', 'h",
+        ),
     ],
 )
 def test_invalid_settings_raise(make, error, message):

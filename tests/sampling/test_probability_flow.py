@@ -164,7 +164,7 @@ def test_a_noise_model_without_signal_at_T_raises():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (lambda t: (1.0, t), "expected alpha as a tensor of the shape of t"),
+        (lambda t: (t[:0], t), "expected alpha as a tensor of the shape of t"),
         (lambda t: (torch.ones_like(t), t / 0.0), r"expected finite values, got sigma\(1\) = inf"),
     ],
 )

@@ -167,11 +167,14 @@ BROKEN_MODELS = [
     (NoGradient(), "gradient: the prediction is not differentiable in x"),
     (Rotates(), "symmetric: the Jacobian of the score is not symmetric"),
     (NotFinite(), "prediction: x0: expected finite values, got "),
-    (FlatOutput(), "prediction: eps: expected shape (4, 3) and torch.float32, got (4, 1)"),
+    (
+        FlatOutput(),
+        "prediction: raised ValueError: eps: expected the shape of x, (4, 3), got (4, 1)",
+    ),
     (DoubleOutput(), "prediction: x0: expected shape (4, 3) and torch.float32, got (4, 3) and "),
     (AnotherX0(), "prediction: x0 and eps do not satisfy x = alpha x0 + sigma eps"),
     (AnotherScore(), "prediction: the score is not -eps / sigma"),
-    (ReturnsATensor(), "prediction: expected predict to return a Prediction, got Tensor"),
+    (ReturnsATensor(), "prediction: raised TypeError: ReturnsATensor: expected a Prediction, got"),
     (Raises(), "prediction: raised RuntimeError: not today"),
 ]
 

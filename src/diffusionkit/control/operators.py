@@ -22,7 +22,6 @@ from .._checks import (
     check_part,
     check_sequence,
     check_state,
-    fits,
     readable,
 )
 from .._precision import at_least_float32
@@ -138,7 +137,8 @@ class Mask(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         check_state(x)
         mask = self.mask.to(torch.bool, x.device)
-        if not (fits(mask, x) or fits(x, mask)):
+        sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
+        if any(n != m and 1 not in (n, m) for n, m in sizes):
             raise ValueError(
                 f"x: expected data that fit the mask, {tuple(mask.shape)}, got {tuple(x.shape)}"
             )
