@@ -32,6 +32,7 @@ def value_checks() -> Iterator[None]:
     sampling fails there, run it inside `with value_checks():`, or with the environment variable
     DIFFUSIONKIT_CHECKS=1. Compiled code and `torch.func` transforms are never checked.
 
+    >>> from diffusionkit.testing import value_checks
     >>> with value_checks():
     ...     pass  # train, sample
     """

@@ -137,8 +137,8 @@ class ExactDivergence(Divergence):
         TypeError: if chunk is not an integer.
 
     >>> x = torch.tensor([[1.0, 2.0]])
-    >>> ExactDivergence()(lambda x: x**2, x, None)[1]
-    tensor([[6.]], dtype=torch.float64)
+    >>> ExactDivergence()(lambda x: x**2, x, None)[1].tolist()
+    [[6.0]]
     """
 
     def __init__(self, chunk: int = 32) -> None:
