@@ -79,7 +79,7 @@ def true_distance(mean: float, half: float) -> float:
 )
 def test_mean_and_standard_error(m, n, d, mean, half, excess) -> None:
     """Over many draws: no bias, and errors equal to the spread or, for equal sets, larger."""
-    draws, generator = 1500, seeded(m + n)
+    draws, generator = 600, seeded(m + n)
     found = [
         kernel_distance(uniform(m, d, generator), uniform(n, d, generator, mean, half))
         for _ in range(draws)

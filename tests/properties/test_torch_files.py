@@ -84,7 +84,7 @@ def places(value: Any) -> list[int]:
     return [list(dict.fromkeys(pointers)).index(pointer) for pointer in pointers]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(value=values, protocol=st.integers(2, 5), legacy=st.booleans())
 def test_values_are_read_back_bit_for_bit(value, protocol, legacy) -> None:
     file = written(value, protocol, legacy=legacy)
