@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_mapping, check_positive
+from ._checks import check_choice, check_flag, check_mapping, check_positive
 from ._grid_times import grid_times, schedule
 from ._loops import bare_networks, evaluation_mode
 from ._nfe import EvaluationCounter
@@ -79,6 +79,7 @@ class Solver:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, (*ADAPTIVE, *FIXED))
+        check_flag(self.differentiable, "differentiable")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_mapping(self.options, "options")

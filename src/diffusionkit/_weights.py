@@ -209,9 +209,11 @@ class _Limit(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise _LimitError
+        # Raising where torch.no_grad ends would leave gradients disabled for good.
+        if func is not torch._C._set_grad_enabled:
+            self.left -= 1
+            if self.left < 0:
+                raise _LimitError
         kwargs = kwargs or {}
         # Normal numbers on the meta device make torch import its compiler, for seconds.
         if func is torch.nn.init.normal_:
