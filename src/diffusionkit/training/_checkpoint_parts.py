@@ -190,6 +190,8 @@ def _number_problem(own: Any, value: Any, strict: bool, name: str) -> str | None
         if value.layout != torch.strided or value.is_meta:
             return f"{name}: expected a dense tensor with values, got {value.layout} or meta"
         numbers = own.is_floating_point() and value.is_floating_point()
+        if numbers and value.dtype.itemsize < 2:  # nothing can be computed with it
+            return f"{name}: expected {own.dtype}, got {value.dtype}"
         return None if not numbers or is_finite(value) or not is_finite(own) else (
             f"{name}: expected finite numbers, got NaN or infinity"
         )  # fmt: skip
