@@ -65,6 +65,7 @@ MAY_IMPORT = {
         "_wrappers",
         "_writing",
     },
+    "data": {"_checks", "_distributed", "_writing", "random"},
     "metrics": {"_checks", "_distributed", "_loops", "_writing", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
