@@ -28,6 +28,12 @@ from torch.optim.lr_scheduler import LRScheduler
 import diffusionkit as dk
 from diffusionkit import networks
 
+try:
+    from diffusionkit.data import EDMAugmentation
+    AUG: tuple[type, ...] = (EDMAugmentation,)
+except ImportError:
+    AUG = ()
+
 Settings: TypeAlias = dict[str, Any]
 FOLDER = Path(__file__).parent / "presets"
 
@@ -47,7 +53,10 @@ PLAIN: dict[str, dict[str, Any]] = {
         "steps": 1_300_000,
         "warmup": 0,  # steps of linear warm-up of the learning rate
         "clip": math.inf,  # the largest norm of the gradient
+        "loss_scale": 1.0,  # a factor of the loss, which matters to clipping alone
         "reference_size": 0,  # number of reference data of StableTarget
+        "learn": "model",  # or "dequantizer": its likelihood bound, with the model left as it is
+        "start_from": "",  # a checkpoint of which the averaged model is the start
         "seed": 0,
     },
     "run": {
@@ -75,7 +84,7 @@ ALLOWED: dict[str, tuple[type, ...]] = {
     "model": (dk.EpsModel, dk.X0Model, dk.VModel, dk.RawScoreModel, dk.ScaledScoreModel,
               dk.EDMModel),
     "objective": (dk.ScoreMatching, dk.HybridLoss, dk.VLB),
-    "augmentation": (),
+    "augmentation": AUG,
     "dequantization": (dk.UniformDequantizer, dk.VariationalDequantizer),
     "optimizer": (torch.optim.Adam, torch.optim.AdamW),
     "average": (dk.EMA, dk.PowerEMA),
@@ -263,7 +272,7 @@ def _call(where: str, kind: str, table: Settings, given: Mapping[str, Any]) -> A
 
 
 def build(settings: Settings) -> Parts:
-    """Build the parts of settings, on torch's default device."""
+    """Build the parts of settings, the networks on torch's default device, "meta" included."""
     data, run = settings["data"], settings["run"]
     low, high = data["range"]
     given: dict[str, Any] = {"channels": data["channels"], "low": low, "high": high}
@@ -272,21 +281,20 @@ def build(settings: Settings) -> Parts:
         of_network["num_classes"] = data["classes"]
     if run["activation_checkpointing"]:
         of_network["activation_checkpointing"] = True
-    sde = _call("process", "process", settings["process"], {})
+    with torch.device("cpu"):
+        sde = _call("process", "process", settings["process"], {})
+        objective = _call("objective", "objective", settings["objective"], given)
     network = _call("network", "network", settings["network"], of_network)
     wrapped = {"network": network, "sde": sde, "data_range": (low, high)}
-    made = {
-        name: _call(name, name, settings[name], given) if name in settings else None
-        for name in ("objective", *OPTIONAL)
-    }
+    made = {name: _call(name, name, settings[name], given) for name in OPTIONAL if name in settings}
     return Parts(
         settings=settings,
         sde=sde,
         network=network,
         model=_call("model", "model", settings["model"], wrapped),
-        objective=made["objective"],
-        augmentation=made["augmentation"],
-        dequantizer=made["dequantization"],
+        objective=objective,
+        augmentation=made.get("augmentation"),
+        dequantizer=made.get("dequantization"),
     )
 
 
