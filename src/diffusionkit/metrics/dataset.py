@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import as_item, check_callable, check_count, check_known, check_target_device
-from .._distributed import gather_objects, rank_and_world_size
+from ..distributed._group import gather_objects, rank_and_world_size
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
 from .extract import Features, features_of_batch, joined, module_device
 
@@ -134,9 +134,7 @@ def _stream(
         yield from (cast(Features, part) for part, _ in everyone if part is not None)
 
 
-def _batches(
-    data: Tensor | ImageSet, batches: Sequence[range], workers: int
-) -> Iterator[Tensor]:
+def _batches(data: Tensor | ImageSet, batches: Sequence[range], workers: int) -> Iterator[Tensor]:
     """Return the images of each batch."""
     if isinstance(data, Tensor):
         return (data[rows.start : rows.stop] for rows in batches)

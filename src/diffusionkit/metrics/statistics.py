@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import os
 import zipfile
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .._checks import check_part
 from .._files import ZIP, CheckpointError, opened
 from .._writing import atomic_write
-from .frechet import FeatureMoments
+from .frechet import FeatureMoments, FeatureStatistics
 
 _EXPECTED = "statistics of features, a .npz file with mu (d,) and sigma (d, d)"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FeatureStatistics:
-    """The mean and covariance of features, read from a file.
-
-    Args:
-        mean: the mean (d,), in float64.
-        covariance: the covariance (d, d), in float64.
-        count: the number of samples, None if the file does not state it.
-        features: the name of the feature extractor, None if the file does not state it.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    count: int | None
-    features: str | None
 
 
 def save_statistics(
