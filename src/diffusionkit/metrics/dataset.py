@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import as_item, check_callable, check_count, check_known, check_target_device
-from ..distributed._group import gather_objects, rank_and_world_size
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
+from ..distributed._group import rank_and_world_size
+from ..distributed._shared_work import share
 from .extract import Features, features_of_batch, joined, module_device
 
 
@@ -40,8 +41,8 @@ def stream_features(
     Args:
         data: images (N, \*D), or a map-style data set of images (\*D) or tuples that begin with
             one.
-        extractor: maps images (B, \*D) to features (B, d), or to a tuple of them. A module is put in
-            evaluation mode meanwhile.
+        extractor: maps images (B, \*D) to features (B, d), or to a tuple of them. A module is put
+            in evaluation mode meanwhile.
         batch_size: the number of images evaluated at once.
         device: the device of the batches, by default that of a module's first parameter or
             buffer.
@@ -67,7 +68,7 @@ def stream_features(
         check_known(data, "data")
     if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
         raise TypeError(f"data: expected a data set with a length, got {type(data).__name__}")
-    if isinstance(data, Tensor) and data.ndim == 0 or len(data) == 0:
+    if (isinstance(data, Tensor) and data.ndim == 0) or len(data) == 0:
         raise ValueError("data: expected at least one image, got none")
     return _stream(data, extractor, batch_size, device, workers, progress)
 
@@ -111,27 +112,18 @@ def _stream(
     rank, world = rank_and_world_size()
     n = len(data)
     batches = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-    images = _batches(data, batches[rank::world], workers)
+    rounds = [batches[first : first + world] for first in range(0, len(batches), world)]
+    # `share` has a process without a batch repeat the last one of the round.
+    images = _batches(data, [some[min(rank, len(some) - 1)] for some in rounds], workers)
     module = extractor if isinstance(extractor, nn.Module) else None
     device = module_device(module) if device is None else device
-    rounds = range(0, len(batches), world)
-    for first in with_progress(rounds, progress if rank == 0 else False):
-        found: Any = None
-        error: Exception | None = None
-        try:
-            if first + rank < len(batches):
-                with torch.no_grad(), evaluation_mode(module) if module else nullcontext():
-                    found = features_of_batch(extractor, next(images), device)
-        except Exception as problem:  # the other processes must not wait for this one
-            error = problem
-        told = None if error is None else f"{type(error).__name__}: {error}"
-        everyone = gather_objects((found, told))
-        if error is not None:
-            raise error
-        for other, (_, problem) in enumerate(everyone):
-            if problem is not None:
-                raise RuntimeError(f"process {other} failed: {problem}")
-        yield from (cast(Features, part) for part, _ in everyone if part is not None)
+
+    def evaluated(_: range) -> Features:
+        with torch.no_grad(), evaluation_mode(module) if module else nullcontext():
+            return features_of_batch(extractor, next(images), device)
+
+    for some in with_progress(rounds, progress if rank == 0 else False):
+        yield from share(evaluated, some)
 
 
 def _batches(data: Tensor | ImageSet, batches: Sequence[range], workers: int) -> Iterator[Tensor]:

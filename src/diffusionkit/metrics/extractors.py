@@ -8,6 +8,7 @@ import importlib.util
 import random
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -167,7 +168,7 @@ class _RandomNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator, sizes = random.Random(0), (3, *self.stages)
-        for stage, (inward, outward) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for stage, (inward, outward) in enumerate(pairwise(sizes)):
             numbers = [generator.random() for _ in range(outward * inward * 9)]
             weight = torch.tensor(numbers, dtype=torch.float64).view(outward, inward, 3, 3) - 0.5
             weight -= weight.mean((1, 2, 3), keepdim=True)  # flat areas give no response
