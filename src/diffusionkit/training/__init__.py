@@ -9,6 +9,7 @@ from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
 from .references import ReferenceBatches
+from .run_files import CheckpointFolder, StopSignals
 from .stable_target import StableTarget
 from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
@@ -20,6 +21,7 @@ __all__ = [
     "VLB",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFolder",
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
@@ -35,6 +37,7 @@ __all__ = [
     "SimpleWeighting",
     "StableTarget",
     "StepReport",
+    "StopSignals",
     "StratifiedTimes",
     "UniformTimes",
     "clipped_step",
