@@ -135,6 +135,7 @@ from .training import (
     linear_warmup,
     load_checkpoint,
     power_exponent,
+    read_checkpoint,
     reconstruct_ema,
     save_checkpoint,
 )
@@ -257,6 +258,7 @@ __all__ = [
     "linear_warmup",
     "load_checkpoint",
     "power_exponent",
+    "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",
     "slerp",

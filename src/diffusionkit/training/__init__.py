@@ -8,6 +8,7 @@ from .ema import EMA
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
+from .reading import read_checkpoint
 from .references import ReferenceBatches
 from .run_files import CheckpointFolder, StopSignals
 from .stable_target import StableTarget
@@ -46,6 +47,7 @@ __all__ = [
     "load_checkpoint",
     "power_coefficients",
     "power_exponent",
+    "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",
 ]
