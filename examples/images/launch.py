@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusionkit.networks.unet import Stage
@@ -34,14 +34,11 @@ class Place:
         """Whether this process prints and writes for all."""
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Return the sums of numbers over all processes; all must call this."""
-        if self.world_size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        result: list[float] = total.tolist()
-        return result
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes; all must call this."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "warmup": 0,  # steps of linear warm-up of the learning rate
         "clip": math.inf,  # the largest norm of the gradient
         "reference_size": 0,  # number of reference data of StableTarget
+        "label_dropout": 0.0,  # the share of class labels replaced by the null label, `classes`
         "seed": 0,
     },
     "run": {
@@ -269,7 +270,7 @@ def build(settings: Settings) -> Parts:
     given: dict[str, Any] = {"channels": data["channels"], "low": low, "high": high}
     of_network = {"channels": data["channels"]}
     if data["classes"]:
-        of_network["num_classes"] = data["classes"]
+        of_network["num_classes"] = data["classes"] + (settings["training"]["label_dropout"] > 0)
     if run["activation_checkpointing"]:
         of_network["activation_checkpointing"] = True
     sde = _call("process", "process", settings["process"], {})
@@ -305,9 +306,7 @@ def scheduler(settings: Settings, optimizer: torch.optim.Optimizer) -> LRSchedul
 
 def average(settings: Settings, model: nn.Module) -> dk.EMA | dk.PowerEMA:
     """Return the average of a model's weights."""
-    made: dk.EMA | dk.PowerEMA = _call(
-        "average", "average", settings["average"], {"model": model}
-    )
+    made: dk.EMA | dk.PowerEMA = _call("average", "average", settings["average"], {"model": model})
     return made
 
 
