@@ -11,6 +11,7 @@ from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
 from .reading import read_checkpoint
 from .references import ReferenceBatches
+from .run_files import CheckpointFolder, StopSignals
 from .stable_target import StableTarget
 from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
@@ -22,6 +23,7 @@ __all__ = [
     "VLB",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFolder",
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
@@ -38,6 +40,7 @@ __all__ = [
     "SimpleWeighting",
     "StableTarget",
     "StepReport",
+    "StopSignals",
     "StratifiedTimes",
     "UniformTimes",
     "clipped_step",
