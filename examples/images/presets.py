@@ -30,6 +30,7 @@ from diffusionkit import networks
 
 try:
     from diffusionkit.data import EDMAugmentation
+
     AUG: tuple[type, ...] = (EDMAugmentation,)
 except ImportError:
     AUG = ()
