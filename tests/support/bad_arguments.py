@@ -273,6 +273,8 @@ OWN: dict[str, Recipe] = {
     "LinearMeasurement": {"operator": lambda: torch.eye(2)},
     "EMA": {"model": lambda: nn.Linear(2, 2)},
     "PowerEMA": {"model": lambda: nn.Linear(2, 2)},
+    "HalfLife": {"images": lambda: 100.0, "batch_size": lambda: 4},
+    "HalfLife.__call__": {"self": _made(dk.HalfLife, 100.0, 4), "update": lambda: 3},
     "ReferenceBatches": {
         "dataset": lambda: [torch.ones(2)] * 8,
         "batch_size": lambda: 2,
@@ -450,11 +452,11 @@ OWN: dict[str, Recipe] = {
     },
     "EMA.load_state_dict": {
         "self": _made(dk.EMA, nn.Linear(2, 2)),
-        "state": lambda: dk.EMA(nn.Linear(2, 2)).state_dict(),
+        "state_dict": lambda: dk.EMA(nn.Linear(2, 2)).state_dict(),
     },
     "PowerEMA.load_state_dict": {
         "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
-        "state": lambda: dk.PowerEMA(nn.Linear(2, 2)).state_dict(),
+        "state_dict": lambda: dk.PowerEMA(nn.Linear(2, 2)).state_dict(),
     },
     "PowerEMA.save": {
         "self": _updated,

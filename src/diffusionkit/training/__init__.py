@@ -4,7 +4,7 @@ from .._files import CheckpointError
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
-from .ema import EMA
+from .ema import EMA, HalfLife
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
@@ -23,6 +23,7 @@ __all__ = [
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
+    "HalfLife",
     "HybridLoss",
     "ImportanceTimes",
     "LikelihoodWeighting",
