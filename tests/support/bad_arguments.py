@@ -630,6 +630,7 @@ _TAKEN = {
     "PathLike": ["a word", "an empty string", "an unknown device", "a path", "bytes"],
     "Path": ["a word", "an empty string", "an unknown device", "a path"],
     "Module": ["a layer"],
+    "Model_co": ["a layer"],
     "Mapping": ["an empty dictionary"],
     "Generators": ["None"],
     "Gaussian": ["a column", "three numbers"],
@@ -645,7 +646,7 @@ _TAKEN = {
     "Sequence": ["a numpy array"],
     "Any": list(BAD),
 }
-_CALLED = ("Callable", "Label", "Grid", "Linear", "Progress", "Classifier")
+_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Classifier")
 _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.

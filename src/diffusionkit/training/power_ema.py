@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from .._checks import check_count, check_floating_dtype, check_number, check_part, check_sequence
 from .._files import CheckpointError, read_torch
-from .._writing import save_torch
+from .._writing import checked_path, save_torch
 from ..distributed._sharded import whole
 from .ema import EMA, Averages, Model_co
 
@@ -153,7 +153,8 @@ class PowerEMA(Averages, Generic[Model_co]):
         """
         check_floating_dtype(dtype)
         check_count(self.updates, "updates")
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        place = Path(checked_path(folder))
+        place.mkdir(parents=True, exist_ok=True)
         paths = []
         for sigma_rel, average in self.averages.items():
             parameters = average.model.named_parameters(remove_duplicate=False)
@@ -164,7 +165,7 @@ class PowerEMA(Averages, Generic[Model_co]):
                 "format": FORMAT, "version": VERSION, "updates": self.updates,
                 "sigma_rel": float(sigma_rel), "averaged": averaged, "model": weights,
             }  # fmt: skip
-            paths.append(Path(folder) / f"{self.updates:09d}-{sigma_rel:g}.pt")
+            paths.append(place / f"{self.updates:09d}-{sigma_rel:g}.pt")
             save_torch(paths[-1], content)
         return paths
 
