@@ -57,6 +57,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "reference_size": 0,  # number of reference data of StableTarget
         "learn": "model",  # or "dequantizer": its likelihood bound, with the model left as it is
         "start_from": "",  # a checkpoint of which the averaged model is the start
+        "label_dropout": 0.0,  # the share of class labels replaced by the null label, `classes`
         "seed": 0,
     },
     "run": {
@@ -278,7 +279,7 @@ def build(settings: Settings) -> Parts:
     given: dict[str, Any] = {"channels": data["channels"], "low": low, "high": high}
     of_network = {"channels": data["channels"]}
     if data["classes"]:
-        of_network["num_classes"] = data["classes"]
+        of_network["num_classes"] = data["classes"] + (settings["training"]["label_dropout"] > 0)
     if run["activation_checkpointing"]:
         of_network["activation_checkpointing"] = True
     with torch.device("cpu"):
@@ -313,9 +314,7 @@ def scheduler(settings: Settings, optimizer: torch.optim.Optimizer) -> LRSchedul
 
 def average(settings: Settings, model: nn.Module) -> dk.EMA | dk.PowerEMA:
     """Return the average of a model's weights."""
-    made: dk.EMA | dk.PowerEMA = _call(
-        "average", "average", settings["average"], {"model": model}
-    )
+    made: dk.EMA | dk.PowerEMA = _call("average", "average", settings["average"], {"model": model})
     return made
 
 

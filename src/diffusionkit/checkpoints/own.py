@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import networks
-from .._distributed import whole
 from .._files import CheckpointError, check_weights, read_torch
 from .._weights import check_own_values, check_tensors, fill, laid_out, weight_problems
-from .._wrappers import bare_class, bare_state, unwrapped
 from .._writing import atomic_write, is_safetensors, save_torch
+from ..distributed._sharded import whole
+from ..distributed._wrappers import bare_class, bare_state, unwrapped
 from ._safetensors import read_safetensors
 
 _FORMAT = "diffusionkit.network"

@@ -22,10 +22,10 @@ from .._checks import (
     check_part,
     check_target_device,
 )
-from .._distributed import barrier, gather_objects, rank_and_world_size
 from .._files import read_torch
 from .._loops import Progress, evaluation_mode, with_progress
 from .._writing import check_suffix, save_torch
+from ..distributed._group import barrier, gather_objects, rank_and_world_size
 from ..random import seeded
 from .bits import bits_per_dim
 from .dequantization import Dequantizer

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_callable, check_count, check_number, check_state
-from .._distributed import barrier, rank_and_world_size
 from .._loops import Progress, with_progress
 from .._writing import atomic_write
+from ..distributed._group import barrier, rank_and_world_size
 from ..random import seeded
 
 SETTINGS = "settings.json"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from .._distributed import is_sharded, placed, placed_state
 from .._files import listed
-from .._wrappers import bare_copy, bare_modules, bare_tensors
+from ..distributed._sharded import is_sharded, placed, placed_state
+from ..distributed._wrappers import bare_copy, bare_modules, bare_tensors
 
 logger = logging.getLogger(__name__)
 

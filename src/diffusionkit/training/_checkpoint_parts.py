@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._checks import check_part
-from .._distributed import placed_state
 from .._files import CheckpointError
 from .._weights import is_finite
-from .._wrappers import bare_state, bare_tensors
+from ..distributed._sharded import placed_state
+from ..distributed._wrappers import bare_state, bare_tensors
 from ._optimizer_state import fitted_optimizer
 from ._weights_of_file import fitted, weight_problems
 from .ema import EMA

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._wrappers import bare_class, bare_tensors, unwrapped
+from ..distributed._wrappers import bare_class, bare_tensors, unwrapped
 from ..interfaces import ForwardSDE, ScoreModel
 
 # Times relative to T; at none of them a label that is a whole number jumps.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from .._distributed import placed_state, whole
 from .._files import CheckpointError
 from .._weights import FLOATS, is_finite
+from ..distributed._sharded import placed_state, whole
 
 # Of torch's optimizers: moments with the shape of their parameter, and numbers.
 _PARTS = ("optimizer", "optimizer_type", "optimizer_names", "optimizer_entries")

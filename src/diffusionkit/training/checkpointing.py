@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_count, check_flag, check_part, check_target_device
-from .._distributed import whole
 from .._files import CheckpointError, read_torch
-from .._wrappers import bare_state, load_bare_state
 from .._writing import check_suffix, checked_path
+from ..distributed._sharded import whole
+from ..distributed._wrappers import bare_state, load_bare_state
 from ._averaged_weights import check_own_weights
 from ._checkpoint_parts import (
     averages_of,

@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_number, check_state
-from .._distributed import gather_rows
 from .._schedules import schedule_dtype
+from ..distributed._group import gather_rows
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, rand
 from .times import check_draw

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import check_count, check_floating_dtype, check_number, check_part, check_sequence
-from .._distributed import whole
 from .._files import CheckpointError, read_torch
 from .._writing import save_torch
+from ..distributed._sharded import whole
 from .ema import EMA
 
 logger = logging.getLogger(__name__)

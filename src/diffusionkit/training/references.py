@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._checks import check_count
-from .._distributed import rank_and_world_size
+from ..distributed._group import rank_and_world_size
 from ..random import seeded
 
 

@@ -4,18 +4,18 @@ import pytest
 import torch
 from support.processes import run_in_two_processes
 
-from diffusionkit._distributed import (
+from diffusionkit.distributed._group import (
     barrier,
     gather_objects,
     gather_rows,
     is_distributed,
-    placed,
     rank_and_world_size,
-    whole,
 )
+from diffusionkit.distributed._sharded import placed, whole
 
 PROGRAM = """
-from diffusionkit._distributed import *
+from diffusionkit.distributed._group import *
+from diffusionkit.distributed._sharded import *
 
 rows = gather_rows(torch.full((1 + 2 * rank, 2), rank))
 empty = gather_rows(torch.full((rank, 3), 0.5))
@@ -47,7 +47,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from diffusionkit import EMA, EpsModel, VPSDE, load_checkpoint, save_checkpoint
-from diffusionkit._distributed import *
+from diffusionkit.distributed._group import *
+from diffusionkit.distributed._sharded import *
 from diffusionkit.networks import MLP
 
 mesh = init_device_mesh("cpu", (2,))
