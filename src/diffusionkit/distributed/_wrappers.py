@@ -64,9 +64,9 @@ def bare_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def bare_state(module: nn.Module) -> OrderedDict[str, Any]:
+def bare_state(module: nn.Module, *, keep_vars: bool = False) -> OrderedDict[str, Any]:
     """Return the state dict of a module under the names of the unwrapped module."""
-    state, prefixes = module.state_dict(), dict(_prefixes(module))
+    state, prefixes = module.state_dict(keep_vars=keep_vars), dict(_prefixes(module))
     bare = OrderedDict((_bare(name, prefixes), value) for name, value in state.items())
     # The versions of modules, by which torch reads states of earlier ones.
     versions = getattr(state, "_metadata", {})

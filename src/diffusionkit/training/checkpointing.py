@@ -28,8 +28,10 @@ from ._checkpoint_parts import (
     fitted_averages,
     fitted_model,
     fitted_part,
+    load_state,
     objective_parts,
     parameter_names,
+    saved_state,
     unread_parts,
 )
 from ._model_description import described, difference
@@ -129,7 +131,7 @@ def save_checkpoint(
     parts, stateful = objective_parts(objective), stateful or {}
     weights = whole(bare_state(model))
     check_finite_weights("model", model, weights)
-    averages: Any = None if ema is None else whole(ema.state_dict())
+    averages: Any = None if ema is None else whole(saved_state(ema))
     for length, average in averages_of(ema).items():
         state, name = (averages, "ema") if length is None else (averages[length], f"ema[{length}]")
         check_finite_weights(name, average.model, state["model"])
@@ -141,8 +143,8 @@ def save_checkpoint(
         "about": described(model),
         "model": weights,
         "ema": averages,
-        "objective": {name: whole(part.state_dict()) for name, part in parts.items()},
-        "stateful": {name: whole(part.state_dict()) for name, part in stateful.items()},
+        "objective": {name: whole(saved_state(part)) for name, part in parts.items()},
+        "stateful": {name: whole(saved_state(part)) for name, part in stateful.items()},
         "generators": {name: g.get_state() for name, g in (generators or {}).items()},
         "random": random_states(),
         "extra": whole(dict(extra or {})),
@@ -252,7 +254,7 @@ def _loads(
     for kind in ("objective", "stateful"):
         for name, part in asked[kind].items():
             after = fitted_part(file, f"{kind}[{name!r}]", part, state[kind][name])
-            loads.append(_Load(part.load_state_dict, part.state_dict(), after))
+            loads.append(_Load(partial(load_state, part), saved_state(part), after))
     try:
         for name, generator in asked["generators"].items():
             after = state["generators"][name]
@@ -265,7 +267,7 @@ def _loads(
         raise CheckpointError(f"{file}: {error}") from error
     if (ema := asked["ema"]) is not None:
         averages = fitted_averages(file, "ema", ema, state["ema"])
-        loads.append(_Load(ema.load_state_dict, ema.state_dict(), averages))
+        loads.append(_Load(partial(load_state, ema), saved_state(ema), averages))
     for load in loads:
         load.before = copy.deepcopy(load.before)
     own = bare_state(model)
