@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import diffusionkit as dk
 from diffusionkit import networks
+from diffusionkit.data import ImageData, glyphs, open_images
 
 Settings: TypeAlias = dict[str, Any]
 FOLDER = Path(__file__).parent / "presets"
@@ -365,3 +366,11 @@ def restore(
     averaged = ema if isinstance(ema, dk.EMA) else next(iter(ema.averages.values()))
     model: Any = averaged.model
     return Run(settings, parts, model.eval().to(device), file.step)
+
+
+def open_data(settings: Settings, part: Literal["train", "test"] = "train") -> ImageData:
+    """Return the images that settings name; only glyphs have a part for tests."""
+    data = settings["data"]
+    if data["source"] == "glyphs":
+        return glyphs(part, size=data["size"], labels=data["labels"])
+    return open_images(data["source"], size=data["size"], channels=data["channels"])

@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: a progress line, log.jsonl, TensorBoard, and pictures."""
+"""What a training run leaves to look at: a progress line, log.jsonl, TensorBoard and pictures."""
 
 import json
 import resource
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+MAY_CHANGE = ("preset", "data.source", "training.steps", "run.")  # within a run
 
 
 class Log:
@@ -92,3 +94,15 @@ def write_grid(images: Tensor, path: Path) -> None:
     partial = path.with_name(f".partial-{path.name}")
     Image.fromarray(grid.contiguous().numpy()).save(partial, format="PNG")
     partial.replace(path)
+
+
+def differences(saved: Any, new: Any, name: str = "") -> list[str]:
+    """Return how settings differ that may not change within a run, one line each."""
+    if name and name.startswith(MAY_CHANGE):
+        return []
+    if isinstance(saved, dict) and isinstance(new, dict):
+        prefix = f"{name}." if name else ""
+        keys = [*saved, *(key for key in new if key not in saved)]
+        lines = [differences(saved.get(key), new.get(key), prefix + key) for key in keys]
+        return [line for part in lines for line in part]
+    return [] if saved == new else [f"{name}: {saved!r} in the checkpoint, {new!r} here"]

@@ -19,9 +19,9 @@ from typing import Any
 
 import presets
 import torch
-from diffusionkit.data import Batch, EndlessBatches, ImageData, glyphs, open_images
+from diffusionkit.data import Batch, EndlessBatches
 from launch import Place, accumulated, average_gradients, launched, spread
-from records import Log, write_grid
+from records import Log, differences, write_grid
 from torch import Tensor, nn
 
 from diffusionkit import (
@@ -35,7 +35,6 @@ from diffusionkit import (
 from diffusionkit.random import seeded
 from diffusionkit.training import CheckpointFolder, StopSignals
 
-MAY_CHANGE = ("preset", "data.source", "training.steps", "run.")
 DRAWS, RANKS, SNAPSHOTS = 2, 3, 4  # the last number of seeds: what they are for
 SKIPPED = 50  # steps in a row without a finite gradient, after which training stops
 
@@ -51,7 +50,7 @@ class Training:
         if self.batch % place.world_size:
             raise ValueError(f"training.batch: expected a multiple of the {place.world_size} "
                              f"processes, got {self.batch}")  # fmt: skip
-        self.data = open_data(settings)
+        self.data = presets.open_data(settings)
         torch.manual_seed(self.seed)  # the same weights in all processes
         self.parts = parts = presets.build(settings)
         self.model, self.dequantizer = parts.model.to(place.device), parts.dequantizer
@@ -242,26 +241,6 @@ class Training:
         """Print a line, once for all processes."""
         if self.place.first:
             print(f"step {self.step}: {text}", flush=True)
-
-
-def open_data(settings: presets.Settings) -> ImageData:
-    """Return the training images that settings name."""
-    data = settings["data"]
-    if data["source"] == "glyphs":
-        return glyphs("train", size=data["size"], labels=data["labels"])
-    return open_images(data["source"], size=data["size"], channels=data["channels"])
-
-
-def differences(saved: Any, new: Any, name: str = "") -> list[str]:
-    """Return how settings differ that may not change within a run, one line each."""
-    if name and name.startswith(MAY_CHANGE):
-        return []
-    if isinstance(saved, dict) and isinstance(new, dict):
-        prefix = f"{name}." if name else ""
-        keys = [*saved, *(key for key in new if key not in saved)]
-        lines = [differences(saved.get(key), new.get(key), prefix + key) for key in keys]
-        return [line for part in lines for line in part]
-    return [] if saved == new else [f"{name}: {saved!r} in the checkpoint, {new!r} here"]
 
 
 def main(arguments: list[str] | None = None) -> None:
