@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "_writing",
     },
     "data": {"_checks", "distributed", "_writing", "random"},
-    "metrics": {"_checks", "distributed", "_loops", "_writing", "random"},
+    "metrics": {"_checks", "distributed", "_files", "_loops", "_writing", "data", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
 

@@ -29,6 +29,12 @@ import diffusionkit as dk
 from diffusionkit import networks
 from diffusionkit.data import ImageData, glyphs, open_images
 
+try:
+    from diffusionkit.data import EDMAugmentation
+    AUG: tuple[type, ...] = (EDMAugmentation,)
+except ImportError:
+    AUG = ()
+
 Settings: TypeAlias = dict[str, Any]
 FOLDER = Path(__file__).parent / "presets"
 
@@ -48,7 +54,10 @@ PLAIN: dict[str, dict[str, Any]] = {
         "steps": 1_300_000,
         "warmup": 0,  # steps of linear warm-up of the learning rate
         "clip": math.inf,  # the largest norm of the gradient
+        "loss_scale": 1.0,  # a factor of the loss, which matters to clipping alone
         "reference_size": 0,  # number of reference data of StableTarget
+        "learn": "model",  # or "dequantizer": its likelihood bound, with the model left as it is
+        "start_from": "",  # a checkpoint of which the averaged model is the start
         "label_dropout": 0.0,  # the share of class labels replaced by the null label, `classes`
         "seed": 0,
     },
@@ -77,7 +86,7 @@ ALLOWED: dict[str, tuple[type, ...]] = {
     "model": (dk.EpsModel, dk.X0Model, dk.VModel, dk.RawScoreModel, dk.ScaledScoreModel,
               dk.EDMModel),
     "objective": (dk.ScoreMatching, dk.HybridLoss, dk.VLB),
-    "augmentation": (),
+    "augmentation": AUG,
     "dequantization": (dk.UniformDequantizer, dk.VariationalDequantizer),
     "optimizer": (torch.optim.Adam, torch.optim.AdamW),
     "average": (dk.EMA, dk.PowerEMA),
@@ -265,7 +274,7 @@ def _call(where: str, kind: str, table: Settings, given: Mapping[str, Any]) -> A
 
 
 def build(settings: Settings) -> Parts:
-    """Build the parts of settings, on torch's default device."""
+    """Build the parts of settings, the networks on torch's default device, "meta" included."""
     data, run = settings["data"], settings["run"]
     low, high = data["range"]
     given: dict[str, Any] = {"channels": data["channels"], "low": low, "high": high}
@@ -274,21 +283,20 @@ def build(settings: Settings) -> Parts:
         of_network["num_classes"] = data["classes"] + (settings["training"]["label_dropout"] > 0)
     if run["activation_checkpointing"]:
         of_network["activation_checkpointing"] = True
-    sde = _call("process", "process", settings["process"], {})
+    with torch.device("cpu"):
+        sde = _call("process", "process", settings["process"], {})
+        objective = _call("objective", "objective", settings["objective"], given)
     network = _call("network", "network", settings["network"], of_network)
     wrapped = {"network": network, "sde": sde, "data_range": (low, high)}
-    made = {
-        name: _call(name, name, settings[name], given) if name in settings else None
-        for name in ("objective", *OPTIONAL)
-    }
+    made = {name: _call(name, name, settings[name], given) for name in OPTIONAL if name in settings}
     return Parts(
         settings=settings,
         sde=sde,
         network=network,
         model=_call("model", "model", settings["model"], wrapped),
-        objective=made["objective"],
-        augmentation=made["augmentation"],
-        dequantizer=made["dequantization"],
+        objective=objective,
+        augmentation=made.get("augmentation"),
+        dequantizer=made.get("dequantization"),
     )
 
 

@@ -5,6 +5,7 @@ from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA
+from .held_out import HeldOutLoss, held_out_loss
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
@@ -26,6 +27,7 @@ __all__ = [
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
+    "HeldOutLoss",
     "HybridLoss",
     "ImportanceTimes",
     "LikelihoodWeighting",
@@ -43,6 +45,7 @@ __all__ = [
     "UniformTimes",
     "clipped_step",
     "drop_conditions",
+    "held_out_loss",
     "linear_warmup",
     "load_checkpoint",
     "power_coefficients",
