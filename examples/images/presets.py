@@ -31,6 +31,7 @@ from diffusionkit.data import ImageData, glyphs, open_images
 
 try:
     from diffusionkit.data import EDMAugmentation
+
     AUG: tuple[type, ...] = (EDMAugmentation,)
 except ImportError:
     AUG = ()

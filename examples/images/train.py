@@ -19,7 +19,6 @@ from typing import Any
 
 import presets
 import torch
-from diffusionkit.data import Batch, EndlessBatches
 from launch import Place, accumulated, average_gradients, launched, spread
 from records import Log, differences, write_grid
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from diffusionkit import (
     read_checkpoint,
     save_checkpoint,
 )
+from diffusionkit.data import Batch, EndlessBatches
 from diffusionkit.random import seeded
 from diffusionkit.training import CheckpointFolder, StopSignals
 

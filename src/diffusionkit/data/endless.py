@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from .._checks import check_count, check_flag, check_part, check_target_device
-from ..distributed import rank_and_world_size
+from ..distributed._group import rank_and_world_size
 from ..random import seeded
 from .images import ImageData
 

@@ -8,19 +8,6 @@ from typing import Any, cast
 from torch import Tensor
 
 
-def largest(x: Tensor) -> Tensor:
-    """Return the elementwise largest of the tensors of all processes, infinity for NaN.
-
-    All processes must call this, with tensors of one shape and dtype. With a single process,
-    return x.
-    """
-    if not is_distributed() or dist.get_world_size() == 1:
-        return x
-    x = x.nan_to_num(torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN has no order
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x
-
-
 def is_sharded(x: object) -> bool:
     """Whether x is a DTensor, of which a process holds a part."""
     # Not by its class: the module that defines it is slow to import.

@@ -1,4 +1,4 @@
-"""What a run leaves and how it ends: its checkpoints in a folder, and signals to stop."""
+"""The files of a run: its checkpoints in a folder, and signals to stop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, Self
 from typing_extensions import override
 
 from .._checks import check_count, check_sequence
-from ..distributed._group import gather_objects, rank_and_world_size
 from .._files import CheckpointError
 from .._writing import checked_path
+from ..distributed._group import gather_objects, rank_and_world_size
 from .checkpointing import _read
 
 logger = logging.getLogger(__name__)
