@@ -75,7 +75,7 @@ def spread(network: nn.Module, place: Place, *, shard: bool, compile: bool) -> n
         shard: whether each process holds a part of the weights (FSDP2), instead of all (DDP).
         compile: whether the network is compiled.
     """
-    if shard and place.world_size > 1:
+    if shard:
         from torch.distributed.fsdp import fully_shard
 
         for stage in [module for module in network.modules() if isinstance(module, Stage)]:

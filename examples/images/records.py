@@ -1,6 +1,7 @@
 """What a training run leaves to look at: a progress line, log.jsonl, TensorBoard and pictures."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -48,11 +49,13 @@ class Log:
         if not write:
             return
         seconds = time.perf_counter() - self._since
-        line = {"step": step} | {name: total / self._count for name, total in self._sums.items()}
+        line: dict[str, Any] = {"step": step}
+        line |= {name: total / self._count for name, total in self._sums.items()}
         line["images_per_second"] = self._count * self.batch / seconds
         line["memory_gib"] = memory() / 2**30
+        finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # NaN is no JSON
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
         if self._board is not None:
             for name in line.keys() - {"step"}:
                 self._board.add_scalar(name, line[name], step)
