@@ -112,10 +112,6 @@ def sample_to_shards(
     check_count(batch_size, "batch_size")
     check_count(seed, "seed", least=0, most=2**63 - 1)
     rank, world_size = rank_and_world_size(rank, world_size)
-    check_count(world_size, "world_size")
-    check_count(rank, "rank", least=0)
-    if rank >= world_size:
-        raise ValueError(f"rank: expected a number below {world_size}, got {rank}")
     about = {
         "count": count,
         "batch_size": batch_size,
