@@ -1,5 +1,6 @@
 """Images to train on: readers, a real data set without a download, endless batches."""
 
+from .augmentation import EDMAugmentation
 from .endless import Batch, EndlessBatches
 from .image_files import ImageFiles, open_images
 from .images import ImageData, ImageTensors
@@ -7,6 +8,7 @@ from .typefaces import glyphs
 
 __all__ = [
     "Batch",
+    "EDMAugmentation",
     "EndlessBatches",
     "ImageData",
     "ImageFiles",
