@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from .gathered import gathered_weights
+
+__all__ = ["gathered_weights"]
