@@ -63,7 +63,8 @@ MAY_IMPORT = {
         "_weights",
         "_writing",
     },
-    "metrics": {"_checks", "distributed", "_loops", "_writing", "random"},
+    "data": {"_checks", "distributed", "_writing", "random"},
+    "metrics": {"_checks", "distributed", "_files", "_loops", "_writing", "data", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
 

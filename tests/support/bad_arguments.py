@@ -172,11 +172,26 @@ def _folder() -> Path:
     average.update(nn.Linear(2, 2))
     average.save(folder / "snapshots")
     metrics.sample_to_shards(_draw, 2, folder / "shards", progress=False)
+    metrics.save_statistics(folder / "statistics.npz", _moments())
     return folder
 
 
 def _draw(n: int, generators: list[torch.Generator]) -> Tensor:
     return torch.zeros(n, 3, 4, 4)
+
+
+def _moments() -> metrics.FeatureMoments:
+    moments = metrics.FeatureMoments()
+    moments.update(_state(4, 2))
+    return moments
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)
+
+
+def _flatten() -> Callable[[Tensor], Tensor]:
+    return _flat
 
 
 def _updated() -> dk.PowerEMA:
@@ -304,6 +319,7 @@ OWN: dict[str, Recipe] = {
     },
     "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
     "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
+    "read_checkpoint": {},
     "save_checkpoint": {
         "model": lambda: nn.Linear(2, 2),
         "path": lambda: _folder() / "written.pt",
@@ -342,10 +358,18 @@ OWN: dict[str, Recipe] = {
     },
     "plot_variances": {"results": _estimate},
     "all_gather": {"result": lambda: torch.ones(2)},
-    "extract_features": {
-        "images": lambda: _state(4, 3, 4, 4),
-        "extractor": lambda: lambda x: x.reshape(len(x), -1),
+    "extract_features": {"images": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "gather_features": {"data": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "stream_features": {"data": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "features": {"name": lambda: "pixels"},
+    "register_features": {"name": lambda: "flat", "factory": lambda: _flatten},
+    "save_statistics": {
+        "path": lambda: _folder() / "written.npz",
+        "moments": _moments,
     },
+    "load_statistics": {"path": lambda: _folder() / "statistics.npz"},
+    "nearest": {"queries": lambda: _state(3, 2)},
+    "held_out_loss": {"objective": dk.ScoreMatching, "data": lambda: _state(4, 2)},
     "load_shards": {"directory": lambda: _folder() / "shards"},
     "sample_to_shards": {
         "draw": lambda: _draw,
@@ -554,8 +578,11 @@ _RESULTS = {
     "Dequantized",
     "DiscreteBound",
     "ODELogLikelihood",
+    "FeatureStatistics",
+    "HeldOutLoss",
     "InceptionScoreResult",
     "KernelDistance",
+    "Nearest",
     "PrecisionRecall",
     "SampleQuality",
     "SamplerState",
