@@ -102,6 +102,7 @@ result["states"] = states
 """
 
 
+@pytest.mark.slow
 def test_processes_call_networks_as_often_as_they_need(tmp_path) -> None:
     found = run_in_two_processes(PROGRAM, tmp_path)
     for one in found:
@@ -112,9 +113,13 @@ def test_processes_call_networks_as_often_as_they_need(tmp_path) -> None:
             torch.testing.assert_close(one[kind]["loss"], one["bare"]["loss"])
         assert one["replicated"]["whole"]
         assert not one["sharded"]["whole"]
-        assert one["errors"][0] == one["errors"][1] == (
-            "model: expected all weights in each process, where processes call it independently, "
-            "as inside `with gathered_weights(model):`, got weights sharded over processes"
+        assert (
+            one["errors"][0]
+            == one["errors"][1]
+            == (
+                "model: expected all weights in each process, where processes call it independently, "
+                "as inside `with gathered_weights(model):`, got weights sharded over processes"
+            )
         )
         assert one["errors"][2].startswith("differentiable: expected False for a network sharded")
         # Only the root stays gathered after forward, as fully_shard has it.
