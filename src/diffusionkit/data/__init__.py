@@ -2,6 +2,7 @@
 
 from .endless import Batch, EndlessBatches
 from .images import ImageData, ImageTensors
+from .saved_images import save_grid, save_images
 from .typefaces import glyphs
 
 __all__ = [
@@ -10,4 +11,6 @@ __all__ = [
     "ImageData",
     "ImageTensors",
     "glyphs",
+    "save_grid",
+    "save_images",
 ]
