@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What each part may import, beside itself.
 PRIVATE = {
     "_checks", "_coefficients", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision",
-    "_returned", "_schedules", "random",
+    "_returned", "_schedules", "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
-    "_loops": set(),
+    "_loops": {"distributed"},
     "_nfe": set(),
     "_precision": {"_checks"},
     "_returned": set(),

@@ -31,11 +31,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def bare_class(part: object) -> type:
     """Return the class of an object, without what fully_shard adds to that of a network."""
     kind = type(part)
-    return kind.__bases__[-1] if "FSDP" in kind.__name__ and _is_sharded(kind) else kind
+    return kind.__bases__[-1] if "FSDP" in kind.__name__ and is_fully_sharded(part) else kind
 
 
-def _is_sharded(kind: type) -> bool:
-    return hasattr(kind, "_get_fsdp_state")
+def is_fully_sharded(part: object) -> bool:
+    """Whether a module was passed to fully_shard."""
+    return hasattr(type(part), "_get_fsdp_state")
 
 
 def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -46,7 +47,7 @@ def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     the gathered ones.
     """
     module = unwrapped(module)
-    if _is_sharded(type(module)):
+    if is_fully_sharded(module):
         cast(Any, module).reshard()
     yield prefix, module
     for name, child in module._modules.items():
