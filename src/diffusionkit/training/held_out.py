@@ -18,6 +18,7 @@ from .._checks import (
     check_known,
     check_mapping,
     check_part,
+    check_target_device,
 )
 from .._loops import Progress, evaluation_mode, with_progress
 from ..distributed._group import rank_and_world_size
@@ -111,6 +112,7 @@ def held_out_loss(
             f"objective: expected times that do not adapt to losses, got {type(times).__name__}; "
             "evaluate with UniformTimes or DiscreteTimes"
         )
+    check_target_device(device)
     if transform is not None:
         check_callable(transform, "transform")
     if isinstance(data, Tensor):
