@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "_weights",
         "_writing",
     },
+    "data": {"_checks", "distributed", "_writing", "random"},
     "metrics": {"_checks", "distributed", "_files", "_loops", "_writing", "data", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }

@@ -136,6 +136,7 @@ from .training import (
     linear_warmup,
     load_checkpoint,
     power_exponent,
+    read_checkpoint,
     reconstruct_ema,
     save_checkpoint,
 )
@@ -259,6 +260,7 @@ __all__ = [
     "linear_warmup",
     "load_checkpoint",
     "power_exponent",
+    "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",
     "slerp",

@@ -319,6 +319,7 @@ OWN: dict[str, Recipe] = {
     },
     "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
     "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
+    "read_checkpoint": {},
     "save_checkpoint": {
         "model": lambda: nn.Linear(2, 2),
         "path": lambda: _folder() / "written.pt",

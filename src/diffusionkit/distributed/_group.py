@@ -60,3 +60,16 @@ def gather_objects(value: T) -> list[T]:
     everyone: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return the elementwise largest of the tensors of all processes, infinity for NaN.
+
+    All processes must call this, with tensors of one shape and dtype. With a single process,
+    return x.
+    """
+    if not is_distributed() or dist.get_world_size() == 1:
+        return x
+    x = x.nan_to_num(torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN has no order
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x

@@ -9,7 +9,9 @@ from .held_out import HeldOutLoss, held_out_loss
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
+from .reading import read_checkpoint
 from .references import ReferenceBatches
+from .run_files import CheckpointFolder, StopSignals
 from .stable_target import StableTarget
 from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
@@ -21,6 +23,7 @@ __all__ = [
     "VLB",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFolder",
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
@@ -37,6 +40,7 @@ __all__ = [
     "SimpleWeighting",
     "StableTarget",
     "StepReport",
+    "StopSignals",
     "StratifiedTimes",
     "UniformTimes",
     "clipped_step",
@@ -46,6 +50,7 @@ __all__ = [
     "load_checkpoint",
     "power_coefficients",
     "power_exponent",
+    "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",
 ]

@@ -1,0 +1,13 @@
+"""Images to train on: readers, a real data set without a download, endless batches."""
+
+from .endless import Batch, EndlessBatches
+from .images import ImageData, ImageTensors
+from .typefaces import glyphs
+
+__all__ = [
+    "Batch",
+    "EndlessBatches",
+    "ImageData",
+    "ImageTensors",
+    "glyphs",
+]
