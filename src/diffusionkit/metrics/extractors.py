@@ -182,7 +182,7 @@ class _RandomNetwork(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, 408)."""
+        """Return features (B, 360)."""
         x = _grey_or_rgb(images) / 127.5 - 1
         if x.shape[1] not in (1, 3):
             raise ValueError(f"images: expected 1 or 3 channels, got {x.shape[1]}")
