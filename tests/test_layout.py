@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "_writing": set(),
     "_weights": {"_files"},
     "sde": BASE,
-    "models": {*BASE, "sde"},
+    "models": {*BASE, "sde", "_wrappers"},
     "training": {*CORE, "_distributed", "_files", "_weights", "_wrappers", "_writing"},
     "sampling": CORE,
     "likelihood": {*CORE, "_distributed", "_files", "_writing"},

@@ -76,6 +76,16 @@ def largest(x: Tensor) -> Tensor:
     return x
 
 
+def first_of_all(x: Tensor) -> Tensor:
+    """Return the tensor of the first process, in all; with a single process, return x.
+
+    All processes must call this, with tensors of one shape and dtype. The host does not wait.
+    """
+    if is_distributed() and dist.get_world_size() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
 def is_sharded(x: object) -> bool:
     """Whether x is a DTensor, of which a process holds a part."""
     # Not by its class: the module that defines it is slow to import.
