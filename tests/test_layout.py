@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {
-    "_checks", "_coefficients", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision",
+    "_checks", "_coefficients", "_gaussian", "_grid_times", "_kept", "_loops", "_nfe", "_precision",
     "_returned", "_schedules", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces"}
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
+    "_kept": set(),
     "_loops": set(),
     "_nfe": set(),
     "_precision": {"_checks"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
     "diagnostics": {*CORE, "_distributed", "training"},
-    "ops": {"_checks"},
+    "ops": {"_checks", "_kept"},
     "networks": {"_checks", "ops"},
     "checkpoints": {
         *CORE,

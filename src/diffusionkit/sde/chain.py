@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._checks import as_item, check_times, check_transition
+from .._kept import Kept
 from .._schedules import schedule_dtype, slack, snapped
 from ..interfaces import ForwardSDE
 from ._subsequence import subsequence
@@ -31,7 +31,7 @@ class Chain(ForwardSDE):
         self.t_min = 1 / self.steps
         self._increments = increments
         self._sums = torch.cat([increments.new_zeros(1), increments.cumsum(0)])
-        self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._copies: Kept[tuple[Tensor, Tensor]] = Kept()
 
     def time(self, step: Tensor | Sequence[int] | int) -> Tensor:
         """Return the times (i + 1) / N of steps i, in the shape of the steps, in float64.
@@ -101,14 +101,7 @@ class Chain(ForwardSDE):
         if like.dtype == self._sums.dtype and like.device == self._sums.device:
             return self._increments, self._sums
         key = like.device, like.dtype
-        if (found := self._copies.get(key)) is not None:
-            return found
-        with torch.inference_mode(False):
-            tables = self._increments.to(*key), self._sums.to(*key)
-        # Not those of a graph that is traced, nor of tensors without data.
-        if not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
-            self._copies[key] = tables
-        return tables
+        return self._copies.get(key, lambda: (self._increments.to(*key), self._sums.to(*key)))
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step that each time falls in, and the fraction of it completed."""
