@@ -159,8 +159,9 @@ def check(extractor: Callable[[Tensor], object], count: int = 3000) -> list[list
             quality = evaluate_samples(reference, features, logits=logits)
             near = quality.neighbors
             score = quality.inception_score
-            rows.append([kind, amount, f"{quality.frechet:.3f}", f"{near.precision:.3f}",
-                         f"{near.recall:.3f}", "" if score is None else f"{score.mean:.2f}"])  # fmt: skip
+            numbers = [quality.frechet, near.precision, near.recall]
+            cells = [f"{number:.3f}" for number in numbers]
+            rows.append([kind, amount, *cells, "" if score is None else f"{score.mean:.2f}"])
     for row in rows:
         print(f"{row[0]:<31}{row[1]:>7}" + "".join(f"{cell:>11}" for cell in row[2:]))
     return rows
