@@ -172,11 +172,26 @@ def _folder() -> Path:
     average.update(nn.Linear(2, 2))
     average.save(folder / "snapshots")
     metrics.sample_to_shards(_draw, 2, folder / "shards", progress=False)
+    metrics.save_statistics(folder / "statistics.npz", _moments())
     return folder
 
 
 def _draw(n: int, generators: list[torch.Generator]) -> Tensor:
     return torch.zeros(n, 3, 4, 4)
+
+
+def _moments() -> metrics.FeatureMoments:
+    moments = metrics.FeatureMoments()
+    moments.update(_state(4, 2))
+    return moments
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)
+
+
+def _flatten() -> Callable[[Tensor], Tensor]:
+    return _flat
 
 
 def _updated() -> dk.PowerEMA:
@@ -273,6 +288,8 @@ OWN: dict[str, Recipe] = {
     "LinearMeasurement": {"operator": lambda: torch.eye(2)},
     "EMA": {"model": lambda: nn.Linear(2, 2)},
     "PowerEMA": {"model": lambda: nn.Linear(2, 2)},
+    "HalfLife": {"images": lambda: 100.0, "batch_size": lambda: 4},
+    "HalfLife.__call__": {"self": _made(dk.HalfLife, 100.0, 4), "update": lambda: 3},
     "ReferenceBatches": {
         "dataset": lambda: [torch.ones(2)] * 8,
         "batch_size": lambda: 2,
@@ -304,6 +321,7 @@ OWN: dict[str, Recipe] = {
     },
     "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
     "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
+    "read_checkpoint": {},
     "save_checkpoint": {
         "model": lambda: nn.Linear(2, 2),
         "path": lambda: _folder() / "written.pt",
@@ -342,10 +360,18 @@ OWN: dict[str, Recipe] = {
     },
     "plot_variances": {"results": _estimate},
     "all_gather": {"result": lambda: torch.ones(2)},
-    "extract_features": {
-        "images": lambda: _state(4, 3, 4, 4),
-        "extractor": lambda: lambda x: x.reshape(len(x), -1),
+    "extract_features": {"images": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "gather_features": {"data": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "stream_features": {"data": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "features": {"name": lambda: "pixels"},
+    "register_features": {"name": lambda: "flat", "factory": lambda: _flatten},
+    "save_statistics": {
+        "path": lambda: _folder() / "written.npz",
+        "moments": _moments,
     },
+    "load_statistics": {"path": lambda: _folder() / "statistics.npz"},
+    "nearest": {"queries": lambda: _state(3, 2)},
+    "held_out_loss": {"objective": dk.ScoreMatching, "data": lambda: _state(4, 2)},
     "load_shards": {"directory": lambda: _folder() / "shards"},
     "sample_to_shards": {
         "draw": lambda: _draw,
@@ -450,11 +476,11 @@ OWN: dict[str, Recipe] = {
     },
     "EMA.load_state_dict": {
         "self": _made(dk.EMA, nn.Linear(2, 2)),
-        "state": lambda: dk.EMA(nn.Linear(2, 2)).state_dict(),
+        "state_dict": lambda: dk.EMA(nn.Linear(2, 2)).state_dict(),
     },
     "PowerEMA.load_state_dict": {
         "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
-        "state": lambda: dk.PowerEMA(nn.Linear(2, 2)).state_dict(),
+        "state_dict": lambda: dk.PowerEMA(nn.Linear(2, 2)).state_dict(),
     },
     "PowerEMA.save": {
         "self": _updated,
@@ -554,8 +580,11 @@ _RESULTS = {
     "Dequantized",
     "DiscreteBound",
     "ODELogLikelihood",
+    "FeatureStatistics",
+    "HeldOutLoss",
     "InceptionScoreResult",
     "KernelDistance",
+    "Nearest",
     "PrecisionRecall",
     "SampleQuality",
     "SamplerState",
@@ -628,6 +657,7 @@ _TAKEN = {
     "PathLike": ["a word", "an empty string", "an unknown device", "a path", "bytes"],
     "Path": ["a word", "an empty string", "an unknown device", "a path"],
     "Module": ["a layer"],
+    "Model_co": ["a layer"],
     "Mapping": ["an empty dictionary"],
     "Generators": ["None"],
     "Gaussian": ["a column", "three numbers"],
@@ -643,12 +673,16 @@ _TAKEN = {
     "Sequence": ["a numpy array"],
     "Any": list(BAD),
 }
-_CALLED = ("Callable", "Label", "Grid", "Linear", "Progress", "Classifier")
+_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Classifier")
 _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
+    ("held_out_loss", "data"): ["a reversed pair"],
+    # Metrics refuse features that are not finite.
+    **{(name, "data"): ["a tensor of NaN", "two NaN", "a reversed pair", "a pair with NaN"]
+       for name in ("gather_features", "stream_features")},
     ("slerp", "weight"): ["a scalar tensor"],
     ("bits_per_dim", "nats"): ["a scalar tensor", "an empty tensor"],  # of any shape
     ("Clip", "low"): ["-infinity"],  # open to one side

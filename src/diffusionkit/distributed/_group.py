@@ -73,6 +73,29 @@ def gather_objects(value: T) -> list[T]:
     return everyone
 
 
+def largest(x: Tensor) -> Tensor:
+    """Return the elementwise largest of the tensors of all processes, infinity for NaN.
+
+    All processes must call this, with tensors of one shape and dtype. With a single process,
+    return x.
+    """
+    if not is_distributed() or dist.get_world_size() == 1:
+        return x
+    x = x.nan_to_num(torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN has no order
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def first_of_all(x: Tensor) -> Tensor:
+    """Return the tensor of the first process, in all; with a single process, return x.
+
+    All processes must call this, with tensors of one shape and dtype. The host does not wait.
+    """
+    if is_distributed() and dist.get_world_size() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
 def broadcast_object(value: T) -> T:
     """Return the value of rank 0 in every process, such as the checkpoint to resume from.
 
