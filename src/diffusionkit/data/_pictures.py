@@ -115,9 +115,9 @@ def _resized(image: Image, size: int | None) -> Image:
         return image
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Resampling.LANCZOS, box=box)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Resampling.LANCZOS)
 
 
 def _tensor(image: Image) -> Tensor:

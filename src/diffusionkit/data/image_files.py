@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from ._folder_classes import (
     pictures,
 )
 from ._members import FolderMembers, Members, ZipMembers, list_folder, list_zip
+from ._npz import read_npz
 from ._pictures import PictureError, check_pillow, decoded, from_array
 from .images import ImageData, ImageTensors, check_index
 
@@ -209,19 +208,15 @@ def _labels(
 
 
 def _open_arrays(path: str, size: int | None, channels: int | None) -> ImageTensors:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files)
-            if "arr_0" not in names:
-                raise ValueError(f"expected arrays arr_0 and arr_1, got {', '.join(names)}")
-            array, labels = file["arr_0"], file["arr_1"] if "arr_1" in names else None
-    except (ValueError, KeyError, EOFError, BadZipFile, zlib.error, MemoryError) as error:
-        raise ValueError(f"{path}: expected an .npz file of images, got {error}") from error
-    array = array[..., None] if array.ndim == 3 else array
+    arrays = read_npz(path, ("arr_0", "arr_1"))
+    if "arr_0" not in arrays:
+        raise ValueError(f"{path}: expected images in arr_0, got no such array")
+    array, labels = arrays["arr_0"], arrays.get("arr_1")
+    shape, array = array.shape, array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
         raise ValueError(
             f"{path}: expected arr_0 of uint8 and shape (N, H, W, 1 or 3) or (N, H, W), "
-            f"got {array.dtype} and {array.shape}"
+            f"got {array.dtype} and {shape}"
         )
     if size is not None and array.shape[1:3] != (size, size):
         images = torch.stack([from_array(image, channels, size) for image in array])
