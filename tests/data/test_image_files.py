@@ -363,6 +363,8 @@ def test_arrays_of_an_npz_file(tmp_path) -> None:
     assert open_images(path, size=8, channels=1).shape == (1, 8, 8)
     np.savez(path, images[..., 0])
     assert open_images(path).shape == (1, 4, 6)
+    np.save(tmp_path / "set.npy", images)
+    assert torch.equal(open_images(tmp_path / "set.npy")[2][0], as_tensor(images[2]))
     assert open_images(path, channels=3)[1][0].tolist() == [images[1, ..., 0].tolist()] * 3
 
 
@@ -370,7 +372,7 @@ def test_arrays_of_an_npz_file(tmp_path) -> None:
     ("arrays", "message"),
     [
         ({"data": np.zeros(3)}, "expected an .npz file of arr_0, arr_1, got arrays data"),
-        ({"arr_0": np.zeros((2, 4, 4))}, r"expected arr_0 of uint8.*got float64 and \(2, 4, 4\)"),
+        ({"arr_0": np.zeros((2, 4, 4))}, r"expected images of uint8.*got float64 and \(2, 4, 4\)"),
         ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"got uint8 and \(2, 3, 8, 8\)"),
         ({"arr_0": noise(2, 4, 4), "arr_1": np.zeros(3, int)}, r"arr_1 of integers and shape \(2"),
         ({"arr_0": noise(2, 4, 4), "arr_1": np.array([0, -1])}, "class labels >= 0 in arr_1"),
@@ -387,8 +389,11 @@ def test_what_is_no_image_set_is_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="no images at"):
         open_images(tmp_path / "nowhere")
     (tmp_path / "set.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"path: expected a folder, a \.zip or an \.npz file"):
+    with pytest.raises(ValueError, match=r"path: expected a folder, a \.zip, \.npz or \.npy file"):
         open_images(tmp_path / "set.tar")
+    (tmp_path / "set.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match=r"set\.npy: expected an \.npy file, got"):
+        open_images(tmp_path / "set.npy")
     (tmp_path / "set.npz").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"set\.npz: expected an \.npz file of arr_0"):
         open_images(tmp_path / "set.npz")
