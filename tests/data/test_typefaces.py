@@ -1,12 +1,8 @@
 """Glyphs: their number, their parts, their classes, and the file that keeps them."""
 
 import importlib
-from pathlib import Path
 
 import pytest
-import torch
-
-from diffusionkit.data import glyphs, typefaces
 
 
 @pytest.fixture(scope="module")
