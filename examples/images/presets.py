@@ -4,38 +4,29 @@ A preset has the sections [data], [process], [network], [model], [objective], [o
 [training], [average], [sampler] and [run], and may have [augmentation] and [dequantization]. A
 table with a name, such as `name = "VPSDE"` or `name = "DDPMpp.cifar10"`, is a call of that class
 or named constructor; its other keys are arguments, and tables among them are built first. Only
-the names in ALLOWED can be called.
+the names in registry.py can be called.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 import torch
+from registry import Settings, call, check_type, checked, unknown
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import diffusionkit as dk
-from diffusionkit import networks
+from diffusionkit.data import ImageData, glyphs, open_images
 
-try:
-    from diffusionkit.data import EDMAugmentation
-
-    AUG: tuple[type, ...] = (EDMAugmentation,)
-except ImportError:
-    AUG = ()
-
-Settings: TypeAlias = dict[str, Any]
 FOLDER = Path(__file__).parent / "presets"
 
 # The values of the plain sections, with their defaults; those without one are given by presets.
@@ -75,34 +66,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     },
 }
 
-# The classes that a section, or a table within one, may name; also their named constructors.
-_TIMES = (dk.UniformTimes, dk.StratifiedTimes, dk.ImportanceTimes, dk.LogNormalTimes,
-          dk.DiscreteTimes, dk.LossSecondMomentTimes)  # fmt: skip
-_GRIDS = (dk.UniformGrid, dk.LogSNRGrid, dk.QuadraticGrid, dk.KarrasGrid, dk.ChainGrid)
-ALLOWED: dict[str, tuple[type, ...]] = {
-    "process": (dk.VPSDE, dk.SubVPSDE, dk.VESDE, dk.EDMSDE, dk.LogSNRSDE, dk.LearnedSDE,
-                dk.DDPMChain, dk.SMLDChain),
-    "network": (networks.NCSNpp, networks.DDPMpp, networks.DDPMUNet, networks.ADMUNet),
-    "model": (dk.EpsModel, dk.X0Model, dk.VModel, dk.RawScoreModel, dk.ScaledScoreModel,
-              dk.EDMModel),
-    "objective": (dk.ScoreMatching, dk.HybridLoss, dk.VLB),
-    "augmentation": AUG,
-    "dequantization": (dk.UniformDequantizer, dk.VariationalDequantizer),
-    "optimizer": (torch.optim.Adam, torch.optim.AdamW),
-    "average": (dk.EMA, dk.PowerEMA),
-    "sampler": (dk.PCSampler, dk.ProbabilityFlow),
-    "label": (dk.TimeLabel, dk.StepLabel, dk.SigmaLabel, dk.LogSigmaLabel, dk.IndexLabel),
-    "weighting": (dk.SimpleWeighting, dk.LikelihoodWeighting, dk.EDMWeighting, dk.MinSNRWeighting),
-    "target": (dk.DenoisingTarget, dk.StableTarget),
-    "times": _TIMES,
-    "decoder": (dk.GaussianDecoder,),
-    "predictor": (dk.Ancestral, dk.ReverseDiffusion, dk.EulerMaruyama, dk.Euler, dk.DDIM, dk.Heun,
-                  dk.StochasticHeun, dk.DPMSolver2M, dk.DPMSolver2MSDE, dk.DPMSolver2S,
-                  dk.DPMSolver3M, dk.UniPC, dk.DEIS, dk.LMS, dk.AdaptiveSDE),
-    "corrector": (dk.Langevin, dk.AnnealedLangevin),
-    "grid": _GRIDS,
-    "clip_x0": (dk.Clip, dk.DynamicThreshold),
-}  # fmt: skip
+CHOICES = {"run.precision": ("float32", "bfloat16"), "training.learn": ("model", "dequantizer")}
 OPTIONAL = ("augmentation", "dequantization")
 SECTIONS = ("data", "process", "network", "model", "objective", *OPTIONAL, "optimizer",
             "training", "average", "sampler", "run")  # fmt: skip
@@ -142,7 +106,7 @@ def load(name: str | Path, changes: Iterable[str] = ()) -> Settings:
     if path.suffix != ".toml":
         path = FOLDER / f"{name}.toml"
         if str(name) not in names():
-            raise _unknown("preset", str(name), names())
+            raise unknown("preset", str(name), names())
     try:
         settings: Settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -151,25 +115,33 @@ def load(name: str | Path, changes: Iterable[str] = ()) -> Settings:
 
 
 def changed(settings: Settings, changes: Iterable[str]) -> Settings:
-    """Return settings with changes "section.key=value", after checking all names."""
+    """Return settings with changes "section.key=value", after checking all names and types."""
     settings = copy.deepcopy(settings)
-    for section, defaults in PLAIN.items():
-        settings[section] = defaults | settings.get(section, {})
     for change in changes:
         key, equals, text = change.partition("=")
         *tables, last = key.strip().split(".")
-        if not equals or not tables:
+        if not equals:
             raise ValueError(f"--set: expected section.key=value, got {change!r}")
-        if tables[0] not in SECTIONS:
-            raise _unknown(f"--set {change}", tables[0], SECTIONS)
+        if (section := [*tables, last][0]) not in SECTIONS:
+            raise unknown(f"--set {change}", section, SECTIONS)
         inner = settings
         for table in tables:
             inner = inner.setdefault(table, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"--set {change}: expected a table at {table}, got {inner!r}")
         inner[last] = _value(text.strip(), change)
-    _check(settings)
-    return {name: settings[name] for name in ("preset", *SECTIONS) if name in settings}
+    for section in settings:
+        if section not in ("preset", *SECTIONS):
+            raise unknown("preset", section, SECTIONS)
+    result = {"preset": settings.get("preset", "")}
+    for section in SECTIONS:
+        if section in PLAIN:
+            result[section] = _plain(section, settings.get(section, {}))
+        elif section in settings:
+            result[section] = checked(section, section, settings[section])
+        elif section not in OPTIONAL:
+            raise ValueError(f"preset: expected a section [{section}], got none")
+    return result
 
 
 def _value(text: str, change: str) -> Any:
@@ -177,134 +149,57 @@ def _value(text: str, change: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError as error:
-        if re.fullmatch(r"[A-Za-z][\w.-]*", text):
+        if re.fullmatch(r"[A-Za-z][\w./-]*", text):
             return text
         raise ValueError(f"--set {change}: expected a TOML value, got {text!r}") from error
 
 
-def _unknown(where: str, name: str, known: Iterable[str]) -> ValueError:
-    nearest = difflib.get_close_matches(name, known := sorted(known), 3, 0.5)
-    hint = f"nearest: {', '.join(nearest)}" if nearest else ", ".join(known)
-    return ValueError(f"{where}: expected a known name ({hint}), got {name!r}")
-
-
-def _check(settings: Settings) -> None:
-    """Check the names of sections and keys, and the types of plain values."""
-    for section in settings:
-        if section not in ("preset", *SECTIONS):
-            raise _unknown("preset", section, SECTIONS)
-    for section in SECTIONS:
-        if section in PLAIN:
-            _check_plain(section, settings[section])
-        elif section in settings:
-            _check_call(section, section, settings[section])
-        elif section not in OPTIONAL:
-            raise ValueError(f"preset: expected a section [{section}], got none")
-
-
-def _check_plain(section: str, values: Settings) -> None:
+def _plain(section: str, values: Any) -> Settings:
+    """Return a section of plain values, defaults included."""
+    if not isinstance(values, dict):
+        raise TypeError(f"[{section}]: expected a table, got {values!r}")
     for key, value in values.items():
         if key not in PLAIN[section]:
-            raise _unknown(f"[{section}] {key}", key, PLAIN[section])
-        kind = type(PLAIN[section][key])
-        if kind is float and type(value) is int:
-            values[key] = float(value)
-        elif type(value) is not kind:
-            got = f"{type(value).__name__} {value!r}"
-            raise TypeError(f"[{section}] {key}: expected {kind.__name__}, got {got}")
-    if section == "run" and values["precision"] not in ("float32", "bfloat16"):
-        got = values["precision"]
-        raise ValueError(f"[run] precision: expected float32 or bfloat16, got {got!r}")
-
-
-def _check_call(where: str, kind: str, table: Any) -> None:
-    factory = _factory(where, kind, table)
-    for key, value in table.items():
-        if key not in ("name", *_arguments(factory), *_OWN.get(kind, ())):
-            raise _unknown(f"[{where}] {table['name']}", key, _arguments(factory))
-        if isinstance(value, dict):
-            _check_call(f"{where}.{key}", key, value)
-
-
-# Keys of a section that are not arguments of its class.
-_OWN = {"sampler": ("clip_x0",)}
-
-
-def _factory(where: str, kind: str, table: Any) -> Callable[..., Any]:
-    """Return the class or named constructor of a table."""
-    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        raise ValueError(f"[{where}]: expected a table with a name, got {table!r}")
-    known: dict[str, Callable[..., Any]] = {}
-    for cls in ALLOWED.get(kind, ()):
-        known[cls.__name__] = cls
-        for method, call in inspect.getmembers(cls, inspect.ismethod):
-            if not method.startswith("_"):
-                known[f"{cls.__name__}.{method}"] = call
-    if table["name"] not in known:
-        raise _unknown(f"[{where}] name", table["name"], known)
-    return known[table["name"]]
-
-
-def _arguments(factory: Callable[..., Any]) -> set[str]:
-    """Return the names of the arguments that a class or named constructor takes."""
-    cls = factory if isinstance(factory, type) else factory.__self__  # type: ignore[attr-defined]
-    found: set[str] = set()
-    for call in (factory, *(c.__init__ for c in cls.__mro__ if "__init__" in vars(c))):
-        parameters = inspect.signature(call).parameters.values()
-        found |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"self"}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return found
-
-
-def _call(where: str, kind: str, table: Settings, given: Mapping[str, Any]) -> Any:
-    """Return the object of a table; of the values given it gets those that it has arguments for."""
-    factory = _factory(where, kind, table)
-    accepted = _arguments(factory)
-    arguments = {name: value for name, value in given.items() if name in accepted}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            arguments[key] = _call(f"{where}.{key}", key, value, given)
-        elif key != "name":
-            arguments[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return factory(**arguments)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"[{where}] {table['name']}: {error}") from error
+            raise unknown(f"[{section}]", key, PLAIN[section])
+        check_type(f"[{section}] {key}", value, PLAIN[section][key])
+        if (choice := CHOICES.get(f"{section}.{key}")) and value not in choice:
+            raise ValueError(f"[{section}] {key}: expected {' or '.join(choice)}, got {value!r}")
+    return PLAIN[section] | values
 
 
 def build(settings: Settings) -> Parts:
     """Build the parts of settings, the networks on torch's default device, "meta" included."""
-    data, run = settings["data"], settings["run"]
+    data = settings["data"]
     low, high = data["range"]
-    given: dict[str, Any] = {"channels": data["channels"], "low": low, "high": high}
-    of_network = {"channels": data["channels"]}
-    if data["classes"]:
-        of_network["num_classes"] = data["classes"] + (settings["training"]["label_dropout"] > 0)
-    if run["activation_checkpointing"]:
-        of_network["activation_checkpointing"] = True
+    shape = {"channels": data["channels"], "low": low, "high": high}
+    options = {"channels": data["channels"]}
+    if data["classes"]:  # and one more where labels are dropped
+        options["num_classes"] = data["classes"] + (settings["training"]["label_dropout"] > 0)
+    if settings["run"]["activation_checkpointing"]:
+        options["activation_checkpointing"] = True
     with torch.device("cpu"):
-        sde = _call("process", "process", settings["process"], {})
-        objective = _call("objective", "objective", settings["objective"], given)
-    network = _call("network", "network", settings["network"], of_network)
+        sde = call("process", settings["process"], {})
+        objective = call("objective", settings["objective"], shape)
+    network = call("network", settings["network"], options)
     wrapped = {"network": network, "sde": sde, "data_range": (low, high)}
-    made = {name: _call(name, name, settings[name], given) for name in OPTIONAL if name in settings}
-    return Parts(
-        settings=settings,
-        sde=sde,
-        network=network,
-        model=_call("model", "model", settings["model"], wrapped),
-        objective=objective,
-        augmentation=made.get("augmentation"),
-        dequantizer=made.get("dequantization"),
+    augmentation, dequantizer = (
+        call(name, settings[name], shape) if name in settings else None for name in OPTIONAL
     )
+    if settings["training"]["learn"] == "dequantizer":
+        network.requires_grad_(False)
+    model = call("model", settings["model"], wrapped)
+    return Parts(settings, sde, network, model, objective, augmentation, dequantizer)
+
+
+def start(settings: Settings, model: nn.Module) -> None:
+    """Load the averaged weights of the checkpoint that training starts from, if there is one."""
+    if path := settings["training"]["start_from"]:
+        model.load_state_dict(restore(path).model.state_dict())
 
 
 def optimizer(settings: Settings, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """Return the optimizer of settings."""
-    made: torch.optim.Optimizer = _call(
-        "optimizer", "optimizer", settings["optimizer"], {"params": parameters}
-    )
+    made: torch.optim.Optimizer = call("optimizer", settings["optimizer"], {"params": parameters})
     return made
 
 
@@ -315,18 +210,20 @@ def scheduler(settings: Settings, optimizer: torch.optim.Optimizer) -> LRSchedul
 
 def average(settings: Settings, model: nn.Module) -> dk.EMA | dk.PowerEMA:
     """Return the average of a model's weights."""
-    made: dk.EMA | dk.PowerEMA = _call("average", "average", settings["average"], {"model": model})
+    given = {"model": model, "batch_size": settings["training"]["batch"]}
+    made: dk.EMA | dk.PowerEMA = call("average", settings["average"], given)
     return made
 
 
 def sampler(settings: Settings, model: dk.ScoreModel, **changes: Any) -> Any:
     """Return the sampler of settings, a callable (shape, generator=...), with other arguments."""
-    table = settings["sampler"] | changes
+    table = checked("sampler", "sampler", settings["sampler"] | changes)
     low, high = settings["data"]["range"]
     given = {"low": low, "high": high, "chain": model.sde}
     if (limit := table.pop("clip_x0", None)) is not None:
-        model = dk.DenoisedModel(model, _call("sampler.clip_x0", "clip_x0", limit, given))
-    return _call("sampler", "sampler", table, given | {"model": model})
+        model = dk.DenoisedModel(model, call("sampler.clip_x0", limit, given))
+    made = call("sampler", table, given | {"model": model})
+    return made.sample if isinstance(made, dk.ProbabilityFlow) else made
 
 
 def show(settings: Settings) -> str:
@@ -352,25 +249,36 @@ def _toml(value: Any) -> str:
 
 def saved_settings(path: str | Path) -> Settings:
     """Return the settings in a checkpoint of train.py."""
-    extra = dk.read_checkpoint(path).extra
-    settings = extra.get("settings")
-    if not isinstance(settings, dict) or "preset" not in settings:
-        raise dk.CheckpointError(
-            f"{path}: expected a checkpoint of train.py, which has settings, got one with "
-            f"{', '.join(map(str, extra)) or 'none'}"
-        )
-    return settings
+    settings = dk.read_checkpoint(path).extra.get("settings")
+    if not isinstance(settings, dict):
+        raise dk.CheckpointError(f"{path}: expected a checkpoint of train.py, with settings, "
+                                 "got one without")  # fmt: skip
+    try:
+        return changed(settings, ())
+    except (TypeError, ValueError) as error:
+        raise dk.CheckpointError(f"{path}: {error}") from error
 
 
 def restore(
-    path: str | Path, device: torch.device | str = "cpu", changes: Sequence[str] = ()
+    path: str | Path, device: torch.device | str = "cpu", changes: Iterable[str] = ()
 ) -> Run:
     """Rebuild the model of a checkpoint of train.py with its averaged weights."""
     settings = changed(saved_settings(path), changes)
-    with torch.device(device):
-        parts = build(settings)
-    ema = average(settings, parts.model)
-    file = dk.load_checkpoint(path, parts.model, ema=ema, restore_random=False)
-    averaged = ema if isinstance(ema, dk.EMA) else next(iter(ema.averages.values()))
+    parts = build(settings)
+    ema, stateful = average(settings, parts.model), {}
+    if isinstance(parts.dequantizer, nn.Module) and list(parts.dequantizer.parameters()):
+        stateful["dequantizer"] = parts.dequantizer.to(device)
+    step = dk.load_checkpoint(
+        path, parts.model, ema=ema, stateful=stateful, restore_random=False
+    ).step
+    averaged = next(iter(ema.averages.values())) if isinstance(ema, dk.PowerEMA) else ema
     model: Any = averaged.model
-    return Run(settings, parts, model.eval().to(device), file.step)
+    return Run(settings, parts, model.eval().to(device), step)
+
+
+def open_data(settings: Settings, part: Literal["train", "test"] = "train") -> ImageData:
+    """Return the images that settings name; only glyphs have a part for tests."""
+    data = settings["data"]
+    if data["source"] == "glyphs":
+        return glyphs(part, size=data["size"], labels=data["labels"])
+    return open_images(data["source"], size=data["size"], channels=data["channels"])

@@ -117,8 +117,9 @@ def test_processes_call_networks_as_often_as_they_need(tmp_path) -> None:
             one["errors"][0]
             == one["errors"][1]
             == (
-                "model: expected all weights in each process, where processes call it independently, "
-                "as inside `with gathered_weights(model):`, got weights sharded over processes"
+                "model: expected all weights in each process, where processes call it "
+                "independently, as inside `with gathered_weights(model):`, got weights sharded "
+                "over processes"
             )
         )
         assert one["errors"][2].startswith("differentiable: expected False for a network sharded")

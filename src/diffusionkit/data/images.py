@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from .._checks import check_count, check_sequence
@@ -47,6 +48,30 @@ class ImageData(Dataset[tuple[Tensor, int]], abc.ABC):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """Return several images with their class labels, which a DataLoader asks for at once."""
         return [self[index] for index in indices]
+
+    def check(self, *, workers: int = 0) -> None:
+        """Load all images once, and name those that cannot be used.
+
+        Args:
+            workers: the number of processes that load them, 0 for this one.
+
+        Raises:
+            ValueError: if there are any; it states the number of them and the first 20.
+        """
+        check_count(workers, "workers", least=0)
+        loader: DataLoader[Any] = DataLoader(
+            _Problems(self),
+            batch_size=64,
+            num_workers=workers,
+            collate_fn=list,
+            generator=torch.Generator(),
+        )
+        found = [problem for batch in loader for problem in batch if problem]
+        if found:
+            raise ValueError(
+                f"data: expected {len(self)} images, got {len(found)} that cannot be used:\n"
+                + "\n".join([*found[:20], *(["..."] if len(found) > 20 else [])])
+            )
 
     def _label(self, index: int) -> int:
         return 0 if self.class_labels is None else int(self.class_labels[index])
@@ -109,6 +134,24 @@ class ImageTensors(ImageData):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         check_index(index, len(self))
         return self._images[index], self._label(index)
+
+
+class _Problems(Dataset[str]):
+    """The error of each image, or an empty string."""
+
+    def __init__(self, data: ImageData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @override
+    def __getitem__(self, index: int) -> str:
+        try:
+            self._data[index]
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
 
 
 def check_index(index: int, length: int) -> None:

@@ -107,7 +107,9 @@ def _kept(size: int) -> _Drawn:
         matplotlib: Any = importlib.import_module("matplotlib")
         ft2font: Any = importlib.import_module("matplotlib.ft2font")
     except ImportError as error:
-        raise ImportError("glyphs are drawn by matplotlib: pip install matplotlib") from error
+        raise ImportError(
+            "glyphs needs matplotlib: pip install 'diffusionkit-torch[examples]'"
+        ) from error
     versions = (matplotlib.__version__, ft2font.__freetype_version__, unicodedata.unidata_version)
     key = hashlib.blake2b(repr((_FORMAT, *versions)).encode(), digest_size=8).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -37,7 +37,7 @@ from .dequantization import Dequantizer
 
 
 class Data(Sized, Protocol):
-    """A map-style data set of items (*D)."""
+    """A map-style data set of items (*D), or of tuples that begin with one."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -91,8 +91,8 @@ def evaluate_bits_per_dim(
     Args:
         likelihood: `NELBO`, `ODELikelihood`, or any callable of x, generator= and conditions whose
             result has `.nats` (B,), the negative log-likelihood or a bound on it.
-        data: a tensor (N, \*D) or a map-style data set of tensors (\*D), integers if there is a
-            dequantizer.
+        data: a tensor (N, \*D) or a map-style data set of tensors (\*D), or of tuples that begin
+            with one; integers if there is a dequantizer.
         dequantizer: draws x given an image. None for likelihoods of images, and for continuous
             data, where the result is a density and may be negative.
         draws: the number of evaluations of each item, with new random numbers.
@@ -187,7 +187,7 @@ def evaluate_bits_per_dim(
             if bool(nats[index, draw].isnan().any()):
                 nats[index, draw] = dealer.published(number)
     dealer.leave()
-    bits = bits_per_dim(nats, torch.as_tensor(data[0]).numel())
+    bits = bits_per_dim(nats, as_item(data[0], "data").numel())
     items = bits.mean(1)
     return BitsPerDim(
         mean=float(items.mean()),

@@ -124,10 +124,6 @@ def sample_to_shards(
     check_count(seed, "seed", least=0, most=2**63 - 1)
     group = rank_and_world_size()
     place = rank_and_world_size(rank, world_size)
-    check_count(place[1], "world_size")
-    check_count(place[0], "rank", least=0)
-    if place[0] >= place[1]:
-        raise ValueError(f"rank: expected a number below {place[1]}, got {place[0]}")
     about = {
         "count": count,
         "batch_size": batch_size,
