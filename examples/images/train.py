@@ -139,10 +139,10 @@ class Training:
             shares = torch.stack([loss, torch.full_like(loss, stop.received is not None)])
             mean, stops = self.place.sum(shares).tolist()
             report = clipped_step(self.optimizer, training["clip"])
-            self.scheduler.step()
             self.step += 1
             skipped = skipped + 1 if report.skipped else 0
             if not skipped:
+                self.scheduler.step()
                 self.average.update(self.model)
             if skipped == SKIPPED:
                 raise FloatingPointError(
