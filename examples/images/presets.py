@@ -4,39 +4,29 @@ A preset has the sections [data], [process], [network], [model], [objective], [o
 [training], [average], [sampler] and [run], and may have [augmentation] and [dequantization]. A
 table with a name, such as `name = "VPSDE"` or `name = "DDPMpp.cifar10"`, is a call of that class
 or named constructor; its other keys are arguments, and tables among them are built first. Only
-the names in ALLOWED can be called.
+the names in registry.py can be called.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
+from registry import Settings, call, check_type, checked, unknown
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import diffusionkit as dk
-from diffusionkit import networks
 from diffusionkit.data import ImageData, glyphs, open_images
 
-try:
-    from diffusionkit.data import EDMAugmentation
-
-    AUG: tuple[type, ...] = (EDMAugmentation,)
-except ImportError:
-    AUG = ()
-
-Settings: TypeAlias = dict[str, Any]
 FOLDER = Path(__file__).parent / "presets"
 
 # The values of the plain sections, with their defaults; those without one are given by presets.
@@ -76,34 +66,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     },
 }
 
-# The classes that a section, or a table within one, may name; also their named constructors.
-_TIMES = (dk.UniformTimes, dk.StratifiedTimes, dk.ImportanceTimes, dk.LogNormalTimes,
-          dk.DiscreteTimes, dk.LossSecondMomentTimes)  # fmt: skip
-_GRIDS = (dk.UniformGrid, dk.LogSNRGrid, dk.QuadraticGrid, dk.KarrasGrid, dk.ChainGrid)
-ALLOWED: dict[str, tuple[type, ...]] = {
-    "process": (dk.VPSDE, dk.SubVPSDE, dk.VESDE, dk.EDMSDE, dk.LogSNRSDE, dk.LearnedSDE,
-                dk.DDPMChain, dk.SMLDChain),
-    "network": (networks.NCSNpp, networks.DDPMpp, networks.DDPMUNet, networks.ADMUNet),
-    "model": (dk.EpsModel, dk.X0Model, dk.VModel, dk.RawScoreModel, dk.ScaledScoreModel,
-              dk.EDMModel),
-    "objective": (dk.ScoreMatching, dk.HybridLoss, dk.VLB),
-    "augmentation": AUG,
-    "dequantization": (dk.UniformDequantizer, dk.VariationalDequantizer),
-    "optimizer": (torch.optim.Adam, torch.optim.AdamW),
-    "average": (dk.EMA, dk.PowerEMA),
-    "sampler": (dk.PCSampler, dk.ProbabilityFlow),
-    "label": (dk.TimeLabel, dk.StepLabel, dk.SigmaLabel, dk.LogSigmaLabel, dk.IndexLabel),
-    "weighting": (dk.SimpleWeighting, dk.LikelihoodWeighting, dk.EDMWeighting, dk.MinSNRWeighting),
-    "target": (dk.DenoisingTarget, dk.StableTarget),
-    "times": _TIMES,
-    "decoder": (dk.GaussianDecoder,),
-    "predictor": (dk.Ancestral, dk.ReverseDiffusion, dk.EulerMaruyama, dk.Euler, dk.DDIM, dk.Heun,
-                  dk.StochasticHeun, dk.DPMSolver2M, dk.DPMSolver2MSDE, dk.DPMSolver2S,
-                  dk.DPMSolver3M, dk.UniPC, dk.DEIS, dk.LMS),
-    "corrector": (dk.Langevin, dk.AnnealedLangevin),
-    "grid": _GRIDS,
-    "clip_x0": (dk.Clip, dk.DynamicThreshold),
-}  # fmt: skip
 CHOICES = {"run.precision": ("float32", "bfloat16"), "training.learn": ("model", "dequantizer")}
 OPTIONAL = ("augmentation", "dequantization")
 SECTIONS = ("data", "process", "network", "model", "objective", *OPTIONAL, "optimizer",
@@ -144,7 +106,7 @@ def load(name: str | Path, changes: Iterable[str] = ()) -> Settings:
     if path.suffix != ".toml":
         path = FOLDER / f"{name}.toml"
         if str(name) not in names():
-            raise _unknown("preset", str(name), names())
+            raise unknown("preset", str(name), names())
     try:
         settings: Settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -161,7 +123,7 @@ def changed(settings: Settings, changes: Iterable[str]) -> Settings:
         if not equals:
             raise ValueError(f"--set: expected section.key=value, got {change!r}")
         if (section := [*tables, last][0]) not in SECTIONS:
-            raise _unknown(f"--set {change}", section, SECTIONS)
+            raise unknown(f"--set {change}", section, SECTIONS)
         inner = settings
         for table in tables:
             inner = inner.setdefault(table, {})
@@ -170,16 +132,16 @@ def changed(settings: Settings, changes: Iterable[str]) -> Settings:
         inner[last] = _value(text.strip(), change)
     for section in settings:
         if section not in ("preset", *SECTIONS):
-            raise _unknown("preset", section, SECTIONS)
-    checked = {"preset": settings.get("preset", "")}
+            raise unknown("preset", section, SECTIONS)
+    result = {"preset": settings.get("preset", "")}
     for section in SECTIONS:
         if section in PLAIN:
-            checked[section] = _plain(section, settings.get(section, {}))
+            result[section] = _plain(section, settings.get(section, {}))
         elif section in settings:
-            checked[section] = _named(section, section, settings[section])
+            result[section] = checked(section, section, settings[section])
         elif section not in OPTIONAL:
             raise ValueError(f"preset: expected a section [{section}], got none")
-    return checked
+    return result
 
 
 def _value(text: str, change: str) -> Any:
@@ -192,96 +154,17 @@ def _value(text: str, change: str) -> Any:
         raise ValueError(f"--set {change}: expected a TOML value, got {text!r}") from error
 
 
-def _unknown(where: str, name: str, known: Iterable[str]) -> ValueError:
-    """Return the error of an unknown name, with the nearest known ones."""
-    known = sorted(known)
-    nearest = difflib.get_close_matches(name, known, 3, 0.5) or known
-    return ValueError(f"{where}: expected one of {', '.join(nearest)}, got {name!r}")
-
-
 def _plain(section: str, values: Any) -> Settings:
     """Return a section of plain values, defaults included."""
     if not isinstance(values, dict):
         raise TypeError(f"[{section}]: expected a table, got {values!r}")
     for key, value in values.items():
         if key not in PLAIN[section]:
-            raise _unknown(f"[{section}]", key, PLAIN[section])
-        _check_type(f"[{section}] {key}", value, PLAIN[section][key])
+            raise unknown(f"[{section}]", key, PLAIN[section])
+        check_type(f"[{section}] {key}", value, PLAIN[section][key])
         if (choice := CHOICES.get(f"{section}.{key}")) and value not in choice:
             raise ValueError(f"[{section}] {key}: expected {' or '.join(choice)}, got {value!r}")
     return PLAIN[section] | values
-
-
-def _check_type(where: str, value: Any, default: Any) -> None:
-    """Raise unless a value has the type of the default; a whole number may be a float."""
-    kind = next((kind for kind in (bool, int, float, str, list) if type(default) is kind), None)
-    accepted = {None: object, float: (int, float)}.get(kind, kind)
-    if not isinstance(value, accepted) or (type(value) is bool) > (kind in (bool, None)):
-        expected = {bool: "true or false", int: "a whole number", float: "a number",
-                    str: "text", list: "a list"}[kind]  # fmt: skip
-        raise TypeError(f"{where}: expected {expected}, got {value!r}")
-
-
-def _named(where: str, kind: str, table: Any) -> Settings:
-    """Return a table with a name; a name alone stands for a table without arguments."""
-    table = {"name": table} if isinstance(table, str) else table
-    arguments = _arguments(_factory(where, kind, table))
-    checked = {}
-    for key, value in table.items():
-        if key in ALLOWED and not (kind == "average" and isinstance(value, (int, float))):
-            value = _named(f"{where}.{key}", key, value)
-        elif key not in ("name", *arguments):
-            raise _unknown(f"[{where}] {table['name']}", key, arguments)
-        elif isinstance(value, dict):
-            raise TypeError(f"[{where}] {key}: expected a plain value, got a table")
-        elif key != "name":
-            _check_type(f"[{where}] {key}", value, arguments[key])
-        checked[key] = value
-    return checked
-
-
-def _factory(where: str, kind: str, table: Any) -> Callable[..., Any]:
-    """Return the class or named constructor of a table."""
-    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        raise TypeError(f"[{where}]: expected a table with a name, got {table!r}")
-    known: dict[str, Callable[..., Any]] = {}
-    for cls in ALLOWED[kind]:
-        known[cls.__name__] = cls
-        for method, call in inspect.getmembers(cls, inspect.ismethod):
-            if not method.startswith("_"):
-                known[f"{cls.__name__}.{method}"] = call
-    if table["name"] not in known:
-        raise _unknown(f"[{where}] name", table["name"], known)
-    return known[table["name"]]
-
-
-def _arguments(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Return the arguments that a class or named constructor takes, with their defaults."""
-    cls = factory if isinstance(factory, type) else factory.__self__  # type: ignore[attr-defined]
-    found: dict[str, Any] = {}
-    for call in (factory, *(c.__init__ for c in cls.__mro__ if "__init__" in vars(c))):
-        parameters = inspect.signature(call).parameters.values()
-        named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-        found = named | found
-        if len(named) == len(parameters):  # no **options
-            break
-    return {name: default for name, default in found.items() if name != "self"}
-
-
-def _call(where: str, table: Settings, given: Mapping[str, Any], kind: str = "") -> Any:
-    """Return the object of a table; of the values given it gets those that it has arguments for."""
-    factory = _factory(where, kind or where, table)
-    accepted = _arguments(factory)
-    arguments = {name: value for name, value in given.items() if name in accepted}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            arguments[key] = _call(f"{where}.{key}", value, given, key)
-        elif key != "name":
-            arguments[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return factory(**arguments)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"[{where}] {table['name']}: {error}") from error
 
 
 def build(settings: Settings) -> Parts:
@@ -295,16 +178,16 @@ def build(settings: Settings) -> Parts:
     if settings["run"]["activation_checkpointing"]:
         options["activation_checkpointing"] = True
     with torch.device("cpu"):
-        sde = _call("process", settings["process"], {})
-        objective = _call("objective", settings["objective"], shape)
-    network = _call("network", settings["network"], options)
+        sde = call("process", settings["process"], {})
+        objective = call("objective", settings["objective"], shape)
+    network = call("network", settings["network"], options)
     wrapped = {"network": network, "sde": sde, "data_range": (low, high)}
     augmentation, dequantizer = (
-        _call(name, settings[name], shape) if name in settings else None for name in OPTIONAL
+        call(name, settings[name], shape) if name in settings else None for name in OPTIONAL
     )
     if settings["training"]["learn"] == "dequantizer":
         network.requires_grad_(False)
-    model = _call("model", settings["model"], wrapped)
+    model = call("model", settings["model"], wrapped)
     return Parts(settings, sde, network, model, objective, augmentation, dequantizer)
 
 
@@ -316,7 +199,7 @@ def start(settings: Settings, model: nn.Module) -> None:
 
 def optimizer(settings: Settings, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """Return the optimizer of settings."""
-    made: torch.optim.Optimizer = _call("optimizer", settings["optimizer"], {"params": parameters})
+    made: torch.optim.Optimizer = call("optimizer", settings["optimizer"], {"params": parameters})
     return made
 
 
@@ -328,18 +211,18 @@ def scheduler(settings: Settings, optimizer: torch.optim.Optimizer) -> LRSchedul
 def average(settings: Settings, model: nn.Module) -> dk.EMA | dk.PowerEMA:
     """Return the average of a model's weights."""
     given = {"model": model, "batch_size": settings["training"]["batch"]}
-    made: dk.EMA | dk.PowerEMA = _call("average", settings["average"], given)
+    made: dk.EMA | dk.PowerEMA = call("average", settings["average"], given)
     return made
 
 
 def sampler(settings: Settings, model: dk.ScoreModel, **changes: Any) -> Any:
     """Return the sampler of settings, a callable (shape, generator=...), with other arguments."""
-    table = _named("sampler", "sampler", settings["sampler"] | changes)
+    table = checked("sampler", "sampler", settings["sampler"] | changes)
     low, high = settings["data"]["range"]
     given = {"low": low, "high": high, "chain": model.sde}
     if (limit := table.pop("clip_x0", None)) is not None:
-        model = dk.DenoisedModel(model, _call("sampler.clip_x0", limit, given, "clip_x0"))
-    made = _call("sampler", table, given | {"model": model})
+        model = dk.DenoisedModel(model, call("sampler.clip_x0", limit, given))
+    made = call("sampler", table, given | {"model": model})
     return made.sample if isinstance(made, dk.ProbabilityFlow) else made
 
 

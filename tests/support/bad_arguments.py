@@ -288,6 +288,8 @@ OWN: dict[str, Recipe] = {
     "LinearMeasurement": {"operator": lambda: torch.eye(2)},
     "EMA": {"model": lambda: nn.Linear(2, 2)},
     "PowerEMA": {"model": lambda: nn.Linear(2, 2)},
+    "HalfLife": {"images": lambda: 100.0, "batch_size": lambda: 4},
+    "HalfLife.__call__": {"self": _made(dk.HalfLife, 100.0, 4), "update": lambda: 3},
     "ReferenceBatches": {
         "dataset": lambda: [torch.ones(2)] * 8,
         "batch_size": lambda: 2,
@@ -474,11 +476,11 @@ OWN: dict[str, Recipe] = {
     },
     "EMA.load_state_dict": {
         "self": _made(dk.EMA, nn.Linear(2, 2)),
-        "state": lambda: dk.EMA(nn.Linear(2, 2)).state_dict(),
+        "state_dict": lambda: dk.EMA(nn.Linear(2, 2)).state_dict(),
     },
     "PowerEMA.load_state_dict": {
         "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
-        "state": lambda: dk.PowerEMA(nn.Linear(2, 2)).state_dict(),
+        "state_dict": lambda: dk.PowerEMA(nn.Linear(2, 2)).state_dict(),
     },
     "PowerEMA.save": {
         "self": _updated,
@@ -655,6 +657,7 @@ _TAKEN = {
     "PathLike": ["a word", "an empty string", "an unknown device", "a path", "bytes"],
     "Path": ["a word", "an empty string", "an unknown device", "a path"],
     "Module": ["a layer"],
+    "Model_co": ["a layer"],
     "Mapping": ["an empty dictionary"],
     "Generators": ["None"],
     "Gaussian": ["a column", "three numbers"],
@@ -670,12 +673,16 @@ _TAKEN = {
     "Sequence": ["a numpy array"],
     "Any": list(BAD),
 }
-_CALLED = ("Callable", "Label", "Grid", "Linear", "Progress", "Classifier")
+_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Classifier")
 _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
+    ("held_out_loss", "data"): ["a reversed pair"],
+    # Metrics refuse features that are not finite.
+    **{(name, "data"): ["a tensor of NaN", "two NaN", "a reversed pair", "a pair with NaN"]
+       for name in ("gather_features", "stream_features")},
     ("slerp", "weight"): ["a scalar tensor"],
     ("bits_per_dim", "nats"): ["a scalar tensor", "an empty tensor"],  # of any shape
     ("Clip", "low"): ["-infinity"],  # open to one side

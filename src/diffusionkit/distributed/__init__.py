@@ -8,6 +8,7 @@ in each process first.
 from __future__ import annotations
 
 from ._group import any_rank, broadcast_object
+from .gathered import gathered_weights
 from .same_weights import check_same_weights
 from .seeds import gather_random_states, seed_ranks
 
@@ -16,5 +17,6 @@ __all__ = [
     "broadcast_object",
     "check_same_weights",
     "gather_random_states",
+    "gathered_weights",
     "seed_ranks",
 ]

@@ -86,6 +86,16 @@ def largest(x: Tensor) -> Tensor:
     return x
 
 
+def first_of_all(x: Tensor) -> Tensor:
+    """Return the tensor of the first process, in all; with a single process, return x.
+
+    All processes must call this, with tensors of one shape and dtype. The host does not wait.
+    """
+    if is_distributed() and dist.get_world_size() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
 def broadcast_object(value: T) -> T:
     """Return the value of rank 0 in every process, such as the checkpoint to resume from.
 

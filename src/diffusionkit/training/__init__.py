@@ -4,7 +4,7 @@ from .._files import CheckpointError
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
-from .ema import EMA
+from .ema import EMA, HalfLife
 from .held_out import HeldOutLoss, held_out_loss
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
@@ -27,6 +27,7 @@ __all__ = [
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
+    "HalfLife",
     "HeldOutLoss",
     "HybridLoss",
     "ImportanceTimes",

@@ -118,6 +118,26 @@ def _with_versions(weights: dict[str, Any], versions: Any) -> dict[str, Any]:
     return result
 
 
+def saved_state(part: Any) -> Any:
+    """Return the state of an object as files hold it."""
+    if isinstance(part, EMA):
+        return {"model": bare_state(part.model), "updates": part.updates}
+    if isinstance(part, PowerEMA):
+        return {length: saved_state(average) for length, average in part.averages.items()}
+    return part.state_dict()
+
+
+def load_state(part: Any, state: Any) -> None:
+    """Load a state as files hold it, once checked, into an object."""
+    if isinstance(part, EMA):
+        part.restore(state["model"], state["updates"])
+    elif isinstance(part, PowerEMA):
+        for length, average in part.averages.items():
+            load_state(average, state[length])
+    else:
+        part.load_state_dict(state)
+
+
 def fitted_averages(path: str, what: str, ema: EMA | PowerEMA, state: Any) -> dict[Any, Any]:
     """Return the state of averages in a file, after checking it."""
     kind = "EMA" if isinstance(state, dict) and "model" in state else "PowerEMA"

@@ -38,8 +38,10 @@ from ._checkpoint_parts import (
     fitted_averages,
     fitted_model,
     fitted_part,
+    load_state,
     objective_parts,
     parameter_names,
+    saved_state,
     unread_parts,
 )
 from ._model_description import described, difference
@@ -144,10 +146,10 @@ def save_checkpoint(
         "step": step,
         "about": described(model),
         "model": bare_state(model),
-        "ema": None if ema is None else ema.state_dict(),
+        "ema": None if ema is None else saved_state(ema),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
-        "objective": {name: part.state_dict() for name, part in parts.items()},
-        "stateful": {name: part.state_dict() for name, part in stateful.items()},
+        "objective": {name: saved_state(part) for name, part in parts.items()},
+        "stateful": {name: saved_state(part) for name, part in stateful.items()},
         "extra": dict(extra or {}),
     }
     if random_states is None and has_sharded(content):
@@ -270,7 +272,7 @@ def _loads(
     for kind in ("objective", "stateful"):
         for name, part in asked[kind].items():
             after = fitted_part(file, f"{kind}[{name!r}]", part, state[kind][name])
-            loads.append(_Load(part.load_state_dict, part.state_dict(), after))
+            loads.append(_Load(partial(load_state, part), saved_state(part), after))
     try:
         for name, generator in asked["generators"].items():
             known = state["generators"][name]
@@ -283,7 +285,7 @@ def _loads(
         raise CheckpointError(f"{file}: {error}") from error
     if (ema := asked["ema"]) is not None:
         averages = fitted_averages(file, "ema", ema, state["ema"])
-        loads.append(_Load(ema.load_state_dict, ema.state_dict(), averages))
+        loads.append(_Load(partial(load_state, ema), saved_state(ema), averages))
     for load in loads:
         load.before = copy.deepcopy(load.before)
     own = bare_state(model)
