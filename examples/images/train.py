@@ -21,7 +21,7 @@ import presets
 import torch
 from launch import Place, accumulated, average_gradients, launched, spread
 from losses import Losses
-from records import Log, differences, write_grid
+from records import Log, differences
 from torch import Tensor, nn
 
 from diffusionkit import (
@@ -31,7 +31,7 @@ from diffusionkit import (
     read_checkpoint,
     save_checkpoint,
 )
-from diffusionkit.data import Batch, EndlessBatches
+from diffusionkit.data import Batch, EndlessBatches, save_grid
 from diffusionkit.distributed import check_same_weights, gather_random_states, seed_ranks
 from diffusionkit.random import seeded
 from diffusionkit.training import CheckpointFolder, StopSignals
@@ -200,7 +200,7 @@ class Training:
             images = place.sum(images)
         if place.first:
             path = self.out / "snapshots" / f"step-{self.step:08d}.png"
-            write_grid(images.byte().cpu(), path)
+            save_grid(images.byte().cpu(), path)
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""

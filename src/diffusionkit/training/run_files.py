@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -123,11 +123,17 @@ class StopSignals:
 
     Attributes:
         received: the name of the signal, None before one arrives.
+
+    Raises:
+        ValueError: if there is no signal, or no such one.
+        TypeError: if a signal is not an integer.
     """
 
-    def __init__(self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
+    def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
         """Check the signals; none is caught yet."""
         check_sequence(signals, "signals")
+        if not signals:
+            raise ValueError("signals: expected at least one, got none")
         for one in signals:
             check_count(one, "signals", most=signal.NSIG - 1)
         self.signals = tuple(signals)
