@@ -12,6 +12,7 @@ activation checkpointing. Operations are those of convolutions and matrix produc
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -112,19 +113,28 @@ def training_step(name: str, batch: int, *, checkpointing: bool) -> Step:
             given["condition"] = torch.zeros(batch, 9)
         if data["classes"]:
             given["class_labels"] = torch.zeros(batch, dtype=torch.long)
-        parameters = list(parts.model.parameters())
-        memory, operations = Memory(), FlopCounterMode(display=False)
-        with memory, operations:
-            memory.add([*parts.model.state_dict().values(), x])
-            average = presets.average(settings, parts.model)
-            optimizer = presets.optimizer(settings, parameters)
-            for _ in range(2):  # the first step makes the state of the optimizer
-                ScoreMatching()(parts.model, x, **given).mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                average.update(parts.model)
+    parameters = list(parts.model.parameters())
+    memory, operations = Memory(), FlopCounterMode(display=False)
+    with memory, operations:
+        memory.add([*parts.model.state_dict().values(), x])
+        average = presets.average(settings, parts.model)
+        optimizer = presets.optimizer(settings, parameters)
+        for _ in range(2):  # the first step makes the state of the optimizer
+            ScoreMatching()(parts.model, x, **given).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(parts.model)
     count = sum(p.numel() for p in parts.network.parameters())
     return Step(count, memory.peak / 2**30, operations.get_total_flops() / 2e12)
+
+
+def fits(step: Step, batch: int, card: float) -> int:
+    """Return the largest power of two as batch that fits on a card of so many GiB, or 0."""
+    gib = step.parameters / 2**30
+    # At the peak there are weights, average and two moments; later also gradients.
+    each = (step.gib - 16 * gib) / batch
+    free = 0.9 * card - 20 * gib
+    return 2 ** int(math.log2(free / each)) if free >= each else 0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,14 +145,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("presets", nargs="*", help="names; those of different networks by default")
     parser.add_argument("--batch", type=int, help="the batch of one GPU")
     options = parser.parse_args(arguments)
-    print("| preset | parameters | batch | GiB | checkpointed | TFLOP |")
-    print("|---|---|---|---|---|---|")
+    print("| preset | parameters | batch | GiB | checkpointed | TFLOP | on 80 GiB | on 24 GiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in options.presets or BATCHES:
         batch = options.batch or BATCHES.get(name, 128)
         plain, saving = (training_step(name, batch, checkpointing=c) for c in (False, True))
+        large, small = (f"{fits(plain, batch, card)} ({fits(saving, batch, card)})"
+                        for card in (80, 24))  # fmt: skip
         print(
             f"| {name} | {plain.parameters / 1e6:.1f}M | {batch} | {plain.gib:.1f} | "
-            f"{saving.gib:.1f} | {plain.tflop:.1f} ({saving.tflop:.1f}) |",
+            f"{saving.gib:.1f} | {plain.tflop:.1f} ({saving.tflop:.1f}) | {large} | {small} |",
             flush=True,
         )
 
