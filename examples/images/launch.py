@@ -75,7 +75,7 @@ def spread(network: nn.Module, place: Place, *, shard: bool, compile: bool) -> n
         shard: whether each process holds a part of the weights (FSDP2), instead of all (DDP).
         compile: whether the network is compiled.
     """
-    if shard and place.world_size > 1:
+    if shard:
         from torch.distributed.fsdp import fully_shard
 
         for stage in [module for module in network.modules() if isinstance(module, Stage)]:
@@ -86,7 +86,7 @@ def spread(network: nn.Module, place: Place, *, shard: bool, compile: bool) -> n
     if not shard and place.world_size > 1:
         ids = None if place.device.type == "cpu" else [place.device.index]
         # Buffers are tables, which no process changes.
-        network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
     return network
 
 

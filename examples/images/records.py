@@ -1,6 +1,7 @@
-"""What a training run leaves to look at: a progress line, log.jsonl, TensorBoard, and pictures."""
+"""What a training run leaves to look at: a progress line, log.jsonl, TensorBoard and pictures."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+MAY_CHANGE = ("preset", "data.source", "training.steps", "run.")  # within a run
 
 
 class Log:
@@ -46,11 +49,13 @@ class Log:
         if not write:
             return
         seconds = time.perf_counter() - self._since
-        line = {"step": step} | {name: total / self._count for name, total in self._sums.items()}
+        line: dict[str, Any] = {"step": step}
+        line |= {name: total / self._count for name, total in self._sums.items()}
         line["images_per_second"] = self._count * self.batch / seconds
         line["memory_gib"] = memory() / 2**30
+        finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # NaN is no JSON
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
         if self._board is not None:
             for name in line.keys() - {"step"}:
                 self._board.add_scalar(name, line[name], step)
@@ -92,3 +97,15 @@ def write_grid(images: Tensor, path: Path) -> None:
     partial = path.with_name(f".partial-{path.name}")
     Image.fromarray(grid.contiguous().numpy()).save(partial, format="PNG")
     partial.replace(path)
+
+
+def differences(saved: Any, new: Any, name: str = "") -> list[str]:
+    """Return how settings differ that may not change within a run, one line each."""
+    if name and name.startswith(MAY_CHANGE):
+        return []
+    if isinstance(saved, dict) and isinstance(new, dict):
+        prefix = f"{name}." if name else ""
+        keys = [*saved, *(key for key in new if key not in saved)]
+        lines = [differences(saved.get(key), new.get(key), prefix + key) for key in keys]
+        return [line for part in lines for line in part]
+    return [] if saved == new else [f"{name}: {saved!r} in the checkpoint, {new!r} here"]

@@ -37,7 +37,7 @@ ALLOWED: dict[str, tuple[type, ...]] = {
     "sampler": (dk.PCSampler, dk.ProbabilityFlow),
     "predictor": (dk.Ancestral, dk.ReverseDiffusion, dk.EulerMaruyama, dk.Euler, dk.DDIM, dk.Heun,
                   dk.StochasticHeun, dk.DPMSolver2M, dk.DPMSolver2MSDE, dk.DPMSolver2S,
-                  dk.DPMSolver3M, dk.UniPC, dk.DEIS, dk.LMS),
+                  dk.DPMSolver3M, dk.UniPC, dk.DEIS, dk.LMS, dk.AdaptiveSDE),
     "corrector": (dk.Langevin, dk.AnnealedLangevin),
     "grid": (dk.UniformGrid, dk.LogSNRGrid, dk.QuadraticGrid, dk.KarrasGrid, dk.ChainGrid),
     "clip_x0": (dk.Clip, dk.DynamicThreshold),

@@ -20,23 +20,22 @@ from typing import Any
 import presets
 import torch
 from launch import Place, accumulated, average_gradients, launched, spread
-from records import Log, write_grid
+from losses import Losses
+from records import Log, differences, write_grid
 from torch import Tensor, nn
 
 from diffusionkit import (
     PowerEMA,
     clipped_step,
-    drop_conditions,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from diffusionkit.data import Batch, EndlessBatches, ImageData, glyphs, open_images
+from diffusionkit.data import Batch, EndlessBatches
 from diffusionkit.random import seeded
 from diffusionkit.training import CheckpointFolder, StopSignals
 
-MAY_CHANGE = ("preset", "data.source", "training.steps", "run.")
-DRAWS, RANKS, SNAPSHOTS = 2, 3, 4  # the last number of seeds: what they are for
+RANKS, SNAPSHOTS = 3, 4  # tell generators of the same seed from others
 SKIPPED = 50  # steps in a row without a finite gradient, after which training stops
 
 
@@ -51,23 +50,21 @@ class Training:
         if self.batch % place.world_size:
             raise ValueError(f"training.batch: expected a multiple of the {place.world_size} "
                              f"processes, got {self.batch}")  # fmt: skip
-        self.data = open_data(settings)
+        self.data = presets.open_data(settings)
         torch.manual_seed(self.seed)  # the same weights in all processes
         self.parts = parts = presets.build(settings)
-        self.model, self.dequantizer = parts.model.to(place.device), parts.dequantizer
-        if self.dequantizer is not None:
-            self.dequantizer.to(place.device)
+        self.model: Any = parts.model.to(place.device)
+        self.losses = Losses(parts, place.device.type)
+        if (learned := self.losses.learned) is not None:
             # A flow sets its scales in its first call: on the same images in all processes.
             images = torch.stack([self.data[i][0] for i in range(min(64, len(self.data)))])
-            self.dequantizer(images.to(place.device), generator=seeded(self.seed, 0, DRAWS))
-        if parts.augmentation is not None:
-            self.model.data_range = None  # augmented images may overshoot it
+            learned.to(place.device)(images.to(place.device), generator=seeded(self.seed))
         self.sharded = self.run["shard"] and place.world_size > 1
-        network = spread(parts.network, place, shard=self.run["shard"], compile=self.run["compile"])
-        self.network = self.model.network = network
+        self.network = spread(parts.network, place, shard=self.sharded, compile=self.run["compile"])
+        self.model.network = self.network
         self.model.train()
-        inside = {id(p) for p in network.parameters()}
-        modules = [part for part in (self.model, self.dequantizer) if part is not None]
+        inside = {id(p) for p in self.network.parameters()}
+        modules = [part for part in (self.model, learned) if part is not None]
         parameters = list(nn.ModuleList(modules).parameters())
         self.outside = [p for p in parameters if id(p) not in inside]
         self.optimizer = presets.optimizer(settings, parameters)
@@ -79,9 +76,9 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds, beside the model."""
-        stateful = {"scheduler": self.scheduler}
-        if self.outside and self.dequantizer is not None:
-            stateful["dequantizer"] = self.dequantizer
+        stateful: dict[str, Any] = {"scheduler": self.scheduler}
+        if self.losses.learned is not None:
+            stateful["dequantizer"] = self.losses.learned
         return {"ema": self.average, "optimizer": self.optimizer, "stateful": stateful,
                 "objective": self.parts.objective}  # fmt: skip
 
@@ -109,54 +106,19 @@ class Training:
                 self.average.save(self.out / "averages")
         self.checkpoints.keep_last(self.step)
 
-    def points(self, images: Tensor, positions: list[int]) -> tuple[Tensor, Tensor | None, Any]:
-        """Return data, log q of their dequantization and the generators that drew it."""
-        generators = [seeded(self.seed, position, DRAWS) for position in positions]
-        if self.dequantizer is not None:
-            drawn = self.dequantizer(images, generator=generators)
-            return drawn.x, drawn.log_prob if self.outside else None, generators
-        low, high = self.settings["data"]["range"]
-        return low + images.float() * ((high - low) / 255), None, generators
-
-    def losses(self, batch: Batch, part: slice) -> Tensor:
-        """Return the losses of a part of a batch, each drawn by its own generator."""
-        x, log_q, generators = self.points(batch.images[part], batch.positions[part].tolist())
-        given: dict[str, Any] = {}
-        if self.parts.augmentation is not None:
-            x, given["condition"] = self.parts.augmentation(x, generator=generators)
-        classes = self.settings["data"]["classes"]
-        if classes and batch.class_labels is not None:
-            dropped = self.settings["training"]["label_dropout"]
-            labels = batch.class_labels[part]
-            given["class_labels"] = drop_conditions(labels, classes, dropped, generator=generators)
-            given["reference_class_labels"] = batch.reference_class_labels
-        if batch.reference is not None:
-            first = self.step * self.batch
-            ahead = range(first, first + len(batch.reference))
-            given["reference"] = self.points(batch.reference, list(ahead))[0]
-        given = {name: value for name, value in given.items() if value is not None}
-        objective: Any = self.parts.objective
-        precision = torch.bfloat16 if self.run["precision"] == "bfloat16" else torch.float32
-        with torch.autocast(x.device.type, precision, enabled=precision == torch.bfloat16):
-            if log_q is None:
-                loss: Tensor = objective(self.model, x, generator=generators, **given)
-                return loss
-            # With learned dequantization the loss is the bound itself, in nats per dimension.
-            nats = objective.nats(self.model, x, generator=generators, **given)
-            return (nats + log_q) / x[0].numel()  # type: ignore[no-any-return]
-
-    def backward(self, batch: Batch) -> float:
+    def backward(self, batch: Batch) -> Tensor:
         """Add up the gradients of the mean loss of all processes; return this one's share of it."""
-        size = self.run["micro_batch"] or len(batch.images)
-        total, starts = torch.zeros((), device=self.place.device), range(0, len(batch.images), size)
+        size, count = self.run["micro_batch"] or self.batch, len(batch.images)
+        total, starts = torch.zeros((), device=self.place.device), range(0, count, size)
         for start in starts:
             with accumulated(self.network, last=start == starts[-1]):
-                share = self.losses(batch, slice(start, start + size)).sum() / self.batch
+                losses = self.losses(batch, slice(start, start + size), self.step * self.batch)
+                share = losses.sum() / self.batch
                 # Processes average their gradients; their shares of the mean are to be added.
                 (share * self.place.world_size).backward()  # type: ignore[no-untyped-call]
                 total += share.detach()
         average_gradients(self.outside, self.place)
-        return float(total)
+        return total
 
     def steps(self, stop: StopSignals) -> Iterator[dict[str, float]]:
         """Take steps until the last one, a signal, or an error of the disk; yield their results."""
@@ -169,8 +131,9 @@ class Training:
         skipped, source = 0, iter(batches)
         while self.step < training["steps"]:
             loss = self.backward(next(source).to(self.place.device))
-            mine = torch.tensor([loss, stop.received is not None], dtype=torch.float64)
-            loss, stops = self.place.sum(mine.to(self.place.device)).tolist()
+            # Signals may reach processes at different steps: all stop after the same one.
+            shares = torch.stack([loss, torch.full_like(loss, stop.received is not None)])
+            mean, stops = self.place.sum(shares).tolist()
             report = clipped_step(self.optimizer, training["clip"])
             self.scheduler.step()
             self.step += 1
@@ -178,13 +141,14 @@ class Training:
             if not skipped:
                 self.average.update(self.model)
             if skipped == SKIPPED:
-                raise SystemExit(
-                    f"stopped at step {self.step}: the gradients of the last {SKIPPED} steps were "
-                    "not finite. Go on from the last checkpoint with a lower optimizer.lr, a "
-                    "longer training.warmup, or run.precision=float32"
+                raise FloatingPointError(
+                    f"the gradients of the last {SKIPPED} steps were not finite; try a lower "
+                    "optimizer.lr or a longer training.warmup in another --out, or go on from the "
+                    "last checkpoint with run.precision=float32"
                 )
             rate = self.optimizer.param_groups[0]["lr"]
-            yield {"loss": loss, "gradient": report.norm, "lr": rate, "stops": stops}
+            yield {"loss": mean, "gradient": report.norm, "skipped": float(report.skipped),
+                   "lr": rate, "stops": stops}  # fmt: skip
 
     def train(self) -> None:
         """Take all steps; log, draw and save at intervals."""
@@ -206,31 +170,27 @@ class Training:
         self.say("done")
 
     @torch.no_grad()
-    def snapshot(self, count: int = 64) -> None:
+    def snapshot(self) -> None:
         """Draw a grid of samples of the averaged model, always from the same seeds."""
         average, data, place = self.average, self.settings["data"], self.place
+        count = max(64, place.world_size)
         if isinstance(average, PowerEMA):
             average = next(iter(average.averages.values()))
-        images = torch.zeros((count, *self.data.shape), dtype=torch.int32, device=place.device)
-        # Samples are shared out; those of a sharded model, which all must call alike, are not.
-        own = (
-            torch.arange(count)
-            if self.sharded
-            else torch.arange(place.rank, count, place.world_size)
-        )
+        # Samples are shared out, but those of a sharded model, which all processes call alike.
+        own = torch.arange(count)
+        own = own if self.sharded else own[place.rank :: place.world_size]
         applied = average.applied(self.model) if self.sharded else None
         with applied or contextlib.nullcontext(average.model) as model:
             model.eval()
-            given = {}
+            draw = presets.sampler(self.settings, model)
+            given: dict[str, Any] = {"device": place.device}
+            given["generator"] = [seeded(self.seed, i, SNAPSHOTS) for i in own.tolist()]
             if data["classes"]:
                 given["class_labels"] = (own % data["classes"]).to(place.device)
-            generators = [seeded(self.seed, number, SNAPSHOTS) for number in own.tolist()]
-            draw = presets.sampler(self.settings, model)
-            x = draw(
-                (len(own), *self.data.shape), generator=generators, device=place.device, **given
-            )
+            x = draw((len(own), *self.data.shape), **given)
         self.model.train()
         low, high = data["range"]
+        images = torch.zeros((count, *self.data.shape), dtype=torch.int32, device=place.device)
         images[own] = ((x - low) / (high - low) * 255).round().clamp(0, 255).int()
         if not self.sharded:
             images = place.sum(images)
@@ -242,26 +202,6 @@ class Training:
         """Print a line, once for all processes."""
         if self.place.first:
             print(f"step {self.step}: {text}", flush=True)
-
-
-def open_data(settings: presets.Settings) -> ImageData:
-    """Return the training images that settings name."""
-    data = settings["data"]
-    if data["source"] == "glyphs":
-        return glyphs("train", size=data["size"], labels=data["labels"])
-    return open_images(data["source"], size=data["size"], channels=data["channels"])
-
-
-def differences(saved: Any, new: Any, name: str = "") -> list[str]:
-    """Return how settings differ that may not change within a run, one line each."""
-    if name and name.startswith(MAY_CHANGE):
-        return []
-    if isinstance(saved, dict) and isinstance(new, dict):
-        prefix = f"{name}." if name else ""
-        keys = [*saved, *(key for key in new if key not in saved)]
-        lines = [differences(saved.get(key), new.get(key), prefix + key) for key in keys]
-        return [line for part in lines for line in part]
-    return [] if saved == new else [f"{name}: {saved!r} in the checkpoint, {new!r} here"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -292,9 +232,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"train.py: {error}") from error
         try:
             training.train()
-        except OSError as error:
+        except (OSError, FloatingPointError) as error:
             raise SystemExit(
-                f"train.py: stopped at step {training.step}: {error}. The checkpoints before are "
+                f"train.py: stopped at step {training.step}: {error}. Earlier checkpoints are "
                 "whole; the same command goes on from the last one"
             ) from error
 

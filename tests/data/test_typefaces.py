@@ -1,16 +1,8 @@
 """Glyphs: their number, their parts, their classes, and the file that keeps them."""
 
-import importlib
-from pathlib import Path
-
 import pytest
-import torch
-
-from diffusionkit.data import glyphs, typefaces
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Images of every tenth character, so that the tests are quick."""
-    ft2font = importlib.import_module("matplotlib.ft2font")
-    matplotlib = importlib.import_module("matplotlib")

@@ -19,7 +19,8 @@ from diffusionkit.distributed._sharded import *
 
 rows = gather_rows(torch.full((1 + 2 * rank, 2), rank))
 empty = gather_rows(torch.full((rank, 3), 0.5))
-result = rows, empty, gather_objects({"rank": rank}), rank_and_world_size(), rank_and_world_size(5)
+ranks = rank_and_world_size(), rank_and_world_size(world_size=5)
+result = rows, empty, gather_objects({"rank": rank}), *ranks
 """
 
 
@@ -29,7 +30,7 @@ def test_processes_gather_unequal_rows_in_rank_order(tmp_path) -> None:
         assert rows.tolist() == [[0, 0], [1, 1], [1, 1], [1, 1]]
         assert empty.tolist() == [[0.5] * 3]
         assert objects == [{"rank": 0}, {"rank": 1}]
-        assert defaults == [(rank, 2), (5, 2)]
+        assert defaults == [(rank, 2), (rank, 5)]
 
 
 def test_without_a_process_group() -> None:

@@ -679,6 +679,10 @@ _FILES = ("PathLike", "Path")
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
+    ("held_out_loss", "data"): ["a reversed pair"],
+    # Metrics refuse features that are not finite.
+    **{(name, "data"): ["a tensor of NaN", "two NaN", "a reversed pair", "a pair with NaN"]
+       for name in ("gather_features", "stream_features")},
     ("slerp", "weight"): ["a scalar tensor"],
     ("bits_per_dim", "nats"): ["a scalar tensor", "an empty tensor"],  # of any shape
     ("Clip", "low"): ["-infinity"],  # open to one side

@@ -4,6 +4,7 @@ from .augmentation import EDMAugmentation
 from .endless import Batch, EndlessBatches
 from .image_files import ImageFiles, open_images
 from .images import ImageData, ImageTensors
+from .saved_images import save_grid, save_images
 from .typefaces import glyphs
 
 __all__ = [
@@ -15,4 +16,6 @@ __all__ = [
     "ImageTensors",
     "glyphs",
     "open_images",
+    "save_grid",
+    "save_images",
 ]

@@ -142,10 +142,9 @@ def _batches(data: Tensor | ImageSet, batches: Sequence[range], workers: int) ->
 
 
 def _stack(items: Sequence[Any]) -> Tensor:
-    images = [
-        as_item(item[0] if isinstance(item, (tuple, list)) and item else item, "data")
-        for item in items
-    ]
+    images = [as_item(item, "data") for item in items]
+    if images[0].ndim == 0:
+        raise ValueError("data: expected images, got numbers")
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise ValueError(f"data: expected images of one shape, got {shapes[0]} and {shapes[1]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .._checks import check_callable, check_count, check_known, check_target_device
 from .._loops import Progress, evaluation_mode, with_progress
+from ..distributed.gathered import gathered_weights
 from ._features import from_numpy
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
@@ -33,7 +34,7 @@ def extract_features(
             first item is used; empty batches are skipped.
         extractor: maps images (B, \*D) to features (B, d) or a tuple of them, as
             `inception_features` does; NumPy arrays are accepted. A module is put in evaluation
-            mode meanwhile.
+            mode meanwhile, with all weights in each process.
         batch_size: the batch size for a tensor.
         device: the device of the batches, by default that of a module's first parameter
             or buffer.
@@ -61,7 +62,11 @@ def extract_features(
     module = extractor if isinstance(extractor, nn.Module) else None
     device = module_device(module) if device is None else device
     batches: Any = torch.split(images, batch_size) if isinstance(images, Tensor) else images
-    with torch.no_grad(), evaluation_mode(module) if module is not None else nullcontext():
+    with torch.no_grad(), ExitStack() as stack:
+        if module is not None:
+            # The number of batches may differ between processes.
+            stack.enter_context(gathered_weights(module))
+            extractor = stack.enter_context(evaluation_mode(module))
         return joined(_extracted(with_progress(batches, progress), extractor, device))
 
 

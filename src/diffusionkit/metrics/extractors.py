@@ -76,9 +76,9 @@ def features(name: str) -> Extractor:
             which is imported and called.
 
     Raises:
-        ValueError: if there is no such extractor.
+        ValueError: if there is no such extractor or module.
         TypeError: if name is not a string, or the factory does not return a callable.
-        ImportError: if a module cannot be imported, or the package of `inception` is missing.
+        ImportError: if the package of `inception` is missing.
 
     >>> features("pixels")(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape
     torch.Size([2, 64])
@@ -125,7 +125,12 @@ def _imported(name: str) -> Callable[[], Extractor]:
         sys.modules[unique] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
     elif source and all(part.isidentifier() for part in source.split(".")):
-        module = importlib.import_module(source)
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"features: expected a module that can be imported, got {source}: {error}"
+            ) from error
     else:
         raise ValueError(f"features: expected package.module:factory, got {name!r}")
     factory = getattr(module, attribute, None)
@@ -177,7 +182,7 @@ class _RandomNetwork(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, 408)."""
+        """Return features (B, 360)."""
         x = _grey_or_rgb(images) / 127.5 - 1
         if x.shape[1] not in (1, 3):
             raise ValueError(f"images: expected 1 or 3 channels, got {x.shape[1]}")

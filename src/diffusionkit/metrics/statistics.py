@@ -12,7 +12,7 @@ import torch
 
 from .._checks import check_part
 from .._files import ZIP, CheckpointError, opened
-from .._writing import atomic_write
+from .._writing import atomic_write, checked_path
 from .frechet import FeatureMoments, FeatureStatistics
 
 _EXPECTED = "statistics of features, a .npz file with mu (d,) and sigma (d, d)"
@@ -67,7 +67,10 @@ def load_statistics(
     """
     if features is not None and not isinstance(features, str):
         raise TypeError(f"features: expected a name or None, got {type(features).__name__}")
-    with opened(path, _EXPECTED, ZIP) as file, np.load(file, allow_pickle=False) as kept:
+    with (
+        opened(checked_path(path), _EXPECTED, ZIP) as file,
+        np.load(file, allow_pickle=False) as kept,
+    ):
         missing = [name for name in ("mu", "sigma") if name not in kept.files]
         if missing:
             held = ", ".join(kept.files) or "nothing"

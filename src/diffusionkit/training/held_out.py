@@ -18,6 +18,7 @@ from .._checks import (
     check_known,
     check_mapping,
     check_part,
+    check_target_device,
 )
 from .._loops import Progress, evaluation_mode, with_progress
 from ..distributed._group import rank_and_world_size
@@ -111,6 +112,7 @@ def held_out_loss(
             f"objective: expected times that do not adapt to losses, got {type(times).__name__}; "
             "evaluate with UniformTimes or DiscreteTimes"
         )
+    check_target_device(device)
     if transform is not None:
         check_callable(transform, "transform")
     if isinstance(data, Tensor):
@@ -140,7 +142,7 @@ def held_out_loss(
     def losses(batch: tuple[int, range]) -> Tensor:
         draw, rows = batch
         index = list(rows)
-        x0 = torch.stack([_item(data[i]) for i in index]).to(place)
+        x0 = torch.stack([as_item(data[i], "data") for i in index]).to(place)
         x0 = x0 if transform is None else transform(x0)
         generators = [seeded(seed, draw, i) for i in index]
         extra = {name: value[index].to(place) for name, value in conditions.items()}
@@ -166,7 +168,3 @@ def held_out_loss(
     items = table.mean(1)
     stderr = float(items.std() / math.sqrt(n)) if n > 1 else math.nan
     return HeldOutLoss(float(items.mean()), stderr, table)
-
-
-def _item(item: Any) -> Tensor:
-    return as_item(item[0] if isinstance(item, (tuple, list)) and item else item, "data")
