@@ -157,8 +157,12 @@ def test_other_objectives_neither_wait_nor_copy(name, kind) -> None:
         chain = DDPMChain.linear(50)
         x0, options = torch.rand(4, 3, device=kind), {}
         model = made(lambda: chain, kind)
-        loss = {"VLB": VLB(), "HybridLoss": HybridLoss(), "StableTarget":
-                ScoreMatching(target=StableTarget())}.get(name, ScoreMatching(times=DiscreteTimes()))  # fmt: skip
+        losses = {
+            "VLB": VLB(),
+            "HybridLoss": HybridLoss(),
+            "StableTarget": ScoreMatching(target=StableTarget()),
+        }
+        loss = losses.get(name, ScoreMatching(times=DiscreteTimes()))
         if name in ("VLB", "HybridLoss"):
             model = EpsModel(Doubled(), chain, variance="learned_range").to(kind)
             x0 = GaussianDecoder().encode(torch.randint(256, (4, 3, 2))).to(kind)
@@ -289,5 +293,3 @@ def test_the_pretended_device_notices() -> None:
             x.double()
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
             x + torch.ones(3)
-
-

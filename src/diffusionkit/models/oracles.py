@@ -63,7 +63,8 @@ class GaussianMixtureModel(_ExactModel):
         p_t(x) = \sum_k w_k N(x; \alpha m_k, V_k I), \quad V_k = \alpha^2 s_k^2 + \sigma^2, \quad
         \epsilon = \sum_k r_k(x) \frac{\sigma (x - \alpha m_k)}{V_k}
 
-    with the posterior weights r_k of the components. Always computed in float64, where the device has it.
+    with the posterior weights r_k of the components. Always computed in float64
+    where the device has it.
 
     Args:
         sde: the forward process.
@@ -216,7 +217,7 @@ class EmpiricalModel(_ExactModel):
         noise, sigma = (
             sigma,
             sigma.clamp_min(_least(sigma)),
-        )  # without noise: the nearest data point
+        )
         query = exact(x).flatten(1) - alpha * self._center
         blocks = (rows - self._center for rows in torch.split(self.data.flatten(1), self.block))
         # Squared distances over -2 sigma^2, up to a term independent of i.
