@@ -200,7 +200,8 @@ def test_grids_priors_and_likelihoods_need_no_float64(process) -> None:
     with PretendDevice("mps"):
         model = made(PROCESSES[process], "mps", VModel)
         x = torch.rand(2, 3, device="mps")
-        grids = [None, QuadraticGrid(), ChainGrid(DDPMChain.linear(50)), x.new_tensor([0.9, 0.5])]
+        ChainGrid(DDPMChain.linear(50))(model.sde, 3)
+        grids = [None, QuadraticGrid(), x.new_tensor([model.sde.T, model.sde.T / 2])]
         if process != "zero SNR":
             grids += [LogSNRGrid(), KarrasGrid()]
             NELBO(model)(x)
