@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+IMAGES = EXAMPLES / "images"
 
 
 @pytest.fixture
@@ -25,3 +26,14 @@ def example(monkeypatch, request):
 @pytest.fixture
 def picture(tmp_path):
     return tmp_path / "folder" / "picture.png"
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Import a program of examples/images by name; forget it afterwards."""
+    monkeypatch.syspath_prepend(str(IMAGES))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:  # other tests must not find them
+        if (IMAGES / f"{name}.py").exists():
+            sys.modules.pop(name)

@@ -1,6 +1,5 @@
 """The programs that evaluate a model of images: baselines, glyph features, evaluate.py."""
 
-import importlib
 import json
 import math
 import os
@@ -14,17 +13,6 @@ import torch
 from torch.distributions import MultivariateNormal
 
 IMAGES = Path(__file__).parents[2] / "examples" / "images"
-
-
-@pytest.fixture
-def program(monkeypatch):
-    """Import a program of examples/images by name; forget it afterwards."""
-    monkeypatch.syspath_prepend(str(IMAGES))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:  # other tests must not find them
-        if (IMAGES / f"{name}.py").exists():
-            sys.modules.pop(name)
 
 
 def test_densities_are_those_of_torch(program):

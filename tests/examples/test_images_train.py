@@ -4,24 +4,16 @@ import json
 import os
 import resource
 import signal
-import sys
 
 import pytest
 import torch
-from support.image_runs import PROGRAM, arguments, equal, save_squares, weights
+from support.image_runs import arguments, equal, save_squares, weights
 
 
 @pytest.fixture
-def train(monkeypatch):
+def train(program):
     pytest.importorskip("PIL")
-    monkeypatch.syspath_prepend(str(PROGRAM.parent))
-    before = set(sys.modules)
-    import train
-
-    yield train
-    for name in set(sys.modules) - before:  # other tests must not find them
-        if (PROGRAM.parent / f"{name}.py").exists():
-            sys.modules.pop(name)
+    return program("train")
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Presets of the images programs: their published values, one step of each, and bad input."""
 
-import importlib
 import math
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -72,12 +70,9 @@ NARROW = ["network.width=16", "network.blocks=1"]
 
 
 @pytest.fixture
-def presets(monkeypatch):
+def presets(program):
     pytest.importorskip("matplotlib")  # of glyphs
-    monkeypatch.syspath_prepend(str(IMAGES))
-    yield importlib.import_module("presets")
-    for name in ("presets", "registry"):
-        sys.modules.pop(name, None)
+    return program("presets")
 
 
 def step(presets, settings, size):

@@ -1,7 +1,6 @@
 """sample.py: equal bytes at any number of processes, interruptions, formats and bad input."""
 
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -22,18 +21,13 @@ TINY = ["network.width=8", "network.attention_levels=[]", "data.size=8"]
 
 
 @pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    yield importlib.import_module("sample")
-    for name in set(sys.modules) - before:
-        if (FOLDER / f"{name}.py").exists():
-            sys.modules.pop(name)
+def sample(program):
+    return program("sample")
 
 
-def make_run(program, folder: Path, preset: str, *changes: str) -> Path:
+def make_run(sample, folder: Path, preset: str, *changes: str) -> Path:
     """Save what train.py would."""
-    presets = program.presets
+    presets = sample.presets
     settings = presets.load(preset, [*TINY, *changes])
     torch.manual_seed(0)
     model = presets.build(settings).model
@@ -49,14 +43,14 @@ def make_run(program, folder: Path, preset: str, *changes: str) -> Path:
 
 
 @pytest.fixture
-def plain(program, tmp_path) -> Path:
-    return make_run(program, tmp_path / "plain", "tiny-glyphs")
+def plain(sample, tmp_path) -> Path:
+    return make_run(sample, tmp_path / "plain", "tiny-glyphs")
 
 
 @pytest.fixture
-def classes(program, tmp_path) -> Path:
+def classes(sample, tmp_path) -> Path:
     preset, changes = "tiny-glyphs-conditional", ("training.label_dropout=0.1", "data.classes=3")
-    return make_run(program, tmp_path / "classes", preset, *changes)
+    return make_run(sample, tmp_path / "classes", preset, *changes)
 
 
 def arguments(run: Path, out: Path, *options: str) -> list[str]:
@@ -67,10 +61,10 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_an_interrupted_run_goes_on(program, plain, tmp_path, monkeypatch, capsys) -> None:
+def test_an_interrupted_run_goes_on(sample, plain, tmp_path, monkeypatch, capsys) -> None:
     whole, again = tmp_path / "whole.zip", tmp_path / "again.zip"
-    program.main(arguments(plain, whole))
-    draw, calls = program.Samples.draw, []
+    sample.main(arguments(plain, whole))
+    draw, calls = sample.Samples.draw, []
 
     def stopped(self, n, generators):
         calls.append(n)
@@ -78,13 +72,13 @@ def test_an_interrupted_run_goes_on(program, plain, tmp_path, monkeypatch, capsy
             raise KeyboardInterrupt
         return draw(self, n, generators)
 
-    monkeypatch.setattr(program.Samples, "draw", stopped)
+    monkeypatch.setattr(sample.Samples, "draw", stopped)
     with pytest.raises(KeyboardInterrupt):
-        program.main(arguments(plain, again))
+        sample.main(arguments(plain, again))
     kept = sorted((tmp_path / "again.parts").glob("*.npy"))
     assert len(kept) == 2
     kept[0].write_bytes(kept[0].read_bytes()[:-1])
-    program.main(arguments(plain, again))
+    sample.main(arguments(plain, again))
     assert calls == [3, 3, 3, 3, 3, 1]
     assert digest(again) == digest(whole)
     names = {"again.json", "again.png", "again.zip", "plain", "whole.json", "whole.png"}
@@ -92,22 +86,22 @@ def test_an_interrupted_run_goes_on(program, plain, tmp_path, monkeypatch, capsy
     about = json.loads((tmp_path / "again.json").read_text())
     assert (about["count"], about["seed"], about["settings"]["step"]) == (10, 0, 10)
     # The finished one stays, and another command does not touch it.
-    program.main(arguments(plain, again))
+    sample.main(arguments(plain, again))
     assert len(calls) == 6
     assert "again.zip is complete" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"again.zip: expected .* got those of seed 0; choose"):
-        program.main(arguments(plain, again, "--seed", "1"))
+        sample.main(arguments(plain, again, "--seed", "1"))
     (tmp_path / "again.json").unlink()
-    with pytest.raises(SystemExit, match=r"one that is no result of this program"):
-        program.main(arguments(plain, again))
+    with pytest.raises(SystemExit, match=r"one that is no result of this sample"):
+        sample.main(arguments(plain, again))
     assert digest(again) == digest(whole)
 
 
-def test_formats_and_classes(program, classes, tmp_path) -> None:
-    program.main(arguments(classes, tmp_path / "a.zip"))
-    program.main(arguments(classes, tmp_path / "a.npz"))
-    program.main(arguments(classes, tmp_path / "a.npy"))
-    program.main(arguments(classes, tmp_path / "a"))
+def test_formats_and_classes(sample, classes, tmp_path) -> None:
+    sample.main(arguments(classes, tmp_path / "a.zip"))
+    sample.main(arguments(classes, tmp_path / "a.npz"))
+    sample.main(arguments(classes, tmp_path / "a.npy"))
+    sample.main(arguments(classes, tmp_path / "a"))
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         names = archive.namelist()
         labels = [label for _, label in json.loads(archive.read("dataset.json"))["labels"]]
@@ -119,7 +113,7 @@ def test_formats_and_classes(program, classes, tmp_path) -> None:
         assert file["arr_1"].tolist() == labels
         assert np.array_equal(file["arr_0"], np.load(tmp_path / "a.npy"))
     # The noise does not depend on the choice of classes: images of the same class are the same.
-    program.main(arguments(classes, tmp_path / "b.npz", "--class", "2"))
+    sample.main(arguments(classes, tmp_path / "b.npz", "--class", "2"))
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         assert b["arr_1"].tolist() == [2] * 10
         same = (a["arr_0"] == b["arr_0"]).all((1, 2, 3))
@@ -135,10 +129,10 @@ def test_formats_and_classes(program, classes, tmp_path) -> None:
     ],
     ids=str,
 )
-def test_samplers(program, classes, tmp_path, options) -> None:
+def test_samplers(sample, classes, tmp_path, options) -> None:
     fast = FAST if "--device-noise" in options else []
     steps = ["--set", "sampler.steps=1"] if "AdaptiveSDE" in options else []
-    program.main([str(classes), "--count", "1", "--out", str(tmp_path / "a.npy"), *fast,
+    sample.main([str(classes), "--count", "1", "--out", str(tmp_path / "a.npy"), *fast,
                   *options, *steps])  # fmt: skip
     assert np.load(tmp_path / "a.npy").shape == (1, 8, 8, 1)
 
@@ -157,17 +151,17 @@ def test_samplers(program, classes, tmp_path, options) -> None:
     ],
     ids=str,
 )
-def test_bad_input(program, plain, tmp_path, options, message) -> None:
+def test_bad_input(sample, plain, tmp_path, options, message) -> None:
     with pytest.raises(SystemExit, match=f"sample.py: .*{message}"):
-        program.main([*arguments(plain, tmp_path / "a.zip"), *options])
+        sample.main([*arguments(plain, tmp_path / "a.zip"), *options])
     assert not (tmp_path / "a.zip").exists()
 
 
-def test_a_checkpoint_that_is_none(program, tmp_path) -> None:
+def test_a_checkpoint_that_is_none(sample, tmp_path) -> None:
     (tmp_path / "empty.pt").touch()
     for name, message in (("none", "a checkpoint, or a folder"), ("empty.pt", "an empty file")):
         with pytest.raises(SystemExit, match=f"sample.py: .*{name}: expected .*{message}"):
-            program.main(arguments(tmp_path / name, tmp_path / "a.zip"))
+            sample.main(arguments(tmp_path / name, tmp_path / "a.zip"))
 
 
 PROGRAM = """
@@ -179,8 +173,8 @@ result = None
 """
 
 
-def test_two_processes_write_the_same_bytes(program, plain, tmp_path) -> None:
-    program.main(arguments(plain, tmp_path / "one.zip"))
+def test_two_processes_write_the_same_bytes(sample, plain, tmp_path) -> None:
+    sample.main(arguments(plain, tmp_path / "one.zip"))
     command = arguments(plain, tmp_path / "two.zip")
     run_in_two_processes(PROGRAM.format(folder=str(FOLDER), arguments=command), tmp_path)
     assert digest(tmp_path / "two.zip") == digest(tmp_path / "one.zip")
@@ -195,12 +189,12 @@ def start(processes: int, command: list[str]) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_processes_die_and_come_back_in_another_number(program, plain, tmp_path) -> None:
+def test_processes_die_and_come_back_in_another_number(sample, plain, tmp_path) -> None:
     def command(name, *options):
         steps = ["--set", "sampler.steps=40"]
         return [*arguments(plain, tmp_path / name), "--count", "40", *steps, *options]
 
-    program.main(command("one.zip"))
+    sample.main(command("one.zip"))
     running = start(3, command("many.zip"))
     while len(list(tmp_path.glob("many.parts/*.npy"))) < 4:
         time.sleep(0.02)
@@ -217,5 +211,5 @@ def test_processes_die_and_come_back_in_another_number(program, plain, tmp_path)
     assert digest(tmp_path / "many.zip") == digest(tmp_path / "one.zip")
     # More processes than batches.
     assert start(3, command("few.zip", "--count", "2")).wait(120) == 0
-    program.main(command("two.zip", "--count", "2"))
+    sample.main(command("two.zip", "--count", "2"))
     assert digest(tmp_path / "few.zip") == digest(tmp_path / "two.zip")

@@ -1,0 +1,77 @@
+"""Draw real images, generated ones, and the training image nearest to each generated one.
+
+    python examples/images/picture.py samples.zip --data glyphs --out picture.png
+
+Columns of equal images on the right would show a model that has memorized its training set.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusionkit.data import ImageData, glyphs, open_images
+from diffusionkit.metrics import nearest
+
+ROWS, COLUMNS = 12, 8
+
+
+def stacked(data: ImageData, index: list[int] | range) -> Tensor:
+    """Return some images of a data set in one tensor (N, C, H, W)."""
+    return torch.stack([data[i][0] for i in index])
+
+
+def grid(images: Tensor) -> Any:
+    """Return the first images side by side, as an array for matplotlib."""
+    n, channels, height, width = images[: ROWS * COLUMNS].shape
+    full = torch.zeros((ROWS * COLUMNS, channels, height + 2, width + 2), dtype=torch.uint8)
+    full[:n, :, 1:-1, 1:-1] = images[: ROWS * COLUMNS]
+    rows = full.unflatten(0, (ROWS, COLUMNS)).permute(0, 3, 1, 4, 2)
+    return rows.reshape(ROWS * (height + 2), COLUMNS * (width + 2), channels).squeeze(-1).numpy()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("samples", help="generated images: a folder, .zip or .npz of sample.py")
+    parser.add_argument("--data", required=True, help='training images, or "glyphs"')
+    parser.add_argument("--held-out", help="images that were not trained on; the test part if "
+                        "--data is glyphs, the training images by default")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("picture.png"))
+    options = parser.parse_args(arguments)
+    generated = open_images(options.samples)
+    channels, size, _ = generated.shape
+    if options.data == "glyphs":
+        train, real = glyphs("train", size=size), glyphs("test", size=size)
+    else:
+        train = open_images(options.data, size=size, channels=channels)
+        held_out = options.held_out
+        real = train if held_out is None else open_images(held_out, size=size, channels=channels)
+    count = min(ROWS * COLUMNS, len(generated))
+    shown = stacked(generated, range(count))
+    found = nearest(stacked(train, range(len(train))), shown).index[:, 0]
+    chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:count]
+    panels = {
+        "real, not trained on" if real is not train else "real": stacked(real, chosen.tolist()),
+        "generated": shown,
+        "nearest training images": stacked(train, found.tolist()),
+    }
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 6.4), layout="constrained")
+    for axis, (title, images) in zip(axes, panels.items(), strict=True):
+        axis.imshow(grid(images), cmap="gray", interpolation="nearest", vmin=0, vmax=255)
+        axis.set_title(title)
+        axis.set_axis_off()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=100)
+    plt.close(figure)
+    print(f"-> {options.out}")
+
+
+if __name__ == "__main__":
+    main()
