@@ -8,6 +8,7 @@ import diffusionkit
 import diffusionkit.checkpoints
 import diffusionkit.control
 import diffusionkit.diagnostics
+import diffusionkit.distributed
 import diffusionkit.metrics
 import diffusionkit.networks
 import diffusionkit.ops
@@ -39,6 +40,7 @@ def public() -> list[str]:
         diffusionkit.checkpoints,
         diffusionkit.control,
         diffusionkit.diagnostics,
+        diffusionkit.distributed,
         diffusionkit.likelihood,
         diffusionkit.metrics,
         diffusionkit.models,

@@ -25,6 +25,7 @@ PACKAGES = (
     "control",
     "decoders",
     "diagnostics",
+    "distributed",
     "likelihood",
     "metrics",
     "models",
