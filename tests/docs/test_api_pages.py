@@ -9,6 +9,7 @@ import diffusionkit.checkpoints
 import diffusionkit.control
 import diffusionkit.data
 import diffusionkit.diagnostics
+import diffusionkit.distributed
 import diffusionkit.metrics
 import diffusionkit.networks
 import diffusionkit.ops
@@ -41,6 +42,7 @@ def public() -> list[str]:
         diffusionkit.control,
         diffusionkit.data,
         diffusionkit.diagnostics,
+        diffusionkit.distributed,
         diffusionkit.likelihood,
         diffusionkit.metrics,
         diffusionkit.models,

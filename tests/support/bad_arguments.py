@@ -27,6 +27,7 @@ PACKAGES = (
     "data",
     "decoders",
     "diagnostics",
+    "distributed",
     "likelihood",
     "metrics",
     "models",

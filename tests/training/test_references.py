@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from diffusionkit import VPSDE, EpsModel, ScoreMatching
+from diffusionkit.training import references
 from diffusionkit.training.references import ReferenceBatches
 from diffusionkit.training.stable_target import StableTarget
 
@@ -214,3 +215,17 @@ def test_the_place_in_other_batches_is_refused() -> None:
         with pytest.raises(ValueError, match="state: expected epoch, step, items"):
             source.load_state_dict(wrong)
     assert source.state_dict() == good
+
+
+def test_the_rank_is_read_when_an_epoch_begins(monkeypatch) -> None:
+    """As in a loop that builds its data before the process group begins."""
+    batches = ReferenceBatches(torch.arange(40.0), 2, 4, seed=3)
+    alone = batches.state_dict()
+    right = numbers(ReferenceBatches(torch.arange(40.0), 2, 4, seed=3, rank=1, world_size=2))
+    resumed = ReferenceBatches(torch.arange(40.0), 2, 4, seed=3)
+    resumed.load_state_dict(alone | {"step": 3})
+    monkeypatch.setattr(references, "rank_and_world_size", lambda *_: (1, 2))
+    assert numbers(batches) == right
+    assert len(batches) == 10
+    with pytest.raises(ValueError, match="world_size: expected 1, as in the state, got 2"):
+        next(iter(resumed))
