@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import control, likelihood, metrics, networks
+from diffusionkit import control, likelihood, metrics, networks, training
 from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
@@ -215,6 +215,10 @@ def _image_data() -> image_data.ImageTensors:
     return image_data.ImageTensors(_bytes().repeat(4, 1, 1, 1))
 
 
+def _checkpoints() -> training.CheckpointFolder:
+    return training.CheckpointFolder(_folder() / "checkpoints")
+
+
 def _estimate() -> Estimate:
     return Estimate(*(torch.ones(2) for _ in range(4)), "variance", "label")
 
@@ -273,6 +277,11 @@ def _made(cls: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
 # Valid arguments of one callable, where they differ; "self" makes the object of a method.
 OWN: dict[str, Recipe] = {
     "BrownianPath": {"seeds": lambda: [1, 2]},
+    "CheckpointFolder": {"folder": lambda: _folder() / "checkpoints"},
+    **{
+        f"CheckpointFolder.{method}": {"self": lambda: _checkpoints(), "step": lambda: 3}
+        for method in ("path", "steps", "newest", "keep_last")
+    },
     "ChainGrid": {"chain": lambda: dk.DDPMChain.linear(25)},
     "ChainNELBO": {"model": _chain_model},
     "ClassifierFreeGuidance": {"scale": lambda: 2.0},
