@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from diffusionkit.data import Batch, EndlessBatches, ImageTensors
+from diffusionkit.data import Batch, EndlessBatches, ImageTensors, endless
 
 
 def numbered(count: int, *, classes: int = 5) -> ImageTensors:
@@ -137,6 +137,15 @@ def test_data_without_classes_give_no_class_labels() -> None:
     assert first(EndlessBatches(numbered(30), 4), 1)[0].reference is None
 
 
+def test_the_process_group_may_be_younger_than_the_batches(monkeypatch) -> None:
+    batches = EndlessBatches(numbered(30), 4)
+    monkeypatch.setattr(endless, "rank_and_world_size", lambda *given: (1, 2))
+    assert first(batches, 1)[0].positions.tolist() == [2, 3]
+    monkeypatch.setattr(endless, "rank_and_world_size", lambda *given: (0, 3))
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes"):
+        first(batches, 1)
+
+
 def test_the_state_of_torch_is_left_alone() -> None:
     state = torch.get_rng_state()
     first(EndlessBatches(numbered(30), 4, flip=True, reference_size=8), 9)
@@ -155,7 +164,7 @@ def test_sizes_must_fit() -> None:
     data = numbered(30)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of the 2 processes"):
         EndlessBatches(data, 3, rank=0, world_size=2)
-    with pytest.raises(ValueError, match="rank: expected an integer < 2, got 2"):
+    with pytest.raises(ValueError, match="rank: expected a number below 2, got 2"):
         EndlessBatches(data, 4, rank=2, world_size=2)
     for size in (3, 11):
         with pytest.raises(ValueError, match=r"reference_size: expected 0 or 4 .* to 10 "):

@@ -80,7 +80,7 @@ class EndlessBatches:
         seed: the seed of order and flips.
         start: the number of steps taken before.
         rank: the share to return, by default this process's in torch.distributed.
-        world_size: the number of shares.
+        world_size: the number of shares, by default that of the processes.
         flip: flip each image left to right with probability 1/2, anew in each epoch.
         reference_size: the number R of images of a reference, 0 for none.
         workers: the number of processes that load images ahead, 0 for none.
@@ -114,22 +114,13 @@ class EndlessBatches:
         pin_memory: bool = False,
     ) -> None:
         check_part(data, ImageData, "data")
-        rank, world_size = rank_and_world_size(rank, world_size)
         check_count(batch_size, "batch_size")
-        check_count(world_size, "world_size")
-        check_count(rank, "rank", least=0)
         check_count(seed, "seed", least=0, most=2**63 - 1)
         check_count(start, "start", least=0, most=_LAST // batch_size)
         check_count(reference_size, "reference_size", least=0)
         check_count(workers, "workers", least=0)
         check_flag(flip, "flip")
         check_flag(pin_memory, "pin_memory")
-        if rank >= world_size:
-            raise ValueError(f"rank: expected an integer < {world_size}, got {rank}")
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: expected a multiple of the {world_size} processes, got {batch_size}"
-            )
         if reference_size and not batch_size <= reference_size <= len(data) // 3:
             raise ValueError(
                 f"reference_size: expected 0 or {batch_size} (batch_size) to {len(data) // 3} "
@@ -138,7 +129,19 @@ class EndlessBatches:
         self.data, self.batch_size, self.seed, self.start = data, batch_size, seed, start
         self.rank, self.world_size, self.flip = rank, world_size, flip
         self.reference_size, self.workers, self.pin_memory = reference_size, workers, pin_memory
+        self._share()
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}  # of the latest epochs
+
+    def _share(self) -> tuple[int, int]:
+        """Return this process's share of a batch: its first place and its size."""
+        rank, world_size = rank_and_world_size(self.rank, self.world_size)
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {world_size} processes, "
+                f"got {self.batch_size}"
+            )
+        size = self.batch_size // world_size
+        return rank * size, size
 
     def items(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the items of the data set at positions (n,), and whether they are flipped.
@@ -192,17 +195,17 @@ class EndlessBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of this process from step `start` on, without an end."""
-        share, ahead = self.batch_size // self.world_size, self.reference_size
-        loaded = self._load()
+        begin, share = self._share()  # only now, as the process group may be younger
+        loaded = self._load(begin, share)
         images, labels = next(loaded)
         step = self.start
         while True:
-            positions = torch.arange(share) + step * self.batch_size + self.rank * share
-            if not ahead:
+            positions = torch.arange(begin, begin + share) + step * self.batch_size
+            if not self.reference_size:
                 yield Batch(images, labels, positions)
                 images, labels = next(loaded)
             else:
-                own = slice(self.rank * share, (self.rank + 1) * share)
+                own = slice(begin, begin + share)
                 own_labels = None if labels is None else labels[own]
                 yield Batch(images[own], own_labels, positions, images, labels)
                 new, new_labels = next(loaded)
@@ -211,11 +214,11 @@ class EndlessBatches:
                     labels = torch.cat([labels[self.batch_size :], new_labels])
             step += 1
 
-    def _load(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _load(self, begin: int, share: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield what each step adds: its share, or a first reference and then batches of it."""
         loader: DataLoader[Any] = DataLoader(
             _Flipped(self.data),
-            batch_sampler=_Requests(self),
+            batch_sampler=_Requests(self, begin, share),
             collate_fn=_stacked,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
@@ -228,21 +231,18 @@ class EndlessBatches:
 class _Requests:
     """The items to load for each step, and whether to flip them."""
 
-    def __init__(self, batches: EndlessBatches) -> None:
-        self._batches = batches
+    def __init__(self, batches: EndlessBatches, begin: int, share: int) -> None:
+        self._batches, self._begin, self._share = batches, begin, share
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        own = self._batches
-        size, step = own.batch_size, own.start
-        share = size // own.world_size
+        own, step = self._batches, self._batches.start
+        size, ahead = own.batch_size, own.reference_size
         while True:
-            begin, count = step * size, size
-            if not own.reference_size:
-                begin, count = begin + own.rank * share, share
-            elif step == own.start:
-                count = own.reference_size
-            else:
-                begin += own.reference_size - size
+            begin, count = step * size + self._begin, self._share
+            if ahead and step == own.start:
+                begin, count = step * size, ahead
+            elif ahead:
+                begin, count = (step - 1) * size + ahead, size
             items, flips = own.items(torch.arange(begin, begin + count))
             yield list(zip(items.tolist(), flips.tolist(), strict=True))
             step += 1
