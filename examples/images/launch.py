@@ -58,8 +58,15 @@ def launched(minutes: float = 10) -> Iterator[Place]:
         torch.cuda.set_device(device)
     joins = "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized()
     if joins:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=minutes)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store when it starts processes again: without names of their own they
+        # may find the addresses of the ones before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}-of-{world_size}", store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     alone = not dist.is_initialized()
     yield Place(0, 1, device) if alone else Place(dist.get_rank(), dist.get_world_size(), device)
     if joins:  # after an error the others are not waited for

@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: a progress line, log.jsonl, TensorBoard and pictures."""
+"""The log of a training run: a progress line, log.jsonl and TensorBoard; changes of settings."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 MAY_CHANGE = ("preset", "data.source", "training.steps", "run.")  # within a run
 
@@ -83,20 +82,6 @@ def memory() -> int:
         return torch.cuda.max_memory_allocated()
     kibibytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes
-
-
-def write_grid(images: Tensor, path: Path) -> None:
-    """Write images (n, C, H, W) in uint8 as one picture, row by row, as near square as possible."""
-    from PIL import Image
-
-    columns = round(len(images) ** 0.5)
-    blank = images.new_zeros((-len(images) % columns, *images.shape[1:]))
-    rows = torch.cat([images, blank]).unflatten(0, (-1, columns))
-    grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(2)  # (H, W[, C])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    Image.fromarray(grid.contiguous().numpy()).save(partial, format="PNG")
-    partial.replace(path)
 
 
 def differences(saved: Any, new: Any, name: str = "") -> list[str]:

@@ -21,7 +21,7 @@ import presets
 import torch
 from launch import Place, accumulated, average_gradients, launched, spread
 from losses import Losses
-from records import Log, differences, write_grid
+from records import Log, differences
 from torch import Tensor, nn
 
 from diffusionkit import (
@@ -31,11 +31,12 @@ from diffusionkit import (
     read_checkpoint,
     save_checkpoint,
 )
-from diffusionkit.data import Batch, EndlessBatches
+from diffusionkit.data import Batch, EndlessBatches, save_grid
+from diffusionkit.distributed import check_same_weights, gather_random_states, seed_ranks
 from diffusionkit.random import seeded
 from diffusionkit.training import CheckpointFolder, StopSignals
 
-RANKS, SNAPSHOTS = 3, 4  # tell generators of the same seed from others
+SNAPSHOTS = 4  # tells generators of samples from others of the same seed
 SKIPPED = 50  # steps in a row without a finite gradient, after which training stops
 
 
@@ -72,8 +73,9 @@ class Training:
         self.scheduler = presets.scheduler(settings, self.optimizer)
         self.average = presets.average(settings, self.model)
         self.checkpoints = CheckpointFolder(out / "checkpoints", keep=self.run["keep"])
-        torch.manual_seed(seeded(self.seed, place.rank, RANKS).initial_seed())  # dropout
+        seed_ranks(self.seed)  # dropout differs between processes
         self.resume()
+        check_same_weights(self.model)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds, beside the model."""
@@ -100,9 +102,11 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint, and remove the oldest."""
         path = self.checkpoints.path(self.step)
-        extra = {"settings": self.settings, "data": self.data.fingerprint}
+        given = self.state() | {"random_states": gather_random_states(), "step": self.step}
+        given["extra"] = {"settings": self.settings, "data": self.data.fingerprint}
+        check_same_weights(self.model)
         if self.place.first or self.sharded:
-            save_checkpoint(path, self.model, **self.state(), step=self.step, extra=extra)
+            save_checkpoint(path, self.model, **given)
             if isinstance(self.average, PowerEMA):
                 self.average.save(self.out / "averages")
         self.checkpoints.keep_last(self.step)
@@ -137,10 +141,10 @@ class Training:
             shares = torch.stack([loss, torch.full_like(loss, stop.received is not None)])
             mean, stops = self.place.sum(shares).tolist()
             report = clipped_step(self.optimizer, training["clip"])
-            self.scheduler.step()
             self.step += 1
             skipped = skipped + 1 if report.skipped else 0
             if not skipped:
+                self.scheduler.step()
                 self.average.update(self.model)
             if skipped == SKIPPED:
                 raise FloatingPointError(
@@ -198,7 +202,7 @@ class Training:
             images = place.sum(images)
         if place.first:
             path = self.out / "snapshots" / f"step-{self.step:08d}.png"
-            write_grid(images.byte().cpu(), path)
+            save_grid(images.byte().cpu(), path)
 
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""

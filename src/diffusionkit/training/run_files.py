@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -16,8 +16,8 @@ from typing_extensions import override
 from .._checks import check_count, check_sequence
 from .._files import CheckpointError
 from .._writing import checked_path
-from ..distributed._group import gather_objects, rank_and_world_size
-from .checkpointing import _read
+from ..distributed._group import broadcast_object, rank_and_world_size
+from .reading import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +80,13 @@ class CheckpointFolder:
         the log. In several processes all must call this, and get the answer of the first.
         """
         found = self._newest() if rank_and_world_size()[0] == 0 else None
-        return gather_objects(found)[0]
+        return broadcast_object(found)
 
     def _newest(self) -> Path | None:
         for step in reversed(self.steps()):
             path = self.path(step)
             try:
-                _read(str(path), "cpu")
+                read_checkpoint(path)
             except (CheckpointError, OSError) as error:
                 logger.warning("skipped a damaged checkpoint: %s", error)
             else:
@@ -123,11 +123,17 @@ class StopSignals:
 
     Attributes:
         received: the name of the signal, None before one arrives.
+
+    Raises:
+        ValueError: if there is no signal, or no such one.
+        TypeError: if a signal is not an integer.
     """
 
-    def __init__(self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
+    def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
         """Check the signals; none is caught yet."""
         check_sequence(signals, "signals")
+        if not signals:
+            raise ValueError("signals: expected at least one, got none")
         for one in signals:
             check_count(one, "signals", most=signal.NSIG - 1)
         self.signals = tuple(signals)
