@@ -12,6 +12,7 @@ activation checkpointing. Operations are those of convolutions and matrix produc
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import sys
 import weakref
@@ -120,6 +121,7 @@ def training_step(name: str, batch: int, *, checkpointing: bool) -> Step:
         average = presets.average(settings, parts.model)
         optimizer = presets.optimizer(settings, parameters)
         for _ in range(2):  # the first step makes the state of the optimizer
+            gc.collect()  # of tensors in cycles, which would count twice
             ScoreMatching()(parts.model, x, **given).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
