@@ -16,7 +16,7 @@ PRIVATE = {
     "_checks", "_coefficients", "_gaussian", "_grid_times", "_kept", "_loops", "_nfe", "_precision",
     "_returned", "_schedules", "distributed", "random",
 }  # fmt: skip
-BASE = {*PRIVATE, "values", "interfaces"}
+BASE = {*PRIVATE, "values", "interfaces", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_checks": set(),
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "random": {"_checks"},
     "values": {"_checks", "_coefficients", "_precision"},
     "interfaces": {*PRIVATE, "values"},
+    "_model_checks": {"_checks", "interfaces"},
     "decoders": BASE,
     "_chain_terms": {*BASE, "decoders"},
     "_flow_solver": BASE,

@@ -90,7 +90,8 @@ def spread(network: nn.Module, place: Place, *, shard: bool, compile: bool) -> n
         fully_shard(network)
     if compile:
         network.compile()
-    if not shard and place.world_size > 1:
+    learns = any(parameter.requires_grad for parameter in network.parameters())
+    if learns and not shard and place.world_size > 1:
         ids = None if place.device.type == "cpu" else [place.device.index]
         # Buffers are tables, which no process changes.
         network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)

@@ -30,7 +30,7 @@ import torch
 from launch import Place, launched
 from torch import Tensor
 
-from diffusionkit import ClassifierFreeGuidance
+from diffusionkit import ClassifierFreeGuidance, ProbabilityFlow
 from diffusionkit.data import save_grid, save_images
 from diffusionkit.metrics import load_shards, sample_to_shards
 from diffusionkit.random import seeded
@@ -64,7 +64,8 @@ class Samples:
                                  "> 0, which can do without classes, got another")  # fmt: skip
             null = {"class_labels": data["classes"]}
             model = ClassifierFreeGuidance(model, options.guidance, null=null)
-        self.sampler = presets.sampler(self.settings, model)
+        sampler = presets.sampler(self.settings, model)
+        self.sampler = sampler.sample if isinstance(sampler, ProbabilityFlow) else sampler
         digest = hashlib.blake2b(digest_size=16)
         for tensor in run.model.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -127,7 +128,7 @@ class Samples:
             self.say(f"{self.out} is complete")
             return
         data_range = tuple(self.settings["data"]["range"])
-        self.say(f"draws {options.count} images of {self.shape} with {self.sampler}")
+        self.say(f"draws {options.count} images of {self.shape}")
         sample_to_shards(
             self.draw,
             options.count,

@@ -54,6 +54,7 @@ class Training:
         self.data = presets.open_data(settings)
         torch.manual_seed(self.seed)  # the same weights in all processes
         self.parts = parts = presets.build(settings)
+        presets.start(settings, parts.model)
         self.model: Any = parts.model.to(place.device)
         self.losses = Losses(parts, place.device.type)
         if (learned := self.losses.learned) is not None:
@@ -113,13 +114,14 @@ class Training:
     def backward(self, batch: Batch) -> Tensor:
         """Add up the gradients of the mean loss of all processes; return this one's share of it."""
         size, count = self.run["micro_batch"] or self.batch, len(batch.images)
+        scale = self.settings["training"]["loss_scale"]
         total, starts = torch.zeros((), device=self.place.device), range(0, count, size)
         for start in starts:
             with accumulated(self.network, last=start == starts[-1]):
                 losses = self.losses(batch, slice(start, start + size), self.step * self.batch)
                 share = losses.sum() / self.batch
                 # Processes average their gradients; their shares of the mean are to be added.
-                (share * self.place.world_size).backward()  # type: ignore[no-untyped-call]
+                (share * self.place.world_size * scale).backward()  # type: ignore[no-untyped-call]
                 total += share.detach()
         average_gradients(self.outside, self.place)
         return total

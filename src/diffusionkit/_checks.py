@@ -342,12 +342,17 @@ def check_target_device(device: torch.device | str | None, name: str = "device")
 
 
 def numbers(values: object, name: str) -> Tensor:
-    """Return a sequence of numbers or a real tensor in float64, or raise."""
+    """Return a sequence of numbers or a real tensor in float64, or raise.
+
+    It is on the device of the tensor, or on the CPU if that has no float64.
+    """
     if isinstance(values, (str, bytes, dict, set, bool)):
         raise TypeError(f"{name}: expected numbers, got {type(values).__name__}")
     if isinstance(values, Tensor):
         check_known(values, name)
     try:
+        if isinstance(values, Tensor) and values.device.type == "mps":
+            values = values.cpu()
         return torch.as_tensor(values, dtype=torch.float64)
     except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
         got = type(values).__name__

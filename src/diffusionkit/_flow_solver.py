@@ -183,6 +183,7 @@ class Solver:
             # Near the data the state hardly changes, and torchdiffeq's initial step is far too
             # long. Without step_t it steps past the end, to angles without a time.
             options.setdefault("first_step", min(0.02 * length, width))
+            options.setdefault("dtype", end.dtype)  # float64 by default, on any device
             options.setdefault("step_t", end)
         elif not {"step_size", "grid_constructor"} & options.keys():
             options["step_size"] = width / math.ceil(width / (0.01 * length))

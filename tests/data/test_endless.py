@@ -116,7 +116,7 @@ def test_references_hold_the_batch_first_and_no_item_twice() -> None:
 @pytest.mark.parametrize(("count", "size", "among", "step"), [(6, 1, 2, 5), (9, 2, 3, 4)])
 def test_given_its_reference_each_item_is_in_the_batch_equally_often(count, size, among, step):
     """All orders of any items are equally likely, in references that reach into a next epoch."""
-    data, seeds = numbered(count, classes=0), 700
+    data, seeds = numbered(count, classes=0), 500
     seen: Counter[tuple[int, ...]] = Counter()
     for seed in range(seeds):
         source = EndlessBatches(data, size, seed=seed, reference_size=among)

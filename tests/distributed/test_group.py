@@ -11,7 +11,6 @@ from diffusionkit.distributed._group import (
     is_distributed,
     rank_and_world_size,
 )
-from diffusionkit.distributed._sharded import placed, whole
 
 PROGRAM = """
 from diffusionkit.distributed._group import *
@@ -105,9 +104,3 @@ def test_two_processes_share_weights(tmp_path) -> None:
             for name, value in right.items():
                 torch.testing.assert_close(network[name], value)
         torch.testing.assert_close(*predicted)
-
-
-def test_whole_states_are_returned_unchanged() -> None:
-    state = {"a": [torch.ones(2), (1, None)]}
-    assert whole(state) is state
-    assert placed(state["a"][0], torch.zeros(2)) is state["a"][0]

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 import diffusionkit as dk
 from diffusionkit import control, likelihood, metrics, networks, training
+from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
 PACKAGES = (
     "",
     "checkpoints",
     "control",
+    "data",
     "decoders",
     "diagnostics",
     "likelihood",
@@ -172,6 +174,7 @@ def _folder() -> Path:
     average.update(nn.Linear(2, 2))
     average.save(folder / "snapshots")
     metrics.sample_to_shards(_draw, 2, folder / "shards", progress=False)
+    np.savez(folder / "images.npz", np.zeros((2, 4, 4), np.uint8))
     metrics.save_statistics(folder / "statistics.npz", _moments())
     return folder
 
@@ -202,6 +205,14 @@ def _updated() -> dk.PowerEMA:
 
 def _snapshots() -> list[Path]:
     return sorted((_folder() / "snapshots").iterdir())
+
+
+def _bytes() -> Tensor:
+    return _images().to(torch.uint8)
+
+
+def _image_data() -> image_data.ImageTensors:
+    return image_data.ImageTensors(_bytes().repeat(4, 1, 1, 1))
 
 
 def _checkpoints() -> training.CheckpointFolder:
@@ -410,7 +421,22 @@ OWN: dict[str, Recipe] = {
         "snapshots": lambda: [(10, 0.1), (20, 0.1)],
         "wanted": lambda: (20, 0.08),
     },
+    "EndlessBatches": {"data": _image_data, "batch_size": lambda: 2, "start": lambda: 0},
+    "ImageTensors": {
+        "images": _bytes,
+        "class_labels": lambda: torch.tensor([0, 1]),
+        "classes": lambda: ["a", "b"],
+    },
+    "save_grid": {"path": lambda: _folder() / "grid.png", "images": _bytes},
+    "save_images": {"path": lambda: Path(tempfile.mkdtemp(dir=_folder())), "images": _bytes},
+    "open_images": {"path": lambda: _folder() / "images.npz"},
     # methods
+    "EDMAugmentation.__call__": {"self": image_data.EDMAugmentation, **_IMAGE},
+    "EndlessBatches.items": {
+        "self": lambda: image_data.EndlessBatches(_image_data(), 2),
+        "positions": lambda: torch.tensor([0, 5]),
+    },
+    "ImageTensors.check": {"self": _image_data},
     "EMA.update": {"self": _made(dk.EMA, nn.Linear(2, 2)), "model": lambda: nn.Linear(2, 2)},
     "PowerEMA.update": {
         "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
@@ -578,6 +604,8 @@ OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
 
 # Values made by the library, classes to subclass, and what takes no argument of its own.
 _RESULTS = {
+    "Batch",
+    "ImageFiles",
     "Perturbed",
     "Prediction",
     "Step",
@@ -687,6 +715,7 @@ _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("ImageTensors", "classes"): ["a pair of words"],
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
     ("held_out_loss", "data"): ["a reversed pair"],
     # Metrics refuse features that are not finite.

@@ -42,16 +42,19 @@ class DeviceTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, host, place):
+    def __new__(cls, host):
+        place = cls.current
         if place.device.type == "mps" and host.dtype in (torch.float64, torch.complex128):
             raise TypeError(f"float64 does not exist on MPS: {line_of_library()}")
         self = Tensor._make_wrapper_subclass(
             cls, host.size(), strides=host.stride(), storage_offset=host.storage_offset(),
             dtype=host.dtype, layout=host.layout, device="cpu",
         )  # fmt: skip
-        self.host, self.place = host, place
+        self.host = host
         return self
 
+    current = None  # the device whose block is running
+    place = property(lambda self: DeviceTensor.current)
     device = property(lambda self: self.place.device)
     is_cuda = property(lambda self: self.place.device.type == "cuda")
     is_mps = property(lambda self: self.place.device.type == "mps")
@@ -102,30 +105,29 @@ class DeviceTensor(Tensor):
             if not isinstance(value, Tensor) or any(value is tensor for tensor in tensors):
                 return value
             known = wrappers.get(id(value))
-            return DeviceTensor(value, place) if known is None else known
+            return DeviceTensor(value) if known is None else known
 
         return tree_map(outer, op(*tree_map(inner, args), **tree_map(inner, kwargs)))
 
 
 class _Upload(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, place):
-        return DeviceTensor(x.detach().clone(), place)
+    def forward(ctx, x):
+        return DeviceTensor(x.detach().clone())
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.host, None
+        return gradient.host
 
 
 class _Download(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.place = x.place
         return x.host.detach().clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        return DeviceTensor(gradient, ctx.place)
+        return DeviceTensor(gradient)
 
 
 class PretendDevice(TorchFunctionMode):
@@ -146,6 +148,7 @@ class PretendDevice(TorchFunctionMode):
     def __enter__(self):
         # So that `module.to` replaces parameters, rather than the data inside of them.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        DeviceTensor.current = self
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -172,7 +175,7 @@ class PretendDevice(TorchFunctionMode):
             return x if dtype is None else x.to(dtype)
         if not here:
             self.note("upload", "to")
-            return _Upload.apply(x if dtype is None else x.to(dtype), self)
+            return _Upload.apply(x if dtype is None else x.to(dtype))
         self.note("read", "to")
         x = _Download.apply(x)
         return x if dtype is None else x.to(dtype)
@@ -198,7 +201,7 @@ class PretendDevice(TorchFunctionMode):
                 return getattr(first.host.detach(), name)(*args[1:], **kwargs)
             if name == "new_tensor":
                 self.note("upload", name)
-                return DeviceTensor(first.host.new_tensor(*args[1:], **kwargs), self)
+                return DeviceTensor(first.host.new_tensor(*args[1:], **kwargs))
             if self._is_own(kwargs.get("device")):
                 kwargs["device"] = "cpu"
             return function(*args, **kwargs)
@@ -206,5 +209,5 @@ class PretendDevice(TorchFunctionMode):
             kwargs["device"] = "cpu"
             self.note("upload", name, name in FROM_HOST)
             out = function(*args, **kwargs)
-            return DeviceTensor(out.detach(), self)
+            return DeviceTensor(out.detach())
         return function(*args, **kwargs)

@@ -36,7 +36,7 @@ def run_in_processes(count: int, program: str, folder: Path) -> list[Any]:
     command = [sys.executable, "-c", START + program + END]
     ranks = range(count)
     running = [subprocess.Popen([*command, str(r), str(count), str(folder)]) for r in ranks]
-    assert [process.wait(timeout=100) for process in running] == [0] * count
+    assert [process.wait(timeout=300) for process in running] == [0] * count
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in ranks]
 
 

@@ -1,4 +1,4 @@
-"""Where the bytes of image files are: in a folder or in a zip file, by number.
+"""The bytes of image files, in a folder or in a zip file, by number.
 
 Both are a few arrays, however many the images: cheap to send to worker processes, and without
 Python objects whose reference counts would copy the memory of each worker page by page. No file is
@@ -134,8 +134,9 @@ def list_folder(root: str) -> tuple[list[tuple[str, int]], list[str]]:
     Raises:
         ValueError: if a link leads nowhere, or to a folder around it.
     """
-    files, folders = [], []
-    waiting = [("", (os.path.realpath(root),))]
+    files: list[tuple[str, int]] = []
+    folders: list[str] = []
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while waiting:
         prefix, above = waiting.pop()
         with os.scandir(os.path.join(root, prefix)) as entries:

@@ -51,6 +51,7 @@ def decoded(file: BinaryIO, channels: int | None, size: int | None) -> Tensor:
         ImageOps,
         JpegImagePlugin,  # noqa: F401
         PngImagePlugin,  # noqa: F401
+        UnidentifiedImageError,
         WebPImagePlugin,  # noqa: F401
     )
 
@@ -58,13 +59,14 @@ def decoded(file: BinaryIO, channels: int | None, size: int | None) -> Tensor:
         try:
             image: Image.Image = stack.enter_context(Image.open(file, formats=FORMATS))
             # MPO is a JPEG file with more pictures behind the first, as cameras write it.
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise PictureError(f"one picture, got an animation of {image.n_frames}")
+            frames = getattr(image, "n_frames", 1)
+            if image.format != "MPO" and frames > 1:
+                raise PictureError(f"one picture, got an animation of {frames}")
             image.load()
             image = ImageOps.exif_transpose(image)
         except PictureError:
             raise
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise PictureError(f"an image in {', '.join(FORMATS)}, got another file") from error
         except Image.DecompressionBombError as error:
             raise PictureError(f"an image of reasonable size, got {error}") from error
@@ -115,9 +117,9 @@ def _resized(image: Image, size: int | None) -> Image:
         return image
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Resampling.LANCZOS, box=box)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Resampling.LANCZOS)
 
 
 def _tensor(image: Image) -> Tensor:

@@ -140,7 +140,7 @@ class _Parameters:
         The pixel at q from the center of the image shows what was at matrix (q - shift).
         """
         stretch, zero = torch.exp(_SCALE * self.stretch), torch.zeros_like(self.scale)
-        along = torch.stack([1 / stretch, zero, zero, stretch], dim=-1).unflatten(-1, (2, 2))
+        along = torch.stack([1 / stretch, zero, zero, stretch], dim=-1).reshape(-1, 2, 2)
         matrix = _turn(self.rotation - self.axis) @ along @ _turn(self.axis)
         matrix = matrix * torch.exp(-_SCALE * self.scale)[:, None, None]
         shift = torch.stack([width * self.shift_x, height * self.shift_y], dim=-1)
@@ -149,7 +149,7 @@ class _Parameters:
 
 def _turn(angle: Tensor) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+    return torch.stack([cos, -sin, sin, cos], dim=-1).reshape(-1, 2, 2)
 
 
 def _draw(batch: int, probability: float, generator: Generators) -> _Parameters:

@@ -157,7 +157,7 @@ class EndlessBatches:
             )
         epochs = positions // len(self.data)
         items, flips = torch.empty_like(positions), torch.empty_like(positions, dtype=torch.bool)
-        for epoch in epochs.unique().tolist():
+        for epoch in sorted({*epochs.tolist()}):
             here = epochs == epoch
             order, flipped = self._epoch(epoch)
             places = positions[here] - epoch * len(self.data)

@@ -1,14 +1,13 @@
-"""Images of a folder, of a zip file or of an .npz file."""
+"""Images of a folder, of a zip file or of arrays."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from ._folder_classes import (
     pictures,
 )
 from ._members import FolderMembers, Members, ZipMembers, list_folder, list_zip
+from ._npz import read_npy, read_npz
 from ._pictures import PictureError, check_pillow, decoded, from_array
 from .images import ImageData, ImageTensors, check_index
 
@@ -33,14 +33,14 @@ from .images import ImageData, ImageTensors, check_index
 def open_images(
     path: str | os.PathLike[str], *, size: int | None = None, channels: int | None = None
 ) -> ImageData:
-    """Open the images of a folder, of a zip file or of an .npz file.
+    """Open the images of a folder, a zip file or a file of arrays.
 
     - A folder, or a zip file of one, with PNG, JPEG, WebP or BMP files, in sub-folders or not. If
       it has a `dataset.json`, `{"labels": [["00000/img.png", 3], ...]}`, that has the class labels.
       Otherwise sub-folders are classes, in the order of their names. Hidden files are left out.
       Images are read when they are used; the files must not change meanwhile.
     - An .npz file with images `arr_0` (N, H, W, C) or (N, H, W) in uint8 and class labels `arr_1`
-      (N,), if any. It is read into memory.
+      (N,), if any, or an .npy file with images. It is read into memory.
 
     Images are turned as their EXIF orientation says. Grey images among colored ones, palettes and
     CMYK are converted, 16 bits are scaled to 8. Images with transparent pixels are refused: put
@@ -83,8 +83,13 @@ def open_images(
     if suffix == ".zip":
         return _open_zip(where, size, channels)
     if suffix == ".npz":
-        return _open_arrays(where, size, channels)
-    raise ValueError(f"path: expected a folder, a .zip or an .npz file, got {where}")
+        arrays = read_npz(where, ("arr_0", "arr_1"))
+        if "arr_0" not in arrays:
+            raise ValueError(f"{where}: expected images in arr_0, got no such array")
+        return _from_arrays(where, arrays["arr_0"], arrays.get("arr_1"), size, channels)
+    if suffix == ".npy":
+        return _from_arrays(where, read_npy(where), None, size, channels)
+    raise ValueError(f"path: expected a folder, a .zip, .npz or .npy file, got {where}")
 
 
 class ImageFiles(ImageData):
@@ -135,7 +140,8 @@ class ImageFiles(ImageData):
         check_index(index, len(self))
         image = self._read(index % len(self))
         if image.shape != self.shape:
-            raise ValueError(self._misfit(index % len(self), image.shape))
+            name = self._path_of(index % len(self))
+            raise ValueError(f"{name}: expected {self._misfit(image.shape)}")
         return image, self._label(index)
 
     def _read(self, index: int) -> Tensor:
@@ -143,19 +149,20 @@ class ImageFiles(ImageData):
             content = BytesIO(self._members.read(index))
             return decoded(content, self._channels, self._size)
         except PictureError as error:
-            name = os.path.join(self._path, self._members.names[index])
-            raise ValueError(f"{name}: expected {error}") from error.__cause__
+            raise ValueError(f"{self._path_of(index)}: expected {error}") from error.__cause__
 
-    def _misfit(self, index: int, shape: Sequence[int]) -> str:
-        name = os.path.join(self._path, self._members.names[index])
+    def _path_of(self, index: int) -> str:
+        return os.path.join(self._path, self._members.names[index])
+
+    def _misfit(self, shape: Sequence[int]) -> str:
         if shape[0] != self.shape[0]:
             kinds = {1: "a grey image", 3: "an RGB image"}
             return (
-                f"{name}: expected {kinds[self.shape[0]]} as the first one is, "
+                f"{kinds[self.shape[0]]} as the first one is, "
                 f"got {kinds[shape[0]]}; channels=1 or channels=3 converts all"
             )
         return (
-            f"{name}: expected {self.shape[1]} x {self.shape[2]} as the first image is, "
+            f"{self.shape[1]} x {self.shape[2]} as the first image is, "
             f"got {shape[1]} x {shape[2]}; size=... scales all"
         )
 
@@ -208,20 +215,18 @@ def _labels(
         root = root[: root.rfind("/", 0, -1) + 1]
 
 
-def _open_arrays(path: str, size: int | None, channels: int | None) -> ImageTensors:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files)
-            if "arr_0" not in names:
-                raise ValueError(f"expected arrays arr_0 and arr_1, got {', '.join(names)}")
-            array, labels = file["arr_0"], file["arr_1"] if "arr_1" in names else None
-    except (ValueError, KeyError, EOFError, BadZipFile, zlib.error, MemoryError) as error:
-        raise ValueError(f"{path}: expected an .npz file of images, got {error}") from error
-    array = array[..., None] if array.ndim == 3 else array
+def _from_arrays(
+    path: str,
+    array: np.ndarray[Any, Any],
+    labels: np.ndarray[Any, Any] | None,
+    size: int | None,
+    channels: int | None,
+) -> ImageTensors:
+    shape, array = array.shape, array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
         raise ValueError(
-            f"{path}: expected arr_0 of uint8 and shape (N, H, W, 1 or 3) or (N, H, W), "
-            f"got {array.dtype} and {array.shape}"
+            f"{path}: expected images of uint8 and shape (N, H, W, 1 or 3) or (N, H, W), "
+            f"got {array.dtype} and {shape}"
         )
     if size is not None and array.shape[1:3] != (size, size):
         images = torch.stack([from_array(image, channels, size) for image in array])
@@ -233,7 +238,7 @@ def _open_arrays(path: str, size: int | None, channels: int | None) -> ImageTens
         return ImageTensors(images)
     if labels.shape != (len(array),) or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: expected arr_1 of integers and shape ({len(array)},), "
+            f"{path}: expected labels arr_1 of integers and shape ({len(array)},), "
             f"got {labels.dtype} and {labels.shape}"
         )
     low, high = int(labels.min()), int(labels.max())

@@ -120,9 +120,9 @@ class ImageTensors(ImageData):
     def fingerprint(self) -> str:
         if not self._digest:
             digest = hashlib.blake2b(repr((self.shape, self.classes)).encode(), digest_size=16)
-            digest.update(self._images.numpy())
+            digest.update(self._images.numpy().data)
             if self.class_labels is not None:
-                digest.update(self.class_labels.numpy())
+                digest.update(self.class_labels.numpy().data)
             self._digest = digest.hexdigest()
         return self._digest
 

@@ -8,13 +8,13 @@ import os
 import unicodedata
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from .._checks import check_choice, check_count
 from .._writing import atomic_write
+from ._npz import Arrays, read_npz
 from .images import ImageTensors
 
 _STYLES = {
@@ -41,7 +41,6 @@ _KINDS = {
 _CLASSES = tuple(dict.fromkeys([*_SCRIPTS.values(), *_KINDS.values(), "Arrows"]))
 
 _FORMAT = 1  # of the kept file
-_Drawn = dict[str, "np.ndarray[Any, Any]"]
 
 
 def glyphs(
@@ -101,7 +100,7 @@ def _script(character: str) -> str:
     return "Arrows" if arrow else _KINDS[unicodedata.category(character)]
 
 
-def _kept(size: int) -> _Drawn:
+def _kept(size: int) -> Arrays:
     """Return the drawn images from the cache folder, or draw and keep them."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
@@ -116,7 +115,7 @@ def _kept(size: int) -> _Drawn:
     path = Path(home).expanduser() / "diffusionkit" / f"glyphs-{size}-{key}.npz"
     try:
         return _read(path, size)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, ValueError):
         pass  # there is none, or a damaged one: each record of the file has a checksum
     drawn = _draw(Path(matplotlib.get_data_path()) / "fonts" / "ttf", ft2font.FT2Font, size)
     try:
@@ -127,21 +126,20 @@ def _kept(size: int) -> _Drawn:
     return drawn
 
 
-def _write(file: BinaryIO, drawn: _Drawn) -> None:
+def _write(file: BinaryIO, drawn: Arrays) -> None:
     np.savez_compressed(file, allow_pickle=False, **drawn)
 
 
-def _read(path: Path, size: int) -> _Drawn:
-    with np.load(path, allow_pickle=False) as file:
-        drawn = {name: file[name] for name in ("images", "codes", "typefaces", "groups")}
-    count = len(drawn["codes"])
+def _read(path: Path, size: int) -> Arrays:
+    drawn = read_npz(path, ("images", "codes", "typefaces", "groups"))
+    count = len(drawn["images"])
     shapes = [array.shape for array in drawn.values()]
     if shapes != [(count, size, size), (count,), (count,), (count,)]:
         raise ValueError(f"{path}: expected images of {size} x {size}, got shapes {shapes}")
     return drawn
 
 
-def _draw(folder: Path, font_type: Any, size: int) -> _Drawn:
+def _draw(folder: Path, font_type: Any, size: int) -> Arrays:
     """Draw each character of each typeface once, and group those that look alike.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from ._group import is_distributed
+from ._group import broadcast_object, rank_and_world_size
 
 T = TypeVar("T")
 
@@ -66,18 +66,16 @@ def share_of(pieces: int, rank: int, world_size: int) -> list[int]:
 
 def of_first(make: Callable[[], T]) -> T:
     """Return what the first process makes, in every process; its error is raised in all."""
-    if not is_distributed():
-        return make()
-    made: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    made, error = cast(T, None), None
+    if rank_and_world_size()[0] == 0:
         try:
-            made[0] = make()
-        except Exception as error:
-            made[1] = error
-    dist.broadcast_object_list(made, src=0)
-    if made[1] is not None:
-        raise made[1]
-    return cast(T, made[0])
+            made = make()
+        except Exception as problem:  # the others must not wait for this one
+            error = problem
+    made, error = broadcast_object((made, error))
+    if error is not None:
+        raise error
+    return made
 
 
 class Dealer:
@@ -93,9 +91,7 @@ class Dealer:
 
     def __init__(self, list_pieces: Callable[[], Sequence[int]]) -> None:
         self._name, self.pieces = of_first(lambda: (uuid.uuid4().hex, list(list_pieces())))
-        self._rank, self._world = (
-            (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-        )
+        self._rank, self._world = rank_and_world_size()
         self._longest: float | None = None
 
     @property

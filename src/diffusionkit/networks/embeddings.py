@@ -288,7 +288,8 @@ class SigmaTable(nn.Module):
             raise ValueError(f"sigmas: expected finite numbers > 0, got {list(sigmas)[:6]}")
         self.values = tuple(sigmas)
         # Not persistent: part of the configuration.
-        self.register_buffer("sigmas", self._table(torch.device("cpu")), persistent=False)
+        here = torch.empty(0).device  # that of the weights, also inside `with torch.device(...)`
+        self.register_buffer("sigmas", self._table(here), persistent=False)
 
     def _table(self, device: torch.device) -> Tensor:
         exact = torch.float32 if device.type == "mps" else torch.float64

@@ -14,7 +14,7 @@ from .._checks import check_count, check_positive, check_step_times
 from .._coefficients import linear
 from .._grid_times import exact_times, grid_points
 from .._precision import at_least_float32
-from .._schedules import exact
+from .._schedules import exact, schedule_dtype
 from ..distributed.gathered import gathered_weights
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, rand
@@ -170,7 +170,7 @@ class AdaptiveSDE(Predictor):
     def _error(self, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
         """Return the root mean square of the error over its tolerance, (B,)."""
         size = (self.rtol * torch.maximum(x.abs(), first.abs())).clamp_min(self.atol)
-        ratio = ((first - last) / size).reshape(len(x), -1).to(torch.float64)
+        ratio = ((first - last) / size).reshape(len(x), -1).to(schedule_dtype(x.device))
         return ratio.square().mean(1).sqrt()
 
 
