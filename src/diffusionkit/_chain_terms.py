@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ._checks import check_part
 from ._coefficients import expand
 from ._gaussian import gaussian_kl
+from ._model_checks import check_model
 from ._schedules import exact
 from .decoders import GaussianDecoder
 from .interfaces import ForwardSDE, ScoreModel
@@ -31,7 +31,7 @@ def prior_kl(sde: ForwardSDE, x: Tensor) -> Tensor:
 
 def chain_length(model: ScoreModel) -> int:
     """Return the number of steps of a model's process, or raise unless it is a chain."""
-    check_part(model, ScoreModel, "model")
+    check_model(model)
     steps = getattr(model.sde, "steps", None)
     if not isinstance(steps, int):
         raise TypeError(

@@ -360,7 +360,9 @@ def numbers(values: object, name: str) -> Tensor:
 
 
 def as_item(item: object, name: str) -> Tensor:
-    """Return an item of a data set as a tensor, or raise."""
+    """Return an item of a data set, or the first part of a tuple, as a tensor, or raise."""
+    if isinstance(item, tuple) and item and isinstance(item[0], Tensor) and item[0].ndim:
+        item = item[0]
     try:
         return torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:

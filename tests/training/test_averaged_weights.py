@@ -133,7 +133,7 @@ def test_every_tensor_is_averaged_or_copied(build) -> None:
     assert mine.frozen.tolist() == frozen.tolist()
     other = EMA(build())
     other.load_state_dict(ema.state_dict())
-    for one, two in zip(ema.state_dict()["model"].values(), other.state_dict()["model"].values(),
+    for one, two in zip(ema.model.state_dict().values(), other.model.state_dict().values(),
                         strict=True):  # fmt: skip
         assert torch.equal(one, two)
 
@@ -177,20 +177,21 @@ def test_an_averaged_model_moved_to_half_precision_goes_on_in_float32() -> None:
 def test_states_of_averages_once_kept_in_half_precision_load() -> None:
     model = filled(0.5, torch.bfloat16)
     ema = EMA(filled(0.0, torch.bfloat16))
-    ema.load_state_dict({"model": model.state_dict(), "updates": 7})
+    state = {f"model.{name}": x for name, x in model.state_dict().items()}
+    ema.load_state_dict({**state, "updates": torch.tensor(7)})
     assert (float(ema.model.weight), ema.model.weight.dtype, ema.updates) == (0.5, torch.float32, 7)
 
 
 BAD = {
-    "missing weight": lambda s: s["model"].pop("weight"),
-    "unexpected other": lambda s: s["model"].update(other=torch.ones(1)),
-    r"weight: expected .*\[1, 1\].*, got .*\[2\]": lambda s: s["model"].update(
-        weight=torch.ones(2)
+    "missing .*model.weight": lambda s: s.pop("model.weight"),
+    "unexpected .*model.other": lambda s: s.update({"model.other": torch.ones(1)}),
+    r"weight: expected .*\[1, 1\].*, got .*\[2\]": lambda s: s.update(
+        {"model.weight": torch.ones(2)}
     ),
-    "weight: expected .*, got None": lambda s: s["model"].update(weight=[[1.0]]),
-    "bias: expected .*, got": lambda s: s["model"].update(bias=torch.ones(1, dtype=torch.int64)),
-    "expected model and updates, got": lambda s: s.pop("updates"),
-    "updates: expected an integer >= 0": lambda s: s.update(updates=-1),
+    "weight: expected .*, got None": lambda s: s.update({"model.weight": [[1.0]]}),
+    "bias: expected .*, got": lambda s: s.update({"model.bias": torch.ones(1, dtype=torch.int64)}),
+    "missing .*updates": lambda s: s.pop("updates"),
+    "updates: expected an integer >= 0": lambda s: s.update(updates=torch.tensor(-1)),
 }
 
 
@@ -203,7 +204,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(message) -> No
     with pytest.raises((ValueError, TypeError), match=message):
         ema.load_state_dict(state)
     with pytest.raises((ValueError, TypeError), match=message):
-        power.load_state_dict({0.05: good, 0.1: state})
+        power.load_state_dict(
+            {f"{length}.{n}": x for length, s in (("0_05", good), ("0_1", state))
+             for n, x in s.items()}
+        )  # fmt: skip
     for average in (ema, *power.averages.values()):
         assert [float(p) for p in average.model.parameters()] == [1.0, 1.0]
 
@@ -237,7 +241,7 @@ def test_a_state_saved_inside_holds_the_average(kind) -> None:
     with ema.applied(model):
         state = copy.deepcopy(ema.state_dict())
         assert values(model, ema.model) == [2.0] * 4
-    assert float(state["model"]["weight"]) == 2.0
+    assert float(state["model.weight"]) == 2.0
     assert values(model, ema.model) == [3.0, 3.0, 2.0, 2.0]
 
 
@@ -419,7 +423,8 @@ def test_names_are_those_without_wrappers(process_group, wrap, first) -> None:
     wrapped = EpsModel(WRAPPERS[wrap](network), VPSDE())
     one, other = (wrapped, plain) if first else (plain, wrapped)
     ema = EMA(one, decay=0.5, warmup=False)
-    assert list(ema.state_dict()["model"]) == list(plain.state_dict())
+    assert list(ema.model.state_dict()) == list(plain.state_dict())
+    assert list(ema.state_dict()) == [*(f"model.{name}" for name in plain.state_dict()), "updates"]
     before = network.head.weight.detach().clone() if hasattr(network, "head") else None
     fill(network, 1.0)
     ema.update(other)
@@ -474,9 +479,9 @@ def test_averages_of_a_sharded_model(process_group, tmp_path, build, early) -> N
     )
     x, t = torch.randn(4, 3), torch.full((4,), 0.5)
     for one, other in zip(ones, others, strict=True):
-        found = full(other.state_dict()["model"])
-        assert found.keys() == one.state_dict()["model"].keys()
-        for name, value in one.state_dict()["model"].items():
+        found = full(other.model.state_dict())
+        assert found.keys() == one.model.state_dict().keys()
+        for name, value in one.model.state_dict().items():
             torch.testing.assert_close(found[name], value)
         own = plain.predict(x, t).eps
         with torch.no_grad():
@@ -539,7 +544,7 @@ def test_a_sharded_model_samples_with_its_average(process_group) -> None:
 def test_a_learned_process_is_averaged_too() -> None:
     model = EpsModel(MLP(3), LearnedSDE())
     ema = EMA(model, decay=0.5, warmup=False)
-    assert any(name.startswith("sde.") for name in ema.state_dict()["model"])
+    assert any(name.startswith("model.sde.") for name in ema.state_dict())
     fill(model.sde, 0.25)
     ema.update(model)
     assert ema.model.sde is not model.sde

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_number, check_part, readable
+from .._checks import check_number, readable
 from .._coefficients import Coefficient, expand, linear
 from .._grid_times import copy_grid_point, kernel
+from .._model_checks import check_model
 from .._precision import NetworkDtype, arithmetic_dtype, at_least_float32, backward_factor
 from ..interfaces import ScoreModel
 from ..values import Prediction
@@ -24,7 +25,7 @@ class GuidedModel(ScoreModel):
     def __init__(self, model: ScoreModel) -> None:
         """Keep the model, and copy its process, data range and variance."""
         super().__init__()
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         self.model = model
         self.sde = model.sde
         self.data_range = getattr(model, "data_range", None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import check_callable, check_count, check_part
 from .._loops import Progress, with_progress
+from .._model_checks import check_model
 from .._schedules import exact
 from ..interfaces import ScoreModel
 from ._data import as_tensor, check_generator, draw_rows, kernel, mean_and_error
@@ -62,7 +63,7 @@ def gradient_variance(
     Source: Xu et al., Stable Target Field for Reduced Variance Score Estimation in Diffusion
     Models, 2023, arXiv 2302.00670 (section 5, on the variance of the target).
     """
-    check_part(model, ScoreModel, "model")
+    check_model(model)
     check_callable(objective, "objective")
     check_part(label, str, "label")
     check_count(batch_size, "batch_size")

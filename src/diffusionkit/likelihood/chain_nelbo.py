@@ -17,6 +17,7 @@ from .._loops import Progress, check_progress, repeated, with_progress
 from .._precision import network_dtype, state_dtype
 from .._schedules import exact, schedule_dtype
 from ..decoders import GaussianDecoder
+from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ScoreModel
 from ..random import Generators, check_generator
 
@@ -178,6 +179,7 @@ class ChainNELBO:
             ValueError: if a value is not a level, or a prediction is not finite (checked on the
                 CPU only).
         """
+        check_gradients_averaged(self.model)
         x = self.decoder.encode(images, dtype=state_dtype(network_dtype(self.model)))
         check_generator(generator, len(x))
         count = chain_length(self.model)

@@ -12,9 +12,11 @@ from typing_extensions import override
 
 from .._chain_terms import prior_kl
 from .._checks import check_count, check_part, readable
+from .._model_checks import check_model
 from .._precision import network_dtype, state_dtype
 from .._schedules import exact, schedule_dtype
 from ..decoders import LevelDecoder
+from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators, rand
 from ..values import Prediction
@@ -86,7 +88,7 @@ class DiscreteNELBO:
         *,
         steps: int | None = None,
     ) -> None:
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         self.model = model
         self.decoder = LevelDecoder() if decoder is None else decoder
         check_part(self.decoder, LevelDecoder, "decoder")
@@ -113,6 +115,7 @@ class DiscreteNELBO:
             ValueError: if a value is not a level, or a prediction is not finite (checked on the
                 CPU only).
         """
+        check_gradients_averaged(self.model)
         x = self.decoder.encode(images, dtype=state_dtype(network_dtype(self.model)))
         sde = self.model.sde
         first = x.new_full((len(x),), sde.t_min)

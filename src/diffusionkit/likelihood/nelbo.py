@@ -20,7 +20,9 @@ from .._checks import (
     check_t_min,
     readable,
 )
+from .._model_checks import check_model
 from .._schedules import exact, home, schedule_dtype
+from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators, check_generator, rand
 from ..values import Prediction
@@ -101,7 +103,7 @@ class NELBO:
         divergence: Divergence | None = None,
         t_min: float | None = None,
     ) -> None:
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         check_count(samples, "samples")
         if divergence is not None:
             check_part(divergence, Divergence, "divergence")
@@ -128,6 +130,7 @@ class NELBO:
                 t_min or alpha at T, or a prediction is not finite (checked on the CPU only).
             TypeError: if x is not a floating-point tensor.
         """
+        check_gradients_averaged(self.model)
         check_state(x)
         check_finite(x)
         check_range(x, self.model)

@@ -15,6 +15,7 @@ from .._checks import check_finite, check_part, check_range, check_state, check_
 from .._coefficients import Coefficient
 from .._flow_solver import Solver, angles, radii
 from .._grid_times import schedule
+from .._model_checks import check_model
 from .._precision import (
     arithmetic_dtype,
     at_least_float32,
@@ -121,7 +122,7 @@ class ODELikelihood:
         differentiable: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         self.model = model
         self.divergence = Hutchinson() if divergence is None else divergence
         check_part(self.divergence, Divergence, "divergence")

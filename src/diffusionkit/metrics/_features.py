@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._distributed import gather_objects, is_distributed
+from ..distributed._group import gather_objects, is_distributed
 
 
 class Accumulator(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._wrappers import casts_inputs, unwrapped
+from ..distributed._wrappers import casts_inputs, unwrapped
 
 _NAME = "_exact_noise_label"
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_callable, check_interval, check_number, check_part
+from .._checks import check_callable, check_interval, check_number
 from .._grid_times import kernel
+from .._model_checks import check_model
 from ..interfaces import ScoreModel
 from ..values import Prediction
 
@@ -45,7 +46,7 @@ class DenoisedModel(ScoreModel):
     def __init__(self, model: ScoreModel, fn: Callable[[Tensor], Tensor]) -> None:
         """Validate and store the model and the function."""
         super().__init__()
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         check_callable(fn, "fn")
         self.model = model
         self.sde = model.sde

@@ -12,6 +12,7 @@ from typing_extensions import override
 from .._checks import check_part
 from .._coefficients import expand
 from .._grid_times import kernel
+from .._model_checks import check_model
 from .._schedules import exact, home, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction
@@ -51,7 +52,7 @@ class ScheduleTransformedModel(ScoreModel):
     def __init__(self, model: ScoreModel, sde: ForwardSDE) -> None:
         """Join the model and the process."""
         super().__init__()
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         check_part(sde, ForwardSDE, "sde")
         self.model = model
         self.sde = sde

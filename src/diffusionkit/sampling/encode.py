@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_finite, check_part, check_state
+from .._checks import check_count, check_finite, check_state
 from .._coefficients import Coefficient
 from .._grid_times import grid_times, kernel, noise_at
 from .._loops import Progress, evaluation_mode, with_progress
+from .._model_checks import check_model
 from .._precision import at_least_float32
 from ..interfaces import ScoreModel
 from ._start import result
@@ -59,7 +60,7 @@ def ddim_encode(
     tensor([[ 1.0071],
             [-0.9813]])
     """
-    check_part(model, ScoreModel, "model")
+    check_model(model)
     check_state(x)
     check_finite(x)
     check_count(steps, "steps")

@@ -13,6 +13,7 @@ from typing_extensions import override
 from .._checks import check_count, check_flag, check_part, check_samples
 from .._grid_times import grid_times, noise_at
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
+from .._model_checks import check_model
 from .._nfe import EvaluationCounter
 from .._precision import WIDER, narrowed
 from .._schedules import home, schedule_dtype
@@ -109,7 +110,7 @@ class PCSampler:
         progress: Progress = False,
     ) -> None:
         """Store the parts and validate the grid."""
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         for name, part, kind in (
             ("predictor", predictor, Predictor),
             ("corrector", corrector, Corrector),

@@ -14,14 +14,14 @@ from .._checks import (
     check_finite,
     check_flag,
     check_number,
-    check_part,
     check_positive,
     check_same,
     check_state,
 )
 from .._flow_solver import Solver
 from .._grid_times import grid_times
-from .._loops import bare_networks, evaluation_mode, repeated
+from .._loops import evaluation_mode, repeated
+from .._model_checks import check_model
 from .._nfe import EvaluationCounter
 from .._precision import at_least_float32
 from ..interfaces import ScoreModel
@@ -91,7 +91,7 @@ class ProbabilityFlow:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep the model and the solver's settings."""
-        check_part(model, ScoreModel, "model")
+        check_model(model)
         check_flag(denoise, "denoise")
         options = {} if options is None else options
         self.solver = Solver(method, rtol, atol, options, differentiable)
@@ -147,7 +147,6 @@ class ProbabilityFlow:
         with (
             torch.set_grad_enabled(self.solver.differentiable and torch.is_grad_enabled()),
             evaluation_mode(self.model),
-            bare_networks(self.model),
             EvaluationCounter() as counter,
         ):
             x = self.model.predict(x, t, **cond).x0

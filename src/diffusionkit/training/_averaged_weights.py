@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -14,9 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from .._distributed import is_sharded, placed, placed_state
 from .._files import listed
-from .._wrappers import bare_copy, bare_modules, bare_tensors
+from ..distributed._sharded import is_sharded, placed, placed_state
+from ..distributed._wrappers import (
+    bare_copy,
+    bare_modules,
+    bare_state,
+    bare_tensors,
+    load_bare_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +69,7 @@ class AveragedWeights:
             ValueError: if names or shapes are not those of the averages.
         """
         tensors = bare_tensors(model)
-        _check("model", bare_tensors(self.model), tensors)
+        check_tensors("model", bare_tensors(self.model), tensors)
         return tensors
 
     @torch.no_grad()
@@ -86,15 +93,17 @@ class AveragedWeights:
         for (device, dtype), (olds, news) in groups.items():
             torch._foreach_lerp_(olds, [x.to(device, dtype) for x in news], share)
 
-    def fitting(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a state dict with tensors placed as those of the averaged model are.
+    @torch.no_grad()
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move the averages as `nn.Module.to` moves weights, but never to a narrower precision."""
+        cast(Any, self.model)._apply(partial(_moved, fn))
 
-        Raises:
-            ValueError: if its names or shapes are not those of the averages.
-        """
-        wanted = self.model.state_dict()
-        _check("state", wanted, state)
-        return placed_state(state, wanted)
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load a state with the names and shapes of the averages, whole or sharded."""
+        found = OrderedDict(placed_state(state, bare_state(self.model)))
+        if versions := getattr(state, "_metadata", None):
+            found._metadata = versions  # type: ignore[attr-defined]
+        load_bare_state(self.model, found)
 
     @contextlib.contextmanager
     def lent_to(self, model: nn.Module) -> Iterator[None]:
@@ -217,6 +226,11 @@ def _kept(x: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(x, nn.Parameter) else value
 
 
+def _moved(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    there = fn(torch.empty(0, dtype=x.dtype, device=x.device))
+    return x.to(there.device) if there.dtype.itemsize < x.dtype.itemsize else fn(x)
+
+
 def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     for name, value in source.items():
         target[name].copy_(placed(value, target[name]))
@@ -230,7 +244,7 @@ def _versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _check(what: str, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+def check_tensors(what: str, wanted: Mapping[str, Any], got: Mapping[str, Any]) -> None:
     """Raise unless the tensors have the same names, shapes and kinds."""
     if wanted.keys() == got.keys() and all(_kind(x) == _kind(got[n]) for n, x in wanted.items()):
         return

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._checks import check_part
-from .._distributed import placed_state
 from .._files import CheckpointError
 from .._weights import is_finite
-from .._wrappers import bare_state, bare_tensors
+from ..distributed._random_states import check_generators
+from ..distributed._sharded import placed_state
+from ..distributed._wrappers import bare_state, bare_tensors
 from ._optimizer_state import fitted_optimizer
 from ._weights_of_file import fitted, weight_problems
 from .ema import EMA
@@ -33,7 +34,8 @@ def check_arguments(
         raise TypeError(f"ema: expected an EMA or a PowerEMA, got {type(ema).__name__}")
     if optimizer is not None:
         check_part(optimizer, Optimizer, "optimizer")
-    for name, parts in (("stateful", stateful), ("generators", generators), ("extra", extra)):
+    check_generators(generators)
+    for name, parts in (("stateful", stateful), ("extra", extra)):
         if parts is None:
             continue
         if not isinstance(parts, Mapping) or not all(isinstance(key, str) for key in parts):
@@ -45,8 +47,6 @@ def check_arguments(
                     f"stateful[{key!r}]: expected an object with state_dict and load_state_dict, "
                     f"got {type(part).__name__}"
                 )
-            if name == "generators":
-                check_part(part, torch.Generator, f"generators[{key!r}]")
 
 
 def has_state(part: object) -> bool:
@@ -116,6 +116,26 @@ def _with_versions(weights: dict[str, Any], versions: Any) -> dict[str, Any]:
     result = _Weights(weights)
     result._metadata = versions
     return result
+
+
+def saved_state(part: Any) -> Any:
+    """Return the state of an object as files hold it."""
+    if isinstance(part, EMA):
+        return {"model": bare_state(part.model), "updates": part.updates}
+    if isinstance(part, PowerEMA):
+        return {length: saved_state(average) for length, average in part.averages.items()}
+    return part.state_dict()
+
+
+def load_state(part: Any, state: Any) -> None:
+    """Load a state as files hold it, once checked, into an object."""
+    if isinstance(part, EMA):
+        part.restore(state["model"], state["updates"])
+    elif isinstance(part, PowerEMA):
+        for length, average in part.averages.items():
+            load_state(average, state[length])
+    else:
+        part.load_state_dict(state)
 
 
 def fitted_averages(path: str, what: str, ema: EMA | PowerEMA, state: Any) -> dict[Any, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._schedules import schedule_dtype
-from .._wrappers import bare_class, bare_tensors, unwrapped
+from ..distributed._wrappers import bare_class, bare_tensors, unwrapped
 from ..interfaces import ForwardSDE, ScoreModel
 
 # Times relative to T; at none of them a label that is a whole number jumps.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._distributed import is_sharded
 from .._files import CheckpointError, listed
 from .._weights import FLOATS, is_finite
+from ..distributed._sharded import is_sharded
 
 # Parts of names that wrappers of torch add.
 _WRAPPERS = {"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}

@@ -17,6 +17,8 @@ from .._checks import (
     check_state,
     readable,
 )
+from .._model_checks import check_model
+from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
 from ..values import Prediction
@@ -155,15 +157,14 @@ class ScoreMatching:
         Raises:
             ValueError: if the batch is empty, not finite or outside the model's data_range; the
                 shapes, dtypes or devices of data and reference differ; a mask has no entry > 0; a
-                part returns another shape than the interface's; or the loss is infinite although
-                the model's output is not.
-            TypeError: if x0 is not a floating-point tensor, or model is not a ScoreModel.
+                part returns another shape than the interface's; the loss is infinite although
+                the model's output is not; or its network is trained by a DistributedDataParallel
+                that the model does not call.
+            TypeError: if x0 is not a floating-point tensor, model is not a ScoreModel, or is
+                wrapped where its network should be.
         """
-        if not isinstance(model, ScoreModel):
-            raise TypeError(
-                f"model: expected a ScoreModel, got {type(model).__name__}; wrap the network, "
-                "not the score model: EpsModel(DistributedDataParallel(network), sde)"
-            )
+        check_model(model)
+        check_gradients_averaged(model)
         check_state(x0, "x0")
         if mask is not None:
             if reference is not None:

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .._checks import check_count, check_number, check_part, check_positive
-from .._distributed import is_sharded, largest
 from .._schedules import schedule_dtype
+from ..distributed._group import largest
+from ..distributed._sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 

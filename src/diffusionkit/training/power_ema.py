@@ -6,18 +6,20 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import check_count, check_floating_dtype, check_number, check_part, check_sequence
-from .._distributed import whole
 from .._files import CheckpointError, read_torch
-from .._writing import save_torch
-from .ema import EMA
+from .._writing import checked_path, save_torch
+from ..distributed._sharded import write_whole
+from .ema import EMA, Averages, Model_co
 
 logger = logging.getLogger(__name__)
 
@@ -57,20 +59,18 @@ def power_exponent(sigma_rel: float) -> float:
     return 2 * math.sqrt(p) * math.cos(math.acos(q / p**1.5) / 3) - 7 / 3
 
 
-class _PowerAverage(EMA):
-    """The average of one length."""
+@dataclass(frozen=True)
+class _PowerDecay:
+    """The decay beta_t, for an exponent gamma."""
 
-    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
-        super().__init__(model)
-        self.exponent = power_exponent(sigma_rel)
+    exponent: float
 
-    @override
-    def _decay(self) -> float:
-        keep: float = (1 - 1 / self.updates) ** (self.exponent + 1)
+    def __call__(self, update: int) -> float:
+        keep: float = (1 - 1 / update) ** (self.exponent + 1)
         return keep
 
 
-class PowerEMA:
+class PowerEMA(Averages, Generic[Model_co]):
     r"""Averages of a model's weights over a fixed fraction of the training so far.
 
     .. math::
@@ -103,14 +103,23 @@ class PowerEMA:
     ...     y = model(torch.ones(1, 1))
     """
 
-    def __init__(self, model: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
+    averages: Mapping[float, EMA[Model_co]]
+
+    def __init__(self, model: Model_co, sigma_rels: Sequence[float] = (0.05, 0.10)) -> None:
         """Copy the model once for each length."""
+        super().__init__()
         check_sequence(sigma_rels, "sigma_rels")
         for sigma_rel in sigma_rels:
             check_number(sigma_rel, "sigma_rels")
         if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
             raise ValueError(f"sigma_rels: expected distinct numbers, got {sigma_rels}")
-        self.averages: Mapping[float, EMA] = {s: _PowerAverage(model, s) for s in sigma_rels}
+        self.averages = {s: EMA(model, _PowerDecay(power_exponent(s))) for s in sigma_rels}
+        for sigma_rel, average in self.averages.items():
+            self.add_module(_name(sigma_rel), average)
+
+    @override
+    def by_prefix(self) -> Mapping[str, EMA]:
+        return {f"{_name(s)}.": average for s, average in self.averages.items()}
 
     @property
     def updates(self) -> int:
@@ -127,29 +136,13 @@ class PowerEMA:
         for average in self.averages.values():
             average.update(model)
 
-    def state_dict(self) -> dict[float, Any]:
-        """Return the state of each average."""
-        return {sigma_rel: average.state_dict() for sigma_rel, average in self.averages.items()}
-
-    def load_state_dict(self, state: Mapping[float, Any]) -> None:
-        """Restore the averages from `state_dict()`.
-
-        Raises:
-            ValueError: if the lengths differ.
-        """
-        check_part(state, Mapping, "state")
-        if set(state) != set(self.averages):
-            raise ValueError(
-                f"state: expected the lengths {sorted(self.averages)}, got {sorted(state)}"
-            )
-        checked = {s: average._checked(state[s]) for s, average in self.averages.items()}
-        for sigma_rel, average in self.averages.items():
-            average._restore(checked[sigma_rel])
-
     def save(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
     ) -> list[Path]:
         """Save a snapshot of each average to a folder, each file written atomically.
+
+        Several ranks may save to the same folder. Weights that are sharded are gathered, in the
+        process that writes: then all ranks must call this.
 
         Args:
             folder: the folder, created if it does not exist.
@@ -164,20 +157,26 @@ class PowerEMA:
         """
         check_floating_dtype(dtype)
         check_count(self.updates, "updates")
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        place = Path(checked_path(folder))
+        place.mkdir(parents=True, exist_ok=True)
         paths = []
         for sigma_rel, average in self.averages.items():
             parameters = average.model.named_parameters(remove_duplicate=False)
             averaged = [n for n, p in parameters if p.is_floating_point() or p.is_complex()]
-            weights = dict(whole(average.model.state_dict()))
+            weights = dict(average.model.state_dict())
             weights |= {name: weights[name].to(dtype or weights[name].dtype) for name in averaged}
             content = {
                 "format": FORMAT, "version": VERSION, "updates": self.updates,
                 "sigma_rel": float(sigma_rel), "averaged": averaged, "model": weights,
             }  # fmt: skip
-            paths.append(Path(folder) / f"{self.updates:09d}-{sigma_rel:g}.pt")
-            save_torch(paths[-1], content)
+            paths.append(path := place / f"{self.updates:09d}-{sigma_rel:g}.pt")
+            write_whole(path, content, partial(save_torch, path))
         return paths
+
+
+def _name(sigma_rel: float) -> str:
+    """Return the name of an average in the state, where names have no dots: 0_05."""
+    return repr(float(sigma_rel)).replace(".", "_")
 
 
 def power_coefficients(

@@ -11,9 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_flag, check_reference, readable
-from .._distributed import gather_rows
 from .._precision import at_least_float32
 from .._schedules import exact
+from ..distributed._group import gather_rows
 from ..interfaces import Perturbed, Prediction, TargetEstimator
 from ..models.oracles import softmax_mean
 

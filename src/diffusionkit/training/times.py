@@ -23,8 +23,8 @@ from .._checks import (
     readable,
 )
 from .._coefficients import Coefficient
-from .._distributed import first_of_all, rank_and_world_size
 from .._schedules import home, schedule_dtype
+from ..distributed._group import first_of_all, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, rand, randn
 

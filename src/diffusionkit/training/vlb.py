@@ -13,6 +13,7 @@ from typing_extensions import override
 from .._chain_terms import chain_length, step_nats
 from .._checks import check_finite, check_part, check_positive, check_range, check_state, readable
 from ..decoders import GaussianDecoder
+from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
 from ..random import Generators
 from ..values import Prediction
@@ -60,6 +61,7 @@ class _ChainObjective(abc.ABC):
             TypeError: if x0 is not a floating-point tensor, or the process is not a chain.
         """
         count = chain_length(model)
+        check_gradients_averaged(model)
         check_state(x0, "x0")
         if mask is not None:
             mask, x0 = masked(mask, x0, self.decoder.low)

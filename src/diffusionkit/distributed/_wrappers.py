@@ -36,7 +36,7 @@ def casts_inputs(module: nn.Module) -> bool:
     name: str | None = ""
     while name is not None:
         mixed = isinstance(module, DistributedDataParallel) and module.mixed_precision is not None
-        if mixed or _is_sharded(type(module)) or "_original_module" in module._modules:
+        if mixed or is_fully_sharded(module) or "_original_module" in module._modules:
             return True
         if (name := _wrapped(module)) is not None:
             module = cast(nn.Module, module._modules[name])
@@ -46,11 +46,12 @@ def casts_inputs(module: nn.Module) -> bool:
 def bare_class(part: object) -> type:
     """Return the class of an object, without what fully_shard adds to that of a network."""
     kind = type(part)
-    return kind.__bases__[-1] if "FSDP" in kind.__name__ and _is_sharded(kind) else kind
+    return kind.__bases__[-1] if "FSDP" in kind.__name__ and is_fully_sharded(part) else kind
 
 
-def _is_sharded(kind: type) -> bool:
-    return hasattr(kind, "_get_fsdp_state")
+def is_fully_sharded(part: object) -> bool:
+    """Whether a module was passed to fully_shard."""
+    return hasattr(type(part), "_get_fsdp_state")
 
 
 def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +62,7 @@ def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     the gathered ones.
     """
     module = unwrapped(module)
-    if _is_sharded(type(module)):
+    if is_fully_sharded(module):
         cast(Any, module).reshard()
     yield prefix, module
     for name, child in module._modules.items():
@@ -79,9 +80,9 @@ def bare_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def bare_state(module: nn.Module) -> OrderedDict[str, Any]:
+def bare_state(module: nn.Module, *, keep_vars: bool = False) -> OrderedDict[str, Any]:
     """Return the state dict of a module under the names of the unwrapped module."""
-    state, prefixes = module.state_dict(), dict(_prefixes(module))
+    state, prefixes = module.state_dict(keep_vars=keep_vars), dict(_prefixes(module))
     bare = OrderedDict((_bare(name, prefixes), value) for name, value in state.items())
     # The versions of modules, by which torch reads states of earlier ones.
     versions = getattr(state, "_metadata", {})

@@ -1,13 +1,14 @@
-"""torch.distributed: the process group, collectives that also work alone, and sharded tensors."""
+"""The process group of torch.distributed, and collectives that also work without one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from .._checks import check_count, check_flag
 
 T = TypeVar("T")
 
@@ -20,12 +21,21 @@ def is_distributed() -> bool:
 def rank_and_world_size(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
     """Return the given rank and world size, with those of the process group as defaults.
 
-    Without a process group the defaults are 0 and 1.
+    Without a process group the defaults are 0 and 1. Ask when work begins, not before: an object
+    may be made before the group.
+
+    Raises:
+        ValueError: if they are not 0 <= rank < world_size.
+        TypeError: if one is not an integer.
     """
     if rank is None:
         rank = dist.get_rank() if is_distributed() else 0
     if world_size is None:
         world_size = dist.get_world_size() if is_distributed() else 1
+    check_count(world_size, "world_size")
+    check_count(rank, "rank", least=0)
+    if rank >= world_size:
+        raise ValueError(f"rank: expected a number below {world_size}, got {rank}")
     return rank, world_size
 
 
@@ -86,55 +96,33 @@ def first_of_all(x: Tensor) -> Tensor:
     return x
 
 
-def is_sharded(x: object) -> bool:
-    """Whether x is a DTensor, of which a process holds a part."""
-    # Not by its class: the module that defines it is slow to import.
-    return hasattr(x, "full_tensor")
+def broadcast_object(value: T) -> T:
+    """Return the value of rank 0 in every process, such as the checkpoint to resume from.
 
+    All processes must call this. Without a process group, return the value.
 
-def whole(value: Any) -> Any:
-    """Return a state with its sharded tensors gathered, on the CPU, in every process.
-
-    All processes must call this. Dictionaries, lists and tuples are searched; what holds no
-    sharded tensor is returned unchanged.
+    Args:
+        value: a picklable value; that of other ranks is ignored.
     """
-    if is_sharded(value):
-        return value.detach().full_tensor().cpu()
-    if isinstance(value, dict):
-        gathered = {key: whole(part) for key, part in value.items()}
-        return value if all(gathered[key] is value[key] for key in value) else gathered
-    if type(value) in (list, tuple):
-        parts = [whole(part) for part in value]
-        same = all(part is old for part, old in zip(parts, value, strict=True))
-        return value if same else type(value)(parts)
-    return value
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
-def placed(x: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor that is whole or sharded over processes as another is.
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set in any process, such as a request to stop; the same in all.
 
-    All processes must call this, with the same x if it is whole.
+    All processes must call this. The host waits for the answer, so ask every few steps.
+
+    Raises:
+        TypeError: if flag is not a bool.
     """
-    if not is_sharded(x) and not is_sharded(like):
-        return x
-    source, target = cast(Any, x), cast(Any, like)
-    layouts = [(y.device_mesh, y.placements) if is_sharded(y) else None for y in (source, target)]
-    if layouts[0] == layouts[1]:
-        return x
-    if layouts[0] is not None:
-        source = source.full_tensor()
-    if layouts[1] is None:
-        return cast(Tensor, source)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(source.to(like.device), *layouts[1], src_data_rank=None)
-
-
-def placed_state(state: Mapping[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a state with its tensors whole or sharded as those of another state are."""
-    return {
-        key: placed(value, like[key])
-        if isinstance(value, Tensor) and isinstance(like.get(key), Tensor)
-        else value
-        for key, value in state.items()
-    }
+    check_flag(flag, "flag")
+    if not is_distributed():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(int(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total)

@@ -4,22 +4,22 @@ import pytest
 import torch
 from support.processes import run_in_two_processes
 
-from diffusionkit._distributed import (
+from diffusionkit.distributed._group import (
     barrier,
     gather_objects,
     gather_rows,
     is_distributed,
-    placed,
     rank_and_world_size,
-    whole,
 )
 
 PROGRAM = """
-from diffusionkit._distributed import *
+from diffusionkit.distributed._group import *
+from diffusionkit.distributed._sharded import *
 
 rows = gather_rows(torch.full((1 + 2 * rank, 2), rank))
 empty = gather_rows(torch.full((rank, 3), 0.5))
-result = rows, empty, gather_objects({"rank": rank}), rank_and_world_size(), rank_and_world_size(5)
+ranks = rank_and_world_size(), rank_and_world_size(world_size=5)
+result = rows, empty, gather_objects({"rank": rank}), *ranks
 """
 
 
@@ -29,7 +29,7 @@ def test_processes_gather_unequal_rows_in_rank_order(tmp_path) -> None:
         assert rows.tolist() == [[0, 0], [1, 1], [1, 1], [1, 1]]
         assert empty.tolist() == [[0.5] * 3]
         assert objects == [{"rank": 0}, {"rank": 1}]
-        assert defaults == [(rank, 2), (5, 2)]
+        assert defaults == [(rank, 2), (rank, 5)]
 
 
 def test_without_a_process_group() -> None:
@@ -47,7 +47,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from diffusionkit import EMA, EpsModel, VPSDE, load_checkpoint, save_checkpoint
-from diffusionkit._distributed import *
+from diffusionkit.distributed._group import *
+from diffusionkit.distributed._sharded import *
 from diffusionkit.networks import MLP
 
 mesh = init_device_mesh("cpu", (2,))
@@ -103,9 +104,3 @@ def test_two_processes_share_weights(tmp_path) -> None:
             for name, value in right.items():
                 torch.testing.assert_close(network[name], value)
         torch.testing.assert_close(*predicted)
-
-
-def test_whole_states_are_returned_unchanged() -> None:
-    state = {"a": [torch.ones(2), (1, None)]}
-    assert whole(state) is state
-    assert placed(state["a"][0], torch.zeros(2)) is state["a"][0]

@@ -1,0 +1,52 @@
+"""Validation of score models: they are used by `predict`, which wrappers of modules do not know."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from ._checks import check_part
+from .interfaces import ScoreModel
+
+_CHANGING = ("torch.distributed.fsdp", "torch.distributed._composable")
+_ADVICE = "wrap the network, not the score model"
+
+
+def check_model(model: object) -> None:
+    """Raise unless an object is a score model, and one that no wrapper has changed in vain.
+
+    What wraps a module, or changes it in place, acts on calls of its `forward`: mixed precision,
+    sharding, gradients averaged over processes. Objectives and samplers call `predict`.
+
+    Raises:
+        TypeError: if it is none, was sharded itself, or has another `forward` than its class.
+    """
+    if not isinstance(model, ScoreModel):
+        if isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a ScoreModel, got {type(model).__name__}; {_ADVICE}: "
+                "EpsModel(DistributedDataParallel(network), sde)"
+            )
+        check_part(model, ScoreModel, "model")
+    if torch.compiler.is_compiling():
+        return
+    if (sharded := _sharded_class(type(model))) is not None:
+        raise TypeError(
+            f"model: expected a score model whose network is sharded, got {sharded} that is "
+            f"itself; {_ADVICE}: fully_shard(network), then EpsModel(network, sde)"
+        )
+    if "forward" in vars(model):
+        raise TypeError(
+            "model: expected a score model with the forward of its class, got "
+            f"{type(model).__name__} with another one, set by accelerator.prepare or the like, "
+            f"which is not called; {_ADVICE}: EpsModel(accelerator.prepare(network), sde)"
+        )
+
+
+@functools.cache
+def _sharded_class(kind: type) -> str | None:
+    """Return the name of a class of models if fully_shard or replicate have put another before."""
+    changed = any(base.__module__.startswith(_CHANGING) for base in kind.__mro__)
+    return kind.__bases__[-1].__name__ if changed else None
