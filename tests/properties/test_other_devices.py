@@ -132,6 +132,7 @@ def made(process, kind, model=EpsModel):
     return model(MLP(3, width=8, depth=1), process()).to(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_a_training_step_waits_once_and_copies_nothing(process, objective) -> None:
@@ -178,6 +179,7 @@ def test_other_objectives_neither_wait_nor_copy(name, kind) -> None:
     assert not events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["VP", "EDM", "SMLD", "learned", "user"])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_sampling_step_neither_waits_nor_copies(name, process) -> None:

@@ -16,7 +16,7 @@ from .._loops import Progress, check_progress, evaluation_mode, with_progress
 from .._model_checks import check_model
 from .._nfe import EvaluationCounter
 from .._precision import WIDER, narrowed
-from .._schedules import schedule_dtype
+from .._schedules import home, schedule_dtype
 from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, ObservedPath
 from ._start import check_path, check_step, initial_state, noised_data
@@ -140,7 +140,9 @@ class PCSampler:
         length = len(times) - 1
         if predictor is not None:
             with torch.no_grad():  # raises if the predictor cannot use it
-                predictor.prepare(model.sde, grid_times(model.sde, times, times.new_empty(1)))
+                here = home(model.sde)
+                like = torch.empty(1, dtype=schedule_dtype(here), device=here)
+                predictor.prepare(model.sde, grid_times(model.sde, times, like))
         if time_travel is not None and time_travel.jump > length:
             raise ValueError(
                 f"time_travel: expected a jump of at most the grid's {length} steps, "
