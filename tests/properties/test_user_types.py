@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from diffusionkit import (
     DDIM,
+    EDMSDE,
     EMA,
     EDMModel,
-    EDMSDE,
     ForwardSDE,
     HalfLife,
     PCSampler,
