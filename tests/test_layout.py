@@ -13,8 +13,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {
-    "_checks", "_coefficients", "_gaussian", "_grid_times", "_loops", "_nfe", "_precision",
-    "_returned", "_schedules", "random",
+    "_checks", "_coefficients", "_gaussian", "_grid_times", "_kept", "_loops", "_nfe", "_precision",
+    "_returned", "_schedules", "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
-    "_loops": set(),
+    "_kept": set(),
+    "_loops": {"distributed"},
     "_nfe": set(),
     "_precision": {"_checks"},
     "_returned": set(),
@@ -45,26 +46,26 @@ MAY_IMPORT = {
     "_weights": {"_files"},
     "sde": BASE,
     "models": {*BASE, "sde"},
-    "training": {*CORE, "distributed", "_files", "_weights", "_writing"},
+    "training": {*CORE, "_files", "_weights", "_writing"},
     "sampling": CORE,
-    "likelihood": {*CORE, "distributed", "_files", "_writing"},
+    "likelihood": {*CORE, "_files", "_writing"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
-    "diagnostics": {*CORE, "distributed", "training"},
-    "ops": {"_checks"},
+    "diagnostics": {*CORE, "training"},
+    "ops": {"_checks", "_kept"},
     "networks": {"_checks", "ops"},
     "checkpoints": {
         *CORE,
         "networks",
         "ops",
-        "distributed",
         "_files",
         "_pickles",
         "_tensors",
         "_weights",
         "_writing",
     },
-    "metrics": {"_checks", "distributed", "_loops", "_writing", "random"},
+    "data": {"_checks", "distributed", "_writing", "random"},
+    "metrics": {"_checks", "distributed", "_files", "_loops", "_writing", "data", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }
 

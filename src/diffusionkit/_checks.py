@@ -342,12 +342,17 @@ def check_target_device(device: torch.device | str | None, name: str = "device")
 
 
 def numbers(values: object, name: str) -> Tensor:
-    """Return a sequence of numbers or a real tensor in float64, or raise."""
+    """Return a sequence of numbers or a real tensor in float64, or raise.
+
+    It is on the device of the tensor, or on the CPU if that has no float64.
+    """
     if isinstance(values, (str, bytes, dict, set, bool)):
         raise TypeError(f"{name}: expected numbers, got {type(values).__name__}")
     if isinstance(values, Tensor):
         check_known(values, name)
     try:
+        if isinstance(values, Tensor) and values.device.type == "mps":
+            values = values.cpu()
         return torch.as_tensor(values, dtype=torch.float64)
     except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
         got = type(values).__name__
@@ -355,7 +360,9 @@ def numbers(values: object, name: str) -> Tensor:
 
 
 def as_item(item: object, name: str) -> Tensor:
-    """Return an item of a data set as a tensor, or raise."""
+    """Return an item of a data set, or the first part of a tuple, as a tensor, or raise."""
+    if isinstance(item, tuple) and item and isinstance(item[0], Tensor) and item[0].ndim:
+        item = item[0]
     try:
         return torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -221,11 +221,3 @@ def listed(problems: list[str]) -> str:
 
 def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def assign(
-    path: str | os.PathLike[str], what: str, module: nn.Module, state: Mapping[str, Any]
-) -> None:
-    """Load a state dict into a module, after `check_weights`."""
-    check_weights(path, what, module, state)
-    module.load_state_dict(state)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ._checks import check_choice, check_flag, check_mapping, check_positive
 from ._grid_times import grid_times, schedule
-from ._loops import bare_networks, evaluation_mode
+from ._loops import evaluation_mode
 from ._nfe import EvaluationCounter
 from ._schedules import home, schedule_dtype
+from .distributed.gathered import gathered_weights, sharded_modules
 from .interfaces import ForwardSDE, ScoreModel
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
@@ -114,6 +115,12 @@ class Solver:
         """
         # torchdiffeq imports scipy, which would double the import time of this library.
         torchdiffeq = importlib.import_module("torchdiffeq")
+        differentiable = self.differentiable and torch.is_grad_enabled()
+        if differentiable and sharded_modules(model):
+            raise ValueError(
+                "differentiable: expected False for a network sharded by fully_shard, whose "
+                "backward passes would differ in number between processes, got True"
+            )
         sde, low, high = model.sde, min(start, end), max(start, end)
         # torchdiffeq keeps time in the dtype of the state, and float32 does not resolve angles
         # near pi / 2.
@@ -146,9 +153,9 @@ class Solver:
         first, last = radii(sde, start, end)
         state: tuple[Tensor, ...] = (x.to(state_dtype) / first, *totals)
         with (
+            gathered_weights(model),  # adaptive steps differ between processes
             evaluation_mode(model),
-            bare_networks(model),
-            torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()),
+            torch.set_grad_enabled(differentiable),
             EvaluationCounter() as counter,
         ):
             for segment in itertools.pairwise(knots):
@@ -176,6 +183,7 @@ class Solver:
             # Near the data the state hardly changes, and torchdiffeq's initial step is far too
             # long. Without step_t it steps past the end, to angles without a time.
             options.setdefault("first_step", min(0.02 * length, width))
+            options.setdefault("dtype", end.dtype)  # float64 by default, on any device
             options.setdefault("step_t", end)
         elif not {"step_size", "grid_constructor"} & options.keys():
             options["step_size"] = width / math.ceil(width / (0.01 * length))

@@ -122,11 +122,11 @@ def grid_times(sde: _SDE, grid: Tensor, like: Tensor) -> Sequence[Tensor]:
         if not bool(torch.isfinite(value).all()):
             worst, bad = (float(v[~torch.isfinite(value)][0]) for v in (grid, value))
             raise ValueError(f"marginal: expected finite values, got {name}({worst:g}) = {bad:g}")
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    kinds = torch.promote_types(like.dtype, torch.float32), *[schedule_dtype(like.device)] * 2
     columns = [column.detach() for column in (grid, *values)]
     tensors = (
         column.to(like.device, kind).unsqueeze(1).expand(-1, len(like)).unbind(0)
-        for column, kind in zip(columns, (dtype, grid.dtype, grid.dtype), strict=True)
+        for column, kind in zip(columns, kinds, strict=True)
     )
     floats = (column.tolist() for column in columns)
     owner = Grid(sde, *columns[1:])

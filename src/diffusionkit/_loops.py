@@ -1,4 +1,4 @@
-"""Helpers for loops that evaluate a model: evaluation mode, unwrapped networks, progress bars."""
+"""Helpers for loops that evaluate a model: evaluation mode and progress bars."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .distributed._dealing import ranks_are_independent
+from .distributed.gathered import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -33,29 +36,39 @@ def _is_last(blocks: Counter[Any], key: Any) -> bool:
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and restore the mode of each module afterwards."""
-    with _lock:
-        training = [m for m in model.modules() if m.training or id(m) in _evaluated]
-        _evaluated.update(map(id, training))
-    try:
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model in evaluation mode, without DistributedDataParallel, and restore it afterwards.
+
+    A call of that wrapper may wait for the other processes, which may evaluate the model another
+    number of times: adaptive solvers do, and processes with shares of unequal size.
+
+    Yields:
+        The model, without the wrapper if it is in one itself.
+
+    Raises:
+        ValueError: if processes evaluate the model independently, and each has a part of it.
+    """
+    if ranks_are_independent():
+        check_whole(model)
+    with bare_networks(model):
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
         with _lock:
-            model.eval()
-        yield
-    finally:
-        with _lock:
-            for module in training:
-                if _is_last(_evaluated, id(module)):
-                    module.training = True
+            training = [m for m in inner.modules() if m.training or id(m) in _evaluated]
+            _evaluated.update(map(id, training))
+        try:
+            with _lock:
+                inner.eval()
+            yield inner
+        finally:
+            with _lock:
+                for module in training:
+                    if _is_last(_evaluated, id(module)):
+                        module.training = True
 
 
 @contextlib.contextmanager
 def bare_networks(model: nn.Module) -> Iterator[None]:
-    """Replace DistributedDataParallel wrappers by their networks, and restore them afterwards.
-
-    Adaptive solvers call the network a data-dependent number of times, so wrapped networks on
-    different ranks would wait for each other forever.
-    """
+    """Replace DistributedDataParallel wrappers by their networks, and restore them afterwards."""
     held = []
     with _lock:
         for parent in list(model.modules()):

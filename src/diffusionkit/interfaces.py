@@ -23,7 +23,7 @@ from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
 from ._returned import check_each, per_time, wrap
-from ._schedules import bisect, drift_and_diffusion, exact, home, within
+from ._schedules import bisect, drift_and_diffusion, exact, home, schedule_dtype, within
 from .random import Generators, randn, randn_like
 from .values import Perturbed, Prediction, Step
 
@@ -76,7 +76,8 @@ class ForwardSDE(abc.ABC):
     @property
     def prior_std(self) -> float:
         """The standard deviation of the prior: sigma(T), unless overridden."""
-        last = torch.tensor([self.T], dtype=torch.float64, device=home(self))
+        here = home(self)
+        last = torch.tensor([self.T], dtype=schedule_dtype(here), device=here)
         return float(self.marginal(last)[1].detach())
 
     @abc.abstractmethod

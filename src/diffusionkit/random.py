@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from ._checks import check_count, check_floating_dtype, check_sequence, check_target_device
 
-__all__ = ["Generators", "NoisePath", "rand", "randn", "randn_like", "step_noise"]
+__all__ = ["Generators", "NoisePath", "rand", "randn", "randn_like", "seeded", "step_noise"]
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
@@ -156,9 +156,21 @@ def rand(
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """Return a generator seeded by a tuple of integers >= 0; different tuples do not collide.
+    """Return a generator seeded by integers >= 0, such as a seed and the number of a sample.
 
-    Seeds that are sums or products of the integers would.
+    Different integers, equally many, give independent generators; seeds that are sums or products
+    of the integers would collide.
+
+    Raises:
+        ValueError: if there is no integer, or one is negative or above 2^63 - 1.
+        TypeError: if one is not an integer.
+
+    >>> randn((2, 3), generator=[seeded(0, number) for number in (5, 6)]).shape
+    torch.Size([2, 3])
     """
+    if not numbers:
+        raise ValueError("numbers: expected integers, got none")
+    for number in numbers:
+        check_count(number, "numbers", least=0, most=2**63 - 1)
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))

@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusionkit
 import diffusionkit.checkpoints
 import diffusionkit.control
+import diffusionkit.data
 import diffusionkit.diagnostics
 import diffusionkit.metrics
 import diffusionkit.networks
@@ -38,6 +39,7 @@ def public() -> list[str]:
         diffusionkit,
         diffusionkit.checkpoints,
         diffusionkit.control,
+        diffusionkit.data,
         diffusionkit.diagnostics,
         diffusionkit.likelihood,
         diffusionkit.metrics,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import seeded
 
-from diffusionkit.metrics import neighbors, precision_recall
+from diffusionkit.metrics import nearest, neighbors, precision_recall
 
 REAL = [[0, 0], [1, 0], [0, 1.1], [1, 1.2], [10, 0], [11, 0], [10, 1.3], [11, 1.4], [30, 0]]
 FAKE = [[0.5, 0.4], [1.3, 1.2], [3, 3], [-1.2, 0.3], [20, 20], [20.5, 20], [20, 21], [21, 21.2]]
@@ -130,3 +130,26 @@ def test_bad_input() -> None:
         precision_recall(x, x[:, 1:])
     with pytest.raises(ValueError, match="fake: expected finite values, got 6 of 6"):
         precision_recall(x, x * torch.nan)
+
+
+def test_nearest_rows_are_those_of_all_distances() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 3, 2, generator=generator) + 1000
+    queries = torch.randn(7, 3, 2, generator=generator) + 1000
+    found = nearest(data, queries, k=5)
+    distances = torch.cdist(queries.flatten(1).double(), data.flatten(1).double(),
+                            compute_mode="donot_use_mm_for_euclid_dist")  # fmt: skip
+    expected = distances.sort(1)
+    assert torch.equal(found.index, expected.indices[:, :5])
+    assert torch.allclose(found.distance, expected.values[:, :5], rtol=1e-9)
+
+
+def test_nearest_of_images_and_of_copies() -> None:
+    images = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8)
+    found = nearest(images, images[[3, 11]])
+    assert found.index.tolist() == [[3], [11]]
+    assert found.distance.tolist() == [[0.0], [0.0]]
+    with pytest.raises(ValueError, match="queries: expected items of shape"):
+        nearest(images, images[:, :, :2])
+    with pytest.raises(ValueError, match="data: expected at least 21 rows, got 20"):
+        nearest(images, images, k=21)

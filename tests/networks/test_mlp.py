@@ -170,7 +170,6 @@ T = torch.zeros(2)
         (X[:, :2], T, None, ValueError, r"\(B, 3\), got \(2, 2\)"),
         (X[:, :, None], T, None, ValueError, r"\(B, 3\), got \(2, 3, 1\)"),
         (X[:0], T[:0], None, ValueError, "expected a non-empty batch"),
-        (X.double(), T, None, TypeError, "dtype of the network, torch.float32, got torch.float64"),
         (X, T[:1], None, ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
         (X, T, torch.tensor([0, 0]), TypeError, "class_labels: expected None"),
     ],
@@ -184,3 +183,11 @@ def test_input_errors(
 ) -> None:
     with pytest.raises(error, match=message):
         MLP(3, width=8)(x, noise_label, class_labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_input_of_another_dtype_is_cast(dtype) -> None:
+    net = MLP(3).to(dtype)
+    assert torch.equal(net(X, T), net(X.to(dtype), T))
+    with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch\.int64"):
+        net(X.long(), T)

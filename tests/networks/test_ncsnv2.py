@@ -257,7 +257,6 @@ X, I = torch.zeros(2, 1, 4, 6), torch.tensor([0, 1])
         ((X[0], I), ValueError, r"x: expected shape \(B, 1, H, W\), got \(1, 4, 6\)"),
         ((X[..., :5], I), ValueError, r"divisible by 2, got \(4, 5\)"),
         ((X[:, :, :3], I), ValueError, r"divisible by 2, got \(3, 6\)"),
-        ((X.double(), I), TypeError, "dtype of the network, torch.float32, got torch.float64"),
         ((X, I[:1]), ValueError, r"noise_label: expected shape \(2,\), got \(1,\)"),
         ((X, I, I), TypeError, "class_labels: expected None"),
     ],

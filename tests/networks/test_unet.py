@@ -173,7 +173,6 @@ def plain(options: dict[str, Any] | None = None) -> Any:
         (X[..., :0], T, ValueError, r"expected a non-empty batch, got shape \(2, 2, 4, 0\)"),
         (X[..., :3], T, ValueError, r"divisible by 2, got \(4, 3\)"),
         (X[:, :, :1], T, ValueError, r"divisible by 2, got \(1, 4\)"),
-        (X.double(), T, TypeError, "dtype of the network, torch.float32, got torch.float64"),
         (X.to(torch.uint8), T, TypeError, "expected a floating-point tensor, got torch.uint8"),
         (X.to("meta"), T, ValueError, "x: expected the device of the network, cpu, got meta"),
         (X, T[0], ValueError, r"noise_label: expected shape \(2,\), got \(\)"),

@@ -166,7 +166,7 @@ FREE = (
     ("about",),
     ("stateful", "scheduler"),
     ("stateful", "plateau"),
-    ("random", "cuda"),
+    ("random", 0, "cuda"),
     ("format",),
 )
 # Options of AdamW that say how it computes: those of the running one hold.
@@ -195,6 +195,11 @@ def refusal(run: Run, content: Any) -> str:
         except CheckpointError as error:
             return str(error)
     return ""
+
+
+def named(place: tuple[Any, ...], text: str) -> bool:
+    """Whether an error names an entry, of a generator's states by rank the generator."""
+    return str(place[-2] if place[0] == "generators" else place[-1]) in text
 
 
 def test_any_corrupted_entry_is_refused_and_changes_nothing(damaged) -> None:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import control, likelihood, metrics, networks
+from diffusionkit import control, likelihood, metrics, networks, training
+from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
 PACKAGES = (
     "",
     "checkpoints",
     "control",
+    "data",
     "decoders",
     "diagnostics",
     "likelihood",
@@ -172,11 +174,27 @@ def _folder() -> Path:
     average.update(nn.Linear(2, 2))
     average.save(folder / "snapshots")
     metrics.sample_to_shards(_draw, 2, folder / "shards", progress=False)
+    np.savez(folder / "images.npz", np.zeros((2, 4, 4), np.uint8))
+    metrics.save_statistics(folder / "statistics.npz", _moments())
     return folder
 
 
 def _draw(n: int, generators: list[torch.Generator]) -> Tensor:
     return torch.zeros(n, 3, 4, 4)
+
+
+def _moments() -> metrics.FeatureMoments:
+    moments = metrics.FeatureMoments()
+    moments.update(_state(4, 2))
+    return moments
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)
+
+
+def _flatten() -> Callable[[Tensor], Tensor]:
+    return _flat
 
 
 def _updated() -> dk.PowerEMA:
@@ -187,6 +205,18 @@ def _updated() -> dk.PowerEMA:
 
 def _snapshots() -> list[Path]:
     return sorted((_folder() / "snapshots").iterdir())
+
+
+def _bytes() -> Tensor:
+    return _images().to(torch.uint8)
+
+
+def _image_data() -> image_data.ImageTensors:
+    return image_data.ImageTensors(_bytes().repeat(4, 1, 1, 1))
+
+
+def _checkpoints() -> training.CheckpointFolder:
+    return training.CheckpointFolder(_folder() / "checkpoints")
 
 
 def _estimate() -> Estimate:
@@ -247,6 +277,11 @@ def _made(cls: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
 # Valid arguments of one callable, where they differ; "self" makes the object of a method.
 OWN: dict[str, Recipe] = {
     "BrownianPath": {"seeds": lambda: [1, 2]},
+    "CheckpointFolder": {"folder": lambda: _folder() / "checkpoints"},
+    **{
+        f"CheckpointFolder.{method}": {"self": lambda: _checkpoints(), "step": lambda: 3}
+        for method in ("path", "steps", "newest", "keep_last")
+    },
     "ChainGrid": {"chain": lambda: dk.DDPMChain.linear(25)},
     "ChainNELBO": {"model": _chain_model},
     "ClassifierFreeGuidance": {"scale": lambda: 2.0},
@@ -306,6 +341,7 @@ OWN: dict[str, Recipe] = {
     },
     "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
     "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
+    "read_checkpoint": {},
     "save_checkpoint": {
         "model": lambda: nn.Linear(2, 2),
         "path": lambda: _folder() / "written.pt",
@@ -344,10 +380,18 @@ OWN: dict[str, Recipe] = {
     },
     "plot_variances": {"results": _estimate},
     "all_gather": {"result": lambda: torch.ones(2)},
-    "extract_features": {
-        "images": lambda: _state(4, 3, 4, 4),
-        "extractor": lambda: lambda x: x.reshape(len(x), -1),
+    "extract_features": {"images": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "gather_features": {"data": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "stream_features": {"data": lambda: _state(4, 3, 4, 4), "extractor": _flatten},
+    "features": {"name": lambda: "pixels"},
+    "register_features": {"name": lambda: "flat", "factory": lambda: _flatten},
+    "save_statistics": {
+        "path": lambda: _folder() / "written.npz",
+        "moments": _moments,
     },
+    "load_statistics": {"path": lambda: _folder() / "statistics.npz"},
+    "nearest": {"queries": lambda: _state(3, 2)},
+    "held_out_loss": {"objective": dk.ScoreMatching, "data": lambda: _state(4, 2)},
     "load_shards": {"directory": lambda: _folder() / "shards"},
     "sample_to_shards": {
         "draw": lambda: _draw,
@@ -377,7 +421,22 @@ OWN: dict[str, Recipe] = {
         "snapshots": lambda: [(10, 0.1), (20, 0.1)],
         "wanted": lambda: (20, 0.08),
     },
+    "EndlessBatches": {"data": _image_data, "batch_size": lambda: 2, "start": lambda: 0},
+    "ImageTensors": {
+        "images": _bytes,
+        "class_labels": lambda: torch.tensor([0, 1]),
+        "classes": lambda: ["a", "b"],
+    },
+    "save_grid": {"path": lambda: _folder() / "grid.png", "images": _bytes},
+    "save_images": {"path": lambda: Path(tempfile.mkdtemp(dir=_folder())), "images": _bytes},
+    "open_images": {"path": lambda: _folder() / "images.npz"},
     # methods
+    "EDMAugmentation.__call__": {"self": image_data.EDMAugmentation, **_IMAGE},
+    "EndlessBatches.items": {
+        "self": lambda: image_data.EndlessBatches(_image_data(), 2),
+        "positions": lambda: torch.tensor([0, 5]),
+    },
+    "ImageTensors.check": {"self": _image_data},
     "EMA.update": {"self": _made(dk.EMA, nn.Linear(2, 2)), "model": lambda: nn.Linear(2, 2)},
     "PowerEMA.update": {
         "self": _made(dk.PowerEMA, nn.Linear(2, 2)),
@@ -545,6 +604,8 @@ OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
 
 # Values made by the library, classes to subclass, and what takes no argument of its own.
 _RESULTS = {
+    "Batch",
+    "ImageFiles",
     "Perturbed",
     "Prediction",
     "Step",
@@ -556,8 +617,11 @@ _RESULTS = {
     "Dequantized",
     "DiscreteBound",
     "ODELogLikelihood",
+    "FeatureStatistics",
+    "HeldOutLoss",
     "InceptionScoreResult",
     "KernelDistance",
+    "Nearest",
     "PrecisionRecall",
     "SampleQuality",
     "SamplerState",
@@ -651,7 +715,12 @@ _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("ImageTensors", "classes"): ["a pair of words"],
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
+    ("held_out_loss", "data"): ["a reversed pair"],
+    # Metrics refuse features that are not finite.
+    **{(name, "data"): ["a tensor of NaN", "two NaN", "a reversed pair", "a pair with NaN"]
+       for name in ("gather_features", "stream_features")},
     ("slerp", "weight"): ["a scalar tensor"],
     ("bits_per_dim", "nats"): ["a scalar tensor", "an empty tensor"],  # of any shape
     ("Clip", "low"): ["-infinity"],  # open to one side

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group."""
+"""Processes of one gloo group."""
 
 import subprocess
 import sys
@@ -13,9 +13,9 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world,
                         timeout=timedelta(seconds=60))
 """
 END = """
@@ -24,9 +24,22 @@ dist.destroy_process_group()
 """
 
 
-def run_in_two_processes(program: str, folder: Path) -> list[Any]:
-    """Return what a program, given `rank` and `folder`, assigns to `result` on each rank."""
+def run_in_processes(count: int, program: str, folder: Path) -> list[Any]:
+    """Return what a program, given `rank`, `world` and `folder`, assigns to `result` on each rank.
+
+    Args:
+        count: the number of processes.
+        program: the program.
+        folder: an existing folder, in which the processes meet.
+    """
+    (folder / "meet").unlink(missing_ok=True)
     command = [sys.executable, "-c", START + program + END]
-    running = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in running] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    ranks = range(count)
+    running = [subprocess.Popen([*command, str(r), str(count), str(folder)]) for r in ranks]
+    assert [process.wait(timeout=300) for process in running] == [0] * count
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in ranks]
+
+
+def run_in_two_processes(program: str, folder: Path) -> list[Any]:
+    """Return what a program assigns to `result` on each of two ranks."""
+    return run_in_processes(2, program, folder)

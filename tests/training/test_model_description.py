@@ -8,6 +8,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from support.older_checkpoints import as_version
 from torch import nn
 
 from diffusionkit import (
@@ -271,10 +272,7 @@ def test_parts_that_cannot_be_evaluated_are_compared_by_settings(tmp_path) -> No
 def test_files_of_version_1_load_with_a_warning(tmp_path, caplog) -> None:
     path, model = tmp_path / "run.pt", EpsModel(network(), VPSDE())
     save_checkpoint(path, model, optimizer=torch.optim.Adam(model.parameters()))
-    state = torch.load(path, weights_only=True)
-    for name in ("about", "objective", "optimizer_names", "optimizer_entries"):
-        del state[name]
-    torch.save({**state, "version": 1}, path)
+    torch.save(as_version(1, torch.load(path, weights_only=True)), path)
     other = VModel(network(), VPSDE())
     load_checkpoint(path, other, optimizer=torch.optim.Adam(other.parameters()))
     assert "version 1 does not know its process" in caplog.text

@@ -3,10 +3,12 @@
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import seeded
+from support.pretend_device import PretendDevice
 from torch import nn
 
 from diffusionkit import clipped_step, linear_warmup
@@ -121,6 +123,52 @@ def test_a_nan_outside_the_given_parameters_skips_the_step(caplog) -> None:
     assert a.tolist() == [0.0, 0.0]
     assert b.tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert len(caplog.records) == 1
+
+
+class Accumulating(torch.optim.SGD):
+    """An optimizer like accelerate's, which ignores steps while gradients are accumulated."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, lr=1.0)
+        self.gradient_state = SimpleNamespace(sync_gradients=False)
+
+    def step(self) -> None:
+        if self.gradient_state.sync_gradients:
+            super().step()
+
+    def zero_grad(self, set_to_none=True) -> None:
+        if self.gradient_state.sync_gradients:
+            super().zero_grad(set_to_none)
+
+
+def test_accumulated_gradients_are_clipped_once_they_are_complete() -> None:
+    """Of partial gradients (2, 0) and (0, 2), each longer than 1, the sum is clipped."""
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = Accumulating([p])
+    p.grad = torch.tensor([2.0, 0.0])
+    report = clipped_step(optimizer)
+    assert report.skipped
+    assert math.isnan(report.norm)
+    p.grad += torch.tensor([0.0, 2.0])
+    optimizer.gradient_state.sync_gradients = True
+    report = clipped_step(optimizer)
+    assert report == StepReport(norm=pytest.approx(math.sqrt(8)), skipped=False)
+    assert p.tolist() == pytest.approx([-math.sqrt(0.5)] * 2)
+    assert p.grad is None
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_host_waits_once_in_a_step(kind, given) -> None:
+    with PretendDevice(kind) as device:
+        params = [nn.Parameter(torch.zeros(n, device=kind)) for n in (2, 3)]
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with device.watched() as events:
+            report = clipped_step(optimizer, parameters=params[:1] if given else None)
+    assert report.norm == pytest.approx(math.sqrt(2 if given else 5))
+    assert [(kind, count) for (kind, *_), count in events.items()] == [("read", 1)]
 
 
 def test_a_step_without_gradients_raises() -> None:

@@ -134,7 +134,7 @@ def test_invalid_arguments() -> None:
             ReferenceBatches(data, batch, reference)
     with pytest.raises(ValueError, match=r"reference_size <= 10, .* process, got 4, 11"):
         ReferenceBatches(data, 4, 11, rank=0, world_size=2)
-    with pytest.raises(ValueError, match="rank: expected an integer < 2, got 2"):
+    with pytest.raises(ValueError, match="rank: expected a number below 2, got 2"):
         ReferenceBatches(data, 4, 8, rank=2, world_size=2)
     with pytest.raises(TypeError, match="with a length, got generator"):
         ReferenceBatches((x for x in data), 4, 8)

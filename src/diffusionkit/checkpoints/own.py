@@ -13,7 +13,7 @@ from .. import networks
 from .._files import CheckpointError, check_weights, read_torch
 from .._weights import check_own_values, check_tensors, fill, laid_out, weight_problems
 from .._writing import atomic_write, is_safetensors, save_torch
-from ..distributed._sharded import whole
+from ..distributed._sharded import write_whole
 from ..distributed._wrappers import bare_class, bare_state, unwrapped
 from ._safetensors import read_safetensors
 
@@ -31,7 +31,8 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
 
     The file is complete before it replaces the previous one. With the ending ``.safetensors`` it
     is a safetensors file, which needs that package; otherwise a file of torch. Wrappers of torch
-    (torch.compile, DistributedDataParallel) are not saved, and sharded weights are gathered.
+    (torch.compile, DistributedDataParallel) are not saved. Sharded weights are gathered in the
+    process that writes: then all ranks must call this.
 
     Args:
         path: the file.
@@ -65,7 +66,11 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
             f"network: expected a configuration of plain values, got {network.config}"
         ) from error
     about = {"format": _FORMAT, "version": str(_VERSION), "network": name, "config": config}
-    state = {key: value.contiguous() for key, value in whole(bare_state(network)).items()}
+    write_whole(path, dict(bare_state(network)), partial(_write, path, about))
+
+
+def _write(path: str | os.PathLike[str], about: dict[str, str], weights: dict[str, Any]) -> None:
+    state = {key: value.contiguous() for key, value in weights.items()}
     for key, problem in weight_problems(state).items():
         message = f"network: {key}: {problem}"
         raise ValueError(message)

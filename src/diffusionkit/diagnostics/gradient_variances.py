@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import check_callable, check_count, check_part
 from .._loops import Progress, with_progress
 from .._model_checks import check_model
+from .._schedules import exact
 from ..interfaces import ScoreModel
 from ._data import as_tensor, check_generator, draw_rows, kernel, mean_and_error
 from .estimates import Estimate
@@ -90,5 +91,5 @@ def gradient_variance(
     steps = [(i, k) for i in range(len(t)) for k in range(pairs)]
     for i, k in with_progress(steps, progress):
         pair = zip(gradient(float(t[i])), gradient(float(t[i])), strict=True)
-        values[i, k] = 0.5 * sum(float((a - b).double().square().sum()) for a, b in pair)
+        values[i, k] = 0.5 * sum(float(exact(a - b).square().sum()) for a, b in pair)
     return Estimate(t, sigma / alpha, *mean_and_error(values), "variance (gradient)", label)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import os
+import pickle
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor
+
+from ._group import gather_objects, rank_and_world_size
 
 
 def is_sharded(x: object) -> bool:
@@ -14,22 +19,85 @@ def is_sharded(x: object) -> bool:
     return hasattr(x, "full_tensor")
 
 
-def whole(value: Any) -> Any:
-    """Return a state with its sharded tensors gathered, on the CPU, in every process.
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """Return a state with its sharded tensors gathered, one at a time, on the CPU.
 
     All processes must call this. Dictionaries, lists and tuples are searched; what holds no
     sharded tensor is returned unchanged.
+
+    Args:
+        value: the state.
+        keep: whether this process wants the tensors; else it only takes part, and gets None.
     """
     if is_sharded(value):
-        return value.detach().full_tensor().cpu()
+        sharded = value.detach()
+        # Parameters that are offloaded to the CPU are gathered by the backend of their mesh.
+        gathered = sharded.to(sharded.device_mesh.device_type).full_tensor()
+        return gathered.cpu() if keep else None
     if isinstance(value, dict):
-        gathered = {key: whole(part) for key, part in value.items()}
-        return value if all(gathered[key] is value[key] for key in value) else gathered
+        parts = {key: whole(part, keep=keep) for key, part in value.items()}
+        if all(parts[key] is value[key] for key in value):
+            return value
+        gathered = copy.copy(value)  # with the versions of modules, an attribute
+        gathered.update(parts)
+        return gathered
     if type(value) in (list, tuple):
-        parts = [whole(part) for part in value]
-        same = all(part is old for part, old in zip(parts, value, strict=True))
-        return value if same else type(value)(parts)
+        items = [whole(part, keep=keep) for part in value]
+        same = all(part is old for part, old in zip(items, value, strict=True))
+        return value if same else type(value)(items)
     return value
+
+
+def has_sharded(value: Any) -> bool:
+    """Whether there are sharded tensors in a state."""
+    if isinstance(value, dict):
+        return any(map(has_sharded, value.values()))
+    if type(value) in (list, tuple):
+        return any(map(has_sharded, value))
+    return is_sharded(value)
+
+
+def write_whole(path: str | os.PathLike[str], state: Any, write: Callable[[Any], object]) -> None:
+    """Write a file of a state, with sharded tensors gathered in the process that writes.
+
+    If tensors are sharded, all processes must call this. Of those with the same path one writes,
+    and all return when every file is complete. Otherwise there is nothing to gather: the process
+    writes its file, and knows of no other.
+
+    Args:
+        path: the file.
+        state: its content.
+        write: writes the file, given the whole state.
+
+    Raises:
+        Exception: what `write` raises, in every process.
+    """
+    if not has_sharded(state):
+        write(state)
+        return
+    rank, _ = rank_and_world_size()
+    writes = gather_objects(os.path.realpath(path)).index(os.path.realpath(path)) == rank
+    gathered, error = whole(state, keep=writes), None
+    if writes:
+        try:
+            write(gathered)
+        except Exception as problem:
+            error = problem
+    del gathered
+    errors = gather_objects(_portable(error))
+    if error is not None:
+        raise error
+    if (first := next((e for e in errors if e is not None), None)) is not None:
+        raise first
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """Return an error that can be sent to other processes, with the same text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of a class that cannot be pickled
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def placed(x: Tensor, like: Tensor) -> Tensor:

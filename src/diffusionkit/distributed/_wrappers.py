@@ -28,14 +28,30 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def casts_inputs(module: nn.Module) -> bool:
+    """Whether a module, or a wrapper around it, may cast floating-point inputs.
+
+    So do `fully_shard`, DistributedDataParallel with a mixed precision, and Lightning Fabric.
+    """
+    name: str | None = ""
+    while name is not None:
+        mixed = isinstance(module, DistributedDataParallel) and module.mixed_precision is not None
+        if mixed or is_fully_sharded(module) or "_original_module" in module._modules:
+            return True
+        if (name := _wrapped(module)) is not None:
+            module = cast(nn.Module, module._modules[name])
+    return False
+
+
 def bare_class(part: object) -> type:
     """Return the class of an object, without what fully_shard adds to that of a network."""
     kind = type(part)
-    return kind.__bases__[-1] if "FSDP" in kind.__name__ and _is_sharded(kind) else kind
+    return kind.__bases__[-1] if "FSDP" in kind.__name__ and is_fully_sharded(part) else kind
 
 
-def _is_sharded(kind: type) -> bool:
-    return hasattr(kind, "_get_fsdp_state")
+def is_fully_sharded(part: object) -> bool:
+    """Whether a module was passed to fully_shard."""
+    return hasattr(type(part), "_get_fsdp_state")
 
 
 def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -46,7 +62,7 @@ def bare_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     the gathered ones.
     """
     module = unwrapped(module)
-    if _is_sharded(type(module)):
+    if is_fully_sharded(module):
         cast(Any, module).reshard()
     yield prefix, module
     for name, child in module._modules.items():

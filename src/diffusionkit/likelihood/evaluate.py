@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,14 +28,16 @@ from .._checks import (
 from .._files import read_torch
 from .._loops import Progress, evaluation_mode, with_progress
 from .._writing import check_suffix, save_torch
-from ..distributed._group import barrier, gather_objects, rank_and_world_size
+from ..distributed._dealing import Dealer, independent_ranks, of_first
+from ..distributed._group import rank_and_world_size
+from ..distributed.gathered import gathered_weights
 from ..random import seeded
 from .bits import bits_per_dim
 from .dequantization import Dequantizer
 
 
 class Data(Sized, Protocol):
-    """A map-style data set of items (*D)."""
+    """A map-style data set of items (*D), or of tuples that begin with one."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -78,15 +83,16 @@ def evaluate_bits_per_dim(
         \frac{1}{d \ln 2} E\left[-\log p(x) + \log q(x | \mathrm{image})\right]
 
     with x drawn by the dequantizer. The random numbers of each item and draw depend only on the
-    seed and their indices. With torch.distributed the batches are distributed over the processes;
-    each returns the same result, bit for bit, as a single process. Networks are in evaluation
-    mode, and no gradients are recorded.
+    seed and their indices. With torch.distributed the processes share the batches, and one that
+    has done its share goes on with those that nobody has begun or finished; each returns the same
+    result, bit for bit, as a single process. Networks are in evaluation mode, with all weights in
+    each process meanwhile, and no gradients are recorded.
 
     Args:
         likelihood: `NELBO`, `ODELikelihood`, or any callable of x, generator= and conditions whose
             result has `.nats` (B,), the negative log-likelihood or a bound on it.
-        data: a tensor (N, \*D) or a map-style data set of tensors (\*D), integers if there is a
-            dequantizer.
+        data: a tensor (N, \*D) or a map-style data set of tensors (\*D), or of tuples that begin
+            with one; integers if there is a dequantizer.
         dequantizer: draws x given an image. None for likelihoods of images, and for continuous
             data, where the result is a density and may be negative.
         draws: the number of evaluations of each item, with new random numbers.
@@ -142,46 +148,46 @@ def evaluate_bits_per_dim(
     device = _device(modules) if device is None else torch.device(device)
     settings = {"n": n, "draws": draws, "batch_size": batch_size, "seed": seed}
     rank, world = rank_and_world_size()
-    nats, file = torch.full((n, draws), math.nan, dtype=torch.float64), None
-    if path is not None:
-        if not isinstance(path, (str, Path)):
-            raise TypeError(f"path: expected a path, got {type(path).__name__}")
-        check_suffix(path)
-        file = Path(path)
-        _resume(nats, file, settings)
-        file = file if world == 1 else file.with_name(f"{file.name}.{rank}")
-    barrier()  # no process may write before all have read
-
+    file = None if path is None else _own_file(path, rank, world)
+    nats = of_first(partial(_kept, path, (n, draws), settings))
     batches = [
-        (draw, rows)
-        for number, (draw, rows) in enumerate(
-            (draw, range(start, min(start + batch_size, n)))
-            for draw in range(draws)
-            for start in range(0, n, batch_size)
-        )
-        if number % world == rank and bool(nats[list(rows), draw].isnan().any())
+        (draw, list(range(start, min(start + batch_size, n))))
+        for draw in range(draws)
+        for start in range(0, n, batch_size)
     ]
-    with _evaluating(modules):
-        for draw, rows in with_progress(batches, progress if rank == 0 else False):
-            index = list(rows)
-            x = torch.stack([as_item(data[i], "data") for i in index]).to(device)
-            generators = [seeded(seed, draw, i) for i in index]
-            extra = {name: value[index].to(device) for name, value in cond.items()}
-            density: Tensor | float = 0.0
-            if dequantizer is not None:
-                drawn = dequantizer(x, generator=generators)
-                x, density = drawn.x, drawn.log_prob
-            found = (likelihood(x, generator=generators, **extra).nats + density).cpu().double()
-            if bool(found.isnan().any()):
-                raise ValueError(
-                    f"likelihood: expected numbers, got NaN for items {rows.start} to {rows.stop}"
-                )
-            nats[index, draw] = found
-            if file is not None:
-                save_torch(file, {"settings": settings, "nats": nats})
-    for other in gather_objects(nats):
-        nats = torch.where(nats.isnan(), other, nats)
-    bits = bits_per_dim(nats, torch.as_tensor(data[0]).numel())
+
+    def evaluate(number: int) -> None:
+        draw, index = batches[number]
+        x = torch.stack([as_item(data[i], "data") for i in index]).to(device)
+        generators = [seeded(seed, draw, i) for i in index]
+        extra = {name: value[index].to(device) for name, value in cond.items()}
+        density: Tensor | float = 0.0
+        if dequantizer is not None:
+            drawn = dequantizer(x, generator=generators)
+            x, density = drawn.x, drawn.log_prob
+        found = (likelihood(x, generator=generators, **extra).nats + density).cpu().double()
+        if bool(found.isnan().any()):
+            raise ValueError(
+                f"likelihood: expected numbers, got NaN for items {index[0]} to {index[-1] + 1}"
+            )
+        nats[index, draw] = found
+        if file is not None:
+            save_torch(file, {"settings": settings, "nats": nats})
+        dealer.publish(number, found)
+
+    dealer = Dealer(lambda: [i for i, (draw, index) in enumerate(batches)
+                             if bool(nats[index, draw].isnan().any())])  # fmt: skip
+    with _evaluating(modules), independent_ranks(world > 1):
+        for number in dealer.take(with_progress(dealer.own, progress if rank == 0 else False)):
+            evaluate(number)
+        for number in dealer.left(dealer.is_published):
+            evaluate(number)
+        for number in dealer.pieces:
+            draw, index = batches[number]
+            if bool(nats[index, draw].isnan().any()):
+                nats[index, draw] = dealer.published(number)
+    dealer.leave()
+    bits = bits_per_dim(nats, as_item(data[0], "data").numel())
     items = bits.mean(1)
     return BitsPerDim(
         mean=float(items.mean()),
@@ -203,17 +209,40 @@ def _device(modules: list[nn.Module]) -> torch.device:
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     with contextlib.ExitStack() as stack, torch.no_grad():
         for module in modules:
+            stack.enter_context(gathered_weights(module))
             stack.enter_context(evaluation_mode(module))
         yield
 
 
-def _resume(nats: Tensor, path: Path, settings: dict[str, int]) -> None:
-    """Fill in the results saved by any process of an earlier run."""
-    for file in (path, *sorted(path.parent.glob(f"{path.name}.[0-9]*"))):
-        if not file.exists():
-            continue
+def _own_file(path: str | Path, rank: int, world: int) -> Path:
+    """Return the file of this process."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path: expected a path, got {type(path).__name__}")
+    check_suffix(path)
+    file = Path(path)
+    if world == 1:
+        return file
+    longest, most = len(os.fsencode(f"{file.name}.{world - 1}")), 255
+    if longest > most:
+        raise ValueError(
+            f"path: expected a name of at most {most} bytes with the number of a process, "
+            f"got {longest}"
+        )
+    return file.with_name(f"{file.name}.{rank}")
+
+
+def _kept(path: str | Path | None, shape: tuple[int, int], settings: dict[str, int]) -> Tensor:
+    """Return the results saved by any process of an earlier run, and NaN for the others."""
+    nats = torch.full(shape, math.nan, dtype=torch.float64)
+    if path is None:
+        return nats
+    path = Path(path)
+    of_process = re.compile(re.escape(path.name) + r"(\.\d+)?")
+    names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    for file in (path.parent / name for name in names if of_process.fullmatch(name)):
         kept = read_torch(file)
         if not isinstance(kept, dict) or kept.get("settings") != settings:
             found = kept.get("settings") if isinstance(kept, dict) else type(kept).__name__
             raise ValueError(f"path: expected results with {settings} in {file}, got {found}")
-        nats.copy_(torch.where(nats.isnan(), kept["nats"], nats))
+        nats = torch.where(nats.isnan(), kept["nats"], nats)
+    return nats

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .._checks import check_callable, check_count, check_known, check_target_device
 from .._loops import Progress, evaluation_mode, with_progress
+from ..distributed.gathered import gathered_weights
 from ._features import from_numpy
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
@@ -33,9 +34,10 @@ def extract_features(
             first item is used; empty batches are skipped.
         extractor: maps images (B, \*D) to features (B, d) or a tuple of them, as
             `inception_features` does; NumPy arrays are accepted. A module is put in evaluation
-            mode meanwhile.
+            mode meanwhile, with all weights in each process.
         batch_size: the batch size for a tensor.
-        device: the device of the batches, by default that of a module's first parameter.
+        device: the device of the batches, by default that of a module's first parameter
+            or buffer.
         progress: whether to show progress, or a function that wraps the batches and shows it.
 
     Raises:
@@ -58,26 +60,62 @@ def extract_features(
             raise ValueError("images: expected shape (N, *D), got a tensor without dimensions")
     check_count(batch_size, "batch_size")
     module = extractor if isinstance(extractor, nn.Module) else None
-    if device is None and module is not None:
-        device = next((p.device for p in module.parameters()), None)
+    device = module_device(module) if device is None else device
     batches: Any = torch.split(images, batch_size) if isinstance(images, Tensor) else images
-    found: list[list[Tensor]] = []
+    with torch.no_grad(), ExitStack() as stack:
+        if module is not None:
+            # The number of batches may differ between processes.
+            stack.enter_context(gathered_weights(module))
+            extractor = stack.enter_context(evaluation_mode(module))
+        return joined(_extracted(with_progress(batches, progress), extractor, device))
+
+
+def _extracted(
+    batches: Iterable[Any],
+    extractor: Callable[[Tensor], Features],
+    device: torch.device | str | None,
+) -> Iterator[Features]:
+    for item in batches:
+        batch = item[0] if isinstance(item, (tuple, list)) and item else item
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"images: expected batches of tensors, got {type(batch).__name__}")
+        if len(batch):
+            yield features_of_batch(extractor, batch, device)
+
+
+def module_device(module: nn.Module | None) -> torch.device | None:
+    """Return the device of the first tensor of a module, None without one."""
+    if module is None:
+        return None
+    return next((x.device for x in (*module.parameters(), *module.buffers())), None)
+
+
+def features_of_batch(
+    extractor: Callable[[Tensor], Features], images: Tensor, device: torch.device | str | None
+) -> Features:
+    """Return the features of a batch on the CPU; raise unless they have one row per image."""
+    found: Any = extractor(images if device is None else images.to(device))
+    single = not isinstance(found, (tuple, list))
+    parts = _parts([found] if single else found, len(images))
+    return cast(Features, parts[0] if single else tuple(parts))
+
+
+def joined(batches: Iterable[Features]) -> Features:
+    """Return the features of several batches in one tensor, or one for each item of a tuple.
+
+    Raises:
+        ValueError: if there are none, or their dimensions change.
+    """
+    found: list[Sequence[Tensor]] = []
     single = True
-    with torch.no_grad(), evaluation_mode(module) if module is not None else nullcontext():
-        for item in with_progress(batches, progress):
-            batch = item[0] if isinstance(item, (tuple, list)) and item else item
-            if not isinstance(batch, Tensor):
-                raise TypeError(f"images: expected batches of tensors, got {type(batch).__name__}")
-            if len(batch) == 0:
-                continue
-            features: Any = extractor(batch if device is None else batch.to(device))
-            single = not isinstance(features, (tuple, list))
-            found.append(_parts([features] if single else features, len(batch)))
-            first, last = ([part.shape[1] for part in found[i]] for i in (0, -1))
-            if last != first:
-                raise ValueError(
-                    f"extractor: expected features of {first} dimensions, as before, got {last}"
-                )
+    for features in batches:
+        single = isinstance(features, Tensor)
+        found.append([features] if isinstance(features, Tensor) else features)
+        first, last = ([part.shape[1] for part in found[i]] for i in (0, -1))
+        if last != first:
+            raise ValueError(
+                f"extractor: expected features of {first} dimensions, as before, got {last}"
+            )
     if not found:
         raise ValueError("images: expected at least one, got none")
     whole = tuple(torch.cat(column) for column in zip(*found, strict=True))
@@ -101,6 +139,8 @@ def _parts(features: Sequence[Any], n: int) -> list[Tensor]:
 
 
 class _Inception(nn.Module):
+    channels = 3
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network

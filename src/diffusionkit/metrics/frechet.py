@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -146,8 +147,25 @@ class FeatureMoments:
         self.count = total
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureStatistics:
+    """The mean and covariance of features, read from a file.
+
+    Args:
+        mean: the mean (d,), in float64.
+        covariance: the covariance (d, d), in float64.
+        count: the number of samples, None if the file does not state it.
+        features: the name of the feature extractor, None if the file does not state it.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None
+    features: str | None
+
+
 Array: TypeAlias = Tensor | np.ndarray[Any, Any]
-Gaussian: TypeAlias = FeatureMoments | Tensor | tuple[Array, Array]
+Gaussian: TypeAlias = FeatureMoments | FeatureStatistics | Tensor | tuple[Array, Array]
 
 
 def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
@@ -162,14 +180,14 @@ def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
     with equal n.
 
     Args:
-        real: `FeatureMoments`, features (n, d), or a pair of a mean (d,) and a covariance (d, d),
-            as published for data sets, as tensors or NumPy arrays.
+        real: `FeatureMoments`, features (n, d), what `load_statistics` reads, or a pair of a mean
+            (d,) and a covariance (d, d), as tensors or NumPy arrays.
         fake: likewise.
 
     Raises:
         ValueError: if dimensions differ, values are not finite, a covariance is not symmetric or
             has an eigenvalue too negative for rounding, or there are fewer than two samples.
-        TypeError: if an argument is none of the three.
+        TypeError: if an argument is none of these.
 
     Source: Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
     Equilibrium, 2017, arXiv 1706.08500.
@@ -202,6 +220,8 @@ def _gaussian(x: Gaussian, name: str) -> tuple[Tensor, Tensor]:
         return moments.mean, moments.covariance
     if isinstance(x, FeatureMoments):
         return x.mean, x.covariance
+    if isinstance(x, FeatureStatistics):
+        x = (x.mean, x.covariance)
     pair = tuple(from_numpy(y) for y in x) if isinstance(x, tuple) else ()
     if len(pair) != 2 or not all(isinstance(y, Tensor) for y in pair):
         of = f" of {', '.join(type(y).__name__ for y in pair)}" if pair else ""

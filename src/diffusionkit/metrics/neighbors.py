@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_count
-from ._features import center, check_pair, double
+from .._checks import check_count, check_known
+from ._features import center, check_features, check_pair, double
 
 _BLOCK = 2048  # rows per block of distances
 
@@ -88,6 +88,56 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
     )
 
 
+class Nearest(NamedTuple):
+    """The nearest rows of a data set.
+
+    Args:
+        index: the indices of the nearest rows (n, k), the nearest first.
+        distance: their Euclidean distances (n, k), in float64.
+    """
+
+    index: Tensor
+    distance: Tensor
+
+
+def nearest(data: Tensor, queries: Tensor, k: int = 1) -> Nearest:
+    r"""Return the k nearest rows of a data set for each of several queries.
+
+    Use it to show generated images beside the training images that are most like them. In high
+    dimensions neighbors by pixels are those with the same background; compare features for others.
+
+    Args:
+        data: the rows (N, \*D), of pixels or features; integers are accepted.
+        queries: what is looked up, (n, \*D).
+        k: the number of neighbors.
+
+    Raises:
+        ValueError: if there are fewer than k rows, shapes differ, or values are not finite.
+        TypeError: if an argument has the wrong type.
+
+    >>> nearest(torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([[4.0]]), k=2)
+    Nearest(index=tensor([[2, 1]]), distance=tensor([[1., 2.]], dtype=torch.float64))
+    """
+    check_count(k, "k")
+    rows, sought = _rows(data, "data", k), _rows(queries, "queries", 1)
+    if data.shape[1:] != queries.shape[1:] or data.device != queries.device:
+        raise ValueError(
+            f"queries: expected items of shape {tuple(data.shape[1:])} on {data.device}, as in "
+            f"data, got {tuple(queries.shape[1:])} on {queries.device}"
+        )
+    squares, index = _nearest(sought, rows, k, other=False)
+    return Nearest(index, squares.sqrt())
+
+
+def _rows(x: Tensor, name: str, least: int) -> Tensor:
+    """Return items (n, *D) as floating-point rows (n, d)."""
+    check_known(x, name)
+    flat = x.flatten(1) if x.ndim > 1 else x
+    flat = flat if x.is_floating_point() else flat.to(torch.float32)
+    check_features(flat, name, least=least)
+    return flat
+
+
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(x, _BLOCK), torch.split(y, _BLOCK), strict=True)
 
@@ -120,20 +170,32 @@ def _within(distances: Tensor, radii: Tensor, x: Tensor, y: Tensor, error: Tenso
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Return the squared distances to the k-th nearest other rows, (n,)."""
-    found, origin = [], center(features)
-    for start in range(0, len(features), _BLOCK):
-        x = double(features[start : start + _BLOCK])
+    return _nearest(features, features, k, other=True)[0][:, -1]
+
+
+def _nearest(queries: Tensor, rows: Tensor, k: int, *, other: bool) -> tuple[Tensor, Tensor]:
+    """Return the squared distances to the k nearest rows and their indices, each (n, k).
+
+    Candidates are found by matrix products, and their distances computed from differences. With
+    `other`, queries are the rows themselves, and a row is not its own neighbor.
+    """
+    distances_found, index_found = [], []
+    origin = center(rows) if other else center(queries, rows)
+    for start in range(0, len(queries), _BLOCK):
+        x = double(queries[start : start + _BLOCK])
         nearest, index = x.new_zeros(len(x), 0), x.new_zeros(len(x), 0, dtype=torch.int64)
-        for first in range(0, len(features), _BLOCK):
-            y = double(features[first : first + _BLOCK])
+        for first in range(0, len(rows), _BLOCK):
+            y = double(rows[first : first + _BLOCK])
             distances, _ = _squared_distances(x - origin, y - origin)
-            if first == start:
+            if other and first == start:
                 distances.fill_diagonal_(torch.inf)
             number = torch.arange(first, first + distances.shape[1], device=x.device)
             nearest = torch.cat([nearest, distances], 1)
             index = torch.cat([index, number.expand_as(distances)], 1)
             nearest, order = nearest.topk(min(k, nearest.shape[1]), largest=False)
             index = index.gather(1, order)
-        exact = [_exact(x, double(features[column])) for column in index.T]
-        found.append(torch.stack(exact).amax(0))
-    return torch.cat(found)
+        exact = torch.stack([_exact(x, double(rows[column])) for column in index.T], 1)
+        exact, order = exact.sort(dim=1, stable=True)
+        distances_found.append(exact)
+        index_found.append(index.gather(1, order))
+    return torch.cat(distances_found), torch.cat(index_found)

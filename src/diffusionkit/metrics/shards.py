@@ -19,7 +19,8 @@ from torch import Tensor
 from .._checks import check_callable, check_count, check_number, check_state
 from .._loops import Progress, with_progress
 from .._writing import atomic_write
-from ..distributed._group import barrier, rank_and_world_size
+from ..distributed._dealing import Dealer, independent_ranks, share_of
+from ..distributed._group import rank_and_world_size
 from ..random import seeded
 
 SETTINGS = "settings.json"
@@ -77,9 +78,17 @@ def sample_to_shards(
     kept unless they are damaged, so an interrupted run can be resumed, also with another number of
     processes or a larger count.
 
+    The processes of a group share what is missing and return when all of it is there. None waits
+    for another in a collective: one that has done its share goes on with batches that nobody has
+    begun, and draws again what a process that died has not finished. So each may draw another
+    number of batches: a network sharded by fully_shard needs
+    `with diffusionkit.distributed.gathered_weights(model):` around the call.
+
     Args:
         draw: returns n samples (n, \*D) from n generators, one per sample, for example
-            ``lambda n, generators: sampler((n, 3, 32, 32), generator=generators)``.
+            ``lambda n, generators: sampler((n, 3, 32, 32), generator=generators)``. They are
+            generators of the CPU, with which noise is the same on every device; of each,
+            ``torch.Generator("cuda").manual_seed(g.initial_seed())`` is faster for large images.
         count: the total number of samples. If the folder has fewer, the others are added; if it
             has more, an error is raised, as `load_shards` would return those too.
         directory: the folder of the files, created if missing.
@@ -89,13 +98,15 @@ def sample_to_shards(
         settings: other settings that identify the run, such as the checkpoint and the number of
             steps, as JSON values. They are saved, and a later run in the same folder must have
             the same.
-        rank: the index of this process, by default its rank in torch.distributed.
+        rank: the index of this process, by default its rank in torch.distributed. Processes
+            without a group draw fixed shares and do not wait for each other.
         world_size: the number of processes.
         progress: whether to show progress, or a function that wraps the batches and shows it.
 
     Raises:
         ValueError: if the folder has samples with other settings or more samples, its settings are
-            damaged, a number is out of range, or samples are not finite or have the wrong shape.
+            damaged, a number is out of range, samples are not finite or have the wrong shape, or
+            several processes draw from a sharded network whose weights are not gathered.
         TypeError: if an argument has the wrong type, settings cannot be written as JSON, or draw
             does not return a floating-point tensor.
 
@@ -111,11 +122,8 @@ def sample_to_shards(
     check_count(count, "count", most=2**63 - 1)
     check_count(batch_size, "batch_size")
     check_count(seed, "seed", least=0, most=2**63 - 1)
-    rank, world_size = rank_and_world_size(rank, world_size)
-    check_count(world_size, "world_size")
-    check_count(rank, "rank", least=0)
-    if rank >= world_size:
-        raise ValueError(f"rank: expected a number below {world_size}, got {rank}")
+    group = rank_and_world_size()
+    place = rank_and_world_size(rank, world_size)
     about = {
         "count": count,
         "batch_size": batch_size,
@@ -125,22 +133,39 @@ def sample_to_shards(
     }
     _check_directory(directory)
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _keep_settings(folder, about)
-    missing = [
-        (file, start, stop)
-        for number, (file, start, stop) in enumerate(_shards(folder, count, batch_size))
-        if number % world_size == rank and _images(file, stop - start) is None
-    ]
-    for file, start, stop in with_progress(missing, progress if rank == 0 else False):
-        n = stop - start
+
+    shards = list(_shards(folder, count, batch_size))
+
+    def missing() -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep_settings(folder, about)
+        numbers = range(len(shards)) if place == group else share_of(len(shards), *place)
+        found = [i for i in numbers if _images(shards[i][0], _length(shards[i])) is None]
+        for i in found:  # from now on a file that exists is whole
+            shards[i][0].unlink(missing_ok=True)
+        return found
+
+    def make(number: int) -> None:
+        file, start, stop = shards[number]
+        n = _length(shards[number])
         with torch.no_grad():
             samples = draw(n, [seeded(seed, i) for i in range(start, stop)])
         if not isinstance(samples, Tensor) or samples.ndim < 1 or len(samples) != n:
             got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
             raise ValueError(f"draw: expected {n} samples ({n}, *D), got {got}")
         atomic_write(file, partial(_save, to_uint8(samples, data_range)))
-    barrier()  # so that every process can load all files on return
+
+    shown = progress if place[0] == 0 else False
+    with independent_ranks(group[1] > 1):
+        if place != group:
+            for number in with_progress(missing(), shown):
+                make(number)
+            return
+        dealer = Dealer(missing)
+        for number in dealer.take(with_progress(dealer.own, shown)):
+            make(number)
+        for number in dealer.left(lambda number: shards[number][0].exists()):
+            make(number)
 
 
 def load_shards(directory: str | Path) -> Iterator[Tensor]:
@@ -244,6 +269,10 @@ def _checksum(content: bytes) -> bytes:
 def _shards(folder: Path, count: int, batch_size: int) -> Iterator[tuple[Path, int, int]]:
     for start in range(0, count, batch_size):
         yield folder / f"{start:08d}.npy", start, min(start + batch_size, count)
+
+
+def _length(shard: tuple[Path, int, int]) -> int:
+    return shard[2] - shard[1]
 
 
 def _images(file: Path, n: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:

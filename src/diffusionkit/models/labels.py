@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from .._checks import check_count, check_positive, numbers
 from .._grid_times import grid_point, schedule
+from .._kept import Kept
 from .._schedules import exact, slack, snapped
 from ..interfaces import ForwardSDE
 
@@ -179,6 +180,7 @@ class IndexLabel:
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])
         self._sorted = self._edges.tolist()
+        self._copies: Kept[Tensor] = Kept()
 
     @property
     def jumps(self) -> Tensor:
@@ -196,7 +198,9 @@ class IndexLabel:
             log = _log(point.sigma) - _log(point.alpha)
             return torch.full_like(t, self._in_table(bisect_left(self._sorted, log)), dtype=dtype)
         log_sigma = -0.5 * sde.log_snr(exact(t))
-        index = torch.bucketize(log_sigma, self._edges.to(log_sigma.device, log_sigma.dtype))
+        key = log_sigma.device, log_sigma.dtype
+        edges = self._copies.get(key, lambda: self._edges.to(*key))
+        index = torch.bucketize(log_sigma, edges)
         return self._in_table(index).to(dtype)
 
     def _in_table(self, index: Number) -> Number:

@@ -16,6 +16,7 @@ from .._grid_times import evaluate, floats, kernel_tensors
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction
+from ._exact_labels import LabelGuard
 from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel, checked_label
 
 _LEARNED = ("learned_range", "learned")
@@ -42,7 +43,8 @@ class NetworkModel(ScoreModel):
     from `model.variance`.
 
     The state is in float32 or float64; the network is called in its own dtype, that of most of its
-    parameters, and its answer converted back. Noise labels are in float32 at least.
+    parameters, and its answer converted back. Noise labels are in float32 at least, also where
+    `fully_shard` or another wrapper casts the inputs of the network.
 
     Args:
         network: maps (x (B, *D), noise_label (B,), **cond) to a tensor (B, *D), or to an object
@@ -83,6 +85,7 @@ class NetworkModel(ScoreModel):
         self.data_range = None if data_range is None else check_data_range(data_range)
         self.variance = variance
         self._dtype = NetworkDtype(network)
+        self._guard = LabelGuard(network)
 
     @staticmethod
     def _default_label() -> Label:
@@ -121,7 +124,7 @@ class NetworkModel(ScoreModel):
         # In half precision a label could not distinguish a thousand times.
         noise_label = checked_label(self.label(self.sde, t), t)
         noise_label = noise_label.to(torch.float64 if dtype is torch.float64 else torch.float32)
-        output = network(inputs, noise_label, **cond)
+        output = self._guard(network, inputs, noise_label, cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,12 +22,29 @@ from .._checks import (
 )
 from .._coefficients import expand
 from .._precision import at_least_float32
-from .._schedules import exact
+from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators, rand, randn
 from ..values import Prediction
 
-_LEAST = 1e-100  # of standard deviations, so that their squares and ratios are finite
+
+def _least(x: Tensor) -> float:
+    """Return the least of standard deviations whose squares and ratios are finite."""
+    return 1e-100 if x.dtype == torch.float64 else 1e-15
+
+
+class _ExactModel(ScoreModel):
+    """A model whose buffers are in float64, or in float32 on a device without it."""
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                x = x.to(schedule_dtype(fn(x.new_empty(0, dtype=torch.float32)).device))
+            return fn(x)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 def _check_query(sde: ForwardSDE, x: Tensor, t: Tensor, points: Tensor) -> None:
@@ -39,14 +56,15 @@ def _check_query(sde: ForwardSDE, x: Tensor, t: Tensor, points: Tensor) -> None:
         raise ValueError(f"x: expected shape (B, *{shape}), got {tuple(x.shape)}")
 
 
-class GaussianMixtureModel(ScoreModel):
+class GaussianMixtureModel(_ExactModel):
     r"""The exact score model of a mixture of isotropic Gaussians.
 
     .. math::
         p_t(x) = \sum_k w_k N(x; \alpha m_k, V_k I), \quad V_k = \alpha^2 s_k^2 + \sigma^2, \quad
         \epsilon = \sum_k r_k(x) \frac{\sigma (x - \alpha m_k)}{V_k}
 
-    with the posterior weights r_k of the components. Always computed in float64.
+    with the posterior weights r_k of the components. Always computed in float64
+    where the device has it.
 
     Args:
         sde: the forward process.
@@ -93,15 +111,15 @@ class GaussianMixtureModel(ScoreModel):
             raise ValueError(
                 f"stds, weights: expected stds >= 0 and weights >= 0, not all 0, got {got}"
             )
-        self.register_buffer("means", m)
-        self.register_buffer("stds", s)
-        self.register_buffer("weights", w / w.sum())
+        here = means.device if isinstance(means, Tensor) else m.device
+        for name, part in (("means", m), ("stds", s), ("weights", w / w.sum())):
+            self.register_buffer(name, part.to(here, schedule_dtype(here)))
 
     def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return alpha, sigma (B, 1), variances, differences (B, K, d) and log joint densities."""
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
         # Not 0, without noise: the densities' ratios then select the nearest mean.
-        variance = ((alpha * self.stds) ** 2 + sigma**2).clamp_min(_LEAST**2)
+        variance = ((alpha * self.stds) ** 2 + sigma**2).clamp_min(_least(sigma) ** 2)
         diff = exact(x).flatten(1).unsqueeze(1) - alpha.unsqueeze(2) * self.means.flatten(1)
         d = diff.shape[2]
         log = torch.log(self.weights) - 0.5 * diff.square().sum(2) / variance
@@ -135,18 +153,16 @@ class GaussianMixtureModel(ScoreModel):
         """Draw n data points from the mixture, (n, *D)."""
         check_count(n, "n")
         check_floating_dtype(dtype)
-        device = self.means.device
-        u = rand(n, generator=generator, device=device, dtype=torch.float64)
+        device, exactly = self.means.device, self.means.dtype
+        u = rand(n, generator=generator, device=device, dtype=exactly)
         edges = self.weights.cumsum(0)[:-1]
         k = torch.bucketize(u, edges, right=True)
-        noise = randn(
-            (n, *self.means.shape[1:]), generator=generator, device=device, dtype=torch.float64
-        )
+        noise = randn((n, *self.means.shape[1:]), generator=generator, device=device, dtype=exactly)
         x: Tensor = self.means[k] + expand(self.stds[k], noise) * noise
         return x.to(dtype or torch.get_default_dtype())
 
 
-class EmpiricalModel(ScoreModel):
+class EmpiricalModel(_ExactModel):
     r"""The optimal model of a finite data set, which a network of unlimited capacity would learn.
 
     .. math::
@@ -198,7 +214,10 @@ class EmpiricalModel(ScoreModel):
         _check_query(self.sde, x, t, self.data)
         x = at_least_float32(x)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))
-        noise, sigma = sigma, sigma.clamp_min(_LEAST)  # without noise: the nearest data point
+        noise, sigma = (
+            sigma,
+            sigma.clamp_min(_least(sigma)),
+        )
         query = exact(x).flatten(1) - alpha * self._center
         blocks = (rows - self._center for rows in torch.split(self.data.flatten(1), self.block))
         # Squared distances over -2 sigma^2, up to a term independent of i.

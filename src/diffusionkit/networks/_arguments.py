@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    autocast_enabled,
     check_choice,
     check_count,
     check_data_range,
     check_device,
-    check_dtype,
     check_flag,
     check_number,
     check_sequence,
@@ -118,8 +118,10 @@ def check_divisible(x: Tensor, factor: int) -> None:
         )
 
 
-def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
-    r"""Raise unless an input has the expected shape, dtype and device.
+def network_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> Tensor:
+    r"""Return an input in the network's dtype, or raise unless it has the expected shape.
+
+    Under autocast, which casts it, the input is returned unchanged.
 
     Args:
         x: input, expected to be (B, channels, \*spatial).
@@ -128,7 +130,7 @@ def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
         weight: a weight of the network, for its dtype and device.
 
     Raises:
-        TypeError: if the dtype is not the weight's (under autocast: not floating-point).
+        TypeError: if the input is not a floating-point tensor.
         ValueError: if the shape or the device is wrong or the batch is empty.
     """
     check_state(x)
@@ -136,7 +138,7 @@ def check_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> None:
         expected = ", ".join(["B", str(channels), *_SPATIAL[dims]])
         raise ValueError(f"x: expected shape ({expected}), got {tuple(x.shape)}")
     check_device(x, weight, "x", "the network")
-    check_dtype(x, weight, "x", "the network", autocast=True)
+    return x if x.dtype == weight.dtype or autocast_enabled(x) else x.to(weight.dtype)
 
 
 def check_noise_label(x: Tensor, noise_label: Tensor) -> None:
@@ -151,6 +153,16 @@ def check_noise_label(x: Tensor, noise_label: Tensor) -> None:
     check_device(noise_label, x, "noise_label")
 
 
+def check_label_dtype(noise_label: Tensor) -> None:
+    """Raise if noise labels are in half precision, which rounds 999 t to a multiple of 4."""
+    if noise_label.is_floating_point() and noise_label.dtype.itemsize < 4:
+        raise TypeError(
+            f"noise_label: expected float32, float64 or integers, got {noise_label.dtype}, which "
+            "rounds it; pass the score model what casts the network's inputs, such as a network "
+            "sharded by fully_shard, or let it cast no inputs (cast_forward_inputs=False)"
+        )
+
+
 def check_label_values(noise_label: Tensor, use: str, *, positive: bool) -> None:
     """Raise unless noise labels are finite, and positive if they must be (read on the CPU only).
 
@@ -158,7 +170,11 @@ def check_label_values(noise_label: Tensor, use: str, *, positive: bool) -> None
         noise_label: the noise labels (B,).
         use: what the network does with them, for the error.
         positive: whether they must be positive.
+
+    Raises:
+        TypeError: if they are in half precision.
     """
+    check_label_dtype(noise_label)
     if readable(noise_label) and len(noise_label):
         low, high = (end.item() for end in noise_label.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)) or (positive and low <= 0):
@@ -174,6 +190,7 @@ def check_label_values(noise_label: Tensor, use: str, *, positive: bool) -> None
 
 def check_level_index(noise_label: Tensor, count: int) -> None:
     """Raise unless noise labels are indices in [0, count) (read on the CPU only)."""
+    check_label_dtype(noise_label)
     if readable(noise_label) and len(noise_label):
         low, high = noise_label.min().item(), noise_label.max().item()
         if not (low >= 0 and high < count):

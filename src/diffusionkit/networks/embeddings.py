@@ -99,13 +99,24 @@ class FourierEmbedding(nn.Module):
     2011.13456.
     """
 
+    _exact: Tensor
+
     def __init__(self, features: int, *, scale: float = 16.0, log: bool = True) -> None:
         super().__init__()
         _check_features(features)
         if not 0 < scale < math.inf:
             raise ValueError(f"scale: expected a finite number > 0, got {scale}")
         self.log = log
-        self.frequencies = nn.Parameter(torch.randn(features // 2).mul_(scale), requires_grad=False)
+        self.scale = scale
+        self.frequencies = nn.Parameter(torch.empty(features // 2), requires_grad=False)
+        self.register_load_state_dict_post_hook(_keep_exact)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new frequencies."""
+        self.frequencies.normal_().mul_(self.scale)
+        _keep_exact(self)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -114,6 +125,9 @@ class FourierEmbedding(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.frequencies.dtype.itemsize < exact.dtype.itemsize < 8:
             self.frequencies.data = exact.to(self.frequencies.device)
+        device, kept = self.frequencies.device, self._exact
+        moved = torch.empty_like(kept, device=device) if kept.is_meta else kept.to(device)
+        self._exact = moved
         return self
 
     @override
@@ -121,11 +135,22 @@ class FourierEmbedding(nn.Module):
         """Map noise labels (B,), positive if `log`, to features (B, features)."""
         noise_label = _as_float(noise_label, log=self.log)
         frequencies = self.frequencies.to(noise_label.dtype)
+        if self.frequencies.dtype.itemsize < 4:  # rounded by what shards the network
+            same = self._exact.to(self.frequencies.dtype) == self.frequencies
+            frequencies = torch.where(same, self._exact.to(noise_label.dtype), frequencies)
         # Angles reach hundreds, where rounding matters: multiply in the order of the released
         # networks that use each form.
         if self.log:
             return _sines(noise_label.log()[:, None] * frequencies * 2 * math.pi)
         return _sines(noise_label[:, None] * (2 * math.pi * frequencies))
+
+
+@torch.no_grad()
+def _keep_exact(embedding: FourierEmbedding, *_: object) -> None:
+    """Keep the frequencies of an embedding, all of them if they are sharded."""
+    frequencies = embedding.frequencies.detach()
+    whole = getattr(frequencies, "full_tensor", frequencies.clone)
+    embedding._exact = whole()
 
 
 class SignedLogEmbedding(nn.Module):
@@ -263,7 +288,8 @@ class SigmaTable(nn.Module):
             raise ValueError(f"sigmas: expected finite numbers > 0, got {list(sigmas)[:6]}")
         self.values = tuple(sigmas)
         # Not persistent: part of the configuration.
-        self.register_buffer("sigmas", self._table(torch.device("cpu")), persistent=False)
+        here = torch.empty(0).device  # that of the weights, also inside `with torch.device(...)`
+        self.register_buffer("sigmas", self._table(here), persistent=False)
 
     def _table(self, device: torch.device) -> Tensor:
         exact = torch.float32 if device.type == "mps" else torch.float64

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,8 @@ from ._arguments import check_label_values
 # layers in a row.
 _SMALLEST_SCALE = 1e-10
 
-_CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
-
-
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+AnyLayer = TypeVar("AnyLayer", bound=nn.Module)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -93,8 +87,48 @@ def linear(in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Lin
     Returns:
         The layer, mapping (..., in_features) to (..., out_features).
     """
-    layer = nn.Linear(in_features, out_features)
-    fan_average_(layer, scale)
+    return _initialized(_Linear(in_features, out_features), fan_average_, scale)
+
+
+class _Initialized:
+    """A layer that is initialized by a function and a scale, also by `reset_parameters`."""
+
+    _initializer: tuple[Callable[..., None], float] | None = None
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        super().reset_parameters()  # type: ignore[misc]
+        if self._initializer is not None:
+            initialize, scale = self._initializer
+            initialize(self, scale)
+
+
+class _Linear(_Initialized, nn.Linear):
+    pass
+
+
+class _Conv1d(_Initialized, nn.Conv1d):
+    pass
+
+
+class _Conv2d(_Initialized, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_Initialized, nn.Conv3d):
+    pass
+
+
+_CONV = {1: _Conv1d, 2: _Conv2d, 3: _Conv3d}
+
+
+def _initialized(
+    layer: AnyLayer, initialize: Callable[[Layer, float], None], scale: float
+) -> AnyLayer:
+    """Initialize a layer, now and whenever it is reset."""
+    made = cast(Any, layer)
+    made._initializer = initialize, scale
+    initialize(made, scale)
     return layer
 
 
@@ -149,9 +183,10 @@ class Style:
             The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
         """
         padding = kernel // 2 if padding is None else padding
-        layer = _CONV[self.dims](in_channels, out_channels, kernel, stride, padding)
-        self.initialize(layer, scale)
-        return layer
+        layer: _Conv1d | _Conv2d | _Conv3d = _CONV[self.dims](
+            in_channels, out_channels, kernel, stride, padding
+        )
+        return _initialized(layer, self.initialize, scale)
 
     def linear(self, in_features: int, out_features: int, *, scale: float = 1.0) -> nn.Linear:
         """Make a linear layer.
@@ -164,9 +199,7 @@ class Style:
         Returns:
             The layer, mapping (..., in_features) to (..., out_features).
         """
-        layer = nn.Linear(in_features, out_features)
-        self.initialize(layer, scale)
-        return layer
+        return _initialized(_Linear(in_features, out_features), self.initialize, scale)
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Make a group normalization of min(channels // group_channels, 32) groups.

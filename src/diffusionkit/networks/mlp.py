@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .._checks import check_count
-from ._arguments import check_class_labels, check_counts, check_input, check_noise_label
+from ._arguments import check_class_labels, check_counts, check_noise_label, network_input
 from .config import remembers
 from .embeddings import ConditionEmbedding, SignedLogEmbedding
 from .layers import linear
@@ -111,7 +111,7 @@ class MLP(nn.Module):
             TypeError: if a dtype is wrong, or class labels are missing or unexpected.
             ValueError: if a shape, a device or a class label is wrong.
         """
-        check_input(x, self.features, 0, self.input.weight)
+        x = network_input(x, self.features, 0, self.input.weight)
         check_noise_label(x, noise_label)
         check_class_labels(x, class_labels, self.num_classes)
         emb = self.embedding(noise_label, class_labels)

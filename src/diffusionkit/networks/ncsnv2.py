@@ -17,8 +17,8 @@ from ._arguments import (
     check_counts,
     check_divisible,
     check_flags,
-    check_input,
     check_noise_label,
+    network_input,
     unit_range,
 )
 from .config import remembers
@@ -139,7 +139,7 @@ class NCSNv2(nn.Module):
             TypeError: if a dtype is wrong or class labels are passed.
             ValueError: if a shape or a device is wrong.
         """
-        check_input(x, self.channels, self.dims, self.input.weight)
+        x = network_input(x, self.channels, self.dims, self.input.weight)
         check_divisible(x, self.factor)
         check_noise_label(x, noise_label)
         check_class_labels(x, class_labels, None)

@@ -76,9 +76,15 @@ class InstanceNormPlus(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
-        self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
-        self.beta = nn.Parameter(torch.zeros(channels))
+        self.alpha, self.gamma, self.beta = (nn.Parameter(torch.empty(channels)) for _ in range(3))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new scales around 1, without a shift."""
+        self.alpha.normal_(1, 0.02)
+        self.gamma.normal_(1, 0.02)
+        self.beta.zero_()
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from ._arguments import (
     check_counts,
     check_divisible,
     check_flags,
-    check_input,
     check_low_res,
     check_noise_label,
     check_optional_counts,
+    network_input,
     unit_range,
 )
 from .embeddings import ConditionEmbedding
@@ -265,6 +265,7 @@ class UNet(nn.Module):
             TypeError: if a dtype is wrong, or an argument is missing or unexpected.
             ValueError: if a shape, a device, a class label or a noise label is wrong.
         """
+        x = network_input(x, self.channels, self.dims, self.input.weight)
         self._check(x, noise_label, class_labels, condition, low_res)
         emb = (
             None if self.embedding is None else self.embedding(noise_label, class_labels, condition)
@@ -308,7 +309,6 @@ class UNet(nn.Module):
         condition: Tensor | None,
         low_res: Tensor | None,
     ) -> None:
-        check_input(x, self.channels, self.dims, self.input.weight)
         check_divisible(x, self.factor)
         check_noise_label(x, noise_label)
         check_class_labels(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import autocast_enabled
+from .._kept import Kept
 from ._signals import Taps, outer
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -16,6 +17,8 @@ CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transp
 _HALF = (torch.float16, torch.bfloat16)
 
 Pairs = Sequence[tuple[int, int]]
+
+_kernels: Kept[Tensor] = Kept()
 
 
 def upfirdn(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs) -> Tensor:
@@ -32,17 +35,24 @@ def upfirdn(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs)
     Returns:
         Output (B, C, \*filtered) with the dtype and the memory format of x.
     """
-    if isinstance(taps, tuple):
-        line = torch.tensor(taps, dtype=torch.float64, device="cpu")
-        taps = outer(line, x.ndim - 2)
     # On the CPU the transposed convolutions of half precision are slow: use float32.
     dtype = torch.float32 if x.dtype in _HALF and x.device.type == "cpu" else x.dtype
-    # Without non_blocking the copy would wait for all work queued on the device.
-    kernel = (taps * gain).to(dtype).to(x.device, non_blocking=True)
+    if isinstance(taps, tuple):
+        line, dims, device = taps, x.ndim - 2, x.device
+        key = line, gain, dims, dtype, device
+        kernel = _kernels.get(key, lambda: _kernel(line, dims, gain, dtype).to(device))
+    else:
+        kernel = (taps * gain).to(dtype)
     if autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
             return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)
     return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)
+
+
+def _kernel(taps: tuple[float, ...], dims: int, gain: float, dtype: torch.dtype) -> Tensor:
+    """Return the kernel of the taps along all dimensions, on the CPU."""
+    line = torch.tensor(taps, dtype=torch.float64, device="cpu")
+    return (outer(line, dims) * gain).to(dtype)
 
 
 def _convolve(x: Tensor, kernel: Tensor, up: int, down: int, pads: Pairs) -> Tensor:

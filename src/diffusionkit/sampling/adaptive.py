@@ -14,7 +14,8 @@ from .._checks import check_count, check_positive, check_step_times
 from .._coefficients import linear
 from .._grid_times import exact_times, grid_points
 from .._precision import at_least_float32
-from .._schedules import exact
+from .._schedules import exact, schedule_dtype
+from ..distributed.gathered import gathered_weights
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, rand
 from ..values import Prediction
@@ -104,8 +105,21 @@ class AdaptiveSDE(Predictor):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
+        check_step_times(s, t, model.sde.T, x)
+        with gathered_weights(model):  # the number of internal steps differs between processes
+            return self._steps(model, x, t, s, state, generator, cond)
+
+    def _steps(
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        state: Any,
+        generator: Generators,
+        cond: dict[str, Any],
+    ) -> Step:
         sde = model.sde
-        check_step_times(s, t, sde.T, x)
         x = at_least_float32(x)
         path = generator if isinstance(generator, NoisePath) else _path(len(x), generator)
         t, s = exact(t), exact(s)
@@ -156,7 +170,7 @@ class AdaptiveSDE(Predictor):
     def _error(self, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
         """Return the root mean square of the error over its tolerance, (B,)."""
         size = (self.rtol * torch.maximum(x.abs(), first.abs())).clamp_min(self.atol)
-        ratio = ((first - last) / size).reshape(len(x), -1).to(torch.float64)
+        ratio = ((first - last) / size).reshape(len(x), -1).to(schedule_dtype(x.device))
         return ratio.square().mean(1).sqrt()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_flag, check_known, check_part, check_positive, check_t_end
-from .._schedules import home
+from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE
 from ..sde import Chain
 
@@ -47,7 +47,7 @@ class _SpacedGrid(abc.ABC):
         """Return the times at fractions u (n,) of the range between the two ends (2,)."""
 
     def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
-        """Return decreasing times (steps + 1,) in float64.
+        """Return decreasing times (steps + 1,) in float64, where the process's device has it.
 
         Raises:
             ValueError: unless steps >= 1 and 0 <= t_end < T, where the rule must be finite.
@@ -57,9 +57,10 @@ class _SpacedGrid(abc.ABC):
         t_end = sde.t_stop if self.t_end is None else self.t_end
         if not 0.0 <= t_end < sde.T:
             raise ValueError(f"t_end: expected a time in [0, T) = [0, {sde.T:g}), got {t_end}")
-        ends = torch.tensor([sde.T, t_end], dtype=torch.float64, device=home(sde))
+        here = home(sde)
+        ends = torch.tensor([sde.T, t_end], dtype=schedule_dtype(here), device=here)
         points = steps + (0 if self.to_zero else 1)
-        u = torch.linspace(0, 1, points, dtype=torch.float64, device=ends.device)
+        u = torch.linspace(0, 1, points, dtype=ends.dtype, device=ends.device)
         times = self._spaced(sde, ends, u).detach()
         times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
@@ -186,16 +187,17 @@ class ChainGrid:
         check_flag(self.to_zero, "to_zero")
 
     def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
-        """Return decreasing times (steps + 1,) in float64.
+        """Return decreasing times (steps + 1,) in float64, where the process's device has it.
 
         Raises:
             ValueError: unless steps >= 1 and the process has enough of the chain's levels.
         """
         check_part(sde, ForwardSDE, "sde")
         check_count(steps, "steps", least=2 if self.to_zero else 1, most=MOST_STEPS)
-        ends = torch.tensor([sde.T, sde.t_stop], dtype=torch.float64, device=home(sde))
+        here = home(sde)
+        ends = torch.tensor([sde.T, sde.t_stop], dtype=schedule_dtype(here), device=here)
         low, high = sde.log_snr(ends).detach()
-        k = torch.arange(self.chain.steps, 0, -1, dtype=torch.float64, device=home(sde))
+        k = torch.arange(self.chain.steps, 0, -1, dtype=ends.dtype, device=ends.device)
         levels = self.chain.log_snr(k / self.chain.steps)
         levels = levels[(levels >= low) & (levels <= high)]
         points = steps + (0 if self.to_zero else 1)
@@ -219,13 +221,13 @@ def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Ten
     """
     if isinstance(grid, Tensor):
         check_known(grid, "grid")
-        times = grid.detach().double().cpu() if grid.device.type != "mps" else grid.cpu().double()
+        times = grid.detach()
     elif grid is None or callable(grid):
         times = (UniformGrid() if grid is None else grid)(sde, steps)
     else:
         raise TypeError(f"grid: expected a callable or a tensor, got {type(grid).__name__}")
     check_part(times, Tensor, "grid")
-    times = times.cpu()
+    times = times.cpu().double()
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"grid: expected at least two times (N + 1,), got {tuple(times.shape)}")
     if not bool((times.diff() < 0).all()):  # a NaN fails too

@@ -20,7 +20,7 @@ from .._checks import (
 )
 from .._flow_solver import Solver
 from .._grid_times import grid_times
-from .._loops import bare_networks, evaluation_mode, repeated
+from .._loops import evaluation_mode, repeated
 from .._model_checks import check_model
 from .._nfe import EvaluationCounter
 from .._precision import at_least_float32
@@ -147,7 +147,6 @@ class ProbabilityFlow:
         with (
             torch.set_grad_enabled(self.solver.differentiable and torch.is_grad_enabled()),
             evaluation_mode(self.model),
-            bare_networks(self.model),
             EvaluationCounter() as counter,
         ):
             x = self.model.predict(x, t, **cond).x0

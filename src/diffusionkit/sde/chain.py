@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import as_item, check_times, check_transition
+from .._kept import Kept
 from .._schedules import schedule_dtype, slack, snapped
 from ..interfaces import ForwardSDE
 from ._subsequence import subsequence
@@ -30,6 +31,7 @@ class Chain(ForwardSDE):
         self.t_min = 1 / self.steps
         self._increments = increments
         self._sums = torch.cat([increments.new_zeros(1), increments.cumsum(0)])
+        self._copies: Kept[tuple[Tensor, Tensor]] = Kept()
 
     def time(self, step: Tensor | Sequence[int] | int) -> Tensor:
         """Return the times (i + 1) / N of steps i, in the shape of the steps, in float64.
@@ -91,6 +93,16 @@ class Chain(ForwardSDE):
         """
         return self.time(self.subsequence(spec)[::-1])
 
+    def _tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return increments and sums on the device and in the dtype of times.
+
+        They are copied to a device once.
+        """
+        if like.dtype == self._sums.dtype and like.device == self._sums.device:
+            return self._increments, self._sums
+        key = like.device, like.dtype
+        return self._copies.get(key, lambda: (self._increments.to(*key), self._sums.to(*key)))
+
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step that each time falls in, and the fraction of it completed."""
         check_times(t, self.T)
@@ -107,7 +119,7 @@ class Chain(ForwardSDE):
         check_times(t, self.T)
         position = snapped(t * self.steps, slack(self.steps, t.dtype))
         below = self._below(snapped(position, slack(self.steps, torch.float32)))
-        return self._increments.to(t.device, t.dtype)[below], position - below
+        return self._tables(t)[0][below], position - below
 
     def _below(self, position: Tensor) -> Tensor:
         """Return the steps that positions fall in."""
@@ -115,19 +127,19 @@ class Chain(ForwardSDE):
 
     def _partial(self, step: Tensor, done: Tensor, fraction: Tensor) -> Tensor:
         """Return the increment over a fraction of a step of which `done` is completed."""
-        return fraction * self._increments.to(fraction.device, fraction.dtype)[step]
+        return fraction * self._tables(fraction)[0][step]
 
     def _sum(self, t: Tensor) -> Tensor:
         """Return the accumulated quantity at times t (B,)."""
         step, done = self._locate(t)
-        sums = self._sums.to(t.device, t.dtype)
+        sums = self._tables(t)[1]
         return sums[step] + self._partial(step, torch.zeros_like(done), done)
 
     def _increment(self, s: Tensor, t: Tensor) -> Tensor:
         """Return the increment from s to t, without subtracting nearly equal sums."""
         check_transition(s, t, self.T)
         (first, before), (last, done) = self._locate(s), self._locate(t)
-        sums = self._sums.to(t.device, t.dtype)
+        sums = self._tables(t)[1]
         short = self._partial(first, before, (t - s) * self.steps)
         rest = self._partial(first, before, 1 - before)
         final = self._partial(last, torch.zeros_like(done), done)
@@ -136,11 +148,11 @@ class Chain(ForwardSDE):
 
     def _time_of(self, total: Tensor) -> Tensor:
         """Return the times, within [0, T], at which the accumulated quantity is `total`."""
-        sums = self._sums.to(total.device, total.dtype)
+        sums = self._tables(total)[1]
         above = torch.searchsorted(sums, total.detach()).clamp(1, self.steps)
         done = self._fraction(above - 1, total - sums[above - 1])
         return ((above - 1 + done) / self.steps).clamp(0.0, self.T)
 
     def _fraction(self, step: Tensor, increment: Tensor) -> Tensor:
         """Return the fraction of a step, from its start, that has the given increment."""
-        return increment / self._increments.to(increment.device, increment.dtype)[step]
+        return increment / self._tables(increment)[0][step]

@@ -54,6 +54,7 @@ class DDPMChain(Chain):
                 f"1), got {table[:6].tolist()} ... of {len(table)}"
             )
         self.betas = table
+        self._vanishes = bool(last == 1)  # alpha, at t = 1
         super().__init__(-0.5 * torch.log1p(-table))
 
     @classmethod
@@ -176,7 +177,7 @@ class DDPMChain(Chain):
 
     @override
     def _partial(self, step: Tensor, done: Tensor, fraction: Tensor) -> Tensor:
-        if self.betas[-1] < 1:
+        if not self._vanishes:
             return super()._partial(step, done, fraction)
         # The last step ends at alpha = 0 and is linear in alpha; its infinite increment is unused.
         last = step == self.steps - 1
@@ -187,5 +188,5 @@ class DDPMChain(Chain):
     @override
     def _fraction(self, step: Tensor, increment: Tensor) -> Tensor:
         linear = super()._fraction(step, increment)
-        rate = self._increments.to(increment.device, increment.dtype)[step]
+        rate = self._tables(increment)[0][step]
         return torch.where(torch.isinf(rate), -torch.expm1(-increment), linear)

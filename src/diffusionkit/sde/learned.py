@@ -194,13 +194,13 @@ class LearnedSDE(_GammaSDE, nn.Module):
     @override
     def _gamma(self, t: Tensor) -> Tensor:
         start, span = self._range()
-        low, high = self._rise(t.new_tensor([0.0, 1.0]))
+        low, high = self._rise(torch.arange(2, dtype=t.dtype, device=t.device))
         gamma: Tensor = start + span * ((self._rise(t) - low) / (high - low))
         return gamma
 
     @override
     def _slope(self, t: Tensor) -> Tensor:
-        low, high = self._rise(t.new_tensor([0.0, 1.0]))
+        low, high = self._rise(torch.arange(2, dtype=t.dtype, device=t.device))
         s, k, heights = self._sigmoids(t)
         rise = 1 + (heights * k * s * (1 - s)).sum(1)
         slope: Tensor = self._range()[1] * (rise / (high - low))

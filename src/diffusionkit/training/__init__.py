@@ -5,10 +5,13 @@ from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA, HalfLife
+from .held_out import HeldOutLoss, held_out_loss
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
+from .reading import read_checkpoint
 from .references import ReferenceBatches
+from .run_files import CheckpointFolder, StopSignals
 from .stable_target import StableTarget
 from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
@@ -20,10 +23,12 @@ __all__ = [
     "VLB",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFolder",
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
     "HalfLife",
+    "HeldOutLoss",
     "HybridLoss",
     "ImportanceTimes",
     "LikelihoodWeighting",
@@ -36,14 +41,17 @@ __all__ = [
     "SimpleWeighting",
     "StableTarget",
     "StepReport",
+    "StopSignals",
     "StratifiedTimes",
     "UniformTimes",
     "clipped_step",
     "drop_conditions",
+    "held_out_loss",
     "linear_warmup",
     "load_checkpoint",
     "power_coefficients",
     "power_exponent",
+    "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",
 ]

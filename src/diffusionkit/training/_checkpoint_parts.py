@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .._checks import check_part
 from .._files import CheckpointError
 from .._weights import is_finite
+from ..distributed._random_states import check_generators
 from ..distributed._sharded import placed_state
 from ..distributed._wrappers import bare_state, bare_tensors
 from ._optimizer_state import fitted_optimizer
@@ -33,7 +34,8 @@ def check_arguments(
         raise TypeError(f"ema: expected an EMA or a PowerEMA, got {type(ema).__name__}")
     if optimizer is not None:
         check_part(optimizer, Optimizer, "optimizer")
-    for name, parts in (("stateful", stateful), ("generators", generators), ("extra", extra)):
+    check_generators(generators)
+    for name, parts in (("stateful", stateful), ("extra", extra)):
         if parts is None:
             continue
         if not isinstance(parts, Mapping) or not all(isinstance(key, str) for key in parts):
@@ -45,8 +47,6 @@ def check_arguments(
                     f"stateful[{key!r}]: expected an object with state_dict and load_state_dict, "
                     f"got {type(part).__name__}"
                 )
-            if name == "generators":
-                check_part(part, torch.Generator, f"generators[{key!r}]")
 
 
 def has_state(part: object) -> bool:

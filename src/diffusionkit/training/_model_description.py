@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._schedules import schedule_dtype
 from ..distributed._wrappers import bare_class, bare_tensors, unwrapped
 from ..interfaces import ForwardSDE, ScoreModel
 
@@ -175,7 +176,8 @@ def _device(part: Any) -> torch.device:
 
 
 def _times(sde: ForwardSDE) -> Tensor:
-    return torch.tensor(_TIMES, dtype=torch.float64, device=_device(sde)) * sde.T
+    here = _device(sde)
+    return torch.tensor(_TIMES, dtype=schedule_dtype(here), device=here) * sde.T
 
 
 def _values(function: Callable[..., Any], *args: Any) -> list[float]:
@@ -183,7 +185,7 @@ def _values(function: Callable[..., Any], *args: Any) -> list[float]:
     found = function(*args)
     parts: Sequence[Any] = found if isinstance(found, tuple) else (found,)
     count = len(_TIMES)
-    columns = [torch.as_tensor(part, dtype=torch.float64).cpu().expand(count) for part in parts]
+    columns = [torch.as_tensor(part).detach().cpu().double().expand(count) for part in parts]
     return [float(number) for column in columns for number in column]
 
 

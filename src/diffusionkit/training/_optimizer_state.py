@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .._files import CheckpointError
 from .._weights import FLOATS, is_finite
-from ..distributed._sharded import placed_state, whole
+from ..distributed._sharded import placed_state
 
 # Of torch's optimizers: moments with the shape of their parameter, and numbers.
 _PARTS = ("optimizer", "optimizer_type", "optimizer_names", "optimizer_entries")
@@ -30,20 +30,21 @@ _NUMBERS = {"step", "eta", "mu", "mu_product"}
 _HOW = {"foreach", "fused", "capturable", "differentiable"}
 
 
-def saved_optimizer(optimizer: Optimizer | None, names: Mapping[int, str]) -> dict[str, Any]:
+def saved_optimizer(
+    optimizer: Optimizer | None, names: Mapping[int, str], state: Any
+) -> dict[str, Any]:
     """Return what a checkpoint stores of an optimizer, by part.
 
     Args:
         optimizer: the optimizer, if there is one.
         names: the names of parameters by their ids.
+        state: its state, with whole tensors.
 
     Raises:
         ValueError: if a moment is misshapen or not finite.
     """
     if optimizer is None:
         return dict.fromkeys(_PARTS)
-    # Whole tensors first: those of a sharded network have the shapes of its parameters.
-    state = whole(optimizer.state_dict())
     try:
         _check_state(optimizer, names, state)
     except _Problem as problem:

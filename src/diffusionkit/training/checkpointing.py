@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,8 +17,18 @@ from torch.optim import Optimizer
 from .._checks import check_count, check_flag, check_part, check_target_device
 from .._files import CheckpointError, read_torch
 from .._writing import check_suffix, checked_path
-from ..distributed._sharded import whole
+from ..distributed._group import rank_and_world_size
+from ..distributed._random_states import (
+    check_by_rank,
+    own_random_states,
+    restore_random_states,
+    saved_states,
+    state_for,
+    states_for,
+)
+from ..distributed._sharded import has_sharded, write_whole
 from ..distributed._wrappers import bare_state, load_bare_state
+from ..distributed.seeds import gather_random_states
 from ._averaged_weights import check_own_weights
 from ._checkpoint_parts import (
     averages_of,
@@ -37,22 +47,17 @@ from ._checkpoint_parts import (
 from ._model_description import described, difference
 from ._optimizer_state import fitted_optimizer, load_optimizer, saved_optimizer
 from ._payload import save_payload
-from ._random_states import (
-    check_random_states,
-    check_torch_state,
-    random_states,
-    restore_random_states,
-)
 from .ema import EMA
 from .power_ema import PowerEMA
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "diffusionkit.checkpoint"
-VERSION = 2
+VERSION = 3
 
 _PARTS: dict[str, Any] = {
     "step": int,
+    "world_size": int,
     "model": dict,
     "ema": dict | None,
     "optimizer": dict | None,
@@ -94,16 +99,21 @@ def save_checkpoint(
     step: int = 0,
     stateful: Mapping[str, Any] | None = None,
     generators: Mapping[str, torch.Generator] | None = None,
+    random_states: Sequence[Mapping[str, Any]] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the whole training state to a file.
 
     The file is complete and on the disk before it replaces the previous one, so a crash leaves
     one or the other. The states of Python's, numpy's and torch's global random generators are
-    stored too: on a CPU a resumed run continues bit for bit. Weights have the names of the model
-    without wrappers (torch.compile, DistributedDataParallel), and those of a sharded model are
-    gathered: then all processes must call this. A description of the model's process,
-    parameterization, noise label and network is stored with them.
+    stored too, those of this process or, with ``random_states``, of all: on a CPU a resumed run
+    continues bit for bit. Weights have the names of the model without wrappers (torch.compile,
+    DistributedDataParallel). A description of the model's process, parameterization, noise label
+    and network is stored with them.
+
+    One process may call this alone. If weights are sharded, all must: their whole tensors, and the
+    random states of all ranks, are gathered in the process that writes, one of those with the same
+    path, and all return when the file is complete.
 
     Args:
         path: the file.
@@ -115,6 +125,7 @@ def save_checkpoint(
         stateful: further objects with `state_dict` and `load_state_dict`, by name: a scheduler,
             a gradient scaler, `ReferenceBatches`.
         generators: the torch generators of your loop, by name.
+        random_states: the random states of all ranks, from `gather_random_states`.
         extra: plain values and tensors to keep.
 
     Raises:
@@ -129,28 +140,34 @@ def save_checkpoint(
     check_arguments(ema, optimizer, stateful, generators, extra)
     check_own_weights(model)
     parts, stateful = objective_parts(objective), stateful or {}
-    weights = whole(bare_state(model))
-    check_finite_weights("model", model, weights)
-    averages: Any = None if ema is None else whole(saved_state(ema))
-    for length, average in averages_of(ema).items():
-        state, name = (averages, "ema") if length is None else (averages[length], f"ema[{length}]")
-        check_finite_weights(name, average.model, state["model"])
-    names = parameter_names(model, parts, stateful)
-    payload = {
+    content = {
         "format": FORMAT,
         "version": VERSION,
         "step": step,
         "about": described(model),
-        "model": weights,
-        "ema": averages,
-        "objective": {name: whole(saved_state(part)) for name, part in parts.items()},
-        "stateful": {name: whole(saved_state(part)) for name, part in stateful.items()},
-        "generators": {name: g.get_state() for name, g in (generators or {}).items()},
-        "random": random_states(),
-        "extra": whole(dict(extra or {})),
-        **saved_optimizer(optimizer, names),
+        "model": bare_state(model),
+        "ema": None if ema is None else saved_state(ema),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "objective": {name: saved_state(part) for name, part in parts.items()},
+        "stateful": {name: saved_state(part) for name, part in stateful.items()},
+        "extra": dict(extra or {}),
     }
-    save_payload(path, payload)
+    if random_states is None and has_sharded(content):
+        random_states = gather_random_states(generators)
+    content |= saved_states(random_states, generators or {}, *rank_and_world_size())
+
+    def write(payload: dict[str, Any]) -> None:
+        averages = payload["ema"]
+        check_finite_weights("model", model, payload["model"])
+        for length, average in averages_of(ema).items():
+            name = "ema" if length is None else f"ema[{length}]"
+            state = averages if length is None else averages[length]
+            check_finite_weights(name, average.model, state["model"])
+        names = parameter_names(model, parts, stateful)
+        moments = saved_optimizer(optimizer, names, payload["optimizer"])
+        save_payload(path, payload | moments)
+
+    write_whole(path, content, write)
 
 
 def load_checkpoint(
@@ -243,6 +260,7 @@ def _loads(
     restore_random: bool,
 ) -> list[_Load]:
     """Return what is to be loaded, after checking all of it."""
+    rank, _ = rank_and_world_size()
     weights = fitted_model(file, "model", model, state["model"])
     if (problem := difference(described(model, weights), state["about"])) is not None:
         raise CheckpointError(f"{file}: {problem}")
@@ -257,12 +275,12 @@ def _loads(
             loads.append(_Load(partial(load_state, part), saved_state(part), after))
     try:
         for name, generator in asked["generators"].items():
-            after = state["generators"][name]
-            check_torch_state(after, torch.Generator(generator.device), f"generators[{name!r}]")
-            loads.append(_Load(generator.set_state, generator.get_state(), after.cpu()))
+            known = state["generators"][name]
+            after = state_for(rank, state["step"], known, generator, f"generators[{name!r}]")
+            loads.append(_Load(generator.set_state, generator.get_state(), after))
         if restore_random:
-            check_random_states(state["random"])
-            loads.append(_Load(restore_random_states, random_states(), state["random"]))
+            after = states_for(rank, state["step"], state["random"])
+            loads.append(_Load(restore_random_states, own_random_states(), after))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if (ema := asked["ema"]) is not None:
@@ -284,6 +302,11 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
     version = state.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(f"{path}: expected version {VERSION}, got {version}")
+    if version < VERSION and isinstance(state.get("generators"), dict):
+        # Earlier versions knew one process.
+        generators = {name: {0: part} for name, part in state["generators"].items()}
+        own = {"world_size": 1, "random": {0: state.get("random")}, "generators": generators}
+        state = state | own
     if version == 1:
         logger.warning(
             "%s: a file of version 1 does not know its process, parameterization, noise label and "
@@ -296,4 +319,11 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected {expected}, got one with odd or missing: {odd}")
     if type(state["step"]) is not int or state["step"] < 0:
         raise CheckpointError(f"{path}: step: expected a number >= 0, got {state['step']}")
+    try:
+        check_count(state["world_size"], "world_size")
+        check_by_rank(state["world_size"], state["random"], "random")
+        for name, by_rank in state["generators"].items():
+            check_by_rank(state["world_size"], by_rank, f"generators[{name!r}]")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return state

@@ -166,11 +166,13 @@ class LossSecondMomentTimes(TimeSampler):
         dtype = torch.promote_types(loss.dtype, torch.float32)  # float16 cannot index all steps
         pairs = gather_rows(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
         steps = len(self._counts)
+        # The memory of the tensors as arrays, whose single entries are quicker to set.
+        losses, counts = self._losses.numpy(), self._counts.numpy()
         for time, value in pairs[torch.isfinite(pairs).all(1)].tolist():
             i = round(time * steps / self._T) - 1
             if 0 <= i < steps:
-                self._losses[i, int(self._counts[i]) % self.history] = value
-                self._counts[i] += 1
+                losses[i, counts[i] % self.history] = value
+                counts[i] += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recorded losses (N, history) and the number recorded for each step (N,)."""

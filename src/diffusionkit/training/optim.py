@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .._checks import check_count, check_number, check_part, check_positive
+from .._schedules import schedule_dtype
+from ..distributed._group import largest
+from ..distributed._sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +45,8 @@ class StepReport:
     """The result of an optimizer step.
 
     Args:
-        norm: the norm of the gradients before clipping.
-        skipped: whether the step was skipped because a gradient was not finite.
+        norm: the norm of the gradients before clipping; NaN while gradients are accumulated.
+        skipped: whether no step was taken: a gradient was not finite, or gradients are accumulated.
     """
 
     norm: float
@@ -56,13 +61,21 @@ def clipped_step(
     With a NaN or infinite gradient the step is skipped, with a warning in the log; parameters and
     optimizer state do not change. Gradients are set to None in both cases.
 
+    Parameters may be sharded, as by `fully_shard`, or not, or some of both. All processes of a
+    process group must call this equally often: they exchange one tensor of three numbers, so that
+    all clip by the same factor, or all skip the step. The host waits for the device once.
+
+    Call this when the gradients are complete. If they are accumulated over several backward
+    passes, that is after the last one. Inside `accelerator.accumulate` it may be called after each:
+    with an optimizer that accelerate prepared, nothing is done before the last one.
+
     Args:
         optimizer: the optimizer.
         max_norm: the largest norm of all gradients together; with `math.inf` nothing is clipped.
         parameters: the parameters to clip, all of the optimizer's by default.
 
     Raises:
-        ValueError: if max_norm is not positive, or no parameter has a gradient.
+        ValueError: if max_norm is not positive, or no parameter has a gradient in some process.
         TypeError: if the optimizer is none, or a parameter is not a tensor.
     """
     check_part(optimizer, Optimizer, "optimizer")
@@ -70,21 +83,23 @@ def clipped_step(
     if max_norm != math.inf:
         check_positive(max_norm, "max_norm")
     every = [p for group in optimizer.param_groups for p in group["params"]]
-    selected = every if parameters is None else _checked(parameters)
-    chosen = [p for p in selected if p.grad is not None]
-    if not chosen:
-        raise ValueError("parameters: expected gradients, got none; call loss.backward() first")
-    norm = _norm(chosen)
-    whole = norm if parameters is None else _norm(every)
-    finite = math.isfinite(float(norm)) and math.isfinite(float(whole))
+    chosen = every if parameters is None else _checked(parameters)
+    if _accumulates(optimizer):
+        return StepReport(norm=math.nan, skipped=True)
+    clipped = [p.grad for p in chosen if p.grad is not None]
+    grads = [clipped]
+    if parameters is not None:
+        grads.append([p.grad for p in every if p.grad is not None])
+    norms = _agreed_norms(grads, [*chosen, *every])
+    finite = all(map(math.isfinite, norms))
     if finite:
         if max_norm != math.inf:
-            torch.nn.utils.clip_grads_with_norm_(chosen, max_norm, norm)
+            _clip(clipped, max_norm, norms[0])
         optimizer.step()
     else:
-        logger.warning("skipped an optimizer step: the norm of the gradients is %s", float(whole))
+        logger.warning("skipped an optimizer step: the norm of the gradients is %s", norms[-1])
     optimizer.zero_grad(set_to_none=True)
-    return StepReport(norm=float(norm), skipped=not finite)
+    return StepReport(norm=norms[0], skipped=not finite)
 
 
 def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -97,10 +112,60 @@ def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
     return chosen
 
 
-def _norm(parameters: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients, of those parameters that have one, at least in float32."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    # Tensors of half precision enter by their norms, which may not fit in half precision.
-    half = [g for g in grads if g.dtype.itemsize < 4]
-    norms = torch._foreach_norm(half, 2, dtype=torch.float32) if half else []
-    return torch.nn.utils.get_total_norm([*norms, *(g for g in grads if g.dtype.itemsize >= 4)])
+def _accumulates(optimizer: Optimizer) -> bool:
+    """Whether an optimizer that accelerate prepared ignores steps, to accumulate gradients."""
+    state = getattr(optimizer, "gradient_state", None)
+    return getattr(state, "sync_gradients", True) is False
+
+
+def _agreed_norms(grads: list[list[Tensor]], parameters: list[Tensor]) -> list[float]:
+    """Return the norms of lists of gradients, the largest of all processes.
+
+    Raises:
+        ValueError: if the first list is empty in some process.
+    """
+    norms = [_norm(some) for some in grads]
+    first = next((x for x in (*norms, *parameters) if x is not None), torch.zeros(()))
+    zero = torch.zeros((), dtype=schedule_dtype(first.device), device=first.device)
+    # A process without gradients says so, since the others wait for it.
+    numbers = [zero + (norms[0] is None), *(zero if norm is None else norm for norm in norms)]
+    alike = torch.stack([number.to(zero.device, zero.dtype) for number in numbers])
+    missing, *found = largest(alike).tolist()
+    if missing:
+        raise ValueError("parameters: expected gradients, got none; call loss.backward() first")
+    return cast(list[float], found)
+
+
+def _norm(grads: list[Tensor]) -> Tensor | None:
+    """Return the norm of gradients, at least in float32, or None if there are none."""
+    norms: list[Tensor] = []
+    for (mesh, _, dtype), some in _alike(grads).items():
+        # The norm of a tensor of half precision may not fit in half precision.
+        wide = torch.float32 if dtype.itemsize < 4 else None
+        parts = list(torch._foreach_norm(some, 2, dtype=wide))
+        if mesh is not None:
+            total: Any = torch.linalg.vector_norm(torch.stack(parts))
+            parts = [total.full_tensor()]
+        norms += parts
+    if not norms:
+        return None
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+def _clip(grads: list[Tensor], max_norm: float, norm: float) -> None:
+    """Multiply gradients in place by max_norm / norm, unless that is at least 1."""
+    double = any(grad.dtype == torch.float64 for grad in grads)
+    dtype = torch.float64 if double else torch.float32
+    factor = float(max_norm / (torch.tensor(norm, dtype=dtype) + 1e-6))
+    if factor < 1.0:
+        for some in _alike(grads).values():
+            torch._foreach_mul_(some, factor)
+
+
+def _alike(grads: list[Tensor]) -> dict[tuple[Any, torch.device, torch.dtype], list[Tensor]]:
+    """Return gradients by device mesh, which is None unless they are sharded, device and dtype."""
+    groups: defaultdict[tuple[Any, torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        mesh = cast(Any, grad).device_mesh if is_sharded(grad) else None
+        groups[mesh, grad.device, grad.dtype].append(grad)
+    return groups

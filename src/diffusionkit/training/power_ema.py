@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -17,7 +18,7 @@ from typing_extensions import override
 from .._checks import check_count, check_floating_dtype, check_number, check_part, check_sequence
 from .._files import CheckpointError, read_torch
 from .._writing import checked_path, save_torch
-from ..distributed._sharded import whole
+from ..distributed._sharded import write_whole
 from .ema import EMA, Averages, Model_co
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,9 @@ class PowerEMA(Averages, Generic[Model_co]):
     ) -> list[Path]:
         """Save a snapshot of each average to a folder, each file written atomically.
 
+        Several ranks may save to the same folder. Weights that are sharded are gathered, in the
+        process that writes: then all ranks must call this.
+
         Args:
             folder: the folder, created if it does not exist.
             dtype: the dtype of the saved weights, their own by default; torch.float16 halves
@@ -159,14 +163,14 @@ class PowerEMA(Averages, Generic[Model_co]):
         for sigma_rel, average in self.averages.items():
             parameters = average.model.named_parameters(remove_duplicate=False)
             averaged = [n for n, p in parameters if p.is_floating_point() or p.is_complex()]
-            weights = dict(whole(average.model.state_dict()))
+            weights = dict(average.model.state_dict())
             weights |= {name: weights[name].to(dtype or weights[name].dtype) for name in averaged}
             content = {
                 "format": FORMAT, "version": VERSION, "updates": self.updates,
                 "sigma_rel": float(sigma_rel), "averaged": averaged, "model": weights,
             }  # fmt: skip
-            paths.append(place / f"{self.updates:09d}-{sigma_rel:g}.pt")
-            save_torch(paths[-1], content)
+            paths.append(path := place / f"{self.updates:09d}-{sigma_rel:g}.pt")
+            write_whole(path, content, partial(save_torch, path))
         return paths
 
 

@@ -40,7 +40,8 @@ class ReferenceBatches:
         batch_size: the size B of the batches.
         reference_size: the size n of the references, in each process.
         seed: the seed of the order; the same seed and epoch give the same batches.
-        rank: the share of the data to use, by default this process's in torch.distributed.
+        rank: the share of the data to use, by default this process's in torch.distributed when an
+            epoch begins.
         world_size: the number of shares.
         loader: options of torch.utils.data.DataLoader, such as num_workers, pin_memory and
             collate_fn.
@@ -73,30 +74,35 @@ class ReferenceBatches:
                 "dataset: expected a map-style data set with a length, "
                 f"got {type(dataset).__name__}"
             )
-        rank, world_size = rank_and_world_size(rank, world_size)
         check_count(batch_size, "batch_size")
         check_count(reference_size, "reference_size")
-        check_count(world_size, "world_size")
-        check_count(rank, "rank", least=0)
         check_count(seed, "seed", least=0, most=2**63 - 1)
-        share = len(dataset) // world_size
-        if not batch_size <= reference_size <= share:
-            raise ValueError(
-                f"batch_size, reference_size: expected batch_size <= reference_size <= {share}, "
-                f"the number of items of each process, got {batch_size}, {reference_size}"
-            )
-        if rank >= world_size:
-            raise ValueError(f"rank: expected an integer < {world_size}, got {rank}")
         self.dataset: Any = dataset
         self.batch_size, self.reference_size = batch_size, reference_size
-        self.seed, self.rank, self.world_size, self.loader = seed, rank, world_size, loader
-        self.epoch, self._share = 0, share
+        self.seed, self.loader, self.epoch = seed, loader, 0
+        self._group = rank, world_size
         # The steps of the next epoch that were taken before, and the place of the current one.
         self._taken, self._place = 0, (0, 0)
+        self._loaded_world_size = 0  # of the state that was loaded
+        self._share()
+
+    def _share(self) -> tuple[int, int, int]:
+        """Return rank, world size and number of items of this process, as they are now.
+
+        Not as they were in the constructor: the process group may have begun later.
+        """
+        rank, world_size = rank_and_world_size(*self._group)
+        share = len(self.dataset) // world_size
+        if not self.batch_size <= self.reference_size <= share:
+            raise ValueError(
+                f"batch_size, reference_size: expected batch_size <= reference_size <= {share}, "
+                f"the number of items of each process, got {self.batch_size}, {self.reference_size}"
+            )
+        return rank, world_size, share
 
     def __len__(self) -> int:
         """Return the number of steps per epoch."""
-        return self._share // self.batch_size
+        return self._share()[-1] // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Set the next epoch; by default epochs count up from 0.
@@ -133,7 +139,7 @@ class ReferenceBatches:
         if state["step"] >= len(self):
             raise ValueError(f"step: expected a number below {len(self)}, got {state['step']}")
         self.epoch, self._taken = state["epoch"], state["step"]
-        self._place = self.epoch, self._taken
+        self._place, self._loaded_world_size = (self.epoch, self._taken), state["world_size"]
 
     def _order(self) -> dict[str, int]:
         """Return what determines the batches of an epoch, in all processes."""
@@ -142,31 +148,34 @@ class ReferenceBatches:
             "batch_size": self.batch_size,
             "reference_size": self.reference_size,
             "seed": self.seed,
-            "world_size": self.world_size,
+            "world_size": self._share()[1],
         }
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         """Yield (batch, reference) for each step of the next epoch, tensors or tuples of them."""
+        rank, world_size, share = self._share()
+        if self._taken and world_size != (loaded := self._loaded_world_size):
+            raise ValueError(f"world_size: expected {loaded}, as in the state, got {world_size}")
         epoch, size, taken = self.epoch, self.batch_size, self._taken
         self.epoch, self._taken, self._place = epoch + 1, 0, (epoch, taken)
         shuffled = torch.randperm(len(self.dataset), generator=seeded(self.seed, epoch))
-        order = shuffled[self.rank :: self.world_size][: self._share].tolist()
-        first = min(taken * size, self._share - self.reference_size)
-        starts = range(first + self.reference_size, self._share, size)
+        order = shuffled[rank::world_size][:share].tolist()
+        first = min(taken * size, share - self.reference_size)
+        starts = range(first + self.reference_size, share, size)
         new = [order[first : starts.start], *(order[start : start + size] for start in starts)]
         pieces = iter(
             DataLoader(
                 self.dataset,
                 batch_sampler=new,
-                generator=seeded(self.seed, epoch, self.rank),
+                generator=seeded(self.seed, epoch, rank),
                 **self.loader,
             )
         )
         piece = next(pieces)
         pool, single = _tensors(piece), isinstance(piece, Tensor)
-        for step in range(taken, len(self)):
+        for step in range(taken, share // size):
             begin = step * size
-            if first < min(begin, self._share - self.reference_size):
+            if first < min(begin, share - self.reference_size):
                 piece = _tensors(next(pieces))
                 count = len(piece[0])
                 first += count

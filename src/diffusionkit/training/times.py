@@ -20,8 +20,11 @@ from .._checks import (
     check_positive,
     check_target_device,
     check_times,
+    readable,
 )
+from .._coefficients import Coefficient
 from .._schedules import home, schedule_dtype
+from ..distributed._group import first_of_all, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, rand, randn
 
@@ -55,14 +58,24 @@ def _stratified(
     dtype: torch.dtype,
     sampler: TimeSampler,
 ) -> Tensor:
-    """Return n numbers evenly spaced over [0, 1), all shifted by one uniform draw."""
+    """Return n numbers evenly spaced over [0, 1), all shifted by one uniform draw.
+
+    In training, processes share the shift of the first of them, and the numbers of one lie between
+    those of another: n of each of W processes are 1 / (n W) apart. For different n those of each
+    process are evenly spaced. Each process draws a shift, so that its generator advances.
+    """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(
             f"generator: expected a torch.Generator or None, got {type(generator).__name__}; "
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
     shift = rand(1, generator=generator, device=device, dtype=dtype)
-    return (shift + torch.arange(n, device=device, dtype=dtype) / n) % 1.0
+    rank, world = rank_and_world_size()
+    index = torch.arange(n, device=device, dtype=dtype)
+    # Where no gradients are wanted, as in an evaluation by one process, the others do not draw.
+    if world > 1 and torch.is_grad_enabled():
+        shift, index = first_of_all(shift), index + rank / world
+    return (shift + index / n) % 1.0
 
 
 def check_draw(
@@ -109,7 +122,8 @@ class StratifiedTimes(TimeSampler):
         u_i = (u_0 + i / n) \bmod 1, \quad t = t_{min} + (T - t_{min}) u, \quad \text{weight } 1
 
     Each single time is uniform. The batch shares one draw, so one generator for each sample
-    raises TypeError.
+    raises ValueError. In training, processes of a group share it too, a broadcast of one number:
+    their times together are evenly spaced, and all must draw equally often.
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix I.1).
     """
@@ -143,8 +157,8 @@ class ImportanceTimes(TimeSampler):
     that all times have the same weight and the loss has far less variance.
 
     Args:
-        stratified: whether the times of a batch are evenly spaced with one random shift; must be
-            False with one generator for each sample.
+        stratified: whether the times of a batch are evenly spaced with one random shift, as those
+            of `StratifiedTimes`; must be False with one generator for each sample.
 
     Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021, arXiv
     2101.09258 (section 5); Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630.
@@ -165,8 +179,9 @@ class ImportanceTimes(TimeSampler):
         Raises:
             ValueError: if Z is infinite: sigma(t_min) or alpha(T) is 0.
         """
-        first, last = self._ends(sde, None)
-        return float(first - last)
+        first, last = map(float, self._ends(sde, None))
+        check_log_snr((first, last), sde.t_min, sde.T)
+        return first - last
 
     @override
     def sample(
@@ -184,23 +199,34 @@ class ImportanceTimes(TimeSampler):
             u = _stratified(n, generator, device, exactly, self)
         else:
             u = rand(n, generator=generator, device=device, dtype=exactly)
-        first, last = self._ends(sde, device)
-        t = self.quantile(sde, u)
+        ends = self._ends(sde, device)
+        t = self._at(sde, u, ends)
         rate = (sde.diffusion(t) / sde.marginal(t)[1]).square().detach()
-        weight = (first - last) / ((sde.T - sde.t_min) * rate)
+        weight = (ends[0] - ends[1]) / ((sde.T - sde.t_min) * rate)
         return t.to(dtype or exactly), weight.to(dtype or exactly)
 
     def quantile(self, sde: ForwardSDE, u: Tensor) -> Tensor:
         """Return the times (n,) below which a fraction u (n,) of the distribution lies."""
-        first, last = self._ends(sde, u.device)
+        return self._at(sde, u, self._ends(sde, u.device))
+
+    def _at(self, sde: ForwardSDE, u: Tensor, ends: tuple[Coefficient, Coefficient]) -> Tensor:
+        first, last = ends
         return sde.time_at_log_snr(first + (last - first) * u).clamp(sde.t_min, sde.T)
 
-    def _ends(self, sde: ForwardSDE, device: torch.device | str | None) -> Tensor:
-        """Return the log-SNR at t_min and T, (2,)."""
-        at = torch.tensor([sde.t_min, sde.T], dtype=schedule_dtype(device), device=home(sde))
-        ends = sde.log_snr(at).detach().to(device)
-        check_log_snr(ends.tolist(), sde.t_min, sde.T)
-        return ends
+    def _ends(
+        self, sde: ForwardSDE, device: torch.device | str | None
+    ) -> tuple[Coefficient, Coefficient]:
+        """Return the log-SNR at t_min and T, floats where reading them is free."""
+        here = home(sde)
+        if torch.compiler.is_compiling() and here.type == "cpu":
+            here = torch.device(device or "cpu")
+        at = torch.linspace(sde.t_min, sde.T, 2, dtype=schedule_dtype(here), device=here)
+        ends = sde.log_snr(at).detach()
+        if not readable(ends):
+            return ends[0], ends[1]
+        first, last = ends.tolist()
+        check_log_snr((first, last), sde.t_min, sde.T)
+        return first, last
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffusionkit import CheckpointError, load_checkpoint, save_checkpoint
+from diffusionkit.distributed._random_states import check_torch_state, own_random_states
 from diffusionkit.training import checkpointing
-from diffusionkit.training._random_states import check_torch_state, random_states
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +71,14 @@ def test_every_wrong_state_is_refused_by_name_and_changes_nothing(monkeypatch, t
     save_checkpoint(tmp_path / "run.pt", model)
     content = torch.load(tmp_path / "run.pt", weights_only=True)
     count = 0
-    for name, wrong in wrong_states(content["random"]):
-        state = {**content, "random": {**content["random"], name: wrong}}
+    good = content["random"][0]
+    for name, wrong in wrong_states(good):
+        state = {**content, "random": {0: {**good, name: wrong}}}
         monkeypatch.setattr(checkpointing, "read_torch", lambda *_, state=state, **__: state)
-        before = copy.deepcopy(random_states())
+        before = copy.deepcopy(own_random_states())
         with pytest.raises(CheckpointError, match=rf"run\.pt: random\['{name}'\]"):
             load_checkpoint("run.pt", model)
-        after = random_states()
+        after = own_random_states()
         assert torch.equal(after.pop("torch"), before.pop("torch"))
         assert str(after) == str(before)
         count += 1
@@ -112,8 +113,13 @@ def test_states_of_own_generators_are_checked(tmp_path, monkeypatch) -> None:
     model, generator = torch.nn.Linear(1, 1), torch.Generator().manual_seed(3)
     save_checkpoint(tmp_path / "run.pt", model, generators={"loop": generator})
     content = torch.load(tmp_path / "run.pt", weights_only=True)
-    for wrong in (None, 3, content["random"]["torch"][:-1], torch.zeros(5056, dtype=torch.uint8)):
-        state = {**content, "generators": {"loop": wrong}}
+    for wrong in (
+        None,
+        3,
+        content["random"][0]["torch"][:-1],
+        torch.zeros(5056, dtype=torch.uint8),
+    ):
+        state = {**content, "generators": {"loop": {0: wrong}}}
         monkeypatch.setattr(checkpointing, "read_torch", lambda *_, state=state, **__: state)
         before = generator.get_state()
         with pytest.raises(CheckpointError, match=r"generators\['loop'\]: expected"):
@@ -124,4 +130,4 @@ def test_states_of_own_generators_are_checked(tmp_path, monkeypatch) -> None:
 def test_another_global_generator_of_numpy_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(np.random, "get_state", lambda: {"bit_generator": "PCG64", "state": {}})
     with pytest.raises(ValueError, match="numpy: expected its global generator to be MT19937"):
-        random_states()
+        own_random_states()

@@ -1,0 +1,33 @@
+"""Tensors that are made once for each device and dtype, and kept there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """Tables by what they were made for: a copy to a device would be repeated in every step.
+
+    Nothing is kept of a graph that is traced, or of tensors without data.
+    """
+
+    __slots__ = ("_made",)
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, T] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what was made for a key, or make it."""
+        found = self._made.get(key)
+        if found is None:
+            with torch.inference_mode(False):
+                found = make()
+            if not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
+                self._made[key] = found
+        return found

@@ -1,0 +1,10 @@
+"""The command ``python -m diffusionkit.metrics``: compare two sets of images."""
+
+from __future__ import annotations
+
+import sys
+
+from .command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

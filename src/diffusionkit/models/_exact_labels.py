@@ -1,0 +1,71 @@
+"""Noise labels that reach a network in float32, whatever its wrappers cast.
+
+`fully_shard` with a `MixedPrecisionPolicy`, DistributedDataParallel with one, and Lightning Fabric
+cast all floating-point inputs of a network to bfloat16, which cannot distinguish 999 t from
+999 (t + .003). The label is passed twice: as a tensor, which they may cast, and in an object, which
+they do not know. A hook of the innermost network puts the second in the place of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..distributed._wrappers import casts_inputs, unwrapped
+
+_NAME = "_exact_noise_label"
+
+
+class _Exact:
+    """A noise label that is not a tensor."""
+
+    __slots__ = ("label",)
+
+    def __init__(self, label: Tensor) -> None:
+        self.label = label
+
+
+def _restore(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Replace the noise label of a call by the exact one, if there is one."""
+    if _NAME not in kwargs:
+        return None
+    kwargs = dict(kwargs)
+    x, label, *others = args
+    exact: _Exact = kwargs.pop(_NAME)
+    return (x, exact.label.to(label.device), *others), kwargs
+
+
+class LabelGuard:
+    """Calls a network that may be inside wrappers, and protects its noise labels from casts.
+
+    Args:
+        network: the network. Another may be called, and this one be wrapped or sharded later.
+    """
+
+    __slots__ = ("_casts", "_kind", "_network")
+
+    def __init__(self, network: object) -> None:
+        self._prepare(network)
+
+    def __call__(
+        self, network: Callable[..., Any], x: Tensor, noise_label: Tensor, cond: dict[str, Any]
+    ) -> Any:
+        """Return the output of a network for an input and noise labels in float32 or float64."""
+        # Its class changes when a network is sharded.
+        if network is not self._network or type(network) is not self._kind:
+            self._prepare(network)
+        if self._casts:
+            cond = {**cond, _NAME: _Exact(noise_label)}
+        return network(x, noise_label, **cond)
+
+    def _prepare(self, network: object) -> None:
+        self._network, self._kind = network, type(network)
+        self._casts = False
+        if isinstance(network, nn.Module) and casts_inputs(network):
+            self._casts, bare = True, unwrapped(network)
+            if _restore not in bare._forward_pre_hooks.values():
+                bare.register_forward_pre_hook(_restore, with_kwargs=True)

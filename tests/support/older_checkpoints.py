@@ -1,0 +1,15 @@
+"""Contents of checkpoints as earlier versions wrote them."""
+
+from typing import Any
+
+
+def as_version(version: int, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a checkpoint of one process as an earlier version had it."""
+    generators = {name: by_rank[0] for name, by_rank in content["generators"].items()}
+    older = content | {
+        "version": version, "random": content["random"][0], "generators": generators,
+    }  # fmt: skip
+    later = ["world_size"]
+    if version == 1:
+        later += ["about", "objective", "optimizer_names", "optimizer_entries"]
+    return {name: part for name, part in older.items() if name not in later}
