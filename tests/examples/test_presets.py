@@ -198,7 +198,9 @@ def test_published_correctors_and_references(presets):
     snr = {"cifar10": 0.16, "celebahq256": 0.075, "celebahq1024": 0.15}
     for data, value in snr.items():
         settings = presets.load(f"score-sde-{data}-ncsnpp-ve")
-        assert settings["sampler"]["corrector"] == {"name": "Langevin", "snr": value}
+        assert settings["sampler"]["corrector"] == {
+            "name": "Langevin", "snr": value, "norm": "batch",
+        }  # fmt: skip
     assert presets.load("stf-cifar10-ncsnpp-ve")["training"]["reference_size"] == 4096
     assert presets.load("stf-cifar10-edm-ncsnpp")["training"]["reference_size"] == 1024
 
