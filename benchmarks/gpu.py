@@ -104,7 +104,8 @@ def launches(run: Run, device: torch.device) -> int | str:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profiler.events() or ())
+    events = profiler.events() or ()
+    return len([event for event in events if event.device_type.name == "CUDA"])
 
 
 def plain(x: Tensor, name: str) -> Tensor:
@@ -260,7 +261,7 @@ class GraphedStep:
         """Record the step on tensors that every later one reuses."""
         self.x, self.model = x.clone(), model
         self.t, self.s = x.new_full((len(x),), 0.5), x.new_full((len(x),), 0.4)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and tables copied before recording
             for _ in range(3):
