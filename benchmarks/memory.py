@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from diffusionkit import ScoreMatching
@@ -49,18 +49,21 @@ BATCHES = {
 }
 
 
-class Memory(TorchDispatchMode):
-    """A count of the bytes of all storages that are alive.
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A count of the bytes of all storages that are alive, and of operations.
+
+    torch's FlopCounterMode holds graphs that have been freed, which would count as memory.
 
     Attributes:
         now: the bytes at the moment.
         peak: the most so far.
+        flop: the operations so far.
     """
 
     def __init__(self) -> None:
         """Start with nothing."""
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.flop = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def add(self, value: Any) -> None:
@@ -90,6 +93,8 @@ class Memory(TorchDispatchMode):
         """Run an operation and count its results."""
         result = func(*args, **(kwargs or {}))
         self.add(result)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flop += count(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -115,19 +120,19 @@ def training_step(name: str, batch: int, *, checkpointing: bool) -> Step:
         if data["classes"]:
             given["class_labels"] = torch.zeros(batch, dtype=torch.long)
     parameters = list(parts.model.parameters())
-    memory, operations = Memory(), FlopCounterMode(display=False)
-    with memory, operations:
-        memory.add([*parts.model.state_dict().values(), x])
+    counter = Counter()
+    with counter:
+        counter.add([*parts.model.state_dict().values(), x])
         average = presets.average(settings, parts.model)
         optimizer = presets.optimizer(settings, parameters)
         for _ in range(2):  # the first step makes the state of the optimizer
             gc.collect()  # of tensors in cycles, which would count twice
-            ScoreMatching()(parts.model, x, **given).mean().backward()
+            ScoreMatching()(parts.model, x, **given).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             average.update(parts.model)
     count = sum(p.numel() for p in parts.network.parameters())
-    return Step(count, memory.peak / 2**30, operations.get_total_flops() / 2e12)
+    return Step(count, counter.peak / 2**30, counter.flop / 2e12)
 
 
 def fits(step: Step, batch: int, card: float) -> int:

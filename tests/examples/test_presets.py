@@ -198,7 +198,9 @@ def test_published_correctors_and_references(presets):
     snr = {"cifar10": 0.16, "celebahq256": 0.075, "celebahq1024": 0.15}
     for data, value in snr.items():
         settings = presets.load(f"score-sde-{data}-ncsnpp-ve")
-        assert settings["sampler"]["corrector"] == {"name": "Langevin", "snr": value}
+        assert settings["sampler"]["corrector"] == {
+            "name": "Langevin", "snr": value, "norm": "batch",
+        }  # fmt: skip
     assert presets.load("stf-cifar10-ncsnpp-ve")["training"]["reference_size"] == 4096
     assert presets.load("stf-cifar10-edm-ncsnpp")["training"]["reference_size"] == 1024
 
@@ -286,7 +288,7 @@ def test_a_preset_can_call_nothing_else(presets):
 TINY = ["network.width=8", "network.multipliers=[1]", "network.attention_levels=[]"]
 
 
-def test_a_model_is_restored_from_its_checkpoint(presets, tmp_path):
+def test_a_model_is_restored_from_its_checkpoint(presets, tmp_path, caplog):
     settings = presets.load("tiny-glyphs", TINY)
     parts = presets.build(settings)
     average = presets.average(settings, parts.model)
@@ -304,10 +306,27 @@ def test_a_model_is_restored_from_its_checkpoint(presets, tmp_path):
     for name, value in average.model.state_dict().items():
         assert torch.equal(run.model.state_dict()[name], value)
     assert presets.sampler(run.settings, run.model)((2, 1, 16, 16)).shape == (2, 1, 16, 16)
+    assert not caplog.records  # of the moments that nobody asked for
     begun = presets.load("tiny-glyphs", [*TINY, f'training.start_from="{path}"'])
     other = presets.build(begun).model
     presets.start(begun, other)
     assert torch.equal(next(other.parameters()), next(average.model.parameters()))
+
+
+def test_a_trained_dequantizer_is_restored(presets, tmp_path):
+    changes = [*NARROW, "dequantization.width=8", "dequantization.steps=1"]
+    settings = presets.load("score-flow-cifar10-vp-dequantizer", changes)
+    parts = presets.build(settings)
+    parts.dequantizer(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))  # sets its scales
+    with torch.no_grad():
+        for parameter in parts.dequantizer.parameters():
+            parameter.add_(0.1)
+    path, average = tmp_path / "step.pt", presets.average(settings, parts.model)
+    save_checkpoint(path, parts.model, ema=average, extra={"settings": settings},
+                    stateful={"dequantizer": parts.dequantizer})  # fmt: skip
+    restored = presets.restore(path).parts.dequantizer
+    for name, value in parts.dequantizer.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], value), name
 
 
 def test_checkpoints_without_settings_are_refused(presets, tmp_path):

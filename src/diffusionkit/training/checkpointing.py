@@ -188,7 +188,8 @@ def load_checkpoint(
     processes and labels are compared by their values, networks by class and arguments. To use
     its weights in another model, load them into one like the file's and pass on its network.
     Moments of the optimizer are matched to parameters by name. Parts of the file that are not
-    asked for are listed in a warning in the log.
+    asked for are listed in a warning in the log, unless training cannot be what goes on: without
+    an optimizer and random states, they are listed for information.
 
     Args:
         path: the file.
@@ -239,7 +240,8 @@ def load_checkpoint(
             f"got {type(error).__name__}: {error}"
         ) from error
     if unread := list(unread_parts(state, asked)):
-        logger.warning("%s: not loaded, since nothing asked for it: %s", file, ", ".join(unread))
+        level = logging.WARNING if optimizer is not None or restore_random else logging.INFO
+        logger.log(level, "%s: not loaded, since nothing asked for it: %s", file, ", ".join(unread))
     return Checkpoint(step=state["step"], extra=state["extra"])
 
 
