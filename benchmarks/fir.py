@@ -2,8 +2,8 @@
 
 The released algorithm, reimplemented: insert zeros, pad, convolve every channel as a separate image
 at full resolution, keep every second pixel. Both alternate within one run, forward and forward with
-backward; the table shows medians and ratios paired by round. On a GPU it also compares the fused
-kernel with plain torch: bandwidth relative to a device copy, and kernel launches.
+backward; the table shows medians and ratios paired by round. `benchmarks/gpu.py` has the bandwidth
+of the fused kernels.
 
     python benchmarks/fir.py [--rounds 9] [--threads 2] [--device cpu]
 """
@@ -19,9 +19,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from diffusionkit.ops import _plain, fir_downsample, fir_upsample
+from diffusionkit.ops import fir_downsample, fir_upsample
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
 Resample = Callable[[Tensor], Tensor]
@@ -44,13 +43,6 @@ RELEASED: dict[str, Resample] = {
     "up": partial(released, up=2, pads=(2, 1)),
     "down": partial(released, down=2, pads=(1, 1)),
 }
-
-
-def plain(x: Tensor, name: str) -> Tensor:
-    """Resample without the fused kernel."""
-    if name == "up":
-        return _plain.upfirdn(x, TAPS, 4 / 64, 2, 1, [(2, 1)] * 2)
-    return _plain.upfirdn(x, TAPS, 1 / 64, 1, 2, [(1, 1)] * 2)
 
 
 def forward(resample: Resample, x: Tensor) -> Run:
@@ -113,56 +105,6 @@ def compare(rounds: int, device: torch.device) -> None:
             )
 
 
-def launches(run: Run) -> int:
-    """Count the kernels and copies that a run launches on the device."""
-    run()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profiler.events() or ())
-
-
-def device_milliseconds(run: Run, rounds: int) -> float:
-    """Return the median device time of a run over rounds."""
-    run()
-    times: list[float] = []
-    for _ in range(rounds):
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        for _ in range(20):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 20)
-    return statistics.median(times)
-
-
-def bandwidth(rounds: int, device: torch.device) -> None:
-    """Print the bandwidth, absolute and relative to a copy, and the number of launches."""
-    print("\n| (64, 128, 64, 64) | fused, GB/s | vs. copy | plain, GB/s | launches: fused, plain |")
-    print("|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.randn(64, 128, 64, 64, device=device, dtype=dtype)
-        source = torch.randn(2**28 // x.itemsize, device=device, dtype=dtype)
-        target = torch.empty_like(source)
-        rate = 2 * source.nbytes / device_milliseconds(partial(target.copy_, source), rounds)
-        for name, ours in OURS.items():
-            moved = x.nbytes + ours(x).nbytes
-            for label, make, passes in (
-                ("forward", forward, 1),
-                ("forward + backward", backward, 2),
-            ):
-                runs = [make(resample, x) for resample in (ours, partial(plain, name=name))]
-                fused, other = (moved * passes / device_milliseconds(r, rounds) for r in runs)
-                counts = ", ".join(str(launches(run)) for run in runs)
-                print(
-                    f"| {dtype}, {name}, {label} | {fused / 1e6:.0f} | {fused / rate:.0%} "
-                    f"| {other / 1e6:.0f} | {counts} |"
-                )
-
-
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -175,10 +117,6 @@ def main() -> None:
     device = torch.device(arguments.device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
     compare(arguments.rounds, device)
-    if device.type == "cuda":
-        bandwidth(arguments.rounds, device)
-    else:
-        print("\nBandwidth and launches of the fused kernel are measured on a GPU only.")
 
 
 if __name__ == "__main__":

@@ -86,12 +86,12 @@ def train(epochs: int = 4, batch_size: int = 128, limit: int | None = None) -> G
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for epoch in range(epochs):
         order = torch.randperm(len(images))[:limit]
-        for index in order.split(batch_size)[: len(images) // batch_size]:
+        for index in torch.split(order, batch_size)[: len(images) // batch_size]:
             shifts = torch.randint(-2, 3, (2,)).tolist()
             moved = images[index].roll(shifts, (2, 3))
             loss = F.cross_entropy(network(moved)[1], labels[index], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)

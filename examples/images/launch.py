@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusionkit.networks.unet import Stage
@@ -59,11 +61,11 @@ def launched(minutes: float = 10) -> Iterator[Place]:
     joins = "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized()
     if joins:
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=minutes)
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # torchrun keeps one store when it starts processes again: without names of their own they
         # may find the addresses of the ones before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt-{attempt}-of-{world_size}", store)
+        store = PrefixStore(f"attempt-{attempt}-of-{world_size}", store)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )

@@ -39,7 +39,8 @@ class Losses:
         )
         self.learned = parts.dequantizer if learned else None
         if parts.augmentation is not None:
-            parts.model.data_range = None  # augmented images may overshoot it
+            model: Any = parts.model
+            model.data_range = None  # augmented images may overshoot it
 
     def generators(self, positions: Iterable[int]) -> list[torch.Generator]:
         """Return the generators of the images at positions."""

@@ -28,7 +28,7 @@ def grid(images: Tensor) -> Any:
     n, channels, height, width = images[: ROWS * COLUMNS].shape
     full = torch.zeros((ROWS * COLUMNS, channels, height + 2, width + 2), dtype=torch.uint8)
     full[:n, :, 1:-1, 1:-1] = images[: ROWS * COLUMNS]
-    rows = full.unflatten(0, (ROWS, COLUMNS)).permute(0, 3, 1, 4, 2)
+    rows = full.reshape(ROWS, COLUMNS, *full.shape[1:]).permute(0, 3, 1, 4, 2)
     return rows.reshape(ROWS * (height + 2), COLUMNS * (width + 2), channels).squeeze(-1).numpy()
 
 
@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     generated = open_images(options.samples)
     channels, size, _ = generated.shape
+    train: ImageData
+    real: ImageData
     if options.data == "glyphs":
         train, real = glyphs("train", size=size), glyphs("test", size=size)
     else:

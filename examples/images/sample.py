@@ -28,6 +28,7 @@ from typing import Any
 import presets
 import torch
 from launch import Place, launched
+from registry import ALLOWED, Settings
 from torch import Tensor
 
 from diffusionkit import ClassifierFreeGuidance, ProbabilityFlow
@@ -94,7 +95,7 @@ class Samples:
         """Return samples (n, C, H, W), each from its own generator."""
         device = self.place.device
         labels = self.labels(generators)
-        given = {} if labels is None else {"class_labels": labels.to(device)}
+        given: dict[str, Any] = {} if labels is None else {"class_labels": labels.to(device)}
         if self.options.device_noise:
             seeds = [generator.initial_seed() for generator in generators]
             generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -171,7 +172,7 @@ def checkpoint(run: Path) -> Path:
     return newest
 
 
-def with_sampler(settings: presets.Settings, sampler: str | None, changes: Sequence[str]) -> Any:
+def with_sampler(settings: Settings, sampler: str | None, changes: Sequence[str]) -> Any:
     """Return settings with another sampler, or changes of its settings and of the precision."""
     for change in changes:
         if not change.startswith(("sampler.", "run.precision")):
@@ -185,7 +186,7 @@ def with_sampler(settings: presets.Settings, sampler: str | None, changes: Seque
             table = tomllib.loads(f"sampler = {sampler}")["sampler"]
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"--sampler: expected a TOML table, got {sampler}: {error}") from error
-    elif sampler in [cls.__name__ for cls in presets.ALLOWED["sampler"]]:
+    elif sampler in [cls.__name__ for cls in ALLOWED["sampler"]]:
         table = {"name": sampler}
     else:
         table = {"name": "PCSampler", "predictor": {"name": sampler}}

@@ -22,6 +22,7 @@ import torch
 from launch import Place, accumulated, average_gradients, launched, spread
 from losses import Losses
 from records import Log, differences
+from registry import Settings
 from torch import Tensor, nn
 
 from diffusionkit import (
@@ -43,7 +44,7 @@ SKIPPED = 50  # steps in a row without a finite gradient, after which training s
 class Training:
     """A run: the parts of its settings, its place among the processes, and its step."""
 
-    def __init__(self, settings: presets.Settings, out: Path, place: Place) -> None:
+    def __init__(self, settings: Settings, out: Path, place: Place) -> None:
         """Build everything; go on from the newest checkpoint if there is one."""
         self.settings, self.out, self.place, self.step = settings, out, place, 0
         self.run, self.seed = settings["run"], settings["training"]["seed"]
@@ -121,7 +122,7 @@ class Training:
                 losses = self.losses(batch, slice(start, start + size), self.step * self.batch)
                 share = losses.sum() / self.batch
                 # Processes average their gradients; their shares of the mean are to be added.
-                (share * self.place.world_size * scale).backward()  # type: ignore[no-untyped-call]
+                (share * self.place.world_size * scale).backward()
                 total += share.detach()
         average_gradients(self.outside, self.place)
         return total
@@ -187,8 +188,8 @@ class Training:
         own = own if self.sharded else own[place.rank :: place.world_size]
         applied = average.applied(self.model) if self.sharded else None
         with applied or contextlib.nullcontext(average.model) as model:
-            model.eval()
-            draw = presets.sampler(self.settings, model)
+            averaged: Any = model
+            draw = presets.sampler(self.settings, averaged.eval())
             given: dict[str, Any] = {"device": place.device}
             given["generator"] = [seeded(self.seed, i, SNAPSHOTS) for i in own.tolist()]
             if data["classes"]:

@@ -342,10 +342,7 @@ def check_target_device(device: torch.device | str | None, name: str = "device")
 
 
 def numbers(values: object, name: str) -> Tensor:
-    """Return a sequence of numbers or a real tensor in float64, or raise.
-
-    It is on the device of the tensor, or on the CPU if that has no float64.
-    """
+    """Return numbers or a real tensor in float64, on the CPU if its device has none, or raise."""
     if isinstance(values, (str, bytes, dict, set, bool)):
         raise TypeError(f"{name}: expected numbers, got {type(values).__name__}")
     if isinstance(values, Tensor):

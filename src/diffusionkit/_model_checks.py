@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ def check_model(model: object) -> None:
         check_part(model, ScoreModel, "model")
     if torch.compiler.is_compiling():
         return
-    if (sharded := _sharded_class(type(model))) is not None:
+    kind: Any = type(model)
+    if (sharded := _sharded_class(kind)) is not None:
         raise TypeError(
             f"model: expected a score model whose network is sharded, got {sharded} that is "
             f"itself; {_ADVICE}: fully_shard(network), then EpsModel(network, sde)"

@@ -76,6 +76,7 @@ def sample(name, **options):
 
 # Only pieces of rank 0 are missing, one of them is damaged.
 equal = sample("equal")
+dist.barrier()
 shares, calls = len(calls), []
 if rank == 0:
     for number in range(0, 16, 2):

@@ -1,6 +1,7 @@
 """Every sampler, likelihood, bound and objective with networks and data in every precision."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ from diffusionkit import (
     classifier_loss,
     ddim_encode,
 )
+from diffusionkit.networks import MLP
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 ULP = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
@@ -219,6 +221,42 @@ def test_stochastic_samplers(net, dtype) -> None:
     assert PCSampler(model, DDIM(), steps=4).edit(x, 0.5).dtype == dtype
     assert PCSampler(model, DDIM(), steps=4)((3, 4)).dtype == wide(net)
     assert ProbabilityFlow(model, rtol=1e-2, atol=1e-2).sample((3, 4)).dtype == wide(net)
+
+
+class Autocast(nn.Module):
+    """A network that computes under autocast, whatever happens around it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, noise_label):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(x, noise_label)
+
+
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, None), (torch.float64, 0)])
+@pytest.mark.parametrize("kind", MODELS)
+def test_autocast_around_a_step_changes_the_network_alone(kind, dtype, seed) -> None:
+    """State and noise keep every bit, with one generator and with torch's own."""
+    torch.manual_seed(0)
+    network = MLP(4, width=16, depth=1)
+    x, t, s = data(dtype), torch.full((3,), 0.5), torch.full((3,), 0.4)
+    correctors = [Langevin(), Langevin(norm="batch"), AnnealedLangevin(steps=2)]
+    steps = [partial(c.step, x=x, t=t) for c in correctors]
+    for predictor in PREDICTORS:
+        if getattr(predictor, "churn", 0.0) == 0.0:
+            steps.append(partial(predictor.step, x=x, t=t, s=s))
+    for step in steps:
+        found = []
+        for model, around in ((kind(network, SDE), True), (kind(Autocast(network), SDE), False)):
+            torch.manual_seed(1)
+            generator = None if seed is None else seeded(seed)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=around):
+                found.append(step(model, generator=generator))
+        for got, wanted in zip(*((one.x, one.mean) for one in found), strict=True):
+            assert got.dtype == dtype, step
+            assert torch.equal(got, wanted), step
 
 
 @pytest.mark.parametrize(("net", "dtype"), SOME)

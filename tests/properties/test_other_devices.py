@@ -197,6 +197,24 @@ def test_a_sampling_step_neither_waits_nor_copies(name, process) -> None:
         assert counts[0] == counts[1], events
 
 
+# Churn needs a grid, and StochasticHeun asks whether its step ends without noise.
+@pytest.mark.parametrize("process", ["VP", "user"])
+@pytest.mark.parametrize("name", [n for n in STEPS if n not in ("Heun", "StochasticHeun")])
+def test_a_step_between_given_times_fits_a_cuda_graph(name, process) -> None:
+    """As recorded for benchmarks/gpu.py: it neither waits nor copies from the host."""
+    predictor, corrector = STEPS[name]
+    with PretendDevice("cuda") as device, torch.no_grad():
+        model = made(PROCESSES[process], "cuda")
+        x, t = torch.rand(2, 3, device="cuda"), torch.full((2,), 0.5, device="cuda")
+        for _ in range(2):
+            with device.watched() as events:
+                if predictor is not None:
+                    predictor.step(model, x, t, 0.8 * t)
+                if corrector is not None:
+                    corrector.step(model, x, t)
+    assert not events
+
+
 @pytest.mark.parametrize("process", PROCESSES)
 def test_grids_priors_and_likelihoods_need_no_float64(process) -> None:
     with PretendDevice("mps"):

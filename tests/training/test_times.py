@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import seeded
+from support.processes import run_in_two_processes
 
 from diffusionkit import (
     EDMSDE,
@@ -230,3 +231,50 @@ def test_t_min_outside_its_range_raises(make) -> None:
             make(t_min=bad)
     assert make(t_min=1e-2).t_min == 1e-2
     assert make(t_min=1e-2).t_stop >= 1e-2
+
+
+RANKS = """
+from diffusionkit import VPSDE, ImportanceTimes, StratifiedTimes
+from diffusionkit.interfaces import ForwardSDE
+
+generator = torch.Generator().manual_seed(rank)
+own, options = torch.Generator().manual_seed(rank), dict(generator=generator, dtype=torch.float64)
+sde, result = VPSDE(), {}
+for name, n in (("equal", 4), ("unequal", 4 - rank)):
+    t, _ = StratifiedTimes().sample(sde, n, **options)
+    result[name, "uniform"] = (t - sde.t_min) / (sde.T - sde.t_min)
+    t, _ = ImportanceTimes().sample(sde, n, **options)
+    ends = sde.log_snr(torch.tensor([sde.t_min, sde.T], dtype=torch.float64))
+    result[name, "importance"] = (sde.log_snr(t) - ends[0]) / (ends[1] - ends[0])
+result["next"] = torch.rand(1, **options)
+result["own"] = torch.rand(5, generator=own, dtype=torch.float64)  # each draw takes one
+with torch.no_grad():  # on one rank alone, as in an evaluation: the other draws nothing
+    if rank == 1:
+        t, _ = StratifiedTimes().sample(sde, 4, **options)
+        result["alone"] = (t - sde.t_min) / (sde.T - sde.t_min)
+        ImportanceTimes().sample(sde, 4, **options)
+dist.barrier()
+"""
+
+
+def gaps(u: torch.Tensor) -> torch.Tensor:
+    """The distances between neighbors on a circle of length 1."""
+    u = u.sort().values
+    return torch.diff(u, append=u[:1] + 1)
+
+
+def test_times_of_all_processes_together_are_evenly_spaced(tmp_path) -> None:
+    """Though each process has its own generator; for unequal batches those of each process are."""
+    first, second = run_in_two_processes(RANKS, tmp_path)
+    for kind, tolerance in (("uniform", 1e-12), ("importance", 1e-9)):
+        together = torch.cat([first["equal", kind], second["equal", kind]])
+        torch.testing.assert_close(
+            gaps(together), torch.full((8,), 1 / 8, dtype=torch.float64), rtol=0, atol=tolerance
+        )
+        for result, n in ((first, 4), (second, 3)):
+            each = torch.full((n,), 1 / n, dtype=torch.float64)
+            torch.testing.assert_close(gaps(result["unequal", kind]), each, rtol=0, atol=tolerance)
+    assert not torch.equal(first["own"], second["own"])
+    for result in (first, second):  # each generator advances as it does alone
+        assert torch.equal(result["next"], result["own"][4:])
+    torch.testing.assert_close(gaps(second["alone"]), torch.full((4,), 0.25, dtype=torch.float64))

@@ -32,8 +32,9 @@ def read_npz(path: str | os.PathLike[str], names: tuple[str, ...]) -> Arrays:
             if not found:
                 raise BadZipFile(f"arrays {', '.join(archive.files)}")
     except _DAMAGED as error:
-        wanted = f"expected an .npz file of {', '.join(names)}"
-        raise ValueError(f"{path}: {wanted}, got {error}") from error
+        raise ValueError(
+            f"{path}: expected an .npz file of {', '.join(names)}, got {error}"
+        ) from error
     return found
 
 

@@ -115,14 +115,15 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | No
     check_count(columns, "columns")
     columns = min(columns, n)
     blank = images.new_zeros((-n % columns, *images.shape[1:]))
-    rows = torch.cat([images, blank]).unflatten(0, (-1, columns))
+    full = torch.cat([images, blank])
+    rows = full.reshape(-1, columns, *full.shape[1:])
     picture = _png(rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2))
     target = Path(checked_path(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(target, lambda file: file.write(picture))
 
 
-def _checked(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def _checked(batches: Any) -> Iterator[Tensor]:
     """Yield batches on the CPU; raise unless there are some, in uint8 and of one shape."""
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
         got = type(batches).__name__

@@ -116,9 +116,9 @@ class Dealer:
         """
         if self._world == 1:
             return
-        known = self._longest is not None
-        helps = time.monotonic() + max(_SHORTEST, self._longest or 0.0)
-        patience = max(_SHORTEST, _PATIENCE * self._longest) if known else _UNKNOWN
+        longest = self._longest
+        helps = time.monotonic() + max(_SHORTEST, longest or 0.0)
+        patience = _UNKNOWN if longest is None else max(_SHORTEST, _PATIENCE * longest)
         waiting, since, attempt = self.pieces, time.monotonic(), 0
         while left := [piece for piece in waiting if not is_done(piece)]:
             now = time.monotonic()

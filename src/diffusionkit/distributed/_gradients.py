@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def check_gradients_averaged(model: nn.Module) -> None:
 
 def _is_called_around(model: nn.Module) -> bool:
     inside = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    if (active := DistributedDataParallel._get_active_ddp_module()) is not None:
+    wrapper_class: Any = DistributedDataParallel
+    if (active := wrapper_class._get_active_ddp_module()) is not None:
         inside.append(active)
     averaged = {id(p) for wrapper in inside for p in wrapper.parameters()}
     trained = {id(p) for p in model.parameters() if p.requires_grad} - averaged

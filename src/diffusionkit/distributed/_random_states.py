@@ -210,7 +210,7 @@ def state_for(
     source = rank if rank in by_rank else min(by_rank)
     scratch = torch.Generator(generator.device)
     check_torch_state(by_rank[source], scratch, name)
-    state = by_rank[source].cpu()
+    state: Tensor = by_rank[source].cpu()
     scratch.set_state(state)
     if source == rank or scratch.initial_seed() == generator.initial_seed():
         return state

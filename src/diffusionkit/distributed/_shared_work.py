@@ -33,13 +33,13 @@ def share(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Res
                 own.append(result)
     except Exception as problem:  # the other processes must not wait for this one
         error = problem
-    told = None if error is None else f"{type(error).__name__}: {error}"
-    everyone = gather_objects((own if error is None else [], told))
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    everyone = gather_objects((own if error is None else [], message))
     if error is not None:
         raise error
     results: list[Any] = [None] * n
-    for other, (part, problem) in enumerate(everyone):
-        if problem is not None:
-            raise RuntimeError(f"process {other} of {world} failed: {problem}")
+    for other, (part, failure) in enumerate(everyone):
+        if failure is not None:
+            raise RuntimeError(f"process {other} of {world} failed: {failure}")
         results[other::world] = part
     return results

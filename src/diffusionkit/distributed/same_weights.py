@@ -64,6 +64,7 @@ def _minority(found: Sequence[tuple[str, str]], place: str) -> set[int]:
 def _fingerprints(model: nn.Module) -> dict[str, tuple[str, str]]:
     """Return the place and a digest of each tensor of which this process holds values, by name."""
     found = {}
+    x: Any
     for prefix, module in bare_modules(model):
         buffers = {} if isinstance(module, _NormBase) else module._buffers
         for name, x in {**module._parameters, **buffers}.items():
@@ -87,5 +88,5 @@ def _digest(x: Tensor) -> str:
     about = f"{x.dtype} {tuple(x.shape)}"
     if x.is_meta:
         return about
-    content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{about} {hashlib.blake2b(content, digest_size=16).hexdigest()}"

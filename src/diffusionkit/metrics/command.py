@@ -134,7 +134,7 @@ def _opened(
     if is_statistics(path):
         return load_statistics(path, features=options.features)
     if (Path(path) / SETTINGS).is_file():
-        images = torch.cat(list(load_shards(path)))
+        images: Tensor | ImageSet = torch.cat(list(load_shards(path)))
     else:
         from ..data import open_images
 

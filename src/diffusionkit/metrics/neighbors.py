@@ -96,7 +96,7 @@ class Nearest(NamedTuple):
         distance: their Euclidean distances (n, k), in float64.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple has a method of this name
     distance: Tensor
 
 

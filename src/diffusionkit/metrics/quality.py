@@ -69,6 +69,7 @@ class SampleQuality:
 
 
 Known: TypeAlias = Tensor | FeatureMoments | FeatureStatistics
+_KEPT = (FeatureMoments, FeatureStatistics)
 
 
 def evaluate_samples(
@@ -97,10 +98,10 @@ def evaluate_samples(
     """
     check_count(k, "k")
     check_count(splits, "splits")
-    kept = (FeatureMoments, FeatureStatistics)
-    whole = not isinstance(real, kept) and not isinstance(fake, kept)
-    if whole:
+    pair = None
+    if not isinstance(real, _KEPT) and not isinstance(fake, _KEPT):
         check_pair(real, fake, least=k + 1)
+        pair = real, fake
     score = None
     if logits is not None:
         scores = InceptionScore(splits)
@@ -110,8 +111,8 @@ def evaluate_samples(
         score = scores.compute()
     return SampleQuality(
         frechet=frechet_distance(real, fake),
-        kernel=kernel_distance(real, fake) if whole else None,
-        neighbors=precision_recall(real, fake, k=k) if whole else None,
+        kernel=None if pair is None else kernel_distance(*pair),
+        neighbors=None if pair is None else precision_recall(*pair, k=k),
         inception_score=score,
         real=_count(real),
         fake=_count(fake),

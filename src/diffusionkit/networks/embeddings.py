@@ -109,7 +109,7 @@ class FourierEmbedding(nn.Module):
         self.log = log
         self.scale = scale
         self.frequencies = nn.Parameter(torch.empty(features // 2), requires_grad=False)
-        self.register_load_state_dict_post_hook(_keep_exact)
+        self.register_load_state_dict_post_hook(_keep_exact)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     @torch.no_grad()

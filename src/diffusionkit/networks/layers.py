@@ -183,7 +183,8 @@ class Style:
             The layer, mapping (B, in_channels, \*spatial) to (B, out_channels, \*spatial).
         """
         padding = kernel // 2 if padding is None else padding
-        layer: _Conv1d | _Conv2d | _Conv3d = _CONV[self.dims](
+        kind: Any = _CONV[self.dims]
+        layer: nn.Conv1d | nn.Conv2d | nn.Conv3d = kind(
             in_channels, out_channels, kernel, stride, padding
         )
         return _initialized(layer, self.initialize, scale)

@@ -149,7 +149,8 @@ def _norm(grads: list[Tensor]) -> Tensor | None:
         norms += parts
     if not norms:
         return None
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return norm
 
 
 def _clip(grads: list[Tensor], max_norm: float, norm: float) -> None:
