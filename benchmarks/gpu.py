@@ -294,7 +294,9 @@ def graphs(sizes: Sizes, device: torch.device) -> None:
     print("| batch | run | ms | ratio |\n|---|---|---|---|")
     network, as_model = ddpmpp(sizes, device)
     model = as_model(network).eval()
-    reduced = as_model(compiled_network(network, device, mode="reduce-overhead")).eval()
+    reduced = as_model(
+        compiled_network(network, device, mode="reduce-overhead", dynamic=False)
+    ).eval()
     for batch in dict.fromkeys((1, 16, sizes.batch)):
         x = torch.randn(batch, 3, 32, 32, device=device)
         graphed = GraphedStep(model, x)
@@ -381,7 +383,8 @@ def main() -> None:
     sizes = sizes if arguments.batch is None else replace(sizes, batch=arguments.batch)
     torch.manual_seed(0)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device)};")
         print(f"float32 convolutions in TF32: {torch.backends.cudnn.allow_tf32}")
     else:

@@ -212,7 +212,7 @@ def test_stochastic_samplers(net, dtype) -> None:
             stepped = corrector.step(model, x, t)
         elif getattr(predictor, "churn", 0.0) == 0.0:
             stepped = predictor.step(model, x, t, s)
-        assert stepped.x.dtype in (dtype, wide(dtype))
+        assert stepped.x.dtype == stepped.mean.dtype == wide(dtype), (predictor, corrector)
     sampler = PCSampler(model, Ancestral(), constraint=Inpainting(x, known), steps=4)
     *_, last = sampler.iterate(x, generator=BrownianPath(range(3)))
     assert last.x.dtype == wide(dtype)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from .._checks import check_choice, check_count, check_positive
 from .._coefficients import add_noise, expand
 from .._grid_times import kernel
+from .._precision import at_least_float32
 from ..interfaces import Corrector, ScoreModel, Step
 from ..random import Generators, randn_like
 
@@ -68,7 +69,7 @@ class Langevin(Corrector):
         self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
     ) -> Step:
         _, sigma = kernel(model.sde, x, t)
-        mean = x
+        mean = x = at_least_float32(x)
         for _ in range(self.steps):
             # In terms of eps = -sigma s, which most models predict directly.
             prediction = model.predict(x, t, **cond)
