@@ -88,7 +88,7 @@ def test_killed_writers_lose_nothing_and_leave_nothing(tmp_path, kind, monkeypat
         assert content == content[:2] * (size // 2)
         found.add(content[:2])
         left = max(left, len(list(tmp_path.iterdir())) - 1)
-    assert len(found) > 10  # some were killed between and others in saves
+    assert len(found) >= 5  # some were killed between and others in saves
     assert left <= 1  # each save removes what the last one left
     write(path, b"end")
     assert list(tmp_path.iterdir()) == [path]

@@ -280,5 +280,7 @@ def open_data(settings: Settings, part: Literal["train", "test"] = "train") -> I
     """Return the images that settings name; only glyphs have a part for tests."""
     data = settings["data"]
     if data["source"] == "glyphs":
+        if data["channels"] != 1:
+            raise ValueError(f"[data] channels: expected 1 for glyphs, got {data['channels']}")
         return glyphs(part, size=data["size"], labels=data["labels"])
     return open_images(data["source"], size=data["size"], channels=data["channels"])

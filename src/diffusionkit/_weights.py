@@ -192,6 +192,10 @@ def fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     network.load_state_dict(
         {name: value.contiguous() for name, value in state.items()}, assign=empty
     )
+    for module in network.modules():
+        if any(table is not None and table.is_meta for table in module._buffers.values()):
+            # Tables that are not in the state; a module that has some makes them when it moves.
+            module.to_empty(device=next(iter(state.values())).device, recurse=False)
 
 
 class _LimitError(Exception):

@@ -1,5 +1,6 @@
 """Gradients of networks that are called around their DistributedDataParallel."""
 
+import pytest
 from support.processes import run_in_two_processes
 
 PROGRAM = """
@@ -46,6 +47,7 @@ result["no longer wrapped"] = outcome(lambda: objective(EpsModel(network, VPSDE(
 """
 
 
+@pytest.mark.slow  # several processes
 def test_networks_called_around_their_wrapper_are_refused(tmp_path) -> None:
     for found in run_in_two_processes(PROGRAM, tmp_path):
         for case in ("bare network", "bare model", "bare bound", "around the loss"):

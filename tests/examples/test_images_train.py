@@ -147,7 +147,7 @@ def test_gradients_that_stay_infinite_stop_with_advice(run, train, monkeypatch):
         ((), {"preset": "tiny-glyfs"}, "tiny-glyphs"),
         (("optimizer.rate=1",), {}, "rate"),
         ((), {"data": "nowhere"}, "nowhere"),
-        (("data.channels=3",), {}, "channels"),
+        (("data.channels=3",), {"data": "glyphs"}, "channels: expected 1 for glyphs, got 3"),
     ],
 )
 def test_wrong_arguments_are_named(run, changes, options, message):

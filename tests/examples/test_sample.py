@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on(sample, plain, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit, match=r"again.zip: expected .* got those of seed 0; choose"):
         sample.main(arguments(plain, again, "--seed", "1"))
     (tmp_path / "again.json").unlink()
-    with pytest.raises(SystemExit, match=r"one that is no result of this sample"):
+    with pytest.raises(SystemExit, match=r"one that is no result of this program"):
         sample.main(arguments(plain, again))
     assert digest(again) == digest(whole)
 
@@ -144,8 +144,8 @@ def test_samplers(sample, classes, tmp_path, options) -> None:
         (["--guidance", "2"], "--guidance: expected a model trained with training.label_dropout"),
         (["--out", "a.jpg"], "--out: expected a .zip, .npz, .npy or a folder, got a.jpg"),
         (["--set", "optimizer.lr=1"], r"--set: expected sampler\.KEY=VALUE or run\.precision"),
-        (["--set", "sampler.step=1"], r"\[sampler\] PCSampler: expected a known name \(nearest: s"),
-        (["--sampler", "DDIMM"], r"expected a known name \(nearest: .*DDIM.*got 'DDIMM'"),
+        (["--set", "sampler.step=1"], r"\[sampler\] PCSampler: expected one of steps, got 'step'"),
+        (["--sampler", "DDIMM"], r"expected one of DDIM, got 'DDIMM'"),
         (["--sampler", "{name = "], "--sampler: expected a TOML table, got {name = "),
         (["--count", "0"], "count: expected an integer >= 1, got 0"),
     ],

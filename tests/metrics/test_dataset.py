@@ -49,6 +49,7 @@ def means(images):
     return images.mean((2, 3))
 
 
+@pytest.mark.slow  # several processes
 def test_all_digits_are_equal_at_1_2_and_3_processes(tmp_path):
     """Fourteen images in batches of four: a process has no batch in the last round."""
     program = "N = 14\n" + PROGRAM

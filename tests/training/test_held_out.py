@@ -58,6 +58,7 @@ def test_the_mean_is_that_of_a_closed_form():
     assert found.stderr < 0.03 * expected
 
 
+@pytest.mark.slow  # several processes
 def test_all_digits_are_equal_at_1_and_3_processes(tmp_path):
     alone = held_out_loss(ScoreMatching(), MODEL, DATA, batch_size=3, draws=2)
     for mean, stderr, losses in run_in_processes(3, PROGRAM, tmp_path):
