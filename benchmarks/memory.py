@@ -1,9 +1,9 @@
 """Count the memory and the operations of a training step of each preset, without a GPU.
 
-The step runs on meta tensors, which have shapes and no values: forward, backward, Adam and the
-weight average, in float32. The peak is that of all storages alive at once, without the allocator's
-rounding and the workspaces of kernels: leave a tenth of a card free. The second column is with
-activation checkpointing. Operations are those of convolutions and matrix products.
+The step runs on meta tensors, which have shapes and no values: denoising loss, backward, Adam and
+the weight average, in float32. The peak is that of all storages alive at once, without the
+allocator's rounding and the workspaces of kernels: leave a tenth of a card free. The second column
+is with activation checkpointing. Operations are those of convolutions and matrix products.
 
     python benchmarks/memory.py
     python benchmarks/memory.py edm-cifar10-ddpmpp --batch 64

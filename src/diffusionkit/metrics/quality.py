@@ -78,9 +78,9 @@ def evaluate_samples(
     """Return all sample quality metrics that the features allow.
 
     Args:
-        real: features (m, d) of real samples, as returned by `extract_features` or
-            `gather_features`. From `FeatureMoments`, or from what `load_statistics` reads, only the
-            Frechet distance is computed.
+        real: features (m, d) of real samples, as `extract_features` or `gather_features` returns
+            them. From `FeatureMoments`, or from what `load_statistics` reads, only the Frechet
+            distance is computed.
         fake: features of generated samples (n, d), likewise.
         k: the neighbor used by `precision_recall`.
         logits: a classifier's logits (n, C) of the generated samples, for `InceptionScore`.

@@ -28,7 +28,7 @@ class CheckpointFolder:
     """The checkpoints of a run in one folder, named after their steps; the last ones are kept.
 
     A run goes on by itself if it begins with `newest`, and calls `keep_last` after each
-    `save_checkpoint`:
+    `save_checkpoint`::
 
         checkpoints = CheckpointFolder("run/checkpoints", keep=3)
         if (path := checkpoints.newest()) is not None:
