@@ -196,7 +196,8 @@ def images_per_second(run: Run, images: int, sizes: Sizes, device: torch.device)
 def training_and_sampling(sizes: Sizes, device: torch.device) -> None:
     """Print the images per second and the peak memory of all variants of both networks."""
     print(f"\n## Training and sampling, batch {sizes.batch}\n")
-    print(f"Images per second; a sample takes {sizes.steps} steps of DDIM. Peak memory in GiB.\n")
+    print(f"Images per second; a sample takes {sizes.steps} steps of DDIM.")
+    print("Peak memory in GiB, with the state of the optimizer also while sampling.\n")
     print("| | first step, s | training | ratio | GiB | sampling | ratio | GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, make in (("NCSN++, VE", ncsnpp), ("DDPM++, VP", ddpmpp)):
@@ -233,7 +234,7 @@ def variant(
     step = training_step(model, x, device, bfloat16)
     sampler = PCSampler(model, DDIM(), steps=sizes.steps)
     shape = (sizes.batch, 3, 32, 32)
-    sample: Run = lambda: sampler(shape, device=device)  # noqa: E731 - a run
+    sample: Run = partial(sampler, shape, device=device)
     sample = in_bfloat16(sample, device.type) if bfloat16 else sample
     start = time.perf_counter()
     step()

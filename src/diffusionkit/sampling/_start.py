@@ -17,7 +17,7 @@ from .._precision import (
     network_dtype,
     state_dtype,
 )
-from .._schedules import home
+from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, ObservedPath, check_generator
 
@@ -72,7 +72,8 @@ def result(x: Tensor, dtype: torch.dtype, name: str = "samples") -> Tensor:
 
 def check_first_noise(sde: ForwardSDE, times: Tensor) -> None:
     """Raise unless the noise at the first of times (N + 1,) is that of the prior."""
-    alpha, sigma = (c.item() for c in sde.marginal(times[:1].to(home(sde))))
+    here = home(sde)
+    alpha, sigma = (c.item() for c in sde.marginal(times[:1].to(schedule_dtype(here)).to(here)))
     if math.isclose(sigma, sde.prior_std, rel_tol=0.02):
         return
     first = float(times[0])
