@@ -109,7 +109,7 @@ def _gather(module: Any) -> list[tuple[Any, Any, bool]]:
 
 def _shard(module: Any, settings: list[tuple[Any, Any, bool]]) -> None:
     state = module._get_fsdp_state()
-    # The first call finds the root, which stays gathered after forward unless told otherwise.
+    # The first call finds the root, which stays gathered after forward by default.
     stays = state._is_root and state._auto_reshard_after_forward
     for group, after_forward, after_backward in settings:
         group.post_forward_mesh_info = None if stays else after_forward
