@@ -77,7 +77,9 @@ def test_style_passes_the_scale_to_its_initializer() -> None:
     style.linear(2, 2)
     style.linear(2, 2, scale=0.5)
     conv, dense = nn.Conv1d, nn.Linear
-    assert scales == [(conv, 1.0), (conv, 0.25), (dense, 1.0), (dense, 0.5)]
+    assert [scale for _, scale in scales] == [1.0, 0.25, 1.0, 0.5]
+    for (made, _), kind in zip(scales, (conv, conv, dense, dense), strict=True):
+        assert issubclass(made, kind)
     assert Style(1).linear(2, 5).weight.shape == (5, 2)
 
 
