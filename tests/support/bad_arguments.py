@@ -262,6 +262,10 @@ def _made(cls: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
 
 # Valid arguments of one callable, where they differ; "self" makes the object of a method.
 OWN: dict[str, Recipe] = {
+    "any_rank": {"flag": lambda: False},
+    "broadcast_object": {"value": lambda: 1},
+    "gathered_weights": {"model": lambda: nn.Linear(2, 2)},
+    "seed_ranks": {"seed": lambda: 0},
     "BrownianPath": {"seeds": lambda: [1, 2]},
     "ChainGrid": {"chain": lambda: dk.DDPMChain.linear(25)},
     "ChainNELBO": {"model": _chain_model},
