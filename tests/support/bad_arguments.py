@@ -683,6 +683,8 @@ _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("broadcast_object", "value"): list(BAD),
+    ("gathered_weights", "model"): list(BAD),  # refused when the block is entered
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
     ("held_out_loss", "data"): ["a reversed pair"],
     # Metrics refuse features that are not finite.
