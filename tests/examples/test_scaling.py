@@ -46,9 +46,9 @@ def test_one_seed_has_no_intervals(small, picture, capsys):
 def test_flops_are_those_of_the_matrix_products(example):
     images = example.patches()
     network = example.build(images, 16).network
-    layers = [m for m in network.modules() if type(m) is nn.Linear]
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
     products = {m: m.in_features * m.out_features for m in layers}
-    first = next(m for m in network.embedding.modules() if type(m) is nn.Linear)
+    first = next(m for m in network.embedding.modules() if isinstance(m, nn.Linear))
     # Forward, weight gradients, and input gradients except for the network's own inputs.
     passes = {m: 2 if m in (network.input, first) else 3 for m in products}
     by_hand = sum(2 * example.BATCH * products[m] * passes[m] for m in products)

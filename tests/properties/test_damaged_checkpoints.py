@@ -220,7 +220,7 @@ def test_any_corrupted_entry_is_refused_and_changes_nothing(damaged) -> None:
                 run = Run(seed=5, average=average)
                 run.train(2)
                 before = run.states()
-            elif isinstance(found(content, place), Tensor) and str(place[-1]) not in text:
+            elif isinstance(found(content, place), Tensor) and not named(place, text):
                 unnamed.append((place, text))
         assert same(run.states(), before), place
     assert not accepted

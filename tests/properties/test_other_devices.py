@@ -250,7 +250,7 @@ def test_bounds_adaptive_steps_and_checkpoints_need_no_float64(tmp_path) -> None
     with PretendDevice("mps"):
         pixels = torch.randint(256, (2, 3, 2)).to("mps")
         flat = Flattened()
-        ChainNELBO(EpsModel(flat, DDPMChain.linear(5)).to("mps"))(pixels)
+        ChainNELBO(EpsModel(flat, DDPMChain.linear(25)).to("mps"))(pixels)
         DiscreteNELBO(EpsModel(flat, LearnedSDE()).to("mps"))(pixels)
         UniformDequantizer()(pixels)
         AdaptiveSDE(made(VPSDE, "mps"), rtol=0.3, atol=0.3)((2, 3), device="mps")

@@ -277,6 +277,10 @@ def _made(cls: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
 
 # Valid arguments of one callable, where they differ; "self" makes the object of a method.
 OWN: dict[str, Recipe] = {
+    "any_rank": {"flag": lambda: False},
+    "broadcast_object": {"value": lambda: 1},
+    "gathered_weights": {"model": lambda: nn.Linear(2, 2)},
+    "seed_ranks": {"seed": lambda: 0},
     "BrownianPath": {"seeds": lambda: [1, 2]},
     "CheckpointFolder": {"folder": lambda: _folder() / "checkpoints"},
     **{
@@ -639,6 +643,7 @@ _ELSEWHERE = {
     "load_network",
     "load_score_sde",
     "inception_features",
+    "seeded",  # takes any number of integers
     "variance_minimizing_backward",
     "expand",
     "all_gather",
@@ -717,6 +722,8 @@ _FILES = ("PathLike", "Path")
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
     ("ImageTensors", "classes"): ["a pair of words"],
+    ("broadcast_object", "value"): list(BAD),
+    ("gathered_weights", "model"): list(BAD),  # refused when the block is entered
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
     ("held_out_loss", "data"): ["a reversed pair"],
     # Metrics refuse features that are not finite.

@@ -80,6 +80,7 @@ def clipped_step(
     """
     check_part(optimizer, Optimizer, "optimizer")
     check_number(max_norm, "max_norm")
+    max_norm = float(max_norm)
     if max_norm != math.inf:
         check_positive(max_norm, "max_norm")
     every = [p for group in optimizer.param_groups for p in group["params"]]
