@@ -13,8 +13,10 @@ from diffusionkit import (
     VESDE,
     VLB,
     VPSDE,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    BrownianPath,
     ChainGrid,
     ChainNELBO,
     DDPMChain,
@@ -243,6 +245,18 @@ def test_the_probability_flow_needs_no_float64(method) -> None:
         assert ProbabilityFlow(model, **options).sample((2, 3), device="mps").device.type == "mps"
         ProbabilityFlow(model, **options).encode(x)
         ODELikelihood(model, **options)(x)
+
+
+def test_adaptive_steps_need_no_float64() -> None:
+    """A tree of float32 clock readings would have nodes without a distance."""
+    t, s = torch.tensor([0.5, 0.9]), torch.tensor([0.499, 0.2])
+    wanted = BrownianPath([1, 2]).increment(torch.zeros(2, 3), VPSDE(), t, s)
+    with PretendDevice("mps"):
+        x, there = torch.zeros(2, 3).to("mps"), [time.to("mps") for time in (t, s)]
+        got = BrownianPath([1, 2]).increment(x, VPSDE(), *there)
+        assert (torch.tensor(got.tolist()) - wanted).abs().max() < 1e-2
+        adaptive = AdaptiveSDE(rtol=0.3, atol=0.3)
+        PCSampler(made(VPSDE, "mps"), adaptive, steps=1)((2, 3), device="mps")
 
 
 def test_bounds_need_no_float64() -> None:

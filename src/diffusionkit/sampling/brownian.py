@@ -120,8 +120,7 @@ class BrownianPath(NoisePath):
                 f"generator: expected one seed for each of the {x.shape[0]} samples, "
                 f"got {len(self)}"
             )
-        dtype = schedule_dtype(x.device)
-        leaves = [_leaf(*kernel(sde, x, time), dtype) for time in (t, s)]
+        leaves = [_leaf(*kernel(sde, x, time)) for time in (t, s)]
         if leaves[0].device != leaves[1].device:  # one of them from a grid's floats
             leaves = [leaf.to(x.device) for leaf in leaves]
         start, end = (leaf.expand(max(map(len, leaves))) for leaf in leaves)
@@ -130,12 +129,13 @@ class BrownianPath(NoisePath):
                 "s: expected steps of at least 2^-20 of an octave of (sigma / alpha)^2 and s < t, "
                 f"got t = {t.tolist()[:4]} and s = {s.tolist()[:4]}"
             )
-        (nodes, at_end), (others, at_start) = _tree(end, dtype), _tree(start, dtype)
+        (nodes, at_end), (others, at_start) = _tree(end), _tree(start)
         # Above the first node that differs, both ends share all nodes.
         common = int((nodes == others).all(1).sum()) if readable(start) else 0
         weights = torch.cat([at_end, -at_start[common:]])
         weights[:common] -= at_start[:common]
-        weights = weights * torch.rsqrt(_clock(start, dtype) - _clock(end, dtype))
+        weights = weights * torch.rsqrt(_clock(start) - _clock(end))
+        weights = weights.to(schedule_dtype(x.device))
         nodes = torch.cat([nodes, others[common:]])
         nodes, weights = (c.to(x.device).expand(-1, len(self)) for c in (nodes, weights))
         seeds = torch.tensor(self.seeds, device=x.device)
@@ -143,19 +143,26 @@ class BrownianPath(NoisePath):
         return total.view(x.shape).to(x.dtype)
 
 
-def _leaf(alpha: Tensor | float, sigma: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """Return the clock reading, 0 ... _LEAVES, nearest to (sigma / alpha)^2, (n,)."""
-    alpha, sigma = (torch.as_tensor(c, dtype=dtype).reshape(-1) for c in (alpha, sigma))
+def _leaf(alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """Return the clock reading, 0 ... _LEAVES, nearest to (sigma / alpha)^2, (n,).
+
+    It is on the CPU where the device has no float64: float32 does not resolve readings.
+    """
+    alpha, sigma = (
+        c.cpu() if isinstance(c, Tensor) and schedule_dtype(c.device) == torch.float32 else c
+        for c in (alpha, sigma)
+    )
+    alpha, sigma = (torch.as_tensor(c, dtype=torch.float64).reshape(-1) for c in (alpha, sigma))
     octave = 2 * (torch.log2(sigma) - torch.log2(alpha)) + _OCTAVES
     return (octave * (1 << _FINEST)).round().clamp(0, _LEAVES).long()
 
 
-def _clock(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+def _clock(leaf: Tensor) -> Tensor:
     """Return (sigma / alpha)^2 at readings."""
-    return torch.exp2(leaf.to(dtype) / (1 << _FINEST) - _OCTAVES)
+    return torch.exp2(leaf.double() / (1 << _FINEST) - _OCTAVES)
 
 
-def _tree(leaf: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _tree(leaf: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return the nodes above readings (n,) and their weights, each (levels + 1, n).
 
     W(u) is the sum over nodes of their normals, times the deviation of the bridge at the node,
@@ -165,7 +172,7 @@ def _tree(leaf: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     halves = torch.tensor([1 << k for k in range(_LEVELS - 1, -1, -1)], device=leaf.device)
     low = leaf // (2 * halves.unsqueeze(1)) * (2 * halves.unsqueeze(1))
     middle, high = low + halves.unsqueeze(1), low + 2 * halves.unsqueeze(1)
-    u, a, m, b = (_clock(k, dtype) for k in (leaf, low, middle, high))
+    u, a, m, b = (_clock(k) for k in (leaf, low, middle, high))
     rise, fall = (m - a), (b - m)
     hat = torch.where(leaf < middle, (u - a) / rise, (b - u) / fall)
     last = 2.0 ** (0.5 * _OCTAVES)
