@@ -52,9 +52,13 @@ import torch
 from torch import nn
 from diffusionkit import *
 from diffusionkit.control import *
+from diffusionkit.data import *
+from diffusionkit.distributed import *
 from diffusionkit.metrics import *
 from diffusionkit.networks import MLP, DDPMpp
+from diffusionkit.random import randn, seeded
 from diffusionkit.testing import InconsistentError, Report, check_score_model, check_sde
+from diffusionkit.training import CheckpointFolder
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # the tensors are tiny
