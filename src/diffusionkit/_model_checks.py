@@ -18,7 +18,7 @@ _ADVICE = "wrap the network, not the score model"
 def check_model(model: object) -> None:
     """Raise unless an object is a score model, and one that no wrapper has changed in vain.
 
-    What wraps a module, or changes it in place, acts on calls of its `forward`: mixed precision,
+    Wrappers of modules, and functions that change them in place, act on `forward`: mixed precision,
     sharding, gradients averaged over processes. Objectives and samplers call `predict`.
 
     Raises:
