@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 START = """
+import os
 import sys
 from datetime import timedelta
 import torch
@@ -20,7 +21,8 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 """
 END = """
 torch.save(result, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # a DDP module that is freed after its group may wait for the group's threads forever
 """
 
 
