@@ -66,6 +66,46 @@ def test_two_processes_learn_what_one_does(names, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("objective.target={name='StableTarget'}", "training.reference_size=36"),
+        (
+            "augmentation={name='EDMAugmentation',probability=0.5}",
+            "network.condition_features=9",
+        ),
+        ("run.compile=true", "run.activation_checkpointing=true"),
+        ("average={name='PowerEMA',sigma_rels=[0.05,0.1]}",),
+        (
+            "dequantization={name='VariationalDequantizer',steps=1,width=8,components=2,"
+            "context_width=4,blocks=1,heads=1}",
+            "training.learn='dequantizer'",
+            "process={name='VPSDE',t_min=1e-5}",
+            "model={name='EpsModel'}",
+            "objective.weighting='LikelihoodWeighting'",
+            "objective.times={name='ImportanceTimes',stratified=false}",
+            "sampler.grid={name='UniformGrid'}",
+            "sampler.predictor='DDIM'",
+        ),
+    ],
+    ids=["stable-target", "augmentation", "compiled", "power-average", "dequantizer"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from the compiler
+def test_every_part_learns_the_same_in_two_processes(changes, tmp_path, monkeypatch):
+    """Losses of ten steps are those of one process, to 1e-5."""
+    pytest.importorskip("PIL")
+    fixed = ("training.steps=10", "run.save_every=10", *changes)
+    runs = [arguments(tmp_path, "two", *fixed)]
+    program = TRAIN.format(path=[str(PROGRAM.parent)], runs=json.dumps(runs))
+    assert run_in_two_processes(program, tmp_path) == [[], []]
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    import train
+
+    train.main(arguments(tmp_path, "one", *fixed))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [["kill_ranks.py", "--kills", "2"], ["two_hosts.py"]])
 def test_scripts_find_the_same_weights(script):
     """Ranks that are killed, and two network namespaces as two hosts."""
