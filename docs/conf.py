@@ -47,21 +47,19 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
+# Snippets import what they use: only their random numbers and their folder are set up, under names
+# that no snippet has.
 doctest_global_setup = """
-import torch
-from torch import nn
-from diffusionkit import *
-from diffusionkit.control import *
-from diffusionkit.data import *
-from diffusionkit.distributed import *
-from diffusionkit.metrics import *
-from diffusionkit.networks import MLP, DDPMpp
-from diffusionkit.random import randn, seeded
-from diffusionkit.testing import InconsistentError, Report, check_score_model, check_sde
-from diffusionkit.training import CheckpointFolder
+import os as _os, tempfile as _tempfile, torch as _torch
 
-torch.manual_seed(0)
-torch.set_num_threads(1)  # the tensors are tiny
+_torch.manual_seed(0)
+_torch.set_num_threads(1)  # the tensors are tiny
+_start, _folder = _os.getcwd(), _tempfile.TemporaryDirectory()
+_os.chdir(_folder.name)
+"""
+doctest_global_cleanup = """
+_os.chdir(_start)
+_folder.cleanup()
 """
 
 

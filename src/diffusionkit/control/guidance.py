@@ -55,9 +55,13 @@ class ClassifierGuidance(GuidedModel):
     2021, arXiv 2011.13456 (section 5); Dhariwal and Nichol, Diffusion Models Beat GANs on Image
     Synthesis, 2021, arXiv 2105.05233.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
-    >>> guided = ClassifierGuidance(model, lambda x, t: torch.cat([-4 * x, 4 * x], 1), scale=2.0)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, ClassifierGuidance, GaussianMixtureModel
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
+    >>> classifier = lambda x, t: torch.cat([-4 * x, 4 * x], 1)  # logits
+    >>> guided = ClassifierGuidance(model, classifier, scale=2.0)
     >>> x, t = torch.zeros(2, 1), torch.tensor([0.5, 0.5])
     >>> guided(x, t, class_labels=torch.tensor([0, 1])).detach()
     tensor([[-8.],
@@ -138,9 +142,10 @@ class GradientGuidance(GuidedModel):
     Source: Chung et al., Diffusion Posterior Sampling for General Noisy Inverse Problems, 2023,
     arXiv 2209.14687.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[0.0, 0.0]], stds=[1.0])
-    >>> guided = GradientGuidance(model, lambda x0: -((x0[:, 0] - 1.0) ** 2))
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, GradientGuidance
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [1.0])
+    >>> guided = GradientGuidance(model, lambda x0: -((x0[:, 0] - 1) ** 2))
     >>> guided(torch.ones(1, 2), torch.tensor([0.1])).detach()
     tensor([[-0.8991, -1.0000]])
     """
@@ -209,11 +214,15 @@ class ClassifierFreeGuidance(GuidedModel):
     Quality in Diffusion Models, 2024, arXiv 2404.07724; Lin et al., Common Diffusion Noise
     Schedules and Sample Steps are Flawed, 2023, arXiv 2305.08891 (section 3.4).
 
-    >>> from diffusionkit import VPSDE, X0Model
-    >>> network = lambda x, noise_label, class_labels: 0 * x + class_labels.unsqueeze(1)
+    >>> import torch
+    >>> from diffusionkit import VPSDE, ClassifierFreeGuidance, X0Model
+    >>> def network(x, noise_label, class_labels):
+    ...     return 0 * x + class_labels[:, None]
     >>> model = X0Model(network, VPSDE())
-    >>> guided = ClassifierFreeGuidance(model, 3.0, null={"class_labels": 0})
-    >>> guided.predict(torch.zeros(1, 2), torch.tensor([0.5]), class_labels=torch.tensor([2])).x0
+    >>> null = {"class_labels": 0}
+    >>> guided = ClassifierFreeGuidance(model, 3.0, null=null)
+    >>> x, t = torch.zeros(1, 2), torch.tensor([0.5])
+    >>> guided.predict(x, t, class_labels=torch.tensor([2])).x0
     tensor([[6., 6.]])
     """
 

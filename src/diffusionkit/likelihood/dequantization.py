@@ -172,12 +172,15 @@ class UniformDequantizer(Dequantizer):
     Source: Theis et al., A Note on the Evaluation of Generative Models, 2016, arXiv 1511.01844.
 
     >>> import math
+    >>> import torch
+    >>> from diffusionkit import UniformDequantizer
     >>> dequantizer = UniformDequantizer(levels=256, low=-1.0, high=1.0)
     >>> images = torch.tensor([[0, 128, 255]])
     >>> drawn = dequantizer(images)
     >>> bool((dequantizer.quantize(drawn.x) == images).all())
     True
-    >>> round(drawn.log_prob.item() / (3 * math.log(2)), 9)  # bits per dimension
+    >>> # bits per dimension
+    >>> round(drawn.log_prob.item() / (3 * math.log(2)), 9)
     7.0
     """
 

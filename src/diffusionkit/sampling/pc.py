@@ -86,9 +86,13 @@ class PCSampler:
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (algorithm 1).
 
-    >>> from diffusionkit import GaussianMixtureModel, Langevin, ReverseDiffusion, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.1, 0.1])
-    >>> sampler = PCSampler(model, ReverseDiffusion(), Langevin(snr=0.16), steps=50)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, Langevin, PCSampler, ReverseDiffusion
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.1, 0.1])
+    >>> corrector = Langevin(snr=0.16)
+    >>> sampler = PCSampler(model, ReverseDiffusion(), corrector, steps=50)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe

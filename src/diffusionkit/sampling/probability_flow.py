@@ -70,8 +70,9 @@ class ProbabilityFlow:
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (section 4.3).
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, ProbabilityFlow
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> flow = ProbabilityFlow(model)
     >>> x = torch.tensor([[-1.5], [2.5]])
     >>> torch.allclose(flow.decode(flow.encode(x)), x, atol=1e-3)

@@ -52,8 +52,9 @@ class ScoreMatching:
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 
-    >>> from diffusionkit import EpsModel, VPSDE
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
+    >>> import torch
+    >>> from diffusionkit import VPSDE, EpsModel, ScoreMatching
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
     >>> ScoreMatching()(model, torch.randn(8, 3)).shape
     torch.Size([8])
     """
