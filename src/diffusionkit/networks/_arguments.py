@@ -260,21 +260,29 @@ def check_floating(x: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
 
-def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -> None:
-    """Raise unless condition vectors match the input and the network.
+def network_condition(
+    x: Tensor, condition: Tensor | None, features: int | None, *, required: bool = False
+) -> Tensor | None:
+    """Return condition vectors (B, features), or raise unless they match the input and network.
 
     Args:
         x: input (B, ...).
-        condition: condition vectors, expected to be (B, features), floating-point, and on the
-            device of x, or None.
+        condition: condition vectors, expected to be (B, features), or (features,) or (1, features)
+            for one that all samples have, floating-point, and on the device of x; or None.
         features: size of the network's condition vectors, or None if it takes none.
+        required: whether a network with a condition needs one.
 
     Raises:
-        TypeError: if the dtype is wrong, or vectors are unexpected.
+        TypeError: if the dtype is wrong, or vectors are missing or unexpected.
         ValueError: if the shape or the device is wrong.
     """
     if condition is None:
-        return
+        if required and features is not None:
+            raise TypeError(
+                f"condition: expected a tensor (B, {features}), or ({features},) for all samples, "
+                f"for a network with condition_features={features}, got None"
+            )
+        return None
     if features is None:
         raise TypeError(
             "condition: expected None for a network without one (condition_features=None), "
@@ -282,19 +290,23 @@ def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -
         )
     check_floating(condition, "condition")
     check_device(condition, x, "condition")
-    if condition.shape != (x.shape[0], features):
+    n = x.shape[0]
+    if condition.shape not in ((n, features), (1, features), (features,)):
         raise ValueError(
-            f"condition: expected shape ({x.shape[0]}, {features}), got {tuple(condition.shape)}"
+            f"condition: expected shape ({n}, {features}), or ({features},) for all samples, "
+            f"got {tuple(condition.shape)}"
         )
+    return condition.expand(n, features)
 
 
-def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> None:
-    r"""Raise unless a low-resolution image matches the input and the network.
+def network_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> Tensor | None:
+    r"""Return low-resolution images, one for each sample, or raise unless they match the network.
 
     Args:
         x: input (B, C, \*spatial).
-        low_res: image, expected to be (B, channels, \*any spatial), floating-point, and on the
-            device of x; expected to be None if `channels` is None.
+        low_res: images, expected to be (B, channels, \*any spatial), or (channels, \*any spatial)
+            for one that all samples have, floating-point, and on the device of x; expected to be
+            None if `channels` is None.
         channels: number of channels of the network's low-resolution image, or None.
 
     Raises:
@@ -307,13 +319,21 @@ def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> No
                 "low_res: expected None for a network without one (low_res_channels=None), "
                 f"got {_described(low_res)}"
             )
-        return
+        return None
     if low_res is None:
         raise TypeError(
             f"low_res: expected a tensor for a network with low_res_channels={channels}, got None"
         )
     check_floating(low_res, "low_res")
     check_device(low_res, x, "low_res")
-    if low_res.ndim != x.ndim or low_res.shape[:2] != (x.shape[0], channels) or 0 in low_res.shape:
-        expected = ", ".join([str(x.shape[0]), str(channels), *_SPATIAL[x.ndim - 2]])
+    n = x.shape[0]
+    images = low_res.unsqueeze(0) if low_res.ndim == x.ndim - 1 else low_res
+    if (
+        images.ndim != x.ndim
+        or images.shape[0] not in (1, n)
+        or images.shape[1] != channels
+        or (0 in images.shape)
+    ):
+        expected = ", ".join([str(n), str(channels), *_SPATIAL[x.ndim - 2]])
         raise ValueError(f"low_res: expected shape ({expected}), got {tuple(low_res.shape)}")
+    return images.expand(n, *images.shape[1:])

@@ -101,6 +101,7 @@ class AdaptiveSDE(Predictor):
         t: Tensor,
         s: Tensor,
         state: Any = None,  # the lengths of the next steps (B,)
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -81,6 +81,7 @@ class StochasticHeun(TabulatedPredictor[_Stages]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

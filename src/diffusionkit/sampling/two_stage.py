@@ -59,6 +59,7 @@ class TwoStagePredictor(TabulatedPredictor[StageCoefficients]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -81,6 +81,7 @@ class StableTarget(TargetEstimator):
         self,
         sample: Perturbed,
         reference: Tensor | None = None,
+        /,
         *,
         class_labels: Tensor | None = None,
         reference_class_labels: Tensor | None = None,
