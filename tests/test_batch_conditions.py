@@ -113,8 +113,7 @@ def test_one_condition_for_networks_of_images() -> None:
     expected = sampler(x, low_res=small.expand(N, -1, -1, -1).clone(), **EACH)
     assert (expected[0] - sampler(x, low_res=0 * small, **EACH)[0]).abs().max() > 1e-4
     for cond in ONCE:
-        for low_res in (small, small[0]):
-            torch.testing.assert_close(sampler(x, low_res=low_res, **cond), expected)
+        torch.testing.assert_close(sampler(x, low_res=small, **cond), expected)
 
 
 def test_a_batch_of_the_condition_s_size_does_not_confuse() -> None:

@@ -291,7 +291,9 @@ def network_condition(
     check_floating(condition, "condition")
     check_device(condition, x, "condition")
     n = x.shape[0]
-    if condition.shape not in ((n, features), (1, features), (features,)):
+    # By dimension, not as tuples: torch.export would compare n with the number of features.
+    fits = condition.ndim in (1, 2) and condition.shape[-1] == features
+    if not fits or (condition.ndim == 2 and condition.shape[0] not in (1, n)):
         raise ValueError(
             f"condition: expected shape ({n}, {features}), or ({features},) for all samples, "
             f"got {tuple(condition.shape)}"
@@ -299,14 +301,13 @@ def network_condition(
     return condition.expand(n, features)
 
 
-def network_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> Tensor | None:
-    r"""Return low-resolution images, one for each sample, or raise unless they match the network.
+def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> None:
+    r"""Raise unless a low-resolution image matches the input and the network.
 
     Args:
         x: input (B, C, \*spatial).
-        low_res: images, expected to be (B, channels, \*any spatial), or (channels, \*any spatial)
-            for one that all samples have, floating-point, and on the device of x; expected to be
-            None if `channels` is None.
+        low_res: image, expected to be (B, channels, \*any spatial), floating-point, and on the
+            device of x; expected to be None if `channels` is None.
         channels: number of channels of the network's low-resolution image, or None.
 
     Raises:
@@ -319,21 +320,13 @@ def network_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> 
                 "low_res: expected None for a network without one (low_res_channels=None), "
                 f"got {_described(low_res)}"
             )
-        return None
+        return
     if low_res is None:
         raise TypeError(
             f"low_res: expected a tensor for a network with low_res_channels={channels}, got None"
         )
     check_floating(low_res, "low_res")
     check_device(low_res, x, "low_res")
-    n = x.shape[0]
-    images = low_res.unsqueeze(0) if low_res.ndim == x.ndim - 1 else low_res
-    if (
-        images.ndim != x.ndim
-        or images.shape[0] not in (1, n)
-        or images.shape[1] != channels
-        or (0 in images.shape)
-    ):
-        expected = ", ".join([str(n), str(channels), *_SPATIAL[x.ndim - 2]])
+    if low_res.ndim != x.ndim or low_res.shape[:2] != (x.shape[0], channels) or 0 in low_res.shape:
+        expected = ", ".join([str(x.shape[0]), str(channels), *_SPATIAL[x.ndim - 2]])
         raise ValueError(f"low_res: expected shape ({expected}), got {tuple(low_res.shape)}")
-    return images.expand(n, *images.shape[1:])

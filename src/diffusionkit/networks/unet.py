@@ -16,11 +16,11 @@ from ._arguments import (
     check_counts,
     check_divisible,
     check_flags,
+    check_low_res,
     check_noise_label,
     check_optional_counts,
     network_condition,
     network_input,
-    network_low_res,
     unit_range,
 )
 from .embeddings import ConditionEmbedding
@@ -256,8 +256,7 @@ class UNet(nn.Module):
             condition: condition vectors (B, condition_features), for a network with a condition
                 only, or (condition_features,) for one that all samples have; None for zeros.
             low_res: image (B, low_res_channels, \*any spatial), if and only if the network takes
-                one, or one without B that all samples have; it is interpolated linearly to the size
-                of the input.
+                one; it is interpolated linearly to the size of the input.
 
         Returns:
             Output (B, out_channels, \*spatial).
@@ -273,7 +272,7 @@ class UNet(nn.Module):
         check_class_labels(x, class_labels, classes)
         size = None if self.embedding is None else self.embedding.condition_features
         condition = network_condition(x, condition, size)
-        low_res = network_low_res(x, low_res, self.low_res_channels)
+        check_low_res(x, low_res, self.low_res_channels)
         emb = (
             None if self.embedding is None else self.embedding(noise_label, class_labels, condition)
         )
