@@ -91,7 +91,9 @@ class ClassifierGuidance(GuidedModel):
         return f"scale={self.scale}"
 
     @override
-    def predict(self, x: Tensor, t: Tensor, *, class_labels: Any = None, **cond: Any) -> Prediction:
+    def predict(
+        self, x: Tensor, t: Tensor, /, *, class_labels: Any = None, **cond: Any
+    ) -> Prediction:
         labels = {"class_labels": class_labels}
         prediction = self.model.predict(x, t, **cond, **(labels if self.conditional else {}))
         with self._differentiable(x, t, labels) as (leaf, time, saved, keep):
@@ -165,7 +167,7 @@ class GradientGuidance(GuidedModel):
         return f"scale={self.scale}"
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
             alpha, sigma = self._kernel(x, t)
@@ -268,7 +270,7 @@ class ClassifierFreeGuidance(GuidedModel):
         return f"scale={self.scale}, interval={self.interval}, rescale={self.rescale}, null={names}"
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
         null = self._null_conditions(cond)
         scale = self._scale(alpha, sigma)

@@ -129,7 +129,7 @@ class LinearGaussianGuidance(GuidedModel):
         )
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
             alpha, sigma = self._kernel(x, t)

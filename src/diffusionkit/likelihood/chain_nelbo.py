@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_conditions import repeated
 from .._chain_terms import chain_length, prior_kl, step_nats
 from .._checks import check_count, check_flag, check_part, readable
-from .._loops import Progress, check_progress, repeated, with_progress
+from .._loops import Progress, check_progress, with_progress
 from .._precision import network_dtype, state_dtype
 from .._schedules import exact, schedule_dtype
 from ..decoders import GaussianDecoder
@@ -171,7 +172,9 @@ class ChainNELBO:
         return f"ChainNELBO({type(self.model).__name__}, {self.decoder}, clip={self.clip})"
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, *, generator: Generators = None, **cond: Any) -> ChainBound:
+    def __call__(
+        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
+    ) -> ChainBound:
         """Return the terms of the bound for images (B, *D).
 
         Args:

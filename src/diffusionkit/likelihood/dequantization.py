@@ -90,7 +90,7 @@ class Dequantizer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def noise(
-        self, images: Tensor, *, generator: Generators = None, **cond: Any
+        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
         """Draw u (B, *D) in [0, 1] and return it with log q(u | images) (B,), nats.
 
@@ -101,7 +101,9 @@ class Dequantizer(nn.Module, abc.ABC):
         """
 
     @override
-    def forward(self, images: Tensor, *, generator: Generators = None, **cond: Any) -> Dequantized:
+    def forward(
+        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
+    ) -> Dequantized:
         """Draw a point in the bin of each integer.
 
         Args:
@@ -186,7 +188,7 @@ class UniformDequantizer(Dequantizer):
 
     @override
     def noise(
-        self, images: Tensor, *, generator: Generators = None, **cond: Any
+        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
         u = rand(images.shape, generator=generator, device=images.device, dtype=self.dtype)
         return u, u.new_zeros(len(images))

@@ -105,7 +105,7 @@ class DiscreteNELBO:
         return f"DiscreteNELBO({type(self.model).__name__}, {self.decoder}, steps={self.steps})"
 
     def __call__(
-        self, images: Tensor, *, generator: Generators = None, **cond: Any
+        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
     ) -> DiscreteBound:
         """Return the terms of the bound, each (B,), for images (B, *D).
 

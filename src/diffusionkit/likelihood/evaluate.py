@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from .._batch_conditions import for_batch
 from .._checks import (
     as_item,
     check_callable,
@@ -98,7 +99,8 @@ def evaluate_bits_per_dim(
         draws: the number of evaluations of each item, with new random numbers.
         batch_size: the number of items evaluated at once.
         seed: the random seed.
-        cond: conditions passed to the likelihood, tensors (N, ...), batched with the data.
+        cond: conditions passed to the likelihood, tensors (N, ...), batched with the data, or
+            (1, ...) for one that all items have.
         device: the device of the batches, by default that of the likelihood's model.
         path: a file with partial results, from which an interrupted run resumes. With several
             processes, each adds its rank to the name.
@@ -144,7 +146,8 @@ def evaluate_bits_per_dim(
         check_count(value, name)
     if cond is not None:
         check_mapping(cond, "cond")
-    n, cond = len(data), {} if cond is None else dict(cond)
+    n = len(data)
+    cond = {} if cond is None else for_batch(cond, n)
     if n == 0:
         raise ValueError("data: expected at least one item, got none")
     for name, entries in cond.items():

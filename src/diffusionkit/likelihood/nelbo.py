@@ -118,7 +118,7 @@ class NELBO:
     def __repr__(self) -> str:
         return f"NELBO(samples={self.samples}, divergence={self.divergence}, t_min={self.t_min})"
 
-    def __call__(self, x: Tensor, *, generator: Generators = None, **cond: Any) -> Bound:
+    def __call__(self, x: Tensor, /, *, generator: Generators = None, **cond: Any) -> Bound:
         """Return the bound for data x (B, *D).
 
         Args:

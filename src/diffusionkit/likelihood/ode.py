@@ -136,7 +136,9 @@ class ODELikelihood:
     def __repr__(self) -> str:
         return f"ODELikelihood({self.divergence!r}, {self.solver!r}, t_min={self.t_min:g})"
 
-    def __call__(self, x: Tensor, *, generator: Generators = None, **cond: Any) -> ODELogLikelihood:
+    def __call__(
+        self, x: Tensor, /, *, generator: Generators = None, **cond: Any
+    ) -> ODELogLikelihood:
         """Return the log-likelihood of data x (B, *D).
 
         Args:

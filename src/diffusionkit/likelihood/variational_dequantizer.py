@@ -146,7 +146,7 @@ class VariationalDequantizer(Dequantizer):
 
     @override
     def noise(
-        self, images: Tensor, *, generator: Generators = None, **cond: Any
+        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
         context = self._features(images)
         shape = images.shape if self.dims else (*images.shape, 1)

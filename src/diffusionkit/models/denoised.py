@@ -57,7 +57,7 @@ class DenoisedModel(ScoreModel):
         self.variance = getattr(model, "variance", None)
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,).
 
         Raises:

@@ -127,7 +127,7 @@ class GaussianMixtureModel(_ExactModel):
         return alpha, sigma, variance, diff, log - 0.5 * d * torch.log(2 * math.pi * variance)
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         _check_query(self.sde, x, t, self.means)
         x = at_least_float32(x)
         alpha, sigma, variance, diff, log = self._components(x, t)
@@ -212,7 +212,7 @@ class EmpiricalModel(_ExactModel):
         self.register_buffer("_center", self.data.mean(0).flatten(), persistent=False)
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         _check_query(self.sde, x, t, self.data)
         x = at_least_float32(x)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))

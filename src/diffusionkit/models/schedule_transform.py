@@ -73,7 +73,7 @@ class ScheduleTransformedModel(ScoreModel):
             )
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
         inner = self.model.sde.time_at_log_snr(self.sde.log_snr(exact(t)))
         # The ratio of the scales, which is that of the noises: finite where either is 0.

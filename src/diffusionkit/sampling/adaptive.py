@@ -104,6 +104,7 @@ class AdaptiveSDE(Predictor):
         t: Tensor,
         s: Tensor,
         state: Any = None,  # the lengths of the next steps (B,)
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -23,6 +23,7 @@ from .grids import Grid, resolve_grid
 def ddim_encode(
     model: ScoreModel,
     x: Tensor,
+    /,
     *,
     steps: int = 1000,
     grid: Grid | Tensor | None = None,

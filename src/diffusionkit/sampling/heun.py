@@ -183,6 +183,7 @@ class Heun(TwoStagePredictor):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -165,6 +165,7 @@ class PCSampler:
     def __call__(
         self,
         start: Sequence[int] | Tensor,
+        /,
         *,
         generator: Generators = None,
         device: torch.device | str | None = None,
@@ -194,7 +195,7 @@ class PCSampler:
                 pass
         return narrowed(state.x, kind, "samples", WIDER)
 
-    def edit(self, x0: Tensor, t: float, *, generator: Generators = None, **cond: Any) -> Tensor:
+    def edit(self, x0: Tensor, t: float, /, *, generator: Generators = None, **cond: Any) -> Tensor:
         """Return data x0 (B, *D) perturbed to about time t and denoised from there: SDEdit.
 
         Large times keep little of the data, small ones almost all. The run begins at the first
@@ -223,6 +224,7 @@ class PCSampler:
     def iterate(
         self,
         start: Sequence[int] | Tensor,
+        /,
         *,
         generator: Generators = None,
         device: torch.device | str | None = None,

@@ -85,6 +85,7 @@ class StochasticHeun(TabulatedPredictor[_Stages]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

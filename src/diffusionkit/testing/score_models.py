@@ -19,7 +19,7 @@ from .report import Check, Report, run_checks
 
 
 def check_score_model(
-    model: ScoreModel, shape: Sequence[int], *, exact: bool = False, **cond: Any
+    model: ScoreModel, shape: Sequence[int], /, *, exact: bool = False, **cond: Any
 ) -> Report:
     """Check a score model against its interface and for consistency.
 

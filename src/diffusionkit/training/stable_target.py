@@ -83,6 +83,7 @@ class StableTarget(TargetEstimator):
         self,
         sample: Perturbed,
         reference: Tensor | None = None,
+        /,
         *,
         class_labels: Tensor | None = None,
         reference_class_labels: Tensor | None = None,

@@ -37,6 +37,7 @@ class _ChainObjective(abc.ABC):
         self,
         model: ScoreModel,
         x0: Tensor,
+        /,
         *,
         mask: Tensor | None = None,
         t: Tensor | None = None,
