@@ -39,8 +39,8 @@ def _own_classes() -> dict[str, type]:
 def unknown(name: str) -> str:
     """Return how to make a class or a function known to files, for an error."""
     return (
-        f"{name}; if it is your own, decorate it with @register_part ({_REGISTER}) in a module that "
-        "is imported before the file is read"
+        f"{name}; if it is your own, decorate it with @register_part ({_REGISTER}) in a module "
+        "that is imported before the file is read"
     )
 
 
@@ -71,7 +71,8 @@ def built_model(path: str, tree: Any, tensors: Mapping[str, Tensor], state: Any)
     if not isinstance(model, ScoreModel):
         got = type(model).__name__ if kind is None else kind.__name__
         raise CheckpointError(f"{path}: expected a score model, got {got}")
-    _load(path, model, state)
+    _check(path, "model", model, state)
+    _assign(model, state)
     return model
 
 
@@ -133,26 +134,40 @@ class _Builder:
             return kind(**arguments)
         start = f"{at}." if at else ""
         own = {n.removeprefix(start): x for n, x in self.state.items() if n.startswith(start)}
-        module = laid_out(self.path, partial(kind, **arguments), own)
-        check_weights(self.path, at or "model", module, own)
-        _check_values(self.path, module, own, start)
-        fill(module, own)
+        if kind.__name__ not in networks.__all__:
+            self._check_counts(arguments, own, at)
+            module = kind(**arguments)
+        else:
+            module = laid_out(self.path, partial(kind, **arguments), own)
+        _check(self.path, at or "model", module, own)
+        if any(x.is_meta for x in module.state_dict().values()):
+            fill(module, own)
+        else:
+            _assign(module, own)
         return module
+
+    def _check_counts(
+        self, arguments: Mapping[str, Any], own: Mapping[str, Tensor], at: str
+    ) -> None:
+        """Raise if a module would have more numbers than its weights in the file."""
+        numbers = sum(x.numel() for x in own.values())
+        for name, value in arguments.items():
+            if type(value) is int and value > numbers:
+                raise self._error(place(at, name), f"expected at most {numbers}, got {value}")
 
     def _error(self, at: str, text: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {at or 'model'}: {text}")
 
 
-def _check_values(
-    path: str, module: nn.Module, state: Mapping[str, Tensor], start: str = ""
-) -> None:
-    """Raise unless the tensors of a file are of the kinds of a module's, and hold numbers."""
+def _check(path: str, what: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise unless a file has the tensors of a module, of the same kinds, and they hold numbers."""
+    check_weights(path, what, module, state)
     for name, mine in module.state_dict(keep_vars=True).items():
         problem = value_problem(state[name], isinstance(mine, nn.Parameter))
         if problem is None and mine.is_floating_point() != state[name].is_floating_point():
             problem = f"expected {mine.dtype}, got {state[name].dtype}"
         if problem is not None:
-            raise CheckpointError(f"{path}: {start}{name}: {problem}")
+            raise CheckpointError(f"{path}: {what}: {name}: {problem}")
 
 
 def value_problem(value: object, parameter: bool) -> str | None:
@@ -170,12 +185,9 @@ def value_problem(value: object, parameter: bool) -> str | None:
     return "expected numbers, got NaN" if bool(value.isnan().any()) else None
 
 
-@torch.no_grad()
-def _load(path: str, model: ScoreModel, state: Mapping[str, Tensor]) -> None:
-    """Give a model the tensors of a file, dtypes included."""
-    check_weights(path, "model", model, state)
-    _check_values(path, model, state)
-    for name, mine in model.state_dict(keep_vars=True).items():
+def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a module the tensors of a file, dtypes included."""
+    for name, mine in module.state_dict(keep_vars=True).items():
         value = state[name]
         if mine.data_ptr() != value.data_ptr() or mine.dtype != value.dtype:
             mine.data = value.to(mine.device)  # tied tensors stay tied

@@ -261,7 +261,7 @@ def _is_zip(file: str) -> bool:
     if not os.path.isfile(file):
         return False
     with open(file, "rb") as content:
-        return content.read(2) == b"PK"
+        return content.read(4) == b"PK\x03\x04"
 
 
 def _read_training(file: str, ema: bool) -> tuple[Any, dict[str, Tensor], Any]:
