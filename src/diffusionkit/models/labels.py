@@ -182,6 +182,7 @@ class IndexLabel:
                 "sigmas: expected at least two positive, strictly increasing or decreasing "
                 f"values, got {table.tolist()[:6]}"
             )
+        self.sigmas = table
         self._flip = bool(steps[0] < 0)
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])

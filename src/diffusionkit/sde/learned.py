@@ -156,6 +156,12 @@ class LearnedSDE(_GammaSDE, nn.Module):
         check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
         check_count(hidden, "hidden", most=2**24)
         check_flag(learn_ends, "learn_ends")
+        self.config = {
+            "gamma_min": gamma_min,
+            "gamma_max": gamma_max,
+            "hidden": hidden,
+            "learn_ends": learn_ends,
+        }
         spread = (torch.arange(hidden) + 0.5) / hidden
         self.centers = nn.Parameter(1.5 * spread - 0.25)
         self.raw_steepness = nn.Parameter(torch.full((hidden,), 16.0))  # k = softplus of it
