@@ -1,4 +1,4 @@
-"""Configuration of the documentation: sphinx, furo and myst; every snippet is a doctest."""
+"""Configuration of the documentation: snippets on pages are doctests, tutorials are notebooks."""
 
 import re
 import sys
@@ -16,13 +16,25 @@ copyright = author
 release = __version__
 
 extensions = [
+    "code_links",
     "mathml",
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_codeautolink",
+    "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "tables"]
+
+# Notebooks are pages whose header names a kernel; an error in a cell is an error of the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_execution_timeout = 180
+nb_execution_in_temp = True
+nb_merge_streams = True
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -35,6 +47,10 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "friendly"
+
+codeautolink_concat_default = True  # snippets of a page continue one another
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and output are not copied
+viewcode_line_numbers = True
 
 add_module_names = False
 default_role = "py:obj"
