@@ -13,12 +13,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {
-    "_checks", "_coefficients", "_gaussian", "_grid_times", "_kept", "_loops", "_nfe", "_precision",
-    "_returned", "_schedules", "distributed", "random",
+    "_batch_conditions", "_checks", "_coefficients", "_gaussian", "_grid_times", "_kept", "_loops",
+    "_nfe", "_precision", "_returned", "_schedules", "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
+    "_batch_conditions": set(),
     "_checks": set(),
     "distributed": {"_checks"},
     "_schedules": set(),
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
     "_kept": set(),
     "_loops": {"distributed"},
-    "_nfe": set(),
+    "_nfe": {"_batch_conditions"},
     "_precision": {"_checks"},
     "_returned": set(),
     "random": {"_checks"},

@@ -194,14 +194,14 @@ class ScoreModel(nn.Module, abc.ABC):
         counts(cls, _check_prediction)
 
     @abc.abstractmethod
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
 
         The prediction is in the dtype of the state, at least float32.
         """
 
     @override
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """Return the score, the gradient of log p_t at x, (B, *D)."""
         return self.predict(x, t, **cond).score
 
@@ -235,7 +235,7 @@ class TargetEstimator(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, sample: Perturbed, reference: Tensor | None = None, **cond: Any
+        self, sample: Perturbed, reference: Tensor | None = None, /, **cond: Any
     ) -> Prediction:
         """Return the target for noisy data; some targets use reference data (n, *D)."""
 
@@ -283,6 +283,7 @@ class Predictor(abc.ABC):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,
@@ -302,7 +303,14 @@ class Corrector(abc.ABC):
 
     @abc.abstractmethod
     def step(
-        self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        /,
+        *,
+        generator: Generators = None,
+        **cond: Any,
     ) -> Step:
         """Update a state x (B, *D) at times t (B,)."""
 
@@ -368,7 +376,7 @@ def _check_target(part: object, target: Any, args: tuple[Any, ...], kwargs: dict
         raise TypeError(
             f"{type(part).__name__}: expected a Prediction, got {type(target).__name__}"
         )
-    sample: Perturbed = kwargs["sample"] if "sample" in kwargs else args[0]
+    sample: Perturbed = args[0] if args else kwargs["sample"]
     if target.x.shape != sample.x.shape:
         raise ValueError(
             f"{type(part).__name__}: expected a target of the shape of x, "

@@ -166,7 +166,9 @@ def seeded(*numbers: int) -> torch.Generator:
         ValueError: if there is no integer, or one is negative or above 2^63 - 1.
         TypeError: if one is not an integer.
 
-    >>> randn((2, 3), generator=[seeded(0, number) for number in (5, 6)]).shape
+    >>> from diffusionkit.random import randn, seeded
+    >>> generators = [seeded(0, number) for number in (5, 6)]
+    >>> randn((2, 3), generator=generators).shape
     torch.Size([2, 3])
     """
     if not numbers:

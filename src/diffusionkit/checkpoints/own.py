@@ -44,7 +44,7 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
             weights are not finite.
         OSError: if the file cannot be written; the previous one is left as it was.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from diffusionkit.checkpoints import load_network, save_network
     >>> from diffusionkit.networks import MLP
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -52,8 +52,10 @@ class NoiseClassifier(nn.Module):
         ValueError: unless sigma_data is finite and positive.
         TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
 
-    >>> from diffusionkit import VPSDE
-    >>> classifier = NoiseClassifier(lambda x, noise_label: x[:, :3], VPSDE())
+    >>> import torch
+    >>> from diffusionkit import VPSDE, NoiseClassifier
+    >>> network = lambda x, noise_label: x[:, :3]  # logits of three classes
+    >>> classifier = NoiseClassifier(network, VPSDE())
     >>> classifier(torch.ones(2, 5), torch.tensor([0.1, 0.9])).shape
     torch.Size([2, 3])
     """

@@ -55,9 +55,13 @@ class ClassifierGuidance(GuidedModel):
     2021, arXiv 2011.13456 (section 5); Dhariwal and Nichol, Diffusion Models Beat GANs on Image
     Synthesis, 2021, arXiv 2105.05233.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
-    >>> guided = ClassifierGuidance(model, lambda x, t: torch.cat([-4 * x, 4 * x], 1), scale=2.0)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, ClassifierGuidance, GaussianMixtureModel
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
+    >>> classifier = lambda x, t: torch.cat([-4 * x, 4 * x], 1)  # logits
+    >>> guided = ClassifierGuidance(model, classifier, scale=2.0)
     >>> x, t = torch.zeros(2, 1), torch.tensor([0.5, 0.5])
     >>> guided(x, t, class_labels=torch.tensor([0, 1])).detach()
     tensor([[-8.],
@@ -87,7 +91,9 @@ class ClassifierGuidance(GuidedModel):
         return f"scale={self.scale}"
 
     @override
-    def predict(self, x: Tensor, t: Tensor, *, class_labels: Any = None, **cond: Any) -> Prediction:
+    def predict(
+        self, x: Tensor, t: Tensor, /, *, class_labels: Any = None, **cond: Any
+    ) -> Prediction:
         labels = {"class_labels": class_labels}
         prediction = self.model.predict(x, t, **cond, **(labels if self.conditional else {}))
         with self._differentiable(x, t, labels) as (leaf, time, saved, keep):
@@ -138,9 +144,10 @@ class GradientGuidance(GuidedModel):
     Source: Chung et al., Diffusion Posterior Sampling for General Noisy Inverse Problems, 2023,
     arXiv 2209.14687.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[0.0, 0.0]], stds=[1.0])
-    >>> guided = GradientGuidance(model, lambda x0: -((x0[:, 0] - 1.0) ** 2))
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, GradientGuidance
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [1.0])
+    >>> guided = GradientGuidance(model, lambda x0: -((x0[:, 0] - 1) ** 2))
     >>> guided(torch.ones(1, 2), torch.tensor([0.1])).detach()
     tensor([[-0.8991, -1.0000]])
     """
@@ -160,7 +167,7 @@ class GradientGuidance(GuidedModel):
         return f"scale={self.scale}"
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
             alpha, sigma = self._kernel(x, t)
@@ -209,11 +216,15 @@ class ClassifierFreeGuidance(GuidedModel):
     Quality in Diffusion Models, 2024, arXiv 2404.07724; Lin et al., Common Diffusion Noise
     Schedules and Sample Steps are Flawed, 2023, arXiv 2305.08891 (section 3.4).
 
-    >>> from diffusionkit import VPSDE, X0Model
-    >>> network = lambda x, noise_label, class_labels: 0 * x + class_labels.unsqueeze(1)
+    >>> import torch
+    >>> from diffusionkit import VPSDE, ClassifierFreeGuidance, X0Model
+    >>> def network(x, noise_label, class_labels):
+    ...     return 0 * x + class_labels[:, None]
     >>> model = X0Model(network, VPSDE())
-    >>> guided = ClassifierFreeGuidance(model, 3.0, null={"class_labels": 0})
-    >>> guided.predict(torch.zeros(1, 2), torch.tensor([0.5]), class_labels=torch.tensor([2])).x0
+    >>> null = {"class_labels": 0}
+    >>> guided = ClassifierFreeGuidance(model, 3.0, null=null)
+    >>> x, t = torch.zeros(1, 2), torch.tensor([0.5])
+    >>> guided.predict(x, t, class_labels=torch.tensor([2])).x0
     tensor([[6., 6.]])
     """
 
@@ -259,7 +270,7 @@ class ClassifierFreeGuidance(GuidedModel):
         return f"scale={self.scale}, interval={self.interval}, rescale={self.rescale}, null={names}"
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
         null = self._null_conditions(cond)
         scale = self._scale(alpha, sigma)

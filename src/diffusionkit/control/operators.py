@@ -54,6 +54,8 @@ def check_operator(operator: LinearOperator, data: Tensor) -> None:
         ValueError: if one of the three does not hold.
         TypeError: if operator is not a LinearOperator.
 
+    >>> import torch
+    >>> from diffusionkit.control import AveragePool, check_operator
     >>> check_operator(AveragePool(2), torch.zeros(3, 8, 8))
     """
     check_part(operator, LinearOperator, "operator")
@@ -112,6 +114,8 @@ class Mask(LinearOperator):
         ValueError: if the mask has values other than 0 and 1.
         TypeError: if mask is not a tensor.
 
+    >>> import torch
+    >>> from diffusionkit.control import Mask
     >>> Mask(torch.tensor([1, 0, 1]))(torch.tensor([[5.0, 6.0, 7.0]]))
     tensor([[5., 0., 7.]])
     """
@@ -162,6 +166,8 @@ class AveragePool(LinearOperator):
             factor.
         TypeError: if factor or dims is not an integer.
 
+    >>> import torch
+    >>> from diffusionkit.control import AveragePool
     >>> AveragePool(2, dims=1)(torch.tensor([1.0, 3.0, 5.0, 5.0]))
     tensor([2., 5.])
     """
@@ -327,7 +333,10 @@ class Matrix(LinearOperator):
         ValueError: unless rows has at least two axes and is finite.
         TypeError: if rows is not a tensor.
 
-    >>> Matrix(torch.tensor([[0.6, 0.8]]))(torch.tensor([[5.0, 0.0], [1.0, 1.0]]))
+    >>> import torch
+    >>> from diffusionkit.control import Matrix
+    >>> x = torch.tensor([[5.0, 0.0], [1.0, 1.0]])
+    >>> Matrix(torch.tensor([[0.6, 0.8]]))(x)
     tensor([[3.0000],
             [1.4000]])
     """

@@ -63,6 +63,7 @@ class EDMAugmentation:
         Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022,
         https://arxiv.org/abs/2206.00364, appendix F.2.
 
+    >>> import torch
     >>> from diffusionkit.data import EDMAugmentation
     >>> x, labels = EDMAugmentation(0.12)(torch.rand(16, 3, 32, 32))
     >>> x.shape, labels.shape

@@ -91,10 +91,11 @@ class EndlessBatches:
             between batch_size and a third of the items.
         TypeError: if an argument has another type.
 
+    >>> import torch
     >>> from diffusionkit.data import EndlessBatches, ImageTensors
-    >>> data = ImageTensors(torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8))
-    >>> batches = iter(EndlessBatches(data, batch_size=16, start=6))
-    >>> next(batches).positions
+    >>> images = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8)
+    >>> data = EndlessBatches(ImageTensors(images), batch_size=16, start=6)
+    >>> next(iter(data)).positions
     tensor([ 96,  97,  98,  99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109,
             110, 111])
     """

@@ -89,9 +89,11 @@ class ImageTensors(ImageData):
         ValueError: if a shape does not fit, or a class label is no index of `classes`.
         TypeError: if an argument has another type.
 
+    >>> import torch
     >>> from diffusionkit.data import ImageTensors
     >>> ones = torch.ones(2, 1, 8, 8, dtype=torch.uint8)
-    >>> data = ImageTensors(ones, torch.tensor([1, 0]), classes=["square", "circle"])
+    >>> classes = ["square", "circle"]
+    >>> data = ImageTensors(ones, torch.tensor([1, 0]), classes=classes)
     >>> len(data), data.shape, data[0][1]
     (2, (1, 8, 8), 1)
     """

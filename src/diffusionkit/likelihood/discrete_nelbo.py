@@ -75,8 +75,12 @@ class DiscreteNELBO:
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (equations 11 to
     19, appendix I.1).
 
-    >>> from diffusionkit import EpsModel, LogSigmaLabel, LogSNRSDE
-    >>> model = EpsModel(lambda x, noise_label: x, LogSNRSDE(), label=LogSigmaLabel())
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     DiscreteNELBO, EpsModel, LogSNRSDE, LogSigmaLabel
+    ... )
+    >>> network = lambda x, noise_label: x
+    >>> model = EpsModel(network, LogSNRSDE(), label=LogSigmaLabel())
     >>> DiscreteNELBO(model)(torch.randint(256, (4, 3, 8, 8))).nats.shape
     torch.Size([4])
     """
@@ -101,7 +105,7 @@ class DiscreteNELBO:
         return f"DiscreteNELBO({type(self.model).__name__}, {self.decoder}, steps={self.steps})"
 
     def __call__(
-        self, images: Tensor, *, generator: Generators = None, **cond: Any
+        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
     ) -> DiscreteBound:
         """Return the terms of the bound, each (B,), for images (B, *D).
 
@@ -179,12 +183,16 @@ def variance_minimizing_backward(
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
 
-    >>> from diffusionkit import EpsModel, LearnedSDE, LogSigmaLabel
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     DiscreteNELBO, EpsModel, LearnedSDE, LogSigmaLabel,
+    ...     variance_minimizing_backward
+    ... )
     >>> from diffusionkit.networks import MLP
     >>> model = EpsModel(MLP(2), LearnedSDE(), label=LogSigmaLabel())
     >>> bound = DiscreteNELBO(model)(torch.randint(256, (8, 2)))
-    >>> loss = bound.nats.mean() / 2
-    >>> variance_minimizing_backward(loss, bound.diffusion / 2, model.sde.interior())
+    >>> loss, diffusion = bound.nats.mean() / 2, bound.diffusion / 2
+    >>> variance_minimizing_backward(loss, diffusion, model.sde.interior())
     """
     parameters = list(interior)
     gradients = torch.autograd.grad(diffusion.square().mean(), parameters, retain_graph=True)

@@ -89,9 +89,12 @@ class Hutchinson(Divergence):
     Source: Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix, 1990;
     Grathwohl et al., FFJORD, 2019, arXiv 1810.01367.
 
+    >>> import torch
+    >>> from diffusionkit import Hutchinson
     >>> x = torch.zeros(2, 3)
     >>> hutchinson = Hutchinson()
-    >>> value, divergence = hutchinson(lambda x: 2 * x, x, hutchinson.start(x))
+    >>> state = hutchinson.start(x)
+    >>> value, divergence = hutchinson(lambda x: 2 * x, x, state)
     >>> divergence  # exact for a diagonal Jacobian
     tensor([[6., 6.]], dtype=torch.float64)
     """
@@ -136,6 +139,8 @@ class ExactDivergence(Divergence):
         ValueError: if chunk < 1.
         TypeError: if chunk is not an integer.
 
+    >>> import torch
+    >>> from diffusionkit import ExactDivergence
     >>> x = torch.tensor([[1.0, 2.0]])
     >>> ExactDivergence()(lambda x: x**2, x, None)[1].tolist()
     [[6.0]]

@@ -88,7 +88,8 @@ class NELBO:
     Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
     arXiv 2101.09258 (theorem 3, appendix B).
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
+    >>> import torch
+    >>> from diffusionkit import NELBO, VPSDE, GaussianMixtureModel
     >>> model = GaussianMixtureModel(VPSDE(), means=[[0.0]], stds=[1.0])
     >>> bound = NELBO(model, samples=4)(torch.zeros(2, 1))
     >>> bound.nats.shape, bound.stderr.shape
@@ -117,7 +118,7 @@ class NELBO:
     def __repr__(self) -> str:
         return f"NELBO(samples={self.samples}, divergence={self.divergence}, t_min={self.t_min})"
 
-    def __call__(self, x: Tensor, *, generator: Generators = None, **cond: Any) -> Bound:
+    def __call__(self, x: Tensor, /, *, generator: Generators = None, **cond: Any) -> Bound:
         """Return the bound for data x (B, *D).
 
         Args:

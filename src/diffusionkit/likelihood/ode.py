@@ -101,8 +101,9 @@ class ODELikelihood:
     (section 4.3); Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
     arXiv 2101.09258.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, ODELikelihood
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> result = ODELikelihood(model)(torch.tensor([[-1.5], [2.5]]))
     >>> result.log_prob.round(decimals=2)
     tensor([-1.4200, -1.4200], dtype=torch.float64)
@@ -135,7 +136,9 @@ class ODELikelihood:
     def __repr__(self) -> str:
         return f"ODELikelihood({self.divergence!r}, {self.solver!r}, t_min={self.t_min:g})"
 
-    def __call__(self, x: Tensor, *, generator: Generators = None, **cond: Any) -> ODELogLikelihood:
+    def __call__(
+        self, x: Tensor, /, *, generator: Generators = None, **cond: Any
+    ) -> ODELogLikelihood:
         """Return the log-likelihood of data x (B, *D).
 
         Args:

@@ -44,6 +44,8 @@ class InceptionScore:
 
     Source: Salimans et al., Improved Techniques for Training GANs, 2016, arXiv 1606.03498.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import InceptionScore
     >>> score = InceptionScore(splits=1)
     >>> score.update(probs=torch.eye(4))
     >>> round(score.compute().mean, 6)

@@ -37,8 +37,10 @@ class DenoisedModel(ScoreModel):
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; Nichol and
     Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (released code).
 
-    >>> from diffusionkit import EpsModel, VPSDE
-    >>> model = DenoisedModel(EpsModel(lambda x, noise_label: 0 * x, VPSDE()), Clip(-1.0, 1.0))
+    >>> import torch
+    >>> from diffusionkit import VPSDE, Clip, DenoisedModel, EpsModel
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
+    >>> model = DenoisedModel(model, Clip(-1.0, 1.0))
     >>> model.predict(torch.tensor([[3.0, -0.1]]), torch.tensor([0.01])).x0
     tensor([[ 1.0000, -0.1001]])
     """
@@ -55,7 +57,7 @@ class DenoisedModel(ScoreModel):
         self.variance = getattr(model, "variance", None)
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict data and noise of a state x (B, *D) at times t (B,).
 
         Raises:
@@ -92,6 +94,8 @@ class Clip:
     Raises:
         ValueError: if low >= high.
 
+    >>> import torch
+    >>> from diffusionkit import Clip
     >>> Clip()(torch.tensor([-3.0, 0.5]))
     tensor([-1.0000,  0.5000])
     """
@@ -132,6 +136,8 @@ class DynamicThreshold:
     Source: Saharia et al., Photorealistic Text-to-Image Diffusion Models with Deep Language
     Understanding, 2022, arXiv 2205.11487 (section 2.3).
 
+    >>> import torch
+    >>> from diffusionkit import DynamicThreshold
     >>> DynamicThreshold(quantile=0.5)(torch.tensor([[-8.0, 2.0, 1.0]]))
     tensor([[-1.0000,  1.0000,  0.5000]])
     """

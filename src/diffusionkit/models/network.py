@@ -103,7 +103,7 @@ class NetworkModel(ScoreModel):
         return x
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
 
         Raises:
@@ -174,8 +174,8 @@ class EpsModel(NetworkModel):
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
     >>> import torch
-    >>> from diffusionkit import VPSDE
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
+    >>> from diffusionkit import VPSDE, EpsModel
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
     >>> model.predict(torch.ones(2, 3), torch.tensor([0.1, 0.9])).eps.shape
     torch.Size([2, 3])
     """

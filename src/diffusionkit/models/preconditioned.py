@@ -45,8 +45,8 @@ class EDMModel(NetworkModel):
     2022, arXiv 2206.00364 (table 1).
 
     >>> import torch
-    >>> from diffusionkit import EDMSDE
-    >>> model = EDMModel(lambda x, noise_label: torch.zeros_like(x), EDMSDE())
+    >>> from diffusionkit import EDMSDE, EDMModel
+    >>> model = EDMModel(lambda x, noise_label: 0 * x, EDMSDE())
     >>> model.predict(torch.ones(1, 2), torch.tensor([0.5])).x0  # c_skip x
     tensor([[0.5000, 0.5000]])
     """

@@ -260,21 +260,29 @@ def check_floating(x: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
 
 
-def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -> None:
-    """Raise unless condition vectors match the input and the network.
+def network_condition(
+    x: Tensor, condition: Tensor | None, features: int | None, *, required: bool = False
+) -> Tensor | None:
+    """Return condition vectors (B, features), or raise unless they match the input and network.
 
     Args:
         x: input (B, ...).
-        condition: condition vectors, expected to be (B, features), floating-point, and on the
-            device of x, or None.
+        condition: condition vectors, expected to be (B, features), or (features,) or (1, features)
+            for one that all samples have, floating-point, and on the device of x; or None.
         features: size of the network's condition vectors, or None if it takes none.
+        required: whether a network with a condition needs one.
 
     Raises:
-        TypeError: if the dtype is wrong, or vectors are unexpected.
+        TypeError: if the dtype is wrong, or vectors are missing or unexpected.
         ValueError: if the shape or the device is wrong.
     """
     if condition is None:
-        return
+        if required and features is not None:
+            raise TypeError(
+                f"condition: expected a tensor (B, {features}), or ({features},) for all samples, "
+                f"for a network with condition_features={features}, got None"
+            )
+        return None
     if features is None:
         raise TypeError(
             "condition: expected None for a network without one (condition_features=None), "
@@ -282,10 +290,15 @@ def check_condition(x: Tensor, condition: Tensor | None, features: int | None) -
         )
     check_floating(condition, "condition")
     check_device(condition, x, "condition")
-    if condition.shape != (x.shape[0], features):
+    n = x.shape[0]
+    # By dimension, not as tuples: torch.export would compare n with the number of features.
+    fits = condition.ndim in (1, 2) and condition.shape[-1] == features
+    if not fits or (condition.ndim == 2 and condition.shape[0] not in (1, n)):
         raise ValueError(
-            f"condition: expected shape ({x.shape[0]}, {features}), got {tuple(condition.shape)}"
+            f"condition: expected shape ({n}, {features}), or ({features},) for all samples, "
+            f"got {tuple(condition.shape)}"
         )
+    return condition.expand(n, features)
 
 
 def check_low_res(x: Tensor, low_res: Tensor | None, channels: int | None) -> None:

@@ -73,7 +73,9 @@ class ADMUNet(UNet):
 
     >>> import torch
     >>> from diffusionkit.networks import ADMUNet
-    >>> net = ADMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,))
+    >>> net = ADMUNet(
+    ...     1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,)
+    ... )
     >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
     torch.Size([4, 2, 8, 12])
     """

@@ -84,7 +84,7 @@ class NCSNpp(UNet):
     Generative Modeling through Stochastic Differential Equations, 2021, arXiv 2011.13456.
 
     >>> import torch
-    >>> from diffusionkit import RawScoreModel, VESDE
+    >>> from diffusionkit import VESDE, RawScoreModel
     >>> from diffusionkit.networks import NCSNpp
     >>> net = NCSNpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
     >>> model = RawScoreModel(net, VESDE(sigma_max=50.0))

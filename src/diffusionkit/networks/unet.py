@@ -13,13 +13,13 @@ from typing_extensions import override
 
 from ._arguments import (
     check_class_labels,
-    check_condition,
     check_counts,
     check_divisible,
     check_flags,
     check_low_res,
     check_noise_label,
     check_optional_counts,
+    network_condition,
     network_input,
     unit_range,
 )
@@ -254,7 +254,7 @@ class UNet(nn.Module):
             noise_label: noise label (B,).
             class_labels: class labels (B,), int64, if and only if the network has classes.
             condition: condition vectors (B, condition_features), for a network with a condition
-                only; None for zeros.
+                only, or (condition_features,) for one that all samples have; None for zeros.
             low_res: image (B, low_res_channels, \*any spatial), if and only if the network takes
                 one; it is interpolated linearly to the size of the input.
 
@@ -266,7 +266,13 @@ class UNet(nn.Module):
             ValueError: if a shape, a device, a class label or a noise label is wrong.
         """
         x = network_input(x, self.channels, self.dims, self.input.weight)
-        self._check(x, noise_label, class_labels, condition, low_res)
+        check_divisible(x, self.factor)
+        check_noise_label(x, noise_label)
+        classes = None if self.embedding is None else self.embedding.num_classes
+        check_class_labels(x, class_labels, classes)
+        size = None if self.embedding is None else self.embedding.condition_features
+        condition = network_condition(x, condition, size)
+        check_low_res(x, low_res, self.low_res_channels)
         emb = (
             None if self.embedding is None else self.embedding(noise_label, class_labels, condition)
         )
@@ -300,20 +306,3 @@ class UNet(nn.Module):
         if self.noise_level is not None:
             result = over_level(result, self.noise_level(noise_label))
         return result
-
-    def _check(
-        self,
-        x: Tensor,
-        noise_label: Tensor,
-        class_labels: Tensor | None,
-        condition: Tensor | None,
-        low_res: Tensor | None,
-    ) -> None:
-        check_divisible(x, self.factor)
-        check_noise_label(x, noise_label)
-        check_class_labels(
-            x, class_labels, None if self.embedding is None else self.embedding.num_classes
-        )
-        size = None if self.embedding is None else self.embedding.condition_features
-        check_condition(x, condition, size)
-        check_low_res(x, low_res, self.low_res_channels)

@@ -66,7 +66,14 @@ class Langevin(Corrector):
 
     @override
     def step(
-        self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        /,
+        *,
+        generator: Generators = None,
+        **cond: Any,
     ) -> Step:
         _, sigma = kernel(model.sde, x, t)
         mean = x = at_least_float32(x)
@@ -140,7 +147,14 @@ class AnnealedLangevin(Corrector):
 
     @override
     def step(
-        self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        /,
+        *,
+        generator: Generators = None,
+        **cond: Any,
     ) -> Step:
         alpha, sigma = kernel(model.sde, x, t)
         pull, mean = 2 * self.snr**2, x

@@ -86,9 +86,13 @@ class PCSampler:
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (algorithm 1).
 
-    >>> from diffusionkit import GaussianMixtureModel, Langevin, ReverseDiffusion, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.1, 0.1])
-    >>> sampler = PCSampler(model, ReverseDiffusion(), Langevin(snr=0.16), steps=50)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, Langevin, PCSampler, ReverseDiffusion
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.1, 0.1])
+    >>> corrector = Langevin(snr=0.16)
+    >>> sampler = PCSampler(model, ReverseDiffusion(), corrector, steps=50)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe
@@ -161,6 +165,7 @@ class PCSampler:
     def __call__(
         self,
         start: Sequence[int] | Tensor,
+        /,
         *,
         generator: Generators = None,
         device: torch.device | str | None = None,
@@ -190,7 +195,7 @@ class PCSampler:
                 pass
         return narrowed(state.x, kind, "samples", WIDER)
 
-    def edit(self, x0: Tensor, t: float, *, generator: Generators = None, **cond: Any) -> Tensor:
+    def edit(self, x0: Tensor, t: float, /, *, generator: Generators = None, **cond: Any) -> Tensor:
         """Return data x0 (B, *D) perturbed to about time t and denoised from there: SDEdit.
 
         Large times keep little of the data, small ones almost all. The run begins at the first
@@ -219,6 +224,7 @@ class PCSampler:
     def iterate(
         self,
         start: Sequence[int] | Tensor,
+        /,
         *,
         generator: Generators = None,
         device: torch.device | str | None = None,

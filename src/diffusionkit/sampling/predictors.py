@@ -128,6 +128,7 @@ class LinearPredictor(TabulatedPredictor[StepCoefficients]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_conditions import repeated
 from .._checks import (
     check_count,
     check_finite,
@@ -20,7 +21,7 @@ from .._checks import (
 )
 from .._flow_solver import Solver
 from .._grid_times import grid_times
-from .._loops import evaluation_mode, repeated
+from .._loops import evaluation_mode
 from .._model_checks import check_model
 from .._nfe import EvaluationCounter
 from .._precision import at_least_float32
@@ -70,8 +71,9 @@ class ProbabilityFlow:
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (section 4.3).
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, ProbabilityFlow
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> flow = ProbabilityFlow(model)
     >>> x = torch.tensor([[-1.5], [2.5]])
     >>> torch.allclose(flow.decode(flow.encode(x)), x, atol=1e-3)
@@ -113,6 +115,7 @@ class ProbabilityFlow:
     def sample(
         self,
         start: Sequence[int] | Tensor,
+        /,
         *,
         temperature: float = 1.0,
         generator: Generators = None,
@@ -153,11 +156,11 @@ class ProbabilityFlow:
         self.nfe += counter.evaluations
         return result(x, kind)
 
-    def encode(self, x: Tensor, **cond: Any) -> Tensor:
+    def encode(self, x: Tensor, /, **cond: Any) -> Tensor:
         """Return the latent code at T (B, *D) of data x (B, *D), taken as the state at t_end."""
         return self._solve(x, self.t_end, self.model.sde.T, cond)
 
-    def decode(self, z: Tensor, **cond: Any) -> Tensor:
+    def decode(self, z: Tensor, /, **cond: Any) -> Tensor:
         """Return the data (B, *D) of a latent code z (B, *D): the inverse of `encode`."""
         return self._solve(z, self.model.sde.T, self.t_end, cond)
 

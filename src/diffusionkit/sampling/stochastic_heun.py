@@ -57,9 +57,13 @@ class StochasticHeun(TabulatedPredictor[_Stages]):
     Solution of Stochastic Differential Equations, 1992 (section 15.1), in the variables of Lu et
     al., DPM-Solver++, 2022, arXiv 2211.01095.
 
-    >>> from diffusionkit import GaussianMixtureModel, LogSNRGrid, PCSampler, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
-    >>> sampler = PCSampler(model, StochasticHeun(), steps=20, grid=LogSNRGrid())
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, LogSNRGrid, PCSampler, StochasticHeun
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
+    >>> grid = LogSNRGrid()
+    >>> sampler = PCSampler(model, StochasticHeun(), steps=20, grid=grid)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe
@@ -81,6 +85,7 @@ class StochasticHeun(TabulatedPredictor[_Stages]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -33,7 +33,7 @@ class DiscreteTimes(TimeSampler):
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
-    >>> from diffusionkit import DDPMChain
+    >>> from diffusionkit import DDPMChain, DiscreteTimes
     >>> t, weight = DiscreteTimes().sample(DDPMChain([0.5, 0.5]), 100)
     >>> t.unique().tolist()
     [0.5, 1.0]
@@ -83,8 +83,10 @@ class LossSecondMomentTimes(TimeSampler):
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.3).
 
-    >>> from diffusionkit import DDPMChain
-    >>> times, chain = LossSecondMomentTimes(history=1), DDPMChain([0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import DDPMChain, LossSecondMomentTimes
+    >>> chain = DDPMChain([0.5, 0.5])
+    >>> times = LossSecondMomentTimes(history=1)
     >>> t, weight = times.sample(chain, 3)
     >>> times.update(torch.tensor([0.5, 1.0]), torch.tensor([3.0, 1.0]))
     >>> times.probabilities

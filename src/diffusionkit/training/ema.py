@@ -46,6 +46,7 @@ class HalfLife:
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (released code).
 
+    >>> from diffusionkit import HalfLife
     >>> decay = HalfLife(images=500_000, batch_size=512, ramp_up=0.05)
     >>> decay(1), round(decay(2), 6), round(decay(10**6), 6)
     (0.0, 1e-06, 0.99929)
@@ -140,6 +141,9 @@ class EMA(Averages, Generic[Model_co]):
 
     Source: Song et al., 2021, arXiv 2011.13456 (appendix H.1).
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from diffusionkit import EMA
     >>> model = nn.Linear(1, 1)
     >>> ema = EMA(model, decay=0.999)
     >>> ema.update(model)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_conditions import for_batch
 from .._checks import (
     check_finite,
     check_part,
@@ -52,8 +53,9 @@ class ScoreMatching:
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 
-    >>> from diffusionkit import EpsModel, VPSDE
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
+    >>> import torch
+    >>> from diffusionkit import VPSDE, EpsModel, ScoreMatching
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
     >>> ScoreMatching()(model, torch.randn(8, 3)).shape
     torch.Size([8])
     """
@@ -81,6 +83,7 @@ class ScoreMatching:
         self,
         model: ScoreModel,
         x0: Tensor,
+        /,
         *,
         reference: Tensor | None = None,
         reference_class_labels: Tensor | None = None,
@@ -132,6 +135,7 @@ class ScoreMatching:
         self,
         model: ScoreModel,
         x0: Tensor,
+        /,
         *,
         reference: Tensor | None = None,
         reference_class_labels: Tensor | None = None,
@@ -175,6 +179,7 @@ class ScoreMatching:
             mask, x0 = masked(mask, x0)
         check_finite(x0, "x0")
         check_range(x0, model, "x0", mask)
+        cond = for_batch(cond, len(x0))
         if reference is not None:
             check_reference(reference, x0)
             check_range(reference, model, "reference")

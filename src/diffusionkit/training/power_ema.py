@@ -46,6 +46,7 @@ def power_exponent(sigma_rel: float) -> float:
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
     2024, arXiv 2312.02696 (section 3.1).
 
+    >>> from diffusionkit import power_exponent
     >>> round(power_exponent(0.10), 4)
     6.9372
     """
@@ -96,6 +97,9 @@ class PowerEMA(Averages, Generic[Model_co]):
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
     2024, arXiv 2312.02696 (sections 3.1 and 3.2).
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from diffusionkit import PowerEMA
     >>> model = nn.Linear(1, 1)
     >>> ema = PowerEMA(model, sigma_rels=(0.05, 0.10))
     >>> ema.update(model)

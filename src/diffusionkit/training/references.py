@@ -50,8 +50,11 @@ class ReferenceBatches:
         ValueError: if batch_size > reference_size, or either exceeds the items of a process.
         TypeError: if the data set has no length, or a size is not an integer.
 
+    >>> import torch
+    >>> from diffusionkit import ReferenceBatches
     >>> data = torch.randn(100, 3)
-    >>> for batch, reference in ReferenceBatches(data, batch_size=8, reference_size=32):
+    >>> batches = ReferenceBatches(data, batch_size=8, reference_size=32)
+    >>> for batch, reference in batches:
     ...     pass
     >>> batch.shape, reference.shape
     (torch.Size([8, 3]), torch.Size([32, 3]))

@@ -46,6 +46,7 @@ class CheckpointFolder:
         TypeError: if folder is not a path, or keep not an integer.
 
     >>> import tempfile
+    >>> from diffusionkit.training import CheckpointFolder
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     checkpoints = CheckpointFolder(folder)
     ...     checkpoints.path(1000).name, checkpoints.newest()

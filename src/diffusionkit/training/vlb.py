@@ -37,6 +37,7 @@ class _ChainObjective(abc.ABC):
         self,
         model: ScoreModel,
         x0: Tensor,
+        /,
         *,
         mask: Tensor | None = None,
         t: Tensor | None = None,
@@ -139,9 +140,11 @@ class VLB(_ChainObjective):
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (equations 4 to 7).
 
-    >>> from diffusionkit import DDPMChain, EpsModel
-    >>> model = EpsModel(lambda x, noise_label: torch.cat([x, x], 1), DDPMChain.cosine(100),
-    ...                  variance="learned_range")
+    >>> import torch
+    >>> from diffusionkit import VLB, DDPMChain, EpsModel, GaussianDecoder
+    >>> network = lambda x, noise_label: torch.cat([x, x], 1)
+    >>> chain = DDPMChain.cosine(100)
+    >>> model = EpsModel(network, chain, variance="learned_range")
     >>> x0 = GaussianDecoder().encode(torch.randint(256, (4, 3, 8, 8)))
     >>> VLB()(model, x0).shape
     torch.Size([4])
