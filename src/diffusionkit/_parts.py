@@ -218,7 +218,7 @@ def _arguments(part: Any, kind: type) -> tuple[dict[str, Any], list[str]]:
 
 
 def _parameters(kind: type) -> tuple[list[str], list[str] | None]:
-    """Return the names of a constructor's parameters, and of those that **options pass to its bases.
+    """Return the names of a constructor's parameters, and those of its bases behind **options.
 
     The second are None if there are no **options.
     """

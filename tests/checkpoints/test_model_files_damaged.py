@@ -1,4 +1,4 @@
-"""Files of whole models that are damaged, foreign, newer or hostile: errors that say what is wrong."""
+"""Files of whole models that are damaged, foreign, newer or hostile: errors that say why."""
 
 import json
 import os

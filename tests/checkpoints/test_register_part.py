@@ -1,4 +1,4 @@
-"""Parts of users in files of whole models: registered by name, or refused with the line to write."""
+"""Parts of users in files of models: registered by name, or refused with the line to write."""
 
 import math
 import re
