@@ -5,7 +5,7 @@ A description is a tree of JSON values in which tensors are kept as they are:
 - ``{"class": "VPSDE", "arguments": {"beta_min": 0.1, ...}}`` is an object,
 - ``{"function": "my_label"}`` a registered function,
 - ``{"same": "model.sde"}`` the object that is described at that place,
-- ``[...]`` a tuple, ``{"list": [...]}``, ``{"dict": {...}}`` and ``{"float": "inf"}`` what they say.
+- ``[...]`` a tuple; ``{"list": [...]}``, ``{"dict": {...}}``, ``{"float": "inf"}`` what they say.
 
 Arguments are read from attributes named as the parameters of the constructor, which a dataclass
 has, or from a dictionary `config` of them.
@@ -206,17 +206,40 @@ class _Describer:
 
 def _arguments(part: Any, kind: type) -> tuple[dict[str, Any], list[str]]:
     """Return the constructor arguments of an object by name, and the names that were not found."""
-    try:
-        parameters = inspect.signature(kind).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # type: ignore[assignment]
-    names = [name for name, p in parameters.items() if p.kind not in _UNNAMED]
-    config = None if "config" in names else getattr(part, "config", None)
+    names, inherited = _parameters(kind)
+    known = {*names, *(inherited or [])}
+    config = None if "config" in known else getattr(part, "config", None)
     if isinstance(config, dict):
-        more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        return {str(name): x for name, x in config.items() if more or name in names}, []
-    found = {name: getattr(part, name) for name in names if hasattr(part, name)}
+        # What a constructor with **options recorded is all that it was called with.
+        return {str(n): x for n, x in config.items() if n in known or inherited is not None}, []
+    listed = [*names, *(inherited or [])]
+    found = {name: getattr(part, name) for name in listed if hasattr(part, name)}
     return found, [name for name in names if name not in found]
+
+
+def _parameters(kind: type) -> tuple[list[str], list[str] | None]:
+    """Return the names of a constructor's parameters, and those of its bases behind **options.
+
+    The second are None if there are no **options.
+    """
+    names: list[str] = []
+    inherited: list[str] | None = None
+    for cls in kind.__mro__[:-1]:
+        if "__init__" not in vars(cls):
+            continue
+        try:
+            parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+        except (TypeError, ValueError):
+            break
+        own = [p.name for p in parameters if p.kind not in _UNNAMED]
+        if inherited is None:
+            names = own
+        else:
+            inherited += [name for name in own if name not in {*names, *inherited}]
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+        inherited = [] if inherited is None else inherited
+    return names, inherited
 
 
 def is_plain(value: Any, *, depth: int = 2) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import control, likelihood, metrics, networks, training
+from diffusionkit import checkpoints, control, likelihood, metrics, networks, training
 from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
@@ -170,6 +170,8 @@ def _folder() -> Path:
     """Return a folder with one file of each kind that the library reads."""
     folder = Path(tempfile.mkdtemp())
     dk.save_checkpoint(folder / "checkpoint.pt", nn.Linear(2, 2))
+    small = dk.EpsModel(networks.MLP(2, width=4), dk.VPSDE())
+    checkpoints.save_model(folder / "model.safetensors", small)
     torch.manual_seed(0)
     average = dk.PowerEMA(nn.Linear(2, 2))
     average.update(nn.Linear(2, 2))
@@ -369,6 +371,12 @@ OWN: dict[str, Recipe] = {
         "path": lambda: _folder() / "network.pt",
         "network": lambda: networks.MLP(2, width=4),
     },
+    "save_model": {
+        "path": lambda: _folder() / "written.safetensors",
+        "model": lambda: dk.EpsModel(networks.MLP(2, width=4), dk.VPSDE()),
+    },
+    "load_model": {"path": lambda: _folder() / "model.safetensors"},
+    "register_part": {"part": lambda: dk.TimeLabel},
     "AveragePool": {"factor": lambda: 2},
     "Blur": {"kernel": lambda: torch.ones(3, 3) / 9, "size": lambda: (4, 4)},
     "Mask": {"mask": lambda: torch.ones(2)},
@@ -642,6 +650,8 @@ _ELSEWHERE = {
     "load_improved_diffusion",
     "load_network",
     "load_score_sde",
+    "push_to_hub",
+    "from_pretrained",
     "inception_features",
     "seeded",  # takes any number of integers
     "variance_minimizing_backward",

@@ -1,4 +1,4 @@
-"""Score models from their descriptions: only classes with a name are built, from plain arguments."""
+"""Score models from their descriptions: classes with a name, built from plain arguments."""
 
 from __future__ import annotations
 

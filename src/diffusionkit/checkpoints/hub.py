@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +50,17 @@ def push_to_hub(
     if private is not None:
         check_flag(private, "private")
     mixin: Any = _hub().ModelHubMixin
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, model)  # before a repository is created
 
-    class HubModel(mixin, library_name="diffusionkit", tags=["score-based-diffusion"]):  # type: ignore[misc, call-arg]
-        def _save_pretrained(self, save_directory: Path) -> None:
-            save_model(save_directory, model)
+        class HubModel(mixin, library_name="diffusionkit", tags=["score-based-diffusion"]):  # type: ignore[misc, call-arg]
+            def _save_pretrained(self, save_directory: Path) -> None:
+                for name in (DESCRIPTION, WEIGHTS):
+                    shutil.copy(os.path.join(folder, name), save_directory)
 
-    address: Any = HubModel().push_to_hub(
-        repo_id,
-        commit_message=commit_message,
-        private=private,
-        token=token,
-        branch=branch,
-    )
+        address: Any = HubModel().push_to_hub(
+            repo_id, commit_message=commit_message, private=private, token=token, branch=branch
+        )
     return str(address)
 
 

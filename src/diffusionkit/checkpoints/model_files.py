@@ -117,8 +117,9 @@ def load_model(path: str | os.PathLike[str], *, ema: bool = True) -> ScoreModel:
 
 def _check_described(description: Description, model: ScoreModel) -> None:
     """Raise unless every part has a name that leads back to it, and a file has its weights."""
-    for problem in description.problems:
-        raise TypeError(unknown(f"model.{problem}"))
+    if description.problems:
+        message = unknown(f"model.{description.problems[0]}").replace("model.model:", "model:")
+        raise TypeError(message)
     for at, part in description.found.items():
         if part_named(name := name_of(part)) is not part:
             got = f"{part.__module__}.{part.__qualname__}"
