@@ -25,6 +25,7 @@ from diffusionkit import (
     DenoisedModel,
     DiscreteNELBO,
     EpsModel,
+    GaussianDecoder,
     GradientGuidance,
     Heun,
     Langevin,
@@ -117,7 +118,9 @@ RUNS = {
     )(IMAGES, **c),
     "DiscreteNELBO": lambda m, c: DiscreteNELBO(EpsModel(m.network, LogSNRSDE()))(IMAGES, **c),
     "objective": lambda m, c: ScoreMatching()(m, X, generator=seeded(), **c),
-    "VLB": lambda m, c: VLB()(EpsModel(m.network, DDPMChain.linear(25)), X.clamp(-1, 1), **c),
+    "VLB": lambda m, c: VLB()(
+        EpsModel(m.network, DDPMChain.linear(25)), GaussianDecoder().encode(IMAGES), **c
+    ),
     "check_score_model": lambda m, c: check_score_model(m, (N, 2), **c),
     "ClassifierFreeGuidance": wrapped(lambda m: ClassifierFreeGuidance(m, 2.0)),
     "ClassifierGuidance": lambda m, c: ClassifierGuidance(m, classifier).predict(
