@@ -13,9 +13,26 @@ TIMES = torch.tensor([0.2, 0.5, 0.9])
 # By sbi's class, our process and sbi's mean_t_fn, std_fn and diffusion_fn at TIMES, with its
 # default settings, recorded from sbi 0.27.
 KEPT: dict[str, tuple[ForwardSDE, list[list[float]]]] = {
-    "VPScoreEstimator": (VPSDE(0.01, 10.0), []),
-    "SubVPScoreEstimator": (SubVPSDE(0.01, 10.0), []),
-    "VEScoreEstimator": (VESDE(1e-4, 10.0), []),
+    "VPScoreEstimator": (
+        VPSDE(0.01, 10.0),
+        [
+            [0.9040234, 0.5342588, 0.1316676],
+            [0.4274829, 0.845321, 0.9912939],
+            [1.417039, 2.237186, 3.000167],
+        ],
+    ),
+    "SubVPScoreEstimator": (
+        SubVPSDE(0.01, 10.0),
+        [
+            [0.9040234, 0.5342588, 0.1316676],
+            [0.1827416, 0.7145675, 0.9826636],
+            [0.8165992, 2.144116, 2.999716],
+        ],
+    ),
+    "VEScoreEstimator": (
+        VESDE(1e-4, 10.0),
+        [[1.0, 1.0, 1.0], [0.0009999999, 0.03162277, 3.162277], [0.004798525, 0.1517427, 15.17427]],
+    ),
 }
 
 
