@@ -103,6 +103,7 @@ def test_mlp_is_rebuilt() -> None:
         "width": 128,
         "depth": 2,
         "num_classes": 4,
+        "condition_features": None,
     }
     assert structure(MLP(**net.config)) == structure(net)
 
