@@ -15,6 +15,7 @@ from typing_extensions import override
 from .._checks import check_callable, check_flag, check_number, readable
 from .._coefficients import Coefficient, expand, linear
 from .._grid_times import kernel
+from .._keywords import explained
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
 from ..values import Prediction
@@ -27,6 +28,7 @@ from ._guided import (
 from .classifier import check_process, class_log_probs
 
 
+@explained
 class ClassifierGuidance(GuidedModel):
     r"""A model guided by the gradient of a classifier of noisy data.
 
@@ -83,10 +85,6 @@ class ClassifierGuidance(GuidedModel):
         self.conditional = conditional
 
     @override
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}"
-
-    @override
     def predict(self, x: Tensor, t: Tensor, *, class_labels: Any = None, **cond: Any) -> Prediction:
         labels = {"class_labels": class_labels}
         prediction = self.model.predict(x, t, **cond, **(labels if self.conditional else {}))
@@ -96,6 +94,7 @@ class ClassifierGuidance(GuidedModel):
         return self._shifted(prediction, x, t, self.scale * grad)
 
 
+@explained
 class GradientGuidance(GuidedModel):
     r"""A model guided by a differentiable log p(y | x0), evaluated at the predicted data (DPS).
 
@@ -156,10 +155,6 @@ class GradientGuidance(GuidedModel):
         self.scale = scale
 
     @override
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}"
-
-    @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
@@ -175,6 +170,7 @@ class GradientGuidance(GuidedModel):
         return self._shifted(prediction, x, t, self.scale * grad)
 
 
+@explained
 class ClassifierFreeGuidance(GuidedModel):
     r"""A conditional model extrapolated away from its unconditional prediction.
 
@@ -252,11 +248,6 @@ class ClassifierFreeGuidance(GuidedModel):
         self.interval = interval
         self.rescale = rescale
         self.null = null
-
-    @override
-    def extra_repr(self) -> str:
-        names = None if self.null is None else list(self.null)
-        return f"scale={self.scale}, interval={self.interval}, rescale={self.rescale}, null={names}"
 
     @override
     def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
