@@ -71,7 +71,8 @@ MAY_IMPORT = {
     },
     "data": {"_checks", "_repr", "distributed", "_writing", "random"},
     "metrics": {
-        *("_checks", "_repr", "distributed", "_files", "_loops", "_writing", "data", "random"),
+        *("_checks", "_files", "_hints", "_loops", "_repr", "_writing"),
+        *("data", "distributed", "random"),
     },
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
 }

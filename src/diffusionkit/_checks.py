@@ -17,7 +17,7 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from ._hints import batch_advice, dtype_advice
+from ._hints import batch_advice, dtype_advice, time_advice
 
 # A context variable, so that other threads are not slowed down.
 _everywhere: ContextVar[bool] = ContextVar(
@@ -64,7 +64,8 @@ def _can_be_read(x: Tensor) -> bool:
     """Return whether values can be read, even if a device has to be waited for."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not (x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return not (x.is_meta or capturing)
 
 
 def check_state(x: Tensor, name: str = "x") -> None:
@@ -88,10 +89,7 @@ def check_finite(x: Tensor, name: str = "x") -> None:
 
 
 def check_samples(x: Tensor, name: str = "samples") -> None:
-    """Raise if the result of a sampler contains a NaN or an infinity, on any device.
-
-    The run is over, so that a device has nothing to wait for but the result itself.
-    """
+    """Raise if the result of a sampler contains a NaN or an infinity, on any device: it is over."""
     if _can_be_read(x) and not math.isfinite(x.detach().float().sum().item()):
         bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
         if bad:
@@ -106,11 +104,12 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
 def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | None = None) -> None:
     """Raise unless t is a floating-point tensor (B,) on the state's device, within [0, T]."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"t: expected a tensor of shape (B,), got {type(t).__name__}")
+        got = f"{type(t).__name__}{time_advice(t, batch)}"
+        raise TypeError(f"t: expected a tensor of shape (B,), got {got}")
     if t.ndim != 1 or (batch is not None and t.shape[0] != batch):
         expected = "(B,)" if batch is None else f"({batch},)"
         raise ValueError(f"t: expected one time for each sample, shape {expected}, "
-                         f"got {tuple(t.shape)}")  # fmt: skip
+                         f"got {tuple(t.shape)}{time_advice(t, batch)}")  # fmt: skip
     if not t.dtype.is_floating_point:
         raise TypeError(f"t: expected a floating-point tensor, got {t.dtype}")
     if like is not None and t.device != like.device:
@@ -206,7 +205,8 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"shape: expected positive integers (B, *D), got {got}")
     sizes = tuple(shape)
     if not sizes or not all(type(n) is not bool and isinstance(n, int) and n > 0 for n in sizes):
-        raise ValueError(f"shape: expected positive integers (B, *D), got {sizes}")
+        got = batch_advice(shape) if any(isinstance(n, Tensor) for n in sizes) else f"{sizes!r:.99}"
+        raise ValueError(f"shape: expected positive integers (B, *D), got {got}")
     if math.prod(sizes) >= 2**48:
         raise ValueError("shape: expected a tensor that fits in memory, got 2^48 numbers or more")
     return sizes

@@ -16,9 +16,11 @@ def batch_advice(value: object) -> str:
         parts = [_part(part) for part in value[:3]]
         got = f"{kind} of {len(value)}" + (f": {', '.join(parts)}" if parts else "")
         if parts and isinstance(value[0], Tensor):
+            if len({getattr(part, "shape", None) for part in value[:8]}) == 1:
+                return f"{got}; pass torch.stack(batch), or one of them"
             if len(value) == 2:
                 return f"{got}; unpack what a loader yields: images, labels = batch"
-            return f"{got}; pass one of them, batch[0], or torch.stack(batch)"
+            return f"{got}; pass one of them, batch[0]"
         return f"{got}; make a tensor of it: torch.tensor(batch)" if parts else got
     if isinstance(value, Mapping):
         names = [repr(name) for name in value if isinstance(name, str)][:4]
@@ -68,3 +70,24 @@ def label_advice(labels: object, batch: int) -> str:
     if labels is None:
         return "; pass class_labels=torch.tensor([...]), one for each sample"
     return "; pass torch.as_tensor(class_labels)"
+
+
+def time_advice(t: object, batch: int | None) -> str:
+    """Return how to make times (B,) of a number, "; ..." or ""."""
+    if isinstance(t, Tensor):
+        return f"; pass t.expand({batch or 'B'})" if t.shape in ((), (1,)) else ""
+    if isinstance(t, (int, float)) and not isinstance(t, bool):
+        return f"; pass torch.full(({batch or 'B'},), {float(t) if abs(t) < 1e9 else '...'})"
+    return ""
+
+
+def layout_advice(x: Tensor, channels: int, dims: int) -> str:
+    """Return how to make a batch of channels first of another tensor, "; ..." or ""."""
+    if x.ndim == dims + 2 and x.shape[-1] == channels:
+        order = ", ".join(map(str, (0, dims + 1, *range(1, dims + 1))))
+        return f"; put channels first by x.permute({order})"
+    if x.ndim == dims + 1 and dims and x.shape[0] == channels:
+        return "; add the batch by x.unsqueeze(0)"
+    if x.ndim == dims + 1 and dims and channels == 1:
+        return "; add the channel by x.unsqueeze(1)"
+    return ""

@@ -25,6 +25,7 @@ _FOREIGN: dict[tuple[str, ...], tuple[str, str]] = {
     ("steps", "step"): ("", "steps=50 where the sampler is made"),
     ("num_train_timesteps",): ("steps", "DDPMChain.linear(1000) as the process"),
     ("timesteps", "sigmas", "t_steps", "schedule"): ("grid steps", "grid=... to PCSampler"),
+    ("solver", "integrator"): ("method predictor", ""),
     ("rho",): ("", "grid=KarrasGrid(rho=7.0) to PCSampler"),
     ("guidance_scale", "cfg_scale", "cfg", "guidance"): (
         "scale",
@@ -103,20 +104,30 @@ def advice(name: str, known: Collection[str]) -> str:
     return f"; use {close[0]}=..." if close else ""
 
 
-def unknown_condition(network: str, unknown: Sequence[str], known: Collection[str]) -> str:
+def unknown_condition(
+    network: str, unknown: Sequence[str], known: Collection[str], what: str = "network"
+) -> str:
     """Return an error about conditions that a network does not take.
 
     Args:
         network: the name of the network.
         unknown: the keywords that it does not take.
         known: the keywords that it takes.
+        what: what it is.
     """
     takes = f"one of {', '.join(known)}" if known else "which takes none"
     hints = "".join(dict.fromkeys(advice(name, known) for name in unknown))
     return (
-        f"{unknown[0]}: expected a condition of the network {network}, {takes}, got "
+        f"{unknown[0]}: expected a condition of the {what} {network}, {takes}, got "
         f"{', '.join(f'{name}=...' for name in unknown)}{hints or _OWN}"
     )
+
+
+def check_foreign(model: object, cond: Collection[str]) -> None:
+    """Raise if a condition of a model that ignores conditions has a name of another library."""
+    if found := [name for name in cond if name in _ADVICE]:
+        message = unknown_condition(type(model).__name__, found, (), what="model")
+        raise TypeError(message)
 
 
 def conditions_of(network: object) -> tuple[str, ...] | None:

@@ -272,6 +272,7 @@ class ClassifierFreeGuidance(GuidedModel):
         if self.null is None:
             if all(value is None for value in cond.values()):
                 raise ValueError("cond: expected a condition to guide by, got none")
+            self._check_needed(cond)
             return {}
         given = [name for name, value in cond.items() if value is not None]
         missing = [name for name in self.null if name not in given]
@@ -284,6 +285,18 @@ class ClassifierFreeGuidance(GuidedModel):
             for name, value in self.null.items()
         }
         return {**cond, **values}
+
+    def _check_needed(self, cond: Mapping[str, Any]) -> None:
+        """Raise if the network cannot do without class labels, as those of the library cannot."""
+        network = getattr(self.model, "network", None)
+        config = getattr(network, "config", None)
+        classes = config.get("num_classes") if isinstance(config, dict) else None
+        if classes is not None and "class_labels" in cond:
+            raise ValueError(
+                "null: expected the class that stands for none, for a network with "
+                f'num_classes={classes}, got None; pass null={{"class_labels": {classes - 1}}} '
+                "if its last class does, and train it so with drop_conditions"
+            )
 
     def _scale(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient:
         """Return the scale at a noise level: a float, or (B,) where it differs between samples."""

@@ -21,7 +21,7 @@ from .._checks import (
     check_state,
     readable,
 )
-from .._hints import label_advice
+from .._hints import label_advice, layout_advice
 
 _MOST_CHANNELS = 2**20
 # What is a number of modules takes seconds to build, and rather more would take days.
@@ -147,7 +147,8 @@ def network_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> Tensor
     check_state(x)
     if x.ndim != dims + 2 or x.shape[1] != channels:
         expected = ", ".join(["B", str(channels), *_SPATIAL[dims]])
-        raise ValueError(f"x: expected shape ({expected}), got {tuple(x.shape)}")
+        got = f"{tuple(x.shape)}{layout_advice(x, channels, dims)}"
+        raise ValueError(f"x: expected shape ({expected}), got {got}")
     check_device(x, weight, "x", "the network")
     return x if x.dtype == weight.dtype or autocast_enabled(x) else x.to(weight.dtype)
 
