@@ -12,6 +12,7 @@ from support import seeded
 from support.pretend_device import PretendDevice
 
 from diffusionkit import (
+    DDIM,
     EDMSDE,
     VESDE,
     VLB,
@@ -19,6 +20,7 @@ from diffusionkit import (
     DDPMChain,
     EpsModel,
     GaussianDecoder,
+    PCSampler,
     ScoreMatching,
 )
 from diffusionkit.networks import MLP, DDPMpp
@@ -148,3 +150,10 @@ def test_compiled_code_is_not_stopped() -> None:
     one, objective = model((-1.0, 1.0)), ScoreMatching()
     compiled = torch.compile(lambda x: objective(one, x, t=torch.full((4,), 0.5)), backend="eager")
     assert compiled(images((0.0, 1.0))).shape == (4,)
+
+
+def test_images_to_edit_are_checked() -> None:
+    sampler = PCSampler(model((-1.0, 1.0)), DDIM(), steps=2)
+    assert sampler.edit(images((-1.0, 1.0)), 0.5).shape == (4, 3, 8, 8)
+    with pytest.raises(ValueError, match="x0: expected data within the model's range"):
+        sampler.edit(images((0.0, 255.0)), 0.5)

@@ -60,12 +60,12 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def _can_be_read(x: Tensor) -> bool:
+def can_be_read(x: Tensor) -> bool:
     """Return whether values can be read, even if a device has to be waited for."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return not (x.is_meta or capturing)
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return not (x.is_meta or (started and torch.cuda.is_current_stream_capturing()))
 
 
 def check_state(x: Tensor, name: str = "x") -> None:
@@ -90,7 +90,7 @@ def check_finite(x: Tensor, name: str = "x") -> None:
 
 def check_samples(x: Tensor, name: str = "samples") -> None:
     """Raise if the result of a sampler contains a NaN or an infinity, on any device: it is over."""
-    if _can_be_read(x) and not math.isfinite(x.detach().float().sum().item()):
+    if can_be_read(x) and not math.isfinite(x.detach().float().sum().item()):
         bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
         if bad:
             raise ValueError(
@@ -104,12 +104,11 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
 def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | None = None) -> None:
     """Raise unless t is a floating-point tensor (B,) on the state's device, within [0, T]."""
     if not isinstance(t, Tensor):
-        got = f"{type(t).__name__}{time_advice(t, batch)}"
-        raise TypeError(f"t: expected a tensor of shape (B,), got {got}")
+        raise TypeError(f"t: expected a tensor of shape (B,), got {time_advice(t, batch)}")
     if t.ndim != 1 or (batch is not None and t.shape[0] != batch):
         expected = "(B,)" if batch is None else f"({batch},)"
         raise ValueError(f"t: expected one time for each sample, shape {expected}, "
-                         f"got {tuple(t.shape)}{time_advice(t, batch)}")  # fmt: skip
+                         f"got {time_advice(t, batch)}")  # fmt: skip
     if not t.dtype.is_floating_point:
         raise TypeError(f"t: expected a floating-point tensor, got {t.dtype}")
     if like is not None and t.device != like.device:

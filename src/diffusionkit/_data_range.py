@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ._checks import readable
+from ._checks import can_be_read, readable
 from .distributed._wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def check_training_data(x0: Tensor, model: Any, mask: Tensor | None = None) -> N
     Raises:
         ValueError: if the data are in another range.
     """
-    compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    calls = 0 if compiled else _calls.get(model, 0)
-    if compiled or x0.is_meta or calls >= _CALLS:
+    free = can_be_read(x0)
+    calls = _calls.get(model, 0) if free else 0
+    if not free or calls >= _CALLS:
         check_range(x0, model, "x0", mask)
         return
     x = _selected(x0, mask).float()

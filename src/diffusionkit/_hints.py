@@ -73,12 +73,14 @@ def label_advice(labels: object, batch: int) -> str:
 
 
 def time_advice(t: object, batch: int | None) -> str:
-    """Return how to make times (B,) of a number, "; ..." or ""."""
+    """Return what was passed as times (B,), with how to make times of a number."""
     if isinstance(t, Tensor):
-        return f"; pass t.expand({batch or 'B'})" if t.shape in ((), (1,)) else ""
+        hint = f"; pass t.expand({batch or 'B'})" if t.shape in ((), (1,)) else ""
+        return f"{tuple(t.shape)}{hint}"
     if isinstance(t, (int, float)) and not isinstance(t, bool):
-        return f"; pass torch.full(({batch or 'B'},), {float(t) if abs(t) < 1e9 else '...'})"
-    return ""
+        number = float(t) if abs(t) < 1e9 else "..."
+        return f"{type(t).__name__}; pass torch.full(({batch or 'B'},), {number})"
+    return type(t).__name__
 
 
 def layout_advice(x: Tensor, channels: int, dims: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,8 @@ def described(part: object, **others: Any) -> str:
             modules in a module are shown too.
     """
     kind = bare_class(part)
-    fields, values = [], []
+    fields: list[str] = []
+    values: list[object] = []
     positional = True
     for parameter in _parameters(kind):
         name = parameter.name
@@ -85,7 +87,7 @@ def call(name: str, fields: list[str]) -> str:
 def configuration(network: nn.Module) -> list[str]:
     """Return the arguments of a network of the library that are not the defaults, as text."""
     config: Mapping[str, Any] = getattr(network, "config", {})
-    defaults = {}
+    defaults: dict[str, object] = {}
     for base in reversed(bare_class(network).__mro__):
         if "__init__" in vars(base):
             defaults |= {p.name: p.default for p in _parameters(base)}
@@ -114,7 +116,7 @@ def shown(value: object, *, depth: int = _DEPTH) -> str:
         some = list(value.items())[:_ITEMS] if depth else []
         pairs = [f"{shown(k)}: {shown(v, depth=depth - 1)}" for k, v in some]
         return f"{{{', '.join(pairs + ['...'] * (len(value) > len(some)))}}}"
-    if type(value) in (list, tuple):
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         items = [shown(item, depth=depth - 1) for item in _first(value)] if depth else ["..."]
         text = ", ".join(items)
         if isinstance(value, list):
@@ -135,7 +137,8 @@ def _module(module: nn.Module) -> str:
     if inner is not module:
         return call(type(module).__name__, [shown(inner)])
     kind = bare_class(module)
-    of_torch = kind.__repr__ is nn.Module.__repr__ or kind.__module__.startswith("torch.")
+    own: object = kind.__repr__
+    of_torch = own is nn.Module.__repr__ or kind.__module__.startswith("torch.")
     if not of_torch or not module._modules:
         return repr(module) if kind is type(module) else f"{kind.__name__}(...)"
     if isinstance(getattr(module, "config", None), dict):
@@ -173,9 +176,10 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
 def _attribute(part: object, name: str) -> Any:
     """Return the attribute of a name, or of the same name with an underscore."""
     for attribute in (name, f"_{name}"):
-        value = getattr(part, attribute, Parameter.empty)
-        if value is not Parameter.empty and not isinstance(value, MethodType):
-            return value
+        with contextlib.suppress(Exception):  # a user's property may raise any
+            value = getattr(part, attribute)
+            if not isinstance(value, MethodType):
+                return value
     return Parameter.empty
 
 

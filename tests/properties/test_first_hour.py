@@ -214,7 +214,7 @@ MISTAKES = {
     ),
     "a level too many": (
         lambda: DDPMpp(**SMALL, attention_levels=(1,)),
-        "one for each of multipliers=(1,), got 1",
+        "got 1; there is one level for each of multipliers=(1,)",
     ),
 }
 

@@ -83,7 +83,7 @@ class LabelGuard:
         self._casts = False
         bare = unwrapped(network) if isinstance(network, nn.Module) else network
         self._conditions = conditions_of(bare)
-        if isinstance(bare, nn.Module) and casts_inputs(network):
+        if isinstance(network, nn.Module) and isinstance(bare, nn.Module) and casts_inputs(network):
             self._casts = True
             if _restore not in bare._forward_pre_hooks.values():
                 bare.register_forward_pre_hook(_restore, with_kwargs=True)

@@ -100,8 +100,8 @@ def check_layout(
         check_count(level, "attention_levels", least=0)
         if level not in range(len(multipliers)):
             raise ValueError(
-                f"attention_levels: expected levels in [0, {len(multipliers)}), one for each of "
-                f"multipliers={multipliers!r:.80}, got {level}"
+                f"attention_levels: expected levels in [0, {len(multipliers)}), got {level}; there "
+                f"is one level for each of multipliers={multipliers!r:.80}"
             )
     return [int(width * multiplier) for multiplier in multipliers]
 
@@ -241,8 +241,10 @@ def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int 
             f"got None{label_advice(None, len(x))}"
         )
     if not isinstance(class_labels, Tensor):
-        got = f"{type(class_labels).__name__}{label_advice(class_labels, len(x))}"
-        raise TypeError(f"class_labels: expected a tensor, got {got}")
+        raise TypeError(
+            f"class_labels: expected a tensor, got {type(class_labels).__name__}"
+            f"{label_advice(class_labels, len(x))}"
+        )
     if class_labels.dtype != torch.int64:
         got = f"{class_labels.dtype}{label_advice(class_labels, len(x))}"
         raise TypeError(f"class_labels: expected torch.int64, got {got}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_flag, check_part, check_samples
+from .._data_range import check_range
 from .._grid_times import grid_times, noise_at
 from .._keywords import explained, explains
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
@@ -202,8 +203,8 @@ class PCSampler(Described):
             cond: passed to the model.
 
         Raises:
-            ValueError: if no step of the grid begins within (0, t], or x0 or the result is not
-                finite.
+            ValueError: if no step of the grid begins within (0, t], x0 or the result is not finite,
+                or x0 is outside the model's data_range.
             TypeError: if t is not a number.
 
         Source: Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic
@@ -211,6 +212,7 @@ class PCSampler(Described):
         """
         with torch.no_grad(), evaluation_mode(self.model):
             x, first = noised_data(self.model.sde, x0, t, self.times, generator)
+            check_range(x0, self.model, "x0")
             for state in self._run(x, generator, cond, first=first):  # noqa: B007 - only the last is used
                 pass
         return narrowed(state.x, x0.dtype, "samples", WIDER)
