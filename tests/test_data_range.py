@@ -18,6 +18,7 @@ from diffusionkit import (
     VLB,
     VPSDE,
     DDPMChain,
+    EDMModel,
     EpsModel,
     GaussianDecoder,
     PCSampler,
@@ -90,7 +91,9 @@ def test_masked_values_do_not_count() -> None:
 
 @pytest.mark.parametrize("sde", [VPSDE(), EDMSDE(), VESDE(sigma_max=50.0)], ids=repr)
 def test_images_of_8_bits_are_refused_without_a_range(sde) -> None:
-    with pytest.raises(ValueError, match=r"as of 8-bit images; scale them to \[-1, 1\] by x / 127"):
+    with pytest.raises(
+        ValueError, match=r"; scale 8-bit images to \[-1, 1\] by x / 127\.5 - 1, st"
+    ):
         ScoreMatching()(model(sde=sde), images((0.0, 255.0)))
 
 
@@ -98,6 +101,8 @@ def test_images_of_8_bits_are_taken_where_process_or_model_say_so() -> None:
     x = images((0.0, 255.0))
     assert ScoreMatching()(model(sde=VESDE(sigma_max=400.0)), x).shape == (4,)
     assert ScoreMatching()(model((0.0, 255.0)), x).shape == (4,)
+    network = model().network
+    assert ScoreMatching()(EDMModel(network, EDMSDE(), sigma_data=70.0), x).shape == (4,)
 
 
 def test_large_data_and_a_part_of_the_networks_range_are_warned_of_once(caplog) -> None:
@@ -154,6 +159,6 @@ def test_compiled_code_is_not_stopped() -> None:
 
 def test_images_to_edit_are_checked() -> None:
     sampler = PCSampler(model((-1.0, 1.0)), DDIM(), steps=2)
-    assert sampler.edit(images((-1.0, 1.0)), 0.5).shape == (4, 3, 8, 8)
+    assert sampler.edit(images((-1.0, 1.0)), 0.6).shape == (4, 3, 8, 8)
     with pytest.raises(ValueError, match="x0: expected data within the model's range"):
-        sampler.edit(images((0.0, 255.0)), 0.5)
+        sampler.edit(images((0.0, 255.0)), 0.6)

@@ -137,11 +137,12 @@ def _check_size(low: float, high: float, size: float, model: Any, *, images: boo
         images: whether the data may be images.
     """
     prior = float(model.sde.prior_std)
-    if images and low >= 0 and 20 < high <= _LARGEST_BYTE and size > 0.5 * prior:
+    meant = getattr(model, "sigma_data", 0.0) > 0.25 * size
+    if images and not meant and low >= 0 and 20 < high <= _LARGEST_BYTE and size > 0.5 * prior:
         raise ValueError(
-            f"x0: expected data on the scale of the process, whose prior has standard deviation "
-            f"{prior:g}, got values from {low:g} to {high:g}, as of 8-bit images; scale them to "
-            "[-1, 1] by x / 127.5 - 1, or pass the model data_range=(0, 255) if they are meant"
+            "x0: expected data on the scale of the process, whose prior has standard deviation "
+            f"{prior:g}, got values from {low:g} to {high:g}; scale 8-bit images to [-1, 1] by "
+            "x / 127.5 - 1, standardize other data, or pass the model their data_range"
         )
     if size > 20 * prior:
         logger.warning(
