@@ -1,6 +1,6 @@
 """The programs of other libraries on the pages "Coming from" give the numbers that are kept there.
 
-score_sde and EDM are repositories without a package: put a clone of one on PYTHONPATH to run them.
+Most are repositories without a package: put a clone of one on PYTHONPATH to run its program.
 """
 
 import io
@@ -12,7 +12,7 @@ import torch
 from support.snippets import ROOT, program
 
 
-@pytest.mark.parametrize("peer", ["score_sde", "edm", "azula"])
+@pytest.mark.parametrize("peer", ["azula", "edm", "improved_diffusion", "score_sde"])
 def test_kept_numbers_are_those_of_the_other_library(peer) -> None:
     page = ROOT / "docs" / "coming_from" / f"{peer}.md"
     (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
