@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<kind>.*)\n(?P<body>(?:.*\n)*?)(?P=ticks)$", re.MULTILINE)
 OPTIONS = re.compile(r"---\n(?:.*\n)*?---\n|(?::.*\n)*")
 EXECUTED = ("{testsetup}", "{testcode}", "{doctest}", "{code-cell} ipython3")
+SNIPPETS = ("{testsetup}", "{testcode}", "{testoutput}", "{doctest}", "{code-cell}")
 _EXAMPLES = doctest.DocTestParser()
 _DEFERRED = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -34,11 +35,11 @@ def pages() -> list[Path]:
 
 
 def lines_of_code(page: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number and the text of each line in a block of code, shell or text."""
+    """Yield the number and the text of each line in a block of code, output, shell or text."""
     text = page.read_text(encoding="utf-8")
     for match in FENCE.finditer(text):
         kind = match["kind"].strip()
-        if not kind.startswith("{") or kind.startswith("{code-block}") or kind in EXECUTED:
+        if not kind.startswith("{") or kind.split()[0] in ("{code-block}", *SNIPPETS):
             options = OPTIONS.match(match["body"])[0]
             first = text.count("\n", 0, match.start("body") + len(options)) + 1
             yield from enumerate(match["body"][len(options) :].splitlines(), first)
