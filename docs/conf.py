@@ -64,6 +64,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 doctest_global_setup = """
 import torch
