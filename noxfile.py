@@ -53,11 +53,12 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation with warnings as errors and execute its snippets."""
+    """Build the documentation with warnings as errors and execute its notebooks and snippets."""
     install(session, "docs")
-    for builder in ("html", "doctest"):
-        target = f"docs/_build/{builder}"
-        session.run("sphinx-build", "-W", "--keep-going", "-b", builder, "docs", target)
+    build = ("sphinx-build", "-W", "--keep-going", "-d", "docs/_build/doctrees")
+    session.run(*build, "-E", "-b", "html", "docs", "docs/_build/html")
+    # The pages are read, and notebooks executed, once.
+    session.run(*build, "-b", "doctest", "docs", "docs/_build/doctest")
 
 
 @nox.session
