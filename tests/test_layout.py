@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "_weights",
         "_writing",
     },
+    "interop": {*CORE, "sampling", "_files"},
     "data": {"_checks", "distributed", "_writing", "random"},
     "metrics": {"_checks", "distributed", "_files", "_loops", "_writing", "data", "random"},
     "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
