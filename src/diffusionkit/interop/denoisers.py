@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_callable, check_interval, check_state
+from .._checks import check_callable, check_interval, check_number, check_state
 from .._loops import evaluation_mode
 from .._model_checks import check_model
 from .._precision import at_least_float32
@@ -130,15 +130,16 @@ def each(value: Tensor | float, x: Tensor, name: str) -> Tensor:
         ValueError: if it has another shape.
         TypeError: if it is not a number or a tensor of numbers.
     """
-    if not isinstance(value, (Tensor, int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    t = torch.as_tensor(value, device=x.device)
+    wide = schedule_dtype(x.device)
+    if not isinstance(value, Tensor):
+        check_number(value, name)
+        value = torch.tensor(float(value), dtype=wide)
+    t = value.to(x.device)
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {t.dtype}")
     if t.shape not in ((), (1,), x.shape[:1]):
         raise ValueError(f"{name}: expected shape () or ({len(x)},), got {tuple(t.shape)}")
-    wide = schedule_dtype(x.device) if not t.is_floating_point() else None
-    t = t.to(wide) if wide is not None else at_least_float32(t)
+    t = at_least_float32(t) if t.is_floating_point() else t.to(wide)
     return t.reshape(-1).expand(len(x))
 
 

@@ -36,7 +36,7 @@ _IMAGES = (-1.0, 1.0)
 
 def from_diffusers(
     unet: Callable[..., Any],
-    scheduler: Scheduler,
+    scheduler: Scheduler | str | os.PathLike[str],
     *,
     data_range: tuple[float, float] | None = _IMAGES,
 ) -> NetworkModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,12 @@ from typing_extensions import override
 from .._checks import check_choice, check_number
 from .._coefficients import Coefficient, add_noise, linear
 from .._grid_times import kernel
+from .._loops import Progress
 from .._model_checks import check_model
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..models import Clip, DenoisedModel, DynamicThreshold
 from ..random import Generators, step_noise
 from ..sampling import DDIM, Ancestral, PCSampler, TabulatedPredictor
-from ..sampling.pc import Progress
 from ..values import Prediction
 from .schedulers import Scheduler, chain_from_scheduler, scheduler_settings, timesteps
 from .unet_adapter import on_process
@@ -45,7 +46,7 @@ _ELSEWHERE = {
 
 def sampler_from_scheduler(
     model: ScoreModel,
-    scheduler: Scheduler,
+    scheduler: Scheduler | str | os.PathLike[str],
     steps: int | None = None,
     *,
     eta: float = 0.0,
@@ -64,8 +65,8 @@ def sampler_from_scheduler(
     | ``timestep_spacing``, ``steps_offset`` | the grid |
     | ``set_alpha_to_one`` | the last time and ``denoise=`` |
 
-    DDIMScheduler clips the predicted data only, not the noise that belongs to them (``
-    use_clipped_model_output=False``); so does this sampler.
+    DDIMScheduler clips the predicted data only, not the noise that belongs to them (its
+    ``use_clipped_model_output=False``); so does this sampler.
 
     Args:
         model: the score model, on any process.
@@ -88,7 +89,7 @@ def sampler_from_scheduler(
     Ancestral(variance='posterior')
     """
     check_model(model)
-    check_number(eta, "eta")
+    plain = DDIM(eta)  # raises if eta is invalid
     chain = chain_from_scheduler(scheduler)
     settings = scheduler_settings(scheduler) | {"num_train_timesteps": chain.steps}
     steps = chain.steps if steps is None else steps
@@ -96,9 +97,11 @@ def sampler_from_scheduler(
     model = on_process(model, chain)
     name = settings.get("_class_name", "DDPMScheduler")
     if name == "DDPMScheduler":
+        if eta > 0:
+            raise ValueError(f"eta: expected 0 for a DDPMScheduler, got {eta}; use DDIMScheduler")
         return _ancestral(model, settings, chain.time(chosen), chosen, progress)
     if name == "DDIMScheduler":
-        return _implicit(model, settings, chain.time(chosen), chosen, eta, progress)
+        return _implicit(model, settings, chain.time(chosen), chosen, plain, progress)
     ours = f"; its counterpart is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
     raise ValueError(f"scheduler: expected a DDPMScheduler or DDIMScheduler, got {name:.60}{ours}")
 
@@ -132,7 +135,7 @@ def _implicit(
     settings: Mapping[str, Any],
     times: Tensor,
     chosen: list[int],
-    eta: float,
+    plain: DDIM,
     progress: Progress,
 ) -> PCSampler:
     stride = settings["num_train_timesteps"] // len(chosen)
@@ -152,9 +155,9 @@ def _implicit(
         )
     if kept and chosen[-1] > 0:
         times = torch.cat([times, times.new_tensor([1 / settings["num_train_timesteps"]])])
-    predictor: Predictor = DDIM(eta)
+    predictor: Predictor = plain
     if change is not None:
-        model, predictor = _ClippedData(model, change), ClippedDDIM(eta)
+        model, predictor = _ClippedData(model, change), ClippedDDIM(plain.eta)
     return PCSampler(model, predictor, grid=times, denoise=not kept, progress=progress)
 
 

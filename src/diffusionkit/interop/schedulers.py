@@ -9,12 +9,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number, check_part, check_positive
+from .._checks import check_count, check_mapping, check_number, check_part, check_positive
 from .._files import CheckpointError
 from ..interfaces import ForwardSDE, ScoreModel
 from ..models import EpsModel, VModel, X0Model
@@ -23,7 +23,17 @@ from ..sampling import LogSNRGrid, UniformGrid
 from ..sampling.grids import resolve_grid
 from ..sde import DDPMChain
 
-Scheduler: TypeAlias = "object | Mapping[str, Any] | str | os.PathLike[str]"
+
+class HasConfig(Protocol):
+    """A scheduler of diffusers."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its configuration."""
+
+
+Scheduler: TypeAlias = HasConfig | Mapping[str, Any]
+"""A scheduler or its configuration."""
 
 PREDICTIONS: dict[str, type[NetworkModel]] = {
     "epsilon": EpsModel,
@@ -41,13 +51,10 @@ _DEFAULTS: dict[str, Any] = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
 }
-_EXPECTED = (
-    "scheduler: expected a scheduler of diffusers, its configuration, or a file or folder with it"
-)
 _MOST_STEPS = 100_000
 
 
-def scheduler_settings(scheduler: Scheduler) -> dict[str, Any]:
+def scheduler_settings(scheduler: Scheduler | str | os.PathLike[str]) -> dict[str, Any]:
     """Return the configuration of a scheduler, with the name of its class in ``_class_name``.
 
     Args:
@@ -66,10 +73,12 @@ def scheduler_settings(scheduler: Scheduler) -> dict[str, Any]:
         named = {"_class_name": type(scheduler).__name__}
         config = getattr(scheduler, "config", None)
         if not isinstance(config, Mapping):
-            raise TypeError(f"{_EXPECTED}, got {type(scheduler).__name__}")
+            raise TypeError(
+                "scheduler: expected a scheduler of diffusers, its configuration, or a file or "
+                f"folder with it, got {type(scheduler).__name__}"
+            )
         scheduler = config
-    if not all(isinstance(key, str) for key in scheduler):
-        raise TypeError(f"{_EXPECTED}, got a mapping whose keys are not names")
+    check_mapping(scheduler, "scheduler")
     return {**scheduler, **named}
 
 
@@ -98,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def chain_from_scheduler(scheduler: Scheduler) -> DDPMChain:
+def chain_from_scheduler(scheduler: Scheduler | str | os.PathLike[str]) -> DDPMChain:
     r"""Return the chain of a scheduler of diffusers, step i of which is timestep i.
 
     It is computed in float64 from ``num_train_timesteps``, ``beta_schedule`` ("linear",
@@ -229,8 +238,8 @@ def scheduler_config(
 def _prediction_type(model: ScoreModel | ForwardSDE) -> str:
     if isinstance(model, ForwardSDE):
         return "epsilon"
-    kinds = {kind: name for name, kind in PREDICTIONS.items()}
-    return kinds.get(type(model), "v_prediction")  # type: ignore[call-overload, no-any-return]
+    kinds = [name for name, kind in PREDICTIONS.items() if type(model) is kind]
+    return kinds[0] if kinds else "v_prediction"
 
 
 def _discretized(sde: ForwardSDE, steps: int) -> DDPMChain:

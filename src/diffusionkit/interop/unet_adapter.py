@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_choice, check_count, check_positive, check_sequence, check_state
+from .._checks import check_choice, check_count, check_flag, check_positive, check_state
 from .._coefficients import expand
 from .._loops import evaluation_mode
 from .._model_checks import check_model
@@ -123,6 +124,7 @@ class UNetAdapter(nn.Module):
             TypeError: if sample is not a floating-point tensor.
         """
         check_state(sample, "sample")
+        check_flag(return_dict, "return_dict")
         t = exact(each(timestep, sample, "timestep"))
         if class_labels is not None:
             cond = {**cond, "class_labels": class_labels}
@@ -196,7 +198,7 @@ def _same(one: ForwardSDE, other: ForwardSDE) -> bool:
 
 def to_diffusers(
     model: ScoreModel,
-    scheduler: Scheduler | None = None,
+    scheduler: Scheduler | str | os.PathLike[str] | None = None,
     *,
     sample_size: int | tuple[int, ...],
     channels: int = 3,
@@ -240,9 +242,10 @@ def to_diffusers(
     """
     check_model(model)
     check_count(channels, "channels")
-    if not isinstance(sample_size, int):
-        check_sequence(sample_size, "sample_size")
-    for size in (sample_size,) if isinstance(sample_size, int) else sample_size:
+    sizes = (sample_size,) if isinstance(sample_size, int) else sample_size
+    if not isinstance(sizes, (tuple, list)) or not sizes:
+        raise TypeError(f"sample_size: expected an integer or several, got {sample_size!r:.60}")
+    for size in sizes:
         check_count(size, "sample_size")
     chosen = scheduler_config(model) if scheduler is None else scheduler
     settings = scheduler_settings(chosen)
