@@ -57,13 +57,11 @@ def sampler_from_scheduler(
     From the same noise it returns the images of the pipeline, before their conversion to [0, 1],
     and so from a generator with the same seed. The settings become
 
-    | of the scheduler | here |
-    |---|---|
-    | ``variance_type`` | `Ancestral(variance=...)` |
-    | ``clip_sample``, ``clip_sample_range`` | `DenoisedModel` with `Clip` |
-    | ``thresholding`` and its ratio and maximum | `DenoisedModel` with `DynamicThreshold` |
-    | ``timestep_spacing``, ``steps_offset`` | the grid |
-    | ``set_alpha_to_one`` | the last time and ``denoise=`` |
+    * ``variance_type``: the ``variance`` of `Ancestral`,
+    * ``clip_sample``, ``clip_sample_range``: a `DenoisedModel` with `Clip`,
+    * ``thresholding``, its ratio and maximum: a `DenoisedModel` with `DynamicThreshold`,
+    * ``timestep_spacing``, ``steps_offset``: the grid,
+    * ``set_alpha_to_one``: the last time of the grid, and ``denoise``.
 
     DDIMScheduler clips the predicted data only, not the noise that belongs to them (its
     ``use_clipped_model_output=False``); so does this sampler.
