@@ -133,12 +133,14 @@ def each(value: Tensor | float, x: Tensor, name: str) -> Tensor:
     wide = schedule_dtype(x.device)
     if not isinstance(value, Tensor):
         check_number(value, name)
-        value = torch.tensor(float(value), dtype=wide)
+        return torch.full((len(x),), float(value), dtype=wide, device=x.device)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
+    if value.shape not in ((), (1,), x.shape[:1]):
+        raise ValueError(f"{name}: expected shape () or ({len(x)},), got {tuple(value.shape)}")
+    if value.device != x.device and value.numel() == 1:  # schedulers keep theirs on the CPU
+        return torch.full((len(x),), value.item(), dtype=wide, device=x.device)
     t = value.to(x.device)
-    if t.dtype == torch.bool or t.is_complex():
-        raise TypeError(f"{name}: expected real numbers, got {t.dtype}")
-    if t.shape not in ((), (1,), x.shape[:1]):
-        raise ValueError(f"{name}: expected shape () or ({len(x)},), got {tuple(t.shape)}")
     t = at_least_float32(t) if t.is_floating_point() else t.to(wide)
     return t.reshape(-1).expand(len(x))
 
