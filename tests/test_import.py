@@ -57,7 +57,9 @@ def test_import_loads_core_requirements_only(report) -> None:
     assert new <= ALLOWED
 
 
-@pytest.mark.parametrize("name", ["scipy", "sklearn", "matplotlib", "tqdm", "torchvision", "PIL"])
+@pytest.mark.parametrize(
+    "name", ["scipy", "sklearn", "matplotlib", "tqdm", "torchvision", "PIL", "diffusers"]
+)
 def test_extras_are_not_imported(report, name) -> None:
     """Modules that torch imports are not counted."""
     assert name not in report["new"]

@@ -74,6 +74,7 @@ MAY_IMPORT = {
         "_weights",
         "_writing",
     },
+    "interop": {*CORE, "sampling", "_files"},
     "data": {"_checks", "_repr", "distributed", "_writing", "random"},
     "metrics": {
         *("_checks", "_files", "_hints", "_loops", "_repr", "_writing"),

@@ -10,6 +10,7 @@ import diffusionkit.control
 import diffusionkit.data
 import diffusionkit.diagnostics
 import diffusionkit.distributed
+import diffusionkit.interop
 import diffusionkit.metrics
 import diffusionkit.networks
 import diffusionkit.ops
@@ -43,6 +44,7 @@ def public() -> list[str]:
         diffusionkit.data,
         diffusionkit.diagnostics,
         diffusionkit.distributed,
+        diffusionkit.interop,
         diffusionkit.likelihood,
         diffusionkit.metrics,
         diffusionkit.models,
