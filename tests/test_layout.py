@@ -19,13 +19,14 @@ PRIVATE = {
 BASE = {*PRIVATE, "values", "interfaces", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
+    "_requirements": set(),
     "_checks": set(),
-    "distributed": {"_checks"},
+    "distributed": {"_checks", "_requirements"},
     "_schedules": set(),
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
-    "_kept": set(),
+    "_kept": {"_requirements"},
     "_loops": {"distributed"},
     "_nfe": set(),
     "_precision": {"_checks"},
@@ -66,7 +67,7 @@ MAY_IMPORT = {
     },
     "data": {"_checks", "distributed", "_writing", "random"},
     "metrics": {"_checks", "distributed", "_files", "_loops", "_writing", "data", "random"},
-    "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
+    "__init__": {*CORE, "_requirements", "training", "sampling", "likelihood", "control"},
 }
 
 
