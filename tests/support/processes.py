@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 START = """
@@ -22,6 +23,12 @@ END = """
 torch.save(result, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
+
+
+def skip_without_sharding_on_cpu() -> None:
+    """Skip a test whose network is sharded and called on the CPU, where torch cannot do that."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("fully_shard of torch 2.6 runs on GPUs only")
 
 
 def run_in_processes(count: int, program: str, folder: Path) -> list[Any]:
