@@ -47,6 +47,15 @@ def test_long_description_has_no_relative_target() -> None:
         assert title in text
 
 
+def test_installation_page_has_every_extra_and_the_lowest_versions() -> None:
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    project = SETTINGS["project"]
+    assert set(project["optional-dependencies"]) <= set(re.findall(r"(?m)^\| `(\w+)` \|", page))
+    (torch,) = (r for r in project["dependencies"] if re.match(r"torch\b", r))
+    assert f"| PyTorch | {torch.partition('>=')[2]} or newer |" in page
+    assert f"| Python | {project['requires-python'].removeprefix('>=')} to " in page
+
+
 def test_relative_targets_of_the_readme_exist() -> None:
     for target in relative(README):
         assert (ROOT / target.partition("#")[0]).exists(), target
