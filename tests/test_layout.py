@@ -20,17 +20,18 @@ PRIVATE = {
 BASE = {*PRIVATE, "values", "interfaces", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
+    "_requirements": set(),
     "_batch_conditions": set(),
     "_hints": set(),
     "_keywords": set(),
     "_checks": {"_hints"},
     "_data_range": {"_checks", "distributed"},
-    "distributed": {"_checks"},
+    "distributed": {"_checks", "_requirements"},
     "_schedules": set(),
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
-    "_kept": set(),
+    "_kept": {"_requirements"},
     "_loops": {"distributed"},
     "_nfe": {"_batch_conditions"},
     "_precision": {"_checks"},
@@ -80,7 +81,7 @@ MAY_IMPORT = {
         *("_checks", "_files", "_hints", "_loops", "_repr", "_writing"),
         *("data", "distributed", "random"),
     },
-    "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
+    "__init__": {*CORE, "_requirements", "training", "sampling", "likelihood", "control"},
 }
 
 

@@ -377,8 +377,9 @@ def check_known(x: Tensor, name: str) -> None:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is enabled for the device of a tensor."""
     kind = x.device.type
-    # torch raises if a device, such as meta, has no autocast.
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # torch raises if a device, such as meta, has no autocast; torch 2.8 cannot trace the question.
+    traced = torch.compiler.is_compiling() and kind != "meta"
+    return (traced or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def check_device(x: Tensor, like: Tensor, name: str, like_name: str = "x") -> None:
