@@ -185,7 +185,7 @@ class _ClippedData(ScoreModel):
         self.model, self.sde, self.fn = model, model.sde, fn
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         found = self.model.predict(x, t, **cond)
         return Prediction(x, self.fn(found.x0), found.eps, *kernel(self.sde, x, t))
 
@@ -226,6 +226,7 @@ class ClippedDDIM(TabulatedPredictor[_Coefficients]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,
