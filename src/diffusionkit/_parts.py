@@ -71,7 +71,8 @@ def register_part(part: Any = None, *, name: str | None = None) -> Any:
     ...     T = 0.99
     ...
     ...     def marginal(self, t):
-    ...         return torch.cos(0.5 * torch.pi * t), torch.sin(0.5 * torch.pi * t)
+    ...         angle = 0.5 * torch.pi * t
+    ...         return torch.cos(angle), torch.sin(angle)
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name: expected a string, got {type(name).__name__}")

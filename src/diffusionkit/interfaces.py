@@ -22,7 +22,14 @@ from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
-from ._returned import check_each, per_time, wrap
+from ._repr import Described
+from ._returned import (
+    check_log_prob,
+    check_times_and_weights,
+    check_weights,
+    per_time,
+    wrap,
+)
 from ._schedules import bisect, drift_and_diffusion, exact, home, schedule_dtype, within
 from .random import Generators, randn, randn_like
 from .values import Perturbed, Prediction, Step
@@ -66,7 +73,7 @@ class ForwardSDE(abc.ABC):
         super().__init_subclass__(**kwargs)
         for name, check in _PER_TIME.items():
             wrap(cls, name, check)
-        wrap(cls, "prior_log_prob", _check_log_prob)
+        wrap(cls, "prior_log_prob", check_log_prob)
 
     @property
     def t_stop(self) -> float:
@@ -178,7 +185,7 @@ class ForwardSDE(abc.ABC):
         return normal_log_prob(x, self.prior_std)
 
 
-class ScoreModel(nn.Module, abc.ABC):
+class ScoreModel(Described, nn.Module, abc.ABC):
     """A model of the score of p_t, which owns its process: one source of truth.
 
     Attributes:
@@ -197,7 +204,10 @@ class ScoreModel(nn.Module, abc.ABC):
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
 
-        The prediction is in the dtype of the state, at least float32.
+        The prediction is in the dtype of the state, at least float32. Conditions have any name:
+        write x and t as positional-only. A tensor (B, ...) has one for each sample; of shape
+        (1, ...), with two dimensions or more, it serves all samples and arrives here as (B, ...),
+        and so do class_labels () or (1,).
         """
 
     @override
@@ -217,7 +227,7 @@ class Weighting(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check the shape of the weights."""
         super().__init_subclass__(**kwargs)
-        wrap(cls, "__call__", _check_weights)
+        wrap(cls, "__call__", check_weights)
 
     @abc.abstractmethod
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
@@ -254,7 +264,7 @@ class TimeSampler(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check the shapes of times and weights."""
         super().__init_subclass__(**kwargs)
-        wrap(cls, "sample", _check_times_and_weights)
+        wrap(cls, "sample", check_times_and_weights)
 
     @abc.abstractmethod
     def sample(
@@ -333,12 +343,6 @@ class Constraint(abc.ABC):
         """
 
 
-def _check_log_prob(
-    part: object, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    check_each(value, len(kwargs["x"] if "x" in kwargs else args[-1]), part, "log-densities")
-
-
 def _check_prediction(prediction: Any, args: tuple[Any, ...], cond: dict[str, Any]) -> None:
     if not isinstance(prediction, Prediction):
         raise TypeError(
@@ -350,25 +354,6 @@ def _check_prediction(prediction: Any, args: tuple[Any, ...], cond: dict[str, An
             f"{type(args[0]).__name__}: expected a prediction of shape {tuple(shape)}, "
             f"got {tuple(prediction.x.shape)}"
         )
-
-
-def _check_weights(
-    part: object, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    t = kwargs["t"] if "t" in kwargs else args[-1]
-    check_each(weights, len(t), part, "weights")
-
-
-def _check_times_and_weights(
-    part: object, drawn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    if not isinstance(drawn, tuple) or len(drawn) != 2:
-        raise TypeError(
-            f"{type(part).__name__}: expected times and weights, got {type(drawn).__name__}"
-        )
-    n = kwargs["n"] if "n" in kwargs else args[-1]
-    for name, value in zip(("times", "weights"), drawn, strict=True):
-        check_each(value, n, part, name)
 
 
 def _check_target(part: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

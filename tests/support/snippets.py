@@ -6,12 +6,13 @@ import doctest
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<kind>.*)\n(?P<body>(?:.*\n)*?)(?P=ticks)$", re.MULTILINE)
-EXECUTED = ("{testcode}", "{doctest}", "{code-cell} ipython3")
-SHOWN = (*EXECUTED, "python", "{code-block} python")
+OPTIONS = re.compile(r"---\n(?:.*\n)*?---\n|(?::.*\n)*")
+EXECUTED = ("{testsetup}", "{testcode}", "{doctest}", "{code-cell} ipython3")
+SNIPPETS = ("{testsetup}", "{testcode}", "{testoutput}", "{doctest}", "{code-cell}")
+_EXAMPLES = doctest.DocTestParser()
 _DEFERRED = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -33,18 +34,31 @@ def pages() -> list[Path]:
     return sorted([*found, ROOT / "README.md"])
 
 
-def blocks(page: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield the first line, the Python code and the visibility of each program of a page."""
+def lines_of_code(page: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each line in a block of code, output, shell or text."""
     text = page.read_text(encoding="utf-8")
     for match in FENCE.finditer(text):
+        kind = match["kind"].strip()
+        if not kind.startswith("{") or kind.split()[0] in ("{code-block}", *SNIPPETS):
+            options = OPTIONS.match(match["body"])[0]
+            first = text.count("\n", 0, match.start("body") + len(options)) + 1
+            yield from enumerate(match["body"][len(options) :].splitlines(), first)
+
+
+def program(page: Path) -> str:
+    """Return the visible Python code of a page that is executed, from top to bottom."""
+    code = []
+    for match in FENCE.finditer(page.read_text(encoding="utf-8")):
         kind, body = match["kind"].strip(), match["body"]
-        if kind in (*SHOWN, "{testsetup}"):
-            options = re.match(r"(?::.*\n)*", body)[0]
-            code = body[len(options) :]
-            if ">>> " in code:
-                code = "".join(part.source for part in doctest.DocTestParser().get_examples(code))
-            line = text.count("\n", 0, match.start("body")) + 1 + options.count("\n")
-            yield line, dedent(code), kind != "{testsetup}" and ":hide:" not in options
+        options = OPTIONS.match(body)[0]
+        hidden = kind == "{testsetup}" or re.search(":hide:|remove-cell|remove-input", options)
+        if kind in EXECUTED or (page.name, kind) == ("README.md", "python"):
+            body = body[len(options) :]
+            if ">>> " in body:
+                body = "".join(part.source for part in _EXAMPLES.get_examples(body))
+            # Commands of notebooks are no Python.
+            code += [] if hidden else [re.sub(r"^[%!].*$", "pass", body, flags=re.MULTILINE)]
+    return "\n".join(code)
 
 
 def undefined(source: str) -> list[str]:

@@ -62,8 +62,9 @@ def save_model(path: str | os.PathLike[str], model: ScoreModel) -> None:
     >>> from diffusionkit import EDMSDE, EDMModel
     >>> from diffusionkit.checkpoints import load_model, save_model
     >>> from diffusionkit.networks import MLP
+    >>> model = EDMModel(MLP(2, width=16), EDMSDE(), sigma_data=0.7)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_model(f"{folder}/moons", EDMModel(MLP(2, width=16), EDMSDE(), sigma_data=0.7))
+    ...     save_model(f"{folder}/moons", model)
     ...     model = load_model(f"{folder}/moons")
     >>> model.sde, model.sigma_data
     (EDMSDE(sigma_min=0.002, sigma_max=80.0), 0.7)
