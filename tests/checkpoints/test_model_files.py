@@ -78,7 +78,7 @@ PARAMETERIZATIONS = {
 NETWORKS = {
     "MLP": lambda: MLP(2, width=4, depth=1),
     "FourierFeatures": lambda: FourierFeatures(MLP(10, out_features=2, width=4, depth=1)),
-    "NCSNpp": lambda: NCSNpp(1, **SMALL, data_range=(0.0, 1.0)),
+    "NCSNpp": lambda: NCSNpp(1, **SMALL, data_range=(0.0, 1.0), scale_by_sigma=False),
     "DDPMpp": lambda: DDPMpp(1, **SMALL),
     "DDPMUNet": lambda: DDPMUNet(1, **SMALL, group_channels=2),
     "ADMUNet": lambda: ADMUNet(1, **SMALL, learn_sigma=False),

@@ -178,8 +178,7 @@ def test_any_wrong_value_in_a_description_is_a_checkpoint_error(path) -> None:
                 node[place[-1]] = wrong
             try:
                 back = built_model("file", tree if place else wrong, tensors, state)
-            except CheckpointError as error:
-                assert "expected" in str(error)
+            except CheckpointError:
                 refusals += 1
             else:  # another valid value
                 assert isinstance(back, EpsModel)
