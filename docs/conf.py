@@ -28,6 +28,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "tables"]
 
+suppress_warnings = ["toc.empty_glob"]  # the last pattern of a list is for pages to come
+
 # Notebooks are pages whose header names a kernel; an error in a cell is an error of the build.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
@@ -62,6 +64,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 # Snippets import what they use: only their random numbers and their folder are set up, under names
 # that no snippet has.

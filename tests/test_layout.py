@@ -13,26 +13,32 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {
-    "_batch_conditions", "_checks", "_coefficients", "_gaussian", "_grid_times", "_kept", "_loops",
-    "_nfe", "_precision", "_returned", "_schedules", "distributed", "random",
+    "_batch_conditions", "_checks", "_coefficients", "_data_range", "_gaussian", "_grid_times",
+    "_hints", "_kept", "_keywords", "_loops", "_nfe", "_precision", "_repr", "_returned",
+    "_schedules", "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
+    "_requirements": set(),
     "_batch_conditions": set(),
-    "_checks": set(),
-    "distributed": {"_checks"},
+    "_hints": set(),
+    "_keywords": set(),
+    "_checks": {"_hints"},
+    "_data_range": {"_checks", "distributed"},
+    "distributed": {"_checks", "_requirements"},
     "_schedules": set(),
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
-    "_kept": set(),
+    "_kept": {"_requirements"},
     "_loops": {"distributed"},
     "_nfe": {"_batch_conditions"},
     "_precision": {"_checks"},
     "_returned": set(),
     "random": {"_checks"},
-    "values": {"_checks", "_coefficients", "_precision"},
+    "_repr": {"distributed"},
+    "values": {"_checks", "_coefficients", "_precision", "_repr"},
     "interfaces": {*PRIVATE, "values"},
     "_model_checks": {"_checks", "interfaces"},
     "decoders": BASE,
@@ -55,7 +61,7 @@ MAY_IMPORT = {
     "testing": CORE,
     "diagnostics": {*CORE, "training"},
     "ops": {"_checks", "_kept"},
-    "networks": {"_checks", "ops"},
+    "networks": {"_checks", "_hints", "_keywords", "_repr", "ops"},
     "checkpoints": {
         *CORE,
         "control",
@@ -69,9 +75,13 @@ MAY_IMPORT = {
         "_weights",
         "_writing",
     },
-    "data": {"_checks", "distributed", "_writing", "random"},
-    "metrics": {"_checks", "distributed", "_files", "_loops", "_writing", "data", "random"},
-    "__init__": {*CORE, "training", "sampling", "likelihood", "control"},
+    "interop": {*CORE, "sampling", "_files"},
+    "data": {"_checks", "_repr", "distributed", "_writing", "random"},
+    "metrics": {
+        *("_checks", "_files", "_hints", "_loops", "_repr", "_writing"),
+        *("data", "distributed", "random"),
+    },
+    "__init__": {*CORE, "_requirements", "training", "sampling", "likelihood", "control"},
 }
 
 

@@ -22,6 +22,7 @@ from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
+from ._repr import Described
 from ._returned import (
     check_log_prob,
     check_times_and_weights,
@@ -184,7 +185,7 @@ class ForwardSDE(abc.ABC):
         return normal_log_prob(x, self.prior_std)
 
 
-class ScoreModel(nn.Module, abc.ABC):
+class ScoreModel(Described, nn.Module, abc.ABC):
     """A model of the score of p_t, which owns its process: one source of truth.
 
     Attributes:

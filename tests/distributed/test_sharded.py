@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.nested import same
-from support.processes import run_in_processes
+from support.processes import run_in_processes, skip_without_sharding_on_cpu
 
 from diffusionkit import (
     EMA,
@@ -81,6 +81,7 @@ result = states(), resumed.step, torch.rand(3)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Any, Any]:
+    skip_without_sharding_on_cpu()
     folder = tmp_path_factory.mktemp("sharded") / "run"
     folder.mkdir()
     return folder, run_in_processes(2, SAVE, folder)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import checkpoints, control, likelihood, metrics, networks, training
+from diffusionkit import checkpoints, control, interop, likelihood, metrics, networks, training
 from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
@@ -28,6 +28,7 @@ PACKAGES = (
     "decoders",
     "diagnostics",
     "distributed",
+    "interop",
     "likelihood",
     "metrics",
     "models",
@@ -228,6 +229,8 @@ def _estimate() -> Estimate:
 
 Recipe = dict[str, Callable[[], Any]]
 
+_SCHEDULER = {"trained_betas": dk.DDPMChain.linear(25).betas.tolist()}
+
 # Valid arguments by the name of the parameter.
 COMMON: Recipe = {
     "model": _model,
@@ -305,6 +308,22 @@ OWN: dict[str, Recipe] = {
         "weights": lambda: [0.5, 0.5],
     },
     "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum(1)},
+    "SigmaDenoiser.forward": {
+        "self": lambda: interop.as_denoiser(_model()),
+        "sigma": lambda: torch.tensor([0.5, 3.0]),
+    },
+    "UNetAdapter.forward": {
+        "self": lambda: interop.to_diffusers(_chain_model(), sample_size=4),
+        "sample": lambda: _state(2, 3, 4, 4),
+        "timestep": lambda: torch.tensor([3, 20]),
+        "class_labels": lambda: None,
+    },
+    "chain_from_scheduler": {"scheduler": lambda: _SCHEDULER},
+    "from_denoiser": {"denoiser": lambda: lambda x, sigma: x},
+    "from_diffusers": {"unet": lambda: _network, "scheduler": lambda: _SCHEDULER},
+    "sampler_from_scheduler": {"model": _chain_model, "scheduler": lambda: _SCHEDULER},
+    "scheduler_config": {"model": _chain_model},
+    "to_diffusers": {"model": _chain_model, "sample_size": lambda: 4},
     "IndexLabel": {"sigmas": lambda: [3.0, 2.0, 1.0]},
     "Inpainting": {"known": _state, "mask": lambda: torch.ones(2, 2)},
     "LearnedSDE": {"hidden": lambda: 4},
@@ -644,8 +663,11 @@ _RESULTS = {
     "Checkpoint",
     "StepReport",
 }
+# `as_denoiser` and `to_diffusers` make them: classes without arguments of their own.
+_MADE = {"SigmaDenoiser", "UNetAdapter"}
 # Files have tests of their own; `expand` runs in every step.
 _ELSEWHERE = {
+    "load_diffusers",
     "load_edm",
     "load_improved_diffusion",
     "load_network",
@@ -663,7 +685,9 @@ _ELSEWHERE = {
 def names() -> list[str]:
     """Return the callables to test: every one, and the methods with a recipe."""
     found = callables()
-    plain = [name for name in found if "." not in name and name not in _RESULTS | _ELSEWHERE]
+    plain = [
+        name for name in found if "." not in name and name not in _RESULTS | _ELSEWHERE | _MADE
+    ]
     return plain + [name for name in OWN if "self" in OWN[name]]
 
 
@@ -743,6 +767,11 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("bits_per_dim", "nats"): ["a scalar tensor", "an empty tensor"],  # of any shape
     ("Clip", "low"): ["-infinity"],  # open to one side
     ("Clip", "high"): ["infinity", "10**400"],
+    ("DynamicThreshold", "largest"): ["infinity"],  # no limit
+    # One for all samples.
+    ("SigmaDenoiser.forward", "sigma"): ["a scalar tensor"],
+    ("UNetAdapter.forward", "timestep"): ["a scalar tensor"],
+    ("UNetAdapter.forward", "class_labels"): list(BAD),  # passed on to the network
     ("Heun", "s_min"): ["infinity"],  # never churn
     ("Heun", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention

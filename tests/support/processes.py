@@ -7,11 +7,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "diffusionkit"])
+
+
+def skip_without_sharding_on_cpu() -> None:
+    """Skip a test whose network is sharded and called on the CPU, where torch cannot do that."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("fully_shard of torch 2.6 runs on GPUs only")
 
 
 def run_in_processes(count: int, program: str, folder: Path) -> list[Any]:

@@ -68,6 +68,8 @@ def rates(model, optimizer, scheduler, steps: int) -> list[float]:
     return found
 
 
+# torch 2.6 and 2.8 warn of their own call in SequentialLR.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_of_torch_resumes(tmp_path, name) -> None:
     def make():
@@ -76,6 +78,8 @@ def test_every_scheduler_of_torch_resumes(tmp_path, name) -> None:
         return model, optimizer, SCHEDULERS[name](optimizer)
 
     model, optimizer, scheduler = make()
+    if any(callable(value) for value in scheduler.state_dict().values()):
+        pytest.skip("older versions of torch keep a function in the state of this scheduler")
     rates(model, optimizer, scheduler, 3)
     parts = {"optimizer": optimizer, "stateful": {"scheduler": scheduler}}
     save_checkpoint(tmp_path / "run.pt", model, **parts)

@@ -20,8 +20,10 @@ from .._checks import (
 )
 from .._coefficients import expand
 from .._grid_times import kernel
+from .._hints import label_advice
 from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
+from .._repr import Described
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
@@ -33,7 +35,7 @@ from ._guided import shape_or_type
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
 
-class NoiseClassifier(nn.Module):
+class NoiseClassifier(Described, nn.Module):
     r"""A classifier of noisy data, conditioned on the noise level of any process.
 
     .. math::
@@ -79,10 +81,6 @@ class NoiseClassifier(nn.Module):
         check_callable(network, "network")
         check_callable(self.label, "label")
         self._dtype = NetworkDtype(network)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"sde={self.sde!r}, sigma_data={self.sigma_data}, label={self.label!r}"
 
     @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -150,15 +148,16 @@ def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
 def check_class_labels(class_labels: object, batch: int) -> None:
     """Raise unless class labels are a tensor of integers, one for each sample."""
     if not isinstance(class_labels, Tensor):
-        got = type(class_labels).__name__
+        got = f"{type(class_labels).__name__}{label_advice(class_labels, batch)}"
         raise TypeError(f"class_labels: expected a tensor of shape ({batch},), got {got}")
     dtype = class_labels.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise TypeError(f"class_labels: expected integers, got {dtype}")
+        hint = label_advice(class_labels, batch)
+        raise TypeError(f"class_labels: expected integers, got {dtype}{hint}")
     if class_labels.shape != (batch,):
         raise ValueError(
             f"class_labels: expected one label for each sample, shape ({batch},), "
-            f"got {tuple(class_labels.shape)}"
+            f"got {tuple(class_labels.shape)}{label_advice(class_labels, batch)}"
         )
 
 

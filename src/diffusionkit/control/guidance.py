@@ -15,6 +15,7 @@ from typing_extensions import override
 from .._checks import check_callable, check_flag, check_number, readable
 from .._coefficients import Coefficient, expand, linear
 from .._grid_times import kernel
+from .._keywords import explained
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
 from ..values import Prediction
@@ -27,6 +28,7 @@ from ._guided import (
 from .classifier import check_process, class_log_probs
 
 
+@explained
 class ClassifierGuidance(GuidedModel):
     r"""A model guided by the gradient of a classifier of noisy data.
 
@@ -87,10 +89,6 @@ class ClassifierGuidance(GuidedModel):
         self.conditional = conditional
 
     @override
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}"
-
-    @override
     def predict(
         self, x: Tensor, t: Tensor, /, *, class_labels: Any = None, **cond: Any
     ) -> Prediction:
@@ -102,6 +100,7 @@ class ClassifierGuidance(GuidedModel):
         return self._shifted(prediction, x, t, self.scale * grad)
 
 
+@explained
 class GradientGuidance(GuidedModel):
     r"""A model guided by a differentiable log p(y | x0), evaluated at the predicted data (DPS).
 
@@ -163,10 +162,6 @@ class GradientGuidance(GuidedModel):
         self.scale = scale
 
     @override
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}"
-
-    @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
@@ -182,6 +177,7 @@ class GradientGuidance(GuidedModel):
         return self._shifted(prediction, x, t, self.scale * grad)
 
 
+@explained
 class ClassifierFreeGuidance(GuidedModel):
     r"""A conditional model extrapolated away from its unconditional prediction.
 
@@ -265,11 +261,6 @@ class ClassifierFreeGuidance(GuidedModel):
         self.null = null
 
     @override
-    def extra_repr(self) -> str:
-        names = None if self.null is None else list(self.null)
-        return f"scale={self.scale}, interval={self.interval}, rescale={self.rescale}, null={names}"
-
-    @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
         null = self._null_conditions(cond)
@@ -292,6 +283,7 @@ class ClassifierFreeGuidance(GuidedModel):
         if self.null is None:
             if all(value is None for value in cond.values()):
                 raise ValueError("cond: expected a condition to guide by, got none")
+            self._check_needed(cond)
             return {}
         given = [name for name, value in cond.items() if value is not None]
         missing = [name for name in self.null if name not in given]
@@ -304,6 +296,18 @@ class ClassifierFreeGuidance(GuidedModel):
             for name, value in self.null.items()
         }
         return {**cond, **values}
+
+    def _check_needed(self, cond: Mapping[str, Any]) -> None:
+        """Raise if the network cannot do without class labels, as those of the library cannot."""
+        network = getattr(self.model, "network", None)
+        config = getattr(network, "config", None)
+        classes = config.get("num_classes") if isinstance(config, dict) else None
+        if classes is not None and "class_labels" in cond:
+            raise ValueError(
+                "null: expected the class that stands for none, for a network with "
+                f'num_classes={classes}, got None; pass null={{"class_labels": {classes - 1}}} '
+                "if its last class does, and train it so with drop_conditions"
+            )
 
     def _scale(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient:
         """Return the scale at a noise level: a float, or (B,) where it differs between samples."""

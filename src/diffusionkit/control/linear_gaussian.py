@@ -123,12 +123,6 @@ class LinearGaussianGuidance(GuidedModel):
         self._known_linear = False
 
     @override
-    def extra_repr(self) -> str:
-        return (
-            f"noise_std={self.noise_std}, iterations={self.iterations}, tolerance={self.tolerance}"
-        )
-
-    @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)

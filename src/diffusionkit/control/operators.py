@@ -25,6 +25,7 @@ from .._checks import (
     readable,
 )
 from .._precision import at_least_float32
+from .._repr import Described
 from ..random import randn_like
 
 
@@ -154,7 +155,7 @@ class Mask(LinearOperator):
         return self(y)
 
 
-class AveragePool(LinearOperator):
+class AveragePool(Described, LinearOperator):
     """The means of blocks, data at a lower resolution; the inverse repeats each mean.
 
     Args:
@@ -179,10 +180,6 @@ class AveragePool(LinearOperator):
         self.factor, self.dims = factor, dims
 
     @override
-    def __repr__(self) -> str:
-        return f"AveragePool({self.factor}, dims={self.dims})"
-
-    @override
     def __call__(self, x: Tensor) -> Tensor:
         check_state(x)
         if x.ndim < self.dims or any(n % self.factor for n in x.shape[-self.dims :]):
@@ -204,7 +201,7 @@ class AveragePool(LinearOperator):
         return y
 
 
-class Gray(LinearOperator):
+class Gray(Described, LinearOperator):
     """The mean over the channels of images (..., C, H, W); the inverse is gray in all channels.
 
     It measures the coordinate along (1, ..., 1) / sqrt(C), the first of an orthonormal color basis.
@@ -224,10 +221,6 @@ class Gray(LinearOperator):
         """Keep the number of channels."""
         check_count(channels, "channels")
         self.channels = channels
-
-    @override
-    def __repr__(self) -> str:
-        return f"Gray({self.channels})"
 
     @override
     def __call__(self, x: Tensor) -> Tensor:

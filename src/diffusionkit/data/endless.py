@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from .._checks import check_count, check_flag, check_part, check_target_device
+from .._repr import Described
 from ..distributed._group import rank_and_world_size
 from ..random import seeded
 from .images import ImageData
@@ -57,7 +58,7 @@ class Batch:
         )
 
 
-class EndlessBatches:
+class EndlessBatches(Described):
     r"""Batches of a data set without an end, the same at any number of processes.
 
     The batches are consecutive pieces of an endless order: position p is item

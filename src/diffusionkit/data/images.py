@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from .._checks import check_count, check_sequence
+from .._repr import Described
 
 
-class ImageData(Dataset[tuple[Tensor, int]], abc.ABC):
+class ImageData(Described, Dataset[tuple[Tensor, int]], abc.ABC):
     """Images of one shape with class labels, a map-style data set.
 
     `data[i]` is a tuple: an image (C, H, W) in uint8, and its class label, an index of `classes`.

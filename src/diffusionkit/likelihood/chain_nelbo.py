@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._batch_conditions import repeated
 from .._chain_terms import chain_length, prior_kl, step_nats
 from .._checks import check_count, check_flag, check_part, readable
 from .._loops import Progress, check_progress, with_progress
 from .._precision import network_dtype, state_dtype
+from .._repr import Described
 from .._schedules import exact, schedule_dtype
 from ..decoders import GaussianDecoder
 from ..distributed._gradients import check_gradients_averaged
@@ -112,7 +112,7 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsP
     return BitsPerStep(bits[0], stderr[0], bits[1:], stderr[1:])
 
 
-class ChainNELBO:
+class ChainNELBO(Described):
     r"""The variational bound on -log P(images) of integers under a chain of T steps.
 
     .. math::
@@ -166,10 +166,6 @@ class ChainNELBO:
         self.clip = clip
         self.steps_at_once = steps_at_once
         self.progress = progress
-
-    @override
-    def __repr__(self) -> str:
-        return f"ChainNELBO({type(self.model).__name__}, {self.decoder}, clip={self.clip})"
 
     @torch.no_grad()
     def __call__(

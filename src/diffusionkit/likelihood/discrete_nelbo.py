@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._chain_terms import prior_kl
 from .._checks import check_count, check_part, readable
 from .._model_checks import check_model
 from .._precision import network_dtype, state_dtype
+from .._repr import Described
 from .._schedules import exact, schedule_dtype
 from ..decoders import LevelDecoder
 from ..distributed._gradients import check_gradients_averaged
@@ -43,7 +43,7 @@ class DiscreteBound:
         return self.reconstruction + self.prior + self.diffusion
 
 
-class DiscreteNELBO:
+class DiscreteNELBO(Described):
     r"""The variational bound on -log P(images) of integers, without dequantization or offset.
 
     .. math::
@@ -99,10 +99,6 @@ class DiscreteNELBO:
         if steps is not None:
             check_count(steps, "steps")
         self.steps = steps
-
-    @override
-    def __repr__(self) -> str:
-        return f"DiscreteNELBO({type(self.model).__name__}, {self.decoder}, steps={self.steps})"
 
     def __call__(
         self, images: Tensor, /, *, generator: Generators = None, **cond: Any

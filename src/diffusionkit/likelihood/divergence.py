@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_count
+from .._repr import Described
 from .._returned import wrap
 from .._schedules import exact
 from ..random import Generators, randn
@@ -67,7 +68,7 @@ def _check_divergence(
             raise ValueError(f"{type(part).__name__}: expected {name} of shape {shape}, got {got}")
 
 
-class Hutchinson(Divergence):
+class Hutchinson(Described, Divergence):
     r"""Hutchinson's stochastic estimate of the divergence, by vector-Jacobian products.
 
     .. math::
@@ -108,10 +109,6 @@ class Hutchinson(Divergence):
         self.noise = noise
 
     @override
-    def __repr__(self) -> str:
-        return f"Hutchinson(probes={self.probes}, noise={self.noise!r})"
-
-    @override
     def start(self, x: Tensor, generator: Generators = None) -> Tensor:  # (K, B, *D)
         shape = (x.shape[0], self.probes, *x.shape[1:])
         v = randn(shape, generator=generator, device=x.device, dtype=x.dtype).transpose(0, 1)
@@ -127,7 +124,7 @@ class Hutchinson(Divergence):
         return value if again else value.detach(), torch.stack(inner)
 
 
-class ExactDivergence(Divergence):
+class ExactDivergence(Described, Divergence):
     """The exact trace of the Jacobian, row by row, for data of moderate dimension d.
 
     It costs d backward passes for each forward pass, `chunk` of them at a time.
@@ -149,10 +146,6 @@ class ExactDivergence(Divergence):
     def __init__(self, chunk: int = 32) -> None:
         check_count(chunk, "chunk")
         self.chunk = chunk
-
-    @override
-    def __repr__(self) -> str:
-        return f"ExactDivergence(chunk={self.chunk})"
 
     @override
     def start(self, x: Tensor, generator: Generators = None) -> None:

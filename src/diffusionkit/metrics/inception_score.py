@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_mapping, numbers
+from .._repr import Described
 from ._features import check_features, double
 
 
@@ -24,7 +25,7 @@ class InceptionScoreResult(NamedTuple):
     std: float
 
 
-class InceptionScore:
+class InceptionScore(Described):
     r"""The Inception score: confident predictions for each sample, diverse ones overall.
 
     .. math::

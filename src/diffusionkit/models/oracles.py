@@ -21,6 +21,7 @@ from .._checks import (
     numbers,
 )
 from .._coefficients import expand
+from .._keywords import check_foreign
 from .._precision import at_least_float32
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
@@ -128,6 +129,7 @@ class GaussianMixtureModel(_ExactModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
+        check_foreign(self, cond)
         _check_query(self.sde, x, t, self.means)
         x = at_least_float32(x)
         alpha, sigma, variance, diff, log = self._components(x, t)
@@ -213,6 +215,7 @@ class EmpiricalModel(_ExactModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
+        check_foreign(self, cond)
         _check_query(self.sde, x, t, self.data)
         x = at_least_float32(x)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))

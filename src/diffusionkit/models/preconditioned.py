@@ -12,11 +12,13 @@ from typing_extensions import override
 from .._checks import check_positive
 from .._coefficients import expand
 from .._grid_times import evaluate
+from .._keywords import explained
 from ..interfaces import ForwardSDE
 from .labels import Label, LogSigmaLabel
 from .network import NetworkModel
 
 
+@explained
 class EDMModel(NetworkModel):
     r"""A network whose input and target have unit variance at every noise level.
 
@@ -62,9 +64,9 @@ class EDMModel(NetworkModel):
         variance: str | None = None,
     ) -> None:
         """Join the network and its process."""
-        super().__init__(network, sde, label=label, data_range=data_range, variance=variance)
         check_positive(sigma_data, "sigma_data")
-        self.sigma_data = sigma_data
+        self.sigma_data = sigma_data  # read by the parameterization
+        super().__init__(network, sde, label=label, data_range=data_range, variance=variance)
 
     @staticmethod
     @override

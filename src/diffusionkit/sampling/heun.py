@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from .._checks import check_number, check_positive
 from .._coefficients import Coefficient, linear
+from .._keywords import explained
 from .._precision import at_least_float32
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, randn_like
@@ -66,6 +67,7 @@ class _ChurnedStages(StageCoefficients):
     noise: Coefficient = 0.0
 
 
+@explained
 @dataclass(frozen=True)
 class Heun(TwoStagePredictor):
     r"""A second-order step of the probability flow, with or without churn: EDM's sampler.

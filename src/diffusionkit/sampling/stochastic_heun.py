@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._coefficients import Coefficient, add_noise, linear
+from .._keywords import explained
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, step_noise
 from .predictors import Ancestral, StepCoefficients, TabulatedPredictor
@@ -32,6 +33,7 @@ class _Stages:
     end: Tensor
 
 
+@explained
 @dataclass(frozen=True)
 class StochasticHeun(TabulatedPredictor[_Stages]):
     r"""Heun's method for the reverse SDE: an ancestral step, then the data predicted at its end.

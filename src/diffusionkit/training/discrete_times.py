@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_number, check_state
+from .._repr import Described
 from .._schedules import schedule_dtype
 from ..distributed._group import gather_rows
 from ..interfaces import ForwardSDE, TimeSampler
@@ -58,7 +59,7 @@ class DiscreteTimes(TimeSampler):
         return t.to(dtype or exactly), torch.ones_like(t, dtype=dtype or exactly)
 
 
-class LossSecondMomentTimes(TimeSampler):
+class LossSecondMomentTimes(Described, TimeSampler):
     r"""Steps of a chain, drawn in proportion to the root mean square of their recent losses.
 
     .. math::
@@ -106,10 +107,6 @@ class LossSecondMomentTimes(TimeSampler):
         self._T = 1.0
         self._losses = torch.zeros((0, history), dtype=torch.float64)
         self._counts = torch.zeros(0, dtype=torch.int64)
-
-    @override
-    def __repr__(self) -> str:
-        return f"LossSecondMomentTimes(history={self.history}, uniform={self.uniform})"
 
     @property
     def probabilities(self) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar, override
 
 from .._checks import check_count, check_flag, check_number, check_part, check_positive
+from .._keywords import explained
+from .._repr import Described, described
 from ..distributed._wrappers import bare_state
 from ._averaged_weights import AveragedWeights, check_own_weights, check_tensors
 
@@ -72,7 +74,7 @@ class HalfLife:
         return float(0.5 ** (self.batch_size / half_life)) if half_life else 0.0
 
 
-class Averages(nn.Module):
+class Averages(Described, nn.Module):
     """Averages whose states are loaded as a whole or not at all."""
 
     def by_prefix(self) -> Mapping[str, EMA]:
@@ -106,6 +108,7 @@ class Averages(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
+@explained
 class EMA(Averages, Generic[Model_co]):
     r"""An exponential moving average of parameters, kept in at least float32.
 
@@ -172,8 +175,8 @@ class EMA(Averages, Generic[Model_co]):
         return cast(Model_co, self._average.model)
 
     @override
-    def extra_repr(self) -> str:
-        return f"decay={self.decay}, warmup={self.warmup}, updates={self.updates}"
+    def __repr__(self) -> str:
+        return described(self, updates=self.updates)
 
     @override
     def by_prefix(self) -> Mapping[str, EMA]:

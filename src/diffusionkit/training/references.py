@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._checks import check_count
+from .._repr import Described
 from ..distributed._group import rank_and_world_size
 from ..random import seeded
 
 
-class ReferenceBatches:
+class ReferenceBatches(Described):
     r"""Batches of a data set, each with a reference batch that contains it.
 
     An epoch slides a window of `reference_size` items, the reference, over the shuffled data. The

@@ -11,7 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._chain_terms import chain_length, step_nats
-from .._checks import check_finite, check_part, check_positive, check_range, check_state, readable
+from .._checks import check_finite, check_part, check_positive, check_state, readable
+from .._data_range import check_training_data
+from .._repr import Described
 from ..decoders import GaussianDecoder
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
@@ -22,7 +24,7 @@ from .discrete_times import DiscreteTimes
 from .times import times_and_weights
 
 
-class _ChainObjective(abc.ABC):
+class _ChainObjective(Described, abc.ABC):
     """An objective that samples one step of the chain for each sample of the batch."""
 
     def __init__(
@@ -67,7 +69,7 @@ class _ChainObjective(abc.ABC):
         if mask is not None:
             mask, x0 = masked(mask, x0, self.decoder.low)
         check_finite(x0, "x0")
-        check_range(x0, model, "x0", mask)
+        check_training_data(x0, model, mask)
         self.decoder.check(x0)
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
@@ -151,10 +153,6 @@ class VLB(_ChainObjective):
     """
 
     @override
-    def __repr__(self) -> str:
-        return f"VLB(decoder={self.decoder}, times={self.times})"
-
-    @override
     def _loss(
         self,
         model: ScoreModel,
@@ -200,10 +198,6 @@ class HybridLoss(_ChainObjective):
         super().__init__(decoder=decoder, times=times)
         check_positive(vlb_weight, "vlb_weight")
         self.vlb_weight = vlb_weight
-
-    @override
-    def __repr__(self) -> str:
-        return f"HybridLoss({self.vlb_weight}, decoder={self.decoder}, times={self.times})"
 
     @override
     def _loss(
