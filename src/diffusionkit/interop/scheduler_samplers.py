@@ -80,7 +80,9 @@ def sampler_from_scheduler(
         TypeError: if an argument has the wrong type.
 
     >>> from diffusionkit import DDPMChain, EpsModel
-    >>> from diffusionkit.interop import sampler_from_scheduler, scheduler_config
+    >>> from diffusionkit.interop import (
+    ...     sampler_from_scheduler, scheduler_config
+    ... )
     >>> model = EpsModel(lambda x, noise_label: x, DDPMChain.linear(1000))
     >>> config = scheduler_config(model) | {"_class_name": "DDPMScheduler"}
     >>> sampler_from_scheduler(model, config, 50).predictor
