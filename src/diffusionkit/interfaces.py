@@ -22,7 +22,7 @@ from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
-from ._repr import Described
+from ._repr import described
 from ._returned import check_each, per_time, wrap
 from ._schedules import bisect, drift_and_diffusion, exact, home, schedule_dtype, within
 from .random import Generators, randn, randn_like
@@ -179,7 +179,7 @@ class ForwardSDE(abc.ABC):
         return normal_log_prob(x, self.prior_std)
 
 
-class ScoreModel(Described, nn.Module, abc.ABC):
+class ScoreModel(nn.Module, abc.ABC):
     """A model of the score of p_t, which owns its process: one source of truth.
 
     Attributes:
@@ -200,6 +200,10 @@ class ScoreModel(Described, nn.Module, abc.ABC):
 
         The prediction is in the dtype of the state, at least float32.
         """
+
+    @override
+    def __repr__(self) -> str:
+        return described(self)
 
     @override
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
