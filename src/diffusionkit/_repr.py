@@ -30,6 +30,9 @@ class Described:
 
     The arguments are the attributes of their names. Attributes that are None, True or False by
     default are left out where they are. Weights are never shown.
+
+    Modules call `described` themselves: `fully_shard` cannot replace the class of a module whose
+    first base is another than nn.Module.
     """
 
     __slots__ = ()

@@ -22,7 +22,7 @@ from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
-from ._repr import Described
+from ._repr import described
 from ._returned import (
     check_log_prob,
     check_times_and_weights,
@@ -185,7 +185,7 @@ class ForwardSDE(abc.ABC):
         return normal_log_prob(x, self.prior_std)
 
 
-class ScoreModel(Described, nn.Module, abc.ABC):
+class ScoreModel(nn.Module, abc.ABC):
     """A model of the score of p_t, which owns its process: one source of truth.
 
     Attributes:
@@ -209,6 +209,10 @@ class ScoreModel(Described, nn.Module, abc.ABC):
         (1, ...), with two dimensions or more, it serves all samples and arrives here as (B, ...),
         and so do class_labels () or (1,).
         """
+
+    @override
+    def __repr__(self) -> str:
+        return described(self)
 
     @override
     def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:

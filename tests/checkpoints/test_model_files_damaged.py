@@ -138,7 +138,7 @@ def put(place: str, value):
         (put("variance", "small"), "model: expected arguments of EpsModel, got variance: expected"),
         (put("data_range", [1.0, 0.0]), "model: expected arguments of EpsModel, got data_range"),
         (put("network.arguments", [1]), "network: expected a description of a value, got"),
-        (put("network.more", 1), "network: expected arguments of MLP, got .*'more'"),
+        (put("network.more", 1), "network: expected arguments of MLP, got .*more"),
         (put("label", {"function": "print"}), "label: expected a registered function, got 'print'"),
         (put("label", {"function": "VPSDE"}), "label: expected a registered function"),
         (put("label", {"same": "later"}), "label: expected a description of a value, got"),
@@ -155,6 +155,45 @@ def put(place: str, value):
 def test_descriptions(path, tree, match) -> None:
     changed(path, tree=tree)
     refused(path, match)
+
+
+def nodes(tree, at=()):
+    """The places of all values in a description."""
+    yield at
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield from nodes(value, (*at, key))
+
+
+def test_any_wrong_value_in_a_description_is_a_checkpoint_error(path) -> None:
+    tensors, about = content(path)
+    state = {name: x for name, x in tensors.items() if not name.startswith("argument:")}
+    sound, refusals = about["model"], 0
+    for place in nodes(json.loads(sound)):
+        for wrong in (3.5, "x", -1, True, None, [], {}, [[1]], 10**400, {"same": ""}, {"list": []}):
+            tree = json.loads(sound)
+            if place:
+                node = tree
+                for key in place[:-1]:
+                    node = node[key]
+                node[place[-1]] = wrong
+            try:
+                back = built_model("file", tree if place else wrong, tensors, state)
+            except CheckpointError:
+                refusals += 1
+            else:  # another valid value
+                assert isinstance(back, EpsModel)
+                # Without arguments a part has the default ones.
+                assert place[-1] in (
+                    "scale",
+                    "variance",
+                    "data_range",
+                    "out_features",
+                    "label",
+                    "num_classes",
+                    "condition_features",
+                    "arguments",
+                ), place
+    assert refusals > 150
 
 
 def without(tensors, name):

@@ -136,6 +136,15 @@ def test_half_precision_and_ties_of_a_user_are_kept(tmp_path) -> None:
     assert back.network.twin.weight is back.network.second.weight
 
 
+def test_random_states_are_left_alone(tmp_path) -> None:
+    registered()
+    model = EpsModel(Net(2), VPSDE())  # a constructor that draws weights
+    state = torch.get_rng_state()
+    save_model(tmp_path / "m", model)
+    load_model(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize(
     ("make", "place"),
     [

@@ -126,6 +126,15 @@ def test_names_are_imported_before_use_and_explicitly(path):
 
 
 @each_notebook
+def test_figures_are_shown(path):
+    """Without the call, a page shows the value of a cell's last line beside the figure."""
+    drawing = [cell for cell in without_hidden(path) if "plt.subplots(" in cell.code]
+    assert drawing
+    wrong = [cell.line for cell in drawing if not cell.code.endswith("plt.show()\n")]
+    assert wrong == [], "lines of cells that do not end with plt.show()"
+
+
+@each_notebook
 def test_seeds_are_fixed(path):
     code = "\n".join(cell.code for cell in without_hidden(path))
     assert "manual_seed(" in code
@@ -144,6 +153,7 @@ def test_runs_from_top_to_bottom_without_a_warning(path, tmp_path):
     code = "\n".join(cell.code for cell in cells(path.read_text()))
     script.write_text(code)
     environment = {**os.environ, "MPLBACKEND": "agg"}
+    environment.pop("DISPLAY", None)  # with one, agg warns that it cannot show a figure
     command = [sys.executable, "-W", "error", str(script)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

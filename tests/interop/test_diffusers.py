@@ -163,6 +163,16 @@ def test_all_steps_of_a_short_chain():
     assert_same(ours(model, scheduler, None), loop(net, scheduler, 25))
 
 
+def test_steps_that_begin_below_the_noise_of_the_prior_need_a_state():
+    """With few steps "leading" timesteps begin where signal is left; diffusers draws N(0, 1)."""
+    net, scheduler = unet(), diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    sampler = sampler_from_scheduler(from_diffusers(net, scheduler), scheduler, 4)
+    with pytest.raises(ValueError, match="expected to begin with the prior's noise"):
+        sampler(SHAPE)
+    state = torch.randn(SHAPE, generator=seeded())
+    assert_same(sampler(state), loop(net, scheduler, 4))
+
+
 def test_learned_variances():
     net = unet(out=2)
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
@@ -307,7 +317,8 @@ def model_of(kind, sde, **options):
 )
 def test_pipelines_run_our_models(kind, sde):
     model = model_of(kind, sde)
-    scheduler = diffusers.DDPMScheduler.from_config(scheduler_config(model, clip_sample=True))
+    config = scheduler_config(model, clip_sample=True, timestep_spacing="trailing")
+    scheduler = diffusers.DDPMScheduler.from_config(config)
     adapter = to_diffusers(model, scheduler, sample_size=8, channels=1)
     for pipeline in (diffusers.DDPMPipeline, diffusers.DDIMPipeline):
         pipe = pipeline(unet=adapter, scheduler=scheduler)

@@ -43,7 +43,7 @@ def model():
     ],
 )
 def test_samplers(name, predictor):
-    ours, x = model(), torch.randn(4, 2, dtype=torch.float64) * 80
+    ours, x = model(), torch.randn(4, 2, dtype=torch.float64) * 80  # seeded by model
     sigmas = sampling.get_sigmas_karras(15, 0.02, 80.0).double()
     noise = torch.Generator().manual_seed(1)
 
@@ -60,7 +60,7 @@ def test_samplers(name, predictor):
 
 
 def test_lms_and_the_grid():
-    ours, x = model(), torch.randn(4, 2, dtype=torch.float64) * 80
+    ours, x = model(), torch.randn(4, 2, dtype=torch.float64) * 80  # seeded by model
     grid = KarrasGrid(t_end=0.02, to_zero=True)(ours.sde, 15)
     sigmas = sampling.get_sigmas_karras(15, 0.02, 80.0)
     torch.testing.assert_close(grid.float(), sigmas, rtol=1e-5, atol=1e-6)

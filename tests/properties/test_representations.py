@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support.bad_arguments import call, callables
+from support.bad_arguments import call, callables, names
 from torch import nn
 
 from diffusionkit import (
@@ -33,24 +33,12 @@ from diffusionkit.networks import MLP, DDPMpp
 LINES, WIDTH = 40, 200
 # torch prints the layers of networks, which is what one prints them for.
 NETWORKS = {"ADMUNet", "DDPMUNet", "DDPMpp", "FourierFeatures", "MLP", "NCSNpp", "NCSNv2"}
-# Values that are tuples or numbers, and names that other classes print themselves.
-CLASSES = sorted(
-    name
-    for name, value in callables().items()
-    if inspect.isclass(value) and name not in NETWORKS | {"Checkpoint", "HeldOutData", "Data"}
-)
-
-
-def made(name):
-    try:
-        return call(name, {})
-    except KeyError:
-        pytest.skip("a result, made by the library")
+CLASSES = sorted(name for name in set(names()) - NETWORKS if inspect.isclass(callables().get(name)))
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class_is_short_and_has_no_addresses(name) -> None:
-    text = repr(made(name))
+    text = repr(call(name, {}))
     assert " at 0x" not in text
     assert " object" not in text
     lines = text.splitlines()
@@ -60,7 +48,7 @@ def test_every_class_is_short_and_has_no_addresses(name) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class_names_itself_and_what_it_was_made_with(name) -> None:
-    part = made(name)
+    part = call(name, {})
     text = repr(part)
     assert text.startswith(type(part).__name__ + "(")
     required = [
@@ -150,7 +138,7 @@ def test_weights_and_functions_are_not_shown() -> None:
     assert shown(nn.Linear(2, 2)) == "Linear(in_features=2, out_features=2, bias=True)"
     assert shown(nn.Parameter(torch.ones(30, 30))) == "tensor(shape=(30, 30))"
     assert shown(lambda x: x) == "lambda"
-    assert shown(functools.partial(made, name="x")) == "partial(made, ...)"
+    assert shown(functools.partial(indented, text="x")) == "partial(indented, ...)"
     assert shown(object()) == "object(...)"
     assert shown(torch.Generator()) == "Generator(...)"
     assert shown({"a": [1, (2.5,)]}) == "{'a': [1, (2.5,)]}"

@@ -23,7 +23,7 @@ from .._grid_times import kernel
 from .._hints import label_advice
 from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
-from .._repr import Described
+from .._repr import described
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
@@ -35,7 +35,7 @@ from ._guided import shape_or_type
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
 
-class NoiseClassifier(Described, nn.Module):
+class NoiseClassifier(nn.Module):
     r"""A classifier of noisy data, conditioned on the noise level of any process.
 
     .. math::
@@ -81,6 +81,10 @@ class NoiseClassifier(Described, nn.Module):
         check_callable(network, "network")
         check_callable(self.label, "label")
         self._dtype = NetworkDtype(network)
+
+    @override
+    def __repr__(self) -> str:
+        return described(self)
 
     @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

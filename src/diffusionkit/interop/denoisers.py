@@ -78,10 +78,11 @@ def as_denoiser(model: ScoreModel) -> SigmaDenoiser:
     2022, arXiv 2206.00364; Crowson, k-diffusion, 2022.
 
     >>> import torch
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel
     >>> from diffusionkit.interop import as_denoiser
     >>> denoiser = as_denoiser(GaussianMixtureModel(VPSDE(), [[0.0]], [1.0]))
-    >>> denoiser(torch.tensor([[10.0]]), torch.tensor([3.0]))  # x / (1 + sigma^2)
+    >>> # x / (1 + sigma^2)
+    >>> denoiser(torch.tensor([[10.0]]), torch.tensor([3.0]))
     tensor([[1.]])
     """
     return SigmaDenoiser(model)

@@ -80,7 +80,9 @@ def sampler_from_scheduler(
         TypeError: if an argument has the wrong type.
 
     >>> from diffusionkit import DDPMChain, EpsModel
-    >>> from diffusionkit.interop import sampler_from_scheduler, scheduler_config
+    >>> from diffusionkit.interop import (
+    ...     sampler_from_scheduler, scheduler_config
+    ... )
     >>> model = EpsModel(lambda x, noise_label: x, DDPMChain.linear(1000))
     >>> config = scheduler_config(model) | {"_class_name": "DDPMScheduler"}
     >>> sampler_from_scheduler(model, config, 50).predictor
@@ -185,7 +187,7 @@ class _ClippedData(ScoreModel):
         self.model, self.sde, self.fn = model, model.sde, fn
 
     @override
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         found = self.model.predict(x, t, **cond)
         return Prediction(x, self.fn(found.x0), found.eps, *kernel(self.sde, x, t))
 
@@ -226,6 +228,7 @@ class ClippedDDIM(TabulatedPredictor[_Coefficients]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -125,7 +125,9 @@ def chain_from_scheduler(scheduler: Scheduler | str | os.PathLike[str]) -> DDPMC
         CheckpointError: if the file is damaged or foreign.
 
     >>> from diffusionkit.interop import chain_from_scheduler
-    >>> chain_from_scheduler({"beta_schedule": "scaled_linear", "num_train_timesteps": 100})
+    >>> chain_from_scheduler(
+    ...     {"beta_schedule": "scaled_linear", "num_train_timesteps": 100}
+    ... )
     DDPMChain(100 steps, betas 0.0001 ... 0.02)
     """
     settings = scheduler_settings(scheduler)
@@ -208,7 +210,9 @@ def scheduler_config(
         TypeError: if model is neither, or steps is not an integer.
 
     >>> from diffusionkit import DDPMChain
-    >>> from diffusionkit.interop import chain_from_scheduler, scheduler_config
+    >>> from diffusionkit.interop import (
+    ...     chain_from_scheduler, scheduler_config
+    ... )
     >>> config = scheduler_config(DDPMChain.cosine(50))
     >>> config["prediction_type"], chain_from_scheduler(config)
     ('epsilon', DDPMChain(50 steps, betas 0.00127 ... 0.999))

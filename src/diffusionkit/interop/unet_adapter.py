@@ -237,7 +237,8 @@ def to_diffusers(
     >>> from diffusionkit.interop import to_diffusers
     >>> model = EpsModel(lambda x, noise_label: x, DDPMChain.linear(1000))
     >>> unet = to_diffusers(model, sample_size=8)
-    >>> unet(torch.ones(2, 3, 8, 8), 999).sample.shape, unet.config.in_channels
+    >>> x = torch.ones(2, 3, 8, 8)
+    >>> unet(x, 999).sample.shape, unet.config.in_channels
     (torch.Size([2, 3, 8, 8]), 3)
     """
     check_model(model)

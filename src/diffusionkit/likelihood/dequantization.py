@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import check_floating_dtype, check_state, readable
-from .._repr import Described
+from .._repr import described
 from .._returned import check_each
 from .._schedules import exact, schedule_dtype
 from ..decoders import Levels
@@ -49,7 +49,7 @@ class Dequantized:
     log_prob: Tensor
 
 
-class Dequantizer(Described, nn.Module, abc.ABC):
+class Dequantizer(nn.Module, abc.ABC):
     """A conditional distribution of points in the bins of integers; subclasses define `noise`.
 
     `quantize(dequantizer(images).x)` returns the images exactly: points are kept away from the
@@ -100,6 +100,10 @@ class Dequantizer(Described, nn.Module, abc.ABC):
             generator: the source of randomness.
             cond: further conditions, if any.
         """
+
+    @override
+    def __repr__(self) -> str:
+        return described(self)
 
     @override
     def forward(

@@ -14,7 +14,7 @@ from typing_extensions import TypeVar, override
 
 from .._checks import check_count, check_flag, check_number, check_part, check_positive
 from .._keywords import explained
-from .._repr import Described, described
+from .._repr import described
 from ..distributed._wrappers import bare_state
 from ._averaged_weights import AveragedWeights, check_own_weights, check_tensors
 
@@ -74,7 +74,7 @@ class HalfLife:
         return float(0.5 ** (self.batch_size / half_life)) if half_life else 0.0
 
 
-class Averages(Described, nn.Module):
+class Averages(nn.Module):
     """Averages whose states are loaded as a whole or not at all."""
 
     def by_prefix(self) -> Mapping[str, EMA]:
