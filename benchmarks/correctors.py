@@ -50,7 +50,14 @@ class RatioLangevin(Corrector):
 
     @override
     def step(
-        self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        /,
+        *,
+        generator: Generators = None,
+        **cond: Any,
     ) -> Step:
         _, sigma = model.sde.perturbation_kernel(x, t)
         eps, noise = model.predict(x, t, **cond).eps, randn_like(x, generator)

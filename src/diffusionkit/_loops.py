@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed._dealing import ranks_are_independent
@@ -109,13 +109,3 @@ def with_progress(items: Sequence[Item], progress: Progress) -> Iterable[Item]:
         return items
     bar: Iterable[Item] = tqdm(items, leave=False)
     return bar
-
-
-def repeated(value: Any, n: int, times: int) -> Any:
-    """Return a tensor (n, ...) that belongs to a batch of n repeated `times` along the batch.
-
-    Other values apply to the whole batch and are returned unchanged.
-    """
-    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
-        return value
-    return value.repeat(times, *(1,) * (value.ndim - 1))

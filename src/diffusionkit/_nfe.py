@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ._batch_conditions import for_batch
 
 Check = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
@@ -42,12 +46,17 @@ class EvaluationCounter:
 def counted(predict: Callable[..., Any], check: Check) -> Callable[..., Any]:
     """Wrap a model's predict so that a call counts as one, unless it calls other models.
 
-    A wrapper of models, such as guidance, counts as the evaluations it makes. The predictions are
-    checked.
+    A wrapper of models, such as guidance, counts as the evaluations it makes. A condition that is
+    given once is expanded to the batch, and the predictions are checked.
     """
+    positional = _names(predict)
 
     @functools.wraps(predict)
     def wrapper(*args: Any, **cond: Any) -> Any:
+        if cond and len(args) > 1:
+            _check_names(args, cond, positional)
+            if isinstance(x := args[1], Tensor) and x.ndim:
+                cond = for_batch(cond, x.shape[0])
         counter = None if torch.compiler.is_compiling() else _current.get()
         if counter is None:
             prediction = predict(*args, **cond)
@@ -62,6 +71,26 @@ def counted(predict: Callable[..., Any], check: Check) -> Callable[..., Any]:
 
     wrapper._counted = True  # type: ignore[attr-defined]
     return wrapper
+
+
+def _names(predict: Callable[..., Any]) -> list[str | None]:
+    """Return the names of parameters, None for those that are positional-only."""
+    try:
+        parameters = inspect.signature(predict).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return []
+    return [p.name if p.kind is p.POSITIONAL_OR_KEYWORD else None for p in parameters]
+
+
+def _check_names(args: tuple[Any, ...], cond: dict[str, Any], positional: list[str | None]) -> None:
+    """Raise if a condition has the name of a parameter that the call passes by position."""
+    for name in positional[: len(args)]:
+        if name in cond:
+            raise TypeError(
+                f"{type(args[0]).__name__}.predict: expected positional-only parameters, since a "
+                f"condition is called {name!r}, got others; write "
+                "def predict(self, x, t, /, **cond)"
+            )
 
 
 def counts(cls: type, check: Check) -> type:

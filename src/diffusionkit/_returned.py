@@ -79,6 +79,32 @@ def per_time(*names: str) -> Check:
     return check
 
 
+def check_log_prob(part: object, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise unless a process returned a log-density of each sample."""
+    check_each(value, len(kwargs["x"] if "x" in kwargs else args[-1]), part, "log-densities")
+
+
+def check_weights(
+    part: object, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise unless a weighting returned a weight for each time."""
+    t = kwargs["t"] if "t" in kwargs else args[-1]
+    check_each(weights, len(t), part, "weights")
+
+
+def check_times_and_weights(
+    part: object, drawn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise unless a time sampler returned n times and n weights."""
+    if not isinstance(drawn, tuple) or len(drawn) != 2:
+        raise TypeError(
+            f"{type(part).__name__}: expected times and weights, got {type(drawn).__name__}"
+        )
+    n = kwargs["n"] if "n" in kwargs else args[-1]
+    for name, value in zip(("times", "weights"), drawn, strict=True):
+        check_each(value, n, part, name)
+
+
 def _title(part: object) -> str:
     if isinstance(part, str):
         return part

@@ -22,7 +22,14 @@ from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
-from ._returned import check_each, per_time, wrap
+from ._repr import described
+from ._returned import (
+    check_log_prob,
+    check_times_and_weights,
+    check_weights,
+    per_time,
+    wrap,
+)
 from ._schedules import bisect, drift_and_diffusion, exact, home, schedule_dtype, within
 from .random import Generators, randn, randn_like
 from .values import Perturbed, Prediction, Step
@@ -66,7 +73,7 @@ class ForwardSDE(abc.ABC):
         super().__init_subclass__(**kwargs)
         for name, check in _PER_TIME.items():
             wrap(cls, name, check)
-        wrap(cls, "prior_log_prob", _check_log_prob)
+        wrap(cls, "prior_log_prob", check_log_prob)
 
     @property
     def t_stop(self) -> float:
@@ -194,14 +201,21 @@ class ScoreModel(nn.Module, abc.ABC):
         counts(cls, _check_prediction)
 
     @abc.abstractmethod
-    def predict(self, x: Tensor, t: Tensor, **cond: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
 
-        The prediction is in the dtype of the state, at least float32.
+        The prediction is in the dtype of the state, at least float32. Conditions have any name:
+        write x and t as positional-only. A tensor (B, ...) has one for each sample; of shape
+        (1, ...), with two dimensions or more, it serves all samples and arrives here as (B, ...),
+        and so do class_labels () or (1,).
         """
 
     @override
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def __repr__(self) -> str:
+        return described(self)
+
+    @override
+    def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         """Return the score, the gradient of log p_t at x, (B, *D)."""
         return self.predict(x, t, **cond).score
 
@@ -217,7 +231,7 @@ class Weighting(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check the shape of the weights."""
         super().__init_subclass__(**kwargs)
-        wrap(cls, "__call__", _check_weights)
+        wrap(cls, "__call__", check_weights)
 
     @abc.abstractmethod
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
@@ -235,7 +249,7 @@ class TargetEstimator(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, sample: Perturbed, reference: Tensor | None = None, **cond: Any
+        self, sample: Perturbed, reference: Tensor | None = None, /, **cond: Any
     ) -> Prediction:
         """Return the target for noisy data; some targets use reference data (n, *D)."""
 
@@ -254,7 +268,7 @@ class TimeSampler(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check the shapes of times and weights."""
         super().__init_subclass__(**kwargs)
-        wrap(cls, "sample", _check_times_and_weights)
+        wrap(cls, "sample", check_times_and_weights)
 
     @abc.abstractmethod
     def sample(
@@ -283,6 +297,7 @@ class Predictor(abc.ABC):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,
@@ -302,7 +317,14 @@ class Corrector(abc.ABC):
 
     @abc.abstractmethod
     def step(
-        self, model: ScoreModel, x: Tensor, t: Tensor, *, generator: Generators = None, **cond: Any
+        self,
+        model: ScoreModel,
+        x: Tensor,
+        t: Tensor,
+        /,
+        *,
+        generator: Generators = None,
+        **cond: Any,
     ) -> Step:
         """Update a state x (B, *D) at times t (B,)."""
 
@@ -325,12 +347,6 @@ class Constraint(abc.ABC):
         """
 
 
-def _check_log_prob(
-    part: object, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    check_each(value, len(kwargs["x"] if "x" in kwargs else args[-1]), part, "log-densities")
-
-
 def _check_prediction(prediction: Any, args: tuple[Any, ...], cond: dict[str, Any]) -> None:
     if not isinstance(prediction, Prediction):
         raise TypeError(
@@ -344,31 +360,12 @@ def _check_prediction(prediction: Any, args: tuple[Any, ...], cond: dict[str, An
         )
 
 
-def _check_weights(
-    part: object, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    t = kwargs["t"] if "t" in kwargs else args[-1]
-    check_each(weights, len(t), part, "weights")
-
-
-def _check_times_and_weights(
-    part: object, drawn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    if not isinstance(drawn, tuple) or len(drawn) != 2:
-        raise TypeError(
-            f"{type(part).__name__}: expected times and weights, got {type(drawn).__name__}"
-        )
-    n = kwargs["n"] if "n" in kwargs else args[-1]
-    for name, value in zip(("times", "weights"), drawn, strict=True):
-        check_each(value, n, part, name)
-
-
 def _check_target(part: object, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not isinstance(target, Prediction):
         raise TypeError(
             f"{type(part).__name__}: expected a Prediction, got {type(target).__name__}"
         )
-    sample: Perturbed = kwargs["sample"] if "sample" in kwargs else args[0]
+    sample: Perturbed = args[0] if args else kwargs["sample"]
     if target.x.shape != sample.x.shape:
         raise ValueError(
             f"{type(part).__name__}: expected a target of the shape of x, "

@@ -56,6 +56,18 @@ def test_against_its_formula() -> None:
     torch.testing.assert_close(net(x, t, class_labels), expected)
 
 
+def test_a_condition_is_further_input() -> None:
+    net, plain = small(condition_features=2), small(features=5, out_features=3)
+    plain.load_state_dict(net.state_dict())
+    x, t = inputs(4)
+    condition = torch.randn(4, 2, dtype=torch.float64)
+    expected = plain(torch.cat([x, condition], 1), t)
+    torch.testing.assert_close(net(x, t, condition=condition), expected)
+    alone = net(x[1:2], t[1:2], condition=condition[1])
+    torch.testing.assert_close(alone, expected[1:2])
+    assert (net(x, t, condition=2 * condition) - expected).abs().max() > 1e-3
+
+
 def test_starts_near_zero() -> None:
     assert MLP(2)(torch.randn(8, 2), torch.rand(8)).abs().max() < 1e-3
 
@@ -153,6 +165,7 @@ def test_learns_the_noise_of_a_two_point_mixture() -> None:
         ({"depth": 0}, ValueError, "depth: expected an integer >= 1, got 0"),
         ({"depth": True}, TypeError, "depth: expected an integer, got bool"),
         ({"num_classes": 0}, ValueError, "num_classes: expected an integer >= 1, got 0"),
+        ({"condition_features": 0}, ValueError, "condition_features: expected an integer >= 1"),
     ],
 )
 def test_constructor_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

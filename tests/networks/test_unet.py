@@ -229,8 +229,8 @@ C = torch.zeros(2, 5)
     ("features", "condition", "error", "message"),
     [
         (None, C, TypeError, r"condition_features=None.*got a tensor of shape \(2, 5\)"),
-        (5, C[:1], ValueError, r"condition: expected shape \(2, 5\), got \(1, 5\)"),
-        (5, C[:, :4], ValueError, r"condition: expected shape \(2, 5\), got \(2, 4\)"),
+        (5, C.repeat(2, 1), ValueError, r"expected shape \(2, 5\), or \(5,\) .*, got \(4, 5\)"),
+        (5, C[:, :4], ValueError, r"expected shape \(2, 5\), or \(5,\) .*, got \(2, 4\)"),
         (5, C.long(), TypeError, "condition: expected a floating-point tensor, got torch.int64"),
         (5, C.to("meta"), ValueError, "condition: expected the device of x, cpu, got meta"),
     ],

@@ -1,7 +1,6 @@
 """Every sampler, likelihood, bound and objective with networks and data in every precision."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -243,10 +242,10 @@ def test_autocast_around_a_step_changes_the_network_alone(kind, dtype, seed) -> 
     network = MLP(4, width=16, depth=1)
     x, t, s = data(dtype), torch.full((3,), 0.5), torch.full((3,), 0.4)
     correctors = [Langevin(), Langevin(norm="batch"), AnnealedLangevin(steps=2)]
-    steps = [partial(c.step, x=x, t=t) for c in correctors]
+    steps = [lambda model, c=c, **how: c.step(model, x, t, **how) for c in correctors]
     for predictor in PREDICTORS:
         if getattr(predictor, "churn", 0.0) == 0.0:
-            steps.append(partial(predictor.step, x=x, t=t, s=s))
+            steps.append(lambda model, p=predictor, **how: p.step(model, x, t, s, **how))
     for step in steps:
         found = []
         for model, around in ((kind(network, SDE), True), (kind(Autocast(network), SDE), False)):

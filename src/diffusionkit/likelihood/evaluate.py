@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from .._batch_conditions import for_batch
 from .._checks import (
     as_item,
     check_callable,
@@ -98,7 +99,8 @@ def evaluate_bits_per_dim(
         draws: the number of evaluations of each item, with new random numbers.
         batch_size: the number of items evaluated at once.
         seed: the random seed.
-        cond: conditions passed to the likelihood, tensors (N, ...), batched with the data.
+        cond: conditions passed to the likelihood, tensors (N, ...), batched with the data, or
+            (1, ...) for one that all items have.
         device: the device of the batches, by default that of the likelihood's model.
         path: a file with partial results, from which an interrupted run resumes. With several
             processes, each adds its rank to the name.
@@ -109,11 +111,17 @@ def evaluate_bits_per_dim(
             is not that of the model's data, or path belongs to a run with other settings.
         TypeError: if a part has the wrong type, or data has no length.
 
-    >>> from diffusionkit import NELBO, GaussianMixtureModel, UniformDequantizer, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=torch.zeros(1, 2), stds=[0.5])
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     NELBO, VPSDE, GaussianMixtureModel, UniformDequantizer,
+    ...     evaluate_bits_per_dim
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [0.5])
     >>> images = torch.randint(0, 4, (10, 2))
+    >>> dequantizer = UniformDequantizer(levels=4)
     >>> result = evaluate_bits_per_dim(
-    ...     NELBO(model), images, dequantizer=UniformDequantizer(levels=4), progress=False)
+    ...     NELBO(model), images, dequantizer=dequantizer, progress=False
+    ... )
     >>> result.bits.shape
     torch.Size([10, 1])
     """
@@ -138,7 +146,8 @@ def evaluate_bits_per_dim(
         check_count(value, name)
     if cond is not None:
         check_mapping(cond, "cond")
-    n, cond = len(data), {} if cond is None else dict(cond)
+    n = len(data)
+    cond = {} if cond is None else for_batch(cond, n)
     if n == 0:
         raise ValueError("data: expected at least one item, got none")
     for name, entries in cond.items():

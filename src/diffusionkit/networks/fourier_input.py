@@ -58,7 +58,7 @@ class FourierFeatures(nn.Module):
         return f"exponents={self.exponents}"
 
     @override
-    def forward(self, x: Tensor, noise_label: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, noise_label: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the network on the input and its features.
 
         Args:

@@ -11,19 +11,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from .._repr import configuration
 from ._arguments import (
     check_class_labels,
-    check_condition,
     check_counts,
     check_divisible,
     check_flags,
+    check_label_values,
+    check_level_index,
     check_low_res,
     check_noise_label,
     check_optional_counts,
+    network_condition,
     network_input,
     unit_range,
 )
-from .embeddings import ConditionEmbedding
+from .embeddings import ConditionEmbedding, FourierEmbedding, SigmaTable
 from .layers import Style, over_level
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -237,6 +240,10 @@ class UNet(nn.Module):
         self.head = head(c) if head else None
 
     @override
+    def extra_repr(self) -> str:
+        return ", ".join(configuration(self))
+
+    @override
     def forward(
         self,
         x: Tensor,
@@ -254,7 +261,7 @@ class UNet(nn.Module):
             noise_label: noise label (B,).
             class_labels: class labels (B,), int64, if and only if the network has classes.
             condition: condition vectors (B, condition_features), for a network with a condition
-                only; None for zeros.
+                only, or (condition_features,) for one that all samples have; None for zeros.
             low_res: image (B, low_res_channels, \*any spatial), if and only if the network takes
                 one; it is interpolated linearly to the size of the input.
 
@@ -266,7 +273,13 @@ class UNet(nn.Module):
             ValueError: if a shape, a device, a class label or a noise label is wrong.
         """
         x = network_input(x, self.channels, self.dims, self.input.weight)
-        self._check(x, noise_label, class_labels, condition, low_res)
+        check_divisible(x, self.factor)
+        check_noise_label(x, noise_label)
+        classes = None if self.embedding is None else self.embedding.num_classes
+        check_class_labels(x, class_labels, classes)
+        size = None if self.embedding is None else self.embedding.condition_features
+        condition = network_condition(x, condition, size)
+        check_low_res(x, low_res, self.low_res_channels)
         emb = (
             None if self.embedding is None else self.embedding(noise_label, class_labels, condition)
         )
@@ -301,19 +314,20 @@ class UNet(nn.Module):
             result = over_level(result, self.noise_level(noise_label))
         return result
 
-    def _check(
-        self,
-        x: Tensor,
-        noise_label: Tensor,
-        class_labels: Tensor | None,
-        condition: Tensor | None,
-        low_res: Tensor | None,
-    ) -> None:
-        check_divisible(x, self.factor)
-        check_noise_label(x, noise_label)
-        check_class_labels(
-            x, class_labels, None if self.embedding is None else self.embedding.num_classes
-        )
-        size = None if self.embedding is None else self.embedding.condition_features
-        check_condition(x, condition, size)
-        check_low_res(x, low_res, self.low_res_channels)
+    @property
+    def divides_by_label(self) -> bool:
+        """Whether the output is divided by the noise label itself, as by a noise level sigma."""
+        return isinstance(self.noise_level, nn.Identity)
+
+    def check_noise_labels(self, noise_label: Tensor) -> None:
+        """Raise unless the network can embed noise labels (n,) (read on the CPU only).
+
+        Raises:
+            TypeError: if they are in half precision.
+            ValueError: if one is not positive or no index of a noise level, where it must be.
+        """
+        features = None if self.embedding is None else self.embedding.noise_features
+        if isinstance(features, FourierEmbedding) and features.log:
+            check_label_values(noise_label, "embeds their logarithm", positive=True)
+        if isinstance(self.noise_level, SigmaTable):
+            check_level_index(noise_label, len(self.noise_level.values))

@@ -201,6 +201,7 @@ class MultistepPredictor(Predictor):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -38,7 +39,10 @@ class StageCoefficients:
 
 def vanishes(weight: Coefficient) -> bool:
     """Whether a weight is 0 for every sample."""
-    return not (bool((weight != 0).any()) if isinstance(weight, Tensor) else weight)
+    if not isinstance(weight, Tensor):
+        return not weight
+    # A graph cannot depend on a value: it has both stages, and a weight of 0 for the second.
+    return not torch.compiler.is_compiling() and not bool((weight != 0).any())
 
 
 class TwoStagePredictor(TabulatedPredictor[StageCoefficients]):
@@ -59,6 +63,7 @@ class TwoStagePredictor(TabulatedPredictor[StageCoefficients]):
         t: Tensor,
         s: Tensor,
         state: Any = None,
+        /,
         *,
         generator: Generators = None,
         **cond: Any,

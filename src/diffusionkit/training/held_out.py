@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_conditions import for_batch
 from .._checks import (
     as_item,
     check_callable,
@@ -86,7 +87,8 @@ def held_out_loss(
             one.
         transform: maps a batch of items to the data x0 of the model, for example from levels of
             images to [-1, 1].
-        cond: conditions passed to the objective, tensors (N, ...), batched with the data.
+        cond: conditions passed to the objective, tensors (N, ...), batched with the data, or
+            (1, ...) for one that all items have.
         draws: the number of times and noises for each item.
         batch_size: the number of items evaluated at once.
         seed: the random seed.
@@ -99,9 +101,13 @@ def held_out_loss(
         TypeError: if a part has the wrong type, or data has no length.
         RuntimeError: if another process failed.
 
-    >>> from diffusionkit import GaussianMixtureModel, ScoreMatching, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=torch.zeros(1, 2), stds=[0.5])
-    >>> held_out_loss(ScoreMatching(), model, torch.randn(10, 2), draws=3).losses.shape
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, ScoreMatching, held_out_loss
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [0.5])
+    >>> held_out = torch.randn(10, 2)
+    >>> held_out_loss(ScoreMatching(), model, held_out, draws=3).losses.shape
     torch.Size([10, 3])
     """
     check_callable(objective, "objective")
@@ -129,7 +135,7 @@ def held_out_loss(
     check_count(seed, "seed", least=0, most=2**63 - 1)
     if cond is not None:
         check_mapping(cond, "cond")
-    conditions = {} if cond is None else dict(cond)
+    conditions = {} if cond is None else for_batch(cond, n)
     for name, entries in conditions.items():
         check_known(entries, name)
         if entries.ndim == 0 or len(entries) != n:

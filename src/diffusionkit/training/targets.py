@@ -20,6 +20,6 @@ class DenoisingTarget(TargetEstimator):
 
     @override
     def __call__(
-        self, sample: Perturbed, reference: Tensor | None = None, **cond: Any
+        self, sample: Perturbed, reference: Tensor | None = None, /, **cond: Any
     ) -> Prediction:
         return Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
