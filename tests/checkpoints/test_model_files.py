@@ -239,7 +239,7 @@ LABELS = [
 VARIANCES = ["learned", "learned_range", "fixed_small", "fixed_large", None]
 
 
-@pytest.mark.parametrize(("label", "variance"), zip(LABELS, VARIANCES, strict=True), ids=str)
+@pytest.mark.parametrize(("label", "variance"), [*zip(LABELS, VARIANCES, strict=True)], ids=str)
 def test_labels_and_variances(label, variance) -> None:
     features = 4 if variance and "learned" in variance else 2
     torch.manual_seed(0)
