@@ -1,9 +1,12 @@
-"""The tasks of the project: lint, types, tests, slow, docs, quickstart, bench.
+"""The tasks of the project: lint, types, tests, oldest, slow, docs, quickstart, bench.
 
 Each session installs the versions pinned in constraints.txt into a separate environment under .nox
 and reuses it.
 """
 
+import json
+import re
+import sys
 from pathlib import Path
 
 import nox
@@ -13,6 +16,9 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 PINNED = ("-c", "constraints.txt")
+OLD_TORCH = ("2.6.0", "2.8.0")  # the first is the lower bound of pyproject.toml
+# This project, torch, and what its wheels with CUDA bring.
+WITH_TORCH = re.compile(r"(diffusionkit-torch|torch|triton)$|nvidia-|cuda-")
 
 
 def install(session: nox.Session, extra: str) -> None:
@@ -45,6 +51,29 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("torch", OLD_TORCH, ids=OLD_TORCH)
+def oldest(session: nox.Session, torch: str) -> None:
+    """Run the tests with an old torch, on Linux.
+
+    Its wheels require gigabytes of CUDA libraries, which are neither installed nor needed here.
+    """
+    if sys.platform != "linux":
+        session.skip("the stand-ins for the CUDA libraries are made on Linux only")
+    temporary = Path(session.create_tmp())
+    report, stubs = temporary / "report.json", temporary / "stubs"
+    session.install("--no-deps", f"torch=={torch}")
+    resolve = ("python", "-m", "pip", "install", "--quiet", "--dry-run", "--report", str(report))
+    session.run(*resolve, *PINNED, ".[dev]")
+    found = [part["metadata"] for part in json.loads(report.read_text())["install"]]
+    others = [part for part in found if not WITH_TORCH.match(part["name"])]
+    session.install("--no-deps", "-e", ".", *(f"{p['name']}=={p['version']}" for p in others))
+    session.run("python", "tests/scripts/cuda_stubs.py", str(stubs))
+    env = {"OMP_NUM_THREADS": "1", "LD_LIBRARY_PATH": str(stubs)}
+    parallel = ("-n", "auto", "-m", "not slow")
+    session.run("pytest", *parallel, *session.posargs, env=env)
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """Run the slow tests."""
     install(session, "dev")
@@ -53,11 +82,12 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation with warnings as errors and execute its snippets."""
+    """Build the documentation with warnings as errors and execute its notebooks and snippets."""
     install(session, "docs")
-    for builder in ("html", "doctest"):
-        target = f"docs/_build/{builder}"
-        session.run("sphinx-build", "-W", "--keep-going", "-b", builder, "docs", target)
+    build = ("sphinx-build", "-W", "--keep-going", "-d", "docs/_build/doctrees")
+    session.run(*build, "-E", "-b", "html", "docs", "docs/_build/html")
+    # The pages are read, and notebooks executed, once.
+    session.run(*build, "-b", "doctest", "docs", "docs/_build/doctest")
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""Configuration of the documentation: sphinx, furo and myst; every snippet is a doctest."""
+"""Configuration of the documentation: snippets on pages are doctests, tutorials are notebooks."""
 
 import re
 import sys
@@ -16,13 +16,27 @@ copyright = author
 release = __version__
 
 extensions = [
+    "code_links",
     "mathml",
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_codeautolink",
+    "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "tables"]
+
+suppress_warnings = ["toc.empty_glob"]  # the last pattern of a list is for pages to come
+
+# Notebooks are pages whose header names a kernel; an error in a cell is an error of the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_execution_timeout = 180
+nb_execution_in_temp = True
+nb_merge_streams = True
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -36,6 +50,10 @@ html_copy_source = False
 html_show_sphinx = False
 pygments_style = "friendly"
 
+codeautolink_concat_default = True  # snippets of a page continue one another
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and output are not copied
+viewcode_line_numbers = True
+
 add_module_names = False
 default_role = "py:obj"
 autoclass_content = "class"
@@ -46,22 +64,21 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
+# Snippets import what they use: only their random numbers and their folder are set up, under names
+# that no snippet has.
 doctest_global_setup = """
-import torch
-from torch import nn
-from diffusionkit import *
-from diffusionkit.control import *
-from diffusionkit.data import *
-from diffusionkit.distributed import *
-from diffusionkit.metrics import *
-from diffusionkit.networks import MLP, DDPMpp
-from diffusionkit.random import randn, seeded
-from diffusionkit.testing import InconsistentError, Report, check_score_model, check_sde
-from diffusionkit.training import CheckpointFolder
+import os as _os, tempfile as _tempfile, torch as _torch
 
-torch.manual_seed(0)
-torch.set_num_threads(1)  # the tensors are tiny
+_torch.manual_seed(0)
+_torch.set_num_threads(1)  # the tensors are tiny
+_start, _folder = _os.getcwd(), _tempfile.TemporaryDirectory()
+_os.chdir(_folder.name)
+"""
+doctest_global_cleanup = """
+_os.chdir(_start)
+_folder.cleanup()
 """
 
 

@@ -4,6 +4,7 @@ from types import MethodType
 
 import pytest
 import torch
+from support.processes import skip_without_sharding_on_cpu
 from torch import distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,6 +45,7 @@ def test_a_network_with_another_forward_is_right(model, use) -> None:
 @uses
 @pytest.mark.parametrize("registered", [False, True])
 def test_a_sharded_model_is_refused(tmp_path, model, use, registered) -> None:
+    skip_without_sharding_on_cpu()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

@@ -1,6 +1,7 @@
 """Join the processes that torchrun started, and spread a network over them."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,9 @@ def launched(minutes: float = 10) -> Iterator[Place]:
     alone = not dist.is_initialized()
     yield Place(0, 1, device) if alone else Place(dist.get_rank(), dist.get_world_size(), device)
     if joins:  # after an error the others are not waited for
+        # A DDP module that is freed after its group may wait forever: torch then joins the group's
+        # threads while it holds the interpreter's lock, which they may need.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -227,23 +227,28 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     with launched() as place:
-        try:
-            changes = [*options.set]
-            if options.data is not None:
-                changes.append(f"data.source={json.dumps(options.data)}")
-            settings = presets.load(options.preset, changes)
-            if place.first:
-                print(presets.show(settings), flush=True)
-            training = Training(settings, options.out, place)
-        except (ValueError, TypeError, OSError) as error:
-            raise SystemExit(f"train.py: {error}") from error
-        try:
-            training.train()
-        except (OSError, FloatingPointError) as error:
-            raise SystemExit(
-                f"train.py: stopped at step {training.step}: {error}. Earlier checkpoints are "
-                "whole; the same command goes on from the last one"
-            ) from error
+        run(options, place)
+
+
+def run(options: argparse.Namespace, place: Place) -> None:
+    """Train one network in this process; what uses the process group is freed at the return."""
+    try:
+        changes = [*options.set]
+        if options.data is not None:
+            changes.append(f"data.source={json.dumps(options.data)}")
+        settings = presets.load(options.preset, changes)
+        if place.first:
+            print(presets.show(settings), flush=True)
+        training = Training(settings, options.out, place)
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"train.py: {error}") from error
+    try:
+        training.train()
+    except (OSError, FloatingPointError) as error:
+        raise SystemExit(
+            f"train.py: stopped at step {training.step}: {error}. Earlier checkpoints are "
+            "whole; the same command goes on from the last one"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -8,8 +8,13 @@ another, and functions for a loop of one's own. Results, bases for extension, op
 networks and loaders are imported from their sub-packages.
 """
 
+__project__ = "diffusionkit-torch"
+
 from importlib.metadata import PackageNotFoundError, version
 
+from . import _requirements as _requirements
+
+# isort: split
 from ._coefficients import expand
 from .control import (
     ClassifierFreeGuidance,
@@ -144,7 +149,7 @@ from .training import (
 from .values import Perturbed, Prediction, Step
 
 try:
-    __version__ = version("diffusionkit-torch")
+    __version__ = version(__project__)
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 

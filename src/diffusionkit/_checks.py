@@ -17,6 +17,8 @@ from types import NoneType
 import torch
 from torch import Tensor
 
+from ._hints import batch_advice, dtype_advice, time_advice
+
 # A context variable, so that other threads are not slowed down.
 _everywhere: ContextVar[bool] = ContextVar(
     "value_checks", default=os.environ.get("DIFFUSIONKIT_CHECKS", "0") not in ("", "0")
@@ -58,12 +60,20 @@ def readable(x: Tensor) -> bool:
     )
 
 
+def can_be_read(x: Tensor) -> bool:
+    """Return whether values can be read, even if a device has to be waited for."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return not (x.is_meta or (started and torch.cuda.is_current_stream_capturing()))
+
+
 def check_state(x: Tensor, name: str = "x") -> None:
     """Raise unless x is a floating-point tensor (B, *D) with B >= 1 and no empty dimension."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape (B, *D), got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a tensor of shape (B, *D), got {batch_advice(x)}")
     if not x.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}{dtype_advice(x)}")
     if x.ndim == 0:
         raise ValueError(f"{name}: expected shape (B, *D), got a tensor without dimensions")
     if x.numel() == 0:
@@ -79,8 +89,8 @@ def check_finite(x: Tensor, name: str = "x") -> None:
 
 
 def check_samples(x: Tensor, name: str = "samples") -> None:
-    """Raise if the result of a sampler contains a NaN or an infinity (read on the CPU only)."""
-    if readable(x) and not math.isfinite(x.detach().float().sum().item()):
+    """Raise if the result of a sampler contains a NaN or an infinity, on any device: it is over."""
+    if can_be_read(x) and not math.isfinite(x.detach().float().sum().item()):
         bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
         if bad:
             raise ValueError(
@@ -91,34 +101,14 @@ def check_samples(x: Tensor, name: str = "samples") -> None:
             )
 
 
-def check_range(x: Tensor, model: object, name: str = "x", mask: Tensor | None = None) -> None:
-    """Raise if x is outside the data range of a model where a mask is not 0 (read on the CPU)."""
-    data_range = getattr(model, "data_range", None)
-    if data_range is None or not readable(x):
-        return
-    low, high = data_range
-    slack = 1e-3 * (high - low)
-    if mask is not None:
-        x = x[mask != 0]
-    first, last = (end.item() for end in x.detach().aminmax())
-    if first < low - slack or last > high + slack:
-        hint = ""
-        if high < last <= 255 and first >= 0:
-            hint = f"; scale 8-bit images first, to {low:g} + x * {(high - low) / 255:.6g}"
-        raise ValueError(
-            f"{name}: expected data within the model's range [{low:g}, {high:g}], "
-            f"got values from {first:g} to {last:g}{hint}"
-        )
-
-
 def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | None = None) -> None:
     """Raise unless t is a floating-point tensor (B,) on the state's device, within [0, T]."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"t: expected a tensor of shape (B,), got {type(t).__name__}")
+        raise TypeError(f"t: expected a tensor of shape (B,), got {time_advice(t, batch)}")
     if t.ndim != 1 or (batch is not None and t.shape[0] != batch):
         expected = "(B,)" if batch is None else f"({batch},)"
         raise ValueError(f"t: expected one time for each sample, shape {expected}, "
-                         f"got {tuple(t.shape)}")  # fmt: skip
+                         f"got {time_advice(t, batch)}")  # fmt: skip
     if not t.dtype.is_floating_point:
         raise TypeError(f"t: expected a floating-point tensor, got {t.dtype}")
     if like is not None and t.device != like.device:
@@ -209,10 +199,13 @@ def fits(x: Tensor, like: Tensor) -> bool:
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape (B, *D) as a tuple, or raise unless it consists of positive integers."""
     if not isinstance(shape, (tuple, list)):  # torch.Size is a tuple
-        raise TypeError(f"shape: expected positive integers (B, *D), got {type(shape).__name__}")
+        hint = "; pass the shape of the samples, such as (16, 3, 32, 32)"
+        got = batch_advice(shape) + ("" if isinstance(shape, Mapping) else hint)
+        raise TypeError(f"shape: expected positive integers (B, *D), got {got}")
     sizes = tuple(shape)
     if not sizes or not all(type(n) is not bool and isinstance(n, int) and n > 0 for n in sizes):
-        raise ValueError(f"shape: expected positive integers (B, *D), got {sizes}")
+        got = batch_advice(shape) if any(isinstance(n, Tensor) for n in sizes) else f"{sizes!r:.99}"
+        raise ValueError(f"shape: expected positive integers (B, *D), got {got}")
     if math.prod(sizes) >= 2**48:
         raise ValueError("shape: expected a tensor that fits in memory, got 2^48 numbers or more")
     return sizes
@@ -221,7 +214,12 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def check_part(part: object, kind: type, name: str) -> None:
     """Raise unless an object is an instance of a class."""
     if not isinstance(part, kind):
-        got = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+        got = type(part).__name__
+        if isinstance(part, type):
+            hint = f"; pass an instance, {part.__name__}(...)" if issubclass(part, kind) else ""
+            got = f"the class {part.__name__}{hint}"
+        elif isinstance(part, str):
+            got = f"the string {part[:40]!r}; pass an instance of a {kind.__name__}"
         raise TypeError(f"{name}: expected a {kind.__name__}, got {got}")
 
 
@@ -379,8 +377,9 @@ def check_known(x: Tensor, name: str) -> None:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is enabled for the device of a tensor."""
     kind = x.device.type
-    # torch raises if a device, such as meta, has no autocast.
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # torch raises if a device, such as meta, has no autocast; torch 2.8 cannot trace the question.
+    traced = torch.compiler.is_compiling() and kind != "meta"
+    return (traced or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def check_device(x: Tensor, like: Tensor, name: str, like_name: str = "x") -> None:

@@ -34,6 +34,7 @@ _STARTS = {
 # The first two pickles of a file of torch before 1.6: a magic number and a version.
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)
 _CPU = torch.device("cpu")
+_LONGEST_HEADER = 2**32  # of a safetensors file, in bytes
 
 
 class CheckpointError(ValueError):
@@ -79,9 +80,12 @@ def _reason(error: Exception) -> str:
 def _kind(head: bytes) -> str:
     if not head:
         return "an empty file"
-    for start, kind in _STARTS.items():
-        if head.startswith(start):
-            return kind
+    # The length of a safetensors header may begin like a pickle; a pickle is no such length.
+    short = int.from_bytes(head[:8], "little") < _LONGEST_HEADER
+    if not (short and head[8:9] == b"{"):
+        for start, kind in _STARTS.items():
+            if head.startswith(start):
+                return kind
     if head[8:9] == b"{":
         return SAFETENSORS
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):

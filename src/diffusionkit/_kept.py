@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from . import _requirements as _requirements  # also where `__init__` is another project's
+
 T = TypeVar("T")
 
 

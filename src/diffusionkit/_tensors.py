@@ -32,11 +32,15 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "storage.UntypedStorage": torch.uint8,
 }
-# Types without a storage of their own name; their tensors are written as untyped bytes.
+# Types without a storage of their own name; their tensors are written as untyped bytes. Not every
+# torch has every one of them.
 _UNTYPED = {
-    torch.uint16, torch.uint32, torch.uint64,
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
+    getattr(torch, name)
+    for name in (
+        "uint16", "uint32", "uint64",
+        "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+    )
+    if hasattr(torch, name)
 }  # fmt: skip
 _MAX_DIMENSIONS = 64
 _CHUNK = 1 << 18

@@ -50,6 +50,8 @@ class Levels:
         ValueError: if levels < 2, low >= high or a bound is not finite.
         TypeError: if levels is not an integer, or low or high is not a number.
 
+    >>> import torch
+    >>> from diffusionkit.decoders import Levels
     >>> Levels(4).encode(torch.tensor([[0, 3]]))
     tensor([[-0.7500,  0.7500]])
     """
@@ -140,8 +142,11 @@ class GaussianDecoder:
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
     (section 3.3); Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (tanh).
 
+    >>> import torch
+    >>> from diffusionkit import GaussianDecoder
     >>> x = GaussianDecoder(levels=3).encode(torch.tensor([[0, 1, 2]]))
-    >>> x, GaussianDecoder(levels=3).log_prob(x, torch.zeros(1, 3), torch.zeros(1, 3)).exp()
+    >>> mean = log_std = torch.zeros(1, 3)
+    >>> x, GaussianDecoder(levels=3).log_prob(x, mean, log_std).exp()
     (tensor([[-1.,  0.,  1.]]), tensor([[0.3085, 0.3829, 0.3085]]))
     """
 
@@ -243,6 +248,8 @@ class LevelDecoder(Levels):
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (section 3.3).
 
+    >>> import torch
+    >>> from diffusionkit import LevelDecoder
     >>> decoder, images = LevelDecoder(levels=4), torch.tensor([[0, 2]])
     >>> alpha, sigma = torch.tensor([1.0]), torch.tensor([0.1])
     >>> decoder.log_prob(images, decoder.encode(images), alpha, sigma).exp()

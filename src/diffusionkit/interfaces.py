@@ -22,6 +22,7 @@ from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
 from ._precision import at_least_float32, narrowed, state_dtype
+from ._repr import described
 from ._returned import (
     check_log_prob,
     check_times_and_weights,
@@ -208,6 +209,10 @@ class ScoreModel(nn.Module, abc.ABC):
         (1, ...), with two dimensions or more, it serves all samples and arrives here as (B, ...),
         and so do class_labels () or (1,).
         """
+
+    @override
+    def __repr__(self) -> str:
+        return described(self)
 
     @override
     def forward(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:

@@ -32,13 +32,20 @@ def check_generator(generator: Generators, batch: int) -> None:
     ):
         raise TypeError(
             "generator: expected a torch.Generator, a sequence of them (one for each sample) "
-            f"or None, got {type(generator).__name__}"
+            f"or None, got {type(generator).__name__}{_seed_advice(generator)}"
         )
     if len(generator) != batch:
         raise ValueError(
             f"generator: expected one generator for each of the {batch} samples, "
             f"got {len(generator)}"
         )
+
+
+def _seed_advice(generator: object) -> str:
+    """Return the line to write for a seed, "; ..." or ""."""
+    if not isinstance(generator, int) or isinstance(generator, bool):
+        return ""
+    return f"; pass generator=torch.Generator().manual_seed({generator!r:.20})"
 
 
 def _draw(
@@ -166,7 +173,9 @@ def seeded(*numbers: int) -> torch.Generator:
         ValueError: if there is no integer, or one is negative or above 2^63 - 1.
         TypeError: if one is not an integer.
 
-    >>> randn((2, 3), generator=[seeded(0, number) for number in (5, 6)]).shape
+    >>> from diffusionkit.random import randn, seeded
+    >>> generators = [seeded(0, number) for number in (5, 6)]
+    >>> randn((2, 3), generator=generators).shape
     torch.Size([2, 3])
     """
     if not numbers:

@@ -11,10 +11,11 @@ from typing_extensions import override
 from ._checks import readable
 from ._coefficients import Coefficient, equals, linear, per_sample, scaled
 from ._precision import at_least_float32
+from ._repr import Described
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Perturbed:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Perturbed(Described):
     r"""Data with noise: x = alpha x0 + sigma eps.
 
     Args:
@@ -34,8 +35,8 @@ class Perturbed:
     sigma: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Step(Described):
     """The result of a predictor's or corrector's step.
 
     Args:

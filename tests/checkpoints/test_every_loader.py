@@ -352,6 +352,7 @@ def save_demanding_files(folder: Path, written) -> None:
         torch.save(adm | more, folder / f"improved-{name}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as on Linux")
 def test_files_that_ask_for_more_than_they_bring_are_rejected(tmp_path, written) -> None:
     folder = tmp_path / "demanding"

@@ -47,3 +47,18 @@ def test_error_without_safetensors_says_how_to_install_it(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r'pip install "diffusionkit-torch\[safetensors\]"'):
         read_safetensors(Path("x"))
+
+
+@pytest.mark.parametrize("length", [0x80, 0x180, 0x4B50, 0x8088])
+def test_headers_whose_length_looks_like_another_format_are_read(tmp_path, length) -> None:
+    """A header of 128 bytes begins as a pickle does, one of 19,280 bytes almost as a zip file."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path, tensors = tmp_path / "t.safetensors", {"a": torch.ones(2)}
+    for more in range(max(0, length - 110), length):
+        save_file(tensors, path, {"note": "x" * more})
+        if int.from_bytes(path.read_bytes()[:8], "little") == length:
+            break
+    assert path.read_bytes()[:2] == length.to_bytes(2, "little")
+    found, about = read_safetensors(path)
+    assert torch.equal(found["a"], tensors["a"])
+    assert about == {"note": "x" * more}

@@ -247,4 +247,4 @@ def test_loss_rejects_two_sets_of_times_and_another_process() -> None:
 
 def test_repr() -> None:
     text = repr(NoiseClassifier(len, VPSDE(), 0.7, label=TimeLabel(999.0)))
-    assert "sigma_data=0.7, label=TimeLabel(scale=999.0)" in text
+    assert "sigma_data=0.7,\n    label=TimeLabel(scale=999.0)" in text

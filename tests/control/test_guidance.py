@@ -368,12 +368,14 @@ def test_classifier_of_another_process(plain, other, match) -> None:
 
 
 def test_repr(plain) -> None:
-    assert "ClassifierGuidance(\n  scale=2.5\n" in repr(ClassifierGuidance(plain, len, 2.5))
+    assert "    len,\n    scale=2.5,\n" in repr(ClassifierGuidance(plain, len, 2.5))
     assert "scale=0.5" in repr(GradientGuidance(plain, len, 0.5))
     free = ClassifierFreeGuidance(plain, 3.0, (0.1, 2.0), 0.7, null={"class_labels": 10})
-    assert "scale=3.0, interval=(0.1, 2.0), rescale=0.7, null=['class_labels']" in repr(free)
+    options = ("scale=3.0", "interval=(0.1, 2.0)", "rescale=0.7", "null={'class_labels': 10}")
+    assert ",\n    ".join(options) in repr(free)
     linear = LinearGaussianGuidance(plain, len, torch.ones(1, 1), 0.25)
-    assert "noise_std=0.25, iterations=20, tolerance=1e-06" in repr(linear)
+    options = ("y=[[1]]", "noise_std=0.25", "iterations=20", "tolerance=1e-06")
+    assert ",\n    ".join(options) in repr(linear)
 
 
 def test_error_where_alpha_is_zero() -> None:

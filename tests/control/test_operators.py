@@ -171,7 +171,7 @@ def test_tables_first_used_in_a_transform(name, around):
 def test_repr():
     assert repr(Mask(torch.ones(4, 6))) == "Mask(of shape (4, 6))"
     assert repr(AveragePool(4)) == "AveragePool(4, dims=2)"
-    assert repr(Gray()) == "Gray(3)"
+    assert repr(Gray()) == "Gray(channels=3)"
     assert repr(Blur(BOX, (4, 6))) == "Blur(kernel of shape (2, 3), size=(4, 6))"
     assert repr(Matrix(randn64(3, 2, 4))) == "Matrix(rows of shape (3, 2, 4))"
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.processes import run_in_two_processes
+from support.processes import run_in_two_processes, skip_without_sharding_on_cpu
 from torch import nn
 
 from diffusionkit.distributed import gathered_weights
@@ -104,6 +104,7 @@ result["states"] = states
 
 @pytest.mark.slow
 def test_processes_call_networks_as_often_as_they_need(tmp_path) -> None:
+    skip_without_sharding_on_cpu()
     found = run_in_two_processes(PROGRAM, tmp_path)
     for one in found:
         for kind in ("replicated", "sharded"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.processes import run_in_two_processes
+from support.processes import run_in_two_processes, skip_without_sharding_on_cpu
 
 from diffusionkit.distributed._group import (
     barrier,
@@ -91,6 +91,7 @@ result = (
 
 @pytest.mark.slow
 def test_two_processes_share_weights(tmp_path) -> None:
+    skip_without_sharding_on_cpu()
     x = torch.arange(6.0).view(3, 2)
     for moved, kinds, state, back, networks, right, predicted in run_in_two_processes(
         SHARDED, tmp_path

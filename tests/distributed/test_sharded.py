@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.nested import same
-from support.processes import run_in_processes
+from support.processes import run_in_processes, skip_without_sharding_on_cpu
 
 from diffusionkit import (
     EMA,
@@ -16,7 +16,7 @@ from diffusionkit import (
     reconstruct_ema,
     save_checkpoint,
 )
-from diffusionkit.checkpoints import load_network
+from diffusionkit.checkpoints import load_model, load_network
 from diffusionkit.distributed._sharded import has_sharded, placed, whole, write_whole
 from diffusionkit.networks import MLP
 
@@ -25,7 +25,7 @@ import os
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from diffusionkit import *
-from diffusionkit.checkpoints import save_network
+from diffusionkit.checkpoints import save_model, save_network
 from diffusionkit.distributed import check_same_weights, seed_ranks
 from diffusionkit.distributed._sharded import whole
 from diffusionkit.networks import MLP
@@ -60,6 +60,7 @@ save_checkpoint(f"{folder}/run.pt", model, step=3, **parts)
 drawn = torch.rand(3)
 save_checkpoint(f"{folder}/own-{rank}.pt", model)
 save_network(f"{folder}/network.pt", net)
+save_model(f"{folder}/whole", model)
 found = sorted(os.listdir(folder))  # of every rank, when its calls have returned
 try:
     save_checkpoint(f"{folder}/missing/run.pt", model)
@@ -81,6 +82,7 @@ result = states(), resumed.step, torch.rand(3)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Any, Any]:
+    skip_without_sharding_on_cpu()
     folder = tmp_path_factory.mktemp("sharded") / "run"
     folder.mkdir()
     return folder, run_in_processes(2, SAVE, folder)
@@ -129,7 +131,8 @@ def test_a_sharded_run_is_loaded_at_other_numbers_of_ranks(saved, tmp_path_facto
 def test_files_are_complete_when_any_rank_returns(saved) -> None:
     folder, ranks = saved
     for _, found, failed, _ in ranks:
-        assert {"run.pt", "own-0.pt", "own-1.pt", "network.pt", "snapshots"} <= set(found)
+        files = {"run.pt", "own-0.pt", "own-1.pt", "network.pt", "snapshots", "whole"}
+        assert files <= set(found)
         assert failed == ("FileNotFoundError", f"{folder}/missing/run.pt")
     for rank in (0, 1):  # a file of each rank, with the weights of all
         model = EpsModel(MLP(3, width=10), VPSDE())
@@ -137,6 +140,9 @@ def test_files_are_complete_when_any_rank_returns(saved) -> None:
         assert same(dict(model.network.state_dict()), ranks[0][0][0])
     network = load_network(folder / "network.pt")
     assert same(dict(network.state_dict()), ranks[0][0][0])
+    for model in (load_model(folder / "whole"), load_model(folder / "run.pt", ema=False)):
+        assert type(model) is EpsModel
+        assert same(dict(model.network.state_dict()), ranks[0][0][0])
 
 
 @pytest.mark.slow
@@ -145,7 +151,10 @@ def test_snapshots_of_a_sharded_run_are_reconstructed(saved) -> None:
     average = ranks[0][0][2]
     assert len(list((folder / "snapshots").iterdir())) == 4
     found = reconstruct_ema(folder / "snapshots", 0.05)
-    for name, value in average[0.05]["model"].items():
+    prefix = "0_05.model."
+    expected = {n.removeprefix(prefix): x for n, x in average.items() if n.startswith(prefix)}
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
 
 

@@ -166,6 +166,7 @@ def test_a_checkpoint_that_is_none(sample, tmp_path) -> None:
 
 PROGRAM = """
 import json
+import sys
 sys.path.insert(0, {folder!r})
 import sample
 sample.main({arguments!r})

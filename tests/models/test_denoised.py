@@ -116,6 +116,14 @@ def test_dynamic_thresholding_keeps_data_in_range() -> None:
     assert DynamicThreshold(0.5)(torch.tensor([4.0, 0.5])).tolist() == [1.0, 0.5]
 
 
+def test_dynamic_thresholding_up_to_a_largest_quantile() -> None:
+    x0 = torch.tensor([[-8.0, 3.0, 1.0], [0.2, 1.5, -0.1]])
+    got = DynamicThreshold(1.0, largest=2.0)(x0)
+    torch.testing.assert_close(
+        got, torch.tensor([[-1.0, 1.0, 0.5], [0.2, 1.5, -0.1]]).div(torch.tensor([[1.0], [1.5]]))
+    )
+
+
 @pytest.mark.slow
 def test_dynamic_thresholding_of_large_batches() -> None:
     """torch.quantile raises above 2^24 values."""
@@ -133,6 +141,7 @@ def test_dynamic_thresholding_of_large_batches() -> None:
         (lambda m: Clip(None), TypeError, "low: expected a number"),
         (lambda m: DynamicThreshold(0.0), ValueError, r"quantile: expected .* \(0, 1\], got 0.0"),
         (lambda m: DynamicThreshold(1.5), ValueError, "quantile: expected"),
+        (lambda m: DynamicThreshold(largest=0.5), ValueError, "largest: expected a number >= 1"),
         (lambda m: DynamicThreshold(low=2.0), ValueError, "finite low < high, got 2.0 and 1.0"),
         (lambda m: DynamicThreshold(high=float("inf")), ValueError, "finite low < high"),
     ],

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from support import seeded
+from support.processes import skip_without_sharding_on_cpu
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -90,6 +91,7 @@ def test_networks_of_users_get_labels_in_float32(mesh, wrapper, first) -> None:
     network = Listening()
     model = EpsModel(network, VPSDE())
     if wrapper == "fully_shard":
+        skip_without_sharding_on_cpu()
         fully_shard(network, mesh=mesh, mp_policy=policy())
     else:
         model.network = Casting(network)
@@ -106,6 +108,7 @@ def test_networks_of_users_get_labels_in_float32(mesh, wrapper, first) -> None:
 @pytest.mark.parametrize("cast", [True, False])
 @pytest.mark.parametrize(("kind", "parts"), [(DDPMpp, EpsModel), (NCSNpp, RawScoreModel)])
 def test_a_sharded_network_in_bfloat16_errs_as_under_autocast(mesh, kind, parts, cast) -> None:
+    skip_without_sharding_on_cpu()
     """Rounded labels would make the error of the first five times as large."""
     sde = VPSDE() if parts is EpsModel else VESDE()
     with torch.no_grad():
@@ -119,6 +122,7 @@ def test_a_sharded_network_in_bfloat16_errs_as_under_autocast(mesh, kind, parts,
 
 
 def test_frequencies_of_a_sharded_network_are_not_rounded(mesh, tmp_path) -> None:
+    skip_without_sharding_on_cpu()
     """In bfloat16, frequencies of 40 would be off by .1, and angles by whole radians."""
     network, noise_label = unet(NCSNpp), torch.tensor([50.0, 0.01, 7.0])
     features = network.embedding.noise_features
@@ -141,6 +145,7 @@ def test_frequencies_of_a_sharded_network_are_not_rounded(mesh, tmp_path) -> Non
 
 
 def test_a_label_that_is_cast_out_of_sight_is_refused(mesh) -> None:
+    skip_without_sharding_on_cpu()
     network = unet()
     fully_shard(network.embedding, mesh=mesh, mp_policy=policy())
     with pytest.raises(TypeError, match=r"noise_label: expected float32, float64 or integers, got"):

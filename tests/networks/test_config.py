@@ -61,9 +61,10 @@ def test_configs_are_not_shared() -> None:
 
 def test_the_constructor_keeps_its_docstring_and_errors() -> None:
     assert Inner.__init__.__doc__ == "Explain."
-    with pytest.raises(TypeError, match="missing a required argument: 'a'"):
+    takes = r"expected an argument of Inner\(a, b, c, d\), got"
+    with pytest.raises(TypeError, match=rf"^a: {takes} none$"):
         Inner()
-    with pytest.raises(TypeError, match="unexpected keyword argument 'e'"):
+    with pytest.raises(TypeError, match=rf"^e: {takes} an unknown name"):
         Inner(1, e=2)
 
 

@@ -76,7 +76,6 @@ def test_gradient_is_the_mask() -> None:
     torch.testing.assert_close(gradient * x.detach(), y.detach())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
 def test_function_transforms() -> None:
     layer = Dropout(0.5).train()
     x = torch.ones(6, 40)

@@ -52,7 +52,6 @@ def test_compiles_in_one_graph_with_its_gradient(kind: str) -> None:
 
 @slow
 @some
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from inductor
 def test_compiles_with_inductor(kind: str) -> None:
     torch.compiler.reset()
     net = tiny(kind).float()
@@ -145,7 +144,6 @@ def test_channels_last_in_three_dimensions() -> None:
 
 
 @some
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
 def test_forward_derivative(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)

@@ -26,7 +26,6 @@ from diffusionkit.ops import (
 
 TAPS = (1.0, 2.0, 5.0, 3.0)
 normal = partial(normal, dtype=torch.float32)
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from torch
 # up, down, pads; the last one crops both sides.
 RATES = [(2, 1, (2, 1)), (1, 2, (1, 1)), (1, 1, (2, 2)), (3, 2, (-1, 4)), (2, 3, (-2, -1))]
 

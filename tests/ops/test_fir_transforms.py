@@ -54,7 +54,6 @@ def pair(request):
     return FUNCTIONS[request.param]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
 def test_derivatives_match_the_definition(pair) -> None:
     ours, definition = pair
     x, t = normal(2, 1, 3, 4), normal(2, 1, 3, 4, seed=1)
@@ -69,7 +68,6 @@ def test_derivatives_match_the_definition(pair) -> None:
     torch.testing.assert_close(vmap(ours)(basis((1, 3, 4))[:, None]).flatten(1), matrix)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", LINEAR)
 def test_gradcheck(name) -> None:
     x = normal(1, 3, 3, 4).requires_grad_()
@@ -81,7 +79,6 @@ def test_gradcheck(name) -> None:
     assert gradgradcheck(cubic, x, check_fwd_over_rev=True, fast_mode=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", LINEAR)
 def test_nested_transforms(name) -> None:
     """A loss sum f(x)^4 / 12 has the Hessian J^T diag(f^2) J."""
@@ -128,7 +125,6 @@ def test_compiles_to_one_graph(name) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from inductor
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_compiles_with_inductor(name, dynamic) -> None:

@@ -122,7 +122,6 @@ def test_the_adjoint_of_the_adjoint_is_the_line() -> None:
     assert line.adjoint().adjoint() == line
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # in torch's forward mode
 def test_transforms_hide_the_kernel() -> None:
     assert not _fused._hidden(X)
     assert not _fused._hidden(torch.nn.Parameter(X))

@@ -164,6 +164,7 @@ def corruptions(value: Any) -> list[Any]:
 FREE = (
     ("extra",),
     ("about",),
+    ("description",),  # which load_model reads
     ("stateful", "scheduler"),
     ("stateful", "plateau"),
     ("random", 0, "cuda"),

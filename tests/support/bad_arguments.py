@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import control, likelihood, metrics, networks, training
+from diffusionkit import checkpoints, control, interop, likelihood, metrics, networks, training
 from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
@@ -28,6 +28,7 @@ PACKAGES = (
     "decoders",
     "diagnostics",
     "distributed",
+    "interop",
     "likelihood",
     "metrics",
     "models",
@@ -170,6 +171,8 @@ def _folder() -> Path:
     """Return a folder with one file of each kind that the library reads."""
     folder = Path(tempfile.mkdtemp())
     dk.save_checkpoint(folder / "checkpoint.pt", nn.Linear(2, 2))
+    small = dk.EpsModel(networks.MLP(2, width=4), dk.VPSDE())
+    checkpoints.save_model(folder / "model.safetensors", small)
     torch.manual_seed(0)
     average = dk.PowerEMA(nn.Linear(2, 2))
     average.update(nn.Linear(2, 2))
@@ -225,6 +228,8 @@ def _estimate() -> Estimate:
 
 
 Recipe = dict[str, Callable[[], Any]]
+
+_SCHEDULER = {"trained_betas": dk.DDPMChain.linear(25).betas.tolist()}
 
 # Valid arguments by the name of the parameter.
 COMMON: Recipe = {
@@ -303,6 +308,22 @@ OWN: dict[str, Recipe] = {
         "weights": lambda: [0.5, 0.5],
     },
     "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum(1)},
+    "SigmaDenoiser.forward": {
+        "self": lambda: interop.as_denoiser(_model()),
+        "sigma": lambda: torch.tensor([0.5, 3.0]),
+    },
+    "UNetAdapter.forward": {
+        "self": lambda: interop.to_diffusers(_chain_model(), sample_size=4),
+        "sample": lambda: _state(2, 3, 4, 4),
+        "timestep": lambda: torch.tensor([3, 20]),
+        "class_labels": lambda: None,
+    },
+    "chain_from_scheduler": {"scheduler": lambda: _SCHEDULER},
+    "from_denoiser": {"denoiser": lambda: lambda x, sigma: x},
+    "from_diffusers": {"unet": lambda: _network, "scheduler": lambda: _SCHEDULER},
+    "sampler_from_scheduler": {"model": _chain_model, "scheduler": lambda: _SCHEDULER},
+    "scheduler_config": {"model": _chain_model},
+    "to_diffusers": {"model": _chain_model, "sample_size": lambda: 4},
     "IndexLabel": {"sigmas": lambda: [3.0, 2.0, 1.0]},
     "Inpainting": {"known": _state, "mask": lambda: torch.ones(2, 2)},
     "LearnedSDE": {"hidden": lambda: 4},
@@ -369,6 +390,12 @@ OWN: dict[str, Recipe] = {
         "path": lambda: _folder() / "network.pt",
         "network": lambda: networks.MLP(2, width=4),
     },
+    "save_model": {
+        "path": lambda: _folder() / "written.safetensors",
+        "model": lambda: dk.EpsModel(networks.MLP(2, width=4), dk.VPSDE()),
+    },
+    "load_model": {"path": lambda: _folder() / "model.safetensors"},
+    "register_part": {"part": lambda: dk.TimeLabel},
     "AveragePool": {"factor": lambda: 2},
     "Blur": {"kernel": lambda: torch.ones(3, 3) / 9, "size": lambda: (4, 4)},
     "Mask": {"mask": lambda: torch.ones(2)},
@@ -636,12 +663,17 @@ _RESULTS = {
     "Checkpoint",
     "StepReport",
 }
+# `as_denoiser` and `to_diffusers` make them: classes without arguments of their own.
+_MADE = {"SigmaDenoiser", "UNetAdapter"}
 # Files have tests of their own; `expand` runs in every step.
 _ELSEWHERE = {
+    "load_diffusers",
     "load_edm",
     "load_improved_diffusion",
     "load_network",
     "load_score_sde",
+    "push_to_hub",
+    "from_pretrained",
     "inception_features",
     "seeded",  # takes any number of integers
     "variance_minimizing_backward",
@@ -653,7 +685,9 @@ _ELSEWHERE = {
 def names() -> list[str]:
     """Return the callables to test: every one, and the methods with a recipe."""
     found = callables()
-    plain = [name for name in found if "." not in name and name not in _RESULTS | _ELSEWHERE]
+    plain = [
+        name for name in found if "." not in name and name not in _RESULTS | _ELSEWHERE | _MADE
+    ]
     return plain + [name for name in OWN if "self" in OWN[name]]
 
 
@@ -733,6 +767,11 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("bits_per_dim", "nats"): ["a scalar tensor", "an empty tensor"],  # of any shape
     ("Clip", "low"): ["-infinity"],  # open to one side
     ("Clip", "high"): ["infinity", "10**400"],
+    ("DynamicThreshold", "largest"): ["infinity"],  # no limit
+    # One for all samples.
+    ("SigmaDenoiser.forward", "sigma"): ["a scalar tensor"],
+    ("UNetAdapter.forward", "timestep"): ["a scalar tensor"],
+    ("UNetAdapter.forward", "class_labels"): list(BAD),  # passed on to the network
     ("Heun", "s_min"): ["infinity"],  # never churn
     ("Heun", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention

@@ -7,6 +7,7 @@ from threading import Barrier, Event, Lock
 
 import pytest
 import torch
+from support.processes import skip_without_sharding_on_cpu
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -440,6 +441,7 @@ def test_names_are_those_without_wrappers(process_group, wrap, first) -> None:
 
 
 def shard(model: EpsModel) -> EpsModel:
+    skip_without_sharding_on_cpu()
     fully_shard(model.network, mesh=init_device_mesh("cpu", (1,)))
     return model
 

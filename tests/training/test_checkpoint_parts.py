@@ -30,7 +30,6 @@ from diffusionkit.networks import MLP
 from diffusionkit.training import LossSecondMomentTimes
 
 # Raised by importing the compiler of torch.
-compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 WRAPPERS = ["compiled", "parallel", "both", "other both", "inside"]
 
 SCHEDULERS = {
@@ -68,6 +67,8 @@ def rates(model, optimizer, scheduler, steps: int) -> list[float]:
     return found
 
 
+# torch 2.6 and 2.8 warn of their own call in SequentialLR.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_of_torch_resumes(tmp_path, name) -> None:
     def make():
@@ -76,6 +77,8 @@ def test_every_scheduler_of_torch_resumes(tmp_path, name) -> None:
         return model, optimizer, SCHEDULERS[name](optimizer)
 
     model, optimizer, scheduler = make()
+    if any(callable(value) for value in scheduler.state_dict().values()):
+        pytest.skip("older versions of torch keep a function in the state of this scheduler")
     rates(model, optimizer, scheduler, 3)
     parts = {"optimizer": optimizer, "stateful": {"scheduler": scheduler}}
     save_checkpoint(tmp_path / "run.pt", model, **parts)
@@ -158,7 +161,6 @@ def wrapped(kind: str, network: nn.Module) -> nn.Module:
     + [(kind, "bare") for kind in WRAPPERS]
     + [("inside", "both"), ("other both", "inside")],
 )
-@compiles
 def test_wrapped_and_bare_networks_load_each_other(tmp_path, first, second) -> None:
     def run(kind: str):
         network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
@@ -217,7 +219,6 @@ def test_own_parts_named_module_are_kept(tmp_path) -> None:
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 @pytest.mark.parametrize("kind", ["compiled", "parallel", "both", "other both"])
-@compiles
 def test_wrapped_networks_are_saved_without_their_wrappers(tmp_path, kind, ending) -> None:
     network = MLP(2, width=4)
     save_network(tmp_path / f"n.{ending}", wrapped(kind, network))

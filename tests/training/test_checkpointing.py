@@ -258,7 +258,7 @@ def test_foreign_torch_files_are_rejected(tmp_path) -> None:
 def test_other_versions_are_rejected(saved) -> None:
     state = torch.load(saved, weights_only=True)
     torch.save({**state, "version": 99}, saved)
-    rejected(saved, "expected version 3, got 99")
+    rejected(saved, "expected version 4, got 99")
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_networks_are_compared_by_class_and_settings(tmp_path) -> None:
 
     assert loads(path, EpsModel(Other(), VPSDE())).startswith("network: expected Other(), got Lin")
     # Dropout and the like may change between runs.
-    make = partial(NCSNpp, 1, width=4, multipliers=(1,), blocks=1, attention_levels=())
+    make = partial(NCSNpp, 1, width=4, multipliers=(1,), blocks=1, scale_by_sigma=False)
     save_checkpoint(path, EpsModel(make(dropout=0.1), VPSDE()))
     assert loads(path, EpsModel(make(activation_checkpointing=True), VPSDE())) == ""
     text = loads(path, EpsModel(make(data_range=(0.0, 1.0)), VPSDE()))
@@ -277,3 +277,74 @@ def test_files_of_version_1_load_with_a_warning(tmp_path, caplog) -> None:
     load_checkpoint(path, other, optimizer=torch.optim.Adam(other.parameters()))
     assert "version 1 does not know its process" in caplog.text
     assert torch.equal(next(other.parameters()), next(model.parameters()))
+
+
+# The description of EpsModel(FourierFeatures(MLP(...)), DDPMChain) in a file of version 3.
+EARLIER = {
+    "sde": {
+        "name": "DDPMChain(25 steps, betas 0.004 ... 0.8)",
+        "class": "DDPMChain",
+        "settings": {},
+        "values": None,
+    },
+    "parameterization": {"name": "EpsModel()", "class": "EpsModel", "settings": {}, "values": None},
+    "label": {
+        "name": "TimeLabel(scale=999.0)",
+        "class": "TimeLabel",
+        "settings": {"scale": 999.0},
+        "values": None,
+    },
+    "network": {
+        "name": "FourierFeatures(exponents=[6, 7])",
+        "class": "FourierFeatures",
+        "settings": {"exponents": [6, 7]},
+        "values": None,
+    },
+    "data_range": {"name": "(-1.0, 1.0)", "values": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda n: EpsModel(n(), DDPMChain.linear(25), data_range=(-1.0, 1.0)), ""),
+        (lambda n: EpsModel(n(), VPSDE()), "sde: expected VPSDE(beta_min=0.1, beta_max=20.0, t_m"),
+        (lambda n: VModel(n(), DDPMChain.linear(25)), "parameterization: expected VModel(), got E"),
+        (
+            lambda n: EpsModel(n(), DDPMChain.linear(25), label=TimeLabel(9.0)),
+            "label: expected TimeLabel(scale=9.0), got TimeLabel(scale=999.0)",
+        ),
+        (
+            lambda n: EpsModel(n((5, 6)), DDPMChain.linear(25)),
+            "network: expected FourierFeatures(network=MLP(features=10, out_features=2, width=4,",
+        ),
+        (
+            lambda n: EpsModel(n(), DDPMChain.linear(25), data_range=(0.0, 1.0)),
+            "data_range: expected (0.0, 1.0), got (-1.0, 1.0)",
+        ),
+    ],
+)
+def test_files_of_version_3_are_compared_too(tmp_path, make, text) -> None:
+    def features(exponents=(6, 7)):
+        return FourierFeatures(MLP(10, out_features=2, width=4), exponents=exponents)
+
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, EpsModel(features(), DDPMChain.linear(25), data_range=(-1.0, 1.0)))
+    content = as_version(3, torch.load(path, weights_only=True))
+    values = {n: part["values"] for n, part in content["about"].items() if n != "data_range"}
+    about = {n: part | {"values": values.get(n)} for n, part in EARLIER.items()}
+    torch.save(content | {"about": about}, path)
+    assert loads(path, make(features)).startswith(text)
+    assert (text == "") == (loads(path, make(features)) == "")
+
+
+def test_networks_inside_networks_are_compared(tmp_path) -> None:
+    path = tmp_path / "run.pt"
+    make = lambda scale: FourierFeatures(  # noqa: E731
+        NCSNpp(5, out_channels=1, width=4, multipliers=(1,), blocks=1, attention_levels=(),
+               data_range=(0.0, scale)), exponents=(1, 2),
+    )  # fmt: skip
+    save_checkpoint(path, EpsModel(make(1.0), VPSDE()))
+    assert loads(path, EpsModel(make(1.0), VPSDE())) == ""
+    text = r"network: expected FourierFeatures\(network=NCSNpp\(.*got FourierFeatures\(network=NCSN"
+    assert re.match(text, loads(path, EpsModel(make(2.0), VPSDE())))

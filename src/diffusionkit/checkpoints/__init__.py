@@ -1,14 +1,22 @@
-"""Checkpoints of the source papers and of this library, read without running code."""
+"""Whole models in files, and checkpoints of the source papers, read without running code."""
 
+from .._parts import register_part
 from .edm_files import load_edm
+from .hub import from_pretrained, push_to_hub
 from .improved_diffusion import load_improved_diffusion
+from .model_files import load_model, save_model
 from .own import load_network, save_network
 from .score_sde import load_score_sde
 
 __all__ = [
+    "from_pretrained",
     "load_edm",
     "load_improved_diffusion",
+    "load_model",
     "load_network",
     "load_score_sde",
+    "push_to_hub",
+    "register_part",
+    "save_model",
     "save_network",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from .._files import SAFETENSORS, opened
@@ -39,3 +41,34 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         # Copied: the tensors are mapped from the file, which may be overwritten.
         tensors = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118
         return tensors, archive.metadata() or {}
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
+    """Return the content of a safetensors file.
+
+    Args:
+        tensors: the tensors by name. Tensors that share memory are written once each.
+        about: the metadata.
+
+    Raises:
+        ImportError: if the package safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError(
+            "writing safetensors files needs the package safetensors: "
+            'pip install "diffusionkit-torch[safetensors]"'
+        ) from error
+    written: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        dense = value.detach().contiguous()
+        storage = dense.untyped_storage()
+        # The package refuses tensors that share memory.
+        if storage.data_ptr() in written or storage.nbytes() > dense.nbytes:
+            dense = dense.clone(memory_format=torch.contiguous_format)
+        written.add(storage.data_ptr())
+        own[name] = dense
+    content: bytes = save(own, metadata=dict(about))
+    return content

@@ -15,7 +15,7 @@ from .._weights import check_own_values, check_tensors, fill, laid_out, weight_p
 from .._writing import atomic_write, is_safetensors, save_torch
 from ..distributed._sharded import write_whole
 from ..distributed._wrappers import bare_class, bare_state, unwrapped
-from ._safetensors import read_safetensors
+from ._safetensors import read_safetensors, safetensors_bytes
 
 _FORMAT = "diffusionkit.network"
 _VERSION = 1
@@ -44,7 +44,7 @@ def save_network(path: str | os.PathLike[str], network: nn.Module) -> None:
             weights are not finite.
         OSError: if the file cannot be written; the previous one is left as it was.
 
-    >>> import tempfile, torch
+    >>> import tempfile
     >>> from diffusionkit.checkpoints import load_network, save_network
     >>> from diffusionkit.networks import MLP
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -75,21 +75,9 @@ def _write(path: str | os.PathLike[str], about: dict[str, str], weights: dict[st
         message = f"network: {key}: {problem}"
         raise ValueError(message)
     if is_safetensors(path):
-        atomic_write(path, lambda file: file.write(_safetensors(state, about)))
+        atomic_write(path, lambda file: file.write(safetensors_bytes(state, about)))
     else:
         save_torch(path, about | {"state": state})
-
-
-def _safetensors(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise ImportError(
-            "writing safetensors files needs the package safetensors: "
-            'pip install "diffusionkit-torch[safetensors]"'
-        ) from error
-    content: bytes = save(state, metadata=about)
-    return content
 
 
 def load_network(path: str | os.PathLike[str]) -> nn.Module:

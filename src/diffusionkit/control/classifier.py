@@ -20,8 +20,10 @@ from .._checks import (
 )
 from .._coefficients import expand
 from .._grid_times import kernel
+from .._hints import label_advice
 from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
+from .._repr import described
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
@@ -52,8 +54,10 @@ class NoiseClassifier(nn.Module):
         ValueError: unless sigma_data is finite and positive.
         TypeError: if the network or the label is not callable, or sde is not a ForwardSDE.
 
-    >>> from diffusionkit import VPSDE
-    >>> classifier = NoiseClassifier(lambda x, noise_label: x[:, :3], VPSDE())
+    >>> import torch
+    >>> from diffusionkit import VPSDE, NoiseClassifier
+    >>> network = lambda x, noise_label: x[:, :3]  # logits of three classes
+    >>> classifier = NoiseClassifier(network, VPSDE())
     >>> classifier(torch.ones(2, 5), torch.tensor([0.1, 0.9])).shape
     torch.Size([2, 3])
     """
@@ -79,8 +83,8 @@ class NoiseClassifier(nn.Module):
         self._dtype = NetworkDtype(network)
 
     @override
-    def extra_repr(self) -> str:
-        return f"sde={self.sde!r}, sigma_data={self.sigma_data}, label={self.label!r}"
+    def __repr__(self) -> str:
+        return described(self)
 
     @override
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -148,15 +152,16 @@ def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
 def check_class_labels(class_labels: object, batch: int) -> None:
     """Raise unless class labels are a tensor of integers, one for each sample."""
     if not isinstance(class_labels, Tensor):
-        got = type(class_labels).__name__
+        got = f"{type(class_labels).__name__}{label_advice(class_labels, batch)}"
         raise TypeError(f"class_labels: expected a tensor of shape ({batch},), got {got}")
     dtype = class_labels.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise TypeError(f"class_labels: expected integers, got {dtype}")
+        hint = label_advice(class_labels, batch)
+        raise TypeError(f"class_labels: expected integers, got {dtype}{hint}")
     if class_labels.shape != (batch,):
         raise ValueError(
             f"class_labels: expected one label for each sample, shape ({batch},), "
-            f"got {tuple(class_labels.shape)}"
+            f"got {tuple(class_labels.shape)}{label_advice(class_labels, batch)}"
         )
 
 

@@ -108,9 +108,12 @@ class LinearMeasurement(_Replacement):
     with Score-Based Generative Models, 2022, arXiv 2111.08005.
 
     >>> import torch
-    >>> from diffusionkit.control.operators import AveragePool
-    >>> constraint = LinearMeasurement(AveragePool(2, dims=1), torch.tensor([1.0, 4.0]))
-    >>> constraint(torch.tensor([[0.0, 1.0, 2.0, 2.0]]), torch.ones(1), torch.zeros(1))
+    >>> from diffusionkit import LinearMeasurement
+    >>> from diffusionkit.control import AveragePool
+    >>> measured = torch.tensor([1.0, 4.0])
+    >>> constraint = LinearMeasurement(AveragePool(2, dims=1), measured)
+    >>> x = torch.tensor([[0.0, 1.0, 2.0, 2.0]])
+    >>> constraint(x, alpha=torch.ones(1), sigma=torch.zeros(1))
     tensor([[0.5000, 1.5000, 4.0000, 4.0000]])
     """
 
@@ -146,8 +149,11 @@ class Inpainting(_Replacement):
     Source: as for `LinearMeasurement` (appendix I.2).
 
     >>> import torch
-    >>> constraint = Inpainting(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
-    >>> constraint(torch.tensor([[7.0, 8.0]]), torch.ones(1), torch.zeros(1))
+    >>> from diffusionkit import Inpainting
+    >>> known, mask = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
+    >>> constraint = Inpainting(known, mask)
+    >>> x = torch.tensor([[7.0, 8.0]])
+    >>> constraint(x, alpha=torch.ones(1), sigma=torch.zeros(1))
     tensor([[1., 8.]])
     """
 

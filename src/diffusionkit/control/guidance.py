@@ -15,6 +15,7 @@ from typing_extensions import override
 from .._checks import check_callable, check_flag, check_number, readable
 from .._coefficients import Coefficient, expand, linear
 from .._grid_times import kernel
+from .._keywords import explained
 from ..interfaces import ScoreModel
 from ..training.conditions import null_like
 from ..values import Prediction
@@ -27,6 +28,7 @@ from ._guided import (
 from .classifier import check_process, class_log_probs
 
 
+@explained
 class ClassifierGuidance(GuidedModel):
     r"""A model guided by the gradient of a classifier of noisy data.
 
@@ -55,9 +57,13 @@ class ClassifierGuidance(GuidedModel):
     2021, arXiv 2011.13456 (section 5); Dhariwal and Nichol, Diffusion Models Beat GANs on Image
     Synthesis, 2021, arXiv 2105.05233.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
-    >>> guided = ClassifierGuidance(model, lambda x, t: torch.cat([-4 * x, 4 * x], 1), scale=2.0)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, ClassifierGuidance, GaussianMixtureModel
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
+    >>> classifier = lambda x, t: torch.cat([-4 * x, 4 * x], 1)  # logits
+    >>> guided = ClassifierGuidance(model, classifier, scale=2.0)
     >>> x, t = torch.zeros(2, 1), torch.tensor([0.5, 0.5])
     >>> guided(x, t, class_labels=torch.tensor([0, 1])).detach()
     tensor([[-8.],
@@ -83,10 +89,6 @@ class ClassifierGuidance(GuidedModel):
         self.conditional = conditional
 
     @override
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}"
-
-    @override
     def predict(
         self, x: Tensor, t: Tensor, /, *, class_labels: Any = None, **cond: Any
     ) -> Prediction:
@@ -98,6 +100,7 @@ class ClassifierGuidance(GuidedModel):
         return self._shifted(prediction, x, t, self.scale * grad)
 
 
+@explained
 class GradientGuidance(GuidedModel):
     r"""A model guided by a differentiable log p(y | x0), evaluated at the predicted data (DPS).
 
@@ -140,9 +143,10 @@ class GradientGuidance(GuidedModel):
     Source: Chung et al., Diffusion Posterior Sampling for General Noisy Inverse Problems, 2023,
     arXiv 2209.14687.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[0.0, 0.0]], stds=[1.0])
-    >>> guided = GradientGuidance(model, lambda x0: -((x0[:, 0] - 1.0) ** 2))
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, GradientGuidance
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [1.0])
+    >>> guided = GradientGuidance(model, lambda x0: -((x0[:, 0] - 1) ** 2))
     >>> guided(torch.ones(1, 2), torch.tensor([0.1])).detach()
     tensor([[-0.8991, -1.0000]])
     """
@@ -156,10 +160,6 @@ class GradientGuidance(GuidedModel):
         check_scale(scale)
         self.log_likelihood = log_likelihood
         self.scale = scale
-
-    @override
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}"
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
@@ -177,6 +177,7 @@ class GradientGuidance(GuidedModel):
         return self._shifted(prediction, x, t, self.scale * grad)
 
 
+@explained
 class ClassifierFreeGuidance(GuidedModel):
     r"""A conditional model extrapolated away from its unconditional prediction.
 
@@ -211,11 +212,15 @@ class ClassifierFreeGuidance(GuidedModel):
     Quality in Diffusion Models, 2024, arXiv 2404.07724; Lin et al., Common Diffusion Noise
     Schedules and Sample Steps are Flawed, 2023, arXiv 2305.08891 (section 3.4).
 
-    >>> from diffusionkit import VPSDE, X0Model
-    >>> network = lambda x, noise_label, class_labels: 0 * x + class_labels.unsqueeze(1)
+    >>> import torch
+    >>> from diffusionkit import VPSDE, ClassifierFreeGuidance, X0Model
+    >>> def network(x, noise_label, class_labels):
+    ...     return 0 * x + class_labels[:, None]
     >>> model = X0Model(network, VPSDE())
-    >>> guided = ClassifierFreeGuidance(model, 3.0, null={"class_labels": 0})
-    >>> guided.predict(torch.zeros(1, 2), torch.tensor([0.5]), class_labels=torch.tensor([2])).x0
+    >>> null = {"class_labels": 0}
+    >>> guided = ClassifierFreeGuidance(model, 3.0, null=null)
+    >>> x, t = torch.zeros(1, 2), torch.tensor([0.5])
+    >>> guided.predict(x, t, class_labels=torch.tensor([2])).x0
     tensor([[6., 6.]])
     """
 
@@ -256,11 +261,6 @@ class ClassifierFreeGuidance(GuidedModel):
         self.null = null
 
     @override
-    def extra_repr(self) -> str:
-        names = None if self.null is None else list(self.null)
-        return f"scale={self.scale}, interval={self.interval}, rescale={self.rescale}, null={names}"
-
-    @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
         null = self._null_conditions(cond)
@@ -283,6 +283,7 @@ class ClassifierFreeGuidance(GuidedModel):
         if self.null is None:
             if all(value is None for value in cond.values()):
                 raise ValueError("cond: expected a condition to guide by, got none")
+            self._check_needed(cond)
             return {}
         given = [name for name, value in cond.items() if value is not None]
         missing = [name for name in self.null if name not in given]
@@ -295,6 +296,18 @@ class ClassifierFreeGuidance(GuidedModel):
             for name, value in self.null.items()
         }
         return {**cond, **values}
+
+    def _check_needed(self, cond: Mapping[str, Any]) -> None:
+        """Raise if the network cannot do without class labels, as those of the library cannot."""
+        network = getattr(self.model, "network", None)
+        config = getattr(network, "config", None)
+        classes = config.get("num_classes") if isinstance(config, dict) else None
+        if classes is not None and "class_labels" in cond:
+            raise ValueError(
+                "null: expected the class that stands for none, for a network with "
+                f'num_classes={classes}, got None; pass null={{"class_labels": {classes - 1}}} '
+                "if its last class does, and train it so with drop_conditions"
+            )
 
     def _scale(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient:
         """Return the scale at a noise level: a float, or (B,) where it differs between samples."""

@@ -80,11 +80,16 @@ class LinearGaussianGuidance(GuidedModel):
     arXiv 2310.06721; Rozet et al., Learning Diffusion Priors from Observations by Expectation
     Maximization, 2024, arXiv 2405.13712.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[0.0, 0.0]], stds=[1.0])
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, LinearGaussianGuidance
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [1.0])
     >>> y = torch.tensor([[1.0]])
-    >>> guided = LinearGaussianGuidance(model, lambda x0: x0[:, :1], y, noise_std=0.5)
-    >>> guided.predict(torch.zeros(1, 2), torch.tensor([1.0])).x0.detach()  # y / 1.25
+    >>> first = lambda x0: x0[:, :1]
+    >>> guided = LinearGaussianGuidance(model, first, y, noise_std=0.5)
+    >>> x, t = torch.zeros(1, 2), torch.tensor([1.0])
+    >>> guided.predict(x, t).x0.detach()  # y / 1.25
     tensor([[0.8000, 0.0000]])
     """
 
@@ -116,12 +121,6 @@ class LinearGaussianGuidance(GuidedModel):
         self.iterations = iterations
         self.tolerance = tolerance
         self._known_linear = False
-
-    @override
-    def extra_repr(self) -> str:
-        return (
-            f"noise_std={self.noise_std}, iterations={self.iterations}, tolerance={self.tolerance}"
-        )
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:

@@ -25,6 +25,7 @@ from .._checks import (
     readable,
 )
 from .._precision import at_least_float32
+from .._repr import Described
 from ..random import randn_like
 
 
@@ -54,6 +55,8 @@ def check_operator(operator: LinearOperator, data: Tensor) -> None:
         ValueError: if one of the three does not hold.
         TypeError: if operator is not a LinearOperator.
 
+    >>> import torch
+    >>> from diffusionkit.control import AveragePool, check_operator
     >>> check_operator(AveragePool(2), torch.zeros(3, 8, 8))
     """
     check_part(operator, LinearOperator, "operator")
@@ -112,6 +115,8 @@ class Mask(LinearOperator):
         ValueError: if the mask has values other than 0 and 1.
         TypeError: if mask is not a tensor.
 
+    >>> import torch
+    >>> from diffusionkit.control import Mask
     >>> Mask(torch.tensor([1, 0, 1]))(torch.tensor([[5.0, 6.0, 7.0]]))
     tensor([[5., 0., 7.]])
     """
@@ -150,7 +155,7 @@ class Mask(LinearOperator):
         return self(y)
 
 
-class AveragePool(LinearOperator):
+class AveragePool(Described, LinearOperator):
     """The means of blocks, data at a lower resolution; the inverse repeats each mean.
 
     Args:
@@ -162,6 +167,8 @@ class AveragePool(LinearOperator):
             factor.
         TypeError: if factor or dims is not an integer.
 
+    >>> import torch
+    >>> from diffusionkit.control import AveragePool
     >>> AveragePool(2, dims=1)(torch.tensor([1.0, 3.0, 5.0, 5.0]))
     tensor([2., 5.])
     """
@@ -171,10 +178,6 @@ class AveragePool(LinearOperator):
         check_count(factor, "factor")
         check_count(dims, "dims")
         self.factor, self.dims = factor, dims
-
-    @override
-    def __repr__(self) -> str:
-        return f"AveragePool({self.factor}, dims={self.dims})"
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ class AveragePool(LinearOperator):
         return y
 
 
-class Gray(LinearOperator):
+class Gray(Described, LinearOperator):
     """The mean over the channels of images (..., C, H, W); the inverse is gray in all channels.
 
     It measures the coordinate along (1, ..., 1) / sqrt(C), the first of an orthonormal color basis.
@@ -218,10 +221,6 @@ class Gray(LinearOperator):
         """Keep the number of channels."""
         check_count(channels, "channels")
         self.channels = channels
-
-    @override
-    def __repr__(self) -> str:
-        return f"Gray({self.channels})"
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
@@ -327,7 +326,10 @@ class Matrix(LinearOperator):
         ValueError: unless rows has at least two axes and is finite.
         TypeError: if rows is not a tensor.
 
-    >>> Matrix(torch.tensor([[0.6, 0.8]]))(torch.tensor([[5.0, 0.0], [1.0, 1.0]]))
+    >>> import torch
+    >>> from diffusionkit.control import Matrix
+    >>> x = torch.tensor([[5.0, 0.0], [1.0, 1.0]])
+    >>> Matrix(torch.tensor([[0.6, 0.8]]))(x)
     tensor([[3.0000],
             [1.4000]])
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import autocast_enabled, check_number, check_state
+from .._repr import Described
 from ..random import Generators, check_generator, rand, randn
 
 # The low-pass filter of the wavelet sym6. Its shifts by two are orthonormal, so that upsampling
@@ -26,7 +27,7 @@ _SCALE = 0.2 * math.log(2)  # per standard deviation, of scale and anisotropy
 _SHIFT = 1 / 8  # of height and width
 
 
-class EDMAugmentation:
+class EDMAugmentation(Described):
     r"""The augmentation of EDM, which tells the network of every transformation.
 
     A small data set grows by geometric transformations, each applied with a probability, and the
@@ -63,6 +64,7 @@ class EDMAugmentation:
         Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022,
         https://arxiv.org/abs/2206.00364, appendix F.2.
 
+    >>> import torch
     >>> from diffusionkit.data import EDMAugmentation
     >>> x, labels = EDMAugmentation(0.12)(torch.rand(16, 3, 32, 32))
     >>> x.shape, labels.shape

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from .._checks import check_count, check_flag, check_part, check_target_device
+from .._repr import Described
 from ..distributed._group import rank_and_world_size
 from ..random import seeded
 from .images import ImageData
@@ -57,7 +58,7 @@ class Batch:
         )
 
 
-class EndlessBatches:
+class EndlessBatches(Described):
     r"""Batches of a data set without an end, the same at any number of processes.
 
     The batches are consecutive pieces of an endless order: position p is item
@@ -91,10 +92,11 @@ class EndlessBatches:
             between batch_size and a third of the items.
         TypeError: if an argument has another type.
 
+    >>> import torch
     >>> from diffusionkit.data import EndlessBatches, ImageTensors
-    >>> data = ImageTensors(torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8))
-    >>> batches = iter(EndlessBatches(data, batch_size=16, start=6))
-    >>> next(batches).positions
+    >>> images = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8)
+    >>> data = EndlessBatches(ImageTensors(images), batch_size=16, start=6)
+    >>> next(iter(data)).positions
     tensor([ 96,  97,  98,  99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109,
             110, 111])
     """

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from .._checks import check_count, check_sequence
+from .._repr import Described
 
 
-class ImageData(Dataset[tuple[Tensor, int]], abc.ABC):
+class ImageData(Described, Dataset[tuple[Tensor, int]], abc.ABC):
     """Images of one shape with class labels, a map-style data set.
 
     `data[i]` is a tuple: an image (C, H, W) in uint8, and its class label, an index of `classes`.
@@ -89,9 +90,11 @@ class ImageTensors(ImageData):
         ValueError: if a shape does not fit, or a class label is no index of `classes`.
         TypeError: if an argument has another type.
 
+    >>> import torch
     >>> from diffusionkit.data import ImageTensors
     >>> ones = torch.ones(2, 1, 8, 8, dtype=torch.uint8)
-    >>> data = ImageTensors(ones, torch.tensor([1, 0]), classes=["square", "circle"])
+    >>> classes = ["square", "circle"]
+    >>> data = ImageTensors(ones, torch.tensor([1, 0]), classes=classes)
     >>> len(data), data.shape, data[0][1]
     (2, (1, 8, 8), 1)
     """

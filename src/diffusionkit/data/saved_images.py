@@ -59,9 +59,13 @@ def save_images(
         OSError: with the path, if it cannot be written, or is a folder with other files.
         ImportError: if Pillow, which writes PNG files, is not installed.
 
-    >>> import tempfile, zipfile
+    >>> import tempfile
+    >>> import zipfile
+    >>> import torch
+    >>> from diffusionkit.data import save_images
+    >>> images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), f"{folder}/images.zip")
+    ...     save_images(images, f"{folder}/images.zip")
     ...     zipfile.ZipFile(f"{folder}/images.zip").namelist()
     ['00000000.png', '00000001.png']
     """
@@ -106,8 +110,11 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | No
         ImportError: if Pillow is not installed.
 
     >>> import tempfile
+    >>> import torch
+    >>> from diffusionkit.data import save_grid
+    >>> images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_grid(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), f"{folder}/grid.png")
+    ...     save_grid(images, f"{folder}/grid.png")
     """
     (images,) = _checked([images])
     n = len(images)

@@ -73,10 +73,13 @@ def dsm_variance(
     Source: Xu et al., Stable Target Field for Reduced Variance Score Estimation in Diffusion
     Models, 2023, arXiv 2302.00670 (equation 4).
 
+    >>> import torch
     >>> from diffusionkit import VESDE
     >>> from diffusionkit.diagnostics import dsm_variance
-    >>> found = dsm_variance(VESDE(), torch.tensor([[-1.0], [1.0]]), torch.tensor([1.0]))
-    >>> bool(0.999 < found.value * found.noise**4 <= 1)  # at high noise, the variance of the data
+    >>> data, t = torch.tensor([[-1.0], [1.0]]), torch.tensor([1.0])
+    >>> found = dsm_variance(VESDE(), data, t)
+    >>> # at high noise, the variance of the data
+    >>> bool(0.999 < found.value * found.noise**4 <= 1)
     True
     """
     check_choice("units", units, get_args(Units))

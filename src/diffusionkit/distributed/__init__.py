@@ -7,6 +7,7 @@ in each process first.
 
 from __future__ import annotations
 
+from .. import _requirements as _requirements  # also where `__init__` is another project's
 from ._group import any_rank, broadcast_object
 from .gathered import gathered_weights
 from .same_weights import check_same_weights

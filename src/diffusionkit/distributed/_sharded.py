@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -117,7 +118,10 @@ def placed(x: Tensor, like: Tensor) -> Tensor:
         return cast(Tensor, source)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(source.to(like.device), *layouts[1], src_data_rank=None)
+    # Every process has the data. Before 2.7 torch sends those of the first all the same.
+    new = "src_data_rank" in inspect.signature(distribute_tensor).parameters
+    here = {"src_data_rank": None} if new else {}
+    return distribute_tensor(source.to(like.device), *layouts[1], **here)
 
 
 def placed_state(state: Mapping[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -45,6 +45,9 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
         ValueError: if the model is in FullyShardedDataParallel, the older wrapper.
         TypeError: if model is not a Module.
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from diffusionkit.distributed import gathered_weights
     >>> network = nn.Linear(1, 1)
     >>> with gathered_weights(network):
     ...     y = network(torch.ones(3, 1))

@@ -31,6 +31,7 @@ def seed_ranks(seed: int) -> None:
         ValueError: if seed is out of range.
         TypeError: if seed is not an integer.
 
+    >>> from diffusionkit.distributed import seed_ranks
     >>> seed_ranks(0)
     """
     check_count(seed, "seed", least=0, most=2**63 - 1)
@@ -56,6 +57,7 @@ def gather_random_states(
         ValueError: if numpy's global generator is of another kind than its default.
         TypeError: if a generator has the wrong type.
 
+    >>> from diffusionkit.distributed import gather_random_states
     >>> len(gather_random_states())  # the number of processes
     1
     """

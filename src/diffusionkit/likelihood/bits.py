@@ -27,7 +27,9 @@ def bits_per_dim(nats: Tensor, dims: int | Sequence[int]) -> Tensor:
         ValueError: if dims is not positive, or a likelihood is NaN (read on the CPU only).
         TypeError: if nats is not a tensor; pass the `.nats` of a result.
 
-    >>> import math, torch
+    >>> import math
+    >>> import torch
+    >>> from diffusionkit import bits_per_dim
     >>> bits_per_dim(torch.tensor([64 * math.log(16)]), (1, 8, 8))
     tensor([4.])
     """

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._batch_conditions import repeated
 from .._chain_terms import chain_length, prior_kl, step_nats
 from .._checks import check_count, check_flag, check_part, readable
 from .._loops import Progress, check_progress, with_progress
 from .._precision import network_dtype, state_dtype
+from .._repr import Described
 from .._schedules import exact, schedule_dtype
 from ..decoders import GaussianDecoder
 from ..distributed._gradients import check_gradients_averaged
@@ -78,10 +78,14 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsP
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (figure 2).
 
-    >>> from diffusionkit import DDPMChain, EpsModel
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), DDPMChain.cosine(10))
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     ChainNELBO, DDPMChain, EpsModel, bits_per_step
+    ... )
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, DDPMChain.cosine(10))
     >>> images = torch.randint(256, (8, 4))
-    >>> bits_per_step((ChainNELBO(model)(some) for some in images.split(4)), dims=4).terms.shape
+    >>> bounds = (ChainNELBO(model)(some) for some in images.split(4))
+    >>> bits_per_step(bounds, dims=4).terms.shape
     torch.Size([10])
     """
     check_count(dims, "dims")
@@ -108,7 +112,7 @@ def bits_per_step(bounds: ChainBound | Iterable[ChainBound], dims: int) -> BitsP
     return BitsPerStep(bits[0], stderr[0], bits[1:], stderr[1:])
 
 
-class ChainNELBO:
+class ChainNELBO(Described):
     r"""The variational bound on -log P(images) of integers under a chain of T steps.
 
     .. math::
@@ -136,8 +140,9 @@ class ChainNELBO:
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239
     (equation 5); Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672.
 
-    >>> from diffusionkit import DDPMChain, EpsModel
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), DDPMChain.cosine(10))
+    >>> import torch
+    >>> from diffusionkit import ChainNELBO, DDPMChain, EpsModel
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, DDPMChain.cosine(10))
     >>> ChainNELBO(model)(torch.randint(256, (4, 3, 8, 8))).terms.shape
     torch.Size([4, 10])
     """
@@ -161,10 +166,6 @@ class ChainNELBO:
         self.clip = clip
         self.steps_at_once = steps_at_once
         self.progress = progress
-
-    @override
-    def __repr__(self) -> str:
-        return f"ChainNELBO({type(self.model).__name__}, {self.decoder}, clip={self.clip})"
 
     @torch.no_grad()
     def __call__(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._checks import check_floating_dtype, check_state, readable
+from .._repr import described
 from .._returned import check_each
 from .._schedules import exact, schedule_dtype
 from ..decoders import Levels
@@ -99,6 +100,10 @@ class Dequantizer(nn.Module, abc.ABC):
             generator: the source of randomness.
             cond: further conditions, if any.
         """
+
+    @override
+    def __repr__(self) -> str:
+        return described(self)
 
     @override
     def forward(
@@ -174,12 +179,15 @@ class UniformDequantizer(Dequantizer):
     Source: Theis et al., A Note on the Evaluation of Generative Models, 2016, arXiv 1511.01844.
 
     >>> import math
+    >>> import torch
+    >>> from diffusionkit import UniformDequantizer
     >>> dequantizer = UniformDequantizer(levels=256, low=-1.0, high=1.0)
     >>> images = torch.tensor([[0, 128, 255]])
     >>> drawn = dequantizer(images)
     >>> bool((dequantizer.quantize(drawn.x) == images).all())
     True
-    >>> round(drawn.log_prob.item() / (3 * math.log(2)), 9)  # bits per dimension
+    >>> # bits per dimension
+    >>> round(drawn.log_prob.item() / (3 * math.log(2)), 9)
     7.0
     """
 

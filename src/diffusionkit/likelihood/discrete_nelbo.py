@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._chain_terms import prior_kl
 from .._checks import check_count, check_part, readable
 from .._model_checks import check_model
 from .._precision import network_dtype, state_dtype
+from .._repr import Described
 from .._schedules import exact, schedule_dtype
 from ..decoders import LevelDecoder
 from ..distributed._gradients import check_gradients_averaged
@@ -43,7 +43,7 @@ class DiscreteBound:
         return self.reconstruction + self.prior + self.diffusion
 
 
-class DiscreteNELBO:
+class DiscreteNELBO(Described):
     r"""The variational bound on -log P(images) of integers, without dequantization or offset.
 
     .. math::
@@ -75,8 +75,12 @@ class DiscreteNELBO:
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (equations 11 to
     19, appendix I.1).
 
-    >>> from diffusionkit import EpsModel, LogSigmaLabel, LogSNRSDE
-    >>> model = EpsModel(lambda x, noise_label: x, LogSNRSDE(), label=LogSigmaLabel())
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     DiscreteNELBO, EpsModel, LogSNRSDE, LogSigmaLabel
+    ... )
+    >>> network = lambda x, noise_label: x
+    >>> model = EpsModel(network, LogSNRSDE(), label=LogSigmaLabel())
     >>> DiscreteNELBO(model)(torch.randint(256, (4, 3, 8, 8))).nats.shape
     torch.Size([4])
     """
@@ -95,10 +99,6 @@ class DiscreteNELBO:
         if steps is not None:
             check_count(steps, "steps")
         self.steps = steps
-
-    @override
-    def __repr__(self) -> str:
-        return f"DiscreteNELBO({type(self.model).__name__}, {self.decoder}, steps={self.steps})"
 
     def __call__(
         self, images: Tensor, /, *, generator: Generators = None, **cond: Any
@@ -179,12 +179,16 @@ def variance_minimizing_backward(
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
 
-    >>> from diffusionkit import EpsModel, LearnedSDE, LogSigmaLabel
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     DiscreteNELBO, EpsModel, LearnedSDE, LogSigmaLabel,
+    ...     variance_minimizing_backward
+    ... )
     >>> from diffusionkit.networks import MLP
     >>> model = EpsModel(MLP(2), LearnedSDE(), label=LogSigmaLabel())
     >>> bound = DiscreteNELBO(model)(torch.randint(256, (8, 2)))
-    >>> loss = bound.nats.mean() / 2
-    >>> variance_minimizing_backward(loss, bound.diffusion / 2, model.sde.interior())
+    >>> loss, diffusion = bound.nats.mean() / 2, bound.diffusion / 2
+    >>> variance_minimizing_backward(loss, diffusion, model.sde.interior())
     """
     parameters = list(interior)
     gradients = torch.autograd.grad(diffusion.square().mean(), parameters, retain_graph=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_count
+from .._repr import Described
 from .._returned import wrap
 from .._schedules import exact
 from ..random import Generators, randn
@@ -67,7 +68,7 @@ def _check_divergence(
             raise ValueError(f"{type(part).__name__}: expected {name} of shape {shape}, got {got}")
 
 
-class Hutchinson(Divergence):
+class Hutchinson(Described, Divergence):
     r"""Hutchinson's stochastic estimate of the divergence, by vector-Jacobian products.
 
     .. math::
@@ -89,9 +90,12 @@ class Hutchinson(Divergence):
     Source: Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix, 1990;
     Grathwohl et al., FFJORD, 2019, arXiv 1810.01367.
 
+    >>> import torch
+    >>> from diffusionkit import Hutchinson
     >>> x = torch.zeros(2, 3)
     >>> hutchinson = Hutchinson()
-    >>> value, divergence = hutchinson(lambda x: 2 * x, x, hutchinson.start(x))
+    >>> state = hutchinson.start(x)
+    >>> value, divergence = hutchinson(lambda x: 2 * x, x, state)
     >>> divergence  # exact for a diagonal Jacobian
     tensor([[6., 6.]], dtype=torch.float64)
     """
@@ -103,10 +107,6 @@ class Hutchinson(Divergence):
         check_choice("noise", noise, ("rademacher", "gaussian"))
         self.probes = probes
         self.noise = noise
-
-    @override
-    def __repr__(self) -> str:
-        return f"Hutchinson(probes={self.probes}, noise={self.noise!r})"
 
     @override
     def start(self, x: Tensor, generator: Generators = None) -> Tensor:  # (K, B, *D)
@@ -124,7 +124,7 @@ class Hutchinson(Divergence):
         return value if again else value.detach(), torch.stack(inner)
 
 
-class ExactDivergence(Divergence):
+class ExactDivergence(Described, Divergence):
     """The exact trace of the Jacobian, row by row, for data of moderate dimension d.
 
     It costs d backward passes for each forward pass, `chunk` of them at a time.
@@ -136,6 +136,8 @@ class ExactDivergence(Divergence):
         ValueError: if chunk < 1.
         TypeError: if chunk is not an integer.
 
+    >>> import torch
+    >>> from diffusionkit import ExactDivergence
     >>> x = torch.tensor([[1.0, 2.0]])
     >>> ExactDivergence()(lambda x: x**2, x, None)[1].tolist()
     [[6.0]]
@@ -144,10 +146,6 @@ class ExactDivergence(Divergence):
     def __init__(self, chunk: int = 32) -> None:
         check_count(chunk, "chunk")
         self.chunk = chunk
-
-    @override
-    def __repr__(self) -> str:
-        return f"ExactDivergence(chunk={self.chunk})"
 
     @override
     def start(self, x: Tensor, generator: Generators = None) -> None:

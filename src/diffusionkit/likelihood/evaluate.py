@@ -111,11 +111,17 @@ def evaluate_bits_per_dim(
             is not that of the model's data, or path belongs to a run with other settings.
         TypeError: if a part has the wrong type, or data has no length.
 
-    >>> from diffusionkit import NELBO, GaussianMixtureModel, UniformDequantizer, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=torch.zeros(1, 2), stds=[0.5])
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     NELBO, VPSDE, GaussianMixtureModel, UniformDequantizer,
+    ...     evaluate_bits_per_dim
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [0.5])
     >>> images = torch.randint(0, 4, (10, 2))
+    >>> dequantizer = UniformDequantizer(levels=4)
     >>> result = evaluate_bits_per_dim(
-    ...     NELBO(model), images, dequantizer=UniformDequantizer(levels=4), progress=False)
+    ...     NELBO(model), images, dequantizer=dequantizer, progress=False
+    ... )
     >>> result.bits.shape
     torch.Size([10, 1])
     """

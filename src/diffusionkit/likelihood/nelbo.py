@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._checks import (
     check_count,
     check_finite,
     check_log_snr,
     check_part,
-    check_range,
     check_state,
     check_t_min,
     readable,
 )
+from .._data_range import check_range
 from .._model_checks import check_model
+from .._repr import Described
 from .._schedules import exact, home, schedule_dtype
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel
@@ -52,7 +52,7 @@ class Bound:
     t_min: float
 
 
-class NELBO:
+class NELBO(Described):
     r"""The negative evidence lower bound: -log p_SDE(x) <= NELBO(x), for each sample.
 
     The SDE model starts from the prior at T, runs the reverse-time SDE with the model's score
@@ -88,7 +88,8 @@ class NELBO:
     Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
     arXiv 2101.09258 (theorem 3, appendix B).
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
+    >>> import torch
+    >>> from diffusionkit import NELBO, VPSDE, GaussianMixtureModel
     >>> model = GaussianMixtureModel(VPSDE(), means=[[0.0]], stds=[1.0])
     >>> bound = NELBO(model, samples=4)(torch.zeros(2, 1))
     >>> bound.nats.shape, bound.stderr.shape
@@ -112,10 +113,6 @@ class NELBO:
         self.divergence = divergence
         self.t_min = model.sde.t_min if t_min is None else t_min
         check_t_min(self.t_min, model.sde.T)
-
-    @override
-    def __repr__(self) -> str:
-        return f"NELBO(samples={self.samples}, divergence={self.divergence}, t_min={self.t_min})"
 
     def __call__(self, x: Tensor, /, *, generator: Generators = None, **cond: Any) -> Bound:
         """Return the bound for data x (B, *D).

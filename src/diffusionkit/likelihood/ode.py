@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_finite, check_part, check_range, check_state, check_t_min
+from .._checks import check_finite, check_part, check_state, check_t_min
 from .._coefficients import Coefficient
+from .._data_range import check_range
 from .._flow_solver import Solver, angles, radii
 from .._grid_times import schedule
 from .._model_checks import check_model
@@ -23,6 +24,7 @@ from .._precision import (
     network_dtype,
     state_dtype,
 )
+from .._repr import Described, described
 from .._schedules import schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
@@ -56,7 +58,7 @@ class ODELogLikelihood:
         return -self.log_prob
 
 
-class ODELikelihood:
+class ODELikelihood(Described):
     r"""The log-density of data under the probability flow of a model.
 
     The flow maps x at t_min to a latent code x_T, evaluated under the prior:
@@ -101,8 +103,9 @@ class ODELikelihood:
     (section 4.3); Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
     arXiv 2101.09258.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, ODELikelihood
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> result = ODELikelihood(model)(torch.tensor([[-1.5], [2.5]]))
     >>> result.log_prob.round(decimals=2)
     tensor([-1.4200, -1.4200], dtype=torch.float64)
@@ -133,7 +136,8 @@ class ODELikelihood:
 
     @override
     def __repr__(self) -> str:
-        return f"ODELikelihood({self.divergence!r}, {self.solver!r}, t_min={self.t_min:g})"
+        solver = self.solver
+        return described(self, method=solver.method, rtol=solver.rtol, atol=solver.atol)
 
     def __call__(
         self, x: Tensor, /, *, generator: Generators = None, **cond: Any

@@ -86,10 +86,15 @@ class VariationalDequantizer(Dequantizer):
     Dequantization and Architecture Design, 2019, arXiv 1902.00275; with score models: Song et
     al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021, arXiv 2101.09258.
 
-    >>> dequantizer = VariationalDequantizer(1, levels=17, width=8, components=2, heads=0)
+    >>> import torch
+    >>> from diffusionkit import VariationalDequantizer
+    >>> dequantizer = VariationalDequantizer(
+    ...     1, levels=17, width=8, components=2, heads=0
+    ... )
     >>> images = torch.randint(17, (4, 1, 8, 8))
     >>> drawn = dequantizer(images)
-    >>> bool((dequantizer.quantize(drawn.x) == images).all()), drawn.log_prob.shape
+    >>> same = dequantizer.quantize(drawn.x) == images
+    >>> bool(same.all()), drawn.log_prob.shape
     (True, torch.Size([4]))
     """
 

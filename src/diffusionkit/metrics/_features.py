@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._hints import batch_advice
 from ..distributed._group import gather_objects, is_distributed
 
 
@@ -57,7 +58,7 @@ def check_features(x: Tensor, name: str, *, least: int = 1) -> None:
     a result that took hours.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape (n, d), got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a tensor of shape (n, d), got {batch_advice(x)}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if x.ndim != 2 or x.shape[1] == 0:

@@ -54,8 +54,11 @@ def stream_features(
         TypeError: if data has no length, or a part has the wrong type.
         RuntimeError: if another process could not read its images.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import stream_features
     >>> images = torch.randn(10, 3, 8, 8)
-    >>> batches = stream_features(images, lambda x: x.mean((2, 3)), batch_size=4, progress=False)
+    >>> means = lambda x: x.mean((2, 3))
+    >>> batches = stream_features(images, means, batch_size=4, progress=False)
     >>> [len(features) for features in batches]
     [4, 4, 2]
     """
@@ -86,7 +89,10 @@ def gather_features(
 
     For arguments and errors see `stream_features`.
 
-    >>> gather_features(torch.randn(10, 3, 8, 8), lambda x: x.mean((2, 3)), progress=False).shape
+    >>> import torch
+    >>> from diffusionkit.metrics import gather_features
+    >>> images, means = torch.randn(10, 3, 8, 8), lambda x: x.mean((2, 3))
+    >>> gather_features(images, means, progress=False).shape
     torch.Size([10, 3])
     """
     return joined(

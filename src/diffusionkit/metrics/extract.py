@@ -45,8 +45,10 @@ def extract_features(
             dimensions change between batches.
         TypeError: if a batch or a feature is not a tensor, or the extractor is not callable.
 
-    >>> images = torch.randn(10, 3, 8, 8)
-    >>> extract_features(images, lambda x: x.mean((2, 3)), progress=False).shape
+    >>> import torch
+    >>> from diffusionkit.metrics import extract_features
+    >>> images, means = torch.randn(10, 3, 8, 8), lambda x: x.mean((2, 3))
+    >>> extract_features(images, means, progress=False).shape
     torch.Size([10, 3])
     """
     check_callable(extractor, "extractor")

@@ -43,7 +43,10 @@ def register_features(
         ValueError: if the name has other characters, or belongs to another factory.
         TypeError: if the name or the description is not a string, or the factory not callable.
 
-    >>> register_features("means", lambda: lambda images: images.float().mean((2, 3)))
+    >>> import torch
+    >>> from diffusionkit.metrics import features, register_features
+    >>> means = lambda images: images.float().mean((2, 3))
+    >>> register_features("means", lambda: means)
     >>> features("means")(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).shape
     torch.Size([2, 3])
     """
@@ -80,6 +83,8 @@ def features(name: str) -> Extractor:
         TypeError: if name is not a string, or the factory does not return a callable.
         ImportError: if the package of `inception` is missing.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import features
     >>> features("pixels")(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape
     torch.Size([2, 64])
     """

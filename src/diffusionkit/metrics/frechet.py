@@ -33,6 +33,8 @@ class FeatureMoments:
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing
     Sample Variances, 1982.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import FeatureMoments
     >>> moments = FeatureMoments()
     >>> for _ in range(10):
     ...     moments.update(torch.randn(100, 8))
@@ -192,6 +194,8 @@ def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
     Source: Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
     Equilibrium, 2017, arXiv 1706.08500.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import frechet_distance
     >>> x = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
     >>> round(frechet_distance(x, x + 3), 6)
     18.0

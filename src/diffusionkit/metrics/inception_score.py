@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_mapping, numbers
+from .._repr import Described
 from ._features import check_features, double
 
 
@@ -24,7 +25,7 @@ class InceptionScoreResult(NamedTuple):
     std: float
 
 
-class InceptionScore:
+class InceptionScore(Described):
     r"""The Inception score: confident predictions for each sample, diverse ones overall.
 
     .. math::
@@ -44,6 +45,8 @@ class InceptionScore:
 
     Source: Salimans et al., Improved Techniques for Training GANs, 2016, arXiv 1606.03498.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import InceptionScore
     >>> score = InceptionScore(splits=1)
     >>> score.update(probs=torch.eye(4))
     >>> round(score.compute().mean, 6)

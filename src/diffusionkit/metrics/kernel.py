@@ -62,7 +62,10 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
 
     Source: Binkowski et al., Demystifying MMD GANs, 2018, arXiv 1801.01401.
 
-    >>> distance = kernel_distance(torch.randn(200, 4), torch.randn(200, 4) + 1)
+    >>> import torch
+    >>> from diffusionkit.metrics import kernel_distance
+    >>> x, y = torch.randn(200, 4), torch.randn(200, 4) + 1
+    >>> distance = kernel_distance(x, y)
     >>> distance.value > 5 * distance.stderr
     True
     """

@@ -56,6 +56,8 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
     Generative Models, 2020, arXiv 2002.09797, whose released code uses open balls, which differ
     only at ties.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import precision_recall
     >>> real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     >>> precision_recall(real, real + 1.5, k=1)
     PrecisionRecall(precision=0.75, recall=0.75, density=1.25, coverage=0.75)
@@ -115,7 +117,11 @@ def nearest(data: Tensor, queries: Tensor, k: int = 1) -> Nearest:
         ValueError: if there are fewer than k rows, shapes differ, or values are not finite.
         TypeError: if an argument has the wrong type.
 
-    >>> nearest(torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([[4.0]]), k=2)
+    >>> import torch
+    >>> from diffusionkit.metrics import nearest
+    >>> real = torch.tensor([[0.0], [2.0], [5.0]])
+    >>> generated = torch.tensor([[4.0]])
+    >>> nearest(real, generated, k=2)
     Nearest(index=tensor([[2, 1]]), distance=tensor([[1., 2.]], dtype=torch.float64))
     """
     check_count(k, "k")

@@ -91,6 +91,8 @@ def evaluate_samples(
             do not match, or values are not finite.
         TypeError: if features or logits are not floating-point tensors.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import evaluate_samples
     >>> x, y = torch.randn(2, 500, 8)
     >>> quality = evaluate_samples(x, y + 0.1)
     >>> 0 < quality.frechet < 1 and quality.neighbors.recall > 0.8

@@ -46,6 +46,8 @@ def to_uint8(x: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor
         ValueError: if x is not finite, or data_range is not low < high.
         TypeError: if x is not a floating-point tensor, or data_range not a pair of numbers.
 
+    >>> import torch
+    >>> from diffusionkit.metrics import to_uint8
     >>> to_uint8(torch.tensor([[-1.0, 0.0, 0.999, 1.2]]))
     tensor([[  0, 128, 255, 255]], dtype=torch.uint8)
     """
@@ -111,8 +113,11 @@ def sample_to_shards(
             does not return a floating-point tensor.
 
     >>> import tempfile
-    >>> draw = lambda n, generators: torch.stack([torch.rand(3, 8, 8, generator=g)
-    ...                                           for g in generators])
+    >>> import torch
+    >>> from diffusionkit.metrics import load_shards, sample_to_shards
+    >>> def draw(n, generators):
+    ...     images = [torch.rand(3, 8, 8, generator=g) for g in generators]
+    ...     return torch.stack(images)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     sample_to_shards(draw, 10, folder, batch_size=4, progress=False)
     ...     [len(images) for images in load_shards(folder)]

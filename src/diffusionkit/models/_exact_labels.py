@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed._wrappers import casts_inputs, unwrapped
+from .._keywords import conditions_of, unknown_condition
+from ..distributed._wrappers import bare_class, casts_inputs, unwrapped
 
 _NAME = "_exact_noise_label"
 
@@ -39,14 +40,24 @@ def _restore(
     return (x, exact.label.to(label.device), *others), kwargs
 
 
+def _name(network: object) -> str:
+    """Return the name of a function, or of the class of another network."""
+    if isinstance(network, nn.Module):
+        return bare_class(unwrapped(network)).__name__
+    name = str(getattr(network, "__name__", type(network).__name__))
+    return "lambda" if name == "<lambda>" else name
+
+
 class LabelGuard:
     """Calls a network that may be inside wrappers, and protects its noise labels from casts.
+
+    Conditions that the network does not take are errors that say what it takes.
 
     Args:
         network: the network. Another may be called, and this one be wrapped or sharded later.
     """
 
-    __slots__ = ("_casts", "_kind", "_network")
+    __slots__ = ("_casts", "_conditions", "_kind", "_network")
 
     def __init__(self, network: object) -> None:
         self._prepare(network)
@@ -58,6 +69,11 @@ class LabelGuard:
         # Its class changes when a network is sharded.
         if network is not self._network or type(network) is not self._kind:
             self._prepare(network)
+        if cond and self._conditions is not None:
+            unknown = [name for name in cond if name not in self._conditions]
+            if unknown:
+                message = unknown_condition(_name(network), unknown, self._conditions)
+                raise TypeError(message)
         if self._casts:
             cond = {**cond, _NAME: _Exact(noise_label)}
         return network(x, noise_label, **cond)
@@ -65,7 +81,9 @@ class LabelGuard:
     def _prepare(self, network: object) -> None:
         self._network, self._kind = network, type(network)
         self._casts = False
-        if isinstance(network, nn.Module) and casts_inputs(network):
-            self._casts, bare = True, unwrapped(network)
+        bare = unwrapped(network) if isinstance(network, nn.Module) else network
+        self._conditions = conditions_of(bare)
+        if isinstance(network, nn.Module) and isinstance(bare, nn.Module) and casts_inputs(network):
+            self._casts = True
             if _restore not in bare._forward_pre_hooks.values():
                 bare.register_forward_pre_hook(_restore, with_kwargs=True)

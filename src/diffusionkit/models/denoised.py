@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,10 @@ class DenoisedModel(ScoreModel):
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239; Nichol and
     Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (released code).
 
-    >>> from diffusionkit import EpsModel, VPSDE
-    >>> model = DenoisedModel(EpsModel(lambda x, noise_label: 0 * x, VPSDE()), Clip(-1.0, 1.0))
+    >>> import torch
+    >>> from diffusionkit import VPSDE, Clip, DenoisedModel, EpsModel
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
+    >>> model = DenoisedModel(model, Clip(-1.0, 1.0))
     >>> model.predict(torch.tensor([[3.0, -0.1]]), torch.tensor([0.01])).x0
     tensor([[ 1.0000, -0.1001]])
     """
@@ -92,6 +95,8 @@ class Clip:
     Raises:
         ValueError: if low >= high.
 
+    >>> import torch
+    >>> from diffusionkit import Clip
     >>> Clip()(torch.tensor([-3.0, 0.5]))
     tensor([-1.0000,  0.5000])
     """
@@ -116,7 +121,7 @@ class DynamicThreshold:
 
     .. math::
         x_0' = c + h \frac{\mathrm{clip}(z, -s, s)}{s}, \quad z = \frac{x_0 - c}{h}, \quad
-        s = \max(1, \mathrm{quantile}_q |z|),
+        s = \min(\max(1, \mathrm{quantile}_q |z|), s_{max}),
 
     where c is the center of the range, h half its width, and s is computed per sample. Prevents
     saturation under strong guidance.
@@ -125,13 +130,17 @@ class DynamicThreshold:
         quantile: the quantile q of a sample's absolute values.
         low: the lower end of the range.
         high: the upper end of the range.
+        largest: the largest s; what is further outside the range is clipped.
 
     Raises:
-        ValueError: if quantile is outside (0, 1], low >= high or a bound is not finite.
+        ValueError: if quantile is outside (0, 1], low >= high, a bound is not finite or largest
+            is below 1.
 
     Source: Saharia et al., Photorealistic Text-to-Image Diffusion Models with Deep Language
     Understanding, 2022, arXiv 2205.11487 (section 2.3).
 
+    >>> import torch
+    >>> from diffusionkit import DynamicThreshold
     >>> DynamicThreshold(quantile=0.5)(torch.tensor([[-8.0, 2.0, 1.0]]))
     tensor([[-1.0000,  1.0000,  0.5000]])
     """
@@ -139,10 +148,14 @@ class DynamicThreshold:
     quantile: float = 0.995
     low: float = -1.0
     high: float = 1.0
+    largest: float = math.inf
 
     def __post_init__(self) -> None:
         check_number(self.quantile, "quantile")
         check_interval(self.low, self.high, "low", "high")
+        check_number(self.largest, "largest")
+        if not self.largest >= 1.0:
+            raise ValueError(f"largest: expected a number >= 1, got {self.largest}")
         if not 0.0 < self.quantile <= 1.0:
             raise ValueError(f"quantile: expected a number in (0, 1], got {self.quantile}")
 
@@ -152,6 +165,6 @@ class DynamicThreshold:
         z = (x0 - center) / half
         rows = z.reshape(len(z), -1).abs().to(torch.promote_types(z.dtype, torch.float32))
         # Row by row: torch.quantile accepts at most 2^24 numbers.
-        size = torch.stack([torch.quantile(row, self.quantile) for row in rows]).clamp_min(1.0)
-        size = size.to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
+        size = torch.stack([torch.quantile(row, self.quantile) for row in rows])
+        size = size.clamp(1.0, self.largest).to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
         return center + half * (z.clamp(-size, size) / size)

@@ -47,7 +47,8 @@ class TimeLabel:
     Args:
         scale: the label at t = T. With a scale of T the label is t.
 
-    >>> from diffusionkit import VPSDE
+    >>> import torch
+    >>> from diffusionkit import VPSDE, TimeLabel
     >>> TimeLabel(999.0)(VPSDE(), torch.tensor([0.0, 0.5, 1.0]))
     tensor([  0.0000, 499.5000, 999.0000])
     """
@@ -68,7 +69,8 @@ class TimeLabel:
 class SigmaLabel:
     """The noise-to-signal ratio sigma / alpha: sigma for VE networks, which embed log(sigma).
 
-    >>> from diffusionkit import VESDE
+    >>> import torch
+    >>> from diffusionkit import VESDE, SigmaLabel
     >>> SigmaLabel()(VESDE(), torch.tensor([1.0]))
     tensor([50.])
     """
@@ -88,7 +90,8 @@ class LogSigmaLabel:
         scale: the factor applied to the logarithm.
         reference: the ratio at which the label is 0.
 
-    >>> from diffusionkit import EDMSDE
+    >>> import torch
+    >>> from diffusionkit import EDMSDE, LogSigmaLabel
     >>> LogSigmaLabel()(EDMSDE(), torch.tensor([1.0]))
     tensor([0.])
     """
@@ -117,8 +120,10 @@ class StepLabel:
         steps: the number of steps.
         scale: the factor applied to the step; improved DDPM uses 1000 / steps.
 
-    >>> from diffusionkit import DDPMChain
-    >>> StepLabel(1000)(DDPMChain.linear(1000), torch.tensor([0.001, 0.5, 1.0]))
+    >>> import torch
+    >>> from diffusionkit import DDPMChain, StepLabel
+    >>> chain, t = DDPMChain.linear(1000), torch.tensor([0.001, 0.5, 1.0])
+    >>> StepLabel(1000)(chain, t)
     tensor([  0., 499., 999.])
     """
 
@@ -162,7 +167,8 @@ class IndexLabel:
     Raises:
         ValueError: if the table has fewer than two entries or is not positive and monotone.
 
-    >>> from diffusionkit import VESDE
+    >>> import torch
+    >>> from diffusionkit import VESDE, IndexLabel
     >>> IndexLabel([50.0, 1.0, 0.01])(VESDE(), torch.tensor([0.0, 1.0]))
     tensor([2., 0.])
     """
@@ -176,6 +182,7 @@ class IndexLabel:
                 "sigmas: expected at least two positive, strictly increasing or decreasing "
                 f"values, got {table.tolist()[:6]}"
             )
+        self.sigmas = table
         self._flip = bool(steps[0] < 0)
         log = torch.log(table.flip(0) if self._flip else table)
         self._edges = 0.5 * (log[1:] + log[:-1])

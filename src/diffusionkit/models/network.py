@@ -13,10 +13,12 @@ from typing_extensions import override
 from .._checks import check_callable, check_choice, check_data_range, check_part
 from .._coefficients import Coefficient
 from .._grid_times import evaluate, floats, kernel_tensors
+from .._keywords import explained
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction
 from ._exact_labels import LabelGuard
+from ._network_labels import check_network_labels
 from .labels import Label, LogSigmaLabel, SigmaLabel, TimeLabel, checked_label
 
 _LEARNED = ("learned_range", "learned")
@@ -27,6 +29,7 @@ _OVERFLOW = (
 )
 
 
+@explained
 class NetworkModel(ScoreModel):
     r"""A score model made of a network, whose output F predicts a x0 + b eps.
 
@@ -58,7 +61,8 @@ class NetworkModel(ScoreModel):
     Raises:
         TypeError: if the network or the label is not callable, sde is not a ForwardSDE, or
             data_range is not a pair of numbers.
-        ValueError: if variance is none of these, or data_range not low < high.
+        ValueError: if variance is none of these, data_range not low < high, or a network of the
+            library cannot embed the noise labels or should not divide its output by them.
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.1).
     """
@@ -86,6 +90,7 @@ class NetworkModel(ScoreModel):
         self.variance = variance
         self._dtype = NetworkDtype(network)
         self._guard = LabelGuard(network)
+        check_network_labels(self)
 
     @staticmethod
     def _default_label() -> Label:
@@ -152,9 +157,15 @@ class NetworkModel(ScoreModel):
                                  f"got shape {shape}")  # fmt: skip
             shape, learned = (len(x), 2 * x.shape[1], *x.shape[2:]), ", with a learned variance"
         if output.shape != shape:
-            raise ValueError(
-                f"network: expected an output of shape {shape}{learned}, got {tuple(output.shape)}"
-            )
+            got = f"{tuple(output.shape)}"
+            if x.ndim > 1 and output.shape == (len(x), 2 * x.shape[1], *x.shape[2:]):
+                got += (
+                    "; for a network that also predicts a variance, such as ADMUNet, pass the "
+                    'model variance="learned_range", or make the network with learn_sigma=False'
+                )
+            elif learned and output.shape == x.shape:
+                got += "; make the network with twice the channels, or the model with variance=None"
+            raise ValueError(f"network: expected an output of shape {shape}{learned}, got {got}")
         return output
 
 
@@ -174,8 +185,8 @@ class EpsModel(NetworkModel):
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
     >>> import torch
-    >>> from diffusionkit import VPSDE
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
+    >>> from diffusionkit import VPSDE, EpsModel
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
     >>> model.predict(torch.ones(2, 3), torch.tensor([0.1, 0.9])).eps.shape
     torch.Size([2, 3])
     """

@@ -21,6 +21,7 @@ from .._checks import (
     numbers,
 )
 from .._coefficients import expand
+from .._keywords import check_foreign
 from .._precision import at_least_float32
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
@@ -76,8 +77,9 @@ class GaussianMixtureModel(_ExactModel):
         ValueError: if shapes do not match, a standard deviation or a weight is negative, or no
             weight is positive.
 
-    >>> from diffusionkit import VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> model(torch.zeros(1, 1), torch.tensor([0.5]))
     tensor([[-0.]])
     """
@@ -127,6 +129,7 @@ class GaussianMixtureModel(_ExactModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
+        check_foreign(self, cond)
         _check_query(self.sde, x, t, self.means)
         x = at_least_float32(x)
         alpha, sigma, variance, diff, log = self._components(x, t)
@@ -184,7 +187,8 @@ class EmpiricalModel(_ExactModel):
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (appendix B.3).
 
-    >>> from diffusionkit import VESDE
+    >>> import torch
+    >>> from diffusionkit import VESDE, EmpiricalModel
     >>> model = EmpiricalModel(VESDE(), torch.tensor([[-1.0], [1.0]]))
     >>> model.predict(torch.tensor([[0.9]]), torch.tensor([0.0])).x0
     tensor([[1.]])
@@ -211,6 +215,7 @@ class EmpiricalModel(_ExactModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
+        check_foreign(self, cond)
         _check_query(self.sde, x, t, self.data)
         x = at_least_float32(x)
         alpha, sigma = (c.unsqueeze(1) for c in self.sde.marginal(exact(t)))

@@ -12,11 +12,13 @@ from typing_extensions import override
 from .._checks import check_positive
 from .._coefficients import expand
 from .._grid_times import evaluate
+from .._keywords import explained
 from ..interfaces import ForwardSDE
 from .labels import Label, LogSigmaLabel
 from .network import NetworkModel
 
 
+@explained
 class EDMModel(NetworkModel):
     r"""A network whose input and target have unit variance at every noise level.
 
@@ -45,8 +47,8 @@ class EDMModel(NetworkModel):
     2022, arXiv 2206.00364 (table 1).
 
     >>> import torch
-    >>> from diffusionkit import EDMSDE
-    >>> model = EDMModel(lambda x, noise_label: torch.zeros_like(x), EDMSDE())
+    >>> from diffusionkit import EDMSDE, EDMModel
+    >>> model = EDMModel(lambda x, noise_label: 0 * x, EDMSDE())
     >>> model.predict(torch.ones(1, 2), torch.tensor([0.5])).x0  # c_skip x
     tensor([[0.5000, 0.5000]])
     """
@@ -62,9 +64,9 @@ class EDMModel(NetworkModel):
         variance: str | None = None,
     ) -> None:
         """Join the network and its process."""
-        super().__init__(network, sde, label=label, data_range=data_range, variance=variance)
         check_positive(sigma_data, "sigma_data")
-        self.sigma_data = sigma_data
+        self.sigma_data = sigma_data  # read by the parameterization
+        super().__init__(network, sde, label=label, data_range=data_range, variance=variance)
 
     @staticmethod
     @override

@@ -43,9 +43,14 @@ class ScheduleTransformedModel(ScoreModel):
 
     Source: Karras et al., 2022, arXiv 2206.00364 (appendix C).
 
-    >>> from diffusionkit import EDMSDE, EpsModel, VPSDE
-    >>> model = ScheduleTransformedModel(EpsModel(lambda x, noise_label: x, VPSDE()), EDMSDE())
-    >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).eps  # the input of the network
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     EDMSDE, VPSDE, EpsModel, ScheduleTransformedModel
+    ... )
+    >>> model = EpsModel(lambda x, noise_label: x, VPSDE())
+    >>> model = ScheduleTransformedModel(model, EDMSDE())
+    >>> # the input of the network
+    >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).eps
     tensor([[0.7071, 0.7071]])
     """
 

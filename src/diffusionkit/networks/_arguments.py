@@ -21,6 +21,7 @@ from .._checks import (
     check_state,
     readable,
 )
+from .._hints import label_advice, layout_advice
 
 _MOST_CHANNELS = 2**20
 # What is a number of modules takes seconds to build, and rather more would take days.
@@ -99,9 +100,19 @@ def check_layout(
         check_count(level, "attention_levels", least=0)
         if level not in range(len(multipliers)):
             raise ValueError(
-                f"attention_levels: expected levels in [0, {len(multipliers)}), got {level}"
+                f"attention_levels: expected levels in [0, {len(multipliers)}), got {level}; there "
+                f"is one level for each of multipliers={multipliers!r:.80}"
             )
     return [int(width * multiplier) for multiplier in multipliers]
+
+
+def default_levels(
+    levels: Sequence[int] | None, default: Sequence[int], multipliers: Sequence[float]
+) -> Sequence[int]:
+    """Return the levels with attention: if None, those of a default that the network has."""
+    if levels is not None or not isinstance(multipliers, Sequence):
+        return default if levels is None else levels
+    return tuple(level for level in default if level < len(multipliers))
 
 
 def unit_range(data_range: tuple[float, float]) -> tuple[float, float]:
@@ -136,7 +147,8 @@ def network_input(x: Tensor, channels: int, dims: int, weight: Tensor) -> Tensor
     check_state(x)
     if x.ndim != dims + 2 or x.shape[1] != channels:
         expected = ", ".join(["B", str(channels), *_SPATIAL[dims]])
-        raise ValueError(f"x: expected shape ({expected}), got {tuple(x.shape)}")
+        got = f"{tuple(x.shape)}{layout_advice(x, channels, dims)}"
+        raise ValueError(f"x: expected shape ({expected}), got {got}")
     check_device(x, weight, "x", "the network")
     return x if x.dtype == weight.dtype or autocast_enabled(x) else x.to(weight.dtype)
 
@@ -181,7 +193,10 @@ def check_label_values(noise_label: Tensor, use: str, *, positive: bool) -> None
             kind, advice = "finite numbers", "check the model's label at this time"
             if positive:
                 kind = "finite numbers > 0"
-                advice = 'use a model with label=SigmaLabel(), or embedding="positional"'
+                advice = (
+                    'make the network with embedding="positional" and scale_by_sigma=False, or use '
+                    "a model with label=SigmaLabel(), such as RawScoreModel"
+                )
             raise ValueError(
                 f"noise_label: expected {kind}, since the network {use}, got values from "
                 f"{low:g} to {high:g}; {advice}"
@@ -217,28 +232,38 @@ def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int 
         if class_labels is not None:
             raise TypeError(
                 "class_labels: expected None for a network without classes (num_classes=None), "
-                f"got {_described(class_labels)}"
+                f"got {_described(class_labels)}; make the network with num_classes=..."
             )
         return
     if class_labels is None:
         raise TypeError(
             f"class_labels: expected a tensor (B,) for a network with num_classes={num_classes}, "
-            "got None"
+            f"got None{label_advice(None, len(x))}"
         )
-    _check_tensor(class_labels, "class_labels")
+    if not isinstance(class_labels, Tensor):
+        raise TypeError(
+            f"class_labels: expected a tensor, got {type(class_labels).__name__}"
+            f"{label_advice(class_labels, len(x))}"
+        )
     if class_labels.dtype != torch.int64:
-        raise TypeError(f"class_labels: expected torch.int64, got {class_labels.dtype}")
+        got = f"{class_labels.dtype}{label_advice(class_labels, len(x))}"
+        raise TypeError(f"class_labels: expected torch.int64, got {got}")
     if class_labels.shape != x.shape[:1]:
-        raise ValueError(
-            f"class_labels: expected shape ({x.shape[0]},), got {tuple(class_labels.shape)}"
-        )
+        got = f"{tuple(class_labels.shape)}{label_advice(class_labels, len(x))}"
+        raise ValueError(f"class_labels: expected shape ({x.shape[0]},), got {got}")
     check_device(class_labels, x, "class_labels")
     if readable(class_labels):
         low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high >= num_classes:
+            hint = "; count classes from 0" if low == 1 and high == num_classes else ""
+            if low >= 0 and high == num_classes and not hint:
+                hint = (
+                    f"; a class more, num_classes={num_classes + 1}, is needed where one stands "
+                    "for no class, as in ClassifierFreeGuidance"
+                )
             raise ValueError(
                 f"class_labels: expected classes in [0, {num_classes}), "
-                f"got values from {low} to {high}"
+                f"got values from {low} to {high}{hint}"
             )
 
 

@@ -14,6 +14,7 @@ from ._arguments import (
     check_flags,
     check_layout,
     check_optional_counts,
+    default_levels,
 )
 from .blocks import ResidualBlock, SelfAttention
 from .config import remembers
@@ -41,7 +42,8 @@ class ADMUNet(UNet):
         width: number of channels that the multipliers multiply, even and at least 4.
         multipliers: channels of each level over `width`; each level halves the resolution.
         blocks: number of residual blocks per level.
-        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        attention_levels: indices of the levels with attention; 0 is the full resolution. None
+            for 1 and 2, as far as the network has as many levels.
         heads: number of heads of each attention.
         decoder_heads: number of heads of each attention in the decoder; `heads` if None.
         head_channels: number of channels per head, instead of a number of heads, or None. A level
@@ -73,7 +75,9 @@ class ADMUNet(UNet):
 
     >>> import torch
     >>> from diffusionkit.networks import ADMUNet
-    >>> net = ADMUNet(channels=1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,))
+    >>> net = ADMUNet(
+    ...     1, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,)
+    ... )
     >>> net(torch.randn(4, 1, 8, 12), torch.tensor([0, 10, 500, 999])).shape
     torch.Size([4, 2, 8, 12])
     """
@@ -89,7 +93,7 @@ class ADMUNet(UNet):
         width: int = 128,
         multipliers: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 3,
-        attention_levels: Sequence[int] = (1, 2),
+        attention_levels: Sequence[int] | None = None,
         heads: int = 4,
         decoder_heads: int | None = None,
         head_channels: int | None = None,
@@ -106,6 +110,8 @@ class ADMUNet(UNet):
     ) -> None:
         check_counts(channels=channels)
         check_optional_counts(out_channels=out_channels)
+        attention_levels = default_levels(attention_levels, (1, 2), multipliers)
+        self.config["attention_levels"] = attention_levels
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         decoder_heads = heads if decoder_heads is None else decoder_heads

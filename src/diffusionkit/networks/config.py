@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from .._keywords import misfit
+
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
@@ -26,7 +28,12 @@ def remembers(init: Init) -> Init:
 
     @functools.wraps(init)
     def remembering(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            parameters = list(signature.parameters.values())[1:]
+            message = misfit(type(self).__name__, parameters, args, kwargs)
+            raise (error if message is None else TypeError(message)) from error
         bound.apply_defaults()
         arguments: dict[str, Any] = dict(list(bound.arguments.items())[1:])
         arguments |= arguments.pop("options", {})

@@ -17,8 +17,9 @@ class Dropout(nn.Dropout):
 
     On the CPU torch draws one number per feature sequentially, which took three percent of a
     training step of NCSN++. Here one 64-bit number covers four features, 16 bits each, and p is
-    rounded to the nearest multiple of :math:`2^{-16}`. On other devices and in compiled code this
-    is torch's own dropout. Random numbers come from torch's global generator.
+    rounded to the nearest multiple of :math:`2^{-16}`. On other devices, in compiled code and under
+    transforms of `torch.func` this is torch's own dropout. Random numbers come from torch's global
+    generator.
     """
 
     @override
@@ -26,7 +27,8 @@ class Dropout(nn.Dropout):
         """Apply dropout to a tensor of any shape."""
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if x.device.type != "cpu" or transformed:  # torch 2.6 cannot view numbers under vmap
             return F.dropout(x, self.p)
         dropped = min(round(self.p * _LEVELS), _LEVELS - 1)
         quarters = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), device=x.device)

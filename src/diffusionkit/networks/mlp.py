@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .._checks import check_count
+from .._repr import configuration
 from ._arguments import (
     check_class_labels,
     check_counts,
@@ -113,6 +114,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(_ResidualLayer(width) for _ in range(depth))
         self.output_norm = nn.LayerNorm(width)
         self.output = linear(width, out_features, scale=0)
+
+    @override
+    def extra_repr(self) -> str:
+        return ", ".join(configuration(self))
 
     @override
     def forward(

@@ -9,7 +9,14 @@ from typing import Any, Literal, Self
 from torch import nn
 
 from .._checks import check_choice, check_positive
-from ._arguments import check_counts, check_dropout, check_fir_kernel, check_flags, check_layout
+from ._arguments import (
+    check_counts,
+    check_dropout,
+    check_fir_kernel,
+    check_flags,
+    check_layout,
+    default_levels,
+)
 from .blocks import ResidualBlock, SelfAttention
 from .config import remembers
 from .embeddings import LabelEmbedding, SigmaTable, make_embedding
@@ -39,7 +46,8 @@ class NCSNpp(UNet):
         width: number of channels of the first level, even and at least 4.
         multipliers: channels of each level over `width`; each level halves the resolution.
         blocks: number of residual blocks per level.
-        attention_levels: indices of the levels with attention; 0 is the full resolution.
+        attention_levels: indices of the levels with attention; 0 is the full resolution. None
+            for 1, the second, as far as the network has as many levels.
         dropout: dropout probability within the residual blocks.
         num_classes: number of classes, or None for a network without classes.
         condition_features: size of a condition vector, such as augmentation labels, or None.
@@ -84,7 +92,7 @@ class NCSNpp(UNet):
     Generative Modeling through Stochastic Differential Equations, 2021, arXiv 2011.13456.
 
     >>> import torch
-    >>> from diffusionkit import RawScoreModel, VESDE
+    >>> from diffusionkit import VESDE, RawScoreModel
     >>> from diffusionkit.networks import NCSNpp
     >>> net = NCSNpp(channels=1, width=8, multipliers=(1, 2), blocks=1)
     >>> model = RawScoreModel(net, VESDE(sigma_max=50.0))
@@ -102,7 +110,7 @@ class NCSNpp(UNet):
         width: int = 128,
         multipliers: Sequence[int] = (1, 2, 2, 2),
         blocks: int = 4,
-        attention_levels: Sequence[int] = (1,),
+        attention_levels: Sequence[int] | None = None,
         dropout: float = 0.1,
         num_classes: int | None = None,
         condition_features: int | None = None,
@@ -124,6 +132,8 @@ class NCSNpp(UNet):
         data_range: tuple[float, float] = (-1.0, 1.0),
         activation_checkpointing: bool = False,
     ) -> None:
+        attention_levels = default_levels(attention_levels, (1,), multipliers)
+        self.config["attention_levels"] = attention_levels
         widths = check_layout(dims, width, multipliers, attention_levels)
         check_dropout(dropout)
         check_counts(channels=channels, group_channels=group_channels)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from .._checks import check_choice, check_count, check_sequence
+from .._repr import configuration
 from ._arguments import (
     check_class_labels,
     check_counts,
@@ -121,6 +122,10 @@ class NCSNv2(nn.Module):
             below = [out]
         self.norm = InstanceNormPlus(widths[0])
         self.output = conv(dims, widths[0], channels)
+
+    @override
+    def extra_repr(self) -> str:
+        return ", ".join(configuration(self))
 
     @override
     def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:

@@ -11,11 +11,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from .._repr import configuration
 from ._arguments import (
     check_class_labels,
     check_counts,
     check_divisible,
     check_flags,
+    check_label_values,
+    check_level_index,
     check_low_res,
     check_noise_label,
     check_optional_counts,
@@ -23,7 +26,7 @@ from ._arguments import (
     network_input,
     unit_range,
 )
-from .embeddings import ConditionEmbedding
+from .embeddings import ConditionEmbedding, FourierEmbedding, SigmaTable
 from .layers import Style, over_level
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -237,6 +240,10 @@ class UNet(nn.Module):
         self.head = head(c) if head else None
 
     @override
+    def extra_repr(self) -> str:
+        return ", ".join(configuration(self))
+
+    @override
     def forward(
         self,
         x: Tensor,
@@ -306,3 +313,21 @@ class UNet(nn.Module):
         if self.noise_level is not None:
             result = over_level(result, self.noise_level(noise_label))
         return result
+
+    @property
+    def divides_by_label(self) -> bool:
+        """Whether the output is divided by the noise label itself, as by a noise level sigma."""
+        return isinstance(self.noise_level, nn.Identity)
+
+    def check_noise_labels(self, noise_label: Tensor) -> None:
+        """Raise unless the network can embed noise labels (n,) (read on the CPU only).
+
+        Raises:
+            TypeError: if they are in half precision.
+            ValueError: if one is not positive or no index of a noise level, where it must be.
+        """
+        features = None if self.embedding is None else self.embedding.noise_features
+        if isinstance(features, FourierEmbedding) and features.log:
+            check_label_values(noise_label, "embeds their logarithm", positive=True)
+        if isinstance(self.noise_level, SigmaTable):
+            check_level_index(noise_label, len(self.noise_level.values))

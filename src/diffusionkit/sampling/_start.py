@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_number, check_samples, check_shape, check_state
+from .._checks import (
+    check_finite,
+    check_known,
+    check_number,
+    check_samples,
+    check_shape,
+    check_state,
+)
 from .._precision import (
     WIDER,
     at_least_float32,
@@ -39,6 +46,7 @@ def initial_state(
     check_float_dtype(dtype)
     if isinstance(start, Tensor):
         check_state(start)
+        check_known(start, "x")
         check_finite(start)
         if (device is not None and torch.device(device) != start.device) or (
             dtype is not None and dtype != start.dtype
@@ -102,7 +110,8 @@ def noised_data(
             f"and at most T = {sde.T:g}, got {t}"
         )
     first = int((times > t).sum())
-    return sde.perturb(x0, times[first].to(x0.device).expand(len(x0)), generator=generator).x, first
+    start = times[first].to(x0.device, schedule_dtype(x0.device)).expand(len(x0))
+    return sde.perturb(x0, start, generator=generator).x, first
 
 
 def check_step(step: Step, x: Tensor, part: object) -> None:

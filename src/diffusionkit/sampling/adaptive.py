@@ -70,8 +70,11 @@ class AdaptiveSDE(Predictor):
     Source: Jolicoeur-Martineau et al., Gotta Go Fast When Generating Data with Score-Based
     Models, 2021, arXiv 2105.14080 (algorithm 1, with r = 2/3 for .9, and x for x'_prev).
 
-    >>> from diffusionkit import GaussianMixtureModel, PCSampler, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, AdaptiveSDE, GaussianMixtureModel, PCSampler
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> sampler = PCSampler(model, AdaptiveSDE(rtol=0.05), steps=1)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])

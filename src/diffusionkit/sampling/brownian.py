@@ -54,10 +54,14 @@ class BrownianPath(NoisePath):
     Source: Li et al., Scalable Gradients for Stochastic Differential Equations, 2020, arXiv
     2001.01328 (section 4); Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011.
 
-    >>> from diffusionkit import Ancestral, GaussianMixtureModel, LogSNRGrid, PCSampler, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> from diffusionkit import (
+    ...     VPSDE, Ancestral, BrownianPath, GaussianMixtureModel, LogSNRGrid,
+    ...     PCSampler
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
+    >>> grid = LogSNRGrid()
     >>> for steps in (50, 100, 200):
-    ...     sampler = PCSampler(model, Ancestral(), steps=steps, grid=LogSNRGrid())
+    ...     sampler = PCSampler(model, Ancestral(), steps=steps, grid=grid)
     ...     x = sampler((3, 1), generator=BrownianPath(range(3)))
     ...     [round(value, 1) for value in x.flatten().tolist()]
     [1.5, 1.7, 1.8]

@@ -13,6 +13,7 @@ from typing_extensions import override
 from .._checks import check_choice, check_count, check_positive
 from .._coefficients import add_noise, expand
 from .._grid_times import kernel
+from .._keywords import explained
 from .._precision import at_least_float32
 from ..interfaces import Corrector, ScoreModel, Step
 from ..random import Generators, randn_like
@@ -21,6 +22,7 @@ from ..random import Generators, randn_like
 _HALFWAY = 64
 
 
+@explained
 @dataclass(frozen=True)
 class Langevin(Corrector):
     r"""Langevin dynamics with the step size set by a signal-to-noise ratio.
@@ -119,6 +121,7 @@ def _moved(x: Tensor, factor: Tensor, along: Tensor, value: float) -> Tensor:
     return (x + value * factor * along).to(x.dtype)
 
 
+@explained
 @dataclass(frozen=True)
 class AnnealedLangevin(Corrector):
     r"""Langevin dynamics with a step size proportional to the variance of the noise.

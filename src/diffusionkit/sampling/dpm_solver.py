@@ -33,9 +33,13 @@ class DPMSolver2M(ExponentialMidpoint):
     Source: Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
     Models, 2022, arXiv 2211.01095 (algorithm 2).
 
-    >>> from diffusionkit import GaussianMixtureModel, LogSNRGrid, PCSampler, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.1, 0.1])
-    >>> sampler = PCSampler(model, DPMSolver2M(), grid=LogSNRGrid(), steps=20)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, DPMSolver2M, GaussianMixtureModel, LogSNRGrid, PCSampler
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.1, 0.1])
+    >>> grid = LogSNRGrid()
+    >>> sampler = PCSampler(model, DPMSolver2M(), grid=grid, steps=20)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe

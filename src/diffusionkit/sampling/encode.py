@@ -55,9 +55,11 @@ def ddim_encode(
 
     Source: Song et al., Denoising Diffusion Implicit Models, 2021, arXiv 2010.02502 (section 4.3).
 
-    >>> from diffusionkit import DDPMChain, GaussianMixtureModel
+    >>> import torch
+    >>> from diffusionkit import DDPMChain, GaussianMixtureModel, ddim_encode
     >>> model = GaussianMixtureModel(DDPMChain.linear(1000), [[2.0]], [0.5])
-    >>> ddim_encode(model, torch.tensor([[2.5], [1.5]]), steps=500)  # one deviation up and down
+    >>> x = torch.tensor([[2.5], [1.5]])  # one deviation up and down
+    >>> ddim_encode(model, x, steps=500)
     tensor([[ 1.0071],
             [-0.9813]])
     """

@@ -82,7 +82,7 @@ class UniformGrid(_SpacedGrid):
         t_end: the last time, the SDE's t_stop by default.
         to_zero: whether the last step goes from t_end to 0.
 
-    >>> from diffusionkit import VPSDE
+    >>> from diffusionkit import VPSDE, UniformGrid
     >>> UniformGrid(t_end=0.0)(VPSDE(), 4).tolist()
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
@@ -141,8 +141,9 @@ class KarrasGrid(_SpacedGrid):
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (equation 5).
 
-    >>> from diffusionkit import EDMSDE
-    >>> [round(s, 3) for s in KarrasGrid(to_zero=True)(EDMSDE(), 4).tolist()]
+    >>> from diffusionkit import EDMSDE, KarrasGrid
+    >>> grid = KarrasGrid(to_zero=True)
+    >>> [round(s, 3) for s in grid(EDMSDE(), 4).tolist()]
     [80.0, 9.723, 0.47, 0.002, 0.0]
     """
 
@@ -173,7 +174,7 @@ class ChainGrid:
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672; Karras et al., EDM, 2022,
     arXiv 2206.00364 (table 1).
 
-    >>> from diffusionkit import DDPMChain, EDMSDE
+    >>> from diffusionkit import EDMSDE, ChainGrid, DDPMChain
     >>> grid = ChainGrid(DDPMChain.cosine(1000), to_zero=True)
     >>> [round(s, 4) for s in grid(EDMSDE(sigma_max=81.0), 4).tolist()]
     [80.2037, 1.7195, 0.5834, 0.0064, 0.0]

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from .._checks import check_number, check_positive
 from .._coefficients import Coefficient, linear
+from .._keywords import explained
 from .._precision import at_least_float32
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, randn_like
@@ -66,6 +67,7 @@ class _ChurnedStages(StageCoefficients):
     noise: Coefficient = 0.0
 
 
+@explained
 @dataclass(frozen=True)
 class Heun(TwoStagePredictor):
     r"""A second-order step of the probability flow, with or without churn: EDM's sampler.
@@ -110,9 +112,13 @@ class Heun(TwoStagePredictor):
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (algorithms 1 to 3).
 
-    >>> from diffusionkit import EDMSDE, GaussianMixtureModel, KarrasGrid, PCSampler
-    >>> model = GaussianMixtureModel(EDMSDE(), means=[[-0.5], [0.5]], stds=[0.1, 0.1])
-    >>> sampler = PCSampler(model, Heun(), grid=KarrasGrid(to_zero=True), steps=18)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     EDMSDE, GaussianMixtureModel, Heun, KarrasGrid, PCSampler
+    ... )
+    >>> model = GaussianMixtureModel(EDMSDE(), [[-0.5], [0.5]], [0.1, 0.1])
+    >>> grid = KarrasGrid(to_zero=True)
+    >>> sampler = PCSampler(model, Heun(), grid=grid, steps=18)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe

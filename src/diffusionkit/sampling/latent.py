@@ -34,6 +34,8 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     Source: Shoemake, Animating Rotation with Quaternion Curves, 1985; Song et al., 2021, arXiv
     2010.02502 (appendix D.5).
 
+    >>> import torch
+    >>> from diffusionkit import slerp
     >>> slerp(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.5)
     tensor([[0.7071, 0.7071]])
     """

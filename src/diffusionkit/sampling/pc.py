@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._checks import check_count, check_flag, check_part, check_samples
+from .._data_range import check_range
 from .._grid_times import grid_times, noise_at
+from .._keywords import explained, explains
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
 from .._model_checks import check_model
 from .._nfe import EvaluationCounter
 from .._precision import WIDER, narrowed
+from .._repr import Described
 from .._schedules import home, schedule_dtype
 from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, ObservedPath
@@ -24,8 +26,8 @@ from .grids import Grid, resolve_grid
 from .time_travel import TimeTravel, travel_back
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SamplerState:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class SamplerState(Described):
     """A sampler's state after a step.
 
     Args:
@@ -50,7 +52,8 @@ class SamplerState:
         return None if self.prediction is None else self.prediction.x0
 
 
-class PCSampler:
+@explained
+class PCSampler(Described):
     r"""Predictor-corrector sampling from T to the data, on any grid of times.
 
     At each time the corrector updates the state within the distribution p_t, then the predictor
@@ -86,9 +89,13 @@ class PCSampler:
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (algorithm 1).
 
-    >>> from diffusionkit import GaussianMixtureModel, Langevin, ReverseDiffusion, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.1, 0.1])
-    >>> sampler = PCSampler(model, ReverseDiffusion(), Langevin(snr=0.16), steps=50)
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, Langevin, PCSampler, ReverseDiffusion
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.1, 0.1])
+    >>> corrector = Langevin(snr=0.16)
+    >>> sampler = PCSampler(model, ReverseDiffusion(), corrector, steps=50)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe
@@ -149,15 +156,12 @@ class PCSampler:
                 f"got {time_travel.jump}"
             )
 
-    @override
-    def __repr__(self) -> str:
-        return f"PCSampler({self.predictor}, {self.corrector}, steps={self.steps})"
-
     @property
     def times(self) -> Tensor:
         """The decreasing times (N + 1,) of the grid, for the current process."""
         return resolve_grid(self.grid, self.model.sde, self.steps)
 
+    @explains
     def __call__(
         self,
         start: Sequence[int] | Tensor,
@@ -182,7 +186,7 @@ class PCSampler:
             ValueError: if the state is not finite, the generators do not match the batch, a
                 state is to be drawn and the grid does not begin at the prior's noise, a
                 predictor adds noise that is not that of the `BrownianPath` it got, or the result
-                is not finite (read on the CPU only).
+                is not finite, which is read on every device.
             TypeError: if dtype is not a floating-point dtype.
         """
         with torch.no_grad(), evaluation_mode(self.model):
@@ -204,8 +208,8 @@ class PCSampler:
             cond: passed to the model.
 
         Raises:
-            ValueError: if no step of the grid begins within (0, t], or x0 or the result is not
-                finite.
+            ValueError: if no step of the grid begins within (0, t], x0 or the result is not finite,
+                or x0 is outside the model's data_range.
             TypeError: if t is not a number.
 
         Source: Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic
@@ -213,6 +217,7 @@ class PCSampler:
         """
         with torch.no_grad(), evaluation_mode(self.model):
             x, first = noised_data(self.model.sde, x0, t, self.times, generator)
+            check_range(x0, self.model, "x0")
             for state in self._run(x, generator, cond, first=first):  # noqa: B007 - only the last is used
                 pass
         return narrowed(state.x, x0.dtype, "samples", WIDER)

@@ -18,6 +18,7 @@ from typing_extensions import override
 from .._checks import check_choice, check_number, check_step_times, readable
 from .._coefficients import Coefficient, add_noise, expand
 from .._grid_times import by_row, exact_times, grid_point, grid_points, kernel
+from .._keywords import explained
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, step_noise
@@ -264,6 +265,7 @@ def _broadcast(coefficient: Coefficient | None, like: Tensor) -> Tensor:
     return cast(Tensor, expand(value, like))
 
 
+@explained
 @dataclass(frozen=True)
 class DDIM(LinearPredictor):
     r"""The generalized, possibly deterministic, sampler of DDIM.

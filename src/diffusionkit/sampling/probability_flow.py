@@ -21,17 +21,20 @@ from .._checks import (
 )
 from .._flow_solver import Solver
 from .._grid_times import grid_times
+from .._keywords import explained, explains
 from .._loops import evaluation_mode
 from .._model_checks import check_model
 from .._nfe import EvaluationCounter
 from .._precision import at_least_float32
+from .._repr import Described, described
 from ..interfaces import ScoreModel
 from ..random import Generators
 from ._start import initial_state, result
 from .latent import slerp
 
 
-class ProbabilityFlow:
+@explained
+class ProbabilityFlow(Described):
     r"""Sampling, encoding and decoding along the probability-flow ODE.
 
     .. math::
@@ -71,8 +74,9 @@ class ProbabilityFlow:
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (section 4.3).
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel, ProbabilityFlow
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> flow = ProbabilityFlow(model)
     >>> x = torch.tensor([[-1.5], [2.5]])
     >>> torch.allclose(flow.decode(flow.encode(x)), x, atol=1e-3)
@@ -109,8 +113,9 @@ class ProbabilityFlow:
     @override
     def __repr__(self) -> str:
         solver = self.solver
-        return f"ProbabilityFlow({solver.method!r}, rtol={solver.rtol}, atol={solver.atol})"
+        return described(self, method=solver.method, rtol=solver.rtol, atol=solver.atol)
 
+    @explains
     def sample(
         self,
         start: Sequence[int] | Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._coefficients import Coefficient, add_noise, linear
+from .._keywords import explained
 from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators, step_noise
 from .predictors import Ancestral, StepCoefficients, TabulatedPredictor
@@ -32,6 +33,7 @@ class _Stages:
     end: Tensor
 
 
+@explained
 @dataclass(frozen=True)
 class StochasticHeun(TabulatedPredictor[_Stages]):
     r"""Heun's method for the reverse SDE: an ancestral step, then the data predicted at its end.
@@ -57,9 +59,13 @@ class StochasticHeun(TabulatedPredictor[_Stages]):
     Solution of Stochastic Differential Equations, 1992 (section 15.1), in the variables of Lu et
     al., DPM-Solver++, 2022, arXiv 2211.01095.
 
-    >>> from diffusionkit import GaussianMixtureModel, LogSNRGrid, PCSampler, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
-    >>> sampler = PCSampler(model, StochasticHeun(), steps=20, grid=LogSNRGrid())
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, LogSNRGrid, PCSampler, StochasticHeun
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
+    >>> grid = LogSNRGrid()
+    >>> sampler = PCSampler(model, StochasticHeun(), steps=20, grid=grid)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe

@@ -40,6 +40,7 @@ class TimeTravel:
     Source: Lugmayr et al., RePaint: Inpainting using Denoising Diffusion Probabilistic Models,
     2022, arXiv 2201.09865 (section 4.2).
 
+    >>> from diffusionkit import TimeTravel
     >>> TimeTravel(jump=2, repeats=2).steps(0, 3)
     [(0, 1), (1, 2), (2, 0), (0, 1), (1, 2), (2, 3), (3, 2), (2, 3)]
     """

@@ -79,7 +79,8 @@ class Chain(ForwardSDE):
         Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672.
 
         >>> from diffusionkit import DDPMChain
-        >>> DDPMChain.linear(1000).subsequence("ddim5"), DDPMChain.linear(1000).subsequence(5)
+        >>> chain = DDPMChain.linear(1000)
+        >>> chain.subsequence("ddim5"), chain.subsequence(5)
         ([0, 200, 400, 600, 800], [0, 250, 500, 749, 999])
         """
         return subsequence(spec, self.steps)

@@ -37,7 +37,10 @@ class DDPMChain(Chain):
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
-    >>> alpha, sigma = DDPMChain.linear(1000).marginal(torch.tensor([0.001, 1.0]))
+    >>> import torch
+    >>> from diffusionkit import DDPMChain
+    >>> t = torch.tensor([0.001, 1.0])
+    >>> alpha, sigma = DDPMChain.linear(1000).marginal(t)
     >>> alpha**2
     tensor([9.9990e-01, 4.0358e-05])
     """
@@ -67,6 +70,7 @@ class DDPMChain(Chain):
         Raises:
             ValueError: if there are fewer than two values, or they do not decrease within (0, 1).
 
+        >>> from diffusionkit import DDPMChain
         >>> DDPMChain.from_alphas_bar([0.9, 0.45, 0.09]).betas
         tensor([0.1000, 0.5000, 0.8000], dtype=torch.float64)
         """
@@ -135,6 +139,7 @@ class DDPMChain(Chain):
         Source: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2023,
         arXiv 2305.08891 (algorithm 1).
 
+        >>> from diffusionkit import DDPMChain
         >>> DDPMChain.linear(1000).zero_terminal_snr()
         DDPMChain(1000 steps, betas 0.0001 ... 1)
         """

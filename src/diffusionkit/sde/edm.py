@@ -31,6 +31,8 @@ class EDMSDE(ForwardSDE):
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364.
 
+    >>> import torch
+    >>> from diffusionkit import EDMSDE
     >>> EDMSDE().marginal(torch.tensor([3.0]))
     (tensor([1.]), tensor([3.]))
     """

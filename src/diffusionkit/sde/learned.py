@@ -82,6 +82,8 @@ class LogSNRSDE(_GammaSDE):
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630.
 
+    >>> import torch
+    >>> from diffusionkit import LogSNRSDE
     >>> LogSNRSDE().log_snr(torch.tensor([0.0, 0.5, 1.0]))
     tensor([13.3000,  4.1500, -5.0000])
     """
@@ -134,6 +136,8 @@ class LearnedSDE(_GammaSDE, nn.Module):
 
     Source: Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630 (appendix H).
 
+    >>> import torch
+    >>> from diffusionkit import LearnedSDE
     >>> sde = LearnedSDE()
     >>> sde.log_snr(torch.tensor([0.0, 1.0])).detach()
     tensor([13.3000, -5.0000])
@@ -152,6 +156,12 @@ class LearnedSDE(_GammaSDE, nn.Module):
         check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
         check_count(hidden, "hidden", most=2**24)
         check_flag(learn_ends, "learn_ends")
+        self.config = {
+            "gamma_min": gamma_min,
+            "gamma_max": gamma_max,
+            "hidden": hidden,
+            "learn_ends": learn_ends,
+        }
         spread = (torch.arange(hidden) + 0.5) / hidden
         self.centers = nn.Parameter(1.5 * spread - 0.25)
         self.raw_steepness = nn.Parameter(torch.full((hidden,), 16.0))  # k = softplus of it

@@ -32,6 +32,8 @@ class SMLDChain(Chain):
     Source: Song and Ermon, Generative Modeling by Estimating Gradients, 2019, arXiv 1907.05600;
     Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456 (appendix B).
 
+    >>> import torch
+    >>> from diffusionkit import SMLDChain
     >>> SMLDChain([0.1, 1.0, 10.0]).marginal(torch.tensor([1 / 3, 1.0]))[1]
     tensor([ 0.1000, 10.0000])
     """

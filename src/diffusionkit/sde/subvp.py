@@ -32,6 +32,8 @@ class SubVPSDE(LinearBetaSDE):
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 
+    >>> import torch
+    >>> from diffusionkit import SubVPSDE
     >>> alpha, sigma = SubVPSDE().marginal(torch.tensor([0.5]))
     >>> alpha, sigma
     (tensor([0.2812]), tensor([0.9209]))

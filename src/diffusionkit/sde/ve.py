@@ -45,7 +45,10 @@ class VESDE(ForwardSDE):
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 
-    >>> VESDE(sigma_min=0.01, sigma_max=50.0).marginal(torch.tensor([0.0, 1.0]))[1]
+    >>> import torch
+    >>> from diffusionkit import VESDE
+    >>> sde = VESDE(sigma_min=0.01, sigma_max=50.0)
+    >>> sde.marginal(torch.tensor([0.0, 1.0]))[1]
     tensor([1.0000e-02, 5.0000e+01])
     """
 
@@ -118,7 +121,10 @@ def suggest_sigma_max(data: Tensor, *, block: int = 2048) -> float:
     Source: Song and Ermon, Improved Techniques for Training Score-Based Generative Models,
     2020, arXiv 2006.09011 (technique 1).
 
-    >>> suggest_sigma_max(torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]]))
+    >>> import torch
+    >>> from diffusionkit import suggest_sigma_max
+    >>> data = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
+    >>> suggest_sigma_max(data)
     5.0
     """
     check_state(data, "data")

@@ -33,6 +33,7 @@ def check_sde(sde: ForwardSDE) -> Report:
         TypeError: if sde is not a ForwardSDE.
 
     >>> from diffusionkit import VPSDE
+    >>> from diffusionkit.testing import check_sde
     >>> print(check_sde(VPSDE()))
     VPSDE: 8 checks, no problems
     """

@@ -41,8 +41,9 @@ def check_score_model(
         InconsistentError: with all problems; a ValueError.
         TypeError: if model is not a ScoreModel.
 
-    >>> from diffusionkit import GaussianMixtureModel, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=[[-2.0], [2.0]], stds=[0.5, 0.5])
+    >>> from diffusionkit import VPSDE, GaussianMixtureModel
+    >>> from diffusionkit.testing import check_score_model
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
     >>> print(check_score_model(model, (4, 1), exact=True))
     GaussianMixtureModel: 7 checks, no problems
     """

@@ -1,13 +1,13 @@
 """Descriptions of score models: process, parameterization, noise label and network.
 
 Parts that are functions are compared by their values at a few times, whatever they are called: a
-process by alpha and sigma, a parameterization by its two coefficients, a label by the labels.
+process by alpha and sigma, a parameterization by its two coefficients, a label by the labels. What
+they were made with, and what networks were made with, is their `describe`.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._parts import describe, is_plain
 from .._schedules import schedule_dtype
 from ..distributed._wrappers import bare_class, bare_tensors, unwrapped
 from ..interfaces import ForwardSDE, ScoreModel
@@ -27,7 +28,7 @@ _FREE = ("dropout", "checkpointing")
 
 
 def described(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return a description of a model, made of names, numbers and strings.
+    """Return descriptions of the parts of a model, each with the values that it computes.
 
     Args:
         model: the model.
@@ -36,7 +37,7 @@ def described(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[
     """
     model = unwrapped(model)
     if not isinstance(model, ScoreModel):
-        return {"network": _network(model)}
+        return {"network": _part(model)}
     sde = _with_state(model.sde, "sde.", state)
     about = {
         "sde": _part(sde, lambda: [*_values(sde.marginal, _times(sde)), float(sde.T)]),
@@ -46,13 +47,13 @@ def described(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[
         own = _with_state(label, "label.", state)
         about["label"] = _part(own, lambda: _values(lambda t: own(sde, t), _times(sde)))
     for name in ("variance", "data_range"):
-        if (value := getattr(model, name, None)) is not None and _is_plain(value):
+        if (value := getattr(model, name, None)) is not None and is_plain(value):
             about[name] = {"name": str(value), "values": None}
     for name, inner in model.named_children():
         if isinstance(unwrapped(inner), ScoreModel):
             about[name] = described(inner)
         elif name == "network":
-            about[name] = _network(unwrapped(inner))
+            about[name] = _part(unwrapped(inner))
     return about
 
 
@@ -84,10 +85,28 @@ def _same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     if all(isinstance(value, list) for value in values):
         return _close(*values)
     if all(isinstance(part.get("settings"), Mapping) for part in (mine, theirs)):
-        a, b = mine["settings"], theirs["settings"]
-        common = [n for n in a if n in b and not any(free in n for free in _FREE)]
-        return mine["class"] == theirs.get("class") and all(a[n] == b[n] for n in common)
+        same = _same_settings(mine["settings"], theirs["settings"])
+        return mine["class"] == theirs.get("class") and same
     return bool(mine["name"] == theirs.get("name"))
+
+
+def _same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    known = [n for n in mine if theirs.get(n) is not None and mine[n] is not None]
+    return all(_equal(mine[n], theirs[n]) for n in known if not any(free in n for free in _FREE))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether two values in descriptions are equal, up to what predictions depend on."""
+    a, b = (x["list"] if isinstance(x, Mapping) and "list" in x else x for x in (a, b))
+    if all(isinstance(x, Mapping) and isinstance(x.get("arguments"), Mapping) for x in (a, b)):
+        return a.get("class") == b.get("class") and _same_settings(a["arguments"], b["arguments"])
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool((a.cpu() == b.cpu()).all())
+    return bool(a == b)
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -97,53 +116,23 @@ def _close(a: Any, b: Any) -> bool:
     )
 
 
-def _part(part: Any, values: Callable[[], list[float]]) -> dict[str, Any]:
-    """Describe a part by values that it computes, if it does, and by its settings."""
+def _part(part: Any, values: Callable[[], list[float]] | None = None) -> dict[str, Any]:
+    """Describe a part by the values that it computes, if it does, and by its arguments."""
     try:
         with torch.no_grad():
-            numbers = values()
+            numbers = [math.nan] if values is None else values()
         found = numbers if all(map(math.isfinite, numbers)) else None
-    except Exception:  # a user's part may raise any; then its settings are compared
+    except Exception:  # a user's part may raise any; then its arguments are compared
         found = None
-    settings = _settings(part)
+    arguments = describe(part).tree.get("arguments", {})
+    if isinstance(part, ScoreModel):  # whose parts have descriptions of their own
+        arguments = {n: x for n, x in arguments.items() if not isinstance(x, Mapping)}
     return {
-        "name": _title(part, settings),
+        "name": _title(part, arguments),
         "class": bare_class(part).__name__,
-        "settings": settings,
+        "settings": arguments,
         "values": found,
     }
-
-
-def _network(network: nn.Module) -> dict[str, Any]:
-    settings = _settings(network)
-    return {
-        "name": _title(network, settings),
-        "class": bare_class(network).__name__,
-        "settings": settings,
-        "values": None,
-    }
-
-
-def _settings(part: Any) -> dict[str, Any]:
-    """Return the plain values that a part was made with: attributes named as its arguments."""
-    try:
-        names = list(inspect.signature(bare_class(part)).parameters)
-    except (TypeError, ValueError):
-        names = []
-    values = {name: getattr(part, name, None) for name in names}
-    if isinstance(config := getattr(part, "config", None), dict):
-        values = config
-    return {str(n): _listed(v) for n, v in values.items() if v is not None and _is_plain(v)}
-
-
-def _is_plain(value: Any, *, depth: int = 2) -> bool:
-    if isinstance(value, (list, tuple)):
-        return depth > 0 and len(value) <= 64 and all(_is_plain(v, depth=depth - 1) for v in value)
-    return type(value) in (bool, int, float, str)
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _title(part: Any, settings: Mapping[str, Any]) -> str:
@@ -152,9 +141,18 @@ def _title(part: Any, settings: Mapping[str, Any]) -> str:
     plain = isinstance(part, nn.Module) or not any("__repr__" in vars(c) for c in classes)
     if callable(part) and not isinstance(part, nn.Module) and hasattr(part, "__qualname__"):
         return "a function"
-    arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    given = {n: x for n, x in settings.items() if x is not None and not isinstance(x, Tensor)}
+    arguments = ", ".join(f"{name}={_text(value)}" for name, value in given.items())
     text = f"{bare_class(part).__name__}({arguments})" if plain else repr(part)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _text(value: Any) -> str:
+    """Return an argument in a description as text."""
+    if isinstance(value, Mapping) and isinstance(inner := value.get("arguments"), Mapping):
+        given = ", ".join(f"{name}={_text(x)}" for name, x in inner.items() if x is not None)
+        return f"{value.get('class')}({given})"
+    return repr(value)
 
 
 def _with_state(part: Any, prefix: str, state: Mapping[str, Any] | None) -> Any:

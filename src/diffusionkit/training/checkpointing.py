@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_count, check_flag, check_part, check_target_device
 from .._files import CheckpointError, read_torch
+from .._parts import describe
 from .._writing import check_suffix, checked_path
 from ..distributed._group import rank_and_world_size
 from ..distributed._random_states import (
@@ -53,7 +54,7 @@ from .power_ema import PowerEMA
 logger = logging.getLogger(__name__)
 
 FORMAT = "diffusionkit.checkpoint"
-VERSION = 3
+VERSION = 4
 
 _PARTS: dict[str, Any] = {
     "step": int,
@@ -67,12 +68,13 @@ _PARTS: dict[str, Any] = {
     "random": dict,
     "extra": dict,
 }
-# What version 1 did not have, and its value there.
+# What earlier versions did not have, and its value there.
 _LATER: dict[str, tuple[Any, Any]] = {
     "about": (dict, {}),
     "objective": (dict, {}),
     "optimizer_names": (list | None, None),
     "optimizer_entries": (dict | None, None),
+    "description": (dict | None, None),
 }
 
 
@@ -109,7 +111,7 @@ def save_checkpoint(
     stored too, those of this process or, with ``random_states``, of all: on a CPU a resumed run
     continues bit for bit. Weights have the names of the model without wrappers (torch.compile,
     DistributedDataParallel). A description of the model's process, parameterization, noise label
-    and network is stored with them.
+    and network is stored with them, as `diffusionkit.checkpoints.save_model` does.
 
     One process may call this alone. If weights are sharded, all must: their whole tensors, and the
     random states of all ranks, are gathered in the process that writes, one of those with the same
@@ -145,6 +147,7 @@ def save_checkpoint(
         "version": VERSION,
         "step": step,
         "about": described(model),
+        "description": describe(model).tree,
         "model": bare_state(model),
         "ema": None if ema is None else saved_state(ema),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -304,7 +307,7 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
     version = state.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(f"{path}: expected version {VERSION}, got {version}")
-    if version < VERSION and isinstance(state.get("generators"), dict):
+    if version < 3 and isinstance(state.get("generators"), dict):
         # Earlier versions knew one process.
         generators = {name: {0: part} for name, part in state["generators"].items()}
         own = {"world_size": 1, "random": {0: state.get("random")}, "generators": generators}
@@ -314,7 +317,8 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
             "%s: a file of version 1 does not know its process, parameterization, noise label and "
             "network, nor the names of the optimizer's parameters; they are not compared", path,
         )  # fmt: skip
-        state = {**{name: value for name, (_, value) in _LATER.items()}, **state}
+    absent = list(_LATER) if version == 1 else ["description"] if version < VERSION else []
+    state = {**{name: _LATER[name][1] for name in absent}, **state}
     kinds = _PARTS | {name: kind for name, (kind, _) in _LATER.items()}
     odd = [k for k, kind in kinds.items() if k not in state or not isinstance(state[k], kind)]
     if odd:

@@ -31,6 +31,8 @@ def drop_conditions(
 
     Source: Ho and Salimans, Classifier-Free Diffusion Guidance, 2022, arXiv 2207.12598.
 
+    >>> import torch
+    >>> from diffusionkit import drop_conditions
     >>> drop_conditions(torch.tensor([3, 1]), 10, 1.0)
     tensor([10, 10])
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_number, check_state
+from .._repr import Described
 from .._schedules import schedule_dtype
 from ..distributed._group import gather_rows
 from ..interfaces import ForwardSDE, TimeSampler
@@ -33,7 +34,7 @@ class DiscreteTimes(TimeSampler):
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
 
-    >>> from diffusionkit import DDPMChain
+    >>> from diffusionkit import DDPMChain, DiscreteTimes
     >>> t, weight = DiscreteTimes().sample(DDPMChain([0.5, 0.5]), 100)
     >>> t.unique().tolist()
     [0.5, 1.0]
@@ -58,7 +59,7 @@ class DiscreteTimes(TimeSampler):
         return t.to(dtype or exactly), torch.ones_like(t, dtype=dtype or exactly)
 
 
-class LossSecondMomentTimes(TimeSampler):
+class LossSecondMomentTimes(Described, TimeSampler):
     r"""Steps of a chain, drawn in proportion to the root mean square of their recent losses.
 
     .. math::
@@ -83,8 +84,10 @@ class LossSecondMomentTimes(TimeSampler):
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (section 3.3).
 
-    >>> from diffusionkit import DDPMChain
-    >>> times, chain = LossSecondMomentTimes(history=1), DDPMChain([0.5, 0.5])
+    >>> import torch
+    >>> from diffusionkit import DDPMChain, LossSecondMomentTimes
+    >>> chain = DDPMChain([0.5, 0.5])
+    >>> times = LossSecondMomentTimes(history=1)
     >>> t, weight = times.sample(chain, 3)
     >>> times.update(torch.tensor([0.5, 1.0]), torch.tensor([3.0, 1.0]))
     >>> times.probabilities
@@ -104,10 +107,6 @@ class LossSecondMomentTimes(TimeSampler):
         self._T = 1.0
         self._losses = torch.zeros((0, history), dtype=torch.float64)
         self._counts = torch.zeros(0, dtype=torch.int64)
-
-    @override
-    def __repr__(self) -> str:
-        return f"LossSecondMomentTimes(history={self.history}, uniform={self.uniform})"
 
     @property
     def probabilities(self) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar, override
 
 from .._checks import check_count, check_flag, check_number, check_part, check_positive
+from .._keywords import explained
+from .._repr import described
 from ..distributed._wrappers import bare_state
 from ._averaged_weights import AveragedWeights, check_own_weights, check_tensors
 
@@ -46,6 +48,7 @@ class HalfLife:
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364 (released code).
 
+    >>> from diffusionkit import HalfLife
     >>> decay = HalfLife(images=500_000, batch_size=512, ramp_up=0.05)
     >>> decay(1), round(decay(2), 6), round(decay(10**6), 6)
     (0.0, 1e-06, 0.99929)
@@ -105,6 +108,7 @@ class Averages(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
+@explained
 class EMA(Averages, Generic[Model_co]):
     r"""An exponential moving average of parameters, kept in at least float32.
 
@@ -140,6 +144,9 @@ class EMA(Averages, Generic[Model_co]):
 
     Source: Song et al., 2021, arXiv 2011.13456 (appendix H.1).
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from diffusionkit import EMA
     >>> model = nn.Linear(1, 1)
     >>> ema = EMA(model, decay=0.999)
     >>> ema.update(model)
@@ -168,8 +175,8 @@ class EMA(Averages, Generic[Model_co]):
         return cast(Model_co, self._average.model)
 
     @override
-    def extra_repr(self) -> str:
-        return f"decay={self.decay}, warmup={self.warmup}, updates={self.updates}"
+    def __repr__(self) -> str:
+        return described(self, updates=self.updates)
 
     @override
     def by_prefix(self) -> Mapping[str, EMA]:

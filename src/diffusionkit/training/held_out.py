@@ -101,9 +101,13 @@ def held_out_loss(
         TypeError: if a part has the wrong type, or data has no length.
         RuntimeError: if another process failed.
 
-    >>> from diffusionkit import GaussianMixtureModel, ScoreMatching, VPSDE
-    >>> model = GaussianMixtureModel(VPSDE(), means=torch.zeros(1, 2), stds=[0.5])
-    >>> held_out_loss(ScoreMatching(), model, torch.randn(10, 2), draws=3).losses.shape
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, GaussianMixtureModel, ScoreMatching, held_out_loss
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[0.0, 0.0]], [0.5])
+    >>> held_out = torch.randn(10, 2)
+    >>> held_out_loss(ScoreMatching(), model, held_out, draws=3).losses.shape
     torch.Size([10, 3])
     """
     check_callable(objective, "objective")

@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._batch_conditions import for_batch
 from .._checks import (
     check_finite,
     check_part,
-    check_range,
     check_reference,
     check_state,
     readable,
 )
+from .._data_range import check_range, check_training_data
+from .._keywords import explained
 from .._model_checks import check_model
+from .._repr import Described
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
@@ -30,7 +31,8 @@ from .times import UniformTimes, times_and_weights
 from .weighting import LikelihoodWeighting, SimpleWeighting
 
 
-class ScoreMatching:
+@explained
+class ScoreMatching(Described):
     r"""The weighted error of a model's noise prediction, one loss for each sample.
 
     .. math::
@@ -53,8 +55,9 @@ class ScoreMatching:
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
 
-    >>> from diffusionkit import EpsModel, VPSDE
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
+    >>> import torch
+    >>> from diffusionkit import VPSDE, EpsModel, ScoreMatching
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
     >>> ScoreMatching()(model, torch.randn(8, 3)).shape
     torch.Size([8])
     """
@@ -73,10 +76,6 @@ class ScoreMatching:
         check_part(self.weighting, Weighting, "weighting")
         check_part(self.target, TargetEstimator, "target")
         check_part(self.times, TimeSampler, "times")
-
-    @override
-    def __repr__(self) -> str:
-        return f"ScoreMatching({self.weighting}, target={self.target}, times={self.times})"
 
     def nats(
         self,
@@ -177,7 +176,7 @@ class ScoreMatching:
                 )
             mask, x0 = masked(mask, x0)
         check_finite(x0, "x0")
-        check_range(x0, model, "x0", mask)
+        check_training_data(x0, model, mask)
         cond = for_batch(cond, len(x0))
         if reference is not None:
             check_reference(reference, x0)

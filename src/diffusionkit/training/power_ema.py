@@ -17,6 +17,8 @@ from typing_extensions import override
 
 from .._checks import check_count, check_floating_dtype, check_number, check_part, check_sequence
 from .._files import CheckpointError, read_torch
+from .._keywords import explained
+from .._repr import described
 from .._writing import checked_path, save_torch
 from ..distributed._sharded import write_whole
 from .ema import EMA, Averages, Model_co
@@ -46,6 +48,7 @@ def power_exponent(sigma_rel: float) -> float:
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
     2024, arXiv 2312.02696 (section 3.1).
 
+    >>> from diffusionkit import power_exponent
     >>> round(power_exponent(0.10), 4)
     6.9372
     """
@@ -70,6 +73,7 @@ class _PowerDecay:
         return keep
 
 
+@explained
 class PowerEMA(Averages, Generic[Model_co]):
     r"""Averages of a model's weights over a fixed fraction of the training so far.
 
@@ -96,6 +100,9 @@ class PowerEMA(Averages, Generic[Model_co]):
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models,
     2024, arXiv 2312.02696 (sections 3.1 and 3.2).
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from diffusionkit import PowerEMA
     >>> model = nn.Linear(1, 1)
     >>> ema = PowerEMA(model, sigma_rels=(0.05, 0.10))
     >>> ema.update(model)
@@ -116,6 +123,12 @@ class PowerEMA(Averages, Generic[Model_co]):
         self.averages = {s: EMA(model, _PowerDecay(power_exponent(s))) for s in sigma_rels}
         for sigma_rel, average in self.averages.items():
             self.add_module(_name(sigma_rel), average)
+
+    @override
+    def __repr__(self) -> str:
+        model = next(iter(self.averages.values())).model
+        lengths = tuple(self.averages)
+        return described(self, model=model, sigma_rels=lengths, updates=self.updates)
 
     @override
     def by_prefix(self) -> Mapping[str, EMA]:

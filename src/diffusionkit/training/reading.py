@@ -28,8 +28,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     >>> from torch import nn
     >>> from diffusionkit import read_checkpoint, save_checkpoint
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_checkpoint(f"{folder}/step.pt", nn.Linear(2, 8), step=3, extra={"width": 8})
-    ...     read_checkpoint(f"{folder}/step.pt").extra["width"]
+    ...     path, network = f"{folder}/step.pt", nn.Linear(2, 8)
+    ...     save_checkpoint(path, network, step=3, extra={"width": 8})
+    ...     read_checkpoint(path).extra["width"]
     8
     """
     state = _read(checked_path(path), "cpu")

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._checks import check_count
+from .._repr import Described
 from ..distributed._group import rank_and_world_size
 from ..random import seeded
 
 
-class ReferenceBatches:
+class ReferenceBatches(Described):
     r"""Batches of a data set, each with a reference batch that contains it.
 
     An epoch slides a window of `reference_size` items, the reference, over the shuffled data. The
@@ -50,8 +51,11 @@ class ReferenceBatches:
         ValueError: if batch_size > reference_size, or either exceeds the items of a process.
         TypeError: if the data set has no length, or a size is not an integer.
 
+    >>> import torch
+    >>> from diffusionkit import ReferenceBatches
     >>> data = torch.randn(100, 3)
-    >>> for batch, reference in ReferenceBatches(data, batch_size=8, reference_size=32):
+    >>> batches = ReferenceBatches(data, batch_size=8, reference_size=32)
+    >>> for batch, reference in batches:
     ...     pass
     >>> batch.shape, reference.shape
     (torch.Size([8, 3]), torch.Size([32, 3]))

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from typing_extensions import override
-
 from .._checks import check_count, check_sequence
 from .._files import CheckpointError
+from .._repr import Described
 from .._writing import checked_path
 from ..distributed._group import broadcast_object, rank_and_world_size
 from .reading import read_checkpoint
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
-class CheckpointFolder:
+class CheckpointFolder(Described):
     """The checkpoints of a run in one folder, named after their steps; the last ones are kept.
 
     A run goes on by itself if it begins with `newest`, and calls `keep_last` after each
@@ -46,6 +45,7 @@ class CheckpointFolder:
         TypeError: if folder is not a path, or keep not an integer.
 
     >>> import tempfile
+    >>> from diffusionkit.training import CheckpointFolder
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     checkpoints = CheckpointFolder(folder)
     ...     checkpoints.path(1000).name, checkpoints.newest()
@@ -57,10 +57,6 @@ class CheckpointFolder:
         check_count(keep, "keep")
         self.folder = Path(checked_path(folder))
         self.keep = keep
-
-    @override
-    def __repr__(self) -> str:
-        return f"CheckpointFolder({str(self.folder)!r}, keep={self.keep})"
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint after a step, in the folder, which now exists."""
@@ -106,7 +102,7 @@ class CheckpointFolder:
                 self.path(saved).unlink(missing_ok=True)
 
 
-class StopSignals:
+class StopSignals(Described):
     """Catch signals in a block, so that a loop can end after a step instead of within one.
 
     The first signal is remembered in `received`; the next one acts as it did before the block.

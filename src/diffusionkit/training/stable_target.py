@@ -61,9 +61,11 @@ class StableTarget(TargetEstimator):
     Source: Xu, Tong and Jaakkola, Stable Target Field for Reduced Variance Score Estimation in
     Diffusion Models, 2023, arXiv 2302.00670.
 
-    >>> from diffusionkit import EpsModel, ScoreMatching, VPSDE
-    >>> model = EpsModel(lambda x, noise_label: torch.zeros_like(x), VPSDE())
-    >>> objective, data = ScoreMatching(target=StableTarget()), torch.randn(256, 3)
+    >>> import torch
+    >>> from diffusionkit import VPSDE, EpsModel, ScoreMatching, StableTarget
+    >>> model = EpsModel(lambda x, noise_label: 0 * x, VPSDE())
+    >>> objective = ScoreMatching(target=StableTarget())
+    >>> data = torch.randn(256, 3)
     >>> objective(model, data[:8], reference=data).shape
     torch.Size([8])
     """

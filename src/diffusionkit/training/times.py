@@ -92,7 +92,7 @@ def check_draw(
 class UniformTimes(TimeSampler):
     """Independent times, uniform on [t_min, T]; weight 1.
 
-    >>> from diffusionkit import VPSDE
+    >>> from diffusionkit import VPSDE, UniformTimes
     >>> t, weight = UniformTimes().sample(VPSDE(), 4)
     >>> t.shape, weight.tolist()
     (torch.Size([4]), [1.0, 1.0, 1.0, 1.0])
@@ -163,7 +163,7 @@ class ImportanceTimes(TimeSampler):
     Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021, arXiv
     2101.09258 (section 5); Kingma et al., Variational Diffusion Models, 2021, arXiv 2107.00630.
 
-    >>> from diffusionkit import VPSDE
+    >>> from diffusionkit import VPSDE, ImportanceTimes
     >>> round(ImportanceTimes().normalizer(VPSDE()), 6)
     23.864472
     """

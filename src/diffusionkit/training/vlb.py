@@ -11,7 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._chain_terms import chain_length, step_nats
-from .._checks import check_finite, check_part, check_positive, check_range, check_state, readable
+from .._checks import check_finite, check_part, check_positive, check_state, readable
+from .._data_range import check_training_data
+from .._repr import Described
 from ..decoders import GaussianDecoder
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
@@ -22,7 +24,7 @@ from .discrete_times import DiscreteTimes
 from .times import times_and_weights
 
 
-class _ChainObjective(abc.ABC):
+class _ChainObjective(Described, abc.ABC):
     """An objective that samples one step of the chain for each sample of the batch."""
 
     def __init__(
@@ -67,7 +69,7 @@ class _ChainObjective(abc.ABC):
         if mask is not None:
             mask, x0 = masked(mask, x0, self.decoder.low)
         check_finite(x0, "x0")
-        check_range(x0, model, "x0", mask)
+        check_training_data(x0, model, mask)
         self.decoder.check(x0)
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
@@ -140,17 +142,15 @@ class VLB(_ChainObjective):
 
     Source: Nichol and Dhariwal, Improved DDPM, 2021, arXiv 2102.09672 (equations 4 to 7).
 
-    >>> from diffusionkit import DDPMChain, EpsModel
-    >>> model = EpsModel(lambda x, noise_label: torch.cat([x, x], 1), DDPMChain.cosine(100),
-    ...                  variance="learned_range")
+    >>> import torch
+    >>> from diffusionkit import VLB, DDPMChain, EpsModel, GaussianDecoder
+    >>> network = lambda x, noise_label: torch.cat([x, x], 1)
+    >>> chain = DDPMChain.cosine(100)
+    >>> model = EpsModel(network, chain, variance="learned_range")
     >>> x0 = GaussianDecoder().encode(torch.randint(256, (4, 3, 8, 8)))
     >>> VLB()(model, x0).shape
     torch.Size([4])
     """
-
-    @override
-    def __repr__(self) -> str:
-        return f"VLB(decoder={self.decoder}, times={self.times})"
 
     @override
     def _loss(
@@ -198,10 +198,6 @@ class HybridLoss(_ChainObjective):
         super().__init__(decoder=decoder, times=times)
         check_positive(vlb_weight, "vlb_weight")
         self.vlb_weight = vlb_weight
-
-    @override
-    def __repr__(self) -> str:
-        return f"HybridLoss({self.vlb_weight}, decoder={self.decoder}, times={self.times})"
 
     @override
     def _loss(

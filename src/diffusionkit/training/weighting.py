@@ -40,8 +40,10 @@ class LikelihoodWeighting(Weighting):
     Source: Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
     arXiv 2101.09258 (theorem 1).
 
-    >>> from diffusionkit import VESDE
-    >>> LikelihoodWeighting()(VESDE(), torch.tensor([0.1, 0.9]))  # 2 ln(sigma_max / sigma_min)
+    >>> import torch
+    >>> from diffusionkit import VESDE, LikelihoodWeighting
+    >>> t = torch.tensor([0.1, 0.9])
+    >>> LikelihoodWeighting()(VESDE(), t)  # 2 ln(sigma_max / sigma_min)
     tensor([17.0344, 17.0344])
     """
 
