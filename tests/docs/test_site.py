@@ -85,3 +85,14 @@ def test_inline_code_that_names_one_object_is_found(monkeypatch) -> None:
         assert [find(name).page for name in names] == [page] * len(names)
     for code in ("load", "load()", "predict", "features", "Model + 1", "x.Model", "", "3"):
         assert find(code) is None
+
+
+def test_the_reference_by_task_names_documented_objects() -> None:
+    documented = set()
+    for page in (DOCS / "api").glob("*.md"):
+        directives = r"^\.\. auto(?:class|function|exception):: (\S+)"
+        documented |= set(re.findall(directives, page.read_text(encoding="utf-8"), re.MULTILINE))
+    table = (DOCS / "api" / "index.md").read_text(encoding="utf-8").partition("## By task")[2]
+    names = re.findall(r"`([A-Za-z]\w+)(?:\.\w+|\(\))?`", table)
+    assert len(names) > 80
+    assert sorted(set(names) - documented) == []
