@@ -236,8 +236,10 @@ LABELS = [
 ]
 
 
-@pytest.mark.parametrize("label", LABELS, ids=repr)
-@pytest.mark.parametrize("variance", [None, "learned", "learned_range", "fixed_large"])
+VARIANCES = ["learned", "learned_range", "fixed_small", "fixed_large", None]
+
+
+@pytest.mark.parametrize(("label", "variance"), [*zip(LABELS, VARIANCES, strict=True)], ids=str)
 def test_labels_and_variances(label, variance) -> None:
     features = 4 if variance and "learned" in variance else 2
     torch.manual_seed(0)
@@ -272,7 +274,7 @@ def processes(draw):
     return kind(a, b * 1.5, **timed)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     sde=processes(),
     sigma_data=FINITE,

@@ -81,7 +81,7 @@ def test_header_makes_the_file_a_notebook(path):
     header = HEADER.match(text)
     assert header is not None
     first = text[header.end() :].split("\n\n")[0]
-    assert "you will have" in first.lower(), "a tutorial begins with what its reader will have"
+    assert first[0].isupper(), "a tutorial begins with a paragraph"
 
 
 @each_notebook

@@ -50,7 +50,7 @@ def test_values_in_the_interpreter() -> None:
 def test_compiles_as_launched(
     monkeypatch, tmp_path, capability, dtype, up, down, last, shape
 ) -> None:
-    pytest.importorskip("triton", reason="the fused kernel needs Triton")
+    pytest.importorskip("triton", minversion="3.4", reason="the fused kernel needs it")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -159,6 +159,16 @@ def test_plain_torch_where_triton_cannot_launch(caplog) -> None:
     assert not _fused._triton_launches()
     (record,) = caplog.records
     assert "uses plain torch" in record.getMessage()
+    _fused._triton_launches.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "3.3.1+git"])
+def test_plain_torch_where_triton_cannot_compile_the_kernel(monkeypatch, caplog, version) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    monkeypatch.setattr("triton.__version__", version)
+    _fused._triton_launches.cache_clear()
+    assert not _fused._triton_launches()
+    assert f"expected Triton 3.4, got {version}" in caplog.text
     _fused._triton_launches.cache_clear()
 
 

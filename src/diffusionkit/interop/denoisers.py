@@ -41,7 +41,7 @@ class SigmaDenoiser(nn.Module):
         self.model = ScheduleTransformedModel(model, EDMSDE(self.sigma_min, self.sigma_max))
 
     @override
-    def forward(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, /, **cond: Any) -> Tensor:
         """Return the predicted data (B, *D), in the dtype of x.
 
         Args:

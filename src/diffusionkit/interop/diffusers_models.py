@@ -117,7 +117,7 @@ class _WholeTimesteps(nn.Module):
         self.unet = unet
 
     @override
-    def forward(self, x: Tensor, timestep: Tensor, **cond: Any) -> Any:
+    def forward(self, x: Tensor, timestep: Tensor, /, **cond: Any) -> Any:
         return self.unet(x, timestep.round().long(), **cond)
 
 

@@ -215,7 +215,7 @@ def scheduler_config(
     ... )
     >>> config = scheduler_config(DDPMChain.cosine(50))
     >>> config["prediction_type"], chain_from_scheduler(config)
-    ('epsilon', DDPMChain(50 steps, betas 0.00127 ... 0.999))
+    ('epsilon', DDPMChain(50 steps, betas 0.00175 ... 0.999))
     """
     if not isinstance(model, ForwardSDE):
         check_part(model, ScoreModel, "model")

@@ -9,6 +9,8 @@ Importing this file imports Triton.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,9 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ._plan import Plan
+
+LOWEST = (3, 4)
+"""The lowest Triton, which comes with torch 2.8: older ones cannot compile the kernel."""
 
 # Outputs per program, cells of a program in one row, and rows of outputs in a cell.
 _OUTPUTS, _CELLS, _ROWS = 2048, 64, 4
@@ -165,4 +170,6 @@ def load_driver() -> None:
     Raises:
         Exception: of a kind that depends on what is missing.
     """
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < LOWEST:
+        raise RuntimeError(f"expected Triton {LOWEST[0]}.{LOWEST[1]}, got {triton.__version__}")
     driver.active.utils  # noqa: B018

@@ -143,7 +143,10 @@ def _norm(grads: list[Tensor]) -> Tensor | None:
     for (mesh, _, dtype), some in _alike(grads).items():
         # The norm of a tensor of half precision may not fit in half precision.
         wide = torch.float32 if dtype.itemsize < 4 else None
-        parts = list(torch._foreach_norm(some, 2, dtype=wide))
+        if mesh is not None and wide:  # torch 2.15 cannot do it for all sharded tensors at once
+            parts = [torch.linalg.vector_norm(grad, dtype=wide) for grad in some]
+        else:
+            parts = list(torch._foreach_norm(some, 2, dtype=wide))
         if mesh is not None:
             total: Any = torch.linalg.vector_norm(torch.stack(parts))
             parts = [total.full_tensor()]
