@@ -19,7 +19,8 @@ def finder(objects: Mapping[str, Any]) -> Callable[[str], Any]:
             continue
         parts = full.split(".")
         # The shortest ending contains the class of a method: `step` alone names many.
-        shortest = 2 if ".".join(parts[:-1]) in objects else 1
+        owner = objects.get(".".join(parts[:-1]))
+        shortest = 1 if owner is None or owner.objtype == "module" else 2
         for first in range(len(parts) - shortest + 1):
             entries.setdefault(".".join(parts[first:]), []).append(entry)
 

@@ -63,12 +63,13 @@ def test_inline_code_that_names_one_object_is_found(monkeypatch) -> None:
     from code_names import finder
 
     sys.modules.pop("code_names")
-    entry = namedtuple("Entry", "page aliased", defaults=[False])
+    entry = namedtuple("Entry", "page aliased objtype", defaults=[False, "class"])
     find = finder(
         {
             "kit.Model": entry("models"),
             "kit.models.network.Model": entry("models", aliased=True),
             "kit.Model.predict": entry("models"),
+            "kit.nets": entry("networks", objtype="module"),
             "kit.nets.MLP": entry("networks"),
             "kit.a.load": entry("a"),
             "kit.b.load": entry("b"),
