@@ -28,8 +28,6 @@ extensions = [
 ]
 exclude_patterns = ["_build", "tables"]
 
-suppress_warnings = ["toc.empty_glob"]  # the last pattern of a list is for pages to come
-
 # Notebooks are pages whose header names a kernel; an error in a cell is an error of the build.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
