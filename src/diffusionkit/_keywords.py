@@ -100,7 +100,8 @@ def advice(name: str, known: Collection[str]) -> str:
     named = next((one for one in ours.split() if one in known), None)
     if named is None and line:
         return f"; pass {line}"
-    close = [named] if named else difflib.get_close_matches(name, known, 1)
+    guesses = [] if name in _ADVICE else difflib.get_close_matches(name, known, 1)
+    close = [named] if named else guesses
     return f"; use {close[0]}=..." if close else ""
 
 

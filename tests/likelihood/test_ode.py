@@ -300,7 +300,7 @@ def test_a_derivative_that_is_not_finite_is_an_error():
         ({"t_min": -0.1}, ValueError, r"t_min: expected a time in \[0, T\)"),
         ({"t_min": math.nan}, ValueError, r"t_min: expected a time in \[0, T\)"),
         ({"t_min": "0"}, TypeError, "t_min: expected a number, got str"),
-        ({"divergence": "exact"}, TypeError, "divergence: expected a Divergence, got str"),
+        ({"divergence": "exact"}, TypeError, "divergence: expected a Divergence, got the string"),
     ],
 )
 def test_bad_settings(settings, error, message):

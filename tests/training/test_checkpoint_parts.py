@@ -336,7 +336,7 @@ def test_weights_that_no_load_would_take_are_not_saved(tmp_path) -> None:
         ({"step": True}, "step: expected an integer, got bool"),
         ({"step": -1}, "step: expected an integer >= 0, got -1"),
         ({"ema": nn.Linear(1, 1)}, "ema: expected an EMA or a PowerEMA, got Linear"),
-        ({"optimizer": "Adam"}, "optimizer: expected a Optimizer, got str"),
+        ({"optimizer": "Adam"}, "optimizer: expected a Optimizer, got the string"),
         ({"stateful": [1]}, "stateful: expected a mapping by names, got list"),
         ({"stateful": {1: Stateful({})}}, r"stateful: expected a mapping by names, got keys \[1\]"),
         ({"stateful": {"a": 3}}, r"stateful\['a'\]: expected an object with state_dict and"),

@@ -41,7 +41,7 @@ def check_network_labels(model: Any) -> None:
     with contextlib.suppress(AttributeError):
         alpha, sigma = sde.marginal(t)
         a, b = model.parameterization(alpha, sigma)
-        size = torch.hypot(*(torch.as_tensor(c).double().cpu().expand(len(ends)) for c in (a, b)))
+        size = torch.hypot(*(_on_cpu(c).expand(len(ends)) for c in (a, b)))
         is_score = _spread(size * sigma.cpu()) < 1.1
         if not (is_score or _spread(size * labels) <= _GROWTH * _spread(size)):
             raise ValueError(
@@ -50,6 +50,11 @@ def check_network_labels(model: Any) -> None:
                 f"{float(labels.min()):g} to {float(labels.max()):g}; make it with "
                 "scale_by_sigma=False, or predict the score: RawScoreModel(network, sde)"
             )
+
+
+def _on_cpu(c: Tensor | float) -> Tensor:
+    """Return a coefficient in float64; a default device, such as "meta", does not matter."""
+    return c.cpu().double() if isinstance(c, Tensor) else torch.tensor(c, device="cpu").double()
 
 
 def _spread(size: Tensor) -> float:
