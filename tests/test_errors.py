@@ -430,7 +430,8 @@ for name, (match, call) in {
         lambda: ScoreMatching(SimpleWeighting),
     ),
     "loss-weighting-name": (
-        "weighting: expected a Weighting, got the string 'likelihood'", lambda: ScoreMatching("likelihood")
+        "weighting: expected a Weighting, got the string 'likelihood'",
+        lambda: ScoreMatching("likelihood"),
     ),
     "loss-times-class": (
         "times: expected a TimeSampler, got the class UniformTimes",
