@@ -91,5 +91,5 @@ def gradient_variance(
     steps = [(i, k) for i in range(len(t)) for k in range(pairs)]
     for i, k in with_progress(steps, progress):
         pair = zip(gradient(float(t[i])), gradient(float(t[i])), strict=True)
-        values[i, k] = 0.5 * sum(float(exact(a - b).square().sum()) for a, b in pair)
+        values[i, k] = 0.5 * sum(float(exact((a - b).detach()).square().sum()) for a, b in pair)
     return Estimate(t, sigma / alpha, *mean_and_error(values), "variance (gradient)", label)
