@@ -422,7 +422,7 @@ for name, (match, call) in {
     "sampler-sde": ("model: expected a ScoreModel, got VPSDE", lambda: PCSampler(VP, DDIM())),
     "flow-network": ("model: expected a ScoreModel, got Linear", lambda: ProbabilityFlow(NET)),
     "loss-network": (
-        r"model: expected a ScoreModel, got Linear; wrap the network",
+        r"model: expected a ScoreModel, got Linear; make one of a network: EpsModel\(network",
         lambda: ScoreMatching()(NET, X),
     ),
     "loss-weighting-class": (

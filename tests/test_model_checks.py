@@ -10,7 +10,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from diffusionkit import DDIM, NELBO, VPSDE, EpsModel, PCSampler, ScoreMatching
+from diffusionkit import DDIM, EMA, NELBO, VPSDE, EpsModel, PCSampler, PowerEMA, ScoreMatching
+from diffusionkit.checkpoints import save_model
 from diffusionkit.networks import MLP
 
 USES = {
@@ -24,6 +25,22 @@ uses = pytest.mark.parametrize("use", USES.values(), ids=USES)
 @pytest.fixture
 def model() -> EpsModel:
     return EpsModel(MLP(3), VPSDE())
+
+
+def test_modules_around_and_inside_a_model_are_refused_with_advice(model, tmp_path) -> None:
+    """Each kind of module that is passed for a model is told what to pass."""
+    for use in (*USES.values(), lambda model: save_model(tmp_path / "model", model)):
+        for module, advice in (
+            (EMA(model), "got EMA; pass its model: ema.model"),
+            (
+                PowerEMA(model),
+                r"got PowerEMA; pass the model of an average: ema.averages\[0.05\]",
+            ),
+            (torch.nn.Sequential(model), "got Sequential; wrap the network, not the score model"),
+            (model.network, r"got MLP; make one of a network: EpsModel\(network, sde\)"),
+        ):
+            with pytest.raises(TypeError, match=f"model: expected a ScoreModel, {advice}"):
+                use(module)
 
 
 @uses

@@ -30,6 +30,8 @@ def batch_advice(value: object) -> str:
         return f"{kind}; pass torch.from_numpy(x).float()"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{kind} {value!r:.20}"
+    if isinstance(getattr(value, "images", None), Tensor):
+        return f"{kind}; pass its images, scaled: batch.images / 127.5 - 1"
     module = type(value).__module__
     if module.startswith("PIL"):
         return f"{kind} of PIL; read it with torchvision.transforms.ToTensor() or the like"

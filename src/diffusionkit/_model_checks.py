@@ -24,13 +24,7 @@ def check_model(model: object) -> None:
     Raises:
         TypeError: if it is none, was sharded itself, or has another `forward` than its class.
     """
-    if not isinstance(model, ScoreModel):
-        if isinstance(model, nn.Module):
-            raise TypeError(
-                f"model: expected a ScoreModel, got {type(model).__name__}; {_ADVICE}: "
-                "EpsModel(DistributedDataParallel(network), sde)"
-            )
-        check_part(model, ScoreModel, "model")
+    check_is_model(model)
     if torch.compiler.is_compiling():
         return
     kind: Any = type(model)
@@ -45,6 +39,26 @@ def check_model(model: object) -> None:
             f"{type(model).__name__} with another one, set by accelerator.prepare or the like, "
             f"which is not called; {_ADVICE}: EpsModel(accelerator.prepare(network), sde)"
         )
+
+
+def check_is_model(model: object) -> None:
+    """Raise a TypeError with advice unless an object is a score model."""
+    if isinstance(model, nn.Module) and not isinstance(model, ScoreModel):
+        raise TypeError(
+            f"model: expected a ScoreModel, got {type(model).__name__}; {_module_advice(model)}"
+        )
+    check_part(model, ScoreModel, "model")
+
+
+def _module_advice(module: nn.Module) -> str:
+    """Return how to get a score model from an average, a wrapper of one, or a network."""
+    if isinstance(getattr(module, "model", None), ScoreModel):
+        return "pass its model: ema.model"
+    if isinstance(averages := getattr(module, "averages", None), dict) and averages:
+        return f"pass the model of an average: ema.averages[{next(iter(averages))}].model"
+    if any(isinstance(part, ScoreModel) for part in module.modules()):
+        return f"{_ADVICE}: EpsModel(DistributedDataParallel(network), sde)"
+    return "make one of a network: EpsModel(network, sde)"
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from diffusionkit import (
     StableTarget,
     classifier_loss,
 )
+from diffusionkit.data import Batch
 from diffusionkit.metrics import FeatureMoments
 from diffusionkit.networks import MLP, ADMUNet, DDPMpp, NCSNpp
 
@@ -79,6 +80,10 @@ MISTAKES = {
     "num_samples=": (
         lambda: SAMPLER(num_samples=16),
         "start: expected an argument of PCSampler(start",
+    ),
+    "a batch of EndlessBatches": (
+        lambda: LOSS(CONDITIONAL, Batch(X.to(torch.uint8), CLASSES, CLASSES)),
+        "got Batch; pass its images, scaled: batch.images / 127.5 - 1",
     ),
     "images as a shape": (lambda: SAMPLER(list(X)), "got list of 4: a tensor of shape (3, 8, 8)"),
     "a numpy state": (lambda: SAMPLER(X.numpy()), NUMPY),

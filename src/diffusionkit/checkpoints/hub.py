@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .._checks import check_flag, check_part
+from .._checks import check_flag
+from .._model_checks import check_is_model
 from .._writing import checked_path
 from ..interfaces import ScoreModel
 from .model_files import DESCRIPTION, WEIGHTS, load_model, save_model
@@ -43,7 +44,7 @@ def push_to_hub(
         TypeError: if model is not a ScoreModel or one of its parts is not registered.
         ValueError: if `save_model` would raise one, or repo_id is not the name of a repository.
     """
-    check_part(model, ScoreModel, "model")
+    check_is_model(model)
     for name, value in (("repo_id", repo_id), ("commit_message", commit_message)):
         if not isinstance(value, str) or not value:
             raise TypeError(f"{name}: expected a text, got {value!r:.80}")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_flag, check_part
+from .._checks import check_flag
 from .._files import CheckpointError, opened
+from .._model_checks import check_is_model
 from .._parts import Description, describe, name_of, place
 from .._writing import atomic_write, checked_path, is_safetensors
 from ..distributed._sharded import write_whole
@@ -76,7 +77,7 @@ def save_model(path: str | os.PathLike[str], model: ScoreModel) -> None:
             f"got {os.path.basename(file)}"
         )
     model = unwrapped(model) if isinstance(model, nn.Module) else model  # type: ignore[assignment]
-    check_part(model, ScoreModel, "model")
+    check_is_model(model)
     description = describe(model)
     _check_described(description, model)
     content = {"description": description.tree, "state": dict(bare_state(model))}

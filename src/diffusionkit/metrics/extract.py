@@ -174,7 +174,8 @@ def inception_features() -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ImportError(
-            "inception_features needs torch-fidelity: pip install 'diffusionkit-torch[inception]'"
+            "inception_features needs torch-fidelity: pip install 'diffusionkit-torch[inception]'; "
+            "features such as 'random-network' need nothing more"
         ) from error
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     return _Inception(network).eval()
