@@ -92,7 +92,7 @@ def made(process, parameterization, network, **options):
     if network == "NCSNv2":
         options["label"] = IndexLabel([3.0, 2.0, 1.0])
     if network == "NCSNpp":  # which embeds the logarithm
-        options["label"] = SigmaLabel()
+        options["label"] = TimeLabel()
     model = PARAMETERIZATIONS[parameterization](NETWORKS[network](), PROCESSES[process], **options)
     with torch.no_grad():
         for p in model.parameters():
