@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,8 +100,10 @@ def spread(network: nn.Module, place: Place, *, shard: bool, compile: bool) -> n
     learns = any(parameter.requires_grad for parameter in network.parameters())
     if learns and not shard and place.world_size > 1:
         ids = None if place.device.type == "cpu" else [place.device.index]
-        # Buffers are tables, which no process changes.
-        network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
+        # Buffers are tables, which no process changes. Older torch has another name for the option.
+        known = inspect.signature(DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        network = DistributedDataParallel(network, device_ids=ids, **{option: False})
     return network
 
 
