@@ -103,7 +103,8 @@ def spread(network: nn.Module, place: Place, *, shard: bool, compile: bool) -> n
         # Buffers are tables, which no process changes. Older torch has another name for the option.
         known = inspect.signature(DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        network = DistributedDataParallel(network, device_ids=ids, **{option: False})
+        settings: dict[str, Any] = {"device_ids": ids, option: False}
+        network = DistributedDataParallel(network, **settings)
     return network
 
 
