@@ -151,7 +151,6 @@ def test_a_device_is_refused_in_the_first_call() -> None:
             ScoreMatching()(one, torch.rand(40, 3, device="cuda") * 255)
 
 
-@pytest.mark.filterwarnings("ignore:Graph break:UserWarning")  # torch 2.6
 def test_compiled_code_is_not_stopped() -> None:
     one, objective = model((-1.0, 1.0)), ScoreMatching()
     compiled = torch.compile(lambda x: objective(one, x, t=torch.full((4,), 0.5)), backend="eager")

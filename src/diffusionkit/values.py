@@ -149,7 +149,7 @@ class Prediction:
                 (B, *D), or None.
         """
         _check_shape(x, output, "output")
-        self = cls.__new__(cls)
+        self = object.__new__(cls)  # which Dynamo of torch 2.6 can trace
         x = at_least_float32(x)
         self._x, self._x0, self._eps = x, None, None
         self._alpha, self._sigma = alpha, sigma
