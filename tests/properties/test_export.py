@@ -24,7 +24,7 @@ from diffusionkit import (
 )
 from diffusionkit.networks import MLP, DDPMpp
 
-BATCH = {0: Dim("batch")}
+BATCH = {0: Dim("batch", max=4096)}
 
 
 def filled(network: nn.Module) -> nn.Module:
