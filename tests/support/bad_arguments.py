@@ -625,9 +625,16 @@ OWN: dict[str, Recipe] = {
     "KarrasGrid.__call__": {"self": dk.KarrasGrid},
     "LogSNRGrid.__call__": {"self": dk.LogSNRGrid},
     "QuadraticGrid.__call__": {"self": dk.QuadraticGrid},
+    "ShiftedGrid": {"shift": lambda: 3.0, "grid": dk.UniformGrid},
+    "ShiftedGrid.__call__": {"self": _made(dk.ShiftedGrid, 3.0)},
+    "ShiftedTimes": {"shift": lambda: 3.0, "times": dk.UniformTimes},
+    "ShiftedTimes.sample": {"self": _made(dk.ShiftedTimes, 3.0)},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
-for _times in ("UniformTimes", "StratifiedTimes", "LogNormalTimes", "ImportanceTimes"):
+for _times in (
+    "UniformTimes", "StratifiedTimes", "LogNormalTimes", "LogitNormalTimes", "ModeTimes",
+    "ImportanceTimes",
+):  # fmt: skip
     OWN[f"{_times}.sample"] = {"self": getattr(dk, _times)}
 OWN["DiscreteTimes.sample"] = {"self": dk.DiscreteTimes, "sde": lambda: dk.DDPMChain.linear(25)}
 OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {

@@ -6,7 +6,14 @@ from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
-from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .grids import (
+    ChainGrid,
+    KarrasGrid,
+    LogSNRGrid,
+    QuadraticGrid,
+    ShiftedGrid,
+    UniformGrid,
+)
 from .heun import Euler, Heun
 from .latent import slerp
 from .multistep import ExponentialAdams, MultistepPredictor
@@ -53,6 +60,7 @@ __all__ = [
     "QuadraticGrid",
     "ReverseDiffusion",
     "SamplerState",
+    "ShiftedGrid",
     "StageCoefficients",
     "StepCoefficients",
     "StochasticHeun",
