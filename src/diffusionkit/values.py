@@ -269,10 +269,12 @@ class Prediction:
         if equals(self._b, 0.0):
             return linear(x, self._x, x0 / self._a, self._output)
         delta = self._alpha * self._b - self._sigma * self._a
-        if equals(delta, 0.0):
+        if _any_zero(delta):
             raise ValueError(
-                "model: expected a prediction of x0 or v at alpha = 0, got one of the noise or the "
-                "score, which does not determine the data there; start a little before"
+                "model: expected a prediction of x0 or of a velocity at alpha = 0, as those of "
+                "VelocityModel, VModel, X0Model and EDMModel, got one of the noise or the score, "
+                "which does not determine the data there; start a little before, from a state or "
+                "with a grid such as torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
             )
         ratio = x0 / delta
         return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)
@@ -340,6 +342,13 @@ def _check_shape(x: Tensor, value: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: expected the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
         )
+
+
+def _any_zero(coefficient: Coefficient) -> bool:
+    """Return whether a coefficient is 0 for a sample (read on the CPU only)."""
+    if isinstance(coefficient, Tensor):
+        return readable(coefficient) and bool((coefficient.detach() == 0).any())
+    return coefficient == 0.0
 
 
 def _like(x: Tensor, value: Tensor) -> Tensor:

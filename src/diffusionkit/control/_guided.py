@@ -13,8 +13,10 @@ from torch import Tensor
 from .._checks import check_number, readable
 from .._coefficients import Coefficient, expand, linear
 from .._grid_times import copy_grid_point, kernel
+from .._log_snr import FAINTEST
 from .._model_checks import check_model
 from .._precision import NetworkDtype, arithmetic_dtype, at_least_float32, backward_factor
+from .._schedules import exact, schedule_dtype
 from ..interfaces import ScoreModel
 from ..values import Prediction
 
@@ -32,17 +34,27 @@ class GuidedModel(ScoreModel):
         self.variance = getattr(model, "variance", None)
         self._dtype = NetworkDtype(model)
 
-    def _kernel(self, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return alpha and sigma for a state x (B, *D), or raise where alpha is 0."""
+    def _with_signal(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Prediction | None:
+        """Return the prediction for a state x (B, *D) that is noise alone, None if there is none.
+
+        A gradient of the score determines the predicted data wherever there is signal, and their
+        limit at alpha = 0. It is taken at the time where sigma / alpha is `LARGEST_RATIO`, of the
+        same noise.
+        """
         alpha, sigma = kernel(self.sde, x, t)
-        known = not isinstance(alpha, Tensor) or readable(alpha)
-        if known and float(torch.as_tensor(alpha).min()) == 0.0:
-            raise ValueError(
-                "t: expected alpha > 0, got alpha = 0: a gradient of the score does not "
-                "determine x0; start a little before, with a sampler's grid of times such as "
-                "torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
-            )
-        return alpha, sigma
+        if isinstance(alpha, Tensor) and not readable(alpha):
+            return None
+        ends = torch.as_tensor(alpha) == 0
+        if not bool(ends.any()):
+            return None
+        faintest = torch.full_like(t, FAINTEST, dtype=schedule_dtype(t.device))
+        at = torch.where(ends.to(t.device), self.sde.time_at_log_snr(faintest), exact(t))
+        noise = expand(self.sde.marginal(at)[1] / sigma, x)
+        rows = ends.to(t.device).expand(len(x)).view(-1, *(1,) * (x.ndim - 1))
+        inside = self.predict(torch.where(rows, (x * noise).to(x.dtype), x), at, **cond)
+        eps = torch.where(rows, (x / expand(sigma, x)).to(inside.eps.dtype), inside.eps)
+        learned = inside.log_var, inside.log_var_fraction
+        return Prediction(x, inside.x0, eps, alpha, sigma, *learned)
 
     def _shifted(self, prediction: Prediction, x: Tensor, t: Tensor, grad: Tensor) -> Prediction:
         """Return a prediction with a gradient (B, *D) added to its score.
@@ -50,7 +62,7 @@ class GuidedModel(ScoreModel):
         Data and noise are shifted separately, so that neither loses digits to the other at any
         sigma or alpha.
         """
-        alpha, sigma = self._kernel(x, t)
+        alpha, sigma = kernel(self.sde, x, t)
         x0, eps = (_without_graph(part) for part in (prediction.x0, prediction.eps))
         learned = (
             None if value is None else _without_graph(value)

@@ -48,8 +48,8 @@ class ClassifierGuidance(GuidedModel):
 
     Raises:
         ValueError: unless scale is finite, or if classifier is a `NoiseClassifier` of another
-            process than the model's; in a call, if class_labels is not (B,) or out of range, the
-            logits are not (B, K), or alpha is 0.
+            process than the model's; in a call, if class_labels is not (B,) or out of range, or
+            the logits are not (B, K).
         TypeError: if model is not a ScoreModel, classifier not callable, or scale not a number;
             in a call, if class_labels is missing or does not hold integers.
 
@@ -93,6 +93,8 @@ class ClassifierGuidance(GuidedModel):
         self, x: Tensor, t: Tensor, /, *, class_labels: Any = None, **cond: Any
     ) -> Prediction:
         labels = {"class_labels": class_labels}
+        if (inside := self._with_signal(x, t, labels | cond)) is not None:
+            return inside
         prediction = self.model.predict(x, t, **cond, **(labels if self.conditional else {}))
         with self._differentiable(x, t, labels) as (leaf, time, saved, keep):
             log_p = class_log_probs(self.classifier, leaf, time, **saved)
@@ -136,7 +138,7 @@ class GradientGuidance(GuidedModel):
 
     Raises:
         ValueError: unless scale is finite; in a call, if log_likelihood does not return (B,) or
-            has no gradient, or alpha is 0.
+            has no gradient.
         TypeError: if model is not a ScoreModel, log_likelihood not callable, or scale not a
             number.
 
@@ -163,9 +165,11 @@ class GradientGuidance(GuidedModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
+        if (inside := self._with_signal(x, t, cond)) is not None:
+            return inside
         with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, sigma = self._kernel(x, t)
+            alpha, sigma = kernel(self.sde, x, t)
             log_p = self.log_likelihood(prediction.x0)
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
                 raise ValueError(

@@ -19,6 +19,7 @@ from .._checks import (
     readable,
 )
 from .._data_range import check_range
+from .._log_snr import LogSNRSpan
 from .._model_checks import check_model
 from .._repr import Described
 from .._schedules import exact, home, schedule_dtype
@@ -133,20 +134,25 @@ class NELBO(Described):
         check_range(x, self.model)
         check_generator(generator, len(x))
         sde, d = self.model.sde, x[0].numel()
-        alphas, sigmas, log_snr = self._ends(sde, x.device)
-        first, z = log_snr[0], log_snr[0] - log_snr[1]
+        alphas, sigmas, span = self._ends(sde, x.device)
+        z, floor = float(span.length), float(span.floor)
         squares = exact(x).reshape(len(x), -1).square().sum(1)
         spread = sde.prior_std**2
-        prior = (alphas[1] ** 2 * squares + d * sigmas[1] ** 2) / (2 * spread)
+        prior = (alphas[2] ** 2 * squares + d * sigmas[2] ** 2) / (2 * spread)
         prior = prior + 0.5 * d * math.log(2 * math.pi * spread)
-        drift = torch.full_like(prior, d * (math.log(alphas[0]) - math.log(alphas[1])))
+        # Beyond the floor, if alpha(T) = 0, the integrals of f and of g^2 |score|^2 / 2 diverge;
+        # their sum is the change of log(sigma).
+        rest = math.log(alphas[0] / alphas[1]) + math.log(sigmas[1] / sigmas[2])
+        drift = torch.full_like(prior, d * rest)
 
         paths = []
         for k in range(self.samples):
             u = rand(len(x), generator=generator, device=x.device, dtype=schedule_dtype(x.device))
             u = (k + u) / self.samples
-            t = sde.time_at_log_snr(first - z * u).clamp(self.t_min, sde.T)
-            paths.append(0.5 * z * self._integrand(x, t, generator, cond))
+            t = sde.time_at_log_snr(span.at(u)).clamp(self.t_min, sde.T)
+            share = span.share(sde.log_snr(t).detach())
+            found = self._integrand(x, t, generator, cond) / share
+            paths.append(0.5 * (z * found - (float(span.first) - floor) * d))
         last = torch.full((len(x),), self.t_min, dtype=u.dtype, device=x.device)
         draws = min(self.samples, max(2, math.ceil(self.samples / 10)))
         steps = [self._error(x, last, generator, cond) for _ in range(draws)]
@@ -165,22 +171,27 @@ class NELBO(Described):
 
     def _ends(
         self, sde: ForwardSDE, device: torch.device
-    ) -> tuple[list[float], list[float], list[float]]:
-        """Return alpha, sigma and the log-SNR at t_min and at T."""
+    ) -> tuple[list[float], list[float], LogSNRSpan]:
+        """Return alpha and sigma at t_min, at the floor of the log-SNRs and at T, and these.
+
+        The floor is T where alpha(T) > 0.
+        """
         at = torch.tensor([self.t_min, sde.T], dtype=schedule_dtype(device), device=home(sde))
         with torch.no_grad():
-            alphas, sigmas = sde.marginal(at)
-            log_snr = sde.log_snr(at)
-        check_log_snr(log_snr.tolist(), self.t_min, sde.T)
-        return alphas.tolist(), sigmas.tolist(), log_snr.tolist()
+            span = LogSNRSpan(*sde.log_snr(at).tolist())
+            first, last, floor = float(span.first), float(span.last), float(span.floor)
+            # Sliced score matching divides noise by alpha there.
+            check_log_snr((first, floor if self.divergence is None else last), self.t_min, sde.T)
+            middle = at[1:] if floor == last else sde.time_at_log_snr(at.new_tensor([floor]))
+            alphas, sigmas = sde.marginal(torch.cat([at[:1], middle, at[1:]]))
+        return alphas.tolist(), sigmas.tolist(), span
 
     def _integrand(
         self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]
     ) -> Tensor:
-        """Return sigma^2 times the bracketed term of the integral (B,)."""
+        """Return sigma^2 times the bracketed term of the integral, and E |eps|^2 = d more (B,)."""
         if self.divergence is None:
-            # E |eps|^2 = d is exact.
-            return self._error(x, t, generator, cond) - x[0].numel()
+            return self._error(x, t, generator, cond)
         sample = self.model.sde.perturb(x, t, generator=generator)
         state = self.divergence.start(sample.x, generator)
 
@@ -191,7 +202,7 @@ class NELBO(Described):
             eps, divergence = self.divergence(noise, sample.x, state)
         _check(eps, t)
         square = exact(eps).reshape(len(x), -1).square().sum(1)
-        return square - 2 * exact(sample.sigma) * exact(divergence).mean(0)
+        return square - 2 * exact(sample.sigma) * exact(divergence).mean(0) + x[0].numel()
 
     def _error(self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]) -> Tensor:
         """Return the squared error of the predicted noise (B,), in float64."""
