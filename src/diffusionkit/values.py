@@ -269,7 +269,7 @@ class Prediction:
         if equals(self._b, 0.0):
             return linear(x, self._x, x0 / self._a, self._output)
         delta = self._alpha * self._b - self._sigma * self._a
-        if _any_zero(delta):
+        if equals(delta, 0.0):
             raise ValueError(
                 "model: expected a prediction of x0 or of a velocity at alpha = 0, as those of "
                 "VelocityModel, VModel, X0Model and EDMModel, got one of the noise or the score, "
@@ -342,13 +342,6 @@ def _check_shape(x: Tensor, value: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: expected the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
         )
-
-
-def _any_zero(coefficient: Coefficient) -> bool:
-    """Return whether a coefficient is 0 for a sample (read on the CPU only)."""
-    if isinstance(coefficient, Tensor):
-        return readable(coefficient) and bool((coefficient.detach() == 0).any())
-    return coefficient == 0.0
 
 
 def _like(x: Tensor, value: Tensor) -> Tensor:

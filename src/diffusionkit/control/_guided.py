@@ -34,33 +34,30 @@ class GuidedModel(ScoreModel):
         self.variance = getattr(model, "variance", None)
         self._dtype = NetworkDtype(model)
 
-    def _with_signal(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Prediction | None:
-        """Return the prediction for a state x (B, *D) that is noise alone, None if there is none.
+    def _with_signal(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states (B, *D) and times (B,) at which a gradient determines the data's shift.
 
-        A gradient of the score determines the predicted data wherever there is signal, and their
-        limit at alpha = 0. It is taken at the time where sigma / alpha is `LARGEST_RATIO`, of the
-        same noise.
+        They are the same wherever there is signal. Where alpha = 0 the shift is 0 / 0; its limit is
+        taken with the same noise at the time where sigma / alpha is `LARGEST_RATIO`.
         """
         alpha, sigma = kernel(self.sde, x, t)
         if isinstance(alpha, Tensor) and not readable(alpha):
-            return None
-        ends = torch.as_tensor(alpha) == 0
+            return x, t
+        ends = torch.as_tensor(alpha, device=t.device) == 0
         if not bool(ends.any()):
-            return None
+            return x, t
         faintest = torch.full_like(t, FAINTEST, dtype=schedule_dtype(t.device))
-        at = torch.where(ends.to(t.device), self.sde.time_at_log_snr(faintest), exact(t))
+        at = torch.where(ends, self.sde.time_at_log_snr(faintest), exact(t))
         noise = expand(self.sde.marginal(at)[1] / sigma, x)
-        rows = ends.to(t.device).expand(len(x)).view(-1, *(1,) * (x.ndim - 1))
-        inside = self.predict(torch.where(rows, (x * noise).to(x.dtype), x), at, **cond)
-        eps = torch.where(rows, (x / expand(sigma, x)).to(inside.eps.dtype), inside.eps)
-        learned = inside.log_var, inside.log_var_fraction
-        return Prediction(x, inside.x0, eps, alpha, sigma, *learned)
+        return torch.where(_rows(ends, x), (x * noise).to(x.dtype), x), at
 
-    def _shifted(self, prediction: Prediction, x: Tensor, t: Tensor, grad: Tensor) -> Prediction:
-        """Return a prediction with a gradient (B, *D) added to its score.
+    def _shifted(
+        self, prediction: Prediction, x: Tensor, t: Tensor, grad: Tensor, at: Tensor
+    ) -> Prediction:
+        """Return a prediction with a gradient (B, *D), taken at times `at`, added to its score.
 
         Data and noise are shifted separately, so that neither loses digits to the other at any
-        sigma or alpha.
+        sigma or alpha. At alpha = 0 the noise is the state, whatever the data.
         """
         alpha, sigma = kernel(self.sde, x, t)
         x0, eps = (_without_graph(part) for part in (prediction.x0, prediction.eps))
@@ -68,8 +65,11 @@ class GuidedModel(ScoreModel):
             None if value is None else _without_graph(value)
             for value in (prediction.log_var, prediction.log_var_fraction)
         )
-        x0, eps = linear(1.0, x0, sigma * (sigma / alpha), grad), linear(1.0, eps, -sigma, grad)
-        return Prediction(x, x0, eps, alpha, sigma, *learned)
+        alpha_at, sigma_at = kernel(self.sde, x, at)
+        x0 = linear(1.0, x0, sigma_at * (sigma_at / alpha_at), grad)
+        if at is not t:
+            grad = torch.where(_rows(torch.as_tensor(alpha, device=t.device) == 0, x), 0.0, grad)
+        return Prediction(x, x0, linear(1.0, eps, -sigma, grad), alpha, sigma, *learned)
 
     def _factor(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Coefficient | None:
         """Return the factor of backward passes from the predicted data to a state.
@@ -109,6 +109,11 @@ def check_scale(scale: float) -> None:
 def shape_or_type(value: object) -> str:
     """Return the shape of a tensor, or the type of anything else, for an error message."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _rows(flags: Tensor, x: Tensor) -> Tensor:
+    """Return flags () or (B,) in a shape that selects samples of a state (B, *D)."""
+    return flags.expand(len(x)).view(-1, *(1,) * (x.ndim - 1))
 
 
 def _without_graph(value: Tensor) -> Tensor:

@@ -93,13 +93,12 @@ class ClassifierGuidance(GuidedModel):
         self, x: Tensor, t: Tensor, /, *, class_labels: Any = None, **cond: Any
     ) -> Prediction:
         labels = {"class_labels": class_labels}
-        if (inside := self._with_signal(x, t, labels | cond)) is not None:
-            return inside
         prediction = self.model.predict(x, t, **cond, **(labels if self.conditional else {}))
-        with self._differentiable(x, t, labels) as (leaf, time, saved, keep):
+        inside, at = self._with_signal(x, t)
+        with self._differentiable(inside, at, labels) as (leaf, time, saved, keep):
             log_p = class_log_probs(self.classifier, leaf, time, **saved)
             grad = gradient(log_p, leaf, "classifier", keep=keep)
-        return self._shifted(prediction, x, t, self.scale * grad)
+        return self._shifted(prediction, x, t, self.scale * grad, at)
 
 
 @explained
@@ -165,11 +164,10 @@ class GradientGuidance(GuidedModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
-        if (inside := self._with_signal(x, t, cond)) is not None:
-            return inside
-        with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
+        inside, at = self._with_signal(x, t)
+        with self._differentiable(inside, at, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, sigma = kernel(self.sde, x, t)
+            alpha, sigma = kernel(self.sde, inside, at)
             log_p = self.log_likelihood(prediction.x0)
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
                 raise ValueError(
@@ -178,7 +176,9 @@ class GradientGuidance(GuidedModel):
                 )
             factor = self._factor(leaf, alpha, sigma)
             grad = gradient(log_p, leaf, "log_likelihood", factor=factor, keep=keep)
-        return self._shifted(prediction, x, t, self.scale * grad)
+        if at is not t:
+            prediction = self.model.predict(x, t, **cond)
+        return self._shifted(prediction, x, t, self.scale * grad, at)
 
 
 @explained

@@ -125,11 +125,10 @@ class LinearGaussianGuidance(GuidedModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
-        if (inside := self._with_signal(x, t, cond)) is not None:
-            return inside
-        with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
+        inside, at = self._with_signal(x, t)
+        with self._differentiable(inside, at, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, sigma = kernel(self.sde, x, t)
+            alpha, sigma = kernel(self.sde, inside, at)
             predicted = self.operator(prediction.x0)
             self._check(predicted, leaf)
             factor = self._factor(leaf, alpha, sigma)
@@ -153,7 +152,9 @@ class LinearGaussianGuidance(GuidedModel):
                     tolerance=self.tolerance,
                 )
                 grad = backward(solved)
-        return self._shifted(prediction, x, t, grad)
+        if at is not t:
+            prediction = self.model.predict(x, t, **cond)
+        return self._shifted(prediction, x, t, grad, at)
 
     def _check(self, predicted: Any, x: Tensor) -> None:
         expected = (len(x), *self.y.shape[1:])
