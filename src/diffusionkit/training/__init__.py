@@ -3,6 +3,7 @@
 from .._files import CheckpointError
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
+from .couplings import optimal_coupling
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA, HalfLife
 from .flow_times import LogitNormalTimes, ModeTimes, ShiftedTimes
@@ -60,6 +61,7 @@ __all__ = [
     "held_out_loss",
     "linear_warmup",
     "load_checkpoint",
+    "optimal_coupling",
     "power_coefficients",
     "power_exponent",
     "read_checkpoint",

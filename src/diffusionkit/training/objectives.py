@@ -139,6 +139,7 @@ class ScoreMatching(Described):
         reference_class_labels: Tensor | None = None,
         mask: Tensor | None = None,
         t: Tensor | None = None,
+        eps: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
     ) -> Tensor:
@@ -153,6 +154,9 @@ class ScoreMatching(Described):
                 (B, 1, H, W): the loss is sum(mask * error^2) / sum(mask). The data are set to 0
                 where it is 0, whatever their value, NaN included.
             t: times (B,), in [0, T], with weight 1; drawn from the time sampler by default.
+            eps: noise (B, *D) that belongs to the data, as in reflow and in couplings by optimal
+                transport; standard normal by default, the only noise with which the model learns
+                the score. Any other changes the probability flow alone, see `optimal_coupling`.
             generator: the generator of times and noise.
             cond: conditions, passed to the model and to the target.
 
@@ -183,7 +187,9 @@ class ScoreMatching(Described):
             check_range(reference, model, "reference")
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
-        sample = sde.perturb(x0, t, generator=generator)
+        # Without eps where there is none: a user's process may not know the argument.
+        given = {} if eps is None else {"eps": eps}
+        sample = sde.perturb(x0, t, **given, generator=generator)
         target_cond = dict(cond)
         if reference_class_labels is not None:
             target_cond["reference_class_labels"] = reference_class_labels
