@@ -112,11 +112,11 @@ def test_the_order_of_solvers_of_the_flow_from_pure_noise(sde, predictor, order)
     ids=["euler", "heun", "log-snr", "karras", "adaptive"],
 )  # fmt: skip
 def test_samples_from_pure_noise(predictor, grid, sde):
-    """The mean and deviation of one Gaussian, of which four standard errors are .036 and .025."""
+    """The mean and deviation of one Gaussian, of which four standard errors are .057 and .04."""
     model = GaussianMixtureModel(sde, [[0.7]], [0.4])
-    x = PCSampler(model, predictor, steps=80, grid=grid)((2000, 1), generator=seeded())
-    assert float(x.mean()) == pytest.approx(0.7, abs=0.05)
-    assert float(x.std()) == pytest.approx(0.4, abs=0.04)
+    x = PCSampler(model, predictor, steps=80, grid=grid)((800, 1), generator=seeded())
+    assert float(x.mean()) == pytest.approx(0.7, abs=0.07)
+    assert float(x.std()) == pytest.approx(0.4, abs=0.05)
 
 
 @pytest.mark.parametrize("corrector", [AnnealedLangevin(), Langevin(0.1)], ids=str)
@@ -205,15 +205,15 @@ class Peeking(ScoreModel):
 
 @pytest.mark.parametrize("sde", [SDE, CHAIN, VPSDE()], ids=["flow", "chain", "VP"])
 def test_a_bound_in_closed_form(sde):
-    """The integral of snr / (1 + snr) over log-SNR is log(1 + snr); all else cancels or is known."""
+    """The integral of snr / (1 + snr) over log-SNR is log(1 + snr); the rest is known."""
     d, x = 3, noise(4)[:, :1].expand(4, 3)
-    bound = NELBO(Peeking(sde, x), samples=3000)(x, generator=seeded())
+    bound = NELBO(Peeking(sde, x), samples=800)(x, generator=seeded())
     (a, b), (s, r) = (c.tolist() for c in sde.marginal(f64(sde.t_min, sde.T)))
     snr, rest = (a / s) ** 2, (b / r) ** 2
     prior = 0.5 * (b**2 * x.square().sum(1) + d * r**2) + 0.5 * d * math.log(2 * math.pi)
     path = 0.5 * d * (math.log1p(snr) - math.log1p(rest)) + d * math.log(s / r)
     small = 0.5 * d * (snr / (1 + snr) - 1) - d * math.log(a)
-    torch.testing.assert_close(bound.nats, prior + path + small, rtol=0, atol=2e-3)
+    torch.testing.assert_close(bound.nats, prior + path + small, rtol=0, atol=2e-2)
     assert bool(torch.isfinite(bound.path).all() & torch.isfinite(bound.drift).all())
 
 
