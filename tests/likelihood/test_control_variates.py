@@ -102,3 +102,16 @@ def test_the_variance_of_a_mean_ignores_a_trend() -> None:
     found = variance_of_mean(noise + trend).mean()
     assert float(found) == pytest.approx(1 / 50, rel=0.02)
     assert float(variance_of_mean(noise[:2]).mean()) == pytest.approx(1 / 2, rel=0.1)
+
+
+def test_a_mask_leaves_the_bound_of_the_kept_elements() -> None:
+    """Independent elements: the masked bound of five is the bound of the three that are kept."""
+    x = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64).expand(2000, 5)
+    mask = torch.tensor([[1, 0, 1, 1, 0]]).bool()
+    whole = GaussianMixtureModel(VPSDE(), torch.zeros(1, 5), [0.5])
+    nats = NELBO(whole, samples=20)(x, mask=mask, generator=seeded()).nats
+    part = GaussianMixtureModel(VPSDE(), torch.zeros(1, 3), [0.5])
+    truth = -part.log_prob(x[:1, mask[0]], torch.zeros(1, dtype=torch.float64))
+    error = float(nats.std()) / math.sqrt(len(x))
+    assert error < 0.05
+    assert abs(float(nats.mean() - truth)) < 4 * error

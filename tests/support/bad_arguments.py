@@ -755,6 +755,7 @@ _TAKEN = {
         "a numpy array",
     ],
     "Sequence": ["a numpy array"],
+    "SigmaData": ["0.5", "10**30", "a column", "three numbers", "a numpy array"],
     "Any": list(BAD),
 }
 _CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Classifier")

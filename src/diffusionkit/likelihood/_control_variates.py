@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._masks import count, zeroed
 from .._schedules import exact
 
 # Below this many draws, neighbors are too far away in time to predict one another.
@@ -28,23 +29,27 @@ class SquaredErrors:
     whose mean is zero: the sums are over differences of neighboring draws and b is the mean over
     the draws before and after, none of which is the draw itself. So the result is unbiased, and
     for Gaussian data nearly free of noise. Only one draw's vectors are kept at a time.
+
+    Args:
+        mask: 0 for the elements that do not count, (B, *D), or None. Their errors must be 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Tensor | None = None) -> None:
         """Begin an empty sequence."""
+        self._mask = mask
         self._squares: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._pairs: list[tuple[Tensor, ...]] = []
         self._last: tuple[Tensor, Tensor] | None = None
-        self._d = 0
+        self._d: int | Tensor = 0
 
     def add(self, error: Tensor, eps: Tensor) -> None:
         """Append the errors (B, *D) of one draw of noise eps (B, *D) for each sample."""
-        error, eps = (exact(v).reshape(len(v), -1) for v in (error, eps))
+        self._d = count(eps, self._mask)
+        error, eps = (exact(v).reshape(len(v), -1) for v in (error, zeroed(eps, self._mask)))
         self._squares.append(error.square().sum(1))
         error, eps = error.detach(), eps.detach()
         self._norms.append(eps.square().sum(1))
-        self._d = error.shape[1]
         if self._last is not None:
             e, n = self._last
             step_e, step_n = error - e, eps - n
@@ -58,19 +63,20 @@ class SquaredErrors:
     def values(self) -> Tensor:
         """Return the squared errors (k, B) of the k draws, with gradients, in float64."""
         squares = torch.stack(self._squares)
-        count = len(squares)
-        # Fewer differences in few dimensions would give ratios of infinite variance.
-        side = max(2, math.ceil(4 / self._d))
+        draws = len(squares)
+        # Fewer differences in few dimensions would give ratios of infinite variance; with a mask
+        # there may be one.
+        side = max(2, math.ceil(4 / self._d)) if isinstance(self._d, int) else 4
         width = 2 * side + 2
-        if count < max(LEAST, width + 1):
+        if draws < max(LEAST, width + 1):
             return squares
         columns = (torch.stack(column) for column in zip(*self._pairs, strict=True))
         ee, en, nn, before, after, between = columns
-        draw = torch.arange(count, device=squares.device)
-        start = (draw - side - 1).clamp(0, count - 1 - width)
+        draw = torch.arange(draws, device=squares.device)
+        start = (draw - side - 1).clamp(0, draws - 1 - width)
         ee, en, nn = (v.unfold(0, width, 1).sum(-1)[start] - _touching(v) for v in (ee, en, nn))
         c, a = ee / nn, en / nn
-        sides = torch.full((count, 1), 2.0, dtype=ee.dtype, device=ee.device)
+        sides = torch.full((draws, 1), 2.0, dtype=ee.dtype, device=ee.device)
         sides[0] = sides[-1] = 1.0
         # b^T eps, from the products with the errors and noises of the draws on either side.
         errors = _padded(before, 0) + _padded(after, 1)
