@@ -17,10 +17,13 @@ from . import _requirements as _requirements
 # isort: split
 from ._coefficients import expand
 from .control import (
+    AdaptiveProjection,
+    Autoguidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Colorization,
     GradientGuidance,
+    GuidanceMomentum,
     Inpainting,
     LinearGaussianGuidance,
     LinearMeasurement,
@@ -170,9 +173,11 @@ __all__ = [
     "VESDE",
     "VLB",
     "VPSDE",
+    "AdaptiveProjection",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "Autoguidance",
     "BrownianPath",
     "ChainGrid",
     "ChainNELBO",
@@ -205,6 +210,7 @@ __all__ = [
     "GaussianDecoder",
     "GaussianMixtureModel",
     "GradientGuidance",
+    "GuidanceMomentum",
     "HalfLife",
     "Heun",
     "Hutchinson",

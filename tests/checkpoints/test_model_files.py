@@ -20,6 +20,8 @@ from diffusionkit import (
     EMA,
     VESDE,
     VPSDE,
+    AdaptiveProjection,
+    Autoguidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Clip,
@@ -198,6 +200,15 @@ WRAPPERS = {
     "free": lambda: ClassifierFreeGuidance(
         conditional(VPSDE()), 2.0, (0.1, math.inf), 0.5, null={"class_labels": torch.tensor(0)}
     ),
+    "projected": lambda: ClassifierFreeGuidance(
+        conditional(VPSDE()),
+        2.0,
+        null={"class_labels": 0},
+        projection=AdaptiveProjection(0.2, max_norm=1.5),
+    ),
+    "autoguidance": lambda: Autoguidance(
+        made("VP", "eps", "MLP"), made("VP", "x0", "MLP"), 2.0, (0.1, 3.0), conditions=()
+    ),
     "classifier": guided_by_classifier,
     "linear": lambda: LinearGaussianGuidance(
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1
@@ -216,7 +227,11 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_and_exact_models(name) -> None:
     model = WRAPPERS[name]()
-    labels = {"class_labels": torch.tensor([1, 2])} if name in ("free", "classifier") else {}
+    labels = (
+        {"class_labels": torch.tensor([1, 2])}
+        if name in ("free", "projected", "classifier")
+        else {}
+    )
     same(model, returned(model), (2, 2), **labels)
 
 

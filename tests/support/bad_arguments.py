@@ -286,6 +286,7 @@ OWN: dict[str, Recipe] = {
     "broadcast_object": {"value": lambda: 1},
     "gathered_weights": {"model": lambda: nn.Linear(2, 2)},
     "seed_ranks": {"seed": lambda: 0},
+    "Autoguidance": {"weaker": lambda: _model(), "scale": lambda: 2.0},
     "BrownianPath": {"seeds": lambda: [1, 2]},
     "CheckpointFolder": {"folder": lambda: _folder() / "checkpoints"},
     **{
@@ -307,6 +308,7 @@ OWN: dict[str, Recipe] = {
         "stds": lambda: [0.1, 0.2],
         "weights": lambda: [0.5, 0.5],
     },
+    "GuidanceMomentum": {"predictor": dk.Euler},
     "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum(1)},
     "SigmaDenoiser.forward": {
         "self": lambda: interop.as_denoiser(_model()),
@@ -758,11 +760,13 @@ _TAKEN = {
     "SigmaData": ["0.5", "10**30", "a column", "three numbers", "a numpy array"],
     "Any": list(BAD),
 }
-_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Classifier")
+_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Projection", "Classifier")
 _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
+    ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
     ("ImageTensors", "classes"): ["a pair of words"],
     ("broadcast_object", "value"): list(BAD),
     ("gathered_weights", "model"): list(BAD),  # refused when the block is entered
