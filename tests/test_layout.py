@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "testing": CORE,
     "diagnostics": {*CORE, "training"},
     "ops": {"_checks", "_kept"},
-    "networks": {"_checks", "_hints", "_keywords", "_repr", "ops"},
+    "networks": {"_checks", "_hints", "_kept", "_keywords", "_repr", "ops"},
     "checkpoints": {
         *CORE,
         "control",

@@ -439,6 +439,7 @@ OWN: dict[str, Recipe] = {
     "DDPMUNet": {**TINY},
     "DDPMpp": {**TINY},
     "NCSNpp": {**TINY},
+    "DiT": {"width": lambda: 12, "depth": lambda: 1, "heads": lambda: 2},
     "NCSNv2": {
         "sigmas": lambda: (2.0, 1.0),
         "width": lambda: 8,
@@ -607,6 +608,12 @@ OWN: dict[str, Recipe] = {
         "noise_label": lambda: torch.ones(2),
         "class_labels": lambda: None,
     },
+    "DiT.forward": {
+        "self": lambda: networks.DiT(3, width=12, depth=1, heads=2),
+        "x": lambda: _state(2, 3, 8, 8),
+        "noise_label": lambda: torch.ones(2),
+        "class_labels": lambda: None,
+    },
     "NCSNv2.forward": {
         "self": lambda: networks.NCSNv2(sigmas=(2.0, 1.0), width=8, levels=((1, 1), (2, 1))),
         "x": lambda: _state(2, 3, 8, 8),
@@ -677,6 +684,7 @@ _MADE = {"SigmaDenoiser", "UNetAdapter"}
 # Files have tests of their own; `expand` runs in every step.
 _ELSEWHERE = {
     "load_diffusers",
+    "load_dit",
     "load_edm",
     "load_improved_diffusion",
     "load_network",

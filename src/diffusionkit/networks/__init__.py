@@ -3,9 +3,10 @@
 from .adm import ADMUNet
 from .ddpm import DDPMUNet
 from .ddpmpp import DDPMpp
+from .dit import DiT
 from .fourier_input import FourierFeatures
 from .mlp import MLP
 from .ncsnpp import NCSNpp
 from .ncsnv2 import NCSNv2
 
-__all__ = ["MLP", "ADMUNet", "DDPMUNet", "DDPMpp", "FourierFeatures", "NCSNpp", "NCSNv2"]
+__all__ = ["MLP", "ADMUNet", "DDPMUNet", "DDPMpp", "DiT", "FourierFeatures", "NCSNpp", "NCSNv2"]
