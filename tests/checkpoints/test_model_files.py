@@ -53,7 +53,16 @@ from diffusionkit import (
 from diffusionkit._parts import describe
 from diffusionkit.checkpoints import load_model, register_part, save_model
 from diffusionkit.checkpoints._model_builder import _own_classes
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, FourierFeatures, NCSNpp, NCSNv2
+from diffusionkit.networks import (
+    MLP,
+    ADMUNet,
+    DDPMpp,
+    DDPMUNet,
+    EDM2UNet,
+    FourierFeatures,
+    NCSNpp,
+    NCSNv2,
+)
 
 SMALL = {"width": 4, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
 PROCESSES = {
@@ -82,6 +91,7 @@ NETWORKS = {
     "DDPMpp": lambda: DDPMpp(1, **SMALL),
     "DDPMUNet": lambda: DDPMUNet(1, **SMALL, group_channels=2),
     "ADMUNet": lambda: ADMUNet(1, **SMALL, learn_sigma=False),
+    "EDM2UNet": lambda: EDM2UNet(1, **SMALL, head_channels=4),
     "NCSNv2": lambda: NCSNv2(1, width=4, sigmas=(3.0, 2.0, 1.0), levels=((1, 1), (2, 1))),
 }
 
