@@ -63,6 +63,7 @@ from diffusionkit.networks import (
     DDPMpp,
     DDPMUNet,
     DiT,
+    EDM2UNet,
     FourierFeatures,
     NCSNpp,
     NCSNv2,
@@ -98,6 +99,7 @@ NETWORKS = {
     "DDPMUNet": lambda: DDPMUNet(1, **SMALL, group_channels=2),
     "ADMUNet": lambda: ADMUNet(1, **SMALL, learn_sigma=False),
     "DiT": lambda: DiT(1, width=8, depth=1, heads=2, patch_size=(2, 4)),
+    "EDM2UNet": lambda: EDM2UNet(1, **SMALL, head_channels=4),
     "NCSNv2": lambda: NCSNv2(1, width=4, sigmas=(3.0, 2.0, 1.0), levels=((1, 1), (2, 1))),
 }
 

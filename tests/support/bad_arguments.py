@@ -368,6 +368,9 @@ OWN: dict[str, Recipe] = {
         "data": lambda: _state(4, 2),
     },
     "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
+    "LearnedUncertainty": {"features": lambda: 8},
+    "LearnedUncertainty.forward": {"self": lambda: dk.LearnedUncertainty(features=8)},
+    "LearnedUncertainty.log_variance": {"self": lambda: dk.LearnedUncertainty(features=8)},
     "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
     "read_checkpoint": {},
     "save_checkpoint": {
@@ -436,6 +439,7 @@ OWN: dict[str, Recipe] = {
     "frechet_distance": {},
     "MLP": {"features": lambda: 2, "width": lambda: 4},
     "ADMUNet": {**TINY, "heads": lambda: 1},
+    "EDM2UNet": {**TINY, "head_channels": lambda: 8},
     "DDPMUNet": {**TINY},
     "DDPMpp": {**TINY},
     "NCSNpp": {**TINY},
@@ -686,6 +690,7 @@ _ELSEWHERE = {
     "load_diffusers",
     "load_dit",
     "load_edm",
+    "load_edm2",
     "load_improved_diffusion",
     "load_network",
     "load_score_sde",
@@ -795,9 +800,9 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("Heun", "s_min"): ["infinity"],  # never churn
     ("Heun", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention
-       for net in ("ADMUNet", "NCSNpp")},
+       for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     # Files hold numbers of numpy.
-    **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "NCSNpp")},
+    **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("rand", "shape"): ["an empty list", "an empty tuple"],  # one number
     ("randn", "shape"): ["an empty list", "an empty tuple"],
     ("randn_like", "x"): ["a scalar tensor", "an empty tensor", "a tensor of NaN", "two NaN"],

@@ -1,6 +1,7 @@
 """Training: objectives, their weightings, times and targets, weight averages, checkpoints."""
 
 from .._files import CheckpointError
+from .._magnitude import normalize_weights
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
@@ -8,7 +9,7 @@ from .ema import EMA, HalfLife
 from .flow_times import LogitNormalTimes, ModeTimes, ShiftedTimes
 from .held_out import HeldOutLoss, held_out_loss
 from .objectives import ScoreMatching
-from .optim import StepReport, clipped_step, linear_warmup
+from .optim import StepReport, clipped_step, inverse_sqrt_decay, linear_warmup
 from .power_ema import PowerEMA, power_coefficients, power_exponent, reconstruct_ema
 from .reading import read_checkpoint
 from .references import ReferenceBatches
@@ -16,6 +17,7 @@ from .run_files import CheckpointFolder, StopSignals
 from .stable_target import StableTarget
 from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
+from .uncertainty import LearnedUncertainty
 from .vlb import VLB, HybridLoss
 from .weighting import (
     EDMWeighting,
@@ -38,6 +40,7 @@ __all__ = [
     "HeldOutLoss",
     "HybridLoss",
     "ImportanceTimes",
+    "LearnedUncertainty",
     "LikelihoodWeighting",
     "LogNormalTimes",
     "LogitNormalTimes",
@@ -58,8 +61,10 @@ __all__ = [
     "clipped_step",
     "drop_conditions",
     "held_out_loss",
+    "inverse_sqrt_decay",
     "linear_warmup",
     "load_checkpoint",
+    "normalize_weights",
     "power_coefficients",
     "power_exponent",
     "read_checkpoint",
