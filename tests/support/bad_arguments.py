@@ -588,6 +588,11 @@ OWN: dict[str, Recipe] = {
     "Chain.subsequence": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
     "Chain.respaced": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
     "TimeTravel.steps": {"self": dk.TimeTravel, "first": lambda: 0, "last": lambda: 3},
+    "Restart": {"s_min": lambda: 0.1, "s_max": lambda: 0.9, "steps": lambda: 2},
+    "Restart.place": {
+        "self": lambda: dk.Restart(0.1, 0.9),
+        "grid": lambda: dk.LogSNRGrid()(dk.VPSDE(), 9),
+    },
     "Mask.__call__": {"self": _made(control.Mask, torch.ones(2))},
     "Mask.inverse": {"self": _made(control.Mask, torch.ones(2))},
     "Matrix.__call__": {"self": _made(control.Matrix, torch.eye(2))},

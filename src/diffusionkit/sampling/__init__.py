@@ -28,6 +28,7 @@ from .predictors import (
     TabulatedPredictor,
 )
 from .probability_flow import ProbabilityFlow
+from .restart import Restart
 from .stochastic_heun import StochasticHeun
 from .time_travel import TimeTravel
 from .two_stage import StageCoefficients, TwoStagePredictor
@@ -58,6 +59,7 @@ __all__ = [
     "PCSampler",
     "ProbabilityFlow",
     "QuadraticGrid",
+    "Restart",
     "ReverseDiffusion",
     "SamplerState",
     "ShiftedGrid",

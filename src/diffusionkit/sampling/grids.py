@@ -164,8 +164,13 @@ class KarrasGrid(_SpacedGrid):
 
     @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
-        root = torch.exp(-0.5 / self.rho * sde.log_snr(ends))
-        return sde.time_at_log_snr(-2 * self.rho * torch.log(root[0] + u * (root[1] - root[0])))
+        return karras_times(sde, ends, u, self.rho)
+
+
+def karras_times(sde: ForwardSDE, ends: Tensor, u: Tensor, rho: float) -> Tensor:
+    """Return times at fractions u (n,) between two ends (2,), equally spaced in s^(1/rho)."""
+    root = torch.exp(-0.5 / rho * sde.log_snr(ends))
+    return sde.time_at_log_snr(-2 * rho * torch.log(root[0] + u * (root[1] - root[0])))
 
 
 @dataclass(frozen=True)
