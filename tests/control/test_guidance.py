@@ -202,7 +202,7 @@ def test_guided_models_keep_variance_and_data_range(mixture) -> None:
         return torch.cat([x + shift, 0.3 * x], 1)
 
     x, t = random_states(mixture.sde, 2)
-    inner = EpsModel(both, mixture.sde, variance="learned_range", data_range=(0.0, 1.0))
+    inner = X0Model(both, mixture.sde, variance="learned_range", data_range=(0.0, 1.0))
     for guided, cond in (
         (ClassifierGuidance(inner, lambda x, t: x), {"class_labels": torch.tensor([0, 1])}),
         (GradientGuidance(inner, lambda x0: -(x0**2).sum(1)), {}),
@@ -373,16 +373,3 @@ def test_repr(plain) -> None:
     linear = LinearGaussianGuidance(plain, len, torch.ones(1, 1), 0.25)
     options = ("y=[[1]]", "noise_std=0.25", "iterations=20", "tolerance=1e-06")
     assert ",\n    ".join(options) in repr(linear)
-
-
-def test_error_where_alpha_is_zero() -> None:
-    sde = DDPMChain.linear(100).zero_terminal_snr()
-    model = X0Model(lambda x, noise_label: x, sde)
-    x, t = torch.zeros(2, 2), torch.ones(2)
-    with pytest.raises(ValueError, match="expected alpha > 0, got alpha = 0"):
-        ClassifierGuidance(model, lambda x, t: x).predict(x, t, class_labels=torch.tensor([0, 1]))
-    guided = GradientGuidance(model, lambda x0: -(x0**2).sum(1))
-    with pytest.raises(ValueError, match=r"got alpha = 0: .* a sampler's grid of times such as"):
-        PCSampler(guided, DDIM(), steps=2)((2, 2))
-    times = torch.linspace(0.99 * sde.T, sde.t_stop, 3)  # as the error suggests
-    assert PCSampler(guided, DDIM(), steps=2, grid=times)((2, 2)).isfinite().all()

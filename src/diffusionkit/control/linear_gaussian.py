@@ -20,6 +20,7 @@ from .._checks import (
     readable,
 )
 from .._coefficients import Coefficient, expand
+from .._grid_times import kernel
 from .._precision import at_least_float32
 from ..interfaces import ScoreModel
 from ..random import randn_like
@@ -72,8 +73,8 @@ class LinearGaussianGuidance(GuidedModel):
 
     Raises:
         ValueError: if y is not finite, noise_std negative or not finite, or a number out of
-            range; in a call, if the operator's output has another shape than y, no gradient
-            flows through it, or alpha is 0; in the first call, if it is not linear.
+            range; in a call, if the operator's output has another shape than y, or no
+            gradient flows through it; in the first call, if it is not linear.
         TypeError: if a part or a number has the wrong type.
 
     Source: Boys et al., Tweedie Moment Projected Diffusions for Inverse Problems, 2023,
@@ -124,9 +125,10 @@ class LinearGaussianGuidance(GuidedModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
-        with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
+        inside, at = self._with_signal(x, t)
+        with self._differentiable(inside, at, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, sigma = self._kernel(x, t)
+            alpha, sigma = kernel(self.sde, inside, at)
             predicted = self.operator(prediction.x0)
             self._check(predicted, leaf)
             factor = self._factor(leaf, alpha, sigma)
@@ -150,7 +152,9 @@ class LinearGaussianGuidance(GuidedModel):
                     tolerance=self.tolerance,
                 )
                 grad = backward(solved)
-        return self._shifted(prediction, x, t, grad)
+        if at is not t:
+            prediction = self.model.predict(x, t, **cond)
+        return self._shifted(prediction, x, t, grad, at)
 
     def _check(self, predicted: Any, x: Tensor) -> None:
         expected = (len(x), *self.y.shape[1:])

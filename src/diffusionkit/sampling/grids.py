@@ -24,6 +24,7 @@ from .._checks import (
     check_positive,
     check_t_end,
 )
+from .._log_snr import LARGEST_RATIO, with_signal
 from .._schedules import home, schedule_dtype, shifted
 from ..interfaces import ForwardSDE
 from ..sde import Chain
@@ -73,10 +74,10 @@ class _SpacedGrid(abc.ABC):
         times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
             name = type(self).__name__
-            if float(sde.marginal(ends[:1])[0]) == 0.0:
+            if float(sde.marginal(ends[:1])[0]) == 0.0 and bool(times.isfinite().all()):
                 raise ValueError(
-                    f"sde: expected alpha(T) > 0 for {name}, got 0 at T = {sde.T:g}, where the "
-                    "log-SNR is -inf; use UniformGrid, or the steps of the chain"
+                    f"t_end: expected sigma / alpha < {LARGEST_RATIO:g} for {name}, which spaces "
+                    f"times from there where alpha(T) = 0, got {t_end}; use UniformGrid"
                 )
             raise ValueError(f"t_end: expected a time with noise for {name}, got {t_end}")
         return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
@@ -121,6 +122,8 @@ class QuadraticGrid(_SpacedGrid):
 class LogSNRGrid(_SpacedGrid):
     """Times equally spaced in log-SNR, the natural time of few-step solvers.
 
+    Where alpha(T) = 0 the first time is T, and the others are spaced from sigma / alpha = 160.
+
     Args:
         t_end: the last time, the SDE's t_stop by default.
         to_zero: whether the last step goes from t_end to 0.
@@ -131,7 +134,7 @@ class LogSNRGrid(_SpacedGrid):
 
     @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
-        l = sde.log_snr(ends)
+        l = with_signal(sde.log_snr(ends))
         return sde.time_at_log_snr(l[0] + u * (l[1] - l[0]))
 
 
@@ -139,7 +142,8 @@ class LogSNRGrid(_SpacedGrid):
 class KarrasGrid(_SpacedGrid):
     r"""EDM's grid: s^(1/rho) equally spaced, with s = sigma / alpha.
 
-    `KarrasGrid(to_zero=True)` with an `EDMSDE` is the paper's grid, N noise levels and zero.
+    `KarrasGrid(to_zero=True)` with an `EDMSDE` is the paper's grid, N noise levels and zero. Where
+    alpha(T) = 0 the first time is T, and the others are spaced from s = 160.
 
     Args:
         rho: the exponent; 1 is uniform in s, larger values take shorter steps near the data.
@@ -169,7 +173,7 @@ class KarrasGrid(_SpacedGrid):
 
 def karras_times(sde: ForwardSDE, ends: Tensor, u: Tensor, rho: float) -> Tensor:
     """Return times at fractions u (n,) between two ends (2,), equally spaced in s^(1/rho)."""
-    root = torch.exp(-0.5 / rho * sde.log_snr(ends))
+    root = torch.exp(-0.5 / rho * with_signal(sde.log_snr(ends)))
     return sde.time_at_log_snr(-2 * rho * torch.log(root[0] + u * (root[1] - root[0])))
 
 
