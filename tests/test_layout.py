@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
     "diagnostics": {*CORE, "training"},
+    "calibration": {"_checks", "_masks", "_precision", "_repr", "random"},
     "ops": {"_checks", "_kept"},
     "networks": {"_checks", "_hints", "_kept", "_keywords", "_magnitude", "_repr", "ops"},
     "checkpoints": {
