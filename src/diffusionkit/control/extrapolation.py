@@ -17,8 +17,8 @@ from .._coefficients import Coefficient, expand, linear
 from .._grid_times import kernel
 from ..interfaces import ScoreModel
 from ..values import Prediction
-from ._guided import GuidedModel, check_scale, shape_or_type
 from ._directions import averaged
+from ._guided import GuidedModel, check_scale, shape_or_type
 
 Projection = Callable[[Tensor, Tensor], Tensor]
 Evaluation = Callable[[], Prediction]
