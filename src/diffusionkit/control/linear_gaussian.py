@@ -109,8 +109,8 @@ class LinearizedGaussianGuidance(MeasurementGuidance):
     Only products with J and its transpose are computed, by automatic differentiation in both
     directions. It is `LinearGaussianGuidance` for a linear A, and exact as the noise goes to zero;
     in between, an A that is curved within the uncertainty of the predicted data biases it. For data
-    N(.5, .5^2) and y = tanh(2 x0) + noise, the samples' mean is off by the first number, in standard
-    deviations of the posterior, and their standard deviation is the second times the true one:
+    N(.5, .5^2) and y = tanh(2 x0) + noise, the samples' mean is off by the first number, in
+    standard deviations of the posterior, and their own is the second times the true one:
 
     ====  ===  ==========  ==================
     tau   y    this class  `GradientGuidance`
