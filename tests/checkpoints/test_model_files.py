@@ -32,6 +32,7 @@ from diffusionkit import (
     EmpiricalModel,
     EpsModel,
     EulerMaruyama,
+    FlowMatchingSDE,
     GaussianMixtureModel,
     GradientGuidance,
     IndexLabel,
@@ -51,13 +52,24 @@ from diffusionkit import (
     StepLabel,
     SubVPSDE,
     TimeLabel,
+    VelocityModel,
     VModel,
     X0Model,
 )
 from diffusionkit._parts import describe
 from diffusionkit.checkpoints import load_model, register_part, save_model
 from diffusionkit.checkpoints._model_builder import _own_classes
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, FourierFeatures, NCSNpp, NCSNv2
+from diffusionkit.networks import (
+    MLP,
+    ADMUNet,
+    DDPMpp,
+    DDPMUNet,
+    DiT,
+    EDM2UNet,
+    FourierFeatures,
+    NCSNpp,
+    NCSNv2,
+)
 
 SMALL = {"width": 4, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
 PROCESSES = {
@@ -65,6 +77,7 @@ PROCESSES = {
     "VP": VPSDE(beta_max=12.0, t_min=1e-4),
     "sub-VP": SubVPSDE(),
     "EDM": EDMSDE(sigma_max=40.0),
+    "flow": FlowMatchingSDE(t_min=2e-3),
     "DDPM": DDPMChain.linear(25),
     "cosine": DDPMChain.cosine(30).zero_terminal_snr(),
     "SMLD": SMLDChain.geometric(20),
@@ -75,6 +88,7 @@ PARAMETERIZATIONS = {
     "eps": EpsModel,
     "x0": X0Model,
     "v": VModel,
+    "velocity": VelocityModel,
     "score": RawScoreModel,
     "scaled score": ScaledScoreModel,
     "EDM": partial(EDMModel, sigma_data=0.7),
@@ -86,6 +100,8 @@ NETWORKS = {
     "DDPMpp": lambda: DDPMpp(1, **SMALL),
     "DDPMUNet": lambda: DDPMUNet(1, **SMALL, group_channels=2),
     "ADMUNet": lambda: ADMUNet(1, **SMALL, learn_sigma=False),
+    "DiT": lambda: DiT(1, width=8, depth=1, heads=2, patch_size=(2, 4)),
+    "EDM2UNet": lambda: EDM2UNet(1, **SMALL, head_channels=4),
     "NCSNv2": lambda: NCSNv2(1, width=4, sigmas=(3.0, 2.0, 1.0), levels=((1, 1), (2, 1))),
 }
 

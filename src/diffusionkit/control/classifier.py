@@ -18,12 +18,13 @@ from .._checks import (
     check_state,
     readable,
 )
-from .._coefficients import expand
+from .._coefficients import Coefficient, expand, per_sample
 from .._grid_times import kernel
 from .._hints import label_advice
 from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
 from .._repr import described
+from .._sigma_data import SigmaData, as_sigma_data, check_channels, over_channels, spread
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
@@ -46,7 +47,7 @@ class NoiseClassifier(nn.Module):
     Args:
         network: maps (x (B, *D), noise_label (B,)) to logits (B, K).
         sde: the forward process.
-        sigma_data: the standard deviation of the data.
+        sigma_data: the standard deviation of the data, or one for each channel, as in `EDMModel`.
         label: the noise label, log(sigma / alpha) / 4 by default.
 
     Raises:
@@ -65,17 +66,16 @@ class NoiseClassifier(nn.Module):
         self,
         network: Callable[..., Any],
         sde: ForwardSDE,
-        sigma_data: float = 0.5,
+        sigma_data: SigmaData = 0.5,
         *,
         label: Label | None = None,
     ) -> None:
         """Keep the network and the process."""
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
-        check_positive(sigma_data, "sigma_data")
         self.network = network
         self.sde = sde
-        self.sigma_data = sigma_data
+        self.sigma_data: float | tuple[float, ...] = as_sigma_data(sigma_data)
         self.label = LogSigmaLabel() if label is None else label
         check_callable(network, "network")
         check_callable(self.label, "label")
@@ -89,8 +89,15 @@ class NoiseClassifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the logits (B, K) of a state x (B, *D) at times t (B,)."""
         alpha, sigma = kernel(self.sde, x, t)
-        scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
+        scale: Coefficient
         x = at_least_float32(x)
+        if isinstance(self.sigma_data, tuple):
+            check_channels(self.sigma_data, x)
+            whole = per_sample(alpha, x), per_sample(sigma, x)
+            x = x / over_channels(spread(*whole, self.sigma_data), x)
+            scale = 1.0
+        else:
+            scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
         dtype = self._dtype(self.network) or x.dtype
         label = checked_label(self.label(self.sde, t), t).to(state_dtype(dtype))
         logits: Tensor = self.network((x * expand(scale, x)).to(dtype), label)
