@@ -11,11 +11,13 @@ networks and loaders are imported from their sub-packages.
 __project__ = "diffusionkit-torch"
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from . import _requirements as _requirements
 
 # isort: split
 from ._coefficients import expand
+from ._keywords import known_method as _known_method
 from .control import (
     AdaptiveProjection,
     Autoguidance,
@@ -26,8 +28,10 @@ from .control import (
     GuidanceMomentum,
     Inpainting,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LinearMeasurement,
     NoiseClassifier,
+    PseudoinverseGuidance,
     classifier_loss,
     train_noise_classifier,
 )
@@ -167,6 +171,16 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
+if not TYPE_CHECKING:  # to type checkers, other names do not exist
+
+    def __getattr__(name: str) -> object:
+        """Say under which name a method is here; an AttributeError would be lost on import."""
+        message = f"cannot import name {name!r} from {__name__!r}"
+        if (ours := _known_method(name)) is not None:
+            raise ImportError(f"{message}; here it is {ours}", name=__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "DDIM",
     "DEIS",
@@ -230,6 +244,7 @@ __all__ = [
     "LikelihoodWeighting",
     "LinearGaussianGuidance",
     "LinearMeasurement",
+    "LinearizedGaussianGuidance",
     "LogNormalTimes",
     "LogSNRGrid",
     "LogSNRSDE",
@@ -247,6 +262,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "ProbabilityFlow",
+    "PseudoinverseGuidance",
     "QuadraticGrid",
     "RawScoreModel",
     "ReferenceBatches",

@@ -38,10 +38,12 @@ from diffusionkit import (
     IndexLabel,
     LearnedSDE,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LogSigmaLabel,
     LogSNRSDE,
     NoiseClassifier,
     PCSampler,
+    PseudoinverseGuidance,
     RawScoreModel,
     ScaledScoreModel,
     ScheduleTransformedModel,
@@ -224,6 +226,12 @@ WRAPPERS = {
     "classifier": guided_by_classifier,
     "linear": lambda: LinearGaussianGuidance(
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1
+    ),
+    "each noise": lambda: LinearizedGaussianGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), torch.tensor([0.2])
+    ),
+    "pseudoinverse": lambda: PseudoinverseGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1, 0.5
     ),
     "gradient": lambda: GradientGuidance(made("VP", "x0", "MLP"), likelihood, 0.5),
     "mixture": lambda: GaussianMixtureModel(

@@ -333,6 +333,14 @@ OWN: dict[str, Recipe] = {
         "operator": lambda: control.Matrix(torch.eye(2)),
         "noise_std": lambda: 0.1,
     },
+    "LinearizedGaussianGuidance": {
+        "operator": lambda: lambda x0: x0**2,
+        "noise_std": lambda: 0.1,
+    },
+    "PseudoinverseGuidance": {
+        "operator": lambda: control.Matrix(torch.eye(2)),
+        "noise_std": lambda: 0.1,
+    },
     "LinearMeasurement": {"operator": lambda: torch.eye(2)},
     "EMA": {"model": lambda: nn.Linear(2, 2)},
     "PowerEMA": {"model": lambda: nn.Linear(2, 2)},

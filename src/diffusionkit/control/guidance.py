@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_callable, check_flag
+from .._grid_times import kernel
 from .._keywords import explained
 from ..interfaces import ScoreModel
 from ..values import Prediction

@@ -150,9 +150,8 @@ class DiscreteNELBO(Described):
             # At alpha = 0 the noise has no error; weight and error are those of the data.
             step = (sde.T - sde.t_min) / self.steps
             weight = torch.where(ends, self.steps * torch.exp(sde.log_snr(exact(t) - step)), weight)
-            squares = torch.where(
-                ends, _total_square(zeroed(prediction.x0 - sample.x0, mask)), squares
-            )
+            of_data = _total_square(zeroed(prediction.x0 - sample.x0, mask))
+            squares = torch.where(ends, of_data, squares)
         if readable(squares) and not bool(torch.isfinite(squares).all()):
             worst = float(t[~torch.isfinite(squares)][0])
             raise ValueError(
