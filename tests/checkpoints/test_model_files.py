@@ -38,6 +38,7 @@ from diffusionkit import (
     LogSigmaLabel,
     LogSNRSDE,
     NoiseClassifier,
+    PatchedModel,
     PCSampler,
     RawScoreModel,
     ScaledScoreModel,
@@ -53,7 +54,16 @@ from diffusionkit import (
 from diffusionkit._parts import describe
 from diffusionkit.checkpoints import load_model, register_part, save_model
 from diffusionkit.checkpoints._model_builder import _own_classes
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, FourierFeatures, NCSNpp, NCSNv2
+from diffusionkit.networks import (
+    MLP,
+    ADMUNet,
+    DDPMpp,
+    DDPMUNet,
+    FourierFeatures,
+    NCSNpp,
+    NCSNv2,
+    PositionChannels,
+)
 
 SMALL = {"width": 4, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
 PROCESSES = {
@@ -177,6 +187,16 @@ def guided_by_classifier():
     return ClassifierGuidance(conditional(sde), classifier, 2.5, conditional=True)
 
 
+def of_patches():
+    torch.manual_seed(0)
+    network = PositionChannels(DDPMpp(7, out_channels=1, **SMALL), [2], linear=True)
+    nn.init.normal_(network.network.head.conv.weight)
+    return PatchedModel(
+        EpsModel(network, VPSDE()), (8, 6), [4, 3], margin=1, blend="uniform",
+        periodic=(True, False), shift=True, positions=True, batch=5,
+    ).eval()  # fmt: skip
+
+
 @register_part
 def first_coordinate(x):
     return x[:, :1]
@@ -199,6 +219,7 @@ WRAPPERS = {
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1
     ),
     "gradient": lambda: GradientGuidance(made("VP", "x0", "MLP"), likelihood, 0.5),
+    "patched": of_patches,
     "mixture": lambda: GaussianMixtureModel(
         VPSDE(), [[0.1, 1.0], [2.0, 0.3]], [0.1, 0.7], [0.1, 0.6]
     ),
@@ -213,7 +234,8 @@ WRAPPERS = {
 def test_wrappers_and_exact_models(name) -> None:
     model = WRAPPERS[name]()
     labels = {"class_labels": torch.tensor([1, 2])} if name in ("free", "classifier") else {}
-    same(model, returned(model), (2, 2), **labels)
+    shape = (2, 1, 11, 13) if name == "patched" else (2, 2)
+    same(model, returned(model), shape, **labels)
 
 
 def test_every_class_of_models_is_tested() -> None:

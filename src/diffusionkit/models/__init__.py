@@ -4,6 +4,7 @@ from .denoised import Clip, DenoisedModel, DynamicThreshold
 from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
 from .network import EpsModel, NetworkModel, RawScoreModel, ScaledScoreModel, VModel, X0Model
 from .oracles import EmpiricalModel, GaussianMixtureModel
+from .patched import PatchedModel
 from .preconditioned import EDMModel
 from .schedule_transform import ScheduleTransformedModel
 
@@ -18,6 +19,7 @@ __all__ = [
     "IndexLabel",
     "LogSigmaLabel",
     "NetworkModel",
+    "PatchedModel",
     "RawScoreModel",
     "ScaledScoreModel",
     "ScheduleTransformedModel",

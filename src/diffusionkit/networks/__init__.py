@@ -7,5 +7,15 @@ from .fourier_input import FourierFeatures
 from .mlp import MLP
 from .ncsnpp import NCSNpp
 from .ncsnv2 import NCSNv2
+from .positions import PositionChannels
 
-__all__ = ["MLP", "ADMUNet", "DDPMUNet", "DDPMpp", "FourierFeatures", "NCSNpp", "NCSNv2"]
+__all__ = [
+    "MLP",
+    "ADMUNet",
+    "DDPMUNet",
+    "DDPMpp",
+    "FourierFeatures",
+    "NCSNpp",
+    "NCSNv2",
+    "PositionChannels",
+]

@@ -3,6 +3,7 @@
 from .._files import CheckpointError
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
+from .crops import Crops, random_crops
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA, HalfLife
 from .held_out import HeldOutLoss, held_out_loss
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointFolder",
+    "Crops",
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
@@ -51,6 +53,7 @@ __all__ = [
     "load_checkpoint",
     "power_coefficients",
     "power_exponent",
+    "random_crops",
     "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",
