@@ -458,6 +458,17 @@ OWN: dict[str, Recipe] = {
         "levels": lambda: ((1, 1), (2, 1)),
     },
     "FourierFeatures": {"network": lambda: networks.MLP(2), "exponents": lambda: (6, 7)},
+    "PositionChannels": {"network": lambda: networks.MLP(2), "frequencies": lambda: (1,)},
+    "PatchedModel": {"patch": lambda: 4, "overlap": lambda: 2},
+    "PatchedModel.predict": {
+        "self": lambda: dk.PatchedModel(_model(), 4, 2),
+        "x": lambda: _state(2, 3, 8),
+    },
+    "random_crops": {"x0": lambda: _state(2, 3, 8, 8), "size": lambda: 4},
+    "Crops.cut": {
+        "self": lambda: dk.random_crops(_state(2, 3, 8, 8), 4),
+        "others": lambda: _state(2, 1, 8, 8),
+    },
     "fir_conv_downsample": _IMAGE,
     "fir_conv_upsample": _IMAGE,
     "fir_downsample": _IMAGE,
@@ -694,6 +705,7 @@ _RESULTS = {
     "StepCoefficients",
     "Report",
     "Checkpoint",
+    "Crops",
     "StepReport",
 }
 # `as_denoiser` and `to_diffusers` make them: classes without arguments of their own.
@@ -814,6 +826,7 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("Heun", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention
        for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
+    ("PositionChannels", "frequencies"): ["an empty list", "an empty tuple"],  # coordinates alone
     # Files hold numbers of numpy.
     **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("rand", "shape"): ["an empty list", "an empty tuple"],  # one number

@@ -12,6 +12,7 @@ from .network import (
     X0Model,
 )
 from .oracles import EmpiricalModel, GaussianMixtureModel
+from .patched import PatchedModel
 from .preconditioned import EDMModel
 from .schedule_transform import ScheduleTransformedModel
 
@@ -26,6 +27,7 @@ __all__ = [
     "IndexLabel",
     "LogSigmaLabel",
     "NetworkModel",
+    "PatchedModel",
     "RawScoreModel",
     "ScaledScoreModel",
     "ScheduleTransformedModel",
