@@ -17,6 +17,7 @@ import torch
 from diffusionkit import CheckpointError
 from diffusionkit.checkpoints import (
     load_edm,
+    load_edm2,
     load_improved_diffusion,
     load_network,
     load_score_sde,
@@ -24,6 +25,7 @@ from diffusionkit.checkpoints import (
 
 LOADERS = {
     "edm": load_edm,
+    "edm2": load_edm2,
     "improved": load_improved_diffusion,
     "own": load_network,
     "score": load_score_sde,
