@@ -271,5 +271,6 @@ def test_activations_are_clipped_once_after_the_attention() -> None:
     largest = []
     for stage in (s for s in net.modules() if isinstance(s, Stage)):
         stage.register_forward_hook(lambda m, a, out: largest.append(float(out.abs().max())))
-    net(torch.randn(1, 1, 8, 8), torch.zeros(1))
+    with torch.no_grad():
+        net(torch.randn(1, 1, 8, 8), torch.zeros(1))
     assert max(largest) == 0.5

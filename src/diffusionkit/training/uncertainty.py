@@ -37,7 +37,7 @@ class LearnedUncertainty(nn.Module):
     other. So the distribution of training times can be chosen freely, and the relative weight
     of the objective at different times does not matter. It is negative where losses are small.
 
-    Since v is normalized, u has a bounded size: with 128 features it can be about 3 in magnitude
+    Since v is normalized, u has a bounded size: with 128 features it can be about 4 in magnitude
     over EDM's whole range of noise, enough for losses weighted by `EDMWeighting`. The bound grows
     with the root of the number of features; take 1024 for losses that span more decades.
 
