@@ -2,7 +2,15 @@
 
 from .denoised import Clip, DenoisedModel, DynamicThreshold
 from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
-from .network import EpsModel, NetworkModel, RawScoreModel, ScaledScoreModel, VModel, X0Model
+from .network import (
+    EpsModel,
+    NetworkModel,
+    RawScoreModel,
+    ScaledScoreModel,
+    VelocityModel,
+    VModel,
+    X0Model,
+)
 from .oracles import EmpiricalModel, GaussianMixtureModel
 from .preconditioned import EDMModel
 from .schedule_transform import ScheduleTransformedModel
@@ -25,5 +33,6 @@ __all__ = [
     "StepLabel",
     "TimeLabel",
     "VModel",
+    "VelocityModel",
     "X0Model",
 ]

@@ -3,6 +3,7 @@
 from .adm import ADMUNet
 from .ddpm import DDPMUNet
 from .ddpmpp import DDPMpp
+from .dit import DiT
 from .edm2 import EDM2UNet
 from .fourier_input import FourierFeatures
 from .mlp import MLP
@@ -14,6 +15,7 @@ __all__ = [
     "ADMUNet",
     "DDPMUNet",
     "DDPMpp",
+    "DiT",
     "EDM2UNet",
     "FourierFeatures",
     "NCSNpp",

@@ -151,6 +151,18 @@ class SignedLogEmbedding(nn.Module):
         return _sines(angle)
 
 
+class _ClassEmbedding(nn.Embedding):
+    """A table of classes, drawn from a Gaussian."""
+
+    def __init__(self, classes: int, features: int, std: float) -> None:
+        self.std = std
+        super().__init__(classes, features)
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
 class ConditionEmbedding(nn.Module):
     r"""Embedding of the noise label and, optionally, of a class and a condition vector.
 
@@ -165,6 +177,7 @@ class ConditionEmbedding(nn.Module):
         num_classes: number of classes, or None.
         condition_features: size of the condition vector, or None.
         late_classes: whether the class embedding is added after both linear layers.
+        class_std: standard deviation of the class embedding at initialization.
         style: provides initializer and activation; None for fan-averaged and SiLU.
 
     Raises:
@@ -184,6 +197,7 @@ class ConditionEmbedding(nn.Module):
         num_classes: int | None = None,
         condition_features: int | None = None,
         late_classes: bool = False,
+        class_std: float = 1.0,
         style: Style | None = None,
     ) -> None:
         super().__init__()
@@ -197,7 +211,9 @@ class ConditionEmbedding(nn.Module):
         self.condition_features = condition_features
         self.late_classes = late_classes
         at = width if late_classes else features
-        self.classes = None if num_classes is None else nn.Embedding(num_classes, at)
+        self.classes: nn.Embedding | None = None
+        if num_classes is not None:
+            self.classes = _ClassEmbedding(num_classes, at, class_std)
         self.condition: nn.Linear | None = None
         if condition_features is not None:
             self.condition = nn.Linear(condition_features, features, bias=False)

@@ -6,6 +6,7 @@ from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA, HalfLife
+from .flow_times import LogitNormalTimes, ModeTimes, ShiftedTimes
 from .held_out import HeldOutLoss, held_out_loss
 from .objectives import ScoreMatching
 from .optim import StepReport, clipped_step, inverse_sqrt_decay, linear_warmup
@@ -18,7 +19,13 @@ from .targets import DenoisingTarget
 from .times import ImportanceTimes, LogNormalTimes, StratifiedTimes, UniformTimes
 from .uncertainty import LearnedUncertainty
 from .vlb import VLB, HybridLoss
-from .weighting import EDMWeighting, LikelihoodWeighting, MinSNRWeighting, SimpleWeighting
+from .weighting import (
+    EDMWeighting,
+    LikelihoodWeighting,
+    MinSNRWeighting,
+    SimpleWeighting,
+    VelocityWeighting,
+)
 
 __all__ = [
     "EMA",
@@ -36,17 +43,21 @@ __all__ = [
     "LearnedUncertainty",
     "LikelihoodWeighting",
     "LogNormalTimes",
+    "LogitNormalTimes",
     "LossSecondMomentTimes",
     "MinSNRWeighting",
+    "ModeTimes",
     "PowerEMA",
     "ReferenceBatches",
     "ScoreMatching",
+    "ShiftedTimes",
     "SimpleWeighting",
     "StableTarget",
     "StepReport",
     "StopSignals",
     "StratifiedTimes",
     "UniformTimes",
+    "VelocityWeighting",
     "clipped_step",
     "drop_conditions",
     "held_out_loss",
