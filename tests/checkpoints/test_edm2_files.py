@@ -6,6 +6,7 @@ from support import seeded
 from support.released import EDM2, assert_released, edm2_tensors, inputs
 
 from diffusionkit import (
+    Autoguidance,
     EDMModel,
     EDMWeighting,
     Heun,
@@ -101,6 +102,19 @@ def test_a_loaded_model_samples(load) -> None:
     x = sampler((2, 4, 8, 8), generator=seeded())
     assert x.shape == (2, 4, 8, 8)
     assert x.isfinite().all()
+
+
+def test_files_guide_each_other(load) -> None:
+    """Autoguidance of a network by one of another size."""
+    model, weaker = load("plain"), load("no heads", encoder=RGB)
+    x, sigma, cond = state("plain")
+    for conditions in (None, ("class_labels",)):
+        guided = Autoguidance(model, weaker, 2.0, conditions=conditions)
+        labels = cond["class_labels"] % 3
+        with torch.no_grad():
+            got = guided.predict(x, sigma, class_labels=labels).x0
+            a, b = (m.predict(x, sigma, class_labels=labels).x0 for m in (model, weaker))
+        torch.testing.assert_close(got, 2 * a - b, rtol=1e-4, atol=1e-4)
 
 
 def test_entries_of_a_pickle(written) -> None:

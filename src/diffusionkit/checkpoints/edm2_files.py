@@ -132,7 +132,8 @@ def _drop_uncertainty(tensors: dict[str, Tensor], channels: int) -> None:
         if got != shape:
             raise ValueError(f"{name}: expected a tensor of shape {shape}, got {got}")
         if name in faults:
-            raise ValueError(f"{name}: {faults[name]}")
+            message = f"{name}: {faults[name]}"
+            raise ValueError(message)
 
 
 def _network(given: Mapping[str, Any]) -> EDM2UNet:
