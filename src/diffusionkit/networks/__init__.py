@@ -9,7 +9,7 @@ from .fourier_input import FourierFeatures
 from .mlp import MLP
 from .ncsnpp import NCSNpp
 from .ncsnv2 import NCSNv2
-from .with_positions import PositionChannels
+from .position_channels import PositionChannels
 
 __all__ = [
     "MLP",
