@@ -630,6 +630,7 @@ OWN: dict[str, Recipe] = {
     "KarrasGrid.__call__": {"self": dk.KarrasGrid},
     "LogSNRGrid.__call__": {"self": dk.LogSNRGrid},
     "QuadraticGrid.__call__": {"self": dk.QuadraticGrid},
+    "AYSGrid.__call__": {"self": dk.AYSGrid},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
 for _times in ("UniformTimes", "StratifiedTimes", "LogNormalTimes", "ImportanceTimes"):

@@ -6,7 +6,7 @@ from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
-from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .grids import AYSGrid, ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
 from .heun import Euler, Heun
 from .latent import slerp
 from .multistep import ExponentialAdams, MultistepPredictor
@@ -31,6 +31,7 @@ __all__ = [
     "DDIM",
     "DEIS",
     "LMS",
+    "AYSGrid",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
