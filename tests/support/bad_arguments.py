@@ -666,6 +666,7 @@ OWN: dict[str, Recipe] = {
     "ShiftedGrid.__call__": {"self": _made(dk.ShiftedGrid, 3.0)},
     "ShiftedTimes": {"shift": lambda: 3.0, "times": dk.UniformTimes},
     "ShiftedTimes.sample": {"self": _made(dk.ShiftedTimes, 3.0)},
+    "AYSGrid.__call__": {"self": dk.AYSGrid},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
 for _times in (

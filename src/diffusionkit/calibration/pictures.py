@@ -96,8 +96,8 @@ def plot_rank_histogram(
     ax = _axes(ax)
     n = len(height)
     edges = torch.linspace(0.0, 1.0, n + 1)
-    step = [x.expand(n).repeat_interleave(2).numpy() for x in (low, high)]
-    ax.fill_between(edges.repeat_interleave(2)[1:-1].numpy(), *step, color="0.88", lw=0)
+    bottom, top = (x.expand(n).repeat_interleave(2).numpy() for x in (low, high))
+    ax.fill_between(edges.repeat_interleave(2)[1:-1].numpy(), bottom, top, color="0.88", lw=0)
     ax.bar(edges[:-1].numpy(), height.numpy(), width=0.9 / n, align="edge")
     ax.axhline(level, color="0.4", lw=1)
     ax.set(xlabel="rank / (number of samples)", ylabel=label, xlim=(0, 1))

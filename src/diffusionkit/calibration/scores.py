@@ -62,7 +62,8 @@ def element_crps(ensemble: Tensor, observation: Tensor, *, fair: bool = True) ->
     x = x - x[:, m // 2 : m // 2 + 1]
     rank = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
     pairs = torch.einsum("nm...,m->n...", x, rank)
-    return distance - pairs / (m * (m - 1) if fair else m * m)
+    score: Tensor = distance - pairs / (m * (m - 1) if fair else m * m)
+    return score
 
 
 def energy_score(
@@ -124,4 +125,5 @@ def case_energy(
     for i in range(m - 1):
         pairs = pairs + torch.linalg.vector_norm(x[:, i + 1 :] - x[:, i : i + 1], dim=2).sum(1)
     distance = torch.linalg.vector_norm(x - y, dim=2).mean(1)
-    return distance - pairs / (m * (m - 1) if fair else m * m)
+    score: Tensor = distance - pairs / (m * (m - 1) if fair else m * m)
+    return score

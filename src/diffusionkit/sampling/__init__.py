@@ -7,6 +7,7 @@ from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
 from .grids import (
+    AYSGrid,
     ChainGrid,
     KarrasGrid,
     LogSNRGrid,
@@ -38,6 +39,7 @@ __all__ = [
     "DDIM",
     "DEIS",
     "LMS",
+    "AYSGrid",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
