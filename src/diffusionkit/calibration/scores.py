@@ -123,5 +123,5 @@ def case_energy(
     pairs = x.new_zeros(n)
     for i in range(m - 1):
         pairs = pairs + torch.linalg.vector_norm(x[:, i + 1 :] - x[:, i : i + 1], dim=2).sum(1)
-    distance = torch.linalg.vector_norm(x - y, dim=2).mean(1)
+    distance: Tensor = torch.linalg.vector_norm(x - y, dim=2).mean(1)
     return distance - pairs / (m * (m - 1) if fair else m * m)
