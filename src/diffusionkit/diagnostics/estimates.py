@@ -49,7 +49,7 @@ def plot_variances(results: Estimate | Sequence[Estimate], ax: Axes | None = Non
         ValueError: if there are no estimates, or their quantities differ.
         ImportError: if matplotlib is not installed.
     """
-    if not isinstance(results, Iterable):
+    if isinstance(results, Tensor) or not isinstance(results, Iterable):
         results = [results]
     results = list(results)
     for result in results:
