@@ -43,6 +43,7 @@ from diffusionkit import (
     NoiseClassifier,
     PCSampler,
     RawScoreModel,
+    ReverseTimeLabel,
     ScaledScoreModel,
     ScheduleTransformedModel,
     SigmaLabel,
@@ -260,6 +261,7 @@ def test_every_class_of_models_is_tested() -> None:
 
 LABELS = [
     TimeLabel(3.5),
+    ReverseTimeLabel(2.0),
     SigmaLabel(),
     LogSigmaLabel(0.3, reference=2.0),
     StepLabel(25, 4.0),
@@ -267,7 +269,7 @@ LABELS = [
 ]
 
 
-VARIANCES = ["learned", "learned_range", "fixed_small", "fixed_large", None]
+VARIANCES = [None, "learned", "learned_range", "fixed_small", "fixed_large", None]
 
 
 @pytest.mark.parametrize(("label", "variance"), [*zip(LABELS, VARIANCES, strict=True)], ids=str)

@@ -1,7 +1,14 @@
 """Score models: networks combined with their processes, and exact oracles."""
 
 from .denoised import Clip, DenoisedModel, DynamicThreshold
-from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
+from .labels import (
+    IndexLabel,
+    LogSigmaLabel,
+    ReverseTimeLabel,
+    SigmaLabel,
+    StepLabel,
+    TimeLabel,
+)
 from .network import (
     EpsModel,
     NetworkModel,
@@ -27,6 +34,7 @@ __all__ = [
     "LogSigmaLabel",
     "NetworkModel",
     "RawScoreModel",
+    "ReverseTimeLabel",
     "ScaledScoreModel",
     "ScheduleTransformedModel",
     "SigmaLabel",
