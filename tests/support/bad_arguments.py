@@ -758,6 +758,7 @@ _ELSEWHERE = {
     "load_improved_diffusion",
     "load_network",
     "load_score_sde",
+    "load_sit",
     "push_to_hub",
     "from_pretrained",
     "inception_features",
