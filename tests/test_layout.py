@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "sde": BASE,
     "models": {*BASE, "sde"},
     "training": {*CORE, "_files", "_parts", "_weights", "_writing"},
-    "sampling": CORE,
+    "sampling": {*CORE, "_files", "_writing"},
     "likelihood": {*CORE, "_files", "_writing"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,

@@ -90,6 +90,7 @@ from .sampling import (
     DPMSolver3M,
     Euler,
     EulerMaruyama,
+    FittedGrid,
     Heun,
     KarrasGrid,
     Langevin,
@@ -104,6 +105,7 @@ from .sampling import (
     UniformGrid,
     UniPC,
     ddim_encode,
+    fit_grid,
     slerp,
 )
 from .sde import (
@@ -196,6 +198,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExactDivergence",
+    "FittedGrid",
     "ForwardSDE",
     "GaussianDecoder",
     "GaussianMixtureModel",
@@ -267,6 +270,7 @@ __all__ = [
     "drop_conditions",
     "evaluate_bits_per_dim",
     "expand",
+    "fit_grid",
     "held_out_loss",
     "linear_warmup",
     "load_checkpoint",
