@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "models": {*BASE, "sde"},
     "_magnitude": {"_checks", "distributed"},
     "training": {*CORE, "_files", "_magnitude", "_parts", "_weights", "_writing"},
-    "sampling": CORE,
+    "sampling": {*CORE, "_files", "_writing"},
     "likelihood": {*CORE, "_files", "_writing"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,

@@ -100,6 +100,7 @@ from .sampling import (
     DPMSolver3M,
     Euler,
     EulerMaruyama,
+    FittedGrid,
     Heun,
     KarrasGrid,
     Langevin,
@@ -115,6 +116,7 @@ from .sampling import (
     UniformGrid,
     UniPC,
     ddim_encode,
+    fit_grid,
     slerp,
 )
 from .sde import (
@@ -228,6 +230,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExactDivergence",
+    "FittedGrid",
     "FlowMatchingSDE",
     "ForwardSDE",
     "GaussianDecoder",
@@ -312,6 +315,7 @@ __all__ = [
     "drop_conditions",
     "evaluate_bits_per_dim",
     "expand",
+    "fit_grid",
     "held_out_loss",
     "inverse_sqrt_decay",
     "linear_warmup",

@@ -233,6 +233,13 @@ def _checkpoints() -> training.CheckpointFolder:
     return training.CheckpointFolder(_folder() / "checkpoints")
 
 
+@functools.cache
+def _fitted_grid() -> dk.FittedGrid:
+    grid = dk.fit_grid(_model(), dk.DDIM(), (4, 2), steps=2, iterations=0, generator=_generator())
+    grid.save(_folder() / "grid.json")
+    return grid
+
+
 def _estimate() -> Estimate:
     return Estimate(*(torch.ones(2) for _ in range(4)), "variance", "label")
 
@@ -644,6 +651,29 @@ OWN: dict[str, Recipe] = {
     "Restart.place": {
         "self": lambda: dk.Restart(0.1, 0.9),
         "grid": lambda: dk.LogSNRGrid()(dk.VPSDE(), 9),
+    },
+    "FittedGrid": {
+        "times": lambda: (1.0, 0.5, 0.1),
+        "alpha": lambda: (0.1, 0.5, 0.9),
+        "sigma": lambda: (0.9, 0.5, 0.1),
+        "process": lambda: "VPSDE()",
+        "predictor": lambda: "DDIM()",
+        "nfe": lambda: 2,
+        "error": lambda: 0.1,
+        "fixed_error": lambda: 0.2,
+    },
+    "FittedGrid.__call__": {"self": lambda: _fitted_grid(), "steps": lambda: 2},
+    "FittedGrid.save": {
+        "self": lambda: _fitted_grid(),
+        "path": lambda: _folder() / "grid.json",
+    },
+    "FittedGrid.load": {"self": lambda: _fitted_grid(), "path": lambda: _folder() / "grid.json"},
+    "fit_grid": {
+        "predictor": dk.DDIM,
+        "start": lambda: (4, 2),
+        "steps": lambda: 2,
+        "iterations": lambda: 0,
+        "tolerance": lambda: 1e-2,
     },
     "Mask.__call__": {"self": _made(control.Mask, torch.ones(2))},
     "Mask.inverse": {"self": _made(control.Mask, torch.ones(2))},

@@ -6,6 +6,8 @@ from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
+from .fitted_grid import FittedGrid
+from .grid_search import fit_grid
 from .grids import (
     AYSGrid,
     ChainGrid,
@@ -52,6 +54,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExponentialAdams",
+    "FittedGrid",
     "Heun",
     "KarrasGrid",
     "Langevin",
@@ -74,5 +77,6 @@ __all__ = [
     "UniPC",
     "UniformGrid",
     "ddim_encode",
+    "fit_grid",
     "slerp",
 ]
