@@ -38,11 +38,15 @@ from diffusionkit import (
     IndexLabel,
     LearnedSDE,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LogSigmaLabel,
     LogSNRSDE,
     NoiseClassifier,
+    PatchedModel,
     PCSampler,
+    PseudoinverseGuidance,
     RawScoreModel,
+    ReverseTimeLabel,
     ScaledScoreModel,
     ScheduleTransformedModel,
     SigmaLabel,
@@ -67,6 +71,7 @@ from diffusionkit.networks import (
     FourierFeatures,
     NCSNpp,
     NCSNv2,
+    PositionChannels,
 )
 
 SMALL = {"width": 4, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
@@ -195,6 +200,16 @@ def guided_by_classifier():
     return ClassifierGuidance(conditional(sde), classifier, 2.5, conditional=True)
 
 
+def of_patches():
+    torch.manual_seed(0)
+    network = PositionChannels(DDPMpp(7, out_channels=1, **SMALL), [2], linear=True)
+    nn.init.normal_(network.network.head.conv.weight)
+    return PatchedModel(
+        EpsModel(network, VPSDE()), (8, 6), [4, 3], margin=1, blend="uniform",
+        periodic=(True, False), shift=True, positions=True, batch=5,
+    ).eval()  # fmt: skip
+
+
 @register_part
 def first_coordinate(x):
     return x[:, :1]
@@ -225,7 +240,14 @@ WRAPPERS = {
     "linear": lambda: LinearGaussianGuidance(
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1
     ),
+    "each noise": lambda: LinearizedGaussianGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), torch.tensor([0.2])
+    ),
+    "pseudoinverse": lambda: PseudoinverseGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1, 0.5
+    ),
     "gradient": lambda: GradientGuidance(made("VP", "x0", "MLP"), likelihood, 0.5),
+    "patched": of_patches,
     "mixture": lambda: GaussianMixtureModel(
         VPSDE(), [[0.1, 1.0], [2.0, 0.3]], [0.1, 0.7], [0.1, 0.6]
     ),
@@ -244,7 +266,8 @@ def test_wrappers_and_exact_models(name) -> None:
         if name in ("free", "projected", "classifier")
         else {}
     )
-    same(model, returned(model), (2, 2), **labels)
+    shape = (2, 1, 11, 13) if name == "patched" else (2, 2)
+    same(model, returned(model), shape, **labels)
 
 
 def test_every_class_of_models_is_tested() -> None:
@@ -260,6 +283,7 @@ def test_every_class_of_models_is_tested() -> None:
 
 LABELS = [
     TimeLabel(3.5),
+    ReverseTimeLabel(2.0),
     SigmaLabel(),
     LogSigmaLabel(0.3, reference=2.0),
     StepLabel(25, 4.0),
@@ -267,7 +291,7 @@ LABELS = [
 ]
 
 
-VARIANCES = ["learned", "learned_range", "fixed_small", "fixed_large", None]
+VARIANCES = [None, "learned", "learned_range", "fixed_small", "fixed_large", None]
 
 
 @pytest.mark.parametrize(("label", "variance"), [*zip(LABELS, VARIANCES, strict=True)], ids=str)
