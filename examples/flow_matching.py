@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from digits import Quality, load, pixels
@@ -120,7 +121,7 @@ def straightness(model: VelocityModel, noise: Tensor) -> float:
     states = [noise]
     times = torch.linspace(1.0, 0.0, 101)
     velocities = []
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         prediction = model.predict(states[-1], t.expand(len(noise)))
         velocities.append(prediction.eps - prediction.x0)
         states.append(states[-1] + (s - t) * velocities[-1])

@@ -11,20 +11,27 @@ networks and loaders are imported from their sub-packages.
 __project__ = "diffusionkit-torch"
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from . import _requirements as _requirements
 
 # isort: split
 from ._coefficients import expand
+from ._keywords import known_method as _known_method
 from .control import (
+    AdaptiveProjection,
+    Autoguidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Colorization,
     GradientGuidance,
+    GuidanceMomentum,
     Inpainting,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LinearMeasurement,
     NoiseClassifier,
+    PseudoinverseGuidance,
     classifier_loss,
     train_noise_classifier,
 )
@@ -65,7 +72,9 @@ from .models import (
     IndexLabel,
     LogSigmaLabel,
     NetworkModel,
+    PatchedModel,
     RawScoreModel,
+    ReverseTimeLabel,
     ScaledScoreModel,
     ScheduleTransformedModel,
     SigmaLabel,
@@ -82,6 +91,7 @@ from .sampling import (
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    AYSGrid,
     BrownianPath,
     ChainGrid,
     DPMSolver2M,
@@ -90,6 +100,7 @@ from .sampling import (
     DPMSolver3M,
     Euler,
     EulerMaruyama,
+    FittedGrid,
     Heun,
     KarrasGrid,
     Langevin,
@@ -97,6 +108,7 @@ from .sampling import (
     PCSampler,
     ProbabilityFlow,
     QuadraticGrid,
+    Restart,
     ReverseDiffusion,
     ShiftedGrid,
     StochasticHeun,
@@ -104,6 +116,7 @@ from .sampling import (
     UniformGrid,
     UniPC,
     ddim_encode,
+    fit_grid,
     slerp,
 )
 from .sde import (
@@ -128,6 +141,7 @@ from .training import (
     HalfLife,
     HybridLoss,
     ImportanceTimes,
+    LearnedUncertainty,
     LikelihoodWeighting,
     LogitNormalTimes,
     LogNormalTimes,
@@ -146,10 +160,13 @@ from .training import (
     clipped_step,
     drop_conditions,
     held_out_loss,
+    inverse_sqrt_decay,
     linear_warmup,
     load_checkpoint,
+    normalize_weights,
     optimal_coupling,
     power_exponent,
+    random_crops,
     read_checkpoint,
     reconstruct_ema,
     save_checkpoint,
@@ -161,6 +178,16 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
+if not TYPE_CHECKING:  # to type checkers, other names do not exist
+
+    def __getattr__(name: str) -> object:
+        """Say under which name a method is here; an AttributeError would be lost on import."""
+        message = f"cannot import name {name!r} from {__name__!r}"
+        if (ours := _known_method(name)) is not None:
+            raise ImportError(f"{message}; here it is {ours}", name=__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "DDIM",
     "DEIS",
@@ -171,9 +198,12 @@ __all__ = [
     "VESDE",
     "VLB",
     "VPSDE",
+    "AYSGrid",
+    "AdaptiveProjection",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "Autoguidance",
     "BrownianPath",
     "ChainGrid",
     "ChainNELBO",
@@ -201,11 +231,13 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExactDivergence",
+    "FittedGrid",
     "FlowMatchingSDE",
     "ForwardSDE",
     "GaussianDecoder",
     "GaussianMixtureModel",
     "GradientGuidance",
+    "GuidanceMomentum",
     "HalfLife",
     "Heun",
     "Hutchinson",
@@ -216,10 +248,12 @@ __all__ = [
     "KarrasGrid",
     "Langevin",
     "LearnedSDE",
+    "LearnedUncertainty",
     "LevelDecoder",
     "LikelihoodWeighting",
     "LinearGaussianGuidance",
     "LinearMeasurement",
+    "LinearizedGaussianGuidance",
     "LogNormalTimes",
     "LogSNRGrid",
     "LogSNRSDE",
@@ -232,15 +266,19 @@ __all__ = [
     "NoiseClassifier",
     "ODELikelihood",
     "PCSampler",
+    "PatchedModel",
     "Perturbed",
     "PowerEMA",
     "Prediction",
     "Predictor",
     "ProbabilityFlow",
+    "PseudoinverseGuidance",
     "QuadraticGrid",
     "RawScoreModel",
     "ReferenceBatches",
+    "Restart",
     "ReverseDiffusion",
+    "ReverseTimeLabel",
     "SMLDChain",
     "ScaledScoreModel",
     "ScheduleTransformedModel",
@@ -278,11 +316,15 @@ __all__ = [
     "drop_conditions",
     "evaluate_bits_per_dim",
     "expand",
+    "fit_grid",
     "held_out_loss",
+    "inverse_sqrt_decay",
     "linear_warmup",
     "load_checkpoint",
+    "normalize_weights",
     "optimal_coupling",
     "power_exponent",
+    "random_crops",
     "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",

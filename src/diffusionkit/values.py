@@ -185,6 +185,16 @@ class Prediction:
         return self._x
 
     @property
+    def output(self) -> Tensor | None:
+        """The model's output a x0 + b eps (B, *D); None if both data and noise were given."""
+        return self._output
+
+    @property
+    def parameterization(self) -> tuple[Coefficient, Coefficient]:
+        """The coefficients a and b of the output, (B,) or floats."""
+        return self._a, self._b
+
+    @property
     def log_var(self) -> Tensor | None:
         """The logarithm of a learned transition variance (B, *D), or None."""
         return self._log_var

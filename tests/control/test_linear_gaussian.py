@@ -22,8 +22,9 @@ from diffusionkit import (
     ReverseDiffusion,
     X0Model,
 )
+from diffusionkit.control._measurement import conjugate_gradients
 from diffusionkit.control.guidance import ClassifierGuidance, GradientGuidance
-from diffusionkit.control.linear_gaussian import LinearGaussianGuidance, conjugate_gradients
+from diffusionkit.control.linear_gaussian import LinearGaussianGuidance
 from diffusionkit.testing import check_score_model
 
 DIMS = 4

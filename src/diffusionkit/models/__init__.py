@@ -1,7 +1,14 @@
 """Score models: networks combined with their processes, and exact oracles."""
 
 from .denoised import Clip, DenoisedModel, DynamicThreshold
-from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
+from .labels import (
+    IndexLabel,
+    LogSigmaLabel,
+    ReverseTimeLabel,
+    SigmaLabel,
+    StepLabel,
+    TimeLabel,
+)
 from .network import (
     EpsModel,
     NetworkModel,
@@ -12,6 +19,7 @@ from .network import (
     X0Model,
 )
 from .oracles import EmpiricalModel, GaussianMixtureModel
+from .patched import PatchedModel
 from .preconditioned import EDMModel
 from .schedule_transform import ScheduleTransformedModel
 
@@ -26,7 +34,9 @@ __all__ = [
     "IndexLabel",
     "LogSigmaLabel",
     "NetworkModel",
+    "PatchedModel",
     "RawScoreModel",
+    "ReverseTimeLabel",
     "ScaledScoreModel",
     "ScheduleTransformedModel",
     "SigmaLabel",

@@ -107,6 +107,10 @@ class NetworkModel(ScoreModel):
         """Return the network's input (B, *D) for a state x (B, *D); by default the state."""
         return x
 
+    def _unscaled(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return a network's output (B, *D) in the parameterization, one for all channels."""
+        return output
+
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
@@ -135,8 +139,10 @@ class NetworkModel(ScoreModel):
             output = self._tensor(output, x)
         (alpha, sigma), (a, b) = floats(*kernel), evaluate(self.parameterization, *kernel)
         if not learned:
+            output = self._unscaled(output, x, *kernel)
             return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
         output, v = output.to(x.dtype).chunk(2, 1)
+        output = self._unscaled(output, x, *kernel)
         name, value = (
             ("log_var", v) if self.variance == "learned" else ("log_var_fraction", (v + 1) / 2)
         )

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from .._checks import (
     check_callable,
+    check_choice,
     check_count,
     check_flag,
     check_known,
@@ -169,8 +170,66 @@ class KarrasGrid(_SpacedGrid):
 
     @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
-        root = torch.exp(-0.5 / self.rho * with_signal(sde.log_snr(ends)))
-        return sde.time_at_log_snr(-2 * self.rho * torch.log(root[0] + u * (root[1] - root[0])))
+        return karras_times(sde, ends, u, self.rho)
+
+
+def karras_times(sde: ForwardSDE, ends: Tensor, u: Tensor, rho: float) -> Tensor:
+    """Return times at fractions u (n,) between two ends (2,), equally spaced in s^(1/rho)."""
+    root = torch.exp(-0.5 / rho * with_signal(sde.log_snr(ends)))
+    return sde.time_at_log_snr(-2 * rho * torch.log(root[0] + u * (root[1] - root[0])))
+
+
+# Ratios sigma / alpha of ten steps, from the authors' page.
+_ALIGNED = {
+    "stable_diffusion": (
+        14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029,
+    ),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AYSGrid(_SpacedGrid):
+    """The levels of Align Your Steps, stretched to the range of the process.
+
+    The published ratios sigma / alpha are interpolated in their logarithm for another number of
+    steps, as published, and then scaled in it so that they cover the range from T to t_end. Steps
+    are short where images form, around ratio 1, and long at both ends.
+
+    Args:
+        levels: the model that the levels were optimized for: "stable_diffusion", "sdxl" or "svd".
+        t_end: the last time, the SDE's t_stop by default.
+        to_zero: whether the last step goes from t_end to 0.
+
+    Raises:
+        ValueError: if levels is none of them.
+
+    Source: Sabour, Fidler and Kreis, Align Your Steps: Optimizing Sampling Schedules in Diffusion
+    Models, 2024, arXiv 2404.14507.
+
+    >>> from diffusionkit import EDMSDE, AYSGrid
+    >>> grid = AYSGrid()(EDMSDE(sigma_min=0.029, sigma_max=14.615), 10)
+    >>> [round(s, 3) for s in grid.tolist()[:6]]
+    [14.615, 6.475, 3.861, 2.697, 1.886, 1.396]
+    """
+
+    levels: str = "stable_diffusion"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("levels", self.levels, tuple(_ALIGNED))
+
+    @override
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        table = torch.log(ends.new_tensor(_ALIGNED[self.levels]))
+        share = (table[0] - table) / (table[0] - table[-1])
+        place = u * (len(share) - 1)
+        below = place.floor().long().clamp(max=len(share) - 2)
+        share = torch.lerp(share[below], share[below + 1], place - below)
+        l = sde.log_snr(ends)
+        return sde.time_at_log_snr(l[0] + share * (l[1] - l[0]))
 
 
 @dataclass(frozen=True)
