@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import sys
@@ -95,11 +96,49 @@ def _kind(head: bytes) -> str:
     return f"a file that starts with {head[:16]!r}"
 
 
+def read_json(path: str | os.PathLike[str], expected: str) -> Any:
+    """Read a JSON file, strictly.
+
+    Args:
+        path: the file.
+        expected: a description of the file, for the error.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is not JSON, names a value twice or holds NaN or infinity.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected {expected}, got {error}") from error
+    return parsed_json(path, text, expected)
+
+
+def parsed_json(path: str | os.PathLike[str], text: str, expected: str) -> Any:
+    """Return the value of the JSON of a file, or raise a `CheckpointError`; see `read_json`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(names := dict(pairs)) < len(pairs):
+            raise ValueError("expected different names, got some twice")
+        return names
+
+    def constant(text: str) -> None:
+        raise ValueError(f"expected a number, got {text}")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected {expected}, got {error}") from error
+
+
 def read_torch(
     path: str | os.PathLike[str],
     *,
     expected: str = "a file written by torch.save",
     map_location: torch.device | str | None = "cpu",
+    known: Mapping[str, Any] = GLOBALS,
 ) -> Any:
     """Read a file written by `torch.save`, of any version, without running code.
 
@@ -110,6 +149,7 @@ def read_torch(
         path: the file.
         expected: a description of the file, for the error.
         map_location: the device of the tensors, None for those named in the file.
+        known: the globals that the file may name; see `_pickles.run`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -119,7 +159,7 @@ def read_torch(
     """
     device = None if map_location is None else _device(map_location)
     with opened(path, expected, ZIP, PICKLE) as file:
-        return load_torch(file, device)
+        return load_torch(file, device, known)
 
 
 def _device(map_location: torch.device | str) -> torch.device:
@@ -132,13 +172,15 @@ def _device(map_location: torch.device | str) -> torch.device:
         raise TypeError(message) from error
 
 
-def load_torch(file: BinaryIO, device: torch.device | None = _CPU) -> Any:
+def load_torch(
+    file: BinaryIO, device: torch.device | None = _CPU, known: Mapping[str, Any] = GLOBALS
+) -> Any:
     """Load the content of an open file written by `torch.save`; see `read_torch`."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     zipped = file.read(4) == b"PK\3\4"
     file.seek(0)
-    return (_load_zip if zipped else _load_legacy)(file, device, length)
+    return (_load_zip if zipped else _load_legacy)(file, device, length, known)
 
 
 def check_torch(file: BinaryIO) -> None:
@@ -150,7 +192,9 @@ def check_torch(file: BinaryIO) -> None:
     load_torch(file, torch.device("meta"))
 
 
-def _load_zip(file: BinaryIO, device: torch.device | None, length: int) -> Any:
+def _load_zip(
+    file: BinaryIO, device: torch.device | None, length: int, known: Mapping[str, Any]
+) -> Any:
     records = _archives.records(file, length)
 
     def fill(name: str, flat: Tensor) -> None:
@@ -169,15 +213,17 @@ def _load_zip(file: BinaryIO, device: torch.device | None, length: int) -> Any:
     if "byteorder" in records and content("byteorder") != sys.byteorder.encode():
         raise CheckpointError(f"a file of a machine that is not {sys.byteorder}-endian")
     storages = Storages(device, length, lambda key, flat: fill(f"data/{key}", flat))
-    return _pickles.run(BytesIO(content("data.pkl")), GLOBALS, storages.load, limit=length)
+    return _pickles.run(BytesIO(content("data.pkl")), known, storages.load, limit=length)
 
 
-def _load_legacy(file: BinaryIO, device: torch.device | None, length: int) -> Any:
+def _load_legacy(
+    file: BinaryIO, device: torch.device | None, length: int, known: Mapping[str, Any]
+) -> Any:
     if tuple(_pickles.run(file, {}) for _ in _LEGACY) != _LEGACY:
         raise UnpicklingError("expected the first numbers of a file of torch, got others")
     _pickles.run(file, {})  # the machine that wrote it
     storages = Storages(device, length)
-    value = _pickles.run(file, GLOBALS, storages.load, limit=length)
+    value = _pickles.run(file, known, storages.load, limit=length)
     keys = _pickles.run(file, {})
     if type(keys) is not list or sorted(keys) != sorted(storages.flat):
         raise UnpicklingError(f"expected the values of {len(storages.flat)} storages, got others")

@@ -8,16 +8,19 @@ from diffusionkit import (
     EDMSDE,
     VESDE,
     VPSDE,
+    AYSGrid,
     ChainGrid,
+    FlowMatchingSDE,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
     QuadraticGrid,
+    ShiftedGrid,
     SMLDChain,
     UniformGrid,
 )
 
-GRIDS = [UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid]
+GRIDS = [UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid, AYSGrid]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -80,6 +83,31 @@ def test_karras_grids_of_other_processes(sde):
     torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps), rtol=1e-6, atol=0)
 
 
+# Sabour et al. 2024, the levels of ten steps on the authors' page, which begin at 14.615 and 700.
+ALIGNED = {
+    "stable_diffusion": [6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029],
+    "sdxl": [6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029],
+    "svd": [54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002],
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_published_aligned_levels_and_their_geometric_means(name):
+    first = 700.0 if name == "svd" else 14.615
+    levels = torch.tensor([first, *ALIGNED[name]], dtype=torch.float64)
+    sde = EDMSDE(sigma_min=float(levels[-1]), sigma_max=first)
+    torch.testing.assert_close(AYSGrid(name)(sde, 10), levels, rtol=1e-9, atol=0)
+    between = AYSGrid(name)(sde, 20)[1::2]
+    torch.testing.assert_close(between, (levels[1:] * levels[:-1]).sqrt(), rtol=1e-9, atol=0)
+
+
+def test_aligned_levels_are_stretched_in_log_snr(sde):
+    levels = torch.tensor([14.615, *ALIGNED["stable_diffusion"]], dtype=torch.float64).log()
+    found = -0.5 * sde.log_snr(AYSGrid()(sde, 10))
+    gaps, wanted = (x.diff() / (x[-1] - x[0]) for x in (found, levels))
+    torch.testing.assert_close(gaps, wanted, rtol=1e-5, atol=0)
+
+
 def test_grids_given_as_times_or_callables(mixture):
     times = torch.tensor([0.9, 0.5, 0.1]) * mixture.sde.T
     sampler = PCSampler(mixture, DDIM(), grid=times)
@@ -98,3 +126,17 @@ def test_a_chain_grid_has_the_levels_of_the_chain() -> None:
     chain = SMLDChain.geometric(10, sigma_min=0.01, sigma_max=50.0)
     times = ChainGrid(chain)(EDMSDE(sigma_max=60.0), 9)
     assert torch.allclose(times, chain.marginal(chain.respaced(10))[1])
+
+
+def test_shifted_grids():
+    """diffusers' 4 steps with shift 3: 1, 9/10, 3/4, 1/2 and 0."""
+    sde = FlowMatchingSDE()
+    times = ShiftedGrid(3.0, UniformGrid(t_end=0.0))(sde, 4)
+    torch.testing.assert_close(times, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]).double())
+    assert float(times[0]) == 1.0
+    assert float(times[-1]) == 0.0
+    again = ShiftedGrid(1 / 3, ShiftedGrid(3.0, QuadraticGrid()))(sde, 7)
+    torch.testing.assert_close(again, QuadraticGrid()(sde, 7))
+    wide = EDMSDE(sigma_max=80.0)
+    for shift in (0.3, 7.0):
+        assert float(ShiftedGrid(shift)(wide, 5)[0]) == 80.0

@@ -24,14 +24,13 @@ from .._hints import label_advice
 from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
 from .._repr import described
-from .._schedules import home, schedule_dtype
 from .._sigma_data import SigmaData, as_sigma_data, check_channels, over_channels, spread
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes, times_and_weights
-from ._guided import shape_or_type
+from ._guided import check_process, shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
@@ -131,31 +130,6 @@ def class_log_probs(
     return logs.gather(1, class_labels.long().unsqueeze(1)).squeeze(1)
 
 
-def check_process(classifier: object, sde: ForwardSDE) -> None:
-    """Raise if a classifier was made for another process (values are read on the CPU only)."""
-    own = getattr(classifier, "sde", None)
-    if own is sde or not isinstance(own, ForwardSDE):
-        return
-    if own.T != sde.T:
-        raise ValueError(f"classifier: expected a process with T = {sde.T:g}, got {own.T:g}")
-    t = sde.T * torch.linspace(0.1, 1.0, 4, dtype=torch.float64)
-    expected, got = (_marginals(process, t) for process in (sde, own))
-    if not readable(t) or torch.allclose(got, expected, rtol=1e-3):
-        return
-    k = int((got - expected).abs().sum(0).argmax())
-    raise ValueError(
-        f"classifier: expected the process of the model, {type(sde).__name__} with alpha and sigma "
-        f"= {expected[:, k].tolist()} at t = {float(t[k]):g}, "
-        f"got {type(own).__name__} with {got[:, k].tolist()}"
-    )
-
-
-@torch.no_grad()
-def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
-    """Return alpha and sigma (2, n) at times (n,), on the CPU."""
-    return torch.stack(sde.marginal(t.to(home(sde), schedule_dtype(home(sde))))).to(t)
-
-
 def check_class_labels(class_labels: object, batch: int) -> None:
     """Raise unless class labels are a tensor of integers, one for each sample."""
     if not isinstance(class_labels, Tensor):
@@ -212,7 +186,7 @@ def classifier_loss(
     check_part(sde, ForwardSDE, "sde")
     check_state(x0, "x0")
     check_finite(x0, "x0")
-    check_process(classifier, sde)
+    check_process(classifier, sde, "classifier")
     if t is not None and times is not None:
         raise ValueError("times: expected times or t, got both")
     times = UniformTimes() if times is None else times

@@ -50,8 +50,8 @@ def plot_variances(results: Estimate | Sequence[Estimate], ax: Axes | None = Non
         ImportError: if matplotlib is not installed.
     """
     given: Any = results
-    several = isinstance(given, Iterable) and not isinstance(given, Tensor)
-    results = list(given) if several else [given]
+    single = isinstance(given, Tensor) or not isinstance(given, Iterable)
+    results = [given] if single else list(given)
     for result in results:
         check_part(result, Estimate, "results")
     if ax is not None and not hasattr(ax, "fill_between"):

@@ -232,6 +232,37 @@ class VModel(NetworkModel):
         return -sigma, alpha
 
 
+class VelocityModel(NetworkModel):
+    r"""A network that predicts the velocity of flow matching: F = eps - x0.
+
+    .. math::
+        x_0 = \frac{x - \sigma F}{\alpha + \sigma}, \quad
+        \epsilon = \frac{x + \alpha F}{\alpha + \sigma},
+
+    so that F determines both at all noise levels, of any process. With a `FlowMatchingSDE` it is
+    dx_t / dt; `VModel` predicts another velocity, alpha eps - sigma x0.
+
+    The default label is 999 t / T, for networks that embed time as those of DDPM do, with
+    sinusoids of periods up to 1e4. Published networks of diffusers, such as Stable Diffusion 3 and
+    Flux, were trained with TimeLabel(1000.0), and those that embed t itself with TimeLabel(1.0).
+
+    Args: those of `NetworkModel`.
+
+    Source: Lipman et al., Flow Matching for Generative Modeling, 2023, arXiv 2210.02747; Liu et
+    al., Flow Straight and Fast, 2023, arXiv 2209.03003.
+
+    >>> import torch
+    >>> from diffusionkit import FlowMatchingSDE, VelocityModel
+    >>> model = VelocityModel(lambda x, noise_label: -x, FlowMatchingSDE())
+    >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).x0
+    tensor([[2., 2.]])
+    """
+
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+        return -1.0, 1.0
+
+
 class RawScoreModel(NetworkModel):
     r"""A network that predicts the score itself: F = -eps / sigma.
 

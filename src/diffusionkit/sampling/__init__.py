@@ -6,7 +6,17 @@ from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
-from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .fitted_grid import FittedGrid
+from .grid_search import fit_grid
+from .grids import (
+    AYSGrid,
+    ChainGrid,
+    KarrasGrid,
+    LogSNRGrid,
+    QuadraticGrid,
+    ShiftedGrid,
+    UniformGrid,
+)
 from .heun import Euler, Heun
 from .latent import slerp
 from .multistep import ExponentialAdams, MultistepPredictor
@@ -21,6 +31,7 @@ from .predictors import (
     TabulatedPredictor,
 )
 from .probability_flow import ProbabilityFlow
+from .restart import Restart
 from .stochastic_heun import StochasticHeun
 from .time_travel import TimeTravel
 from .two_stage import StageCoefficients, TwoStagePredictor
@@ -30,6 +41,7 @@ __all__ = [
     "DDIM",
     "DEIS",
     "LMS",
+    "AYSGrid",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
@@ -42,6 +54,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExponentialAdams",
+    "FittedGrid",
     "Heun",
     "KarrasGrid",
     "Langevin",
@@ -51,8 +64,10 @@ __all__ = [
     "PCSampler",
     "ProbabilityFlow",
     "QuadraticGrid",
+    "Restart",
     "ReverseDiffusion",
     "SamplerState",
+    "ShiftedGrid",
     "StageCoefficients",
     "StepCoefficients",
     "StochasticHeun",
@@ -62,5 +77,6 @@ __all__ = [
     "UniPC",
     "UniformGrid",
     "ddim_encode",
+    "fit_grid",
     "slerp",
 ]

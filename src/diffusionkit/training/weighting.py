@@ -129,3 +129,27 @@ class MinSNRWeighting(Weighting):
         check_times(t, sde.T)
         alpha, sigma = sde.marginal(within(t, sde.T))
         return (self.gamma * (sigma / alpha).square()).clamp_max(1.0).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class VelocityWeighting(Weighting):
+    r"""Weight ((alpha + sigma) / alpha)^2: weight 1 of the squared error of eps - x0.
+
+    The loss of flow matching: with it `ScoreMatching` is the mean of |F - (eps - x0)|^2 for a
+    `VelocityModel`, and the same function of data and noise for every other model. Infinite at
+    alpha = 0, where the objective takes the limit.
+
+    Source: Lipman et al., Flow Matching for Generative Modeling, 2023, arXiv 2210.02747; Liu et
+    al., Flow Straight and Fast, 2023, arXiv 2209.03003.
+
+    >>> import torch
+    >>> from diffusionkit import FlowMatchingSDE, VelocityWeighting
+    >>> VelocityWeighting()(FlowMatchingSDE(), torch.tensor([0.0, 0.5]))
+    tensor([1., 4.])
+    """
+
+    @override
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        check_times(t, sde.T)
+        alpha, sigma = sde.marginal(within(t, sde.T))
+        return (1 + sigma / alpha).square().to(t.dtype)
