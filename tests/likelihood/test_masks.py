@@ -15,6 +15,7 @@ from diffusionkit import (
     DiscreteNELBO,
     EpsModel,
     ExactDivergence,
+    FlowMatchingSDE,
     GaussianMixtureModel,
     LevelDecoder,
     LogSNRSDE,
@@ -27,7 +28,7 @@ from diffusionkit import (
 )
 from diffusionkit.likelihood import bits_per_dim
 
-SDES = [VPSDE(), VESDE(sigma_max=20.0), SubVPSDE(t_min=1e-3), EDMSDE()]
+SDES = [VPSDE(), VESDE(sigma_max=20.0), SubVPSDE(t_min=1e-3), EDMSDE(), FlowMatchingSDE()]
 MEANS, WEIGHTS = [[-1.0, 0.3], [0.8, -0.5]], [0.4, 0.6]
 KEPT = torch.tensor([[True, False, True, False]])
 
@@ -83,6 +84,8 @@ def same_noise(monkeypatch):
 @pytest.mark.parametrize("sde", SDES, ids=lambda sde: type(sde).__name__)
 @pytest.mark.parametrize("divergence", [None, ExactDivergence()], ids=["denoising", "sliced"])
 def test_nelbo_is_that_of_the_shorter_samples(sde, divergence, same_noise):
+    if divergence is not None and isinstance(sde, FlowMatchingSDE):
+        pytest.skip("the sliced form has no finite range of log-SNR where alpha(T) = 0")
     x, options = points(), {"samples": 5, "divergence": divergence}
     model = Embedded(sde)
     right = NELBO(model.plane, **options)(x, generator=seeds())

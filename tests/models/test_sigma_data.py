@@ -14,6 +14,7 @@ from diffusionkit import (
     DDPMChain,
     EDMModel,
     EDMWeighting,
+    FlowMatchingSDE,
     NoiseClassifier,
     PCSampler,
     ScoreMatching,
@@ -28,6 +29,7 @@ SDES = {
     "VP": VPSDE(),
     "sub-VP": SubVPSDE(),
     "EDM": EDMSDE(),
+    "flow matching": FlowMatchingSDE(),
     "alpha = 0": DDPMChain.cosine(10).zero_terminal_snr(),
 }
 OWN = (0.02, 0.5, 30.0)
