@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.pretend_device import PretendDevice
 
 from diffusionkit import (
     EDMSDE,
@@ -225,3 +226,34 @@ def test_likelihoods_have_no_weights(bound):
     ):
         with pytest.raises(ValueError, match=message):
             bound(x, mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_likelihoods_with_a_mask_on_other_devices(kind):
+    """The numbers are those on the CPU; without float64 the draws are others."""
+
+    def found(device):
+        draw = torch.Generator().manual_seed(0)
+        x, mask = torch.rand(2, 4).to(device), KEPT.to(device)
+        images = torch.full((2, 4), 7).to(device)
+        model = EpsModel(lambda x, noise_label: 0.5 * x, VPSDE())
+        chain = EpsModel(lambda x, noise_label: 0.5 * x, DDPMChain.cosine(3))
+        discrete = EpsModel(lambda x, noise_label: 0.5 * x, LogSNRSDE())
+        return [
+            NELBO(model)(x, mask=mask, generator=draw).nats.cpu(),
+            ODELikelihood(model, method="heun2", options={"step_size": 0.2})(
+                x, mask=mask, generator=draw
+            ).log_prob.cpu(),
+            DiscreteNELBO(discrete)(images, mask=mask, generator=draw).nats.cpu(),
+            ChainNELBO(chain)(images, mask=mask, generator=draw).nats.cpu(),
+        ]
+
+    torch.manual_seed(0)
+    right = found("cpu")
+    torch.manual_seed(0)
+    with PretendDevice(kind):
+        got = found(kind)
+    for a, b in zip(got, right, strict=True):
+        assert bool(a.isfinite().all())
+        if kind == "cuda":
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
