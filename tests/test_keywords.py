@@ -26,10 +26,10 @@ from diffusionkit import (
     ScoreMatching,
 )
 from diffusionkit._keywords import _FOREIGN, advice, conditions_of, explains
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, NCSNpp, NCSNv2
+from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DiT, NCSNpp, NCSNv2
 
 EXPLAINED = [PCSampler, ProbabilityFlow, EpsModel, EDMModel, ScoreMatching, EMA, PowerEMA, DDIM,
-             Heun, Langevin, ClassifierFreeGuidance, MLP, NCSNv2]  # fmt: skip
+             Heun, Langevin, ClassifierFreeGuidance, MLP, DiT, NCSNv2]  # fmt: skip
 WORDS = st.from_regex(r"[a-z]{3,12}(_[a-z]{2,8})?", fullmatch=True)
 
 

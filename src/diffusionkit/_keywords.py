@@ -66,10 +66,8 @@ _FOREIGN: dict[tuple[str, ...], tuple[str, str]] = {
     ("learn_sigma", "learned_variance"): ("learn_sigma variance", ""),
     ("momentum", "beta", "ema_decay", "gamma"): ("decay", ""),
     ("in_channels", "img_channels", "num_channels"): ("channels", ""),
-    ("base_channels", "model_channels", "dim", "hidden_features", "hidden_dim", "nf", "ch"): (
-        "width",
-        "",
-    ),
+    ("base_channels", "model_channels", "dim", "nf", "ch"): ("width", ""),
+    ("hidden_features", "hidden_dim", "hidden_size"): ("width", ""),
     ("in_features", "input_dim"): ("features", ""),
     ("channel_mult", "ch_mult", "dim_mults"): ("multipliers", ""),
     ("num_res_blocks", "layers_per_block", "num_blocks"): ("blocks", ""),

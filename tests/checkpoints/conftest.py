@@ -195,9 +195,9 @@ def given(monkeypatch):
     """A function that lets the loaders find a content at a path, without writing a file."""
 
     def give(content: Any) -> str:
-        for module in ("_score_sde_file", "improved_diffusion"):
+        for module in ("_score_sde_file", "dit_files", "improved_diffusion"):
             name = f"diffusionkit.checkpoints.{module}.read_torch"
-            monkeypatch.setattr(name, lambda path, *, expected: content)
+            monkeypatch.setattr(name, lambda path, **options: content)
         return "checkpoint.pth"
 
     return give

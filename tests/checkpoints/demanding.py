@@ -10,12 +10,14 @@ import json
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from diffusionkit import CheckpointError
 from diffusionkit.checkpoints import (
+    load_dit,
     load_edm,
     load_improved_diffusion,
     load_network,
@@ -23,6 +25,7 @@ from diffusionkit.checkpoints import (
 )
 
 LOADERS = {
+    "dit": partial(load_dit, heads=4),
     "edm": load_edm,
     "improved": load_improved_diffusion,
     "own": load_network,

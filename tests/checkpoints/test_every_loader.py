@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.released import EDM, OPENAI, score_sde_config, score_sde_content
+from support.released import EDM, OPENAI, dit_weights, score_sde_config, score_sde_content
 from support.released import shapes as layout
 from support.released import weights as formula
 
 from diffusionkit import CheckpointError
 from diffusionkit.checkpoints import (
+    load_dit,
     load_edm,
     load_improved_diffusion,
     load_network,
@@ -44,7 +45,7 @@ def edm_object(case: str = "vp_other", **kwargs: Any) -> EDMObject:
     return EDMObject(EDM[case]["precond"], (), kwargs, tensors)
 
 
-@pytest.fixture(params=["score_sde", "averages", "ncsnv2", "improved", "edm", "own"])
+@pytest.fixture(params=["score_sde", "averages", "ncsnv2", "improved", "dit", "edm", "own"])
 def loader(request, given, monkeypatch) -> Loader:
     name = request.param
     if name in ("score_sde", "averages", "ncsnv2"):
@@ -64,6 +65,8 @@ def loader(request, given, monkeypatch) -> Loader:
         weights = formula(layout("openai", "improved_plain"))
         flags = OPENAI["improved_plain"]["flags"]
         return Loader(name, weights, lambda w: load_improved_diffusion(given(w), **flags))
+    if name == "dit":
+        return Loader(name, dit_weights("dit_learned"), lambda w: load_dit(given(w), heads=4))
     if name == "edm":
         ema = edm_object()
 
@@ -307,6 +310,7 @@ def save_demanding_files(folder: Path, written) -> None:
         "MLP": [{"depth": 10**9}, {"width": 2**20}, {"num_classes": 2**31 - 1}],
         "NCSNpp": [{"blocks": 10**7}, {"multipliers": [1] * 10**4}, {"width": 2**16}],
         "ADMUNet": [{"blocks": 10**9}, {"width": 10**30}, {"multipliers": [1e300]}],
+        "DiT": [{"depth": 1000}, {"width": 2**20, "heads": 1}, {"patch_size": 2**20}],
         "NCSNv2": [{"levels": [[2**30, 1]] * 1000, "sigmas": [2.0, 1.0]}],
     }
     for name, changes in networks.items():
@@ -350,6 +354,14 @@ def save_demanding_files(folder: Path, written) -> None:
         "expanded": {key: one.expand(w.shape) for key, w in adm.items()},
     }.items():
         torch.save(adm | more, folder / f"improved-{name}.pt")
+    dit = dit_weights("dit_learned")
+    for name, more in {
+        "blocks": {f"blocks.{i}.x": one for i in range(10**4)},
+        "positions": {"pos_embed": one.expand(1, 2**16, 32)},
+        "classes": {"y_embedder.embedding_table.weight": one.expand(2**20, 32)},
+        "expanded": {key: one.expand(w.shape) for key, w in dit.items()},
+    }.items():
+        torch.save(dit | more, folder / f"dit-{name}.pt")
 
 
 @pytest.mark.slow

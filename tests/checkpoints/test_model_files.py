@@ -20,6 +20,8 @@ from diffusionkit import (
     EMA,
     VESDE,
     VPSDE,
+    AdaptiveProjection,
+    Autoguidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Clip,
@@ -30,6 +32,7 @@ from diffusionkit import (
     EmpiricalModel,
     EpsModel,
     EulerMaruyama,
+    FlowMatchingSDE,
     GaussianMixtureModel,
     GradientGuidance,
     IndexLabel,
@@ -48,6 +51,7 @@ from diffusionkit import (
     StepLabel,
     SubVPSDE,
     TimeLabel,
+    VelocityModel,
     VModel,
     X0Model,
 )
@@ -59,6 +63,8 @@ from diffusionkit.networks import (
     ADMUNet,
     DDPMpp,
     DDPMUNet,
+    DiT,
+    EDM2UNet,
     FourierFeatures,
     NCSNpp,
     NCSNv2,
@@ -71,6 +77,7 @@ PROCESSES = {
     "VP": VPSDE(beta_max=12.0, t_min=1e-4),
     "sub-VP": SubVPSDE(),
     "EDM": EDMSDE(sigma_max=40.0),
+    "flow": FlowMatchingSDE(t_min=2e-3),
     "DDPM": DDPMChain.linear(25),
     "cosine": DDPMChain.cosine(30).zero_terminal_snr(),
     "SMLD": SMLDChain.geometric(20),
@@ -81,6 +88,7 @@ PARAMETERIZATIONS = {
     "eps": EpsModel,
     "x0": X0Model,
     "v": VModel,
+    "velocity": VelocityModel,
     "score": RawScoreModel,
     "scaled score": ScaledScoreModel,
     "EDM": partial(EDMModel, sigma_data=0.7),
@@ -92,6 +100,8 @@ NETWORKS = {
     "DDPMpp": lambda: DDPMpp(1, **SMALL),
     "DDPMUNet": lambda: DDPMUNet(1, **SMALL, group_channels=2),
     "ADMUNet": lambda: ADMUNet(1, **SMALL, learn_sigma=False),
+    "DiT": lambda: DiT(1, width=8, depth=1, heads=2, patch_size=(2, 4)),
+    "EDM2UNet": lambda: EDM2UNet(1, **SMALL, head_channels=4),
     "NCSNv2": lambda: NCSNv2(1, width=4, sigmas=(3.0, 2.0, 1.0), levels=((1, 1), (2, 1))),
 }
 
@@ -214,6 +224,15 @@ WRAPPERS = {
     "free": lambda: ClassifierFreeGuidance(
         conditional(VPSDE()), 2.0, (0.1, math.inf), 0.5, null={"class_labels": torch.tensor(0)}
     ),
+    "projected": lambda: ClassifierFreeGuidance(
+        conditional(VPSDE()),
+        2.0,
+        null={"class_labels": 0},
+        projection=AdaptiveProjection(0.2, max_norm=1.5),
+    ),
+    "autoguidance": lambda: Autoguidance(
+        made("VP", "eps", "MLP"), made("VP", "x0", "MLP"), 2.0, (0.1, 3.0), conditions=()
+    ),
     "classifier": guided_by_classifier,
     "linear": lambda: LinearGaussianGuidance(
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1
@@ -233,7 +252,11 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_and_exact_models(name) -> None:
     model = WRAPPERS[name]()
-    labels = {"class_labels": torch.tensor([1, 2])} if name in ("free", "classifier") else {}
+    labels = (
+        {"class_labels": torch.tensor([1, 2])}
+        if name in ("free", "projected", "classifier")
+        else {}
+    )
     shape = (2, 1, 11, 13) if name == "patched" else (2, 2)
     same(model, returned(model), shape, **labels)
 

@@ -23,11 +23,8 @@ from diffusionkit import (
     X0Model,
 )
 from diffusionkit.control.classifier import NoiseClassifier
-from diffusionkit.control.guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    GradientGuidance,
-)
+from diffusionkit.control.classifier_free import ClassifierFreeGuidance
+from diffusionkit.control.guidance import ClassifierGuidance, GradientGuidance
 from diffusionkit.control.linear_gaussian import LinearGaussianGuidance
 from diffusionkit.testing import check_score_model
 

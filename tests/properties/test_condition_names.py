@@ -17,6 +17,7 @@ from diffusionkit import (
     VPSDE,
     AdaptiveSDE,
     AnnealedLangevin,
+    Autoguidance,
     ChainNELBO,
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -123,6 +124,7 @@ RUNS = {
     ),
     "check_score_model": lambda m, c: check_score_model(m, (N, 2), **c),
     "ClassifierFreeGuidance": wrapped(lambda m: ClassifierFreeGuidance(m, 2.0)),
+    "Autoguidance": wrapped(lambda m: Autoguidance(m, m, 2.0)),
     "ClassifierGuidance": lambda m, c: ClassifierGuidance(m, classifier).predict(
         X, TIMES, class_labels=torch.tensor(1), **c
     ),

@@ -9,10 +9,12 @@ from diffusionkit import (
     VESDE,
     VPSDE,
     ChainGrid,
+    FlowMatchingSDE,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
     QuadraticGrid,
+    ShiftedGrid,
     SMLDChain,
     UniformGrid,
 )
@@ -98,3 +100,17 @@ def test_a_chain_grid_has_the_levels_of_the_chain() -> None:
     chain = SMLDChain.geometric(10, sigma_min=0.01, sigma_max=50.0)
     times = ChainGrid(chain)(EDMSDE(sigma_max=60.0), 9)
     assert torch.allclose(times, chain.marginal(chain.respaced(10))[1])
+
+
+def test_shifted_grids():
+    """diffusers' 4 steps with shift 3: 1, 9/10, 3/4, 1/2 and 0."""
+    sde = FlowMatchingSDE()
+    times = ShiftedGrid(3.0, UniformGrid(t_end=0.0))(sde, 4)
+    torch.testing.assert_close(times, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]).double())
+    assert float(times[0]) == 1.0
+    assert float(times[-1]) == 0.0
+    again = ShiftedGrid(1 / 3, ShiftedGrid(3.0, QuadraticGrid()))(sde, 7)
+    torch.testing.assert_close(again, QuadraticGrid()(sde, 7))
+    wide = EDMSDE(sigma_max=80.0)
+    for shift in (0.3, 7.0):
+        assert float(ShiftedGrid(shift)(wide, 5)[0]) == 80.0

@@ -286,6 +286,7 @@ OWN: dict[str, Recipe] = {
     "broadcast_object": {"value": lambda: 1},
     "gathered_weights": {"model": lambda: nn.Linear(2, 2)},
     "seed_ranks": {"seed": lambda: 0},
+    "Autoguidance": {"weaker": lambda: _model(), "scale": lambda: 2.0},
     "BrownianPath": {"seeds": lambda: [1, 2]},
     "CheckpointFolder": {"folder": lambda: _folder() / "checkpoints"},
     **{
@@ -307,6 +308,7 @@ OWN: dict[str, Recipe] = {
         "stds": lambda: [0.1, 0.2],
         "weights": lambda: [0.5, 0.5],
     },
+    "GuidanceMomentum": {"predictor": dk.Euler},
     "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum(1)},
     "SigmaDenoiser.forward": {
         "self": lambda: interop.as_denoiser(_model()),
@@ -366,6 +368,9 @@ OWN: dict[str, Recipe] = {
         "data": lambda: _state(4, 2),
     },
     "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
+    "LearnedUncertainty": {"features": lambda: 8},
+    "LearnedUncertainty.forward": {"self": lambda: dk.LearnedUncertainty(features=8)},
+    "LearnedUncertainty.log_variance": {"self": lambda: dk.LearnedUncertainty(features=8)},
     "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
     "read_checkpoint": {},
     "save_checkpoint": {
@@ -434,9 +439,11 @@ OWN: dict[str, Recipe] = {
     "frechet_distance": {},
     "MLP": {"features": lambda: 2, "width": lambda: 4},
     "ADMUNet": {**TINY, "heads": lambda: 1},
+    "EDM2UNet": {**TINY, "head_channels": lambda: 8},
     "DDPMUNet": {**TINY},
     "DDPMpp": {**TINY},
     "NCSNpp": {**TINY},
+    "DiT": {"width": lambda: 12, "depth": lambda: 1, "heads": lambda: 2},
     "NCSNv2": {
         "sigmas": lambda: (2.0, 1.0),
         "width": lambda: 8,
@@ -592,6 +599,11 @@ OWN: dict[str, Recipe] = {
     "Chain.subsequence": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
     "Chain.respaced": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
     "TimeTravel.steps": {"self": dk.TimeTravel, "first": lambda: 0, "last": lambda: 3},
+    "Restart": {"s_min": lambda: 0.1, "s_max": lambda: 0.9, "steps": lambda: 2},
+    "Restart.place": {
+        "self": lambda: dk.Restart(0.1, 0.9),
+        "grid": lambda: dk.LogSNRGrid()(dk.VPSDE(), 9),
+    },
     "Mask.__call__": {"self": _made(control.Mask, torch.ones(2))},
     "Mask.inverse": {"self": _made(control.Mask, torch.ones(2))},
     "Matrix.__call__": {"self": _made(control.Matrix, torch.eye(2))},
@@ -616,6 +628,12 @@ OWN: dict[str, Recipe] = {
         "noise_label": lambda: torch.ones(2),
         "class_labels": lambda: None,
     },
+    "DiT.forward": {
+        "self": lambda: networks.DiT(3, width=12, depth=1, heads=2),
+        "x": lambda: _state(2, 3, 8, 8),
+        "noise_label": lambda: torch.ones(2),
+        "class_labels": lambda: None,
+    },
     "NCSNv2.forward": {
         "self": lambda: networks.NCSNv2(sigmas=(2.0, 1.0), width=8, levels=((1, 1), (2, 1))),
         "x": lambda: _state(2, 3, 8, 8),
@@ -636,9 +654,16 @@ OWN: dict[str, Recipe] = {
     "KarrasGrid.__call__": {"self": dk.KarrasGrid},
     "LogSNRGrid.__call__": {"self": dk.LogSNRGrid},
     "QuadraticGrid.__call__": {"self": dk.QuadraticGrid},
+    "ShiftedGrid": {"shift": lambda: 3.0, "grid": dk.UniformGrid},
+    "ShiftedGrid.__call__": {"self": _made(dk.ShiftedGrid, 3.0)},
+    "ShiftedTimes": {"shift": lambda: 3.0, "times": dk.UniformTimes},
+    "ShiftedTimes.sample": {"self": _made(dk.ShiftedTimes, 3.0)},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
-for _times in ("UniformTimes", "StratifiedTimes", "LogNormalTimes", "ImportanceTimes"):
+for _times in (
+    "UniformTimes", "StratifiedTimes", "LogNormalTimes", "LogitNormalTimes", "ModeTimes",
+    "ImportanceTimes",
+):  # fmt: skip
     OWN[f"{_times}.sample"] = {"self": getattr(dk, _times)}
 OWN["DiscreteTimes.sample"] = {"self": dk.DiscreteTimes, "sde": lambda: dk.DDPMChain.linear(25)}
 OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
@@ -680,7 +705,9 @@ _MADE = {"SigmaDenoiser", "UNetAdapter"}
 # Files have tests of their own; `expand` runs in every step.
 _ELSEWHERE = {
     "load_diffusers",
+    "load_dit",
     "load_edm",
+    "load_edm2",
     "load_improved_diffusion",
     "load_network",
     "load_score_sde",
@@ -760,13 +787,16 @@ _TAKEN = {
         "a numpy array",
     ],
     "Sequence": ["a numpy array"],
+    "SigmaData": ["0.5", "10**30", "a column", "three numbers", "a numpy array"],
     "Any": list(BAD),
 }
-_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Classifier")
+_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Projection", "Classifier")
 _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
+    ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
     ("ImageTensors", "classes"): ["a pair of words"],
     ("broadcast_object", "value"): list(BAD),
     ("gathered_weights", "model"): list(BAD),  # refused when the block is entered
@@ -787,10 +817,10 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("Heun", "s_min"): ["infinity"],  # never churn
     ("Heun", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention
-       for net in ("ADMUNet", "NCSNpp")},
+       for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("PositionChannels", "frequencies"): ["an empty list", "an empty tuple"],  # coordinates alone
     # Files hold numbers of numpy.
-    **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "NCSNpp")},
+    **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("rand", "shape"): ["an empty list", "an empty tuple"],  # one number
     ("randn", "shape"): ["an empty list", "an empty tuple"],
     ("randn_like", "x"): ["a scalar tensor", "an empty tensor", "a tensor of NaN", "two NaN"],

@@ -91,7 +91,7 @@ def edm_arguments(ema: EDMObject, tensors: Mapping[str, Tensor]) -> dict[str, An
             raise ValueError(f"{name}: expected a number, got none")
         if name not in known:
             raise ValueError(f"init_kwargs: expected arguments of {kind}, got {name!r:.50}")
-        _check(name, given[name], known[name])
+        check_argument(name, given[name], known[name])
     found = known | given
     if "M" in found and ema.class_name == "iDDPMPrecond":
         _check_shape("u", tensors, (found["M"] + 1,))
@@ -99,7 +99,7 @@ def edm_arguments(ema: EDMObject, tensors: Mapping[str, Tensor]) -> dict[str, An
     return found
 
 
-def _check(name: str, value: Any, default: Any) -> None:
+def check_argument(name: str, value: Any, default: Any) -> None:
     """Raise unless a value has the type of an argument's default."""
     if name in _CHOICES:
         check_choice(name, value, _CHOICES[name])

@@ -15,7 +15,8 @@ from .._coefficients import Coefficient, expand, linear
 from .._grid_times import copy_grid_point, kernel
 from .._model_checks import check_model
 from .._precision import NetworkDtype, arithmetic_dtype, at_least_float32, backward_factor
-from ..interfaces import ScoreModel
+from .._schedules import home, schedule_dtype
+from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction
 
 
@@ -92,6 +93,41 @@ def check_scale(scale: float) -> None:
     check_number(scale, "scale")
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def check_process(
+    part: object, sde: ForwardSDE, name: str, *, rtol: float = 1e-3, advice: str = ""
+) -> None:
+    """Raise if a part was made for another process (values are read on the CPU only).
+
+    Args:
+        part: a classifier or a model; without a process it is taken to fit.
+        sde: the process of the model.
+        name: the part's name, for the error.
+        rtol: how much alpha and sigma may differ, relatively.
+        advice: the end of the error.
+    """
+    own = getattr(part, "sde", None)
+    if own is sde or not isinstance(own, ForwardSDE):
+        return
+    if own.T != sde.T:
+        raise ValueError(f"{name}: expected a process with T = {sde.T:g}, got {own.T:g}{advice}")
+    t = sde.T * torch.linspace(0.1, 1.0, 4, dtype=torch.float64)
+    expected, got = (_marginals(process, t) for process in (sde, own))
+    if not readable(t) or torch.allclose(got, expected, rtol=rtol):
+        return
+    k = int((got - expected).abs().sum(0).argmax())
+    raise ValueError(
+        f"{name}: expected the process of the model, {type(sde).__name__} with alpha and sigma "
+        f"= {expected[:, k].tolist()} at t = {float(t[k]):g}, "
+        f"got {type(own).__name__} with {got[:, k].tolist()}{advice}"
+    )
+
+
+@torch.no_grad()
+def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
+    """Return alpha and sigma (2, n) at times (n,), on the CPU."""
+    return torch.stack(sde.marginal(t.to(home(sde), schedule_dtype(home(sde))))).to(t)
 
 
 def shape_or_type(value: object) -> str:

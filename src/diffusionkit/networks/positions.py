@@ -1,113 +1,112 @@
-"""Channels for the place in a field."""
+r"""Positions of patches on a grid: sines and cosines to add, or angles to rotate by.
+
+Along an axis of n patches, position p has the angles
+
+.. math:: \theta_i = p\, 10^{-4 i / k}, \quad i = 0, \dots, k - 1.
+
+Axes share the channels equally; channels that are left over carry no position.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from .._checks import check_count, check_device, check_flag, check_part, check_sequence, check_state
+from .._kept import Kept
+
+_BASE = 1e4
+
+Waves = tuple[Tensor, Tensor]
+
+_waves: Kept[Waves] = Kept()
 
 
-class PositionChannels(nn.Module):
-    r"""A network with the coordinates of the points as extra channels, so that it knows the place.
+def sincos_positions(grid: Sequence[int], width: int, like: Tensor) -> Tensor:
+    """Return the embedding (N, width) of the N patches of a grid, in the order of a reshape.
 
-    .. math::
-        F(x, l; p) = N([x, p, \sin(\pi k p), \cos(\pi k p)]_{k \in \mathrm{frequencies}}, l)
-
-    along the channels. The coordinates p are within [-1, 1] in the whole field; a patch of it is
-    evaluated with those of its points: train with the `positions` of `random_crops`, sample with
-    `PatchedModel(model, ..., positions=True)`. A field of d axes adds d (1 + 2 len(frequencies))
-    channels, so that the network is made as `NCSNpp(3 + 2, out_channels=3)` for color images. The
-    k-th sine and cosine have k periods in the field. On periodic axes use them alone, since the
-    coordinates themselves jump at the edge.
+    The last axis comes first, and of each axis first the sines, then the cosines.
 
     Args:
-        network: maps input (B, C + d (linear + 2 len(frequencies)), \*size) and noise label to
-            (B, C, \*size).
-        frequencies: the frequencies k.
-        linear: whether the coordinates themselves are channels.
+        grid: number of patches along each axis.
+        width: number of channels.
+        like: a tensor of the dtype and on the device of the embedding.
 
-    Raises:
-        TypeError: if the network is not a module, a frequency is not an integer, or linear is not
-            True or False.
-        ValueError: if a frequency is not positive, or there is no channel at all.
-
-    Source: Liu et al., An Intriguing Failing of Convolutional Neural Networks and the CoordConv
-    Solution, 2018, arXiv 1807.03247; Wang et al., Patch Diffusion, 2023, arXiv 2304.12526.
-
-    >>> import torch
-    >>> from diffusionkit import random_crops
-    >>> from diffusionkit.networks import NCSNpp, PositionChannels
-    >>> net = NCSNpp(1 + 2, out_channels=1, width=8, multipliers=(1, 2))
-    >>> net = PositionChannels(net)
-    >>> crops = random_crops(torch.randn(4, 1, 100, 80), 16)
-    >>> net(crops.x0, torch.ones(4), positions=crops.positions).shape
-    torch.Size([4, 1, 16, 16])
+    Source: K. He et al., Masked Autoencoders Are Scalable Vision Learners, 2022, arXiv 2111.06377
+    (released code); W. Peebles, S. Xie, 2023, arXiv 2212.09748.
     """
+    count = width // (2 * len(grid))
+    parts = []
+    for axis in reversed(range(len(grid))):
+        parts += [_over_grid(wave, axis, grid) for wave in _axis(grid[axis], count, like)]
+    return _joined(parts, width)
 
-    def __init__(
-        self, network: nn.Module, frequencies: Sequence[int] = (), *, linear: bool = True
-    ) -> None:
-        super().__init__()
-        check_part(network, nn.Module, "network")
-        check_sequence(frequencies, "frequencies")
-        for k in frequencies:
-            check_count(k, "frequencies", most=2**20)
-        check_flag(linear, "linear")
-        if not frequencies and not linear:
-            raise ValueError("frequencies: expected at least one without linear channels, got none")
-        self.network = network
-        self.frequencies = tuple(frequencies)
-        self.linear = linear
 
-    @override
-    def extra_repr(self) -> str:
-        return f"frequencies={self.frequencies}, linear={self.linear}"
+def rotary_positions(grid: Sequence[int], features: int, like: Tensor) -> Waves:
+    """Return the cosines and sines (N, features / 2) that rotate pairs of features of N patches.
 
-    @override
-    def forward(
-        self,
-        x: Tensor,
-        noise_label: Tensor,
-        /,
-        *args: Any,
-        positions: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        r"""Return the output of the network on the input and its position channels.
+    Args:
+        grid: number of patches along each axis.
+        features: even number of features of an attention head.
+        like: a tensor of the dtype and on the device of the result.
+    """
+    count = features // (2 * len(grid))
+    sines, cosines = [], []
+    for axis, n in enumerate(grid):
+        sine, cosine = _axis(n, count, like)
+        sines.append(_over_grid(sine, axis, grid))
+        cosines.append(_over_grid(cosine, axis, grid))
+    return _joined(cosines, features // 2, rest=1.0), _joined(sines, features // 2)
 
-        Args:
-            x: input (B, C, \*size).
-            noise_label: noise label (B,).
-            *args: passed to the network.
-            positions: the coordinates (B, d, \*size) of the points in the whole field, within
-                [-1, 1].
-            **kwargs: passed to the network.
 
-        Raises:
-            TypeError: if the input is not floating-point, or positions are missing.
-            ValueError: if positions have another shape.
-        """
-        check_state(x)
-        shape = (len(x), x.ndim - 2, *x.shape[2:])
-        if not isinstance(positions, Tensor):
-            raise TypeError(
-                f"positions: expected coordinates of shape {shape}, got "
-                f"{type(positions).__name__}; pass those of random_crops, or sample with "
-                "PatchedModel(..., positions=True)"
-            )
-        if x.ndim < 3 or positions.shape != shape:
-            got = f"{tuple(positions.shape)} for an input of shape {tuple(x.shape)}"
-            raise ValueError(f"positions: expected coordinates (B, d, *size), got {got}")
-        check_device(positions, x, "positions")
-        parts = [x, positions] if self.linear else [x]
-        for k in self.frequencies:
-            angle = math.pi * k * positions
-            parts += [torch.sin(angle), torch.cos(angle)]
-        inputs = torch.cat([part.to(x.dtype) for part in parts], 1)
-        return self.network(inputs, noise_label, *args, **kwargs)
+def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    r"""Rotate pairs of features by the angles of their positions.
+
+    .. math::
+        (a, b) \mapsto (a \cos\theta - b \sin\theta,\; a \sin\theta + b \cos\theta)
+
+    so that inner products depend on differences of positions. The pairs are features i and
+    i + d/2.
+
+    Args:
+        x: queries or keys (..., N, d).
+        cosine: cosines (N, d/2).
+        sine: sines (N, d/2).
+
+    Source: J. Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021,
+    arXiv 2104.09864; along the axes of an image: B. Heo et al., Rotary Position Embedding for
+    Vision Transformer, 2024, arXiv 2403.13298.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+
+
+def _axis(n: int, count: int, like: Tensor) -> Waves:
+    """Return sines and cosines (n, count) of the positions along one axis."""
+    device, dtype = like.device, like.dtype
+    return _waves.get((n, count, device, dtype), lambda: _made(n, count, device, dtype))
+
+
+def _made(n: int, count: int, device: torch.device, dtype: torch.dtype) -> Waves:
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    place = torch.arange(n, dtype=exact, device=device)
+    index = torch.arange(count, dtype=exact, device=device)
+    angle = place[:, None] * _BASE ** (-index / max(count, 1))
+    return angle.sin().to(dtype), angle.cos().to(dtype)
+
+
+def _over_grid(wave: Tensor, axis: int, grid: Sequence[int]) -> Tensor:
+    """Repeat what varies along one axis (n, k) over a grid: (*grid, k)."""
+    shape = [1] * len(grid)
+    shape[axis] = grid[axis]
+    return wave.view(*shape, -1).expand(*grid, -1)
+
+
+def _joined(parts: list[Tensor], width: int, rest: float = 0.0) -> Tensor:
+    """Concatenate parts (*grid, k) to (N, width), with a constant in the channels left over."""
+    left = width - sum(part.shape[-1] for part in parts)
+    if left:
+        first = parts[0]
+        parts = [*parts, first.new_full((*first.shape[:-1], left), rest)]
+    return torch.cat(parts, dim=-1).flatten(0, -2)

@@ -6,7 +6,14 @@ from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
-from .grids import ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .grids import (
+    ChainGrid,
+    KarrasGrid,
+    LogSNRGrid,
+    QuadraticGrid,
+    ShiftedGrid,
+    UniformGrid,
+)
 from .heun import Euler, Heun
 from .latent import slerp
 from .multistep import ExponentialAdams, MultistepPredictor
@@ -21,6 +28,7 @@ from .predictors import (
     TabulatedPredictor,
 )
 from .probability_flow import ProbabilityFlow
+from .restart import Restart
 from .stochastic_heun import StochasticHeun
 from .time_travel import TimeTravel
 from .two_stage import StageCoefficients, TwoStagePredictor
@@ -51,8 +59,10 @@ __all__ = [
     "PCSampler",
     "ProbabilityFlow",
     "QuadraticGrid",
+    "Restart",
     "ReverseDiffusion",
     "SamplerState",
+    "ShiftedGrid",
     "StageCoefficients",
     "StepCoefficients",
     "StochasticHeun",

@@ -8,15 +8,23 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_flag, check_known, check_part, check_positive, check_t_end
-from .._schedules import home, schedule_dtype
+from .._checks import (
+    check_callable,
+    check_count,
+    check_flag,
+    check_known,
+    check_part,
+    check_positive,
+    check_t_end,
+)
+from .._schedules import home, schedule_dtype, shifted
 from ..interfaces import ForwardSDE
 from ..sde import Chain
 
@@ -156,8 +164,13 @@ class KarrasGrid(_SpacedGrid):
 
     @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
-        root = torch.exp(-0.5 / self.rho * sde.log_snr(ends))
-        return sde.time_at_log_snr(-2 * self.rho * torch.log(root[0] + u * (root[1] - root[0])))
+        return karras_times(sde, ends, u, self.rho)
+
+
+def karras_times(sde: ForwardSDE, ends: Tensor, u: Tensor, rho: float) -> Tensor:
+    """Return times at fractions u (n,) between two ends (2,), equally spaced in s^(1/rho)."""
+    root = torch.exp(-0.5 / rho * sde.log_snr(ends))
+    return sde.time_at_log_snr(-2 * rho * torch.log(root[0] + u * (root[1] - root[0])))
 
 
 @dataclass(frozen=True)
@@ -210,6 +223,47 @@ class ChainGrid:
         index = (torch.arange(points) * ((len(levels) - 1) / (points - 1))).round().long()
         times = sde.time_at_log_snr(levels[index.to(levels.device)]).detach()
         return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
+
+
+@dataclass(frozen=True)
+class ShiftedGrid:
+    r"""The times of another grid, moved towards the noise: the shift for a higher resolution.
+
+    .. math::
+        t' = \frac{m t}{1 + (m - 1) t}
+
+    in units of T. On a `FlowMatchingSDE` it multiplies sigma / alpha by m. The end may be moved
+    too: with `UniformGrid(to_zero=True)` the last time is 0 and stays.
+
+    Args:
+        shift: m; 1 is no shift, above 1 more steps are taken at high noise.
+        grid: the grid whose times are shifted, a callable (sde, steps) -> times; `UniformGrid` by
+            default.
+
+    Raises:
+        ValueError: unless shift is finite and positive.
+        TypeError: if grid is not callable.
+
+    Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis,
+    2024, arXiv 2403.03206 (section 5.3.2).
+
+    >>> from diffusionkit import FlowMatchingSDE, ShiftedGrid, UniformGrid
+    >>> grid = ShiftedGrid(3.0, UniformGrid(t_end=0.0))
+    >>> [round(t, 2) for t in grid(FlowMatchingSDE(), 4).tolist()]
+    [1.0, 0.9, 0.75, 0.5, 0.0]
+    """
+
+    shift: float
+    grid: Grid = field(default_factory=UniformGrid)
+
+    def __post_init__(self) -> None:
+        check_positive(self.shift, "shift")
+        check_callable(self.grid, "grid")
+
+    def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
+        """Return decreasing times (steps + 1,) in float64."""
+        check_part(sde, ForwardSDE, "sde")
+        return shifted(resolve_grid(self.grid, sde, steps), self.shift, sde.T)
 
 
 def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Tensor:

@@ -21,9 +21,10 @@ from .._repr import Described
 from .._schedules import home, schedule_dtype
 from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, ObservedPath
+from ._route import Route, Travel, planned
 from ._start import check_path, check_step, initial_state, noised_data
 from .grids import Grid, resolve_grid
-from .time_travel import TimeTravel, travel_back
+from .time_travel import travel_back
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -34,7 +35,8 @@ class SamplerState(Described):
         x: the state (B, *D).
         mean: the state without the noise that was added last (B, *D).
         t: its time.
-        step: the index of that time in the grid, from 0.
+        step: the index of that time in the grid, from 0; between two times of the grid, as in a
+            `Restart`, that of the next.
         nfe: the number of model evaluations so far.
         prediction: the model's last prediction, as returned by the parts; None at the start.
     """
@@ -73,7 +75,8 @@ class PCSampler(Described):
             ends at a time without noise, the last step's mean is returned instead.
         constraint: known information about the data, imposed on the initial state, on the state
             and the mean after every step, and on the result.
-        time_travel: how often segments of the grid are sampled again; None for once.
+        time_travel: which segments are sampled again: a `TimeTravel`, a `Restart` or a sequence
+            of restarts; None for none.
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
 
     Attributes:
@@ -82,8 +85,8 @@ class PCSampler(Described):
 
     Raises:
         ValueError: if there is neither predictor nor corrector, steps < 1, the grid is not
-            decreasing within [0, T] or too short for the predictor, or time_travel.jump is
-            larger than the number of steps.
+            decreasing within [0, T] or too short for the predictor, time_travel.jump is larger
+            than the number of steps, or a restart's interval is outside the grid's noise.
         TypeError: if a part has the wrong type.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
@@ -113,7 +116,7 @@ class PCSampler(Described):
         corrector_first: bool = True,
         denoise: bool = True,
         constraint: Constraint | None = None,
-        time_travel: TimeTravel | None = None,
+        time_travel: Travel | None = None,
         progress: Progress = False,
     ) -> None:
         """Store the parts and validate the grid."""
@@ -122,7 +125,6 @@ class PCSampler(Described):
             ("predictor", predictor, Predictor),
             ("corrector", corrector, Corrector),
             ("constraint", constraint, Constraint),
-            ("time_travel", time_travel, TimeTravel),
         ):
             if part is not None:
                 check_part(part, kind, name)
@@ -144,17 +146,12 @@ class PCSampler(Described):
         self.progress = progress
         self.nfe = 0
         times = resolve_grid(grid, model.sde, steps)  # raises if the grid is invalid
-        length = len(times) - 1
+        route = planned(time_travel, model.sde, times)
         if predictor is not None:
             with torch.no_grad():  # raises if the predictor cannot use it
                 here = home(model.sde)
                 like = torch.empty(1, dtype=schedule_dtype(here), device=here)
-                predictor.prepare(model.sde, grid_times(model.sde, times, like))
-        if time_travel is not None and time_travel.jump > length:
-            raise ValueError(
-                f"time_travel: expected a jump of at most the grid's {length} steps, "
-                f"got {time_travel.jump}"
-            )
+                self._prepare(predictor, route, grid_times(model.sde, route.times, like))
 
     @property
     def times(self) -> Tensor:
@@ -252,49 +249,56 @@ class PCSampler(Described):
     def _run(
         self, x: Tensor, generator: Generators, cond: dict[str, Any], *, first: int = 0
     ) -> Iterator[SamplerState]:
-        model, grid = self.model, self.times
-        times, last = grid_times(model.sde, grid, x), len(grid) - 1
-        clock = grid.tolist()
+        model, last = self.model, len(self.times) - 1
+        route = self._route(generator, first)
+        times, clock = grid_times(model.sde, route.times, x), route.times.tolist()
         if self.predictor is not None:
-            self.predictor.prepare(model.sde, times)
-        travel = self._time_travel(generator) or TimeTravel(jump=last, repeats=1)
+            self._prepare(self.predictor, route, times)
         counter = EvaluationCounter()
         step = self._constrained(Step(x, x), times[first], generator)
         prediction: Prediction | None = None
         self.nfe = 0
         yield SamplerState(step.x, step.mean, clock[first], first, 0)
-        for i, j in with_progress(travel.steps(first, last), self.progress):
+        for i, j in with_progress(route.moves, self.progress):
             with counter:
-                if i < j:
+                if clock[i] > clock[j]:
                     step = self._onward(step, times[i], times[j], generator, cond)
                 else:
-                    step = travel_back(step.x, model.sde, grid[i], grid[j], generator=generator)
+                    step = travel_back(
+                        step.x, model.sde, route.times[i], route.times[j],
+                        s_noise=route.noise.get(j, 1.0), generator=generator,
+                    )  # fmt: skip
                     step = self._constrained(step, times[j], generator)
             self.nfe = counter.evaluations
             prediction = step.prediction or prediction
-            yield SamplerState(step.x, step.mean, clock[j], j, self.nfe, prediction)
+            at = j if j <= last else sum(t > clock[j] for t in clock[: last + 1])
+            yield SamplerState(step.x, step.mean, clock[j], at, self.nfe, prediction)
         if self.denoise:
             x = step.mean
             with counter:
-                if noise_at(times[-1]) > 0:
-                    prediction = model.predict(step.x, times[-1], **cond)
+                if noise_at(times[last]) > 0:
+                    prediction = model.predict(step.x, times[last], **cond)
                     x = prediction.x0
             if self.constraint is not None:
                 one = x.new_ones(len(x), dtype=schedule_dtype(x.device))
                 x = self.constraint(x, one, torch.zeros_like(one))
             self.nfe = counter.evaluations
             check_samples(x)
-            yield SamplerState(x, x, clock[-1], last, self.nfe, prediction)
+            yield SamplerState(x, x, clock[last], last, self.nfe, prediction)
         else:
             check_samples(step.x)
 
-    def _time_travel(self, generator: Generators) -> TimeTravel | None:
+    def _route(self, generator: Generators, first: int) -> Route:
         if self.time_travel is not None and isinstance(generator, NoisePath):
             raise ValueError(
                 "generator: expected generators where segments are sampled again, got a path, "
                 "whose noise would be the same each time"
             )
-        return self.time_travel
+        return planned(self.time_travel, self.model.sde, self.times, first)
+
+    def _prepare(self, predictor: Predictor, route: Route, times: Sequence[Tensor]) -> None:
+        for run in route.runs:
+            predictor.prepare(self.model.sde, [times[k] for k in run])
 
     def _onward(
         self, before: Step, t: Tensor, s: Tensor, generator: Generators, cond: dict[str, Any]

@@ -65,10 +65,19 @@ class TimeTravel:
 
 
 def travel_back(
-    x: Tensor, sde: ForwardSDE, s: Tensor, t: Tensor, *, generator: Generators = None
+    x: Tensor,
+    sde: ForwardSDE,
+    s: Tensor,
+    t: Tensor,
+    *,
+    s_noise: float = 1.0,
+    generator: Generators = None,
 ) -> Step:
-    """Take a state x (B, *D) from a time s () to a later one t () by the forward process."""
+    """Take a state x (B, *D) from a time s () to a later one t () by the forward process.
+
+    Its noise is multiplied by s_noise.
+    """
     ends = torch.stack([s, t]).to(home(sde), schedule_dtype(home(sde)))
     scale, std = (c.item() for c in sde.transition(ends[:1], ends[1:]))
     mean = x * scale
-    return Step(add_noise(mean, std, randn_like(x, generator)), mean)
+    return Step(add_noise(mean, s_noise * std, randn_like(x, generator)), mean)
