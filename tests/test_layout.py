@@ -14,8 +14,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What each part may import, beside itself.
 PRIVATE = {
     "_batch_conditions", "_checks", "_coefficients", "_data_range", "_gaussian", "_grid_times",
-    "_hints", "_kept", "_keywords", "_loops", "_nfe", "_precision", "_repr", "_returned",
-    "_schedules", "_sigma_data", "distributed", "random",
+    "_hints", "_kept", "_keywords", "_log_snr", "_loops", "_nfe", "_precision", "_repr",
+    "_returned", "_schedules", "_sigma_data", "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces", "_masks", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
     "_kept": {"_requirements"},
+    "_log_snr": {"_coefficients"},
     "_loops": {"distributed"},
     "_nfe": {"_batch_conditions"},
     "_masks": {"_checks", "_precision", "_schedules"},
@@ -58,11 +59,12 @@ MAY_IMPORT = {
     "models": {*BASE, "sde"},
     "_magnitude": {"_checks", "distributed"},
     "training": {*CORE, "_files", "_magnitude", "_parts", "_weights", "_writing"},
-    "sampling": CORE,
+    "sampling": {*CORE, "_files", "_writing"},
     "likelihood": {*CORE, "_files", "_writing"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
     "diagnostics": {*CORE, "training"},
+    "calibration": {"_checks", "_masks", "_precision", "_repr", "random"},
     "ops": {"_checks", "_kept"},
     "networks": {"_checks", "_hints", "_kept", "_keywords", "_magnitude", "_repr", "ops"},
     "checkpoints": {

@@ -11,11 +11,13 @@ networks and loaders are imported from their sub-packages.
 __project__ = "diffusionkit-torch"
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from . import _requirements as _requirements
 
 # isort: split
 from ._coefficients import expand
+from ._keywords import known_method as _known_method
 from .control import (
     AdaptiveProjection,
     Autoguidance,
@@ -26,8 +28,10 @@ from .control import (
     GuidanceMomentum,
     Inpainting,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LinearMeasurement,
     NoiseClassifier,
+    PseudoinverseGuidance,
     classifier_loss,
     train_noise_classifier,
 )
@@ -68,6 +72,7 @@ from .models import (
     IndexLabel,
     LogSigmaLabel,
     NetworkModel,
+    PatchedModel,
     RawScoreModel,
     ReverseTimeLabel,
     ScaledScoreModel,
@@ -86,6 +91,7 @@ from .sampling import (
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    AYSGrid,
     BrownianPath,
     ChainGrid,
     DPMSolver2M,
@@ -94,6 +100,7 @@ from .sampling import (
     DPMSolver3M,
     Euler,
     EulerMaruyama,
+    FittedGrid,
     Heun,
     KarrasGrid,
     Langevin,
@@ -109,6 +116,7 @@ from .sampling import (
     UniformGrid,
     UniPC,
     ddim_encode,
+    fit_grid,
     slerp,
 )
 from .sde import (
@@ -157,6 +165,7 @@ from .training import (
     load_checkpoint,
     normalize_weights,
     power_exponent,
+    random_crops,
     read_checkpoint,
     reconstruct_ema,
     save_checkpoint,
@@ -168,6 +177,16 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
+if not TYPE_CHECKING:  # to type checkers, other names do not exist
+
+    def __getattr__(name: str) -> object:
+        """Say under which name a method is here; an AttributeError would be lost on import."""
+        message = f"cannot import name {name!r} from {__name__!r}"
+        if (ours := _known_method(name)) is not None:
+            raise ImportError(f"{message}; here it is {ours}", name=__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "DDIM",
     "DEIS",
@@ -178,6 +197,7 @@ __all__ = [
     "VESDE",
     "VLB",
     "VPSDE",
+    "AYSGrid",
     "AdaptiveProjection",
     "AdaptiveSDE",
     "Ancestral",
@@ -210,6 +230,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExactDivergence",
+    "FittedGrid",
     "FlowMatchingSDE",
     "ForwardSDE",
     "GaussianDecoder",
@@ -231,6 +252,7 @@ __all__ = [
     "LikelihoodWeighting",
     "LinearGaussianGuidance",
     "LinearMeasurement",
+    "LinearizedGaussianGuidance",
     "LogNormalTimes",
     "LogSNRGrid",
     "LogSNRSDE",
@@ -243,11 +265,13 @@ __all__ = [
     "NoiseClassifier",
     "ODELikelihood",
     "PCSampler",
+    "PatchedModel",
     "Perturbed",
     "PowerEMA",
     "Prediction",
     "Predictor",
     "ProbabilityFlow",
+    "PseudoinverseGuidance",
     "QuadraticGrid",
     "RawScoreModel",
     "ReferenceBatches",
@@ -291,12 +315,14 @@ __all__ = [
     "drop_conditions",
     "evaluate_bits_per_dim",
     "expand",
+    "fit_grid",
     "held_out_loss",
     "inverse_sqrt_decay",
     "linear_warmup",
     "load_checkpoint",
     "normalize_weights",
     "power_exponent",
+    "random_crops",
     "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import sys
@@ -93,6 +94,43 @@ def _kind(head: bytes) -> str:
     if head.isascii() and head.decode().isprintable():
         return f"text: {head.decode()!r}"
     return f"a file that starts with {head[:16]!r}"
+
+
+def read_json(path: str | os.PathLike[str], expected: str) -> Any:
+    """Read a JSON file, strictly.
+
+    Args:
+        path: the file.
+        expected: a description of the file, for the error.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is not JSON, names a value twice or holds NaN or infinity.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected {expected}, got {error}") from error
+    return parsed_json(path, text, expected)
+
+
+def parsed_json(path: str | os.PathLike[str], text: str, expected: str) -> Any:
+    """Return the value of the JSON of a file, or raise a `CheckpointError`; see `read_json`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(names := dict(pairs)) < len(pairs):
+            raise ValueError("expected different names, got some twice")
+        return names
+
+    def constant(text: str) -> None:
+        raise ValueError(f"expected a number, got {text}")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected {expected}, got {error}") from error
 
 
 def read_torch(

@@ -10,7 +10,9 @@ from ._precision import at_least_float32
 from ._schedules import exact
 
 
-def masked(mask: Tensor, x0: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+def masked(
+    mask: Tensor, x0: Tensor, fill: float = 0.0, name: str = "mask"
+) -> tuple[Tensor, Tensor]:
     """Return a mask of the shape of data x0, and the data filled where it is 0.
 
     Both are in float32 at least: float16 cannot count the elements of an image.
@@ -19,6 +21,7 @@ def masked(mask: Tensor, x0: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]
         mask: booleans or numbers >= 0, (B, *D) or with sizes of 1.
         x0: the data (B, *D).
         fill: the value of the data where the mask is 0.
+        name: the name of the mask in errors.
 
     Raises:
         ValueError: if the shape or device does not fit, or, on the CPU, the mask is not finite, is
@@ -26,26 +29,26 @@ def masked(mask: Tensor, x0: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]
         TypeError: if it is not a tensor, or complex.
     """
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor or None, got {type(mask).__name__}")
+        raise TypeError(f"{name}: expected a tensor or None, got {type(mask).__name__}")
     if mask.dtype.is_complex:
-        raise TypeError(f"mask: expected booleans or numbers >= 0, got {mask.dtype}")
-    check_device(mask, x0, "mask", "x0")
+        raise TypeError(f"{name}: expected booleans or numbers >= 0, got {mask.dtype}")
+    check_device(mask, x0, name, "x0")
     fits = mask.ndim == x0.ndim and all(
         n in (1, size) for n, size in zip(mask.shape, x0.shape, strict=True)
     )
     if not fits:
         raise ValueError(
-            f"mask: expected shape {tuple(x0.shape)}, or 1 for some of its sizes, "
+            f"{name}: expected shape {tuple(x0.shape)}, or 1 for some of its sizes, "
             f"got {tuple(mask.shape)}"
         )
     x0 = at_least_float32(x0)
     mask = mask.to(x0.dtype).expand_as(x0)
     if readable(mask):
-        check_finite(mask, "mask")
+        check_finite(mask, name)
         if bool((mask < 0).any()):
-            raise ValueError(f"mask: expected numbers >= 0, got {float(mask.min()):g}")
+            raise ValueError(f"{name}: expected numbers >= 0, got {float(mask.min()):g}")
         if not bool((total(mask) > 0).all()):
-            raise ValueError("mask: expected an entry > 0 in each sample, got a sample of zeros")
+            raise ValueError(f"{name}: expected an entry > 0 in each sample, got a sample of zeros")
     return mask, torch.where(mask == 0, fill, x0)
 
 

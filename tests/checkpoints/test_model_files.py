@@ -38,10 +38,13 @@ from diffusionkit import (
     IndexLabel,
     LearnedSDE,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LogSigmaLabel,
     LogSNRSDE,
     NoiseClassifier,
+    PatchedModel,
     PCSampler,
+    PseudoinverseGuidance,
     RawScoreModel,
     ReverseTimeLabel,
     ScaledScoreModel,
@@ -68,6 +71,7 @@ from diffusionkit.networks import (
     FourierFeatures,
     NCSNpp,
     NCSNv2,
+    PositionChannels,
 )
 
 SMALL = {"width": 4, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
@@ -196,6 +200,16 @@ def guided_by_classifier():
     return ClassifierGuidance(conditional(sde), classifier, 2.5, conditional=True)
 
 
+def of_patches():
+    torch.manual_seed(0)
+    network = PositionChannels(DDPMpp(7, out_channels=1, **SMALL), [2], linear=True)
+    nn.init.normal_(network.network.head.conv.weight)
+    return PatchedModel(
+        EpsModel(network, VPSDE()), (8, 6), [4, 3], margin=1, blend="uniform",
+        periodic=(True, False), shift=True, positions=True, batch=5,
+    ).eval()  # fmt: skip
+
+
 @register_part
 def first_coordinate(x):
     return x[:, :1]
@@ -226,7 +240,14 @@ WRAPPERS = {
     "linear": lambda: LinearGaussianGuidance(
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1
     ),
+    "each noise": lambda: LinearizedGaussianGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), torch.tensor([0.2])
+    ),
+    "pseudoinverse": lambda: PseudoinverseGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1, 0.5
+    ),
     "gradient": lambda: GradientGuidance(made("VP", "x0", "MLP"), likelihood, 0.5),
+    "patched": of_patches,
     "mixture": lambda: GaussianMixtureModel(
         VPSDE(), [[0.1, 1.0], [2.0, 0.3]], [0.1, 0.7], [0.1, 0.6]
     ),
@@ -245,7 +266,8 @@ def test_wrappers_and_exact_models(name) -> None:
         if name in ("free", "projected", "classifier")
         else {}
     )
-    same(model, returned(model), (2, 2), **labels)
+    shape = (2, 1, 11, 13) if name == "patched" else (2, 2)
+    same(model, returned(model), shape, **labels)
 
 
 def test_every_class_of_models_is_tested() -> None:

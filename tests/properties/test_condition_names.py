@@ -31,11 +31,13 @@ from diffusionkit import (
     Heun,
     Langevin,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LogSNRSDE,
     ODELikelihood,
     PCSampler,
     Prediction,
     ProbabilityFlow,
+    PseudoinverseGuidance,
     ScheduleTransformedModel,
     ScoreMatching,
     ScoreModel,
@@ -131,6 +133,12 @@ RUNS = {
     "GradientGuidance": wrapped(lambda m: GradientGuidance(m, lambda x0: x0.sum(1))),
     "LinearGaussianGuidance": wrapped(
         lambda m: LinearGaussianGuidance(m, Matrix(torch.eye(2)), torch.zeros(N, 2), 0.1)
+    ),
+    "LinearizedGaussianGuidance": wrapped(
+        lambda m: LinearizedGaussianGuidance(m, Matrix(torch.eye(2)), torch.zeros(N, 2), 0.1)
+    ),
+    "PseudoinverseGuidance": wrapped(
+        lambda m: PseudoinverseGuidance(m, Matrix(torch.eye(2)), torch.zeros(N, 2), 0.1)
     ),
     "DenoisedModel": wrapped(lambda m: DenoisedModel(m, Clip())),
     "ScheduleTransformedModel": wrapped(lambda m: ScheduleTransformedModel(m, VPSDE(0.2, 10.0))),

@@ -8,6 +8,7 @@ from diffusionkit import (
     EDMSDE,
     VESDE,
     VPSDE,
+    AYSGrid,
     ChainGrid,
     FlowMatchingSDE,
     KarrasGrid,
@@ -19,7 +20,7 @@ from diffusionkit import (
     UniformGrid,
 )
 
-GRIDS = [UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid]
+GRIDS = [UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid, AYSGrid]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -80,6 +81,31 @@ def test_karras_grids_of_other_processes(sde):
     alpha, sigma = sde.marginal(KarrasGrid(rho=3.0)(sde, 30))
     gaps = (sigma / alpha).pow(1 / 3).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps), rtol=1e-6, atol=0)
+
+
+# Sabour et al. 2024, the levels of ten steps on the authors' page, which begin at 14.615 and 700.
+ALIGNED = {
+    "stable_diffusion": [6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029],
+    "sdxl": [6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029],
+    "svd": [54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002],
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_published_aligned_levels_and_their_geometric_means(name):
+    first = 700.0 if name == "svd" else 14.615
+    levels = torch.tensor([first, *ALIGNED[name]], dtype=torch.float64)
+    sde = EDMSDE(sigma_min=float(levels[-1]), sigma_max=first)
+    torch.testing.assert_close(AYSGrid(name)(sde, 10), levels, rtol=1e-9, atol=0)
+    between = AYSGrid(name)(sde, 20)[1::2]
+    torch.testing.assert_close(between, (levels[1:] * levels[:-1]).sqrt(), rtol=1e-9, atol=0)
+
+
+def test_aligned_levels_are_stretched_in_log_snr(sde):
+    levels = torch.tensor([14.615, *ALIGNED["stable_diffusion"]], dtype=torch.float64).log()
+    found = -0.5 * sde.log_snr(AYSGrid()(sde, 10))
+    gaps, wanted = (x.diff() / (x[-1] - x[0]) for x in (found, levels))
+    torch.testing.assert_close(gaps, wanted, rtol=1e-5, atol=0)
 
 
 def test_grids_given_as_times_or_callables(mixture):

@@ -16,12 +16,22 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import checkpoints, control, interop, likelihood, metrics, networks, training
+from diffusionkit import (
+    calibration,
+    checkpoints,
+    control,
+    interop,
+    likelihood,
+    metrics,
+    networks,
+    training,
+)
 from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
 PACKAGES = (
     "",
+    "calibration",
     "checkpoints",
     "control",
     "data",
@@ -223,6 +233,13 @@ def _checkpoints() -> training.CheckpointFolder:
     return training.CheckpointFolder(_folder() / "checkpoints")
 
 
+@functools.cache
+def _fitted_grid() -> dk.FittedGrid:
+    grid = dk.fit_grid(_model(), dk.DDIM(), (4, 2), steps=2, iterations=0, generator=_generator())
+    grid.save(_folder() / "grid.json")
+    return grid
+
+
 def _estimate() -> Estimate:
     return Estimate(*(torch.ones(2) for _ in range(4)), "variance", "label")
 
@@ -330,6 +347,14 @@ OWN: dict[str, Recipe] = {
     "Inpainting": {"known": _state, "mask": lambda: torch.ones(2, 2)},
     "LearnedSDE": {"hidden": lambda: 4},
     "LinearGaussianGuidance": {
+        "operator": lambda: control.Matrix(torch.eye(2)),
+        "noise_std": lambda: 0.1,
+    },
+    "LinearizedGaussianGuidance": {
+        "operator": lambda: lambda x0: x0**2,
+        "noise_std": lambda: 0.1,
+    },
+    "PseudoinverseGuidance": {
         "operator": lambda: control.Matrix(torch.eye(2)),
         "noise_std": lambda: 0.1,
     },
@@ -450,6 +475,17 @@ OWN: dict[str, Recipe] = {
         "levels": lambda: ((1, 1), (2, 1)),
     },
     "FourierFeatures": {"network": lambda: networks.MLP(2), "exponents": lambda: (6, 7)},
+    "PositionChannels": {"network": lambda: networks.MLP(2), "frequencies": lambda: (1,)},
+    "PatchedModel": {"patch": lambda: 4, "overlap": lambda: 2},
+    "PatchedModel.predict": {
+        "self": lambda: dk.PatchedModel(_model(), 4, 2),
+        "x": lambda: _state(2, 3, 8),
+    },
+    "random_crops": {"x0": lambda: _state(2, 3, 8, 8), "size": lambda: 4},
+    "Crops.cut": {
+        "self": lambda: dk.random_crops(_state(2, 3, 8, 8), 4),
+        "others": lambda: _state(2, 1, 8, 8),
+    },
     "fir_conv_downsample": _IMAGE,
     "fir_conv_upsample": _IMAGE,
     "fir_downsample": _IMAGE,
@@ -566,6 +602,29 @@ OWN: dict[str, Recipe] = {
         "self": metrics.FeatureMoments,
         "state": lambda: metrics.FeatureMoments().state_dict(),
     },
+    **{
+        name: {"ensemble": lambda: _state(4, 3, 2), "observation": lambda: _state(4, 2)}
+        for name in ("crps", "energy_score", "spread_skill", "rank_histogram", "observation_ranks")
+    },
+    **{
+        name: {"samples": lambda: _state(4, 3, 2), "truth": lambda: _state(4, 2)}
+        for name in ("expected_coverage", "simulation_based_calibration")
+    },
+    "EnsembleScores.update": {
+        "self": calibration.EnsembleScores,
+        "ensemble": lambda: _state(4, 3, 2),
+        "observation": lambda: _state(4, 2),
+    },
+    "EnsembleScores.merge": {
+        "self": calibration.EnsembleScores,
+        "other": calibration.EnsembleScores,
+    },
+    "plot_coverage": {
+        "results": lambda: calibration.expected_coverage(_state(4, 3, 2), _state(4, 2))
+    },
+    "plot_rank_histogram": {
+        "result": lambda: calibration.rank_histogram(_state(4, 3, 2), _state(4, 2))
+    },
     "InceptionScore.update": {
         "self": metrics.InceptionScore,
         "probs": lambda: _state(4, 3).softmax(1),
@@ -592,6 +651,29 @@ OWN: dict[str, Recipe] = {
     "Restart.place": {
         "self": lambda: dk.Restart(0.1, 0.9),
         "grid": lambda: dk.LogSNRGrid()(dk.VPSDE(), 9),
+    },
+    "FittedGrid": {
+        "times": lambda: (1.0, 0.5, 0.1),
+        "alpha": lambda: (0.1, 0.5, 0.9),
+        "sigma": lambda: (0.9, 0.5, 0.1),
+        "process": lambda: "VPSDE()",
+        "predictor": lambda: "DDIM()",
+        "nfe": lambda: 2,
+        "error": lambda: 0.1,
+        "fixed_error": lambda: 0.2,
+    },
+    "FittedGrid.__call__": {"self": lambda: _fitted_grid(), "steps": lambda: 2},
+    "FittedGrid.save": {
+        "self": lambda: _fitted_grid(),
+        "path": lambda: _folder() / "grid.json",
+    },
+    "FittedGrid.load": {"self": lambda: _fitted_grid(), "path": lambda: _folder() / "grid.json"},
+    "fit_grid": {
+        "predictor": dk.DDIM,
+        "start": lambda: (4, 2),
+        "steps": lambda: 2,
+        "iterations": lambda: 0,
+        "tolerance": lambda: 1e-2,
     },
     "Mask.__call__": {"self": _made(control.Mask, torch.ones(2))},
     "Mask.inverse": {"self": _made(control.Mask, torch.ones(2))},
@@ -647,6 +729,7 @@ OWN: dict[str, Recipe] = {
     "ShiftedGrid.__call__": {"self": _made(dk.ShiftedGrid, 3.0)},
     "ShiftedTimes": {"shift": lambda: 3.0, "times": dk.UniformTimes},
     "ShiftedTimes.sample": {"self": _made(dk.ShiftedTimes, 3.0)},
+    "AYSGrid.__call__": {"self": dk.AYSGrid},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
 for _times in (
@@ -662,6 +745,8 @@ OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
 # Values made by the library, classes to subclass, and what takes no argument of its own.
 _RESULTS = {
     "Batch",
+    "EnsembleResult",
+    "ExpectedCoverage",
     "ImageFiles",
     "Perturbed",
     "Prediction",
@@ -680,12 +765,16 @@ _RESULTS = {
     "KernelDistance",
     "Nearest",
     "PrecisionRecall",
+    "RankHistogram",
+    "SBCResult",
     "SampleQuality",
     "SamplerState",
+    "SpreadSkill",
     "StageCoefficients",
     "StepCoefficients",
     "Report",
     "Checkpoint",
+    "Crops",
     "StepReport",
 }
 # `as_denoiser` and `to_diffusers` make them: classes without arguments of their own.
@@ -807,6 +896,7 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("Heun", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention
        for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
+    ("PositionChannels", "frequencies"): ["an empty list", "an empty tuple"],  # coordinates alone
     # Files hold numbers of numpy.
     **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("rand", "shape"): ["an empty list", "an empty tuple"],  # one number

@@ -19,8 +19,8 @@ DATA = {
     path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("data/*.json")
 }
 
-SCORE_SDE, OPENAI, EDM, DIT = (
-    DATA[name]["cases"] for name in ("score_sde", "openai", "edm", "dit")
+SCORE_SDE, OPENAI, EDM, EDM2, DIT = (
+    DATA[name]["cases"] for name in ("score_sde", "openai", "edm", "edm2", "dit")
 )
 
 
@@ -53,6 +53,11 @@ def weights(
 def inputs(*shape: int) -> Tensor:
     i = torch.arange(math.prod(shape), dtype=torch.float64)
     return (1.2 * torch.sin(1.7 * i + 0.003 * i * i)).view(shape).float()
+
+
+def edm2_tensors(case: str) -> dict[str, Tensor]:
+    """Return the tensors of a case of EDM2, whose layers normalize them."""
+    return weights(shapes("edm2", case), phase=2.0, amplitude=1.0)
 
 
 def assert_released(output: Tensor, expected: list[list[float]], tolerance: float = 5e-5) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .._checks import check_choice
 from .._files import CheckpointError
-from .._weights import laid_out
+from .._weights import laid_out, weight_problems
 from ..models import EDMModel
 from ..networks import EDM2UNet
 from ..sde import EDMSDE
-from ._edm_arguments import check_argument
+from ._edm_arguments import PRECONDITIONINGS, check_argument
 from ._edm_keys import EDMObject, read_edm_pickle
 from ._transfer import Source, by_kind, matrix, transfer
 
@@ -78,7 +78,9 @@ def load_edm2(path: str | os.PathLike[str]) -> EDMModel:
     content = read_edm_pickle(path)
     ema: EDMObject = content["ema"]
     try:
-        check_choice("class_name", ema.class_name, ("Precond",))
+        if ema.class_name != "Precond":
+            hint = "; use load_edm" if ema.class_name in PRECONDITIONINGS else ""
+            raise ValueError(f"class_name: expected 'Precond', got {ema.class_name!r:.50}{hint}")
         encoder = content.get("encoder")
         kind = encoder.class_name if isinstance(encoder, EDMObject) else None
         check_choice("encoder", kind, tuple(_RANGES))
@@ -86,8 +88,7 @@ def load_edm2(path: str | os.PathLike[str]) -> EDMModel:
         network = laid_out(path, partial(_network, options), ema.state_dict)
         sources = dict(_sources(network, options["img_resolution"]))
         tensors = {n.removeprefix("unet."): x for n, x in ema.state_dict.items()}
-        for name, shape in _uncertainty(options["logvar_channels"]).items():
-            _check_shape(name, tensors.pop(name, None), shape)
+        _drop_uncertainty(tensors, options["logvar_channels"])
         transfer(path, network, sources, tensors)
         return EDMModel(
             network, EDMSDE(), options["sigma_data"], data_range=_RANGES[str(kind)]
@@ -108,30 +109,31 @@ def _arguments(ema: EDMObject) -> dict[str, Any]:
             raise ValueError(f"{name}: expected a number, got none")
         if name not in known:
             raise ValueError(f"init_kwargs: expected arguments of EDM2, got {name!r:.50}")
-        if given[name] is None and (name == "clip_act" or name in _ONLY_DEFAULT):
-            continue
-        check_argument(name, given[name], () if known[name] is None else known[name])
+        value, default = given[name], known[name]
+        if name in _ONLY_DEFAULT:
+            if (tuple(value) if isinstance(value, list) else value) != default:
+                raise ValueError(f"{name}: expected {default}, got {value!r:.50}")
+        elif not (name == "clip_act" and value is None):
+            check_argument(name, value, default)
     found = known | given
-    for name in _ONLY_DEFAULT:
-        value = found[name]
-        if (tuple(value) if isinstance(value, list) else value) != known[name]:
-            raise ValueError(f"{name}: expected {known[name]}, got {value!r:.50}")
     levels, size = len(found["channel_mult"]), found["img_resolution"]
     if levels and size >> (levels - 1) < 1:
         raise ValueError(f"img_resolution: expected {levels} different halvings, got {size}")
     return found
 
 
-def _uncertainty(channels: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of the network for the uncertainty."""
-    fourier = {f"logvar_fourier.{name}": (channels,) for name in ("freqs", "phases")}
-    return {**fourier, "logvar_linear.weight": (1, channels)}
-
-
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    got = "none" if tensor is None else tuple(tensor.shape)
-    if got != shape:
-        raise ValueError(f"{name}: expected a tensor of shape {shape}, got {got}")
+def _drop_uncertainty(tensors: dict[str, Tensor], channels: int) -> None:
+    """Remove the tensors of the network for the uncertainty, or raise unless they are valid."""
+    names = ("logvar_fourier.freqs", "logvar_fourier.phases", "logvar_linear.weight")
+    faults = weight_problems(tensors)
+    for name, shape in zip(names, ((channels,), (channels,), (1, channels)), strict=True):
+        tensor = tensors.pop(name, None)
+        got = "none" if tensor is None else tuple(tensor.shape)
+        if got != shape:
+            raise ValueError(f"{name}: expected a tensor of shape {shape}, got {got}")
+        if name in faults:
+            message = f"{name}: {faults[name]}"
+            raise ValueError(message)
 
 
 def _network(given: Mapping[str, Any]) -> EDM2UNet:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_flag
-from .._files import CheckpointError, opened
+from .._files import CheckpointError, opened, parsed_json, read_json
 from .._model_checks import check_is_model
 from .._parts import Description, describe, name_of, place
 from .._writing import atomic_write, checked_path, is_safetensors
@@ -26,6 +26,7 @@ from ._safetensors import read_safetensors, safetensors_bytes
 
 _FORMAT = "diffusionkit.model"
 _VERSION = 1
+_JSON = "JSON of a model"
 _EXPECTED = "a model written by save_model"
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
 _OTHER_FORMATS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".json", ".zip", ".npz", ".onnx")
@@ -206,7 +207,7 @@ def _read_file(file: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     version = about.get("version", "")
     number = int(version) if version.isascii() and version.isdigit() else None
     _check_format(file, about.get("format"), number)
-    tree = _parsed(file, about.get("model", ""))
+    tree = parsed_json(file, about.get("model", ""), _JSON)
     state = {name: x for name, x in tensors.items() if not name.startswith(_ARGUMENT)}
     return tree, tensors, state
 
@@ -216,11 +217,7 @@ def _read_folder(folder: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]
     for name in (DESCRIPTION, WEIGHTS):
         if not os.path.isfile(os.path.join(folder, name)):
             raise FileNotFoundError(f"no {name} in {folder}")
-    try:
-        with open(file, encoding="utf-8") as opened_file:
-            about = _parsed(file, opened_file.read())
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: expected JSON, got {error}") from error
+    about = read_json(file, _JSON)
     if not isinstance(about, dict):
         raise CheckpointError(f"{file}: expected {_EXPECTED}, got {type(about).__name__}")
     _check_format(file, about.get("format"), about.get("version"))
@@ -243,21 +240,6 @@ def _check_format(file: str, name: object, version: object) -> None:
         )
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{file}: expected version {_VERSION}, got {version!r:.40}")
-
-
-def _parsed(file: str, text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(names := dict(pairs)) < len(pairs):
-            raise ValueError("expected different names, got some twice")
-        return names
-
-    def constant(text: str) -> None:
-        raise ValueError(f"expected a number, got {text}")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected JSON of a model, got {error}") from error
 
 
 def _is_zip(file: str) -> bool:

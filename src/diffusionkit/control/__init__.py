@@ -9,7 +9,11 @@ from .classifier_free import ClassifierFreeGuidance
 from .constraints import Colorization, Inpainting, LinearMeasurement
 from .extrapolation import AdaptiveProjection
 from .guidance import ClassifierGuidance, GradientGuidance
-from .linear_gaussian import LinearGaussianGuidance
+from .linear_gaussian import (
+    LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
+    PseudoinverseGuidance,
+)
 from .momentum import GuidanceMomentum
 from .operators import AveragePool, Blur, Gray, LinearOperator, Mask, Matrix, check_operator
 
@@ -28,9 +32,11 @@ __all__ = [
     "LinearGaussianGuidance",
     "LinearMeasurement",
     "LinearOperator",
+    "LinearizedGaussianGuidance",
     "Mask",
     "Matrix",
     "NoiseClassifier",
+    "PseudoinverseGuidance",
     "check_operator",
     "classifier_loss",
     "train_noise_classifier",

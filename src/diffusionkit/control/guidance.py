@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_callable, check_flag
+from .._grid_times import kernel
 from .._keywords import explained
 from ..interfaces import ScoreModel
 from ..values import Prediction
@@ -36,8 +37,8 @@ class ClassifierGuidance(GuidedModel):
 
     Raises:
         ValueError: unless scale is finite, or if classifier is a `NoiseClassifier` of another
-            process than the model's; in a call, if class_labels is not (B,) or out of range, the
-            logits are not (B, K), or alpha is 0.
+            process than the model's; in a call, if class_labels is not (B,) or out of range, or
+            the logits are not (B, K).
         TypeError: if model is not a ScoreModel, classifier not callable, or scale not a number;
             in a call, if class_labels is missing or does not hold integers.
 
@@ -82,10 +83,11 @@ class ClassifierGuidance(GuidedModel):
     ) -> Prediction:
         labels = {"class_labels": class_labels}
         prediction = self.model.predict(x, t, **cond, **(labels if self.conditional else {}))
-        with self._differentiable(x, t, labels) as (leaf, time, saved, keep):
+        inside, at = self._with_signal(x, t)
+        with self._differentiable(inside, at, labels) as (leaf, time, saved, keep):
             log_p = class_log_probs(self.classifier, leaf, time, **saved)
             grad = gradient(log_p, leaf, "classifier", keep=keep)
-        return self._shifted(prediction, x, t, self.scale * grad)
+        return self._shifted(prediction, x, t, self.scale * grad, at)
 
 
 @explained
@@ -124,7 +126,7 @@ class GradientGuidance(GuidedModel):
 
     Raises:
         ValueError: unless scale is finite; in a call, if log_likelihood does not return (B,) or
-            has no gradient, or alpha is 0.
+            has no gradient.
         TypeError: if model is not a ScoreModel, log_likelihood not callable, or scale not a
             number.
 
@@ -151,9 +153,10 @@ class GradientGuidance(GuidedModel):
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
-        with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
+        inside, at = self._with_signal(x, t)
+        with self._differentiable(inside, at, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, sigma = self._kernel(x, t)
+            alpha, sigma = kernel(self.sde, inside, at)
             log_p = self.log_likelihood(prediction.x0)
             if not isinstance(log_p, Tensor) or log_p.shape != (len(x),):
                 raise ValueError(
@@ -162,4 +165,6 @@ class GradientGuidance(GuidedModel):
                 )
             factor = self._factor(leaf, alpha, sigma)
             grad = gradient(log_p, leaf, "log_likelihood", factor=factor, keep=keep)
-        return self._shifted(prediction, x, t, self.scale * grad)
+        if at is not t:
+            prediction = self.model.predict(x, t, **cond)
+        return self._shifted(prediction, x, t, self.scale * grad, at)

@@ -144,8 +144,14 @@ class DiscreteNELBO(Described):
         t, weight = self._times(sde, x, generator)
         sample = sde.perturb(x, t, generator=generator)
         target = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
-        error = zeroed(self.model.predict(sample.x, t, **cond).noise_error(target), mask)
-        squares = exact(error).square().reshape(len(x), -1).sum(1)
+        prediction = self.model.predict(sample.x, t, **cond)
+        squares = _total_square(zeroed(prediction.noise_error(target), mask))
+        if self.steps is not None and readable(weight) and bool((ends := weight.isinf()).any()):
+            # At alpha = 0 the noise has no error; weight and error are those of the data.
+            step = (sde.T - sde.t_min) / self.steps
+            weight = torch.where(ends, self.steps * torch.exp(sde.log_snr(exact(t) - step)), weight)
+            of_data = _total_square(zeroed(prediction.x0 - sample.x0, mask))
+            squares = torch.where(ends, of_data, squares)
         if readable(squares) and not bool(torch.isfinite(squares).all()):
             worst = float(t[~torch.isfinite(squares)][0])
             raise ValueError(
@@ -169,6 +175,11 @@ class DiscreteNELBO(Described):
             s, t = (sde.t_min + span * (step + i) / self.steps for i in (0, 1))
             weight = self.steps * torch.expm1(sde.log_snr(s) - sde.log_snr(t))
         return t.to(x.dtype), weight
+
+
+def _total_square(x: Tensor) -> Tensor:
+    """Return the sum of squares of each sample (B,), in float64."""
+    return exact(x).square().reshape(len(x), -1).sum(1)
 
 
 def variance_minimizing_backward(

@@ -19,6 +19,7 @@ from .._checks import (
     readable,
 )
 from .._data_range import check_range
+from .._log_snr import LogSNRSpan
 from .._masks import count, kept, zeroed
 from .._model_checks import check_model
 from .._repr import Described
@@ -156,32 +157,37 @@ class NELBO(Described):
         check_range(x, self.model, mask=mask)
         check_generator(generator, len(x))
         sde, d = self.model.sde, count(x, mask)
-        alphas, sigmas, log_snr = self._ends(sde, x.device)
-        first, z = log_snr[0], log_snr[0] - log_snr[1]
+        alphas, sigmas, span = self._ends(sde, x.device)
+        z, floor = float(span.length), float(span.floor)
         squares = exact(x).reshape(len(x), -1).square().sum(1)
         spread = sde.prior_std**2
-        prior = (alphas[1] ** 2 * squares + d * sigmas[1] ** 2) / (2 * spread)
+        prior = (alphas[2] ** 2 * squares + d * sigmas[2] ** 2) / (2 * spread)
         prior = prior + 0.5 * d * math.log(2 * math.pi * spread)
-        drift = torch.zeros_like(prior) + d * (math.log(alphas[0]) - math.log(alphas[1]))
+        # Beyond the floor, if alpha(T) = 0, the integrals of f and of g^2 |score|^2 / 2 diverge;
+        # their sum is the change of log(sigma).
+        rest = math.log(alphas[0] / alphas[1]) + math.log(sigmas[1] / sigmas[2])
+        drift = torch.zeros_like(prior) + d * rest
 
         last = torch.full((len(x),), self.t_min, dtype=schedule_dtype(x.device), device=x.device)
         draws = min(self.samples, max(2, math.ceil(self.samples / 10)))
         # One sequence in the order of time: each draw's neighbors predict its noise.
-        errors, sliced = SquaredErrors(mask), []
+        errors, sliced, shares = SquaredErrors(mask), [], []
         for _ in range(draws):
             self._add_error(errors, x, last, generator, cond, mask)
         for k in range(self.samples):
             u = rand(len(x), generator=generator, device=x.device, dtype=last.dtype)
             u = (k + u) / self.samples
-            t = sde.time_at_log_snr(first - z * u).clamp(self.t_min, sde.T)
+            t = sde.time_at_log_snr(span.at(u)).clamp(self.t_min, sde.T)
+            shares.append(span.share(sde.log_snr(t).detach()))
             if self.divergence is None:
                 self._add_error(errors, x, t, generator, cond, mask)
             else:
-                sliced.append(self._sliced(self.divergence, x, t, generator, cond, mask))
+                sliced.append(self._sliced(self.divergence, x, t, generator, cond, mask) + d)
+        values, share = errors.values(), torch.stack([v.expand(len(x)) for v in shares])
         # E |eps|^2 = d is exact.
-        values = errors.values() - d
-        small = 0.5 * values[:draws]
-        path = 0.5 * z * (torch.stack(sliced) if sliced else values[draws:])
+        small = 0.5 * (values[:draws] - d)
+        rates = torch.stack(sliced) if sliced else values[draws:]
+        path = 0.5 * (z * rates / share - (float(span.first) - floor) * d)
         smallest_time = small.mean(0) - d * math.log(alphas[0])
         path_mean = path.mean(0)
         return Bound(
@@ -196,14 +202,20 @@ class NELBO(Described):
 
     def _ends(
         self, sde: ForwardSDE, device: torch.device
-    ) -> tuple[list[float], list[float], list[float]]:
-        """Return alpha, sigma and the log-SNR at t_min and at T."""
+    ) -> tuple[list[float], list[float], LogSNRSpan]:
+        """Return alpha and sigma at t_min, at the floor of the log-SNRs and at T, and these.
+
+        The floor is T where alpha(T) > 0.
+        """
         at = torch.tensor([self.t_min, sde.T], dtype=schedule_dtype(device), device=home(sde))
         with torch.no_grad():
-            alphas, sigmas = sde.marginal(at)
-            log_snr = sde.log_snr(at)
-        check_log_snr(log_snr.tolist(), self.t_min, sde.T)
-        return alphas.tolist(), sigmas.tolist(), log_snr.tolist()
+            span = LogSNRSpan(*sde.log_snr(at).tolist())
+            first, last, floor = float(span.first), float(span.last), float(span.floor)
+            # Sliced score matching divides noise by alpha there.
+            check_log_snr((first, floor if self.divergence is None else last), self.t_min, sde.T)
+            middle = at[1:] if floor == last else sde.time_at_log_snr(at.new_tensor([floor]))
+            alphas, sigmas = sde.marginal(torch.cat([at[:1], middle, at[1:]]))
+        return alphas.tolist(), sigmas.tolist(), span
 
     def _sliced(
         self,

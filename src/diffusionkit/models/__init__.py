@@ -19,6 +19,7 @@ from .network import (
     X0Model,
 )
 from .oracles import EmpiricalModel, GaussianMixtureModel
+from .patched import PatchedModel
 from .preconditioned import EDMModel
 from .schedule_transform import ScheduleTransformedModel
 
@@ -33,6 +34,7 @@ __all__ = [
     "IndexLabel",
     "LogSigmaLabel",
     "NetworkModel",
+    "PatchedModel",
     "RawScoreModel",
     "ReverseTimeLabel",
     "ScaledScoreModel",

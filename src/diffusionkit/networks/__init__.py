@@ -9,6 +9,7 @@ from .fourier_input import FourierFeatures
 from .mlp import MLP
 from .ncsnpp import NCSNpp
 from .ncsnv2 import NCSNv2
+from .position_channels import PositionChannels
 
 __all__ = [
     "MLP",
@@ -20,4 +21,5 @@ __all__ = [
     "FourierFeatures",
     "NCSNpp",
     "NCSNv2",
+    "PositionChannels",
 ]

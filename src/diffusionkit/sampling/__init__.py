@@ -6,7 +6,10 @@ from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
 from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
+from .fitted_grid import FittedGrid
+from .grid_search import fit_grid
 from .grids import (
+    AYSGrid,
     ChainGrid,
     KarrasGrid,
     LogSNRGrid,
@@ -38,6 +41,7 @@ __all__ = [
     "DDIM",
     "DEIS",
     "LMS",
+    "AYSGrid",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
@@ -50,6 +54,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "ExponentialAdams",
+    "FittedGrid",
     "Heun",
     "KarrasGrid",
     "Langevin",
@@ -72,5 +77,6 @@ __all__ = [
     "UniPC",
     "UniformGrid",
     "ddim_encode",
+    "fit_grid",
     "slerp",
 ]

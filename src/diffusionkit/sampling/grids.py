@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from .._checks import (
     check_callable,
+    check_choice,
     check_count,
     check_flag,
     check_known,
@@ -24,6 +25,7 @@ from .._checks import (
     check_positive,
     check_t_end,
 )
+from .._log_snr import LARGEST_RATIO, with_signal
 from .._schedules import home, schedule_dtype, shifted
 from ..interfaces import ForwardSDE
 from ..sde import Chain
@@ -73,10 +75,10 @@ class _SpacedGrid(abc.ABC):
         times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
             name = type(self).__name__
-            if float(sde.marginal(ends[:1])[0]) == 0.0:
+            if float(sde.marginal(ends[:1])[0]) == 0.0 and bool(times.isfinite().all()):
                 raise ValueError(
-                    f"sde: expected alpha(T) > 0 for {name}, got 0 at T = {sde.T:g}, where the "
-                    "log-SNR is -inf; use UniformGrid, or the steps of the chain"
+                    f"t_end: expected sigma / alpha < {LARGEST_RATIO:g} for {name}, which spaces "
+                    f"times from there where alpha(T) = 0, got {t_end}; use UniformGrid"
                 )
             raise ValueError(f"t_end: expected a time with noise for {name}, got {t_end}")
         return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
@@ -121,6 +123,8 @@ class QuadraticGrid(_SpacedGrid):
 class LogSNRGrid(_SpacedGrid):
     """Times equally spaced in log-SNR, the natural time of few-step solvers.
 
+    Where alpha(T) = 0 the first time is T, and the others are spaced from sigma / alpha = 160.
+
     Args:
         t_end: the last time, the SDE's t_stop by default.
         to_zero: whether the last step goes from t_end to 0.
@@ -131,7 +135,7 @@ class LogSNRGrid(_SpacedGrid):
 
     @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
-        l = sde.log_snr(ends)
+        l = with_signal(sde.log_snr(ends))
         return sde.time_at_log_snr(l[0] + u * (l[1] - l[0]))
 
 
@@ -139,7 +143,8 @@ class LogSNRGrid(_SpacedGrid):
 class KarrasGrid(_SpacedGrid):
     r"""EDM's grid: s^(1/rho) equally spaced, with s = sigma / alpha.
 
-    `KarrasGrid(to_zero=True)` with an `EDMSDE` is the paper's grid, N noise levels and zero.
+    `KarrasGrid(to_zero=True)` with an `EDMSDE` is the paper's grid, N noise levels and zero. Where
+    alpha(T) = 0 the first time is T, and the others are spaced from s = 160.
 
     Args:
         rho: the exponent; 1 is uniform in s, larger values take shorter steps near the data.
@@ -169,8 +174,61 @@ class KarrasGrid(_SpacedGrid):
 
 def karras_times(sde: ForwardSDE, ends: Tensor, u: Tensor, rho: float) -> Tensor:
     """Return times at fractions u (n,) between two ends (2,), equally spaced in s^(1/rho)."""
-    root = torch.exp(-0.5 / rho * sde.log_snr(ends))
+    root = torch.exp(-0.5 / rho * with_signal(sde.log_snr(ends)))
     return sde.time_at_log_snr(-2 * rho * torch.log(root[0] + u * (root[1] - root[0])))
+
+
+# Ratios sigma / alpha of ten steps, from the authors' page.
+_ALIGNED = {
+    "stable_diffusion": (
+        14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029,
+    ),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AYSGrid(_SpacedGrid):
+    """The levels of Align Your Steps, stretched to the range of the process.
+
+    The published ratios sigma / alpha are interpolated in their logarithm for another number of
+    steps, as published, and then scaled in it so that they cover the range from T to t_end. Steps
+    are short where images form, around ratio 1, and long at both ends.
+
+    Args:
+        levels: the model that the levels were optimized for: "stable_diffusion", "sdxl" or "svd".
+        t_end: the last time, the SDE's t_stop by default.
+        to_zero: whether the last step goes from t_end to 0.
+
+    Raises:
+        ValueError: if levels is none of them.
+
+    Source: Sabour, Fidler and Kreis, Align Your Steps: Optimizing Sampling Schedules in Diffusion
+    Models, 2024, arXiv 2404.14507.
+
+    >>> from diffusionkit import EDMSDE, AYSGrid
+    >>> grid = AYSGrid()(EDMSDE(sigma_min=0.029, sigma_max=14.615), 10)
+    >>> [round(s, 3) for s in grid.tolist()[:6]]
+    [14.615, 6.475, 3.861, 2.697, 1.886, 1.396]
+    """
+
+    levels: str = "stable_diffusion"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("levels", self.levels, tuple(_ALIGNED))
+
+    @override
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        table = torch.log(ends.new_tensor(_ALIGNED[self.levels]))
+        share = (table[0] - table) / (table[0] - table[-1])
+        place = u * (len(share) - 1)
+        below = place.floor().long().clamp(max=len(share) - 2)
+        share = torch.lerp(share[below], share[below + 1], place - below)
+        l = sde.log_snr(ends)
+        return sde.time_at_log_snr(l[0] + share * (l[1] - l[0]))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from .._files import CheckpointError
 from .._magnitude import normalize_weights
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
+from .crops import Crops, random_crops
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA, HalfLife
 from .flow_times import LogitNormalTimes, ModeTimes, ShiftedTimes
@@ -33,6 +34,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointFolder",
+    "Crops",
     "DenoisingTarget",
     "DiscreteTimes",
     "EDMWeighting",
@@ -67,6 +69,7 @@ __all__ = [
     "normalize_weights",
     "power_coefficients",
     "power_exponent",
+    "random_crops",
     "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",

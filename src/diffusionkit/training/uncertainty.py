@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .._checks import check_callable, check_count, check_part, check_state
+from .._checks import check_callable, check_count, check_part, check_state, check_times
 from .._magnitude import MPLinear, mp_cosines
 from .._repr import described
 from ..interfaces import ForwardSDE, ScoreModel, TimeSampler
@@ -36,6 +36,10 @@ class LearnedUncertainty(nn.Module):
     contributes a loss of 1 to the weighted mean and its gradients are as large as those of any
     other. So the distribution of training times can be chosen freely, and the relative weight
     of the objective at different times does not matter. It is negative where losses are small.
+
+    Since v is normalized, u has a bounded size: with 128 features it can be about 4 in magnitude
+    over EDM's whole range of noise, enough for losses weighted by `EDMWeighting`. The bound grows
+    with the root of the number of features; take 1024 for losses that span more decades.
 
     The default is the loss of EDM2. Train this module's parameters with the model's, and pass it to
     `normalize_weights`. Evaluate with `.objective`, whose losses are comparable between models.
@@ -111,6 +115,7 @@ class LearnedUncertainty(nn.Module):
     def log_variance(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return u (B,) at times t (B,) of a process, in float32 at least."""
         check_part(sde, ForwardSDE, "sde")
+        check_times(t, sde.T)
         wide = torch.promote_types(self.frequencies.dtype, torch.float32)
         frequencies, phases = self.frequencies.to(wide), self.phases.to(wide)
         label = checked_label(self.label(sde, t), t).to(frequencies)
