@@ -4,7 +4,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-from diffusionkit import EDMSDE, VESDE, VPSDE, DDPMChain, ForwardSDE, GaussianMixtureModel, SubVPSDE
+from diffusionkit import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    DDPMChain,
+    FlowMatchingSDE,
+    ForwardSDE,
+    GaussianMixtureModel,
+    SubVPSDE,
+)
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("suite")
@@ -16,6 +25,7 @@ SDES = {
     "ve": VESDE(sigma_min=0.01, sigma_max=20.0),
     "edm": EDMSDE(sigma_min=0.002, sigma_max=20.0),
     "chain": DDPMChain.linear(1000),
+    "flow": FlowMatchingSDE(),
 }
 
 

@@ -25,11 +25,11 @@ from diffusionkit import (
     ProbabilityFlow,
     ScoreMatching,
 )
-from diffusionkit._keywords import _FOREIGN, advice, conditions_of, explains
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, NCSNpp, NCSNv2
+from diffusionkit._keywords import _FOREIGN, _METHODS, advice, conditions_of, explains
+from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DiT, NCSNpp, NCSNv2
 
 EXPLAINED = [PCSampler, ProbabilityFlow, EpsModel, EDMModel, ScoreMatching, EMA, PowerEMA, DDIM,
-             Heun, Langevin, ClassifierFreeGuidance, MLP, NCSNv2]  # fmt: skip
+             Heun, Langevin, ClassifierFreeGuidance, MLP, DiT, NCSNv2]  # fmt: skip
 WORDS = st.from_regex(r"[a-z]{3,12}(_[a-z]{2,8})?", fullmatch=True)
 
 
@@ -156,3 +156,24 @@ def test_recipes_still_make_every_explained_class() -> None:
     for cls in EXPLAINED:
         if cls.__name__ in callables() and cls.__name__ in OWN:
             assert type(call(cls.__name__, {})).__name__ == cls.__name__
+
+
+@pytest.mark.parametrize("names", _METHODS)
+def test_methods_under_their_published_names(names) -> None:
+    """An import says what they are here, and that exists."""
+    for name in names:
+        with pytest.raises(ImportError, match=f"cannot import name '{name}' from .*; here it is"):
+            getattr(diffusionkit, name)
+    line = _METHODS[names]
+    parts = re.findall(r"\b[A-Z]\w+", line)
+    assert parts
+    assert all(part in diffusionkit.__all__ or part == "A" for part in parts)
+
+
+def test_published_names_in_any_case() -> None:
+    for name in ("DPS", "PiGDM", "RePaint", "SDEdit"):
+        with pytest.raises(ImportError, match="here it is"):
+            exec(f"from diffusionkit import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        exec("from diffusionkit import Nothing")
+    assert not hasattr(diffusionkit, "Nothing")

@@ -14,10 +14,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What each part may import, beside itself.
 PRIVATE = {
     "_batch_conditions", "_checks", "_coefficients", "_data_range", "_gaussian", "_grid_times",
-    "_hints", "_kept", "_keywords", "_loops", "_nfe", "_precision", "_repr", "_returned",
-    "_schedules", "distributed", "random",
+    "_hints", "_kept", "_keywords", "_log_snr", "_loops", "_nfe", "_precision", "_repr",
+    "_returned", "_schedules", "_sigma_data", "distributed", "random",
 }  # fmt: skip
-BASE = {*PRIVATE, "values", "interfaces", "_model_checks"}
+BASE = {*PRIVATE, "values", "interfaces", "_masks", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_requirements": set(),
@@ -28,12 +28,15 @@ MAY_IMPORT = {
     "_data_range": {"_checks", "distributed"},
     "distributed": {"_checks", "_requirements"},
     "_schedules": set(),
+    "_sigma_data": {"_checks", "_schedules"},
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
     "_kept": {"_requirements"},
+    "_log_snr": {"_coefficients"},
     "_loops": {"distributed"},
     "_nfe": {"_batch_conditions"},
+    "_masks": {"_checks", "_precision", "_schedules"},
     "_precision": {"_checks"},
     "_returned": set(),
     "random": {"_checks"},
@@ -54,14 +57,16 @@ MAY_IMPORT = {
     "_weights": {"_files"},
     "sde": BASE,
     "models": {*BASE, "sde"},
-    "training": {*CORE, "_files", "_parts", "_weights", "_writing"},
+    "_magnitude": {"_checks", "distributed"},
+    "training": {*CORE, "_files", "_magnitude", "_parts", "_weights", "_writing"},
     "sampling": {*CORE, "_files", "_writing"},
     "likelihood": {*CORE, "_files", "_writing"},
     "control": {*CORE, "training", "sampling", "likelihood"},
     "testing": CORE,
     "diagnostics": {*CORE, "training"},
+    "calibration": {"_checks", "_masks", "_precision", "_repr", "random"},
     "ops": {"_checks", "_kept"},
-    "networks": {"_checks", "_hints", "_keywords", "_repr", "ops"},
+    "networks": {"_checks", "_hints", "_kept", "_keywords", "_magnitude", "_repr", "ops"},
     "checkpoints": {
         *CORE,
         "control",

@@ -16,7 +16,7 @@ from diffusionkit._weights import (
     unwrapped,
     weight_problems,
 )
-from diffusionkit.networks import MLP, ADMUNet, DDPMUNet, NCSNpp, NCSNv2
+from diffusionkit.networks import MLP, ADMUNet, DDPMUNet, DiT, NCSNpp, NCSNv2
 
 HALVES = torch.float16, torch.bfloat16
 NOT_WEIGHTS = {
@@ -120,6 +120,7 @@ SMALL = {
     "ncsnpp": partial(NCSNpp, 3, width=8, multipliers=(1, 2), blocks=1),
     "adm": partial(ADMUNet, 3, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,)),
     "ddpm": partial(DDPMUNet, 3, width=8, multipliers=(1, 2), blocks=1),
+    "dit": partial(DiT, 3, width=8, depth=1, heads=2),
     "ncsnv2": partial(NCSNv2, 3, width=4, sigmas=(2.0, 1.0)),
 }
 
@@ -148,6 +149,7 @@ def test_a_layout_filled_with_values_is_the_network(kind) -> None:
         lambda: NCSNpp(blocks=1000),
         lambda: NCSNpp(multipliers=(1,) * 10**5),
         lambda: ADMUNet(blocks=1000),
+        lambda: DiT(depth=1000),
         lambda: NCSNv2(levels=((1, 1),) * 10**5, sigmas=(2.0, 1.0)),
         lambda: nn.ModuleList(nn.Linear(10**9, 10**9) for _ in range(10**9)),
     ],

@@ -11,20 +11,27 @@ networks and loaders are imported from their sub-packages.
 __project__ = "diffusionkit-torch"
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from . import _requirements as _requirements
 
 # isort: split
 from ._coefficients import expand
+from ._keywords import known_method as _known_method
 from .control import (
+    AdaptiveProjection,
+    Autoguidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Colorization,
     GradientGuidance,
+    GuidanceMomentum,
     Inpainting,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LinearMeasurement,
     NoiseClassifier,
+    PseudoinverseGuidance,
     classifier_loss,
     train_noise_classifier,
 )
@@ -65,12 +72,14 @@ from .models import (
     IndexLabel,
     LogSigmaLabel,
     NetworkModel,
+    PatchedModel,
     RawScoreModel,
     ScaledScoreModel,
     ScheduleTransformedModel,
     SigmaLabel,
     StepLabel,
     TimeLabel,
+    VelocityModel,
     VModel,
     X0Model,
 )
@@ -100,6 +109,7 @@ from .sampling import (
     QuadraticGrid,
     Restart,
     ReverseDiffusion,
+    ShiftedGrid,
     StochasticHeun,
     TimeTravel,
     UniformGrid,
@@ -113,6 +123,7 @@ from .sde import (
     VESDE,
     VPSDE,
     DDPMChain,
+    FlowMatchingSDE,
     LearnedSDE,
     LogSNRSDE,
     SMLDChain,
@@ -129,23 +140,31 @@ from .training import (
     HalfLife,
     HybridLoss,
     ImportanceTimes,
+    LearnedUncertainty,
     LikelihoodWeighting,
+    LogitNormalTimes,
     LogNormalTimes,
     LossSecondMomentTimes,
     MinSNRWeighting,
+    ModeTimes,
     PowerEMA,
     ReferenceBatches,
     ScoreMatching,
+    ShiftedTimes,
     SimpleWeighting,
     StableTarget,
     StratifiedTimes,
     UniformTimes,
+    VelocityWeighting,
     clipped_step,
     drop_conditions,
     held_out_loss,
+    inverse_sqrt_decay,
     linear_warmup,
     load_checkpoint,
+    normalize_weights,
     power_exponent,
+    random_crops,
     read_checkpoint,
     reconstruct_ema,
     save_checkpoint,
@@ -156,6 +175,16 @@ try:
     __version__ = version(__project__)
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
+
+if not TYPE_CHECKING:  # to type checkers, other names do not exist
+
+    def __getattr__(name: str) -> object:
+        """Say under which name a method is here; an AttributeError would be lost on import."""
+        message = f"cannot import name {name!r} from {__name__!r}"
+        if (ours := _known_method(name)) is not None:
+            raise ImportError(f"{message}; here it is {ours}", name=__name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "DDIM",
@@ -168,9 +197,11 @@ __all__ = [
     "VLB",
     "VPSDE",
     "AYSGrid",
+    "AdaptiveProjection",
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "Autoguidance",
     "BrownianPath",
     "ChainGrid",
     "ChainNELBO",
@@ -199,10 +230,12 @@ __all__ = [
     "EulerMaruyama",
     "ExactDivergence",
     "FittedGrid",
+    "FlowMatchingSDE",
     "ForwardSDE",
     "GaussianDecoder",
     "GaussianMixtureModel",
     "GradientGuidance",
+    "GuidanceMomentum",
     "HalfLife",
     "Heun",
     "Hutchinson",
@@ -213,25 +246,31 @@ __all__ = [
     "KarrasGrid",
     "Langevin",
     "LearnedSDE",
+    "LearnedUncertainty",
     "LevelDecoder",
     "LikelihoodWeighting",
     "LinearGaussianGuidance",
     "LinearMeasurement",
+    "LinearizedGaussianGuidance",
     "LogNormalTimes",
     "LogSNRGrid",
     "LogSNRSDE",
     "LogSigmaLabel",
+    "LogitNormalTimes",
     "LossSecondMomentTimes",
     "MinSNRWeighting",
+    "ModeTimes",
     "NetworkModel",
     "NoiseClassifier",
     "ODELikelihood",
     "PCSampler",
+    "PatchedModel",
     "Perturbed",
     "PowerEMA",
     "Prediction",
     "Predictor",
     "ProbabilityFlow",
+    "PseudoinverseGuidance",
     "QuadraticGrid",
     "RawScoreModel",
     "ReferenceBatches",
@@ -242,6 +281,8 @@ __all__ = [
     "ScheduleTransformedModel",
     "ScoreMatching",
     "ScoreModel",
+    "ShiftedGrid",
+    "ShiftedTimes",
     "SigmaLabel",
     "SimpleWeighting",
     "StableTarget",
@@ -260,6 +301,8 @@ __all__ = [
     "UniformTimes",
     "VModel",
     "VariationalDequantizer",
+    "VelocityModel",
+    "VelocityWeighting",
     "Weighting",
     "X0Model",
     "bits_per_dim",
@@ -272,9 +315,12 @@ __all__ = [
     "expand",
     "fit_grid",
     "held_out_loss",
+    "inverse_sqrt_decay",
     "linear_warmup",
     "load_checkpoint",
+    "normalize_weights",
     "power_exponent",
+    "random_crops",
     "read_checkpoint",
     "reconstruct_ema",
     "save_checkpoint",

@@ -37,3 +37,13 @@ def repeated(value: Any, n: int, times: int) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
         return value
     return value.repeat(times, *(1,) * (value.ndim - 1))
+
+
+def rows_of(value: Any, n: int, samples: Tensor) -> Any:
+    """Return the rows of a tensor (n, ...) that belong to samples (m,) out of a batch of n.
+
+    Other values apply to the whole batch and are returned unchanged.
+    """
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
+        return value
+    return value[samples]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._coefficients import expand
 from ._gaussian import gaussian_kl
+from ._masks import count, zeroed
 from ._model_checks import check_model
 from ._schedules import exact
 from .decoders import GaussianDecoder
@@ -16,17 +17,22 @@ from .interfaces import ForwardSDE, ScoreModel
 from .values import Prediction
 
 
-def prior_kl(sde: ForwardSDE, x: Tensor) -> Tensor:
+def prior_kl(sde: ForwardSDE, x: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Return KL(N(alpha_T x, sigma_T^2 I) || N(0, prior_std^2 I)) in nats, (B,).
 
     .. math::
         \tfrac12 \sum (r + \alpha^2 x^2 / \pi^2 - 1 - \log r), \quad r = \sigma^2 / \pi^2
+
+    Args:
+        sde: the process.
+        x: the data (B, *D), 0 where a mask is 0.
+        mask: the elements of the sum (B, *D), or None for all.
     """
     alpha, sigma = sde.marginal(exact(x.new_full((len(x),), sde.T)))
     squares = exact(x).reshape(len(x), -1).square()
     ratio = (sigma / sde.prior_std).square()
     shift = (alpha / sde.prior_std).square() * squares.sum(1)
-    return 0.5 * (squares.shape[1] * (ratio - 1 - torch.log(ratio)) + shift)
+    return 0.5 * (count(x, mask) * (ratio - 1 - torch.log(ratio)) + shift)
 
 
 def chain_length(model: ScoreModel) -> int:
@@ -85,9 +91,9 @@ def step_nats(
         clip: whether the predicted data are clipped to the decoder's range.
         mask: weights of the elements (B, *D), or None.
     """
-    sde, count = model.sde, chain_length(model)
+    sde, length = model.sde, chain_length(model)
     i = exact(step.to(torch.float32))
-    s, t = i / count, (i + 1) / count
+    s, t = i / length, (i + 1) / length
     # Both posterior means contain the same multiple of x_{i+1}, and none of it in step 0.
     weight = sde.marginal(s)[0] * (sde.transition(s, t)[1] / sde.marginal(t)[1]).square()
     dtype = torch.promote_types(x0.dtype, torch.float32)
@@ -109,6 +115,6 @@ def step_nats(
     divergence = gaussian_kl(difference, lower, log_var)
     log_prob = decoder.log_prob(x0, mean, log_var)
     if mask is not None:
-        divergence, log_prob = divergence * mask, log_prob * mask
+        divergence, log_prob = (zeroed(v * mask, mask) for v in (divergence, log_prob))
     divergence, log_prob = (v.reshape(len(x0), -1).sum(1) for v in (divergence, log_prob))
     return torch.where(step == 0, -log_prob, divergence)

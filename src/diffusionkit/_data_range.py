@@ -137,7 +137,8 @@ def _check_size(low: float, high: float, size: float, model: Any, *, images: boo
         images: whether the data may be images.
     """
     prior = float(model.sde.prior_std)
-    meant = getattr(model, "sigma_data", 0.0) > 0.25 * size
+    sigma_data = getattr(model, "sigma_data", 0.0)
+    meant = (max(sigma_data) if isinstance(sigma_data, tuple) else sigma_data) > 0.25 * size
     if images and not meant and low >= 0 and 20 < high <= _LARGEST_BYTE and size > 0.5 * prior:
         raise ValueError(
             "x0: expected data on the scale of the process, whose prior has standard deviation "

@@ -138,6 +138,7 @@ def read_torch(
     *,
     expected: str = "a file written by torch.save",
     map_location: torch.device | str | None = "cpu",
+    known: Mapping[str, Any] = GLOBALS,
 ) -> Any:
     """Read a file written by `torch.save`, of any version, without running code.
 
@@ -148,6 +149,7 @@ def read_torch(
         path: the file.
         expected: a description of the file, for the error.
         map_location: the device of the tensors, None for those named in the file.
+        known: the globals that the file may name; see `_pickles.run`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -157,7 +159,7 @@ def read_torch(
     """
     device = None if map_location is None else _device(map_location)
     with opened(path, expected, ZIP, PICKLE) as file:
-        return load_torch(file, device)
+        return load_torch(file, device, known)
 
 
 def _device(map_location: torch.device | str) -> torch.device:
@@ -170,13 +172,15 @@ def _device(map_location: torch.device | str) -> torch.device:
         raise TypeError(message) from error
 
 
-def load_torch(file: BinaryIO, device: torch.device | None = _CPU) -> Any:
+def load_torch(
+    file: BinaryIO, device: torch.device | None = _CPU, known: Mapping[str, Any] = GLOBALS
+) -> Any:
     """Load the content of an open file written by `torch.save`; see `read_torch`."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     zipped = file.read(4) == b"PK\3\4"
     file.seek(0)
-    return (_load_zip if zipped else _load_legacy)(file, device, length)
+    return (_load_zip if zipped else _load_legacy)(file, device, length, known)
 
 
 def check_torch(file: BinaryIO) -> None:
@@ -188,7 +192,9 @@ def check_torch(file: BinaryIO) -> None:
     load_torch(file, torch.device("meta"))
 
 
-def _load_zip(file: BinaryIO, device: torch.device | None, length: int) -> Any:
+def _load_zip(
+    file: BinaryIO, device: torch.device | None, length: int, known: Mapping[str, Any]
+) -> Any:
     records = _archives.records(file, length)
 
     def fill(name: str, flat: Tensor) -> None:
@@ -207,15 +213,17 @@ def _load_zip(file: BinaryIO, device: torch.device | None, length: int) -> Any:
     if "byteorder" in records and content("byteorder") != sys.byteorder.encode():
         raise CheckpointError(f"a file of a machine that is not {sys.byteorder}-endian")
     storages = Storages(device, length, lambda key, flat: fill(f"data/{key}", flat))
-    return _pickles.run(BytesIO(content("data.pkl")), GLOBALS, storages.load, limit=length)
+    return _pickles.run(BytesIO(content("data.pkl")), known, storages.load, limit=length)
 
 
-def _load_legacy(file: BinaryIO, device: torch.device | None, length: int) -> Any:
+def _load_legacy(
+    file: BinaryIO, device: torch.device | None, length: int, known: Mapping[str, Any]
+) -> Any:
     if tuple(_pickles.run(file, {}) for _ in _LEGACY) != _LEGACY:
         raise UnpicklingError("expected the first numbers of a file of torch, got others")
     _pickles.run(file, {})  # the machine that wrote it
     storages = Storages(device, length)
-    value = _pickles.run(file, GLOBALS, storages.load, limit=length)
+    value = _pickles.run(file, known, storages.load, limit=length)
     keys = _pickles.run(file, {})
     if type(keys) is not list or sorted(keys) != sorted(storages.flat):
         raise UnpicklingError(f"expected the values of {len(storages.flat)} storages, got others")

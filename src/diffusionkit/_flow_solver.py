@@ -136,7 +136,8 @@ class Solver:
             return sde.time_at_log_snr(value).clamp(low, high)
 
         def velocity(theta: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            time = time_at(theta.item()).clamp(*bounds)
+            at[0] = theta.item()
+            time = time_at(at[0]).clamp(*bounds)
             z = state[0]
             (t,) = grid_times(sde, time, z.new_empty(len(z), dtype=dtype))
             alpha, sigma = schedule(sde, t)
@@ -150,6 +151,7 @@ class Solver:
                     )
             return rates[0] / r, *rates[1:]
 
+        at = [0.0]  # the last angle
         first, last = radii(sde, start, end)
         state: tuple[Tensor, ...] = (x.to(state_dtype) / first, *totals)
         with (
@@ -164,15 +166,22 @@ class Solver:
                 if len(knots) > 2:
                     ends = [float(time_at(angle)) for angle in sorted(segment)]
                     bounds = _inside(ends[0], ends[1], dtype)
-                path = torchdiffeq.odeint(
-                    velocity,
-                    state,
-                    clock.new_tensor(segment),
-                    rtol=self.rtol,
-                    atol=self.atol,
-                    method=self.method,
-                    options=self._options(clock.new_tensor(segment[1:]), length, width),
-                )
+                try:
+                    path = torchdiffeq.odeint(
+                        velocity,
+                        state,
+                        clock.new_tensor(segment),
+                        rtol=self.rtol,
+                        atol=self.atol,
+                        method=self.method,
+                        options=self._options(clock.new_tensor(segment[1:]), length, width),
+                    )
+                except AssertionError as error:  # torchdiffeq's, of its step length
+                    raise ValueError(
+                        "model: expected a prediction along which the probability flow can be "
+                        f"solved, got {error} near t = {float(time_at(at[0])):g}; where alpha = 0, "
+                        "predict x0 or a velocity: the noise does not determine the data there"
+                    ) from error
                 state = tuple(part[-1] for part in path)
         return (state[0] * last, *state[1:]), counter.evaluations
 

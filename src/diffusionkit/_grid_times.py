@@ -147,6 +147,19 @@ def copy_grid_point(t: Tensor, copy: Tensor) -> Tensor:
     return copy
 
 
+def grid_rows(t: Tensor, samples: Tensor) -> Tensor:
+    """Return the times (n,) of samples (n,) out of times t (B,), with the grid point of t."""
+    rows = t[samples]
+    if (point := getattr(t, "_grid_point", None)) is not None:
+        own = GridPoint(point.grid, point.index, point.time, point.alpha, point.sigma)
+        alpha, sigma = (value[:1].expand(len(rows)) for value in point.kernel)
+        own.kernel = alpha, sigma
+        tensors: Sequence[Any] = (rows, alpha, sigma)
+        for tensor in tensors:
+            tensor._grid_point = own
+    return rows
+
+
 def schedule(sde: _SDE, t: Tensor) -> tuple[Coefficient, Coefficient]:
     """Return alpha and sigma in float64: floats at a time of a grid, else tensors (B,)."""
     point = grid_point(t, sde)

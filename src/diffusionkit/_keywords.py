@@ -66,10 +66,8 @@ _FOREIGN: dict[tuple[str, ...], tuple[str, str]] = {
     ("learn_sigma", "learned_variance"): ("learn_sigma variance", ""),
     ("momentum", "beta", "ema_decay", "gamma"): ("decay", ""),
     ("in_channels", "img_channels", "num_channels"): ("channels", ""),
-    ("base_channels", "model_channels", "dim", "hidden_features", "hidden_dim", "nf", "ch"): (
-        "width",
-        "",
-    ),
+    ("base_channels", "model_channels", "dim", "nf", "ch"): ("width", ""),
+    ("hidden_features", "hidden_dim", "hidden_size"): ("width", ""),
     ("in_features", "input_dim"): ("features", ""),
     ("channel_mult", "ch_mult", "dim_mults"): ("multipliers", ""),
     ("num_res_blocks", "layers_per_block", "num_blocks"): ("blocks", ""),
@@ -80,6 +78,21 @@ _FOREIGN: dict[tuple[str, ...], tuple[str, str]] = {
     ("num_layers", "n_layers"): ("depth", ""),
     ("embedding_type",): ("embedding", ""),
     ("weight", "loss_weighting"): ("weighting", ""),
+}
+# Methods and others' classes, in small letters, and what they are here.
+_METHODS: dict[tuple[str, ...], str] = {
+    ("dps", "dpssampler", "dpsdenoiser"): "GradientGuidance(model, log_likelihood)",
+    ("pigdm", "pgdm", "pgdmsampler", "pgdmdenoiser"): "PseudoinverseGuidance(model, A, y, noise)",
+    ("mmps", "mmpsdenoiser", "tmpd", "tmpdenoiser"): "LinearGaussianGuidance(model, A, y, noise)",
+    ("repaint", "repaintsampler"): "PCSampler(..., constraint=Inpainting(known, mask), "
+    "time_travel=TimeTravel(10, 10))",
+    ("sdedit",): "PCSampler(...).edit(x0, t)",
+    ("cfg", "cfgdenoiser", "classifierfree"): "ClassifierFreeGuidance(model, scale)",
+    ("autoguidance", "autoguided"): "Autoguidance(model, weaker, scale)",
+    ("apg", "adaptiveprojectedguidance"): "AdaptiveProjection(), projection= of "
+    "ClassifierFreeGuidance or Autoguidance",
+    ("daps",): "LinearGaussianGuidance or LinearizedGaussianGuidance, which are more accurate at "
+    "equal cost",
 }
 _ADVICE = {name: advice for names, advice in _FOREIGN.items() for name in names}
 _MOST = 12  # parameters that are listed beside advice
@@ -103,6 +116,12 @@ def advice(name: str, known: Collection[str]) -> str:
     guesses = [] if name in _ADVICE else difflib.get_close_matches(name, known, 1)
     close = [named] if named else guesses
     return f"; use {close[0]}=..." if close else ""
+
+
+def known_method(name: str) -> str | None:
+    """Return what a method or another library's class is called here, None for other names."""
+    found = (line for names, line in _METHODS.items() if name.lower() in names)
+    return next(found, None)
 
 
 def unknown_condition(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -41,6 +42,19 @@ class EvaluationCounter:
         outer = _current.get()
         if outer is not None:  # a sampler that runs inside another's step
             outer.evaluations += self.evaluations - self._before
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Do not count evaluations inside, which belong to one that is counted already."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def counted(predict: Callable[..., Any], check: Check) -> Callable[..., Any]:

@@ -25,6 +25,15 @@ def within(t: Tensor, T: float) -> Tensor:
     return wide.clamp_max(T) if scaled - (scaled - T) > T else wide
 
 
+def shifted(t: Tensor, shift: float, T: float) -> Tensor:
+    """Return times (n,) moved towards T: m t / (1 + (m - 1) t) in units of T, m the shift.
+
+    The ends 0 and T stay, to the bit; the inverse is the shift 1 / m.
+    """
+    u = t / T
+    return T * (u / (u + (1 - u) / shift))
+
+
 def schedule_dtype(device: torch.device | str | None) -> torch.dtype:
     """Return the dtype in which times are kept on a device."""
     return torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64

@@ -27,6 +27,7 @@ from ._checks import (
 )
 from ._coefficients import expand
 from ._gaussian import log_mass, log_normal_cdf
+from ._masks import masked, zeroed
 from ._precision import at_least_float32
 
 __all__ = ["GaussianDecoder", "LevelDecoder", "Levels"]
@@ -256,7 +257,15 @@ class LevelDecoder(Levels):
     tensor([1.0000])
     """
 
-    def log_prob(self, images: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def log_prob(
+        self,
+        images: Tensor,
+        z: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Return log P(images | z), summed over pixels, in nats (B,).
 
         Pixels are processed in blocks, which the backward pass recomputes, so that memory does not
@@ -267,10 +276,11 @@ class LevelDecoder(Levels):
             z: the noisy state alpha x + sigma eps (B, *D).
             alpha: the scale of the data (B,).
             sigma: the standard deviation of the noise (B,).
+            mask: booleans or weights of the pixels, (B, *D) or with sizes of 1; None for all.
 
         Raises:
             TypeError: if images are not integers or z is not floating-point.
-            ValueError: if shapes differ or a value is not a level.
+            ValueError: if shapes differ, a value is not a level, or the mask does not fit.
         """
         self.check(images)
         check_state(z, "z")
@@ -294,7 +304,11 @@ class LevelDecoder(Levels):
         size = max(1, _BLOCK // self.levels)
         blocks = zip(*(torch.split(c.flatten(), size) for c in columns), strict=True)
         parts = [checkpoint(self._block, *block, use_reentrant=False) for block in blocks]
-        return torch.cat(parts).view(z.shape[0], -1).sum(1)
+        log_probs = torch.cat(parts).view(z.shape)
+        if mask is not None:
+            weights = masked(mask, z)[0]
+            log_probs = zeroed(log_probs * weights, weights)
+        return log_probs.view(z.shape[0], -1).sum(1)
 
     def _block(self, data: Tensor, precision: Tensor, images: Tensor) -> Tensor:
         """Return the log-probabilities of pixels (n,)."""

@@ -185,6 +185,16 @@ class Prediction:
         return self._x
 
     @property
+    def output(self) -> Tensor | None:
+        """The model's output a x0 + b eps (B, *D); None if both data and noise were given."""
+        return self._output
+
+    @property
+    def parameterization(self) -> tuple[Coefficient, Coefficient]:
+        """The coefficients a and b of the output, (B,) or floats."""
+        return self._a, self._b
+
+    @property
     def log_var(self) -> Tensor | None:
         """The logarithm of a learned transition variance (B, *D), or None."""
         return self._log_var
@@ -271,8 +281,10 @@ class Prediction:
         delta = self._alpha * self._b - self._sigma * self._a
         if equals(delta, 0.0):
             raise ValueError(
-                "model: expected a prediction of x0 or v at alpha = 0, got one of the noise or the "
-                "score, which does not determine the data there; start a little before"
+                "model: expected a prediction of x0 or of a velocity at alpha = 0, as those of "
+                "VelocityModel, VModel, X0Model and EDMModel, got one of the noise or the score, "
+                "which does not determine the data there; start a little before, from a state or "
+                "with a grid such as torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
             )
         ratio = x0 / delta
         return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)

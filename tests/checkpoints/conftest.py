@@ -195,9 +195,9 @@ def given(monkeypatch):
     """A function that lets the loaders find a content at a path, without writing a file."""
 
     def give(content: Any) -> str:
-        for module in ("_score_sde_file", "improved_diffusion"):
+        for module in ("_score_sde_file", "dit_files", "improved_diffusion"):
             name = f"diffusionkit.checkpoints.{module}.read_torch"
-            monkeypatch.setattr(name, lambda path, *, expected: content)
+            monkeypatch.setattr(name, lambda path, **options: content)
         return "checkpoint.pth"
 
     return give
@@ -231,12 +231,29 @@ class EDMPart(nn.Module):
         return self.reconstruct, (meta | {"state": state},), None
 
 
+class Encoder:
+    """A stand-in for EDM2's encoders of images, which hold arrays."""
+
+    def __init__(self, reconstruct, name) -> None:
+        self.reconstruct, self.name = reconstruct, name
+
+    def __reduce__(self):
+        state = {
+            "scale": np.float32([0.5, 2.0]),
+            "_vae": None,
+            "_init_args": (),
+            "_init_kwargs": {},
+        }
+        meta = {"type": "class", "version": 6, "module_src": SOURCE, "class_name": self.name}
+        return self.reconstruct, (meta | {"state": state},), None
+
+
 @pytest.fixture
 def written(tmp_path, pickled, edm_network):
-    """A function that writes tensors to a pickle like EDM's training."""
+    """A function that writes tensors to a pickle like EDM's training; EDM2's has an encoder."""
     reconstruct = edm_network.__reduce__()[0]
 
-    def write(precond, kwargs, tensors) -> str:
+    def write(precond, kwargs, tensors, encoder=None) -> str:
         kwargs = {"img_resolution": 8, "img_channels": 3} | kwargs
         root = EDMPart(reconstruct, precond, kwargs)
         for name, tensor in tensors.items():
@@ -244,15 +261,21 @@ def written(tmp_path, pickled, edm_network):
             *path, last = name.split(".")
             for part in path:
                 if part not in module._modules:
-                    new = EDMPart(reconstruct, "Part", {}) if part != "enc" else nn.ModuleDict()
+                    new = (
+                        EDMPart(reconstruct, "Part", {})
+                        if part not in ("enc", "dec")
+                        else nn.ModuleDict()
+                    )
                     module.add_module(part, new)
                 module = module._modules[part]
-            if last in ("resample_filter", "freqs", "u"):
+            if last in ("resample_filter", "freqs", "phases", "u"):
                 module.register_buffer(last, tensor)
             else:
                 module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
         path = tmp_path / "network-snapshot-200000.pkl"
         content = {"ema": root, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": {}}
+        if encoder is not None:
+            content["encoder"] = Encoder(reconstruct, encoder)
         path.write_bytes(pickled(content))
         return str(path)
 

@@ -10,20 +10,25 @@ import json
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from diffusionkit import CheckpointError
 from diffusionkit.checkpoints import (
+    load_dit,
     load_edm,
+    load_edm2,
     load_improved_diffusion,
     load_network,
     load_score_sde,
 )
 
 LOADERS = {
+    "dit": partial(load_dit, heads=4),
     "edm": load_edm,
+    "edm2": load_edm2,
     "improved": load_improved_diffusion,
     "own": load_network,
     "score": load_score_sde,

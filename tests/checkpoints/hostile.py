@@ -22,6 +22,7 @@ from diffusionkit import VPSDE, CheckpointError, EpsModel, load_checkpoint
 from diffusionkit._files import read_torch
 from diffusionkit.checkpoints import (
     load_edm,
+    load_edm2,
     load_improved_diffusion,
     load_network,
     load_score_sde,
@@ -43,7 +44,7 @@ MEMORY = 256 << 20
 def functions(kind: str, loaders: str) -> list[Callable[[Path], Any]]:
     if loaders == "readers":
         return [READERS[kind]]
-    checkpoints = [load_network, load_score_sde, load_improved_diffusion, load_edm]
+    checkpoints = [load_network, load_score_sde, load_improved_diffusion, load_edm, load_edm2]
     model = EpsModel(nn.Linear(1, 1), VPSDE())
     return [*checkpoints, partial(load_checkpoint, model=model)]
 

@@ -157,17 +157,22 @@ def test_bytes_after_the_pickle_are_rejected(rejected, pickled, edm_content) -> 
     rejected(pickled(edm_content) + b".", "more bytes")
 
 
+def test_arrays_are_read_past_but_returned_nowhere(rejected, pickled, edm_network) -> None:
+    """EDM2's encoders hold arrays of numbers, in a part that is not read."""
+    content = {"ema": edm_network, "x": np.ones(2)}
+    rejected(pickled(content), "expected plain values, got an object of numpy.ndarray")
+    rejected(pickled(content | {"x": np.array([None])}), "expected the dtype of a number, got 'O8'")
+
+
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        (np.ones(2), r"numpy\._?core\S*\._reconstruct|_frombuffer"),
-        (np.array([None]), r"numpy\._?core\S*\._reconstruct"),
         (nn.functional.silu, r"torch\.nn\.functional\.silu"),
         (pickle.loads, r"_pickle\.loads"),
         (print, r"builtins\.print"),
         (torch.ones(2).to_sparse(), r"torch\._utils\._rebuild_sparse_tensor"),
     ],
-    ids=["array", "objects", "function", "loads", "print", "sparse"],
+    ids=["function", "loads", "print", "sparse"],
 )
 def test_error_names_the_forbidden_global(rejected, pickled, edm_network, value, name) -> None:
     rejected(

@@ -13,13 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from support.released import EDM, OPENAI, score_sde_config, score_sde_content
+from support.released import (
+    EDM,
+    EDM2,
+    OPENAI,
+    dit_weights,
+    edm2_tensors,
+    score_sde_config,
+    score_sde_content,
+)
 from support.released import shapes as layout
 from support.released import weights as formula
 
 from diffusionkit import CheckpointError
 from diffusionkit.checkpoints import (
+    load_dit,
     load_edm,
+    load_edm2,
     load_improved_diffusion,
     load_network,
     load_score_sde,
@@ -44,7 +54,7 @@ def edm_object(case: str = "vp_other", **kwargs: Any) -> EDMObject:
     return EDMObject(EDM[case]["precond"], (), kwargs, tensors)
 
 
-@pytest.fixture(params=["score_sde", "averages", "ncsnv2", "improved", "edm", "own"])
+@pytest.fixture(params=["score_sde", "averages", "ncsnv2", "improved", "dit", "edm", "edm2", "own"])
 def loader(request, given, monkeypatch) -> Loader:
     name = request.param
     if name in ("score_sde", "averages", "ncsnv2"):
@@ -64,6 +74,8 @@ def loader(request, given, monkeypatch) -> Loader:
         weights = formula(layout("openai", "improved_plain"))
         flags = OPENAI["improved_plain"]["flags"]
         return Loader(name, weights, lambda w: load_improved_diffusion(given(w), **flags))
+    if name == "dit":
+        return Loader(name, dit_weights("dit_learned"), lambda w: load_dit(given(w), heads=4))
     if name == "edm":
         ema = edm_object()
 
@@ -75,6 +87,17 @@ def loader(request, given, monkeypatch) -> Loader:
 
         own = {n: t for n, t in ema.state_dict.items() if not n.endswith("resample_filter")}
         return Loader(name, own, load_pickle)
+    if name == "edm2":
+        kwargs = {"img_resolution": 8} | EDM2["other"]["kwargs"]
+        encoder = EDMObject("StabilityVAEEncoder", (), {}, {})
+
+        def load_newer(weights):
+            changed = EDMObject("Precond", (), kwargs, weights)
+            path = "diffusionkit.checkpoints.edm2_files.read_edm_pickle"
+            monkeypatch.setattr(path, lambda path: {"ema": changed, "encoder": encoder})
+            return load_edm2("network.pkl")
+
+        return Loader(name, edm2_tensors("other"), load_newer)
     torch.manual_seed(0)
     network = MLP(2, width=8, depth=1)
     about = {"format": "diffusionkit.network", "version": "1", "network": "MLP"}
@@ -111,7 +134,7 @@ def test_the_entry_that_is_no_weight_is_named(loader, fault) -> None:
         changed = loader.weights | {name: FAULTS[fault](loader.weights[name])}
         with pytest.raises(CheckpointError) as caught:
             loader.load(changed)
-        assert name.removeprefix("model.") in str(caught.value)
+        assert name.removeprefix("model.").removeprefix("unet.") in str(caught.value)
         assert "expected" in str(caught.value)
 
 
@@ -303,10 +326,18 @@ def save_demanding_files(folder: Path, written) -> None:
         tensors = formula(layout("edm", case)) | {"u": torch.zeros(101)}
         path = Path(written(EDM[case]["precond"], EDM[case]["kwargs"] | kwargs, tensors))
         path.rename(folder / f"edm-{i}.pkl")
+    for i, kwargs in enumerate(
+        [{"num_blocks": 10**7}, {"model_channels": 2**18}, {"channel_mult": [1] * 10**4}]
+    ):
+        kwargs = EDM2["other"]["kwargs"] | kwargs | {"img_resolution": 2**30}
+        path = Path(written("Precond", kwargs, edm2_tensors("other"), "StandardRGBEncoder"))
+        path.rename(folder / f"edm2-{i}.pkl")
     networks = {
         "MLP": [{"depth": 10**9}, {"width": 2**20}, {"num_classes": 2**31 - 1}],
         "NCSNpp": [{"blocks": 10**7}, {"multipliers": [1] * 10**4}, {"width": 2**16}],
         "ADMUNet": [{"blocks": 10**9}, {"width": 10**30}, {"multipliers": [1e300]}],
+        "DiT": [{"depth": 1000}, {"width": 2**20, "heads": 1}, {"patch_size": 2**20}],
+        "EDM2UNet": [{"blocks": 10**9}, {"width": 2**16}, {"head_channels": 0}],
         "NCSNv2": [{"levels": [[2**30, 1]] * 1000, "sigmas": [2.0, 1.0]}],
     }
     for name, changes in networks.items():
@@ -350,6 +381,14 @@ def save_demanding_files(folder: Path, written) -> None:
         "expanded": {key: one.expand(w.shape) for key, w in adm.items()},
     }.items():
         torch.save(adm | more, folder / f"improved-{name}.pt")
+    dit = dit_weights("dit_learned")
+    for name, more in {
+        "blocks": {f"blocks.{i}.x": one for i in range(10**4)},
+        "positions": {"pos_embed": one.expand(1, 2**16, 32)},
+        "classes": {"y_embedder.embedding_table.weight": one.expand(2**20, 32)},
+        "expanded": {key: one.expand(w.shape) for key, w in dit.items()},
+    }.items():
+        torch.save(dit | more, folder / f"dit-{name}.pt")
 
 
 @pytest.mark.slow

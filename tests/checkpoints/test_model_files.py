@@ -20,6 +20,8 @@ from diffusionkit import (
     EMA,
     VESDE,
     VPSDE,
+    AdaptiveProjection,
+    Autoguidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     Clip,
@@ -30,15 +32,19 @@ from diffusionkit import (
     EmpiricalModel,
     EpsModel,
     EulerMaruyama,
+    FlowMatchingSDE,
     GaussianMixtureModel,
     GradientGuidance,
     IndexLabel,
     LearnedSDE,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LogSigmaLabel,
     LogSNRSDE,
     NoiseClassifier,
+    PatchedModel,
     PCSampler,
+    PseudoinverseGuidance,
     RawScoreModel,
     ScaledScoreModel,
     ScheduleTransformedModel,
@@ -47,13 +53,25 @@ from diffusionkit import (
     StepLabel,
     SubVPSDE,
     TimeLabel,
+    VelocityModel,
     VModel,
     X0Model,
 )
 from diffusionkit._parts import describe
 from diffusionkit.checkpoints import load_model, register_part, save_model
 from diffusionkit.checkpoints._model_builder import _own_classes
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, FourierFeatures, NCSNpp, NCSNv2
+from diffusionkit.networks import (
+    MLP,
+    ADMUNet,
+    DDPMpp,
+    DDPMUNet,
+    DiT,
+    EDM2UNet,
+    FourierFeatures,
+    NCSNpp,
+    NCSNv2,
+    PositionChannels,
+)
 
 SMALL = {"width": 4, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
 PROCESSES = {
@@ -61,6 +79,7 @@ PROCESSES = {
     "VP": VPSDE(beta_max=12.0, t_min=1e-4),
     "sub-VP": SubVPSDE(),
     "EDM": EDMSDE(sigma_max=40.0),
+    "flow": FlowMatchingSDE(t_min=2e-3),
     "DDPM": DDPMChain.linear(25),
     "cosine": DDPMChain.cosine(30).zero_terminal_snr(),
     "SMLD": SMLDChain.geometric(20),
@@ -71,6 +90,7 @@ PARAMETERIZATIONS = {
     "eps": EpsModel,
     "x0": X0Model,
     "v": VModel,
+    "velocity": VelocityModel,
     "score": RawScoreModel,
     "scaled score": ScaledScoreModel,
     "EDM": partial(EDMModel, sigma_data=0.7),
@@ -82,6 +102,8 @@ NETWORKS = {
     "DDPMpp": lambda: DDPMpp(1, **SMALL),
     "DDPMUNet": lambda: DDPMUNet(1, **SMALL, group_channels=2),
     "ADMUNet": lambda: ADMUNet(1, **SMALL, learn_sigma=False),
+    "DiT": lambda: DiT(1, width=8, depth=1, heads=2, patch_size=(2, 4)),
+    "EDM2UNet": lambda: EDM2UNet(1, **SMALL, head_channels=4),
     "NCSNv2": lambda: NCSNv2(1, width=4, sigmas=(3.0, 2.0, 1.0), levels=((1, 1), (2, 1))),
 }
 
@@ -177,6 +199,16 @@ def guided_by_classifier():
     return ClassifierGuidance(conditional(sde), classifier, 2.5, conditional=True)
 
 
+def of_patches():
+    torch.manual_seed(0)
+    network = PositionChannels(DDPMpp(7, out_channels=1, **SMALL), [2], linear=True)
+    nn.init.normal_(network.network.head.conv.weight)
+    return PatchedModel(
+        EpsModel(network, VPSDE()), (8, 6), [4, 3], margin=1, blend="uniform",
+        periodic=(True, False), shift=True, positions=True, batch=5,
+    ).eval()  # fmt: skip
+
+
 @register_part
 def first_coordinate(x):
     return x[:, :1]
@@ -194,11 +226,27 @@ WRAPPERS = {
     "free": lambda: ClassifierFreeGuidance(
         conditional(VPSDE()), 2.0, (0.1, math.inf), 0.5, null={"class_labels": torch.tensor(0)}
     ),
+    "projected": lambda: ClassifierFreeGuidance(
+        conditional(VPSDE()),
+        2.0,
+        null={"class_labels": 0},
+        projection=AdaptiveProjection(0.2, max_norm=1.5),
+    ),
+    "autoguidance": lambda: Autoguidance(
+        made("VP", "eps", "MLP"), made("VP", "x0", "MLP"), 2.0, (0.1, 3.0), conditions=()
+    ),
     "classifier": guided_by_classifier,
     "linear": lambda: LinearGaussianGuidance(
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1
     ),
+    "each noise": lambda: LinearizedGaussianGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), torch.tensor([0.2])
+    ),
+    "pseudoinverse": lambda: PseudoinverseGuidance(
+        made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1, 0.5
+    ),
     "gradient": lambda: GradientGuidance(made("VP", "x0", "MLP"), likelihood, 0.5),
+    "patched": of_patches,
     "mixture": lambda: GaussianMixtureModel(
         VPSDE(), [[0.1, 1.0], [2.0, 0.3]], [0.1, 0.7], [0.1, 0.6]
     ),
@@ -212,8 +260,13 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_and_exact_models(name) -> None:
     model = WRAPPERS[name]()
-    labels = {"class_labels": torch.tensor([1, 2])} if name in ("free", "classifier") else {}
-    same(model, returned(model), (2, 2), **labels)
+    labels = (
+        {"class_labels": torch.tensor([1, 2])}
+        if name in ("free", "projected", "classifier")
+        else {}
+    )
+    shape = (2, 1, 11, 13) if name == "patched" else (2, 2)
+    same(model, returned(model), shape, **labels)
 
 
 def test_every_class_of_models_is_tested() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from diffusionkit import networks
 from diffusionkit._files import CheckpointError
 from diffusionkit.checkpoints import load_network, save_network
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, NCSNpp, NCSNv2
+from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, DiT, EDM2UNet, NCSNpp, NCSNv2
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1}
 MAKES = {
@@ -22,6 +22,10 @@ MAKES = {
     ),
     "DDPMUNet": lambda: DDPMUNet(2, **SMALL, num_classes=3, data_range=(0.0, 1.0)),
     "DDPMpp": lambda: DDPMpp(2, **SMALL, embedding=None),
+    "DiT": lambda: DiT(
+        2, width=16, depth=2, heads=2, num_classes=3, patch_size=(2, 4), positions="rotary"
+    ),
+    "EDM2UNet": lambda: EDM2UNet(2, **SMALL, attention_levels=(1,), head_channels=4, num_classes=3),
     "NCSNpp": lambda: NCSNpp(
         2, **SMALL, num_classes=3, progressive="output_skip", progressive_input="input_skip"
     ),

@@ -21,7 +21,8 @@ from diffusionkit import (
     VModel,
     X0Model,
 )
-from diffusionkit.control.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from diffusionkit.control.classifier_free import ClassifierFreeGuidance
+from diffusionkit.control.guidance import ClassifierGuidance
 from diffusionkit.testing import check_score_model
 
 LABELS = torch.tensor([0, 1, 1, 0, 0, 1])

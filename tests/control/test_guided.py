@@ -6,11 +6,8 @@ from support.gaussian_oracle import randn64
 from torch import nn
 
 from diffusionkit import DDIM, DDPMChain, GaussianMixtureModel, PCSampler, Prediction, ScoreModel
-from diffusionkit.control.guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    GradientGuidance,
-)
+from diffusionkit.control.classifier_free import ClassifierFreeGuidance
+from diffusionkit.control.guidance import ClassifierGuidance, GradientGuidance
 from diffusionkit.control.linear_gaussian import LinearGaussianGuidance
 
 

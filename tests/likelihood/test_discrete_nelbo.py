@@ -49,7 +49,9 @@ class Peeking(ScoreModel):
         alpha, sigma = self.sde.marginal(t)
         eps = (x - alpha[:, None] * self.x0) / sigma[:, None]
         error = variance(self.sde.log_snr(t)).sqrt()
-        return Prediction.from_eps(x, eps + error[:, None], alpha, sigma)
+        # Of x0: -sigma / alpha times that of eps, with a limit at alpha = 0.
+        off = (1 / (1 + self.sde.log_snr(t).exp())).sqrt()
+        return Prediction(x, self.x0 - off[:, None], eps + error[:, None], alpha, sigma)
 
 
 def bound_of(sde, n, parts=(3, -1.0, 1.0), level=1, **options):
@@ -96,8 +98,8 @@ def test_the_diffusion_term_of_every_process(sde) -> None:
     assert off.median() < 1e-3
     assert off.max() < (0.5 if hasattr(sde, "betas") else 1e-3)
     chain, _ = bound_of(sde, 20, steps=20)
-    gamma = -sde.log_snr(sde.t_min + span * torch.arange(21).double() / 20)
-    total = 0.5 * ((gamma.diff().exp() - 1) * variance(-gamma[1:])).sum()
+    snr = sde.log_snr(sde.t_min + span * torch.arange(21).double() / 20).exp()
+    total = 0.5 * (-snr.diff() / (1 + snr[1:])).sum()  # times the variance of x0 given x
     torch.testing.assert_close(chain.diffusion.detach().mean(), total, rtol=1e-9, atol=0)
 
 

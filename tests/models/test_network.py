@@ -19,12 +19,15 @@ from diffusionkit import (
     RawScoreModel,
     ScaledScoreModel,
     SubVPSDE,
+    VelocityModel,
     VModel,
     X0Model,
 )
 from diffusionkit.values import Prediction
 
-MODELS = [EpsModel, X0Model, VModel, RawScoreModel, ScaledScoreModel, EDMModel]
+MODELS = [
+    EpsModel, X0Model, VModel, VelocityModel, RawScoreModel, ScaledScoreModel, EDMModel
+]  # fmt: skip
 
 
 def state(sde, batch=4, dtype=torch.float64):
@@ -61,6 +64,9 @@ def test_each_class_interprets_its_output():
     torch.testing.assert_close(predict(X0Model).x0, output)
     torch.testing.assert_close(predict(RawScoreModel).score, output)
     torch.testing.assert_close(predict(VModel).v, output, rtol=1e-6, atol=1e-6)
+    flow = predict(VelocityModel)
+    torch.testing.assert_close(flow.eps - flow.x0, output, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(flow.x0, (sample.x - sigma * output) / (alpha + sigma))
     prediction = predict(VModel)
     expected = alpha * sample.x - sigma * output
     torch.testing.assert_close(prediction.x0, expected, rtol=1e-6, atol=1e-6)

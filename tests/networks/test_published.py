@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.published_networks import ALIASES, OPTIONS, PUBLISHED, built
 
-from diffusionkit.networks import NCSNpp
+from diffusionkit.networks import EDM2UNet, NCSNpp
 from diffusionkit.networks.unet import UNet
 
 
@@ -40,6 +40,7 @@ def test_options_replace_the_published_ones() -> None:
         type(built("ddpmpp")): ["cifar10", "edm_cifar10", "edm_image_64"],
         type(built("ddpm")): ["cifar10", "celebahq_256"],
         type(built("improved")): ["cifar10", "improved_imagenet64", "imagenet64", "imagenet128"],
+        EDM2UNet: ["imagenet512", "imagenet64"],
     }.items():
         for maker in makers:
             net = getattr(cls, maker)(**options, dropout=0.25, channels=1)

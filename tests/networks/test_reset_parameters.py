@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, NCSNpp, NCSNv2
+from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DDPMUNet, DiT, EDM2UNet, NCSNpp, NCSNv2
 
 SMALL = {"width": 8, "multipliers": (1, 1), "blocks": 1, "attention_levels": (1,)}
 NETWORKS = {
@@ -13,6 +13,8 @@ NETWORKS = {
     "DDPMpp": lambda: DDPMpp(2, **SMALL),
     "DDPMUNet": lambda: DDPMUNet(2, **SMALL),
     "ADMUNet": lambda: ADMUNet(2, **SMALL, num_classes=3),
+    "DiT": lambda: DiT(2, width=16, depth=1, heads=2, num_classes=3, condition_features=2),
+    "EDM2UNet": lambda: EDM2UNet(2, **SMALL, num_classes=3, head_channels=4),
     "NCSNv2": lambda: NCSNv2(2, width=8, sigmas=(3.0, 1.0, 0.1)),
     "MLP": lambda: MLP(3, num_classes=2),
 }

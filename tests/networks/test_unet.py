@@ -26,12 +26,16 @@ def test_shapes_in_every_dimension(kind: str, dims: int, spatial: tuple[int, ...
 @classes
 @pytest.mark.parametrize("channels", [1, 5, 7])
 def test_odd_numbers_of_channels(kind: str, channels: int) -> None:
-    options = {"learn_sigma": False} if kind == "ADMUNet" else {}
+    options = {"ADMUNet": {"learn_sigma": False}, "EDM2UNet": {"head_channels": 6}}.get(kind, {})
     net = tiny(kind, channels=channels, width=6, multipliers=(1, 3), **options)
     given = arguments(net)
     out = net(**given)
     assert out.shape == given["x"].shape == (2, channels, 4, 6)
     assert out.std() > 0.01
+
+
+def starts_at_zero(kind: str) -> bool:
+    return "ADM" in kind or "EDM2" in kind
 
 
 @kinds
@@ -41,7 +45,7 @@ def test_starts_near_zero(kind: str) -> None:
     net = cls(**TINY | options)
     out = net(**arguments(net, dtype=torch.float32))
     assert out.abs().max() < 1e-3
-    assert bool(out.any()) == ("ADM" not in kind)  # which is exactly zero
+    assert bool(out.any()) == (not starts_at_zero(kind))
 
 
 @kinds
@@ -72,7 +76,7 @@ def test_without_an_embedding_the_noise_label_is_ignored() -> None:
     assert torch.equal(net(**given), net(given["x"], torch.tensor([999, 0])))
 
 
-@pytest.mark.parametrize("kind", ["everything", "ADM updown"])
+@pytest.mark.parametrize("kind", ["everything", "ADM updown", "EDM2 everything"])
 def test_a_missing_condition_equals_zeros(kind: str) -> None:
     net = tiny(kind)
     given = arguments(net)
@@ -93,12 +97,12 @@ def test_gradient_reaches_every_trained_parameter(kind: str) -> None:
     cls, options = FAMILIES[kind]
     torch.manual_seed(0)
     net = cls(**TINY | options).double()
-    if "ADM" in kind:  # starts with exact zeros
+    if starts_at_zero(kind):
         fill(net)
     net(**arguments(net)).pow(2).sum().backward()
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     assert [n for n, p in trained if p.grad is None or not p.grad.any()] == []
-    fourier = net.config.get("embedding", "positional") in ("fourier", "fourier_linear")
+    fourier = net.config.get("embedding") in ("fourier", "fourier_linear") or "EDM2" in kind
     assert len(list(net.parameters())) - len(trained) == fourier
 
 

@@ -11,7 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusionkit.networks.unet import UNet
 
 kinds = pytest.mark.parametrize("kind", FAMILIES)
-some = pytest.mark.parametrize("kind", ["NCSNpp", "residuals", "separate FIR", "ADM updown"])
+some = pytest.mark.parametrize(
+    "kind", ["NCSNpp", "residuals", "separate FIR", "ADM updown", "EDM2 everything"]
+)
 classes = pytest.mark.parametrize("kind", CLASSES)
 slow = pytest.mark.slow
 
@@ -191,7 +193,7 @@ def test_functional_gradient(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["NCSNpp", "DDPMpp", "DDPMUNet", "skips", "separate FIR", "residuals"]
+    "kind", ["NCSNpp", "DDPMpp", "DDPMUNet", "EDM2UNet", "skips", "separate FIR", "residuals"]
 )
 def test_per_sample_gradients(kind: str) -> None:
     net = tiny(kind)

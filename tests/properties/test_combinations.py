@@ -27,6 +27,7 @@ from diffusionkit import (
     DPMSolver3M,
     Euler,
     EulerMaruyama,
+    FlowMatchingSDE,
     GaussianMixtureModel,
     Heun,
     Inpainting,
@@ -50,7 +51,9 @@ N, STEPS = 1000, 40
 FACTORS = {
     AdaptiveSDE: 1 / 8, Ancestral: 4, DPMSolver2MSDE: 4, Euler: 10, ReverseDiffusion: 4,
 }  # fmt: skip
-PROCESSES = {"VE": VESDE(sigma_max=20.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
+PROCESSES = {
+    "VE": VESDE(sigma_max=20.0), "VP": VPSDE(), "sub-VP": SubVPSDE(), "flow": FlowMatchingSDE(),
+}  # fmt: skip
 
 
 class ClassConditional(ScoreModel):
@@ -150,6 +153,14 @@ def check(process, predictor, guidance, corrector, constraint, time_travel):
 def test_all_parts_together(predictor, guidance):
     """Every predictor with one guidance in turn; the slow test has all of them."""
     check("VP", predictor, guidance, "annealed", "inpainting", "time_travel")
+
+
+@pytest.mark.parametrize(
+    ("predictor", "guidance"), [*zip(PREDICTORS, itertools.cycle([*GUIDANCE][::-1]), strict=False)]
+)
+def test_all_predictors_from_pure_noise(predictor, guidance):
+    """Without a corrector that would mend a first step from alpha = 0."""
+    check("flow", predictor, guidance, "no corrector", "inpainting", "once")
 
 
 @pytest.mark.slow

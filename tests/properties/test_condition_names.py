@@ -17,6 +17,7 @@ from diffusionkit import (
     VPSDE,
     AdaptiveSDE,
     AnnealedLangevin,
+    Autoguidance,
     ChainNELBO,
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -30,11 +31,13 @@ from diffusionkit import (
     Heun,
     Langevin,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LogSNRSDE,
     ODELikelihood,
     PCSampler,
     Prediction,
     ProbabilityFlow,
+    PseudoinverseGuidance,
     ScheduleTransformedModel,
     ScoreMatching,
     ScoreModel,
@@ -123,12 +126,19 @@ RUNS = {
     ),
     "check_score_model": lambda m, c: check_score_model(m, (N, 2), **c),
     "ClassifierFreeGuidance": wrapped(lambda m: ClassifierFreeGuidance(m, 2.0)),
+    "Autoguidance": wrapped(lambda m: Autoguidance(m, m, 2.0)),
     "ClassifierGuidance": lambda m, c: ClassifierGuidance(m, classifier).predict(
         X, TIMES, class_labels=torch.tensor(1), **c
     ),
     "GradientGuidance": wrapped(lambda m: GradientGuidance(m, lambda x0: x0.sum(1))),
     "LinearGaussianGuidance": wrapped(
         lambda m: LinearGaussianGuidance(m, Matrix(torch.eye(2)), torch.zeros(N, 2), 0.1)
+    ),
+    "LinearizedGaussianGuidance": wrapped(
+        lambda m: LinearizedGaussianGuidance(m, Matrix(torch.eye(2)), torch.zeros(N, 2), 0.1)
+    ),
+    "PseudoinverseGuidance": wrapped(
+        lambda m: PseudoinverseGuidance(m, Matrix(torch.eye(2)), torch.zeros(N, 2), 0.1)
     ),
     "DenoisedModel": wrapped(lambda m: DenoisedModel(m, Clip())),
     "ScheduleTransformedModel": wrapped(lambda m: ScheduleTransformedModel(m, VPSDE(0.2, 10.0))),

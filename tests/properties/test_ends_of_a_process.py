@@ -15,15 +15,18 @@ from diffusionkit import (
     EDMWeighting,
     EmpiricalModel,
     EpsModel,
+    FlowMatchingSDE,
     ForwardSDE,
     GaussianDecoder,
     GaussianMixtureModel,
+    Hutchinson,
     HybridLoss,
     ImportanceTimes,
     KarrasGrid,
     LikelihoodWeighting,
     LogSNRGrid,
     MinSNRWeighting,
+    ODELikelihood,
     PCSampler,
     Prediction,
     RawScoreModel,
@@ -34,18 +37,13 @@ from diffusionkit import (
     SubVPSDE,
     TargetEstimator,
     TimeLabel,
+    VelocityWeighting,
     VModel,
-    Weighting,
     X0Model,
 )
 from diffusionkit.testing import check_sde
 
-
-class RectifiedFlow(ForwardSDE):
-    t_min = 1e-3
-
-    def marginal(self, t):
-        return 1 - t, t.clone()
+FLOW = FlowMatchingSDE()
 
 
 class Trigonometric(ForwardSDE):
@@ -53,20 +51,10 @@ class Trigonometric(ForwardSDE):
         return torch.sin(0.5 * torch.pi * (1 - t)), torch.sin(0.5 * torch.pi * t)
 
 
-class InverseSignal(Weighting):
-    """1 / alpha^2: flow matching's loss of a velocity."""
-
-    def __repr__(self):
-        return "InverseSignal()"
-
-    def __call__(self, sde, t):
-        return 1 / sde.marginal(t)[0].square()
-
-
 TO_NOISE = {
     "chain": DDPMChain.linear(1000).zero_terminal_snr(),
     "short chain": DDPMChain.cosine(10).zero_terminal_snr(),
-    "rectified flow": RectifiedFlow(),
+    "flow matching": FLOW,
     "trigonometric": Trigonometric(),
 }
 # The limit of w alpha^2 at alpha = 0, sigma = 1: the weight of the squared error of x0.
@@ -76,7 +64,7 @@ WEIGHTS = [
     (MinSNRWeighting(), 0.0),
     (EDMWeighting(0.5), 4.0),
     (EDMWeighting(1.0), 1.0),
-    (InverseSignal(), 1.0),
+    (VelocityWeighting(), 1.0),
 ]
 X0, F = (torch.randn(3, 5, generator=seeded(i), dtype=torch.float64) for i in range(2))
 
@@ -113,12 +101,12 @@ def test_the_noises_own_loss_at_zero_signal(name):
     eps = sde.perturb(X0, torch.ones(3), generator=seeded(2)).eps
     right = (F - eps).square().mean(1)
     torch.testing.assert_close(loss(model, SimpleWeighting(), sde.T), right)
-    for weighting in (EDMWeighting(), LikelihoodWeighting(), InverseSignal()):
+    for weighting in (EDMWeighting(), LikelihoodWeighting(), VelocityWeighting()):
         with pytest.raises(ValueError, match="weighting: expected a finite loss, got an infinite"):
             loss(model, weighting, sde.T)
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), RectifiedFlow(), DDPMChain.linear(100)])
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), FLOW, DDPMChain.linear(100)])
 def test_losses_without_noise(sde):
     """There x = x0 and v = eps, EDM's F = -eps: only x0's own error has an infinite weight."""
     eps = sde.perturb(X0, torch.ones(3, dtype=torch.float64), generator=seeded(2)).eps
@@ -173,15 +161,20 @@ def test_processes_without_terminal_signal_are_consistent(name):
 
 
 def test_errors_name_the_right_end():
-    sde = RectifiedFlow()
+    sde = FLOW
     for ask, named in (
-        (lambda: NELBO(VModel(network, sde))(X0), "sde: .* T = 1.*alpha"),
-        (lambda: ImportanceTimes().sample(sde, 4), "sde: .* T = 1.*alpha"),
-        (lambda: KarrasGrid()(sde, 4), "sde: .* T = 1"),
-        (lambda: LogSNRGrid()(sde, 4), "sde: .* T = 1"),
+        (lambda: NELBO(X0Model(network, sde), divergence=Hutchinson())(X0), "sde: .* T = 1.*alpha"),
+        (lambda: ImportanceTimes().normalizer(sde), "sde: .* T = 1.*alpha"),
+        (lambda: KarrasGrid(t_end=0.999)(sde, 4), "t_end: expected sigma / alpha < 160"),
+        (lambda: LogSNRGrid(t_end=0.999)(sde, 4), "t_end: expected sigma / alpha < 160"),
         (lambda: NELBO(VModel(network, VPSDE()), t_min=0.0)(X0), r"t_min: .*sigma\(0\)"),
+        (lambda: NELBO(X0Model(network, sde), t_min=0.0)(X0), r"t_min: .*sigma\(0\)"),
         (lambda: ImportanceTimes().sample(VPSDE(t_min=0.0), 4), r"t_min: .*sigma\(0\)"),
+        (lambda: ImportanceTimes().sample(FlowMatchingSDE(t_min=0.0), 4), r"t_min: .*sigma\(0\)"),
         (lambda: LogSNRGrid(t_end=0.0)(VPSDE(), 4), "t_end: .*noise"),
+        (lambda: LogSNRGrid(t_end=0.0)(sde, 4), "t_end: .*noise"),
+        (lambda: PCSampler(EpsModel(network, sde), DDIM(), steps=4)((3, 5)), "model: .*alpha = 0"),
+        (lambda: ODELikelihood(RawScoreModel(network, sde))(X0), "model: .*alpha = 0.*velocity"),
     ):
         with pytest.raises(ValueError, match=named):
             ask()
@@ -190,7 +183,7 @@ def test_errors_name_the_right_end():
 def test_a_transformed_model_reaches_zero_signal():
     """Of one process as a model of another, both without signal at T."""
     inner = VModel(lambda x, noise_label: 0.3 * x, Trigonometric())
-    model = ScheduleTransformedModel(inner, RectifiedFlow())
+    model = ScheduleTransformedModel(inner, FLOW)
     x = torch.ones(2, 3, dtype=torch.float64)
     at_end = model.predict(x, torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(at_end.x0, -0.3 * x)  # v = -x0
@@ -214,7 +207,7 @@ def test_losses_of_models_without_a_network_at_zero_signal(name, weighting, limi
     """Exact models and transformed ones; there the posterior mean is that of the data."""
     sde = TO_NOISE[name]
     data = torch.randn(4, 5, generator=seeded(5), dtype=torch.float64)
-    inner = X0Model(network, RectifiedFlow())
+    inner = X0Model(network, FLOW)
     for model, x0 in (
         (EmpiricalModel(sde, data), data.mean(0)),
         (GaussianMixtureModel(sde, data, [0.1, 0.2, 0.3, 0.4]), data.mean(0)),
@@ -252,8 +245,8 @@ def test_a_target_of_the_noise_alone_at_zero_signal():
 
     objective, t = ScoreMatching(target=Noise()), torch.ones(3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"target: expected finite x0.* return both x0 and eps"):
-        objective(VModel(network, RectifiedFlow()), X0, t=t)
-    assert bool(objective(VModel(network, RectifiedFlow()), X0, t=0.9 * t).isfinite().all())
+        objective(VModel(network, FLOW), X0, t=t)
+    assert bool(objective(VModel(network, FLOW), X0, t=0.9 * t).isfinite().all())
 
 
 @pytest.mark.parametrize("objective", [VLB(), HybridLoss()], ids=["vlb", "hybrid"])

@@ -15,9 +15,11 @@ from diffusionkit import (
     NELBO,
     VLB,
     VPSDE,
+    AdaptiveProjection,
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Autoguidance,
     BrownianPath,
     ChainNELBO,
     ClassifierFreeGuidance,
@@ -42,11 +44,13 @@ from diffusionkit import (
     Inpainting,
     Langevin,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     LogSNRSDE,
     NoiseClassifier,
     ODELikelihood,
     PCSampler,
     ProbabilityFlow,
+    PseudoinverseGuidance,
     RawScoreModel,
     ReverseDiffusion,
     ScaledScoreModel,
@@ -149,8 +153,15 @@ def deterministic(net: torch.dtype, x: torch.Tensor):
     guided = {
         "gradient": GradientGuidance(model, lambda x0: -0.1 * x0.square().sum(1)),
         "linear": LinearGaussianGuidance(model, lambda x0: x0[:, :1], torch.ones(1, 1), 0.5),
+        "linearized": LinearizedGaussianGuidance(
+            model, lambda x0: torch.tanh(x0[:, :1]), torch.ones(1, 1), 0.5
+        ),
+        "pseudoinverse": PseudoinverseGuidance(
+            model, lambda x0: x0[:, :1], torch.ones(1, 1), torch.full((1,), 0.5)
+        ),
         "classifier": ClassifierGuidance(model, NoiseClassifier(Network(net), SDE)),
         "free": ClassifierFreeGuidance(model, 2.0),
+        "auto": Autoguidance(model, model_of(net), 2.0, projection=AdaptiveProjection(0.5, 1.0)),
         "clipped": DenoisedModel(model, Clip()),
         "transformed": ScheduleTransformedModel(model, EDMSDE()),
     }

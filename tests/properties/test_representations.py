@@ -32,7 +32,10 @@ from diffusionkit.networks import MLP, DDPMpp
 
 LINES, WIDTH = 40, 200
 # torch prints the layers of networks, which is what one prints them for.
-NETWORKS = {"ADMUNet", "DDPMUNet", "DDPMpp", "FourierFeatures", "MLP", "NCSNpp", "NCSNv2"}
+NETWORKS = {
+    *("ADMUNet", "DDPMUNet", "DDPMpp", "DiT", "EDM2UNet", "FourierFeatures", "MLP", "NCSNpp"),
+    "NCSNv2",
+}
 CLASSES = sorted(name for name in set(names()) - NETWORKS if inspect.isclass(callables().get(name)))
 
 

@@ -41,7 +41,7 @@ def test_an_average_has_the_type_of_its_model() -> None:
     assert_type(ema.updates, int)
     power = PowerEMA(model, sigma_rels=(0.05, 0.10))
     assert_type(power.averages[0.05].model, EDMModel)
-    assert float(ema.model.sigma_data) == 0.5
+    assert ema.model.sigma_data == 0.5
 
 
 class Trainer(nn.Module):

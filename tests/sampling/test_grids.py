@@ -10,13 +10,16 @@ from diffusionkit import (
     VPSDE,
     AYSGrid,
     ChainGrid,
+    FlowMatchingSDE,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
     QuadraticGrid,
+    ShiftedGrid,
     SMLDChain,
     UniformGrid,
 )
+from diffusionkit._log_snr import with_signal
 
 GRIDS = [UniformGrid, QuadraticGrid, LogSNRGrid, KarrasGrid, AYSGrid]
 
@@ -57,7 +60,7 @@ def test_spacings_of_the_grids():
 
 
 def test_log_snr_is_equally_spaced(sde):
-    gaps = sde.log_snr(LogSNRGrid()(sde, 40)).diff()
+    gaps = with_signal(sde.log_snr(LogSNRGrid()(sde, 40))).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps), rtol=1e-6, atol=0)
 
 
@@ -76,8 +79,8 @@ def test_karras_grid_of_the_paper():
 
 def test_karras_grids_of_other_processes(sde):
     """Equally spaced in (sigma / alpha)^(1 / rho)."""
-    alpha, sigma = sde.marginal(KarrasGrid(rho=3.0)(sde, 30))
-    gaps = (sigma / alpha).pow(1 / 3).diff()
+    ratio = torch.exp(-0.5 * with_signal(sde.log_snr(KarrasGrid(rho=3.0)(sde, 30))))
+    gaps = ratio.pow(1 / 3).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps), rtol=1e-6, atol=0)
 
 
@@ -101,7 +104,7 @@ def test_published_aligned_levels_and_their_geometric_means(name):
 
 def test_aligned_levels_are_stretched_in_log_snr(sde):
     levels = torch.tensor([14.615, *ALIGNED["stable_diffusion"]], dtype=torch.float64).log()
-    found = -0.5 * sde.log_snr(AYSGrid()(sde, 10))
+    found = -0.5 * with_signal(sde.log_snr(AYSGrid()(sde, 10)))
     gaps, wanted = (x.diff() / (x[-1] - x[0]) for x in (found, levels))
     torch.testing.assert_close(gaps, wanted, rtol=1e-5, atol=0)
 
@@ -124,3 +127,17 @@ def test_a_chain_grid_has_the_levels_of_the_chain() -> None:
     chain = SMLDChain.geometric(10, sigma_min=0.01, sigma_max=50.0)
     times = ChainGrid(chain)(EDMSDE(sigma_max=60.0), 9)
     assert torch.allclose(times, chain.marginal(chain.respaced(10))[1])
+
+
+def test_shifted_grids():
+    """diffusers' 4 steps with shift 3: 1, 9/10, 3/4, 1/2 and 0."""
+    sde = FlowMatchingSDE()
+    times = ShiftedGrid(3.0, UniformGrid(t_end=0.0))(sde, 4)
+    torch.testing.assert_close(times, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]).double())
+    assert float(times[0]) == 1.0
+    assert float(times[-1]) == 0.0
+    again = ShiftedGrid(1 / 3, ShiftedGrid(3.0, QuadraticGrid()))(sde, 7)
+    torch.testing.assert_close(again, QuadraticGrid()(sde, 7))
+    wide = EDMSDE(sigma_max=80.0)
+    for shift in (0.3, 7.0):
+        assert float(ShiftedGrid(shift)(wide, 5)[0]) == 80.0

@@ -13,6 +13,7 @@ from diffusionkit import (
     VESDE,
     VPSDE,
     ForwardSDE,
+    GaussianMixtureModel,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
@@ -148,6 +149,23 @@ def test_solvers_do_not_depend_on_the_process(sde, name):
     torch.testing.assert_close(
         x / alpha[1], run(SOLVERS[name], levels(10))[0], rtol=1e-6, atol=1e-8
     )
+
+
+def test_two_predictions_have_order_two_on_every_process(sde):
+    """N(0, .5^2), whose flow is known: errors of .0137, .00092 and .000058 in 16 to 256 steps.
+
+    A published exponential Adams-Bashforth rule with sigma_t in the place of sigma_s has .106,
+    and .0055 in the end: order 1.
+    """
+    model = GaussianMixtureModel(sde, [[0.0]], [0.5])
+    errors = []
+    for steps in (16, 64, 256):
+        grid = sde.time_at_log_snr(torch.linspace(-6.0, 6.0, steps + 1, dtype=torch.float64))
+        alpha, sigma = sde.marginal(grid[[0, -1]])
+        stds = (0.25 * alpha**2 + sigma**2).sqrt()
+        x = PCSampler(model, DEIS(order=2), grid=grid, denoise=False)(stds[:1].view(1, 1))
+        errors.append(abs(float(x / stds[1]) - 1))
+    assert errors == pytest.approx([0.0137, 0.00092, 0.000058], rel=0.01)
 
 
 def test_tab_is_lms_where_time_is_the_noise_level():

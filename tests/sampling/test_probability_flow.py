@@ -157,7 +157,7 @@ def test_a_noise_model_without_signal_at_T_raises():
             return 1 - t, t
 
     sampler = PCSampler(EpsModel(lambda x, noise_label: x, Straight()), Ancestral(), steps=5)
-    with pytest.raises(ValueError, match="model: expected a prediction of x0 or v at alpha = 0"):
+    with pytest.raises(ValueError, match="model: expected a prediction of x0 or of a velocity"):
         sampler((2, 3))
 
 

@@ -293,6 +293,7 @@ OWN: dict[str, Recipe] = {
     "broadcast_object": {"value": lambda: 1},
     "gathered_weights": {"model": lambda: nn.Linear(2, 2)},
     "seed_ranks": {"seed": lambda: 0},
+    "Autoguidance": {"weaker": lambda: _model(), "scale": lambda: 2.0},
     "BrownianPath": {"seeds": lambda: [1, 2]},
     "CheckpointFolder": {"folder": lambda: _folder() / "checkpoints"},
     **{
@@ -314,6 +315,7 @@ OWN: dict[str, Recipe] = {
         "stds": lambda: [0.1, 0.2],
         "weights": lambda: [0.5, 0.5],
     },
+    "GuidanceMomentum": {"predictor": dk.Euler},
     "GradientGuidance": {"log_likelihood": lambda: lambda x0: x0.sum(1)},
     "SigmaDenoiser.forward": {
         "self": lambda: interop.as_denoiser(_model()),
@@ -335,6 +337,14 @@ OWN: dict[str, Recipe] = {
     "Inpainting": {"known": _state, "mask": lambda: torch.ones(2, 2)},
     "LearnedSDE": {"hidden": lambda: 4},
     "LinearGaussianGuidance": {
+        "operator": lambda: control.Matrix(torch.eye(2)),
+        "noise_std": lambda: 0.1,
+    },
+    "LinearizedGaussianGuidance": {
+        "operator": lambda: lambda x0: x0**2,
+        "noise_std": lambda: 0.1,
+    },
+    "PseudoinverseGuidance": {
         "operator": lambda: control.Matrix(torch.eye(2)),
         "noise_std": lambda: 0.1,
     },
@@ -373,6 +383,9 @@ OWN: dict[str, Recipe] = {
         "data": lambda: _state(4, 2),
     },
     "expand": {"coefficient": lambda: torch.ones(2), "like": _state},
+    "LearnedUncertainty": {"features": lambda: 8},
+    "LearnedUncertainty.forward": {"self": lambda: dk.LearnedUncertainty(features=8)},
+    "LearnedUncertainty.log_variance": {"self": lambda: dk.LearnedUncertainty(features=8)},
     "load_checkpoint": {"model": lambda: nn.Linear(2, 2)},
     "read_checkpoint": {},
     "save_checkpoint": {
@@ -441,15 +454,28 @@ OWN: dict[str, Recipe] = {
     "frechet_distance": {},
     "MLP": {"features": lambda: 2, "width": lambda: 4},
     "ADMUNet": {**TINY, "heads": lambda: 1},
+    "EDM2UNet": {**TINY, "head_channels": lambda: 8},
     "DDPMUNet": {**TINY},
     "DDPMpp": {**TINY},
     "NCSNpp": {**TINY},
+    "DiT": {"width": lambda: 12, "depth": lambda: 1, "heads": lambda: 2},
     "NCSNv2": {
         "sigmas": lambda: (2.0, 1.0),
         "width": lambda: 8,
         "levels": lambda: ((1, 1), (2, 1)),
     },
     "FourierFeatures": {"network": lambda: networks.MLP(2), "exponents": lambda: (6, 7)},
+    "PositionChannels": {"network": lambda: networks.MLP(2), "frequencies": lambda: (1,)},
+    "PatchedModel": {"patch": lambda: 4, "overlap": lambda: 2},
+    "PatchedModel.predict": {
+        "self": lambda: dk.PatchedModel(_model(), 4, 2),
+        "x": lambda: _state(2, 3, 8),
+    },
+    "random_crops": {"x0": lambda: _state(2, 3, 8, 8), "size": lambda: 4},
+    "Crops.cut": {
+        "self": lambda: dk.random_crops(_state(2, 3, 8, 8), 4),
+        "others": lambda: _state(2, 1, 8, 8),
+    },
     "fir_conv_downsample": _IMAGE,
     "fir_conv_upsample": _IMAGE,
     "fir_downsample": _IMAGE,
@@ -640,6 +666,12 @@ OWN: dict[str, Recipe] = {
         "noise_label": lambda: torch.ones(2),
         "class_labels": lambda: None,
     },
+    "DiT.forward": {
+        "self": lambda: networks.DiT(3, width=12, depth=1, heads=2),
+        "x": lambda: _state(2, 3, 8, 8),
+        "noise_label": lambda: torch.ones(2),
+        "class_labels": lambda: None,
+    },
     "NCSNv2.forward": {
         "self": lambda: networks.NCSNv2(sigmas=(2.0, 1.0), width=8, levels=((1, 1), (2, 1))),
         "x": lambda: _state(2, 3, 8, 8),
@@ -660,10 +692,17 @@ OWN: dict[str, Recipe] = {
     "KarrasGrid.__call__": {"self": dk.KarrasGrid},
     "LogSNRGrid.__call__": {"self": dk.LogSNRGrid},
     "QuadraticGrid.__call__": {"self": dk.QuadraticGrid},
+    "ShiftedGrid": {"shift": lambda: 3.0, "grid": dk.UniformGrid},
+    "ShiftedGrid.__call__": {"self": _made(dk.ShiftedGrid, 3.0)},
+    "ShiftedTimes": {"shift": lambda: 3.0, "times": dk.UniformTimes},
+    "ShiftedTimes.sample": {"self": _made(dk.ShiftedTimes, 3.0)},
     "AYSGrid.__call__": {"self": dk.AYSGrid},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
-for _times in ("UniformTimes", "StratifiedTimes", "LogNormalTimes", "ImportanceTimes"):
+for _times in (
+    "UniformTimes", "StratifiedTimes", "LogNormalTimes", "LogitNormalTimes", "ModeTimes",
+    "ImportanceTimes",
+):  # fmt: skip
     OWN[f"{_times}.sample"] = {"self": getattr(dk, _times)}
 OWN["DiscreteTimes.sample"] = {"self": dk.DiscreteTimes, "sde": lambda: dk.DDPMChain.linear(25)}
 OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
@@ -697,6 +736,7 @@ _RESULTS = {
     "StepCoefficients",
     "Report",
     "Checkpoint",
+    "Crops",
     "StepReport",
 }
 # `as_denoiser` and `to_diffusers` make them: classes without arguments of their own.
@@ -704,7 +744,9 @@ _MADE = {"SigmaDenoiser", "UNetAdapter"}
 # Files have tests of their own; `expand` runs in every step.
 _ELSEWHERE = {
     "load_diffusers",
+    "load_dit",
     "load_edm",
+    "load_edm2",
     "load_improved_diffusion",
     "load_network",
     "load_score_sde",
@@ -784,14 +826,19 @@ _TAKEN = {
         "a numpy array",
     ],
     "Sequence": ["a numpy array"],
+    "SigmaData": ["0.5", "10**30", "a column", "three numbers", "a numpy array"],
     "Any": list(BAD),
 }
-_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Classifier")
+_CALLED = ("Callable", "Decay", "Label", "Grid", "Linear", "Progress", "Projection", "Classifier")
 _FILES = ("PathLike", "Path")
 
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
+    ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
+    ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
     ("ImageTensors", "classes"): ["a pair of words"],
+    ("fit_grid", "grids"): ["an empty list", "an empty tuple"],  # none but the fixed ones
+    **{("FittedGrid", name): ["a word", "an empty string"] for name in ("process", "predictor")},
     ("broadcast_object", "value"): list(BAD),
     ("gathered_weights", "model"): list(BAD),  # refused when the block is entered
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
@@ -811,9 +858,10 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("Heun", "s_min"): ["infinity"],  # never churn
     ("Heun", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention
-       for net in ("ADMUNet", "NCSNpp")},
+       for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
+    ("PositionChannels", "frequencies"): ["an empty list", "an empty tuple"],  # coordinates alone
     # Files hold numbers of numpy.
-    **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "NCSNpp")},
+    **{(net, "dropout"): ["a numpy number"] for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("rand", "shape"): ["an empty list", "an empty tuple"],  # one number
     ("randn", "shape"): ["an empty list", "an empty tuple"],
     ("randn_like", "x"): ["a scalar tensor", "an empty tensor", "a tensor of NaN", "two NaN"],

@@ -89,5 +89,6 @@ class ClassModel(ScoreModel):
 def random_states(sde, n, dims=2):
     """Return noisy states (n, dims) and their times (n,), from all of a process."""
     ends = sde.log_snr(torch.tensor([max(sde.t_min, sde.t_stop), sde.T], dtype=DOUBLE))
+    ends = ends.clamp_min(-10.0)  # of a process without signal at T
     t = sde.time_at_log_snr(ends[0] + (ends[1] - ends[0]) * torch.linspace(0.05, 0.95, n).double())
     return sde.perturb(randn64(n, dims, seed=1), t, generator=seeded(2)).x, t

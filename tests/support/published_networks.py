@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffusionkit.networks import ADMUNet, DDPMpp, DDPMUNet, NCSNpp
+from diffusionkit.networks import ADMUNet, DDPMpp, DDPMUNet, EDM2UNet, NCSNpp
 from diffusionkit.networks.unet import UNet
 
 # Number of parameters, and of trained ones (None for all), counted in the released code, except for
@@ -45,6 +45,21 @@ PUBLISHED: dict[str, tuple[Callable[[], UNet], int, int | None]] = {
     "adm 256 without classes": (partial(ADMUNet.imagenet256, num_classes=None), 552_814_086, None),
     "adm 512": (ADMUNet.imagenet512, 558_997_638, None),
     "adm edm 64": (ADMUNet.edm_imagenet64, 295_899_267, None),
+    # Without the uncertainty's 128; the frequencies and phases that are stored in buffers there.
+    "edm2 xxs": (partial(EDM2UNet.imagenet512, "xxs"), 31_308_901 + 2 * 64, 31_308_901),
+    "edm2 xs": (partial(EDM2UNet.imagenet512, "xs"), 124_713_125 + 2 * 128, 124_713_125),
+    "edm2 s": (EDM2UNet.imagenet512, 280_212_709 + 2 * 192, 280_212_709),
+    "edm2 m": (partial(EDM2UNet.imagenet512, "m"), 497_807_653 + 2 * 256, 497_807_653),
+    "edm2 l": (partial(EDM2UNet.imagenet512, "l"), 777_497_957 + 2 * 320, 777_497_957),
+    "edm2 xl": (partial(EDM2UNet.imagenet512, "xl"), 1_119_283_621 + 2 * 384, 1_119_283_621),
+    "edm2 xxl": (partial(EDM2UNet.imagenet512, "xxl"), 1_523_164_645 + 2 * 448, 1_523_164_645),
+    "edm2 xs without classes": (
+        partial(EDM2UNet.imagenet512, "xs", num_classes=None),
+        124_201_125 + 2 * 128,
+        124_201_125,
+    ),
+    "edm2 64 s": (EDM2UNet.imagenet64, 280_209_253 + 2 * 192, 280_209_253),
+    "edm2 64 xl": (partial(EDM2UNet.imagenet64, "xl"), 1_119_276_709 + 2 * 384, 1_119_276_709),
 }
 
 
@@ -56,6 +71,10 @@ _VE = {**_SONG, "data_range": _UNIT, "scale_by_sigma": True, "fir_kernel": _FIR}
 _VP = {**_SONG, "data_range": _SIGNED, "scale_by_sigma": False, "fir_kernel": None}
 _HO = {**_VP, "group_channels": 1, "skip_rescale": False}
 _EDM_64 = {"attention_levels": (2,), "dropout": 0.05}
+_EDM2 = {
+    "head_channels": 64, "attention_levels": (2, 3), "clip_act": 256.0, "data_range": _SIGNED,
+    "label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3,
+}  # fmt: skip
 _ADM = {"head_channels": 64, "dropout": 0.0, "data_range": _SIGNED, "group_channels": 4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ncsnpp": {**_VE, "attention_levels": (1,), "dropout": 0.1, "fourier_scale": 16},
@@ -83,6 +102,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adm 256": {**_ADM, "attention_levels": (3, 4, 5)},
     "adm 512": {**_ADM, "attention_levels": (4, 5, 6)},
     "adm edm 64": {**_ADM, "attention_levels": (1, 2, 3), "dropout": 0.1},
+    "edm2 s": {**_EDM2, "dropout": 0.0, "channels": 4},
+    "edm2 xs": {**_EDM2, "dropout": 0.0},
+    "edm2 m": {**_EDM2, "dropout": 0.1},
+    "edm2 xxl": {**_EDM2, "dropout": 0.1},
+    "edm2 64 s": {**_EDM2, "dropout": 0.0, "channels": 3},
+    "edm2 64 xl": {**_EDM2, "dropout": 0.1},
 }
 # The same network under another name.
 ALIASES: list[tuple[Callable[[], UNet], str]] = [

@@ -19,7 +19,9 @@ DATA = {
     path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("data/*.json")
 }
 
-SCORE_SDE, OPENAI, EDM = (DATA[name]["cases"] for name in ("score_sde", "openai", "edm"))
+SCORE_SDE, OPENAI, EDM, EDM2, DIT = (
+    DATA[name]["cases"] for name in ("score_sde", "openai", "edm", "edm2", "dit")
+)
 
 
 def shapes(family: str, case: str) -> dict[str, tuple[int, ...]]:
@@ -27,7 +29,7 @@ def shapes(family: str, case: str) -> dict[str, tuple[int, ...]]:
     for item in DATA[family]["cases"][case]["layout"].split():
         prefix, part = item.split("=")
         for name, shape in DATA[family]["parts"][part].items():
-            found[f"{prefix}.{name}".rstrip(".")] = tuple(shape)
+            found[f"{prefix}.{name}".strip(".")] = tuple(shape)
     return found
 
 
@@ -51,6 +53,11 @@ def weights(
 def inputs(*shape: int) -> Tensor:
     i = torch.arange(math.prod(shape), dtype=torch.float64)
     return (1.2 * torch.sin(1.7 * i + 0.003 * i * i)).view(shape).float()
+
+
+def edm2_tensors(case: str) -> dict[str, Tensor]:
+    """Return the tensors of a case of EDM2, whose layers normalize them."""
+    return weights(shapes("edm2", case), phase=2.0, amplitude=1.0)
 
 
 def assert_released(output: Tensor, expected: list[list[float]], tolerance: float = 5e-5) -> None:
@@ -100,3 +107,26 @@ def score_sde_state(case: str) -> Tensor:
 def score_sde_score(model: Any, case: str) -> Tensor:
     with torch.no_grad():
         return model(score_sde_state(case), torch.tensor(SCORE_SDE[case]["t"]))
+
+
+def dit_weights(case: str, phase: float = 1.0) -> dict[str, Tensor]:
+    """Return the tensors of a file of DiT: weights by formula, and the table of positions."""
+    wanted = shapes("dit", case)
+    _, patches, width = wanted["pos_embed"]
+    side, count = math.isqrt(patches), width // 4
+    table = np.empty(wanted["pos_embed"])
+    for row in range(side):
+        for column in range(side):
+            for i in range(count):
+                for first, place in ((0, column), (2 * count, row)):
+                    angle = place / 10000 ** (i / count)
+                    table[0, row * side + column, first + i] = math.sin(angle)
+                    table[0, row * side + column, first + count + i] = math.cos(angle)
+    return weights(wanted, phase) | {"pos_embed": torch.from_numpy(table).float()}
+
+
+def dit_inputs(case: str) -> tuple[Tensor, Tensor, Tensor]:
+    kwargs = DIT[case]["kwargs"]
+    size = kwargs["input_size"]
+    x = inputs(3, kwargs["in_channels"], size, size)
+    return x, torch.tensor([0.0, 250.0, 999.0]), torch.tensor([1, kwargs["num_classes"], 0])

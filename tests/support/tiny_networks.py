@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusionkit.networks import ADMUNet, DDPMpp, DDPMUNet, NCSNpp
+from diffusionkit.networks import ADMUNet, DDPMpp, DDPMUNet, EDM2UNet, NCSNpp
 from diffusionkit.networks.unet import UNet
 
 TINY: dict[str, Any] = {
@@ -23,6 +23,7 @@ CLASSES: dict[str, tuple[type[UNet], dict[str, Any]]] = {
     "DDPMpp": (DDPMpp, {"num_classes": 3}),
     "DDPMUNet": (DDPMUNet, {"group_channels": 2}),  # else normalization removes the noise embedding
     "ADMUNet": (ADMUNet, {"num_classes": 3, "heads": 2}),
+    "EDM2UNet": (EDM2UNet, {"num_classes": 3, "head_channels": 4}),
 }
 FAMILIES = CLASSES | {
     "skips": (
@@ -44,6 +45,7 @@ FAMILIES = CLASSES | {
         ADMUNet,
         {"resblock_updown": True, "head_channels": 4, "heads": 1, **EVERYTHING},
     ),
+    "EDM2 everything": (EDM2UNet, {"head_channels": 4, "clip_act": None, **EVERYTHING}),
 }
 
 

@@ -36,6 +36,16 @@ class ShrinksTooFast(Cosine):
         return torch.ones_like(t), 0.1 + (t - 0.5).clamp_min(0)
 
 
+class LacksAFactor(VPSDE):
+    """The derivative of sigma without its 1/2, and g^2 from it: samples never converge."""
+
+    def diffusion(self, t):
+        alpha, sigma = self.marginal(t)
+        f = self.drift_coefficient(t)
+        slope = -2 * f * alpha**2 / sigma
+        return (2 * sigma * slope - 2 * f * sigma**2).sqrt()
+
+
 class OneValue(Cosine):
     def marginal(self, t):
         return (torch.cos(t),)
@@ -166,6 +176,7 @@ BROKEN_SDES = [
     (WrongDrift(), "drift and diffusion: f is not d log(alpha)/dt: got "),
     (WrongDriftShape(), "drift and diffusion: drift(x, t) is not f(t) x of shape (B, *D), got"),
     (WrongDiffusion(), "drift and diffusion: g^2 is not d sigma^2/dt - 2 f sigma^2: got"),
+    (LacksAFactor(), "drift and diffusion: g^2 is not d sigma^2/dt - 2 f sigma^2: got"),
     (WrongLogSNR(), "log snr: log_snr is not log(alpha^2 / sigma^2): got"),
     (WrongInverse(), "log snr: time_at_log_snr does not invert log_snr: got"),
     (WrongTransition(), "transition: scale^2 sigma_s^2 + std^2 is not sigma_t^2: got"),

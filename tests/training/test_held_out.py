@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 from diffusionkit import (
     VPSDE,
+    EpsModel,
     GaussianMixtureModel,
     LossSecondMomentTimes,
     ScoreMatching,
@@ -105,3 +106,20 @@ def test_what_cannot_be_compared_is_refused():
         held_out_loss(ScoreMatching(), MODEL, DATA, cond={"class_labels": torch.ones(3)})
     with pytest.raises(ValueError, match="data: expected at least one item"):
         held_out_loss(ScoreMatching(), MODEL, DATA[:0])
+
+
+def test_masks_are_conditions_of_the_data_set():
+    """One for each item, or one for all: the losses are those of the objective with the mask."""
+    data = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(5, 4, generator=torch.Generator().manual_seed(2)) < 0.7
+    mask[:, 0] = True
+    holes = data.masked_fill(~mask, math.nan)
+    model = EpsModel(lambda x, noise_label: 0.5 * x, VPSDE())
+    got = held_out_loss(ScoreMatching(), model, holes, cond={"mask": mask}, batch_size=2).losses
+    for i in range(5):
+        short = holes[i : i + 1], mask[i : i + 1]
+        right = ScoreMatching()(model, short[0], mask=short[1], generator=[seeded(0, 0, i)])
+        torch.testing.assert_close(got[i], right.double())
+    same = held_out_loss(ScoreMatching(), model, data, cond={"mask": torch.ones(1, 4)}).losses
+    plain = held_out_loss(ScoreMatching(), model, data).losses
+    torch.testing.assert_close(same, plain)

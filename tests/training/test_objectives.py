@@ -494,12 +494,12 @@ def test_masks_of_numbers_and_under_vmap():
     assert bool(torch.vmap(one, randomness="different")(x0, mask).isfinite().all())
 
 
-def test_references_are_in_the_models_range_and_have_no_mask():
+def test_references_are_in_the_models_range_and_have_one_mask():
     model = EpsModel(zero, VPSDE(), data_range=(-1, 1))
     x0, objective = torch.zeros(4, 3), ScoreMatching(target=StableTarget())
     with pytest.raises(ValueError, match="reference: expected data within the model's range"):
         objective(model, x0, reference=255 * torch.rand(8, 3))
-    with pytest.raises(ValueError, match="mask: expected no mask with reference data"):
+    with pytest.raises(ValueError, match=r"mask: expected one mask for all samples, \(1, \*D\)"):
         objective(model, x0, reference=torch.zeros(8, 3), mask=torch.ones(4, 3))
 
 
@@ -511,3 +511,54 @@ def test_infinite_weights_of_times_raise():
 
     with pytest.raises(ValueError, match="times: expected finite weights"):
         ScoreMatching(times=Times())(GAUSSIAN, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("d", [3, 20])  # scored by differences, and by products
+def test_stable_targets_with_a_mask_are_those_of_the_kept_elements(d):
+    """Land and sea: the posterior mean and the loss are those of data without the land."""
+    sea = torch.rand(1, 2 * d, generator=seeded(4)).argsort(1) < d
+    data = torch.randn(32, 2 * d, generator=seeded(5), dtype=torch.float64)
+    t = torch.tensor([0.05, 0.3, 0.6, 0.9])
+    model = EpsModel(lambda x, noise_label: 0.3 * x, VPSDE(), data_range=(-6.0, 6.0))
+    objective = ScoreMatching(target=StableTarget())
+    noise = torch.randn(4, 2 * d, generator=seeded(6), dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusionkit.interfaces.randn_like", lambda x, generator: noise)
+        land = data.masked_fill(~sea, float("nan"))
+        got = objective(model, land[:4], reference=land, mask=sea, t=t)
+        patch.setattr("diffusionkit.interfaces.randn_like", lambda x, generator: noise[:, sea[0]])
+        right = objective(model, data[:4, sea[0]], reference=data[:, sea[0]], t=t)
+    torch.testing.assert_close(got, right)
+
+
+def test_losses_are_linear_in_weights_and_gradients_ignore_what_is_masked():
+    draw = seeded(7)
+    x0 = torch.randn(6, 2, 5, generator=draw)
+    masks = [torch.rand(6, 2, 5, generator=draw) + 0.1 for _ in range(2)]
+    sums = [
+        ScoreMatching()(GAUSSIAN, x0, mask=m, generator=seeded(1)) * m.sum((1, 2))
+        for m in (*masks, masks[0] + 3 * masks[1])
+    ]
+    torch.testing.assert_close(sums[0] + 3 * sums[1], sums[2])
+
+    keep = torch.rand(6, 2, 5, generator=draw) < 0.6
+    keep[:, 0, 0] = True
+    gradients = []
+    for padding in (float("nan"), float("inf"), 0.0):
+        scale = torch.tensor(0.3, requires_grad=True)
+        model = EpsModel(lambda x, noise_label, scale=scale: scale * x, VPSDE())
+        noisy = x0.masked_fill(~keep, padding).requires_grad_()
+        ScoreMatching()(model, noisy, mask=keep, generator=seeded(1)).mean().backward()
+        gradients.append((scale.grad, noisy.grad))
+    for scale, data in gradients:
+        assert torch.equal(scale, gradients[-1][0])
+        assert torch.equal(data, gradients[-1][1])
+        assert bool((data[~keep] == 0).all())
+
+
+def test_predictions_under_the_mask_may_be_nan():
+    """Attention whose keys are all masked returns NaN there, which is no part of the loss."""
+    keep = torch.tensor([[True, True, False]])
+    model = EpsModel(lambda x, noise_label: torch.where(keep, 0.3 * x, float("nan")), VPSDE())
+    loss = ScoreMatching()(model, torch.randn(4, 3, generator=seeded(2)), mask=keep)
+    assert bool(loss.isfinite().all())

@@ -11,7 +11,7 @@ from support import seeded
 from support.pretend_device import PretendDevice
 from torch import nn
 
-from diffusionkit import clipped_step, linear_warmup
+from diffusionkit import clipped_step, inverse_sqrt_decay, linear_warmup
 from diffusionkit.training import StepReport
 
 
@@ -187,3 +187,21 @@ def test_a_norm_that_is_not_positive_raises(max_norm) -> None:
 def test_an_invalid_number_of_warmup_steps_raises(steps, error) -> None:
     with pytest.raises(error, match=r"steps: expected an integer"):
         linear_warmup(torch.optim.SGD(parameters(), lr=1.0), steps=steps)
+
+
+def test_the_learning_rate_falls_with_the_root_of_the_step() -> None:
+    """After step 4 as (4 / i)^(1/2), with a linear warm-up of 2 steps."""
+    optimizer = torch.optim.SGD(parameters(), lr=0.4)
+    scheduler, rates = inverse_sqrt_decay(optimizer, steps=4, warmup=2), []
+    for _ in range(17):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.4])
+    assert [rates[9], rates[16]] == pytest.approx([0.4 * 2 / 3, 0.2])
+
+
+@pytest.mark.parametrize("name", ["steps", "warmup"])
+def test_an_invalid_length_of_the_schedule_raises(name) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected an integer"):
+        inverse_sqrt_decay(torch.optim.SGD(parameters(), lr=1.0), **{name: 0})

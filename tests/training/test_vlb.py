@@ -1,12 +1,13 @@
 """VLB and HybridLoss: published values, gradients, and the meaning of lambda."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from support import seeded
 
-from diffusionkit import VPSDE, DDPMChain, EpsModel, ScoreMatching
+from diffusionkit import VPSDE, ChainNELBO, DDPMChain, EpsModel, ScoreMatching
 from diffusionkit.decoders import GaussianDecoder
 from diffusionkit.networks import ADMUNet
 from diffusionkit.training.discrete_times import DiscreteTimes, LossSecondMomentTimes
@@ -307,6 +308,26 @@ def test_masked_bounds_are_the_means_over_what_is_not_masked(objective):
         patch.setattr("diffusionkit.interfaces.randn_like", lambda x, generator: noise[..., :2])
         right = objective(model, left, t=t)
     torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_see_the_same_data_under_the_mask_in_every_objective():
+    """0, as in ScoreMatching and the likelihoods, although no level is 0."""
+    seen = []
+
+    def network(x, noise_label):
+        seen.append(x)
+        return torch.cat([x, x], 1)
+
+    model = EpsModel(network, DDPMChain.linear(50), variance="learned_range")
+    x0 = GaussianDecoder().encode(torch.full((2, 3), 200))
+    mask, t = torch.tensor([[1, 0, 1]]), torch.tensor([0.02, 0.5])
+    for loss in (VLB(), HybridLoss(), ScoreMatching()):
+        with contextlib.suppress(ValueError):  # that a plain loss wants no variance
+            loss(model, x0, mask=mask, t=t, generator=seeded(1))
+    ChainNELBO(model, steps_at_once=50)(torch.full((1, 3), 200), mask=mask)
+    assert all(torch.equal(x, seen[0]) for x in seen[1:-1])
+    clean = model.sde.perturb(torch.zeros(2, 3), t, generator=seeded(1)).x
+    torch.testing.assert_close(seen[0][:, 1], clean[:, 1])
 
 
 def test_bounds_refuse_data_outside_the_models_range():

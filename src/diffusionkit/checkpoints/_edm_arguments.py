@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_choice, check_count, check_number
 from ._edm_keys import EDMObject
 
-_PRECONDITIONINGS: dict[str, dict[str, Any]] = {
+PRECONDITIONINGS: dict[str, dict[str, Any]] = {
     "EDMPrecond": {
         "sigma_min": 0.0,
         "sigma_max": math.inf,
@@ -77,11 +77,14 @@ def edm_arguments(ema: EDMObject, tensors: Mapping[str, Tensor]) -> dict[str, An
         ValueError: if an argument is unknown or out of range, contradicts the tensors, or gives a
             network that ours cannot be.
     """
-    check_choice("class_name", ema.class_name, tuple(_PRECONDITIONINGS))
+    if ema.class_name == "Precond":
+        raise ValueError("class_name: expected a preconditioning of EDM, got 'Precond' of EDM2; "
+                         "use load_edm2")  # fmt: skip
+    check_choice("class_name", ema.class_name, tuple(PRECONDITIONINGS))
     if ema.init_args:
         raise ValueError(f"init_args: expected keyword arguments, got {len(ema.init_args)} others")
     given = ema.init_kwargs
-    defaults = _PRECONDITIONINGS[ema.class_name]
+    defaults = PRECONDITIONINGS[ema.class_name]
     kind = given.get("model_type", defaults["model_type"])
     check_choice("model_type", kind, _CHOICES["model_type"])
     # The resolution and the channels have no default.
@@ -91,7 +94,7 @@ def edm_arguments(ema: EDMObject, tensors: Mapping[str, Tensor]) -> dict[str, An
             raise ValueError(f"{name}: expected a number, got none")
         if name not in known:
             raise ValueError(f"init_kwargs: expected arguments of {kind}, got {name!r:.50}")
-        _check(name, given[name], known[name])
+        check_argument(name, given[name], known[name])
     found = known | given
     if "M" in found and ema.class_name == "iDDPMPrecond":
         _check_shape("u", tensors, (found["M"] + 1,))
@@ -99,7 +102,7 @@ def edm_arguments(ema: EDMObject, tensors: Mapping[str, Tensor]) -> dict[str, An
     return found
 
 
-def _check(name: str, value: Any, default: Any) -> None:
+def check_argument(name: str, value: Any, default: Any) -> None:
     """Raise unless a value has the type of an argument's default."""
     if name in _CHOICES:
         check_choice(name, value, _CHOICES[name])

@@ -1,4 +1,4 @@
-"""Network pickles of EDM, read without running the source code in them."""
+"""Network pickles of EDM and EDM2, read without running the source code in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from .._files import PICKLE, CheckpointError, load_torch, opened
-from .._pickles import Call, Node, run
+from .._pickles import Call, Global, Node, run
 from .._tensors import GLOBALS
 
 _VERSION = 6
@@ -43,7 +43,7 @@ class _Persistent(Node):
 
 
 def read_edm_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a network pickle written by EDM's training, without running code.
+    """Read a network pickle written by the training of EDM or EDM2, without running code.
 
     Such a pickle carries the source code of its classes, which unpickling would run. Here the
     source is dropped and the objects are returned as data.
@@ -52,8 +52,8 @@ def read_edm_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        The entries of the pickle: `ema` is an `EDMObject`, as are `loss_fn` and `augment_pipe`
-        unless they are None; the others are plain values.
+        The entries of the pickle: `ema` is an `EDMObject`, as are `loss_fn`, `augment_pipe` and
+        `encoder` unless they are None; the others are plain values.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -61,7 +61,7 @@ def read_edm_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
             names a global that such pickles do not.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
-    2022, arXiv 2206.00364 (released code).
+    2022, arXiv 2206.00364; Karras et al., 2024, arXiv 2312.02696 (released code of both).
     """
     with opened(path, "a network pickle of EDM", PICKLE) as file:
         data = run(file, _GLOBALS, limit=os.stat(path).st_size)
@@ -124,6 +124,13 @@ def _storage(data: Any) -> Any:
     return load_torch(BytesIO(data))
 
 
+def _array(kind: Any, shape: Any, code: Any) -> Node:
+    # The encoder of latents in a pickle of EDM2 has arrays, which nobody reads.
+    if kind is not _ARRAY or shape != (0,) or code != b"b":
+        raise UnpicklingError("expected an array of numpy, got another object")
+    return Node("numpy.ndarray")
+
+
 class _Globals(dict[str, Any]):
     """The globals of such pickles; all classes of torch's modules are among them."""
 
@@ -133,9 +140,13 @@ class _Globals(dict[str, Any]):
         return Call(lambda: Node(name))
 
 
+_ARRAY = Global()
 _GLOBALS = _Globals(GLOBALS)
 _GLOBALS |= {
     "dnnlib.util.EasyDict": Call(lambda: {}),
     "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent),
     "torch.storage._load_from_bytes": Call(_storage),
+    "numpy.ndarray": _ARRAY,
+    "numpy.core.multiarray._reconstruct": Call(_array),
+    "numpy._core.multiarray._reconstruct": Call(_array),
 }

@@ -33,6 +33,7 @@ def _own_classes() -> dict[str, type]:
     parts = [getattr(room, name) for room in (sde, models, networks) for name in room.__all__]
     guided = [getattr(control, name) for name in control.__all__]
     parts += [part for part in guided if isinstance(part, type) and issubclass(part, nn.Module)]
+    parts.append(control.AdaptiveProjection)
     return {p.__name__: p for p in parts if isinstance(p, type) and not inspect.isabstract(p)}
 
 

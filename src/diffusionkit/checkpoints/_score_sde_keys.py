@@ -48,8 +48,8 @@ def score_sde_sources(network: NCSNpp | NCSNv2, first: int = 0) -> dict[str, Sou
         if isinstance(embedding.noise_features, FourierEmbedding):
             name = f"{walk.names[embedding.noise_features]}.frequencies"
             walk.sources[name] = Source((f"{walk.next()}.W",))
-        walk.plain(embedding.linear_1)
-        walk.plain(embedding.linear_2)
+        walk.plain(net.embedding.linear_1)
+        walk.plain(net.embedding.linear_2)
     walk.plain(net.input)
     for level, encoder in enumerate(net.encoder):
         if level > 0:

@@ -3,13 +3,23 @@
 The linear measurements of a constraint are operators with a pseudo-inverse.
 """
 
+from .autoguidance import Autoguidance
 from .classifier import NoiseClassifier, classifier_loss, train_noise_classifier
+from .classifier_free import ClassifierFreeGuidance
 from .constraints import Colorization, Inpainting, LinearMeasurement
-from .guidance import ClassifierFreeGuidance, ClassifierGuidance, GradientGuidance
-from .linear_gaussian import LinearGaussianGuidance
+from .extrapolation import AdaptiveProjection
+from .guidance import ClassifierGuidance, GradientGuidance
+from .linear_gaussian import (
+    LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
+    PseudoinverseGuidance,
+)
+from .momentum import GuidanceMomentum
 from .operators import AveragePool, Blur, Gray, LinearOperator, Mask, Matrix, check_operator
 
 __all__ = [
+    "AdaptiveProjection",
+    "Autoguidance",
     "AveragePool",
     "Blur",
     "ClassifierFreeGuidance",
@@ -17,13 +27,16 @@ __all__ = [
     "Colorization",
     "GradientGuidance",
     "Gray",
+    "GuidanceMomentum",
     "Inpainting",
     "LinearGaussianGuidance",
     "LinearMeasurement",
     "LinearOperator",
+    "LinearizedGaussianGuidance",
     "Mask",
     "Matrix",
     "NoiseClassifier",
+    "PseudoinverseGuidance",
     "check_operator",
     "classifier_loss",
     "train_noise_classifier",

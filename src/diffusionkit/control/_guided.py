@@ -13,9 +13,11 @@ from torch import Tensor
 from .._checks import check_number, readable
 from .._coefficients import Coefficient, expand, linear
 from .._grid_times import copy_grid_point, kernel
+from .._log_snr import FAINTEST
 from .._model_checks import check_model
 from .._precision import NetworkDtype, arithmetic_dtype, at_least_float32, backward_factor
-from ..interfaces import ScoreModel
+from .._schedules import exact, home, schedule_dtype
+from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction
 
 
@@ -32,32 +34,42 @@ class GuidedModel(ScoreModel):
         self.variance = getattr(model, "variance", None)
         self._dtype = NetworkDtype(model)
 
-    def _kernel(self, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
-        """Return alpha and sigma for a state x (B, *D), or raise where alpha is 0."""
-        alpha, sigma = kernel(self.sde, x, t)
-        known = not isinstance(alpha, Tensor) or readable(alpha)
-        if known and float(torch.as_tensor(alpha).min()) == 0.0:
-            raise ValueError(
-                "t: expected alpha > 0, got alpha = 0: a gradient of the score does not "
-                "determine x0; start a little before, with a sampler's grid of times such as "
-                "torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
-            )
-        return alpha, sigma
+    def _with_signal(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states (B, *D) and times (B,) at which a gradient determines the data's shift.
 
-    def _shifted(self, prediction: Prediction, x: Tensor, t: Tensor, grad: Tensor) -> Prediction:
-        """Return a prediction with a gradient (B, *D) added to its score.
+        They are the same wherever there is signal. Where alpha = 0 the shift is 0 / 0; its limit is
+        taken with the same noise at the time where sigma / alpha is `LARGEST_RATIO`.
+        """
+        alpha, sigma = kernel(self.sde, x, t)
+        if isinstance(alpha, Tensor) and not readable(alpha):
+            return x, t
+        ends = torch.as_tensor(alpha, device=t.device) == 0
+        if not bool(ends.any()):
+            return x, t
+        faintest = torch.full_like(t, FAINTEST, dtype=schedule_dtype(t.device))
+        at = torch.where(ends, self.sde.time_at_log_snr(faintest), exact(t))
+        noise = expand(self.sde.marginal(at)[1] / sigma, x)
+        return torch.where(_rows(ends, x), (x * noise).to(x.dtype), x), at
+
+    def _shifted(
+        self, prediction: Prediction, x: Tensor, t: Tensor, grad: Tensor, at: Tensor
+    ) -> Prediction:
+        """Return a prediction with a gradient (B, *D), taken at times `at`, added to its score.
 
         Data and noise are shifted separately, so that neither loses digits to the other at any
-        sigma or alpha.
+        sigma or alpha. At alpha = 0 the noise is the state, whatever the data.
         """
-        alpha, sigma = self._kernel(x, t)
+        alpha, sigma = kernel(self.sde, x, t)
         x0, eps = (_without_graph(part) for part in (prediction.x0, prediction.eps))
         learned = (
             None if value is None else _without_graph(value)
             for value in (prediction.log_var, prediction.log_var_fraction)
         )
-        x0, eps = linear(1.0, x0, sigma * (sigma / alpha), grad), linear(1.0, eps, -sigma, grad)
-        return Prediction(x, x0, eps, alpha, sigma, *learned)
+        alpha_at, sigma_at = kernel(self.sde, x, at)
+        x0 = linear(1.0, x0, sigma_at * (sigma_at / alpha_at), grad)
+        if at is not t:
+            grad = torch.where(_rows(torch.as_tensor(alpha, device=t.device) == 0, x), 0.0, grad)
+        return Prediction(x, x0, linear(1.0, eps, -sigma, grad), alpha, sigma, *learned)
 
     def _factor(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> Coefficient | None:
         """Return the factor of backward passes from the predicted data to a state.
@@ -94,9 +106,49 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
+def check_process(
+    part: object, sde: ForwardSDE, name: str, *, rtol: float = 1e-3, advice: str = ""
+) -> None:
+    """Raise if a part was made for another process (values are read on the CPU only).
+
+    Args:
+        part: a classifier or a model; without a process it is taken to fit.
+        sde: the process of the model.
+        name: the part's name, for the error.
+        rtol: how much alpha and sigma may differ, relatively.
+        advice: the end of the error.
+    """
+    own = getattr(part, "sde", None)
+    if own is sde or not isinstance(own, ForwardSDE):
+        return
+    if own.T != sde.T:
+        raise ValueError(f"{name}: expected a process with T = {sde.T:g}, got {own.T:g}{advice}")
+    t = sde.T * torch.linspace(0.1, 1.0, 4, dtype=torch.float64)
+    expected, got = (_marginals(process, t) for process in (sde, own))
+    if not readable(t) or torch.allclose(got, expected, rtol=rtol):
+        return
+    k = int((got - expected).abs().sum(0).argmax())
+    raise ValueError(
+        f"{name}: expected the process of the model, {type(sde).__name__} with alpha and sigma "
+        f"= {expected[:, k].tolist()} at t = {float(t[k]):g}, "
+        f"got {type(own).__name__} with {got[:, k].tolist()}{advice}"
+    )
+
+
+@torch.no_grad()
+def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
+    """Return alpha and sigma (2, n) at times (n,), on the CPU."""
+    return torch.stack(sde.marginal(t.to(home(sde), schedule_dtype(home(sde))))).to(t)
+
+
 def shape_or_type(value: object) -> str:
     """Return the shape of a tensor, or the type of anything else, for an error message."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _rows(flags: Tensor, x: Tensor) -> Tensor:
+    """Return flags () or (B,) in a shape that selects samples of a state (B, *D)."""
+    return flags.expand(len(x)).view(-1, *(1,) * (x.ndim - 1))
 
 
 def _without_graph(value: Tensor) -> Tensor:

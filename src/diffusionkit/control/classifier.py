@@ -18,19 +18,19 @@ from .._checks import (
     check_state,
     readable,
 )
-from .._coefficients import expand
+from .._coefficients import Coefficient, expand, per_sample
 from .._grid_times import kernel
 from .._hints import label_advice
 from .._loops import Progress, with_progress
 from .._precision import NetworkDtype, at_least_float32, state_dtype
 from .._repr import described
-from .._schedules import home, schedule_dtype
+from .._sigma_data import SigmaData, as_sigma_data, check_channels, over_channels, spread
 from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
 from ..training.optim import clipped_step
 from ..training.times import UniformTimes, times_and_weights
-from ._guided import shape_or_type
+from ._guided import check_process, shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
 
@@ -47,7 +47,7 @@ class NoiseClassifier(nn.Module):
     Args:
         network: maps (x (B, *D), noise_label (B,)) to logits (B, K).
         sde: the forward process.
-        sigma_data: the standard deviation of the data.
+        sigma_data: the standard deviation of the data, or one for each channel, as in `EDMModel`.
         label: the noise label, log(sigma / alpha) / 4 by default.
 
     Raises:
@@ -66,17 +66,16 @@ class NoiseClassifier(nn.Module):
         self,
         network: Callable[..., Any],
         sde: ForwardSDE,
-        sigma_data: float = 0.5,
+        sigma_data: SigmaData = 0.5,
         *,
         label: Label | None = None,
     ) -> None:
         """Keep the network and the process."""
         super().__init__()
         check_part(sde, ForwardSDE, "sde")
-        check_positive(sigma_data, "sigma_data")
         self.network = network
         self.sde = sde
-        self.sigma_data = sigma_data
+        self.sigma_data: float | tuple[float, ...] = as_sigma_data(sigma_data)
         self.label = LogSigmaLabel() if label is None else label
         check_callable(network, "network")
         check_callable(self.label, "label")
@@ -90,8 +89,15 @@ class NoiseClassifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the logits (B, K) of a state x (B, *D) at times t (B,)."""
         alpha, sigma = kernel(self.sde, x, t)
-        scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
+        scale: Coefficient
         x = at_least_float32(x)
+        if isinstance(self.sigma_data, tuple):
+            check_channels(self.sigma_data, x)
+            whole = per_sample(alpha, x), per_sample(sigma, x)
+            x = x / over_channels(spread(*whole, self.sigma_data), x)
+            scale = 1.0
+        else:
+            scale = ((alpha * self.sigma_data) ** 2 + sigma**2) ** -0.5
         dtype = self._dtype(self.network) or x.dtype
         label = checked_label(self.label(self.sde, t), t).to(state_dtype(dtype))
         logits: Tensor = self.network((x * expand(scale, x)).to(dtype), label)
@@ -122,31 +128,6 @@ def class_log_probs(
             )
     logs = torch.log_softmax(at_least_float32(logits), 1)
     return logs.gather(1, class_labels.long().unsqueeze(1)).squeeze(1)
-
-
-def check_process(classifier: object, sde: ForwardSDE) -> None:
-    """Raise if a classifier was made for another process (values are read on the CPU only)."""
-    own = getattr(classifier, "sde", None)
-    if own is sde or not isinstance(own, ForwardSDE):
-        return
-    if own.T != sde.T:
-        raise ValueError(f"classifier: expected a process with T = {sde.T:g}, got {own.T:g}")
-    t = sde.T * torch.linspace(0.1, 1.0, 4, dtype=torch.float64)
-    expected, got = (_marginals(process, t) for process in (sde, own))
-    if not readable(t) or torch.allclose(got, expected, rtol=1e-3):
-        return
-    k = int((got - expected).abs().sum(0).argmax())
-    raise ValueError(
-        f"classifier: expected the process of the model, {type(sde).__name__} with alpha and sigma "
-        f"= {expected[:, k].tolist()} at t = {float(t[k]):g}, "
-        f"got {type(own).__name__} with {got[:, k].tolist()}"
-    )
-
-
-@torch.no_grad()
-def _marginals(sde: ForwardSDE, t: Tensor) -> Tensor:
-    """Return alpha and sigma (2, n) at times (n,), on the CPU."""
-    return torch.stack(sde.marginal(t.to(home(sde), schedule_dtype(home(sde))))).to(t)
 
 
 def check_class_labels(class_labels: object, batch: int) -> None:
@@ -205,7 +186,7 @@ def classifier_loss(
     check_part(sde, ForwardSDE, "sde")
     check_state(x0, "x0")
     check_finite(x0, "x0")
-    check_process(classifier, sde)
+    check_process(classifier, sde, "classifier")
     if t is not None and times is not None:
         raise ValueError("times: expected times or t, got both")
     times = UniformTimes() if times is None else times

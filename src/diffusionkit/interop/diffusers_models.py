@@ -30,7 +30,14 @@ _VARIANCES = {
     "learned": "fixed_small",
     "learned_range": "learned_range",
 }
-_NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
+# A DiT has the second name of its kind in older folders.
+_NETWORKS = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "Transformer2DModel",
+)
+_FOLDERS = ("unet", "transformer")
 _IMAGES = (-1.0, 1.0)
 
 
@@ -48,8 +55,9 @@ def from_diffusers(
     `sampler_from_scheduler`.
 
     Args:
-        unet: the network, such as a `UNet2DModel`, called with (x, timestep, **cond). Conditions
-            keep their names: ``class_labels``, ``encoder_hidden_states``.
+        unet: the network, such as a `UNet2DModel` or a `DiTTransformer2DModel`, called with
+            (x, timestep, **cond). Conditions keep their names: ``class_labels``,
+            ``encoder_hidden_states``.
         scheduler: its scheduler, the scheduler's configuration, or a file or folder with it.
         data_range: the range of the training data, see `NetworkModel`; None for latents.
 
@@ -124,11 +132,12 @@ class _WholeTimesteps(nn.Module):
 def load_diffusers(
     folder: str | os.PathLike[str], *, data_range: tuple[float, float] | None = _IMAGES
 ) -> NetworkModel:
-    """Load a folder of diffusers: a U-Net and the configuration of its scheduler.
+    """Load a folder of diffusers: a U-Net or a DiT, and the configuration of its scheduler.
 
-    Expected are ``unet/config.json``, the weights beside it and
-    ``scheduler/scheduler_config.json``, as `DDPMPipeline.save_pretrained` writes them, or the
-    three in the folder itself, as in the first releases. ``model_index.json`` is not read.
+    Expected are ``unet/config.json``, or ``transformer/config.json``, the weights beside it and
+    ``scheduler/scheduler_config.json``, as `DDPMPipeline.save_pretrained` and that of
+    `DiTPipeline` write them, or the three in the folder itself, as in the first releases.
+    ``model_index.json`` is not read.
 
     Args:
         folder: the folder, on this machine; `huggingface_hub.snapshot_download` returns one.
@@ -146,13 +155,13 @@ def load_diffusers(
     root = Path(os.fsdecode(folder))
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root}: expected a folder with unet/ and scheduler/; "
+            f"{root}: expected a folder with unet/ or transformer/, and scheduler/; "
             "huggingface_hub.snapshot_download returns that of a repository"
         )
     settings = scheduler_settings(root)
-    place = root / "unet" if (root / "unet").is_dir() else root
+    place = next((root / name for name in _FOLDERS if (root / name).is_dir()), root)
     if not (place / "config.json").is_file():
-        raise FileNotFoundError(f"{place}: expected config.json, the configuration of a U-Net")
+        raise FileNotFoundError(f"{place}: expected config.json, the configuration of a network")
     name = read_json(place / "config.json").get("_class_name")
     if name not in _NETWORKS:
         raise CheckpointError(

@@ -14,6 +14,7 @@ from .._batch_conditions import repeated
 from .._chain_terms import chain_length, prior_kl, step_nats
 from .._checks import check_count, check_flag, check_part, readable
 from .._loops import Progress, check_progress, with_progress
+from .._masks import kept_levels, zeroed
 from .._precision import network_dtype, state_dtype
 from .._repr import Described
 from .._schedules import exact, schedule_dtype
@@ -121,7 +122,8 @@ class ChainNELBO(Described):
         + E\left[-\log p(x_0 | x_1)\right]
 
     for data x_0 at the levels k, with one draw of the noise for each step and the variances given
-    by the model. All steps are evaluated, without gradients; the model's mode is unchanged. For a
+    by the model. A mask restricts it to the elements that it keeps, as that of `NELBO` does. All
+    steps are evaluated, without gradients; the model's mode is unchanged. For a
     data set use `evaluate_bits_per_dim`.
 
     Args:
@@ -169,33 +171,49 @@ class ChainNELBO(Described):
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
+        self,
+        images: Tensor,
+        /,
+        *,
+        mask: Tensor | None = None,
+        generator: Generators = None,
+        **cond: Any,
     ) -> ChainBound:
         """Return the terms of the bound for images (B, *D).
 
         Args:
             images: integers 0 ... levels - 1, (B, *D), of any integer dtype.
+            mask: the pixels to bound the probability of, booleans or 0 and 1, (B, *D) or with sizes
+                of 1.
             generator: the source of noise: one, one for each image, or None.
             cond: passed to the model; tensors (B, ...) are repeated for each step.
 
         Raises:
             TypeError: if images are not integers.
-            ValueError: if a value is not a level, or a prediction is not finite (checked on the
-                CPU only).
+            ValueError: if a value is not a level, a prediction is not finite (checked on the CPU
+                only), or the mask does not fit or has other numbers than 0 and 1.
         """
         check_gradients_averaged(self.model)
+        if mask is not None:
+            mask, images = kept_levels(mask, images)
         x = self.decoder.encode(images, dtype=state_dtype(network_dtype(self.model)))
+        x = zeroed(x, mask)
         check_generator(generator, len(x))
         count = chain_length(self.model)
         starts = range(0, count, self.steps_at_once)
         terms = [
-            self._terms(x, range(i, min(i + self.steps_at_once, count)), generator, cond)
+            self._terms(x, range(i, min(i + self.steps_at_once, count)), generator, cond, mask)
             for i in with_progress(starts, self.progress)
         ]
-        return ChainBound(prior_kl(self.model.sde, x), torch.cat(terms).T.contiguous())
+        return ChainBound(prior_kl(self.model.sde, x, mask), torch.cat(terms).T.contiguous())
 
     def _terms(
-        self, x: Tensor, steps: range, generator: Generators, cond: dict[str, Any]
+        self,
+        x: Tensor,
+        steps: range,
+        generator: Generators,
+        cond: dict[str, Any],
+        mask: Tensor | None,
     ) -> Tensor:
         """Return the terms of some steps (steps, B)."""
         n, many = len(x), len(steps)
@@ -208,7 +226,10 @@ class ChainNELBO(Described):
         prediction = self.model.predict(
             sample.x, t.to(x.dtype), **{k: repeated(value, n, many) for k, value in cond.items()}
         )
-        nats = step_nats(self.model, prediction, sample.x0, step, self.decoder, clip=self.clip)
+        mask = repeated(mask, n, many)
+        nats = step_nats(
+            self.model, prediction, sample.x0, step, self.decoder, clip=self.clip, mask=mask
+        )
         if readable(nats) and not bool(torch.isfinite(nats).all()):
             worst = int(step[~torch.isfinite(nats)][0])
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._chain_terms import prior_kl
 from .._checks import check_count, check_part, readable
+from .._masks import kept_levels, zeroed
 from .._model_checks import check_model
 from .._precision import network_dtype, state_dtype
 from .._repr import Described
@@ -60,7 +61,8 @@ class DiscreteNELBO(Described):
     Each call draws one time per sample. With a single generator, or none, the times are evenly
     spaced over the batch, u_i = (u_0 + i / B) mod 1, which lowers the variance of the mean; with
     one generator per sample they are independent. The bound is differentiable, for training and
-    evaluation. Any process works whose noise at t_min is below the width of a level.
+    evaluation. Any process works whose noise at t_min is below the width of a level. A mask
+    restricts the bound to the elements that it keeps, as that of `NELBO` does.
 
     Args:
         model: the score model; its SDE is the process.
@@ -101,35 +103,55 @@ class DiscreteNELBO(Described):
         self.steps = steps
 
     def __call__(
-        self, images: Tensor, /, *, generator: Generators = None, **cond: Any
+        self,
+        images: Tensor,
+        /,
+        *,
+        mask: Tensor | None = None,
+        generator: Generators = None,
+        **cond: Any,
     ) -> DiscreteBound:
         """Return the terms of the bound, each (B,), for images (B, *D).
 
         Args:
             images: integers 0 ... levels - 1, (B, *D), of any integer dtype.
+            mask: the pixels to bound the probability of, booleans or 0 and 1, (B, *D) or with sizes
+                of 1.
             generator: the source of times and noise.
             cond: passed to the model.
 
         Raises:
             TypeError: if images are not integers.
-            ValueError: if a value is not a level, or a prediction is not finite (checked on the
-                CPU only).
+            ValueError: if a value is not a level, a prediction is not finite (checked on the CPU
+                only), or the mask does not fit or has other numbers than 0 and 1.
         """
         check_gradients_averaged(self.model)
+        if mask is not None:
+            mask, images = kept_levels(mask, images)
         x = self.decoder.encode(images, dtype=state_dtype(network_dtype(self.model)))
+        x = zeroed(x, mask)
         sde = self.model.sde
         first = x.new_full((len(x),), sde.t_min)
         least = sde.perturb(x, first, generator=generator)
-        read = self.decoder.log_prob(images, least.x, least.alpha, least.sigma)
-        return DiscreteBound(-read, prior_kl(sde, x), self._diffusion(x, generator, cond))
+        read = self.decoder.log_prob(images, least.x, least.alpha, least.sigma, mask=mask)
+        prior = prior_kl(sde, x, mask)
+        return DiscreteBound(-read, prior, self._diffusion(x, generator, cond, mask))
 
-    def _diffusion(self, x: Tensor, generator: Generators, cond: dict[str, Any]) -> Tensor:
+    def _diffusion(
+        self, x: Tensor, generator: Generators, cond: dict[str, Any], mask: Tensor | None
+    ) -> Tensor:
         sde = self.model.sde
         t, weight = self._times(sde, x, generator)
         sample = sde.perturb(x, t, generator=generator)
         target = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
-        error = self.model.predict(sample.x, t, **cond).noise_error(target)
-        squares = exact(error).square().reshape(len(x), -1).sum(1)
+        prediction = self.model.predict(sample.x, t, **cond)
+        squares = _total_square(zeroed(prediction.noise_error(target), mask))
+        if self.steps is not None and readable(weight) and bool((ends := weight.isinf()).any()):
+            # At alpha = 0 the noise has no error; weight and error are those of the data.
+            step = (sde.T - sde.t_min) / self.steps
+            weight = torch.where(ends, self.steps * torch.exp(sde.log_snr(exact(t) - step)), weight)
+            of_data = _total_square(zeroed(prediction.x0 - sample.x0, mask))
+            squares = torch.where(ends, of_data, squares)
         if readable(squares) and not bool(torch.isfinite(squares).all()):
             worst = float(t[~torch.isfinite(squares)][0])
             raise ValueError(
@@ -153,6 +175,11 @@ class DiscreteNELBO(Described):
             s, t = (sde.t_min + span * (step + i) / self.steps for i in (0, 1))
             weight = self.steps * torch.expm1(sde.log_snr(s) - sde.log_snr(t))
         return t.to(x.dtype), weight
+
+
+def _total_square(x: Tensor) -> Tensor:
+    """Return the sum of squares of each sample (B,), in float64."""
+    return exact(x).square().reshape(len(x), -1).sum(1)
 
 
 def variance_minimizing_backward(

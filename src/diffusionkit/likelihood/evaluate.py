@@ -28,6 +28,8 @@ from .._checks import (
 )
 from .._files import read_torch
 from .._loops import Progress, evaluation_mode, with_progress
+from .._masks import total
+from .._schedules import exact
 from .._writing import check_suffix, save_torch
 from ..distributed._dealing import Dealer, independent_ranks, of_first
 from ..distributed._group import rank_and_world_size
@@ -100,7 +102,8 @@ def evaluate_bits_per_dim(
         batch_size: the number of items evaluated at once.
         seed: the random seed.
         cond: conditions passed to the likelihood, tensors (N, ...), batched with the data, or
-            (1, ...) for one that all items have.
+            (1, ...) for one that all items have. A condition `mask` is that of the likelihood: d
+            is then the number of elements that it keeps of an item.
         device: the device of the batches, by default that of the likelihood's model.
         path: a file with partial results, from which an interrupted run resumes. With several
             processes, each adds its rank to the name.
@@ -108,7 +111,8 @@ def evaluate_bits_per_dim(
 
     Raises:
         ValueError: if the data set is empty, cond has another length, the range of the dequantizer
-            is not that of the model's data, or path belongs to a run with other settings.
+            is not that of the model's data, there are a dequantizer and a mask, or path belongs to
+            a run with other settings.
         TypeError: if a part has the wrong type, or data has no length.
 
     >>> import torch
@@ -153,6 +157,11 @@ def evaluate_bits_per_dim(
     for name, entries in cond.items():
         if len(entries) != n:
             raise ValueError(f"{name}: expected {n} entries, one per item, got {len(entries)}")
+    if dequantizer is not None and "mask" in cond:
+        raise ValueError(
+            "mask: expected no mask with a dequantizer, whose density counts every element, got "
+            "both; dequantize the data first, and subtract the logarithm of a level's width"
+        )
     modules = [m for m in (getattr(likelihood, "model", None), dequantizer) if m is not None]
     device = _device(modules) if device is None else torch.device(device)
     settings = {"n": n, "draws": draws, "batch_size": batch_size, "seed": seed}
@@ -196,7 +205,11 @@ def evaluate_bits_per_dim(
             if bool(nats[index, draw].isnan().any()):
                 nats[index, draw] = dealer.published(number)
     dealer.leave()
-    bits = bits_per_dim(nats, as_item(data[0], "data").numel())
+    first = as_item(data[0], "data")
+    bits = bits_per_dim(nats, first.numel())
+    if "mask" in cond:
+        mask = cond["mask"].cpu().expand(n, *first.shape)
+        bits = bits * (first.numel() / total(exact(mask))).unsqueeze(1)
     items = bits.mean(1)
     return BitsPerDim(
         mean=float(items.mean()),

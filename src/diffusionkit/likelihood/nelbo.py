@@ -19,6 +19,8 @@ from .._checks import (
     readable,
 )
 from .._data_range import check_range
+from .._log_snr import LogSNRSpan
+from .._masks import count, kept, zeroed
 from .._model_checks import check_model
 from .._repr import Described
 from .._schedules import exact, home, schedule_dtype
@@ -26,6 +28,7 @@ from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators, check_generator, rand
 from ..values import Prediction
+from ._control_variates import SquaredErrors, variance_of_mean
 from .divergence import Divergence
 
 
@@ -66,8 +69,16 @@ class NELBO(Described):
         + E\left[-\log N(x; \hat x_0, \tfrac{\sigma^2}{\alpha^2} I)\right] - H[N(0, \sigma^2 I)]
 
     with the last two at t_min. Times are uniform in the log-SNR, stratified with one draw per
-    stratum; terms with a closed form are exact. It does not bound the likelihood under the
-    probability-flow ODE, a different model with the same score: see `ODELikelihood`.
+    stratum; terms with a closed form are exact. In the denoising form, from ten draws on, control
+    variates from neighboring draws remove most of the noise and add no bias. The bound is not one
+    on the likelihood under the probability-flow ODE, a different model with the same score: see
+    `ODELikelihood`.
+
+    With a mask it bounds the density of the elements that the mask keeps, under the model in which
+    the others are data of 0: the model that `ScoreMatching` trains with a mask. Their exact reverse
+    process is then known, so that their terms of the bound are zero, whatever the network makes of
+    their states. For padding this is the density of the shorter sample; for missing values, that
+    of the given values under a model trained with them missing, not a marginal of another model.
 
     In the denoising form gradients flow to the data and the parameters, so the bound can also
     serve as an objective. The model's mode is unchanged: call `model.eval()` first to disable
@@ -114,43 +125,69 @@ class NELBO(Described):
         self.t_min = model.sde.t_min if t_min is None else t_min
         check_t_min(self.t_min, model.sde.T)
 
-    def __call__(self, x: Tensor, /, *, generator: Generators = None, **cond: Any) -> Bound:
+    def __call__(
+        self,
+        x: Tensor,
+        /,
+        *,
+        mask: Tensor | None = None,
+        generator: Generators = None,
+        **cond: Any,
+    ) -> Bound:
         """Return the bound for data x (B, *D).
 
         Args:
             x: the data (B, *D).
+            mask: the elements to bound the density of, booleans or 0 and 1, (B, *D) or with sizes
+                of 1; the data may have any value where it is 0, NaN included.
             generator: the source of times and noise: one, one for each sample, or None.
             cond: passed to the model.
 
         Raises:
             ValueError: if x is empty, not finite or outside the model's data_range, sigma is 0 at
-                t_min or alpha at T, or a prediction is not finite (checked on the CPU only).
+                t_min or alpha at T, a prediction is not finite (checked on the CPU only), or the
+                mask does not fit or has other numbers than 0 and 1.
             TypeError: if x is not a floating-point tensor.
         """
         check_gradients_averaged(self.model)
         check_state(x)
+        if mask is not None:
+            mask, x = kept(mask, x)
         check_finite(x)
-        check_range(x, self.model)
+        check_range(x, self.model, mask=mask)
         check_generator(generator, len(x))
-        sde, d = self.model.sde, x[0].numel()
-        alphas, sigmas, log_snr = self._ends(sde, x.device)
-        first, z = log_snr[0], log_snr[0] - log_snr[1]
+        sde, d = self.model.sde, count(x, mask)
+        alphas, sigmas, span = self._ends(sde, x.device)
+        z, floor = float(span.length), float(span.floor)
         squares = exact(x).reshape(len(x), -1).square().sum(1)
         spread = sde.prior_std**2
-        prior = (alphas[1] ** 2 * squares + d * sigmas[1] ** 2) / (2 * spread)
+        prior = (alphas[2] ** 2 * squares + d * sigmas[2] ** 2) / (2 * spread)
         prior = prior + 0.5 * d * math.log(2 * math.pi * spread)
-        drift = torch.full_like(prior, d * (math.log(alphas[0]) - math.log(alphas[1])))
+        # Beyond the floor, if alpha(T) = 0, the integrals of f and of g^2 |score|^2 / 2 diverge;
+        # their sum is the change of log(sigma).
+        rest = math.log(alphas[0] / alphas[1]) + math.log(sigmas[1] / sigmas[2])
+        drift = torch.zeros_like(prior) + d * rest
 
-        paths = []
-        for k in range(self.samples):
-            u = rand(len(x), generator=generator, device=x.device, dtype=schedule_dtype(x.device))
-            u = (k + u) / self.samples
-            t = sde.time_at_log_snr(first - z * u).clamp(self.t_min, sde.T)
-            paths.append(0.5 * z * self._integrand(x, t, generator, cond))
-        last = torch.full((len(x),), self.t_min, dtype=u.dtype, device=x.device)
+        last = torch.full((len(x),), self.t_min, dtype=schedule_dtype(x.device), device=x.device)
         draws = min(self.samples, max(2, math.ceil(self.samples / 10)))
-        steps = [self._error(x, last, generator, cond) for _ in range(draws)]
-        path, small = torch.stack(paths), 0.5 * (torch.stack(steps) - d)
+        # One sequence in the order of time: each draw's neighbors predict its noise.
+        errors, sliced, shares = SquaredErrors(mask), [], []
+        for _ in range(draws):
+            self._add_error(errors, x, last, generator, cond, mask)
+        for k in range(self.samples):
+            u = rand(len(x), generator=generator, device=x.device, dtype=last.dtype)
+            u = (k + u) / self.samples
+            t = sde.time_at_log_snr(span.at(u)).clamp(self.t_min, sde.T)
+            shares.append(span.share(sde.log_snr(t).detach()))
+            if self.divergence is None:
+                self._add_error(errors, x, t, generator, cond, mask)
+            else:
+                sliced.append(self._sliced(self.divergence, x, t, generator, cond, mask) + d)
+        values, share = errors.values(), torch.stack([v.expand(len(x)) for v in shares])
+        # E |eps|^2 = d is exact.
+        small = 0.5 * (values[:draws] - d)
+        rates = torch.stack(sliced) if sliced else values[draws:]
+        path = 0.5 * (z * rates / share - (float(span.first) - floor) * d)
         smallest_time = small.mean(0) - d * math.log(alphas[0])
         path_mean = path.mean(0)
         return Bound(
@@ -165,41 +202,58 @@ class NELBO(Described):
 
     def _ends(
         self, sde: ForwardSDE, device: torch.device
-    ) -> tuple[list[float], list[float], list[float]]:
-        """Return alpha, sigma and the log-SNR at t_min and at T."""
+    ) -> tuple[list[float], list[float], LogSNRSpan]:
+        """Return alpha and sigma at t_min, at the floor of the log-SNRs and at T, and these.
+
+        The floor is T where alpha(T) > 0.
+        """
         at = torch.tensor([self.t_min, sde.T], dtype=schedule_dtype(device), device=home(sde))
         with torch.no_grad():
-            alphas, sigmas = sde.marginal(at)
-            log_snr = sde.log_snr(at)
-        check_log_snr(log_snr.tolist(), self.t_min, sde.T)
-        return alphas.tolist(), sigmas.tolist(), log_snr.tolist()
+            span = LogSNRSpan(*sde.log_snr(at).tolist())
+            first, last, floor = float(span.first), float(span.last), float(span.floor)
+            # Sliced score matching divides noise by alpha there.
+            check_log_snr((first, floor if self.divergence is None else last), self.t_min, sde.T)
+            middle = at[1:] if floor == last else sde.time_at_log_snr(at.new_tensor([floor]))
+            alphas, sigmas = sde.marginal(torch.cat([at[:1], middle, at[1:]]))
+        return alphas.tolist(), sigmas.tolist(), span
 
-    def _integrand(
-        self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]
+    def _sliced(
+        self,
+        divergence: Divergence,
+        x: Tensor,
+        t: Tensor,
+        generator: Generators,
+        cond: dict[str, Any],
+        mask: Tensor | None,
     ) -> Tensor:
-        """Return sigma^2 times the bracketed term of the integral (B,)."""
-        if self.divergence is None:
-            # E |eps|^2 = d is exact.
-            return self._error(x, t, generator, cond) - x[0].numel()
+        """Return sigma^2 times the bracketed term of the integral (B,), without denoising."""
         sample = self.model.sde.perturb(x, t, generator=generator)
-        state = self.divergence.start(sample.x, generator)
+        state = divergence.start(sample.x, generator)
 
         def noise(y: Tensor) -> Tensor:
-            return self.model.predict(y, t, **cond).eps
+            return zeroed(self.model.predict(y, t, **cond).eps, mask)
 
         with torch.no_grad():
-            eps, divergence = self.divergence(noise, sample.x, state)
+            eps, trace = divergence(noise, sample.x, state)
         _check(eps, t)
         square = exact(eps).reshape(len(x), -1).square().sum(1)
-        return square - 2 * exact(sample.sigma) * exact(divergence).mean(0)
+        return square - 2 * exact(sample.sigma) * exact(trace).mean(0)
 
-    def _error(self, x: Tensor, t: Tensor, generator: Generators, cond: dict[str, Any]) -> Tensor:
-        """Return the squared error of the predicted noise (B,), in float64."""
+    def _add_error(
+        self,
+        errors: SquaredErrors,
+        x: Tensor,
+        t: Tensor,
+        generator: Generators,
+        cond: dict[str, Any],
+        mask: Tensor | None,
+    ) -> None:
+        """Append the error of the predicted noise at times t (B,)."""
         sample = self.model.sde.perturb(x, t, generator=generator)
         truth = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
-        error = self.model.predict(sample.x, t, **cond).noise_error(truth)
+        error = zeroed(self.model.predict(sample.x, t, **cond).noise_error(truth), mask)
         _check(error, t)
-        return exact(error).reshape(len(x), -1).square().sum(1)
+        errors.add(error, sample.eps)
 
 
 def _check(value: Tensor, t: Tensor) -> None:
@@ -213,11 +267,5 @@ def _check(value: Tensor, t: Tensor) -> None:
 
 
 def _stderr(path: Tensor, small: Tensor) -> Tensor:
-    """Return the standard error of the sum of two means over draws (k, B) and (m, B).
-
-    The path has one draw per stratum: half the squared difference of neighbors estimates the
-    variance, slightly too large where the integrand changes between strata.
-    """
-    k, m = len(path), len(small)
-    variance = path.diff(dim=0).square().mean(0) / (2 * k)
-    return torch.sqrt(variance + small.var(0) / m)
+    """Return the standard error of the sum of two means over draws (k, B) and (m, B)."""
+    return torch.sqrt(variance_of_mean(path) + small.var(0) / len(small))

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_finite, check_part, check_state, check_t_min
+from .._checks import check_finite, check_part, check_state, check_t_min, readable
 from .._coefficients import Coefficient
 from .._data_range import check_range
 from .._flow_solver import Solver, angles, radii
+from .._gaussian import normal_log_prob
 from .._grid_times import schedule
+from .._loops import evaluation_mode
+from .._masks import count, kept, total, zeroed
 from .._model_checks import check_model
 from .._precision import (
     arithmetic_dtype,
@@ -25,7 +28,7 @@ from .._precision import (
     state_dtype,
 )
 from .._repr import Described, described
-from .._schedules import schedule_dtype
+from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
 from .divergence import Divergence, Hutchinson
@@ -75,6 +78,12 @@ class ODELikelihood(Described):
     The result is the ODE model's density at t_min, evaluated at x. It is neither the density at
     t = 0 nor that of the SDE model, which `NELBO` bounds: the two models agree for an exact
     score, but not in general.
+
+    With a mask it is the density of the elements that the mask keeps, with the others left out of
+    the flow: held at 0. This has a meaning where the prediction of the former does not depend on
+    the latter, as for padding that a network is told to ignore by a condition. Elsewhere the flow
+    of some elements is not that of a model, and ValueError is raised; `NELBO` bounds it for any
+    network.
 
     State and log-density are kept in float64 if the device supports it. The batch shares adaptive
     steps: with one generator per sample, a value depends on the rest of its batch only within the
@@ -140,31 +149,69 @@ class ODELikelihood(Described):
         return described(self, method=solver.method, rtol=solver.rtol, atol=solver.atol)
 
     def __call__(
-        self, x: Tensor, /, *, generator: Generators = None, **cond: Any
+        self,
+        x: Tensor,
+        /,
+        *,
+        mask: Tensor | None = None,
+        generator: Generators = None,
+        **cond: Any,
     ) -> ODELogLikelihood:
         """Return the log-likelihood of data x (B, *D).
 
         Args:
             x: the data (B, *D), dequantized if discrete.
+            mask: the elements whose density is computed, booleans or 0 and 1, (B, *D) or with
+                sizes of 1; the data may have any value where it is 0, NaN included.
             generator: the source of the probes: one generator, one for each sample, or None.
             cond: passed to the model.
 
         Raises:
-            ValueError: if x is not finite or outside the model's data_range, or a prediction is
-                not finite.
+            ValueError: if x is not finite or outside the model's data_range, a prediction is not
+                finite, or a mask does not fit, has other numbers than 0 and 1, or leaves out
+                elements on which the prediction of the others depends (read on the CPU only).
             TypeError: if x is not a floating-point tensor.
         """
         check_state(x)
+        if mask is not None:
+            mask, x = kept(mask, x)
         check_finite(x)
-        check_range(x, self.model)
+        check_range(x, self.model, mask=mask)
         # Tensors created in inference mode cannot be differentiated, not even with respect to x.
         grad = self.solver.differentiable and torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             cond = {name: _ordinary(value) for name, value in cond.items()}
-            return self._run(_ordinary(x), generator, cond)
+            x, mask = _ordinary(x), _ordinary(mask)
+            if mask is not None:
+                self._check_ignored(x, mask, cond)
+            return self._run(x, generator, cond, mask)
 
-    def _run(self, x: Tensor, generator: Generators, cond: dict[str, Any]) -> ODELogLikelihood:
-        sde, d, probes = self.model.sde, x[0].numel(), self.divergence.probes
+    @torch.no_grad()
+    def _check_ignored(self, x: Tensor, mask: Tensor, cond: dict[str, Any]) -> None:
+        """Raise if the velocity of what a mask keeps depends on the rest (read on the CPU only)."""
+        if not readable(x):
+            return
+        sde = self.model.sde
+        equal = torch.zeros(len(x), dtype=schedule_dtype(x.device), device=x.device)
+        t = sde.time_at_log_snr(equal).clamp(self.t_min, sde.T).to(at_least_float32(x).dtype)
+        r = sum(value.square() for value in sde.marginal(t)) ** 0.5
+        state = x * r.view(-1, *(1,) * (x.ndim - 1)).to(x.dtype)
+        others = torch.where(mask == 0, (state.abs().mean() + 1).to(state.dtype), state)
+        with evaluation_mode(self.model):
+            one, other = (zeroed(self.model.predict(s, t, **cond).v, mask) for s in (state, others))
+        change, size = float((one - other).abs().max()), float(one.abs().max())
+        if change > 1e-3 * (1e-3 + size):
+            raise ValueError(
+                "mask: expected a model whose prediction of the elements that it keeps does not "
+                f"depend on the others, got a change of {change:.2g} in a velocity of {size:.2g}; "
+                "pass the network the mask as a condition that it heeds, or use NELBO, which "
+                "bounds the density for any network"
+            )
+
+    def _run(
+        self, x: Tensor, generator: Generators, cond: dict[str, Any], mask: Tensor | None
+    ) -> ODELogLikelihood:
+        sde, d, probes = self.model.sde, count(x, mask), self.divergence.probes
         own = network_dtype(self.model)
         dtype = state_dtype(x.dtype, own)
         fixed = self.divergence.start(x.to(dtype), generator)
@@ -173,7 +220,7 @@ class ODELikelihood(Described):
             factor = _factor(sde, t, arithmetic_dtype(own, x))
 
             def predict(x: Tensor) -> Tensor:
-                v = self.model.predict(x, t, **cond).v
+                v = zeroed(self.model.predict(x, t, **cond).v, mask)
                 return v if factor is None else v * factor
 
             v, divergence = self.divergence(predict, x, fixed)
@@ -187,6 +234,9 @@ class ODELikelihood(Described):
         first, last = radii(sde, self.t_min, sde.T)
         growth = math.log(last / first)
         each = sde.prior_log_prob(latent) + d * (growth + volume)
+        if mask is not None:  # the prior of elements at 0, which are no part of the data
+            absent = x[0].numel() - total(exact(mask))
+            each = each - absent * exact(normal_log_prob(latent.new_zeros(1), sde.prior_std))
         return ODELogLikelihood(
             log_prob=each.mean(0),
             latent=latent.to(at_least_float32(x).dtype),

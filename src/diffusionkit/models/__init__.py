@@ -2,8 +2,17 @@
 
 from .denoised import Clip, DenoisedModel, DynamicThreshold
 from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
-from .network import EpsModel, NetworkModel, RawScoreModel, ScaledScoreModel, VModel, X0Model
+from .network import (
+    EpsModel,
+    NetworkModel,
+    RawScoreModel,
+    ScaledScoreModel,
+    VelocityModel,
+    VModel,
+    X0Model,
+)
 from .oracles import EmpiricalModel, GaussianMixtureModel
+from .patched import PatchedModel
 from .preconditioned import EDMModel
 from .schedule_transform import ScheduleTransformedModel
 
@@ -18,6 +27,7 @@ __all__ = [
     "IndexLabel",
     "LogSigmaLabel",
     "NetworkModel",
+    "PatchedModel",
     "RawScoreModel",
     "ScaledScoreModel",
     "ScheduleTransformedModel",
@@ -25,5 +35,6 @@ __all__ = [
     "StepLabel",
     "TimeLabel",
     "VModel",
+    "VelocityModel",
     "X0Model",
 ]

@@ -107,6 +107,10 @@ class NetworkModel(ScoreModel):
         """Return the network's input (B, *D) for a state x (B, *D); by default the state."""
         return x
 
+    def _unscaled(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return a network's output (B, *D) in the parameterization, one for all channels."""
+        return output
+
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
@@ -135,8 +139,10 @@ class NetworkModel(ScoreModel):
             output = self._tensor(output, x)
         (alpha, sigma), (a, b) = floats(*kernel), evaluate(self.parameterization, *kernel)
         if not learned:
+            output = self._unscaled(output, x, *kernel)
             return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
         output, v = output.to(x.dtype).chunk(2, 1)
+        output = self._unscaled(output, x, *kernel)
         name, value = (
             ("log_var", v) if self.variance == "learned" else ("log_var_fraction", (v + 1) / 2)
         )
@@ -224,6 +230,37 @@ class VModel(NetworkModel):
     @override
     def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return -sigma, alpha
+
+
+class VelocityModel(NetworkModel):
+    r"""A network that predicts the velocity of flow matching: F = eps - x0.
+
+    .. math::
+        x_0 = \frac{x - \sigma F}{\alpha + \sigma}, \quad
+        \epsilon = \frac{x + \alpha F}{\alpha + \sigma},
+
+    so that F determines both at all noise levels, of any process. With a `FlowMatchingSDE` it is
+    dx_t / dt; `VModel` predicts another velocity, alpha eps - sigma x0.
+
+    The default label is 999 t / T, for networks that embed time as those of DDPM do, with
+    sinusoids of periods up to 1e4. Published networks of diffusers, such as Stable Diffusion 3 and
+    Flux, were trained with TimeLabel(1000.0), and those that embed t itself with TimeLabel(1.0).
+
+    Args: those of `NetworkModel`.
+
+    Source: Lipman et al., Flow Matching for Generative Modeling, 2023, arXiv 2210.02747; Liu et
+    al., Flow Straight and Fast, 2023, arXiv 2209.03003.
+
+    >>> import torch
+    >>> from diffusionkit import FlowMatchingSDE, VelocityModel
+    >>> model = VelocityModel(lambda x, noise_label: -x, FlowMatchingSDE())
+    >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).x0
+    tensor([[2., 2.]])
+    """
+
+    @override
+    def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+        return -1.0, 1.0
 
 
 class RawScoreModel(NetworkModel):

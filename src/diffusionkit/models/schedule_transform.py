@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_part
-from .._coefficients import expand
+from .._coefficients import expand, linear
 from .._grid_times import kernel
 from .._model_checks import check_model
 from .._schedules import exact, home, schedule_dtype
@@ -31,7 +31,9 @@ class ScheduleTransformedModel(ScoreModel):
     process is thus sampled on any other, as are its likelihoods, and
     EDM's VP preconditioning is `ScheduleTransformedModel(EpsModel(network, VPSDE()), EDMSDE())`,
     its iDDPM preconditioning the same with a `DDPMChain`. Below the smallest noise of the model's
-    own process, the model is evaluated at that noise.
+    own process, the model is evaluated at that noise. A process with alpha(T) = 0, such as
+    `FlowMatchingSDE`, has more noise than any other; there the model is evaluated at its own T,
+    where hardly any signal is left.
 
     Args:
         model: the score model of its own process.
@@ -62,7 +64,8 @@ class ScheduleTransformedModel(ScoreModel):
         self.model = model
         self.sde = sde
         (most, least), (most_known, least_known) = _range(sde, sde.t_min), _range(model.sde, 0.0)
-        if least < least_known - 1e-6 or most > most_known + 1e-6:
+        lacking = least < least_known - 1e-6 and not math.isinf(least)
+        if lacking or most > most_known + 1e-6:
             known, wanted = (
                 [f"{math.exp(-0.5 * value):.4g}" for value in pair]
                 for pair in ((most_known, least_known), (most, least))
@@ -71,17 +74,25 @@ class ScheduleTransformedModel(ScoreModel):
                 f"sde: expected sigma / alpha within that of the model's process, "
                 f"{' to '.join(known)}, got {' to '.join(wanted)}"
             )
+        # The log-SNR below which the model's own process has no times, if there is any.
+        self._least = least_known if least < least_known - 1e-6 else None
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
-        inner = self.model.sde.time_at_log_snr(self.sde.log_snr(exact(t)))
+        log_snr = self.sde.log_snr(exact(t))
+        inner = self.model.sde.time_at_log_snr(log_snr)
         # The ratio of the scales, which is that of the noises: finite where either is 0.
         inner_alpha, inner_sigma = self.model.sde.marginal(inner)
         scale = expand(((inner_alpha**2 + inner_sigma**2) / (alpha**2 + sigma**2)) ** 0.5, x)
         prediction = self.model.predict((x * scale).to(x.dtype), inner, **cond)
         fraction = prediction.log_var_fraction  # independent of the scale
-        return Prediction(x, prediction.x0, prediction.eps, alpha, sigma, log_var_fraction=fraction)
+        x0, eps = prediction.x0, prediction.eps
+        if self._least is not None:
+            noise = linear(1 / sigma, x, -alpha / sigma, x0)
+            faint = (log_snr < self._least).view(-1, *(1,) * (x.ndim - 1))
+            eps = torch.where(faint, noise, eps)
+        return Prediction(x, x0, eps, alpha, sigma, log_var_fraction=fraction)
 
 
 @torch.no_grad()

@@ -3,9 +3,23 @@
 from .adm import ADMUNet
 from .ddpm import DDPMUNet
 from .ddpmpp import DDPMpp
+from .dit import DiT
+from .edm2 import EDM2UNet
 from .fourier_input import FourierFeatures
 from .mlp import MLP
 from .ncsnpp import NCSNpp
 from .ncsnv2 import NCSNv2
+from .position_channels import PositionChannels
 
-__all__ = ["MLP", "ADMUNet", "DDPMUNet", "DDPMpp", "FourierFeatures", "NCSNpp", "NCSNv2"]
+__all__ = [
+    "MLP",
+    "ADMUNet",
+    "DDPMUNet",
+    "DDPMpp",
+    "DiT",
+    "EDM2UNet",
+    "FourierFeatures",
+    "NCSNpp",
+    "NCSNv2",
+    "PositionChannels",
+]

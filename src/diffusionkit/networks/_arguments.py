@@ -23,7 +23,7 @@ from .._checks import (
 )
 from .._hints import label_advice, layout_advice
 
-_MOST_CHANNELS = 2**20
+MOST_CHANNELS = 2**20
 # What is a number of modules takes seconds to build, and rather more would take days.
 _MOST = {"depth": 1000, "blocks": 1000, "dims": 3}
 _SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimension
@@ -32,7 +32,7 @@ _SPATIAL = {0: "", 1: "L", 2: "HW", 3: "DHW"}  # one letter per spatial dimensio
 def check_counts(**values: int) -> None:
     """Raise unless all named values are positive integers of a size that can be built."""
     for name, value in values.items():
-        check_count(value, name, most=_MOST.get(name, _MOST_CHANNELS))
+        check_count(value, name, most=_MOST.get(name, MOST_CHANNELS))
 
 
 def check_optional_counts(**values: int | None) -> None:
@@ -91,10 +91,10 @@ def check_layout(
         raise ValueError("multipliers: expected one entry per level, got none")
     for multiplier in multipliers:
         check_number(multiplier, "multipliers")
-        if not 1 <= width * multiplier <= _MOST_CHANNELS:
+        if not 1 <= width * multiplier <= MOST_CHANNELS:
             raise ValueError(
                 f"multipliers: expected at least one of {width} channels, and no more than "
-                f"{_MOST_CHANNELS}, got {multiplier!r:.40}"
+                f"{MOST_CHANNELS}, got {multiplier!r:.40}"
             )
     for level in attention_levels:
         check_count(level, "attention_levels", least=0)

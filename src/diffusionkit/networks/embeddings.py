@@ -12,17 +12,11 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .._checks import check_number, check_sequence
-from ._arguments import check_label_values, check_level_index, check_optional_counts
+from ._arguments import check_level_index, check_optional_counts
+from .exact_frequencies import ExactFrequencies, as_float
 from .layers import Style, linear
 
 LabelEmbedding = Literal["fourier", "fourier_linear", "positional"]
-
-
-def _as_float(noise_label: Tensor, *, log: bool = False) -> Tensor:
-    use = "embeds their logarithm" if log else "embeds them"
-    check_label_values(noise_label, use, positive=log)
-    # Labels reach 1e3, beyond the precision of half-precision angles.
-    return noise_label.to(torch.promote_types(noise_label.dtype, torch.float32))
 
 
 def _sines(angle: Tensor) -> Tensor:
@@ -67,7 +61,7 @@ class PositionalEmbedding(nn.Module):
     @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Map noise labels (B,) to features (B, features), in float64 or else float32."""
-        noise_label = _as_float(noise_label)
+        noise_label = as_float(noise_label)
         half = self.features // 2
         index = torch.arange(half, dtype=noise_label.dtype, device=noise_label.device)
         last = half - 1 if self.endpoint else half
@@ -75,15 +69,13 @@ class PositionalEmbedding(nn.Module):
         return _sines(angle)
 
 
-class FourierEmbedding(nn.Module):
+class FourierEmbedding(ExactFrequencies):
     r"""Sines and cosines of the noise label, or of its logarithm, at fixed random frequencies.
 
     .. math:: e(l) = [\sin(2 \pi w_i u), \cos(2 \pi w_i u)]_i, \qquad
         w_i \sim N(0, \mathrm{scale}^2), \quad u = \ln l \text{ or } l
 
-    all sines first. The frequencies are a parameter without a gradient: they are saved, loaded
-    and averaged with the network, but not trained. They stay in float32 when the network is
-    converted to half precision.
+    all sines first. The frequencies are fixed, see `ExactFrequencies`.
 
     Args:
         features: even number d of features, at least 4; there are d/2 frequencies.
@@ -99,58 +91,29 @@ class FourierEmbedding(nn.Module):
     2011.13456.
     """
 
-    _exact: Tensor
-
     def __init__(self, features: int, *, scale: float = 16.0, log: bool = True) -> None:
-        super().__init__()
         _check_features(features)
         if not 0 < scale < math.inf:
             raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+        super().__init__(features // 2)
         self.log = log
         self.scale = scale
-        self.frequencies = nn.Parameter(torch.empty(features // 2), requires_grad=False)
-        self.register_load_state_dict_post_hook(_keep_exact)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw new frequencies."""
-        self.frequencies.normal_().mul_(self.scale)
-        _keep_exact(self)
-
     @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # In half precision the angles would be wrong by whole radians.
-        exact = self.frequencies.data
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.frequencies.dtype.itemsize < exact.dtype.itemsize < 8:
-            self.frequencies.data = exact.to(self.frequencies.device)
-        device, kept = self.frequencies.device, self._exact
-        moved = torch.empty_like(kept, device=device) if kept.is_meta else kept.to(device)
-        self._exact = moved
-        return self
+    def _draw(self) -> None:
+        self.frequencies.normal_().mul_(self.scale)
 
     @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Map noise labels (B,), positive if `log`, to features (B, features)."""
-        noise_label = _as_float(noise_label, log=self.log)
-        frequencies = self.frequencies.to(noise_label.dtype)
-        if self.frequencies.dtype.itemsize < 4:  # rounded by what shards the network
-            same = self._exact.to(self.frequencies.dtype) == self.frequencies
-            frequencies = torch.where(same, self._exact.to(noise_label.dtype), frequencies)
+        noise_label = as_float(noise_label, log=self.log)
+        frequencies = self.exact(noise_label.dtype)
         # Angles reach hundreds, where rounding matters: multiply in the order of the released
         # networks that use each form.
         if self.log:
             return _sines(noise_label.log()[:, None] * frequencies * 2 * math.pi)
         return _sines(noise_label[:, None] * (2 * math.pi * frequencies))
-
-
-@torch.no_grad()
-def _keep_exact(embedding: FourierEmbedding, *_: object) -> None:
-    """Keep the frequencies of an embedding, all of them if they are sharded."""
-    frequencies = embedding.frequencies.detach()
-    whole = getattr(frequencies, "full_tensor", frequencies.clone)
-    embedding._exact = whole()
 
 
 class SignedLogEmbedding(nn.Module):
@@ -181,11 +144,23 @@ class SignedLogEmbedding(nn.Module):
     @override
     def forward(self, noise_label: Tensor) -> Tensor:
         """Map noise labels (B,) to features (B, features), in float64 or else float32."""
-        noise_label = _as_float(noise_label)
+        noise_label = as_float(noise_label)
         half = self.features // 2
         index = torch.arange(half, dtype=noise_label.dtype, device=noise_label.device)
         angle = noise_label.asinh()[:, None] * torch.exp2(index * (6 / (half - 1)) - 2)
         return _sines(angle)
+
+
+class _ClassEmbedding(nn.Embedding):
+    """A table of classes, drawn from a Gaussian."""
+
+    def __init__(self, classes: int, features: int, std: float) -> None:
+        self.std = std
+        super().__init__(classes, features)
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
 
 
 class ConditionEmbedding(nn.Module):
@@ -202,6 +177,7 @@ class ConditionEmbedding(nn.Module):
         num_classes: number of classes, or None.
         condition_features: size of the condition vector, or None.
         late_classes: whether the class embedding is added after both linear layers.
+        class_std: standard deviation of the class embedding at initialization.
         style: provides initializer and activation; None for fan-averaged and SiLU.
 
     Raises:
@@ -221,6 +197,7 @@ class ConditionEmbedding(nn.Module):
         num_classes: int | None = None,
         condition_features: int | None = None,
         late_classes: bool = False,
+        class_std: float = 1.0,
         style: Style | None = None,
     ) -> None:
         super().__init__()
@@ -234,7 +211,9 @@ class ConditionEmbedding(nn.Module):
         self.condition_features = condition_features
         self.late_classes = late_classes
         at = width if late_classes else features
-        self.classes = None if num_classes is None else nn.Embedding(num_classes, at)
+        self.classes: nn.Embedding | None = None
+        if num_classes is not None:
+            self.classes = _ClassEmbedding(num_classes, at, class_std)
         self.condition: nn.Linear | None = None
         if condition_features is not None:
             self.condition = nn.Linear(condition_features, features, bias=False)

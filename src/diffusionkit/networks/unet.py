@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,14 @@ from ._arguments import (
 )
 from .embeddings import ConditionEmbedding, FourierEmbedding, SigmaTable
 from .layers import Style, over_level
+from .mp_blocks import MPEmbedding
 
+Join: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def _concatenated(h: Tensor, skip: Tensor) -> Tensor:
+    return torch.cat([h, skip], dim=1)
 
 
 class Stage(nn.Module):
@@ -89,11 +95,13 @@ class DecoderLevel(nn.Module):
 
     Args:
         stages: the stages, in order.
+        concatenate: joins features and a skip along the channels.
     """
 
-    def __init__(self, stages: list[Stage]) -> None:
+    def __init__(self, stages: list[Stage], concatenate: Join = _concatenated) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
+        self.concatenate = concatenate
 
     @override
     def forward(self, h: Tensor, emb: Tensor | None, skips: list[Tensor]) -> Tensor:
@@ -105,7 +113,7 @@ class DecoderLevel(nn.Module):
             skips: features of the encoder; those used are popped off the end.
         """
         for stage in self.stages:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+            h = stage(self.concatenate(h, skips.pop()), emb)
         return h
 
 
@@ -130,12 +138,16 @@ class UNet(nn.Module):
         attention_levels: indices of the levels with attention; 0 is the full resolution.
         attend_all: whether attention follows every decoder block of those levels, or the last.
         embedding: embedding of noise label, class labels and condition, or None.
+        input_layer: makes the input convolution from the numbers of its input and output channels;
+            a convolution of the style by default.
         block: makes a block from the numbers of its input and output channels.
+        decoder_block: makes a middle block or one of the decoder, likewise; `block` by default.
         attention: makes an attention from the number of its channels and whether it is in the
             decoder, or returns None.
         down: makes a downsampling, a module called with features and embedding, from the number
             of its channels.
         up: makes an upsampling, likewise.
+        concatenate: joins features of the decoder and a skip along the channels.
         input_branch: makes one level of the input branch from the numbers of channels of branch
             and features, or None.
         output_branch: makes one level of the output branch from the numbers of channels of branch
@@ -167,11 +179,14 @@ class UNet(nn.Module):
         blocks: int,
         attention_levels: Sequence[int],
         attend_all: bool,
-        embedding: ConditionEmbedding | None,
+        embedding: ConditionEmbedding | MPEmbedding | None,
+        input_layer: Callable[[int, int], nn.Module] | None = None,
         block: Callable[[int, int], nn.Module],
+        decoder_block: Callable[[int, int], nn.Module] | None = None,
         attention: Callable[[int, bool], nn.Module | None],
         down: Callable[[int], nn.Module],
         up: Callable[[int], nn.Module],
+        concatenate: Join = _concatenated,
         input_branch: Callable[[int, int], nn.Module] | None = None,
         output_branch: Callable[[int | None, int], nn.Module] | None = None,
         head: Callable[[int], nn.Module] | None = None,
@@ -191,15 +206,24 @@ class UNet(nn.Module):
         self.embedding = embedding
         self.noise_level = noise_level
 
-        def stage(c: int, out: int, attend: bool, decoding: bool = False) -> Stage:
+        after = block if decoder_block is None else decoder_block
+
+        def stage(
+            c: int,
+            out: int,
+            attend: bool,
+            make: Callable[[int, int], nn.Module] = block,
+            *,
+            decoding: bool = False,
+        ) -> Stage:
             return Stage(
-                block(c, out),
+                make(c, out),
                 attention(out, decoding) if attend else None,
                 recompute=activation_checkpointing,
             )
 
         in_channels = channels + (low_res_channels or 0)
-        self.input = style.conv(in_channels, input_width)
+        self.input: Any = (input_layer or style.conv)(in_channels, input_width)
 
         c, skips, branch = input_width, [input_width], in_channels
         self.encoder, self.downs = nn.ModuleList(), nn.ModuleList()
@@ -219,7 +243,7 @@ class UNet(nn.Module):
                 c = width
             self.encoder.append(EncoderLevel(stages))
 
-        self.middle = nn.ModuleList([stage(c, c, True), stage(c, c, False)])
+        self.middle = nn.ModuleList([stage(c, c, True, after), stage(c, c, False, after)])
 
         above: int | None = None
         self.decoder, self.ups = nn.ModuleList(), nn.ModuleList()
@@ -230,9 +254,9 @@ class UNet(nn.Module):
             stages = []
             for i in range(blocks + 1):
                 attend = level in attention_levels and (attend_all or i == blocks)
-                stages.append(stage(c + skips.pop(), width, attend, decoding=True))
+                stages.append(stage(c + skips.pop(), width, attend, after, decoding=True))
                 c = width
-            self.decoder.append(DecoderLevel(stages))
+            self.decoder.append(DecoderLevel(stages, concatenate))
             if output_branch and self.output_branch is not None:
                 self.output_branch.append(output_branch(above, c))
                 above = c

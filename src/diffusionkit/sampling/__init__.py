@@ -8,7 +8,15 @@ from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
 from .encode import ddim_encode
 from .fitted_grid import FittedGrid
 from .grid_search import fit_grid
-from .grids import AYSGrid, ChainGrid, KarrasGrid, LogSNRGrid, QuadraticGrid, UniformGrid
+from .grids import (
+    AYSGrid,
+    ChainGrid,
+    KarrasGrid,
+    LogSNRGrid,
+    QuadraticGrid,
+    ShiftedGrid,
+    UniformGrid,
+)
 from .heun import Euler, Heun
 from .latent import slerp
 from .multistep import ExponentialAdams, MultistepPredictor
@@ -59,6 +67,7 @@ __all__ = [
     "Restart",
     "ReverseDiffusion",
     "SamplerState",
+    "ShiftedGrid",
     "StageCoefficients",
     "StepCoefficients",
     "StochasticHeun",

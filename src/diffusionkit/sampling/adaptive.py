@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from typing_extensions import override
 
 from .._checks import check_count, check_positive, check_step_times
 from .._coefficients import linear
-from .._grid_times import exact_times, grid_points
 from .._precision import at_least_float32
 from .._schedules import exact, schedule_dtype
 from ..distributed.gathered import gathered_weights
@@ -20,7 +18,7 @@ from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, rand
 from ..values import Prediction
 from .brownian import BrownianPath
-from .predictors import check_rates
+from .predictors import or_exact
 
 _FIRST = 0.01  # of T, the first step
 _SAFETY = 0.9
@@ -63,8 +61,7 @@ class AdaptiveSDE(Predictor):
 
     Raises:
         ValueError: unless the tolerances are positive and max_steps >= 1; in `step`, if max_steps
-            is too small or a prediction is not finite; in `prepare` and `step`, from a time
-            where alpha = 0 and the drift is infinite (read on the CPU only).
+            is too small or a prediction is not finite.
         TypeError: if a setting is not a number.
 
     Source: Jolicoeur-Martineau et al., Gotta Go Fast When Generating Data with Score-Based
@@ -88,13 +85,6 @@ class AdaptiveSDE(Predictor):
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_count(self.max_steps, "max_steps")
-
-    @override
-    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        points = grid_points(sde, times)
-        if points is not None:
-            starts = exact_times(points, times[0].device)[:-1]
-            check_rates(self, starts, *_reverse(sde, starts))
 
     @override
     def step(
@@ -143,7 +133,6 @@ class AdaptiveSDE(Predictor):
             first, last, last_mean, prediction = _proposals(model, x, t, to, path, cond)
             error = self._error(x, first, last)
             if not bool(torch.isfinite(error).all()):
-                check_rates(self, t, *_reverse(sde, t))
                 worst = t[~torch.isfinite(error)][0]
                 raise ValueError(
                     "model: expected finite predictions, got NaN or infinity in a step from "
@@ -152,6 +141,7 @@ class AdaptiveSDE(Predictor):
             accepted = left & (error <= 1)
             arrived = accepted & (to <= end)
             factor = (_SAFETY * error.clamp_min(1e-9) ** -_POWER).clamp(_LEAST, _MOST)
+            factor = torch.where(sde.marginal(t)[0] > 0, factor, 1.0)  # an exact step
             wanted = (t - to) * factor
             # The end cut the last step short; the next one may be longer.
             wanted = torch.where(arrived, torch.maximum(wanted, length), wanted)
@@ -192,15 +182,21 @@ def _where(rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _proposals(
     model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, path: NoisePath, cond: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Prediction]:
-    """Return x', x'' and x'' without its noise, each (B, *D), and the second prediction."""
+    """Return x', x'' and x'' without its noise, each (B, *D), and the second prediction.
+
+    From a time where alpha = 0, and the rates are infinite, both are an exact transition.
+    """
     noise, h = path.increment(x, model.sde, t, s), t - s
     p, q, g = _reverse(model.sde, t)
-    mean = model.predict(x, t, **cond).combine(x=1 - h * p, x0=-h * q)
-    first = linear(1.0, mean, g * h.sqrt(), noise)
+    c = or_exact(model.sde, t, s, 1 - h * p, -h * q, g * h.sqrt())
+    before = model.predict(x, t, **cond).combine(x=c.x, x0=c.x0)
+    first = linear(1.0, before, cast(Tensor, c.std), noise)
     p, q, g_s = _reverse(model.sde, s)
     prediction = model.predict(first, s, **cond)
-    mean = 0.5 * (mean + x + prediction.combine(x=-h * p, x0=-h * q))
-    return first, linear(1.0, mean, 0.5 * (g + g_s) * h.sqrt(), noise), mean, prediction
+    mean = 0.5 * (before + x + prediction.combine(x=-h * p, x0=-h * q))
+    last = linear(1.0, mean, 0.5 * (g + g_s) * h.sqrt(), noise)
+    exactly = model.sde.marginal(t)[0] == 0
+    return first, _where(exactly, first, last), _where(exactly, before, mean), prediction
 
 
 def _reverse(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import (
+    check_callable,
     check_choice,
     check_count,
     check_flag,
@@ -24,7 +25,8 @@ from .._checks import (
     check_positive,
     check_t_end,
 )
-from .._schedules import home, schedule_dtype
+from .._log_snr import LARGEST_RATIO, with_signal
+from .._schedules import home, schedule_dtype, shifted
 from ..interfaces import ForwardSDE
 from ..sde import Chain
 
@@ -73,10 +75,10 @@ class _SpacedGrid(abc.ABC):
         times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
             name = type(self).__name__
-            if float(sde.marginal(ends[:1])[0]) == 0.0:
+            if float(sde.marginal(ends[:1])[0]) == 0.0 and bool(times.isfinite().all()):
                 raise ValueError(
-                    f"sde: expected alpha(T) > 0 for {name}, got 0 at T = {sde.T:g}, where the "
-                    "log-SNR is -inf; use UniformGrid, or the steps of the chain"
+                    f"t_end: expected sigma / alpha < {LARGEST_RATIO:g} for {name}, which spaces "
+                    f"times from there where alpha(T) = 0, got {t_end}; use UniformGrid"
                 )
             raise ValueError(f"t_end: expected a time with noise for {name}, got {t_end}")
         return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
@@ -121,6 +123,8 @@ class QuadraticGrid(_SpacedGrid):
 class LogSNRGrid(_SpacedGrid):
     """Times equally spaced in log-SNR, the natural time of few-step solvers.
 
+    Where alpha(T) = 0 the first time is T, and the others are spaced from sigma / alpha = 160.
+
     Args:
         t_end: the last time, the SDE's t_stop by default.
         to_zero: whether the last step goes from t_end to 0.
@@ -131,7 +135,7 @@ class LogSNRGrid(_SpacedGrid):
 
     @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
-        l = sde.log_snr(ends)
+        l = with_signal(sde.log_snr(ends))
         return sde.time_at_log_snr(l[0] + u * (l[1] - l[0]))
 
 
@@ -139,7 +143,8 @@ class LogSNRGrid(_SpacedGrid):
 class KarrasGrid(_SpacedGrid):
     r"""EDM's grid: s^(1/rho) equally spaced, with s = sigma / alpha.
 
-    `KarrasGrid(to_zero=True)` with an `EDMSDE` is the paper's grid, N noise levels and zero.
+    `KarrasGrid(to_zero=True)` with an `EDMSDE` is the paper's grid, N noise levels and zero. Where
+    alpha(T) = 0 the first time is T, and the others are spaced from s = 160.
 
     Args:
         rho: the exponent; 1 is uniform in s, larger values take shorter steps near the data.
@@ -169,7 +174,7 @@ class KarrasGrid(_SpacedGrid):
 
 def karras_times(sde: ForwardSDE, ends: Tensor, u: Tensor, rho: float) -> Tensor:
     """Return times at fractions u (n,) between two ends (2,), equally spaced in s^(1/rho)."""
-    root = torch.exp(-0.5 / rho * sde.log_snr(ends))
+    root = torch.exp(-0.5 / rho * with_signal(sde.log_snr(ends)))
     return sde.time_at_log_snr(-2 * rho * torch.log(root[0] + u * (root[1] - root[0])))
 
 
@@ -222,7 +227,7 @@ class AYSGrid(_SpacedGrid):
         place = u * (len(share) - 1)
         below = place.floor().long().clamp(max=len(share) - 2)
         share = torch.lerp(share[below], share[below + 1], place - below)
-        l = sde.log_snr(ends)
+        l = with_signal(sde.log_snr(ends))
         return sde.time_at_log_snr(l[0] + share * (l[1] - l[0]))
 
 
@@ -276,6 +281,47 @@ class ChainGrid:
         index = (torch.arange(points) * ((len(levels) - 1) / (points - 1))).round().long()
         times = sde.time_at_log_snr(levels[index.to(levels.device)]).detach()
         return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
+
+
+@dataclass(frozen=True)
+class ShiftedGrid:
+    r"""The times of another grid, moved towards the noise: the shift for a higher resolution.
+
+    .. math::
+        t' = \frac{m t}{1 + (m - 1) t}
+
+    in units of T. On a `FlowMatchingSDE` it multiplies sigma / alpha by m. The end may be moved
+    too: with `UniformGrid(to_zero=True)` the last time is 0 and stays.
+
+    Args:
+        shift: m; 1 is no shift, above 1 more steps are taken at high noise.
+        grid: the grid whose times are shifted, a callable (sde, steps) -> times; `UniformGrid` by
+            default.
+
+    Raises:
+        ValueError: unless shift is finite and positive.
+        TypeError: if grid is not callable.
+
+    Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis,
+    2024, arXiv 2403.03206 (section 5.3.2).
+
+    >>> from diffusionkit import FlowMatchingSDE, ShiftedGrid, UniformGrid
+    >>> grid = ShiftedGrid(3.0, UniformGrid(t_end=0.0))
+    >>> [round(t, 2) for t in grid(FlowMatchingSDE(), 4).tolist()]
+    [1.0, 0.9, 0.75, 0.5, 0.0]
+    """
+
+    shift: float
+    grid: Grid = field(default_factory=UniformGrid)
+
+    def __post_init__(self) -> None:
+        check_positive(self.shift, "shift")
+        check_callable(self.grid, "grid")
+
+    def __call__(self, sde: ForwardSDE, steps: int) -> Tensor:
+        """Return decreasing times (steps + 1,) in float64."""
+        check_part(sde, ForwardSDE, "sde")
+        return shifted(resolve_grid(self.grid, sde, steps), self.shift, sde.T)
 
 
 def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_number, check_positive
+from .._checks import check_number, check_positive, readable
 from .._coefficients import Coefficient, linear
 from .._keywords import explained
 from .._precision import at_least_float32
@@ -30,7 +30,20 @@ def _slope(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return p and q, each (n,), of the probability flow dx/dt = p x + q (predicted data)."""
     alpha, sigma = sde.marginal(t)
     pull = 0.5 * (sde.diffusion(t) / sigma).square()
-    return sde.drift_coefficient(t) + pull, -pull * alpha
+    p, q = sde.drift_coefficient(t) + pull, -pull * alpha
+    if readable(alpha) and bool((ends := alpha == 0).any()):
+        # Drift and diffusion are infinite, but p = sigma' / sigma and q = alpha' - p alpha not.
+        (p_end, q_end), (_, further) = (_slope_before(sde, t, h) for h in (1.0, 2.0))
+        q_end = torch.where(q_end.abs() > 1.1 * further.abs(), -torch.inf, q_end)  # a pole
+        p, q = torch.where(ends, p_end, p), torch.where(ends, q_end, q)
+    return p, q
+
+
+def _slope_before(sde: ForwardSDE, t: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Return p and q at times (n,) where alpha = 0, by difference quotients over a small step."""
+    h = step * sde.T * math.sqrt(torch.finfo(t.dtype).eps)
+    (before, sigma_before), (_, sigma) = sde.marginal((t - h).clamp_min(0.0)), sde.marginal(t)
+    return (sigma - sigma_before) / (h * sigma), -before / h
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,9 @@ class Euler(LinearPredictor):
     .. math::
         x_s = x_t + (s - t) (f x_t - \tfrac12 g^2 \nabla \log p_t)
 
-    Order 1. In sigma / alpha as the time, Euler is `DDIM`; with an `EDMSDE` the two are the same.
+    Order 1. In sigma / alpha as the time, Euler is `DDIM`; with an `EDMSDE` the two are the same,
+    and with a `FlowMatchingSDE`, whose flow is dx/dt = eps - x0. Where alpha = 0 the slope is its
+    limit, alpha' x0 + sigma' eps.
 
     Raises:
         ValueError: in `prepare` and `step`, from a time where alpha = 0 and the slope is infinite
@@ -168,14 +183,14 @@ class Heun(TwoStagePredictor):
         """Return the state's scale, the std of the new noise and the raised time, each (n,)."""
         alpha, sigma = sde.marginal(t)
         ratio = sigma / alpha
-        some = (self.s_min <= ratio) & (ratio <= self.s_max) & (rate > 0)
+        some = (self.s_min <= ratio) & (ratio <= self.s_max) & (rate > 0) & (alpha > 0)
         # Within [0, T]. Times without new noise are kept: the inverse would round them.
         raised = sde.time_at_log_snr(-2 * torch.log(ratio * (1 + rate)))
         t = torch.where(some, raised, t)
         alpha_hat, sigma_hat = sde.marginal(t)
         new = ((sigma_hat / alpha_hat).square() - ratio.square()).clamp_min(0.0)
         noise = torch.where(some, alpha_hat * torch.sqrt(new) * self.s_noise, 0.0)
-        return alpha_hat / alpha, noise, t
+        return torch.where(some, alpha_hat / alpha, 1.0), noise, t
 
     @override
     def step(

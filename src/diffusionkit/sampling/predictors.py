@@ -150,6 +150,22 @@ class LinearPredictor(TabulatedPredictor[StepCoefficients]):
         return c.std
 
 
+def or_exact(
+    sde: ForwardSDE, t: Tensor, s: Tensor, x: Tensor, x0: Tensor, std: Tensor
+) -> StepCoefficients:
+    """Return coefficients (n,) of the reverse SDE, where alpha(t) = 0 those of its transition.
+
+    There the rates are infinite, but the state is noise alone, so that x_s = alpha_s x0 + sigma_s z
+    is exact.
+    """
+    (alpha_s, sigma_s), noise = sde.marginal(s), sde.marginal(t)[0] == 0
+    return StepCoefficients(
+        torch.where(noise, 0.0, x),
+        torch.where(noise, alpha_s, x0),
+        torch.where(noise, sigma_s, std),
+    )
+
+
 @dataclass(frozen=True)
 class EulerMaruyama(LinearPredictor):
     r"""One Euler-Maruyama step of the reverse SDE.
@@ -157,11 +173,8 @@ class EulerMaruyama(LinearPredictor):
     .. math::
         x_s = x_t - (f x_t - g^2 \nabla \log p_t)(t - s) + g \sqrt{t - s}\, z
 
-    Weak order 1.
-
-    Raises:
-        ValueError: in `prepare` and `step`, from a time where alpha = 0 and the drift is infinite
-            (read on the CPU only).
+    Weak order 1. From a time where alpha = 0, and the drift is infinite, the step is the exact
+    transition given the predicted data, that of `Ancestral`.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456.
     """
@@ -171,9 +184,8 @@ class EulerMaruyama(LinearPredictor):
         alpha, sigma = sde.marginal(t)
         g, length = sde.diffusion(t), t - s
         pull = (g / sigma).square() * length
-        return StepCoefficients(
-            1 - sde.drift_coefficient(t) * length - pull, pull * alpha, g * torch.sqrt(length)
-        )
+        kept = 1 - sde.drift_coefficient(t) * length - pull
+        return or_exact(sde, t, s, kept, pull * alpha, g * torch.sqrt(length))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from .chain import Chain
 from .ddpm_chain import DDPMChain
 from .edm import EDMSDE
+from .flow_matching import FlowMatchingSDE
 from .learned import LearnedSDE, LogSNRSDE
 from .smld_chain import SMLDChain
 from .subvp import SubVPSDE
@@ -15,6 +16,7 @@ __all__ = [
     "VPSDE",
     "Chain",
     "DDPMChain",
+    "FlowMatchingSDE",
     "LearnedSDE",
     "LogSNRSDE",
     "SMLDChain",

@@ -190,5 +190,7 @@ def _values(function: Callable[..., Any], *args: Any) -> list[float]:
 def _parameterization(model: Any, sde: ForwardSDE) -> list[float]:
     """Return the coefficients of a model's output and the scale of its network's input."""
     alpha, sigma = sde.marginal(_times(sde))
-    scaled = model.scale_input(torch.ones_like(alpha).unsqueeze(1), alpha, sigma).squeeze(1)
+    own = getattr(model, "sigma_data", None)
+    ones = torch.ones_like(alpha).unsqueeze(1).expand(-1, len(own) if isinstance(own, tuple) else 1)
+    scaled = model.scale_input(ones, alpha, sigma).unbind(1)
     return _values(model.parameterization, alpha, sigma) + _values(lambda: scaled)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._schedules import exact, home
+from .._sigma_data import over_channels
 from ..interfaces import ForwardSDE, Weighting
 from ..values import Prediction
 
@@ -33,6 +34,23 @@ def output_weights(
     weights, factor = weighting(sde, t), prediction.noise_factor()
     plain = not isinstance(factor, Tensor) and factor == 1.0
     return weights if plain else exact(weights) * factor**2
+
+
+def channel_weighted(squares: Tensor, weighting: Weighting, sde: ForwardSDE, t: Tensor) -> Tensor:
+    """Return squared errors (B, *D), weighted by channel if the weighting has `per_channel`.
+
+    It returns weights (B, C) relative to those of its call, or None.
+    """
+    function = getattr(weighting, "per_channel", None)
+    weights = None if function is None else function(sde, t)
+    if weights is None:
+        return squares
+    if squares.ndim < 2 or weights.shape != squares.shape[:2]:
+        raise ValueError(
+            f"weighting: expected weights of {tuple(squares.shape[:2])} channels of the data, got "
+            f"{tuple(weights.shape)} from {weighting}"
+        )
+    return squares * over_channels(weights, squares)
 
 
 def limits(

@@ -88,7 +88,8 @@ def held_out_loss(
         transform: maps a batch of items to the data x0 of the model, for example from levels of
             images to [-1, 1].
         cond: conditions passed to the objective, tensors (N, ...), batched with the data, or
-            (1, ...) for one that all items have.
+            (1, ...) for one that all items have; with a `mask` the loss of an item is the mean
+            over the elements that it keeps, as in training.
         draws: the number of times and noises for each item.
         batch_size: the number of items evaluated at once.
         seed: the random seed.

@@ -18,14 +18,14 @@ from .._checks import (
 )
 from .._data_range import check_range, check_training_data
 from .._keywords import explained
+from .._masks import common, masked, mean, total
 from .._model_checks import check_model
 from .._repr import Described
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
 from ..values import Prediction
-from ._masks import masked, mean, total
-from ._output_weights import limits, output_weights, reaches_noise
+from ._output_weights import channel_weighted, limits, output_weights, reaches_noise
 from .targets import DenoisingTarget
 from .times import UniformTimes, times_and_weights
 from .weighting import LikelihoodWeighting, SimpleWeighting
@@ -151,17 +151,19 @@ class ScoreMatching(Described):
             reference_class_labels: the class labels (n,) of the reference data.
             mask: booleans or weights >= 0 of the elements, (B, *D) or with sizes of 1, such as
                 (B, 1, H, W): the loss is sum(mask * error^2) / sum(mask). The data are set to 0
-                where it is 0, whatever their value, NaN included.
+                where it is 0, whatever their value, NaN included. With reference data, one mask
+                for all samples, (1, *D): the target is then that of the elements it keeps.
             t: times (B,), in [0, T], with weight 1; drawn from the time sampler by default.
             generator: the generator of times and noise.
             cond: conditions, passed to the model and to the target.
 
         Raises:
             ValueError: if the batch is empty, not finite or outside the model's data_range; the
-                shapes, dtypes or devices of data and reference differ; a mask has no entry > 0; a
-                part returns another shape than the interface's; the loss is infinite although
-                the model's output is not; or its network is trained by a DistributedDataParallel
-                that the model does not call.
+                shapes, dtypes or devices of data and reference differ; a mask has no entry > 0, or
+                differs between samples although there are reference data; a part returns another
+                shape than the interface's; the loss is infinite although the model's output is
+                not; or its network is trained by a DistributedDataParallel that the model does not
+                call.
             TypeError: if x0 is not a floating-point tensor, model is not a ScoreModel, or is
                 wrapped where its network should be.
         """
@@ -170,17 +172,14 @@ class ScoreMatching(Described):
         check_state(x0, "x0")
         if mask is not None:
             if reference is not None:
-                raise ValueError(
-                    "mask: expected no mask with reference data, whose distances from the state "
-                    "count every element, got both"
-                )
+                reference = common(mask, reference)
             mask, x0 = masked(mask, x0)
         check_finite(x0, "x0")
         check_training_data(x0, model, mask)
         cond = for_batch(cond, len(x0))
         if reference is not None:
             check_reference(reference, x0)
-            check_range(reference, model, "reference")
+            check_range(reference, model, "reference", None if mask is None else mask[:1])
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
         sample = sde.perturb(x0, t, generator=generator)
@@ -190,7 +189,7 @@ class ScoreMatching(Described):
         target = self.target(sample, reference, **target_cond)
         prediction = model.predict(sample.x, t, **cond)
         error = prediction.output_error(target)
-        squares = mean(error.square(), mask)
+        squares = mean(channel_weighted(error.square(), self.weighting, sde, t), mask)
         weights = output_weights(self.weighting, sde, prediction, t)
         loss = squares * weights.to(squares.dtype)
         if self._may_be_infinite(loss, sde):

@@ -22,7 +22,7 @@ from .._checks import (
     check_times,
     readable,
 )
-from .._coefficients import Coefficient
+from .._log_snr import LogSNRSpan
 from .._schedules import home, schedule_dtype
 from ..distributed._group import first_of_all, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
@@ -154,7 +154,9 @@ class ImportanceTimes(TimeSampler):
         \text{weight } \frac{Z \sigma^2}{(T - t_{min}) g^2}
 
     The weight keeps the expected loss that of uniform times. It cancels `LikelihoodWeighting`, so
-    that all times have the same weight and the loss has far less variance.
+    that all times have the same weight and the loss has far less variance. Where alpha(T) = 0 and Z
+    is infinite, the density falls in proportion to alpha / sigma beyond sigma / alpha = 160, and
+    the weight is that of this density.
 
     Args:
         stratified: whether the times of a batch are evenly spaced with one random shift, as those
@@ -179,7 +181,8 @@ class ImportanceTimes(TimeSampler):
         Raises:
             ValueError: if Z is infinite: sigma(t_min) or alpha(T) is 0.
         """
-        first, last = map(float, self._ends(sde, None))
+        span = self._span(sde, None)
+        first, last = float(span.first), float(span.last)
         check_log_snr((first, last), sde.t_min, sde.T)
         return first - last
 
@@ -199,34 +202,32 @@ class ImportanceTimes(TimeSampler):
             u = _stratified(n, generator, device, exactly, self)
         else:
             u = rand(n, generator=generator, device=device, dtype=exactly)
-        ends = self._ends(sde, device)
-        t = self._at(sde, u, ends)
+        span = self._span(sde, device)
+        t = self._at(sde, u, span)
         rate = (sde.diffusion(t) / sde.marginal(t)[1]).square().detach()
-        weight = (ends[0] - ends[1]) / ((sde.T - sde.t_min) * rate)
+        rate = rate * span.share(sde.log_snr(t).detach())
+        weight = span.length / ((sde.T - sde.t_min) * rate)
         return t.to(dtype or exactly), weight.to(dtype or exactly)
 
     def quantile(self, sde: ForwardSDE, u: Tensor) -> Tensor:
         """Return the times (n,) below which a fraction u (n,) of the distribution lies."""
-        return self._at(sde, u, self._ends(sde, u.device))
+        return self._at(sde, u, self._span(sde, u.device))
 
-    def _at(self, sde: ForwardSDE, u: Tensor, ends: tuple[Coefficient, Coefficient]) -> Tensor:
-        first, last = ends
-        return sde.time_at_log_snr(first + (last - first) * u).clamp(sde.t_min, sde.T)
+    def _at(self, sde: ForwardSDE, u: Tensor, span: LogSNRSpan) -> Tensor:
+        return sde.time_at_log_snr(span.at(u)).clamp(sde.t_min, sde.T)
 
-    def _ends(
-        self, sde: ForwardSDE, device: torch.device | str | None
-    ) -> tuple[Coefficient, Coefficient]:
-        """Return the log-SNR at t_min and T, floats where reading them is free."""
+    def _span(self, sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
+        """Return the log-SNRs from t_min to T, floats where reading them is free."""
         here = home(sde)
         if torch.compiler.is_compiling() and here.type == "cpu":
             here = torch.device(device or "cpu")
         at = torch.linspace(sde.t_min, sde.T, 2, dtype=schedule_dtype(here), device=here)
         ends = sde.log_snr(at).detach()
         if not readable(ends):
-            return ends[0], ends[1]
-        first, last = ends.tolist()
-        check_log_snr((first, last), sde.t_min, sde.T)
-        return first, last
+            return LogSNRSpan(ends[0], ends[1])
+        span = LogSNRSpan(*ends.tolist())
+        check_log_snr((ends[0].item(), float(span.floor)), sde.t_min, sde.T)
+        return span
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing_extensions import override
 from .._chain_terms import chain_length, step_nats
 from .._checks import check_finite, check_part, check_positive, check_state, readable
 from .._data_range import check_training_data
+from .._masks import masked, mean, total, zeroed
 from .._repr import Described
 from ..decoders import GaussianDecoder
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import Perturbed, ScoreModel, TimeSampler
 from ..random import Generators
 from ..values import Prediction
-from ._masks import masked, mean, total
 from .discrete_times import DiscreteTimes
 from .times import times_and_weights
 
@@ -52,7 +52,7 @@ class _ChainObjective(Described, abc.ABC):
             model: the score model; `model.sde` is a discrete chain.
             x0: the data (B, *D), on the decoder's levels.
             mask: booleans or weights >= 0 of the elements, (B, *D) or with sizes of 1: the loss is
-                the mean over them. The data are on a level where it is 0, whatever their value.
+                the mean over them. The data are set to 0 where it is 0, whatever their value.
             t: times (B,) of steps, with weight 1; drawn from the time sampler by default.
             generator: the generator of times and noise.
             cond: conditions, passed to the model.
@@ -71,6 +71,7 @@ class _ChainObjective(Described, abc.ABC):
         check_finite(x0, "x0")
         check_training_data(x0, model, mask)
         self.decoder.check(x0)
+        x0 = zeroed(x0, mask)
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
         point = (t * count).round()

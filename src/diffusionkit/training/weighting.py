@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from .._checks import check_positive, check_times
 from .._schedules import within
+from .._sigma_data import SigmaData, as_sigma_data, overall, spread
 from ..interfaces import ForwardSDE, Weighting
 
 
@@ -61,23 +62,48 @@ class EDMWeighting(Weighting):
 
     On the squared error of x0 this is EDM's (s^2 + sd^2) / (s sd)^2.
 
+    With one standard deviation for each channel, the weights are those of their root mean square,
+    and objectives multiply them by `per_channel`.
+
     Args:
-        sigma_data: sd, the standard deviation of the data.
+        sigma_data: sd, the standard deviation of the data; or one for each channel, as in
+            `EDMModel`.
+
+    Raises:
+        ValueError: unless sigma_data is finite and positive.
+        TypeError: if it is not a number, a sequence or a tensor.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022,
     arXiv 2206.00364 (table 1).
     """
 
-    sigma_data: float = 0.5
+    sigma_data: SigmaData = 0.5
 
     def __post_init__(self) -> None:
-        check_positive(self.sigma_data, "sigma_data")
+        object.__setattr__(self, "sigma_data", as_sigma_data(self.sigma_data))
 
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
         alpha, sigma = sde.marginal(within(t, sde.T))
-        return (1 + (sigma / alpha / self.sigma_data).square()).to(t.dtype)
+        deviation = overall(as_sigma_data(self.sigma_data))
+        return (1 + (sigma / alpha / deviation).square()).to(t.dtype)
+
+    def per_channel(self, sde: ForwardSDE, t: Tensor) -> Tensor | None:
+        r"""Return the weights (B, C) of channels over that of all, None for one sigma_data.
+
+        .. math::
+            \frac{1 + s^2 / sd_c^2}{1 + s^2 / sd^2}
+        """
+        sigma_data = as_sigma_data(self.sigma_data)
+        if not isinstance(sigma_data, tuple):
+            return None
+        check_times(t, sde.T)
+        kernel = sde.marginal(within(t, sde.T))
+        one = overall(sigma_data)
+        ratio = spread(*kernel, sigma_data) / spread(*kernel, (one,))
+        own = ratio.new_tensor(sigma_data)
+        return (ratio * (one / own)).square()
 
 
 @dataclass(frozen=True)
@@ -103,3 +129,27 @@ class MinSNRWeighting(Weighting):
         check_times(t, sde.T)
         alpha, sigma = sde.marginal(within(t, sde.T))
         return (self.gamma * (sigma / alpha).square()).clamp_max(1.0).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class VelocityWeighting(Weighting):
+    r"""Weight ((alpha + sigma) / alpha)^2: weight 1 of the squared error of eps - x0.
+
+    The loss of flow matching: with it `ScoreMatching` is the mean of |F - (eps - x0)|^2 for a
+    `VelocityModel`, and the same function of data and noise for every other model. Infinite at
+    alpha = 0, where the objective takes the limit.
+
+    Source: Lipman et al., Flow Matching for Generative Modeling, 2023, arXiv 2210.02747; Liu et
+    al., Flow Straight and Fast, 2023, arXiv 2209.03003.
+
+    >>> import torch
+    >>> from diffusionkit import FlowMatchingSDE, VelocityWeighting
+    >>> VelocityWeighting()(FlowMatchingSDE(), torch.tensor([0.0, 0.5]))
+    tensor([1., 4.])
+    """
+
+    @override
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        check_times(t, sde.T)
+        alpha, sigma = sde.marginal(within(t, sde.T))
+        return (1 + sigma / alpha).square().to(t.dtype)

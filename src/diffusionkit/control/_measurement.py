@@ -1,0 +1,260 @@
+r"""Guidance by measurements with Gaussian noise, given a covariance of the predicted data.
+
+A sample's residual is multiplied by the inverse of its covariance, which is never formed:
+conjugate gradients need its products only.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from .._checks import (
+    check_callable,
+    check_count,
+    check_finite,
+    check_known,
+    check_number,
+    check_positive,
+    check_state,
+    readable,
+)
+from .._coefficients import Coefficient, expand
+from .._grid_times import kernel
+from .._precision import at_least_float32
+from ..interfaces import ScoreModel
+from ..random import randn_like
+from ..values import Prediction
+from ._guided import GuidedModel, gradient, shape_or_type
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The measurements of predicted data, with their graph.
+
+    Args:
+        x0: the predicted data (B, *D).
+        y: their measurements (B, *E).
+        backward: maps v (B, *E) to its product with the Jacobian of y by the state, (B, *D).
+        alpha: the scale of the data, (B,) or a float.
+        sigma: the standard deviation of the noise, (B,) or a float.
+        keep: whether products are differentiated in turn.
+    """
+
+    x0: Tensor
+    y: Tensor
+    backward: Linear
+    alpha: Coefficient
+    sigma: Coefficient
+    keep: bool
+
+    def covariance(self, v: Tensor) -> Tensor:
+        """Return C J^T v (B, *D) with C the covariance of the data that the model implies."""
+        return times(self.sigma * (self.sigma / self.alpha), self.backward(v))
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        """Return J^T v (B, *D)."""
+        return gradient(self.y, self.x0, "operator", along=v.to(self.y.dtype), keep=self.keep)
+
+
+class MeasurementGuidance(GuidedModel):
+    r"""A model guided by a measurement y = A(x0) + noise, x0 given x being Gaussian.
+
+    .. math::
+        s(x, t) = \nabla \log p_t(x) +
+        \nabla_x \hat x_0^\top J^\top S^{-1} (y - A(\hat x_0)), \quad
+        S = \mathrm{diag}(\tau^2) + J C J^\top
+
+    with J the Jacobian of A at the predicted data. A subclass defines the products with J C J^T.
+    """
+
+    y: Tensor
+    noise_std: float | Tensor
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        operator: Linear,
+        y: Tensor,
+        noise_std: float | Tensor,
+        iterations: int,
+        tolerance: float,
+    ) -> None:
+        """Keep the measurement."""
+        super().__init__(model)
+        check_callable(operator, "operator")
+        check_state(y, "y")
+        check_finite(y, "y")
+        _check_noise(noise_std, y)
+        check_count(iterations, "iterations")
+        check_positive(tolerance, "tolerance")
+        self.operator = operator
+        self.register_buffer("y", y.detach())
+        if isinstance(noise_std, Tensor):
+            self.register_buffer("noise_std", noise_std.detach())
+        else:
+            self.noise_std = noise_std
+        self.iterations = iterations
+        self.tolerance = tolerance
+
+    @abc.abstractmethod
+    def _spread(self, at: Measured) -> Linear:
+        """Return the function v -> J C J^T v of vectors v (B, *E)."""
+
+    def _checked(self, x: Tensor) -> None:
+        """Check the operator with data like a state x (B, *D)."""
+
+    @override
+    def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
+        inside, at = self._with_signal(x, t)
+        with self._differentiable(inside, at, cond) as (leaf, time, saved, keep):
+            prediction = self.model.predict(leaf, time, **saved)
+            alpha, sigma = kernel(self.sde, inside, at)
+            x0 = prediction.x0
+            predicted = self.operator(x0)
+            self._check(predicted, leaf)
+            self._checked(leaf)
+            factor = self._factor(leaf, alpha, sigma)
+
+            def backward(v: Tensor) -> Tensor:
+                v = v.to(predicted.dtype)
+                return gradient(predicted, leaf, "operator", along=v, factor=factor, keep=keep)
+
+            with torch.set_grad_enabled(keep):
+                residual = at_least_float32(self.y.to(predicted) - predicted)
+                spread = self._spread(Measured(x0, predicted, backward, alpha, sigma, keep))
+                noise = self.noise_std
+                noise = noise.to(residual) if isinstance(noise, Tensor) else noise
+
+                def covariance(v: Tensor) -> Tensor:
+                    return noise**2 * v + spread(v).to(v.dtype)
+
+                solved = conjugate_gradients(
+                    covariance, residual, iterations=self.iterations, tolerance=self.tolerance
+                )
+                grad = backward(solved)
+        if at is not t:
+            prediction = self.model.predict(x, t, **cond)
+        return self._shifted(prediction, x, t, grad, at)
+
+    def _check(self, predicted: Any, x: Tensor) -> None:
+        expected = (len(x), *self.y.shape[1:])
+        if not isinstance(predicted, Tensor) or predicted.shape != expected:
+            raise ValueError(
+                f"operator: expected measurements of the shape of y, {expected}, "
+                f"got {shape_or_type(predicted)}"
+            )
+        if len(self.y) not in (1, len(x)):
+            raise ValueError(
+                f"y: expected one measurement, or one for each of the {len(x)} samples, "
+                f"got {len(self.y)}"
+            )
+
+
+class LinearMeasurementGuidance(MeasurementGuidance):
+    """The same with an operator that must be linear."""
+
+    _known_linear = False
+
+    @override
+    def _checked(self, x: Tensor) -> None:
+        # Only once, as it makes the host wait for a device.
+        if not self._known_linear and readable(torch.empty(0)):
+            check_linear(self.operator, x)
+            self._known_linear = True
+
+
+def _check_noise(noise_std: float | Tensor, y: Tensor) -> None:
+    """Raise unless a standard deviation is a number >= 0, or a tensor of them that fits y."""
+    if not isinstance(noise_std, Tensor):
+        check_number(noise_std, "noise_std")
+        if not (math.isfinite(noise_std) and noise_std >= 0):
+            raise ValueError(f"noise_std: expected a finite number >= 0, got {noise_std}")
+        return
+    check_state(noise_std, "noise_std")
+    check_known(noise_std, "noise_std")
+    check_finite(noise_std, "noise_std")
+    sizes = list(zip(reversed(noise_std.shape), reversed(y.shape), strict=False))
+    if noise_std.ndim > y.ndim or any(n not in (1, m) for n, m in sizes):
+        raise ValueError(
+            f"noise_std: expected a shape that broadcasts to that of y, {tuple(y.shape)}, "
+            f"got {tuple(noise_std.shape)}"
+        )
+    if readable(noise_std) and bool((noise_std < 0).any()):
+        raise ValueError(f"noise_std: expected numbers >= 0, got {float(noise_std.min()):g}")
+
+
+@torch.no_grad()
+def check_linear(operator: Linear, like: Tensor) -> None:
+    """Raise unless A 0 = 0 and A (u + v) = A u + A v, within rounding, for random data.
+
+    Args:
+        operator: A.
+        like: data (B, *D) of the shape, dtype and device to use.
+
+    Raises:
+        ValueError: if one of the two does not hold.
+    """
+    generator = torch.Generator().manual_seed(0)
+    u, v = (randn_like(like, generator) for _ in range(2))
+    parts = operator(u) + operator(v)
+    size = float(parts.float().norm())
+    for what, off in (
+        ("A 0 = 0", operator(torch.zeros_like(like))),
+        ("A (u + v) = A u + A v", operator(u + v) - parts),
+    ):
+        error = float(off.float().norm())
+        # Written so that a NaN fails. The factor 4 allows for convolutions in TF32 on GPUs.
+        if not error <= 4 * torch.finfo(like.dtype).eps ** 0.5 * size:
+            raise ValueError(
+                f"operator: expected a linear function, with {what}, "
+                f"got a difference of norm {error:.1e} where A u + A v is {size:.1e}"
+            )
+
+
+def times(factor: Coefficient, x: Tensor) -> Tensor:
+    """Return the product of a coefficient and data (B, *D), in the dtype of the data."""
+    return (x * expand(factor, x)).to(x.dtype)
+
+
+def conjugate_gradients(matrix: Linear, b: Tensor, *, iterations: int, tolerance: float) -> Tensor:
+    """Solve matrix(v) = b (B, *E), a separate positive definite system for each sample.
+
+    A sample's solution is final once its residual is below tolerance times the norm of b, or the
+    matrix turns out not to be positive definite, so it does not depend on the other samples.
+
+    Args:
+        matrix: maps vectors (B, *E) to their products.
+        b: the right-hand sides (B, *E).
+        iterations: the maximum number of iterations.
+        tolerance: the relative residual to stop at.
+    """
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).reshape(len(u), -1).sum(1).view(-1, *(1,) * (u.ndim - 1))
+
+    v, r, p = torch.zeros_like(b), b, b
+    size = dot(r, r)
+    goal = tolerance**2 * size
+    for _ in range(iterations):
+        going = size > goal
+        if not bool(going.any()):
+            break
+        q = matrix(p)
+        curvature = dot(p, q)
+        going = going & (curvature > 0)
+        step = torch.where(going, size / torch.where(going, curvature, 1.0), 0.0)
+        v, r = v + step * p, r - step * q
+        new = dot(r, r)
+        p = r + torch.where(going, new / torch.where(going, size, 1.0), 0.0) * p
+        size = torch.where(going, new, 0.0)
+    return v
