@@ -292,6 +292,7 @@ for part, name in {
     "VESDE": "sigma_min", "EDMSDE": "sigma_min", "VPSDE": "beta_min", "SubVPSDE": "beta_max",
     "EDMWeighting": "sigma_data", "MinSNRWeighting": "gamma", "LogNormalTimes": "std",
     "Langevin": "snr", "AnnealedLangevin": "snr", "KarrasGrid": "rho", "TimeLabel": "scale",
+    "ReverseTimeLabel": "scale",
     "LogSigmaLabel": "scale",
 }.items():  # fmt: skip
     for value in (0.0, -0.5, math.nan, math.inf):

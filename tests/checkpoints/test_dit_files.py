@@ -1,4 +1,4 @@
-"""Checkpoints of DiT: outputs of the released network, its chain, and files that are refused."""
+"""Checkpoints of DiT and SiT: outputs of the released networks, and files that are refused."""
 
 import argparse
 from collections import OrderedDict
@@ -9,15 +9,19 @@ import torch
 from support.released import DIT, assert_released, dit_inputs, dit_weights
 
 from diffusionkit import (
+    DDIM,
     Ancestral,
     CheckpointError,
     ClassifierFreeGuidance,
     DDPMChain,
     EpsModel,
+    FlowMatchingSDE,
     PCSampler,
+    ReverseTimeLabel,
     StepLabel,
+    VelocityModel,
 )
-from diffusionkit.checkpoints import load_dit
+from diffusionkit.checkpoints import load_dit, load_sit
 
 CASES = list(DIT)
 HEADS = {case: DIT[case]["kwargs"]["num_heads"] for case in CASES}
@@ -143,3 +147,62 @@ def test_tables_of_positions_are_compared(given) -> None:
 def test_foreign_files_are_refused(given, change) -> None:
     with pytest.raises(CheckpointError, match=r"expected|missing|unexpected"):
         loaded(given, change(dit_weights("dit_learned")))
+
+
+# What SiT returns at its times 0, .25 and 1: of noise, of a state between, and of data.
+FLOW = DIT["dit_learned"]["flow"]
+
+
+def test_sit_predicts_the_velocity_of_the_release_with_time_turned(given) -> None:
+    model = load_sit(given(dit_weights("dit_learned")), heads=4)
+    assert type(model) is VelocityModel
+    assert (type(model.sde), model.label) == (FlowMatchingSDE, ReverseTimeLabel())
+    assert not model.training
+    x, _, classes = dit_inputs("dit_learned")
+    t = torch.tensor([1.0, 0.75, 0.0])
+    with torch.no_grad():
+        prediction = model.predict(x, t, class_labels=classes)
+    released = prediction.x0 - prediction.eps  # the release moves from the noise to the data
+    assert_released(released, FLOW, tolerance=1e-5)
+    assert model.network.config["learn_sigma"] is False
+
+
+def test_a_step_of_sit_is_a_step_of_euler_in_the_release(given) -> None:
+    """It goes from the noise, at its time 0, to .25: x + .25 u."""
+    model = load_sit(given(dit_weights("dit_learned")), heads=4)
+    x, _, classes = dit_inputs("dit_learned")
+    one, label = x[:1], classes[:1]
+    sampler = PCSampler(model, DDIM(), grid=torch.tensor([1.0, 0.75]), denoise=False)
+    moved = sampler(one, class_labels=label)
+    assert_released((moved - one) / 0.25, FLOW[:1], tolerance=1e-4)
+
+
+def trained(**options: Any) -> dict[str, Any]:
+    tensors = dit_weights("dit_learned")
+    return {"model": tensors, "ema": tensors, "args": argparse.Namespace(**options)}
+
+
+def test_checkpoints_of_sit_and_dit_are_told_apart(tmp_path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(trained(model="SiT-XL/2", path_type="Linear", prediction="velocity"), path)
+    load_sit(path, heads=4)
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint of DiT, .* use load_sit"):
+        load_dit(path, heads=4)
+    torch.save(trained(model="DiT-XL/2"), path)
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint of SiT, .* use load_dit"):
+        load_sit(path, heads=4)
+    for path_type, prediction, match in [
+        ("VP", "velocity", "path_type: expected 'Linear', got 'VP'"),
+        ("Linear", "noise", "prediction: expected 'velocity', got 'noise'"),
+    ]:
+        torch.save(trained(path_type=path_type, prediction=prediction), path)
+        with pytest.raises(CheckpointError, match=match):
+            load_sit(path, heads=4)
+
+
+def test_sit_without_a_second_half(given) -> None:
+    model = load_sit(given(dit_weights("dit_fixed")), heads=3)
+    plain = load_dit(given(dit_weights("dit_fixed")), heads=3)
+    inputs = dit_inputs("dit_fixed")
+    with torch.no_grad():
+        assert torch.equal(model.network(*inputs), -plain.network(*inputs))

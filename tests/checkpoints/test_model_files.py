@@ -46,6 +46,7 @@ from diffusionkit import (
     PCSampler,
     PseudoinverseGuidance,
     RawScoreModel,
+    ReverseTimeLabel,
     ScaledScoreModel,
     ScheduleTransformedModel,
     SigmaLabel,
@@ -282,6 +283,7 @@ def test_every_class_of_models_is_tested() -> None:
 
 LABELS = [
     TimeLabel(3.5),
+    ReverseTimeLabel(2.0),
     SigmaLabel(),
     LogSigmaLabel(0.3, reference=2.0),
     StepLabel(25, 4.0),
@@ -289,7 +291,7 @@ LABELS = [
 ]
 
 
-VARIANCES = ["learned", "learned_range", "fixed_small", "fixed_large", None]
+VARIANCES = [None, "learned", "learned_range", "fixed_small", "fixed_large", None]
 
 
 @pytest.mark.parametrize(("label", "variance"), [*zip(LABELS, VARIANCES, strict=True)], ids=str)

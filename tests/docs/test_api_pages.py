@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import diffusionkit
+import diffusionkit.calibration
 import diffusionkit.checkpoints
 import diffusionkit.control
 import diffusionkit.data
@@ -39,6 +40,7 @@ def documented() -> list[str]:
 def public() -> list[str]:
     modules = (
         diffusionkit,
+        diffusionkit.calibration,
         diffusionkit.checkpoints,
         diffusionkit.control,
         diffusionkit.data,

@@ -18,6 +18,7 @@ from diffusionkit import (
     LikelihoodWeighting,
     LogSigmaLabel,
     PCSampler,
+    ReverseTimeLabel,
     ScoreMatching,
     SigmaLabel,
     SMLDChain,
@@ -66,6 +67,7 @@ def test_log_sigma_label_with_a_reference() -> None:
 def test_time_sigma_and_index_labels():
     t = f64(0.0, 0.5, 1.0)
     torch.testing.assert_close(TimeLabel(scale=1.0)(VPSDE(), t), t)
+    assert ReverseTimeLabel(3.0)(EDMSDE(sigma_max=2.0), 2 * t).tolist() == [3.0, 1.5, 0.0]
     ratio = SigmaLabel()(VPSDE(), t[1:])
     torch.testing.assert_close(ratio[:1], f64(0.9596542020680362 / 0.28118288079675235))
     torch.testing.assert_close(LogSigmaLabel()(VPSDE(), t[1:]), ratio.log() / 4)

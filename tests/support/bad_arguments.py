@@ -16,12 +16,22 @@ import torch
 from torch import Tensor, nn
 
 import diffusionkit as dk
-from diffusionkit import checkpoints, control, interop, likelihood, metrics, networks, training
+from diffusionkit import (
+    calibration,
+    checkpoints,
+    control,
+    interop,
+    likelihood,
+    metrics,
+    networks,
+    training,
+)
 from diffusionkit import data as image_data
 from diffusionkit.diagnostics import Estimate
 
 PACKAGES = (
     "",
+    "calibration",
     "checkpoints",
     "control",
     "data",
@@ -592,6 +602,29 @@ OWN: dict[str, Recipe] = {
         "self": metrics.FeatureMoments,
         "state": lambda: metrics.FeatureMoments().state_dict(),
     },
+    **{
+        name: {"ensemble": lambda: _state(4, 3, 2), "observation": lambda: _state(4, 2)}
+        for name in ("crps", "energy_score", "spread_skill", "rank_histogram", "observation_ranks")
+    },
+    **{
+        name: {"samples": lambda: _state(4, 3, 2), "truth": lambda: _state(4, 2)}
+        for name in ("expected_coverage", "simulation_based_calibration")
+    },
+    "EnsembleScores.update": {
+        "self": calibration.EnsembleScores,
+        "ensemble": lambda: _state(4, 3, 2),
+        "observation": lambda: _state(4, 2),
+    },
+    "EnsembleScores.merge": {
+        "self": calibration.EnsembleScores,
+        "other": calibration.EnsembleScores,
+    },
+    "plot_coverage": {
+        "results": lambda: calibration.expected_coverage(_state(4, 3, 2), _state(4, 2))
+    },
+    "plot_rank_histogram": {
+        "result": lambda: calibration.rank_histogram(_state(4, 3, 2), _state(4, 2))
+    },
     "InceptionScore.update": {
         "self": metrics.InceptionScore,
         "probs": lambda: _state(4, 3).softmax(1),
@@ -712,6 +745,8 @@ OWN["LossSecondMomentTimes.sample"] = OWN["DiscreteTimes.sample"] | {
 # Values made by the library, classes to subclass, and what takes no argument of its own.
 _RESULTS = {
     "Batch",
+    "EnsembleResult",
+    "ExpectedCoverage",
     "ImageFiles",
     "Perturbed",
     "Prediction",
@@ -730,8 +765,11 @@ _RESULTS = {
     "KernelDistance",
     "Nearest",
     "PrecisionRecall",
+    "RankHistogram",
+    "SBCResult",
     "SampleQuality",
     "SamplerState",
+    "SpreadSkill",
     "StageCoefficients",
     "StepCoefficients",
     "Report",
@@ -750,6 +788,7 @@ _ELSEWHERE = {
     "load_improved_diffusion",
     "load_network",
     "load_score_sde",
+    "load_sit",
     "push_to_hub",
     "from_pretrained",
     "inception_features",

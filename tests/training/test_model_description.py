@@ -25,6 +25,7 @@ from diffusionkit import (
     LogSigmaLabel,
     LogSNRSDE,
     RawScoreModel,
+    ReverseTimeLabel,
     ScaledScoreModel,
     ScoreModel,
     SigmaLabel,
@@ -108,6 +109,7 @@ PARAMETERIZATIONS = {
     "Mixed with another share": lambda n, s: Mixed(n, s, 0.25),
 }
 LABELS = {
+    "ReverseTimeLabel": ReverseTimeLabel(),
     "TimeLabel": TimeLabel(),
     "TimeLabel with another scale": TimeLabel(1000.0),
     "SigmaLabel": SigmaLabel(),

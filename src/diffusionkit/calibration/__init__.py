@@ -9,7 +9,7 @@ from .ensembles import (
     rank_histogram,
     spread_skill,
 )
-from .pictures import plot_coverage, plot_rank_histogram
+from .plots import plot_coverage, plot_rank_histogram
 from .ranks import SBCResult, observation_ranks, simulation_based_calibration
 from .scores import crps, energy_score
 

@@ -66,7 +66,8 @@ def observation_ranks(
 
     >>> import torch
     >>> from diffusionkit.calibration import observation_ranks
-    >>> observation_ranks(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([2.0]))
+    >>> ensemble = torch.tensor([[0.0, 1.0, 3.0]])
+    >>> observation_ranks(ensemble, torch.tensor([2.0]))
     tensor([2])
     """
     names = ("ensemble", "observation")

@@ -62,8 +62,7 @@ def element_crps(ensemble: Tensor, observation: Tensor, *, fair: bool = True) ->
     x = x - x[:, m // 2 : m // 2 + 1]
     rank = torch.arange(1 - m, m, 2, dtype=x.dtype, device=x.device)
     pairs = torch.einsum("nm...,m->n...", x, rank)
-    score: Tensor = distance - pairs / (m * (m - 1) if fair else m * m)
-    return score
+    return distance - pairs / (m * (m - 1) if fair else m * m)
 
 
 def energy_score(
@@ -124,6 +123,5 @@ def case_energy(
     pairs = x.new_zeros(n)
     for i in range(m - 1):
         pairs = pairs + torch.linalg.vector_norm(x[:, i + 1 :] - x[:, i : i + 1], dim=2).sum(1)
-    distance = torch.linalg.vector_norm(x - y, dim=2).mean(1)
-    score: Tensor = distance - pairs / (m * (m - 1) if fair else m * m)
-    return score
+    distance: Tensor = torch.linalg.vector_norm(x - y, dim=2).mean(1)
+    return distance - pairs / (m * (m - 1) if fair else m * m)

@@ -1,7 +1,7 @@
 """Whole models in files, and checkpoints of the source papers, read without running code."""
 
 from .._parts import register_part
-from .dit_files import load_dit
+from .dit_files import load_dit, load_sit
 from .edm2_files import load_edm2
 from .edm_files import load_edm
 from .hub import from_pretrained, push_to_hub
@@ -19,6 +19,7 @@ __all__ = [
     "load_model",
     "load_network",
     "load_score_sde",
+    "load_sit",
     "push_to_hub",
     "register_part",
     "save_model",

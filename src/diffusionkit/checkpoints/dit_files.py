@@ -1,4 +1,4 @@
-"""Checkpoints of DiT, the code of Peebles and Xie, 2023."""
+"""Checkpoints of DiT and SiT, the codes of Peebles and Xie, 2023, and of Ma et al., 2024."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .._files import CheckpointError, read_torch
 from .._pickles import Call, Node
 from .._tensors import GLOBALS
 from .._weights import laid_out, unwrapped, weight_problems
-from ..models import EpsModel, StepLabel
+from ..models import EpsModel, ReverseTimeLabel, StepLabel, VelocityModel
 from ..models.network import NetworkModel
 from ..networks import DiT
 from ..networks.dit import HEADS
 from ..networks.positions import sincos_positions
-from ..sde import DDPMChain
+from ..sde import DDPMChain, FlowMatchingSDE
 from ._transfer import Source, rename, sines_first, transfer
 
 _EXPECTED = "a state dict of DiT, or a checkpoint of its training, {model, ema, opt, args}"
@@ -45,7 +45,7 @@ _OTHERS = {
     "head.modulation": "final_layer.adaLN_modulation.1",
     "head.linear": "final_layer.linear",
 }
-# The options of the training program, which are not needed: they stay a placeholder.
+# The options of a training program stay a placeholder with their values.
 _KNOWN = {**GLOBALS, "argparse.Namespace": Call(lambda: Node("argparse.Namespace"))}
 
 
@@ -83,7 +83,12 @@ def load_dit(
 
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers, 2023, arXiv 2212.09748.
     """
-    network = read_dit(path, ema=ema, heads=heads)
+    tensors, given = _read(path, ema)
+    if "path_type" in given:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of DiT, got one of SiT, a flow; use load_sit"
+        )
+    network = _network(path, tensors, heads)
     return EpsModel(
         network,
         DDPMChain.linear(_STEPS),
@@ -92,12 +97,61 @@ def load_dit(
     ).eval()
 
 
-def read_dit(path: str | os.PathLike[str], *, ema: bool, heads: int | None) -> DiT:
-    """Read the network in a file with the layout of DiT; see `load_dit`."""
-    check_flag(ema, "ema")
+def load_sit(
+    path: str | os.PathLike[str], *, ema: bool = True, heads: int | None = None
+) -> NetworkModel:
+    """Load a checkpoint of SiT, the transformer of DiT trained as a flow, ready to sample latents.
+
+    As `load_dit`, which see for the file and the latents. The network was trained to predict the
+    velocity x0 - eps on a straight line, at a time that counts from the noise to the data. Here it
+    is a `VelocityModel` of a `FlowMatchingSDE`, with a `ReverseTimeLabel`, and the sign of its last
+    layer is turned. Of the two halves of a network's output SiT uses the first; the other is left
+    out.
+
+    Files of DiT and SiT have the same tensors: a state dict does not say which of them it is.
+
+    Args:
+        path: the file.
+        ema: whether to load the averaged weights of a training checkpoint rather than the last
+            ones; a state dict has one set.
+        heads: number of attention heads, for a width that no published network has.
+
+    Returns:
+        The score model in evaluation mode. It takes ``class_labels=``, of which the last stands
+        for no class.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged, foreign or hostile, has learned positions, does
+            not fit the network, or was trained on another path or for another prediction.
+        ValueError: if the number of heads is needed, or does not divide the width.
+        TypeError: if heads is not an integer or ema not True or False.
+
+    Source: Ma et al., SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+    Interpolant Transformers, 2024, arXiv 2401.08740.
+    """
+    tensors, given = _read(path, ema)
+    if given and "path_type" not in given:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of SiT, got one of another program; use load_dit"
+        )
+    for name, wanted in (("path_type", "Linear"), ("prediction", "velocity")):
+        if given.get(name, wanted) != wanted:
+            raise CheckpointError(f"{path}: {name}: expected {wanted!r}, got {given[name]!r:.80}")
+    network = _network(path, tensors, heads, turned=True)
+    return VelocityModel(network, FlowMatchingSDE(), label=ReverseTimeLabel()).eval()
+
+
+def _network(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    heads: int | None,
+    *,
+    turned: bool = False,
+) -> DiT:
+    """Build the network in a file, with its first output alone and of the other sign if turned."""
     if heads is not None:
         check_count(heads, "heads")
-    tensors = _read(path, ema)
     some = {name: tensors[name] for name in (_POSITIONS, *_PATCHES) if name in tensors}
     problem = weight_problems(some).get(_POSITIONS)
     if problem is not None:
@@ -110,16 +164,33 @@ def read_dit(path: str | os.PathLike[str], *, ema: bool, heads: int | None) -> D
         raise CheckpointError(f"{path}: expected {_EXPECTED}, got other names or shapes") from error
     options["heads"] = _heads(options["width"], heads)
     _check_positions(path, tensors.pop(_POSITIONS, None), options["width"])
+    sources = _sources(options["depth"])
+    if turned:
+        halves = 2 if options["learn_sigma"] else 1
+        options["learn_sigma"] = False
+        for part in ("weight", "bias"):
+            name = f"final_layer.linear.{part}"
+            turn = partial(_turned, channels=options["channels"], halves=halves)
+            sources[f"head.linear.{part}"] = Source((name,), turn)
     try:
         network = laid_out(path, partial(DiT, **options), tensors)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: expected {_EXPECTED}, got {error}") from error
-    transfer(path, network, _sources(options["depth"]), tensors)
+    transfer(path, network, sources, tensors)
     return network
 
 
-def _read(path: str | os.PathLike[str], ema: bool) -> dict[str, Tensor]:
+def _turned(x: Tensor, channels: int, halves: int) -> Tensor:
+    """Return the rows of a last layer for the first half of the channels, negated."""
+    rows = x.reshape(-1, halves * channels, *x.shape[1:])[:, :channels]
+    return -rows.reshape(-1, *x.shape[1:])
+
+
+def _read(path: str | os.PathLike[str], ema: bool) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Return the tensors in a file, and the options of the training program, if there are any."""
+    check_flag(ema, "ema")
     data = read_torch(path, expected=_EXPECTED, known=_KNOWN)
+    given = getattr(data.get("args"), "state", None) if isinstance(data, Mapping) else None
     sets = [name for name in ("model", "ema") if _is_mapping(data, name)]
     if sets:
         entry = "ema" if ema else "model"
@@ -134,7 +205,7 @@ def _read(path: str | os.PathLike[str], ema: bool) -> dict[str, Tensor]:
             f"{path}: expected {_EXPECTED}, got a {type(data).__name__} with the entries "
             f"{', '.join(others[:6]):.200}, which are no tensors"
         )
-    return unwrapped(path, data)
+    return unwrapped(path, data), given if isinstance(given, Mapping) else {}
 
 
 def _is_mapping(data: Any, name: str) -> bool:

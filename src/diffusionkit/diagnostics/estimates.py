@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -49,9 +49,9 @@ def plot_variances(results: Estimate | Sequence[Estimate], ax: Axes | None = Non
         ValueError: if there are no estimates, or their quantities differ.
         ImportError: if matplotlib is not installed.
     """
-    if not isinstance(results, Iterable):
-        results = [results]
-    results = list(results)
+    given: Any = results
+    single = isinstance(given, Tensor) or not isinstance(given, Iterable)
+    results = [given] if single else list(given)
     for result in results:
         check_part(result, Estimate, "results")
     if ax is not None and not hasattr(ax, "fill_between"):

@@ -1,7 +1,14 @@
 """Score models: networks combined with their processes, and exact oracles."""
 
 from .denoised import Clip, DenoisedModel, DynamicThreshold
-from .labels import IndexLabel, LogSigmaLabel, SigmaLabel, StepLabel, TimeLabel
+from .labels import (
+    IndexLabel,
+    LogSigmaLabel,
+    ReverseTimeLabel,
+    SigmaLabel,
+    StepLabel,
+    TimeLabel,
+)
 from .network import (
     EpsModel,
     NetworkModel,
@@ -29,6 +36,7 @@ __all__ = [
     "NetworkModel",
     "PatchedModel",
     "RawScoreModel",
+    "ReverseTimeLabel",
     "ScaledScoreModel",
     "ScheduleTransformedModel",
     "SigmaLabel",

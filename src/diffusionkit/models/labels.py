@@ -66,6 +66,32 @@ class TimeLabel:
 
 
 @dataclass(frozen=True)
+class ReverseTimeLabel:
+    """The time counted from the noise to the data, times a scale, as in many flow models.
+
+    Args:
+        scale: the label of the data, at t = 0.
+
+    Source: Ma et al., SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+    Interpolant Transformers, 2024, arXiv 2401.08740.
+
+    >>> import torch
+    >>> from diffusionkit import FlowMatchingSDE, ReverseTimeLabel
+    >>> ReverseTimeLabel()(FlowMatchingSDE(), torch.tensor([0.0, 0.25, 1.0]))
+    tensor([1.0000, 0.7500, 0.0000])
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.scale, "scale")
+
+    def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
+        """Return scale (1 - t / T), (B,)."""
+        return (1 - t / sde.T) * self.scale
+
+
+@dataclass(frozen=True)
 class SigmaLabel:
     """The noise-to-signal ratio sigma / alpha: sigma for VE networks, which embed log(sigma).
 

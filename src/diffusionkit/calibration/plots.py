@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import check_part
+from .._checks import check_count, check_part
 from .coverage import ExpectedCoverage
 from .ensembles import RankHistogram
 from .ranks import SBCResult
@@ -83,21 +83,19 @@ def plot_rank_histogram(
     height: Tensor
     if isinstance(result, SBCResult):
         columns = result.counts.reshape(len(result.counts), -1)
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"index: expected an integer, got {type(index).__name__}")
-        if not 0 <= index < columns.shape[1]:
-            raise ValueError(f"index: expected one below {columns.shape[1]}, got {index:.20g}")
+        check_count(index, "index", least=0, most=columns.shape[1] - 1)
         height = columns[:, index].cpu().double()
         low, high = torch.tensor(float(result.low)), torch.tensor(float(result.high))
         level, label = result.expected, "cases"
     else:
+        check_count(index, "index", least=0, most=0)
         height, level, label = result.frequency.cpu(), 1 / len(result.frequency), "share"
         low, high = level - 2 * result.stderr.cpu(), level + 2 * result.stderr.cpu()
     ax = _axes(ax)
     n = len(height)
     edges = torch.linspace(0.0, 1.0, n + 1)
-    bottom, top = (x.expand(n).repeat_interleave(2).numpy() for x in (low, high))
-    ax.fill_between(edges.repeat_interleave(2)[1:-1].numpy(), bottom, top, color="0.88", lw=0)
+    least, most = (x.expand(n).repeat_interleave(2).numpy() for x in (low, high))
+    ax.fill_between(edges.repeat_interleave(2)[1:-1].numpy(), least, most, color="0.88", lw=0)
     ax.bar(edges[:-1].numpy(), height.numpy(), width=0.9 / n, align="edge")
     ax.axhline(level, color="0.4", lw=1)
     ax.set(xlabel="rank / (number of samples)", ylabel=label, xlim=(0, 1))
