@@ -87,6 +87,7 @@ from .models import (
 from .sampling import (
     DDIM,
     DEIS,
+    IPNDM,
     LMS,
     AdaptiveSDE,
     Ancestral,
@@ -193,6 +194,7 @@ __all__ = [
     "DEIS",
     "EDMSDE",
     "EMA",
+    "IPNDM",
     "LMS",
     "NELBO",
     "VESDE",
