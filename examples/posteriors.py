@@ -59,7 +59,7 @@ def first(x0: Tensor) -> Tensor:
 
 def distance(x0: Tensor) -> Tensor:
     """Return the distance from a point (B, 1)."""
-    return torch.linalg.vector_norm(x0 - CENTER.to(x0), dim=1, keepdim=True)
+    return (x0 - CENTER.to(x0)).square().sum(1, keepdim=True).sqrt()
 
 
 def problems(model: GaussianMixtureModel) -> list[Problem]:
