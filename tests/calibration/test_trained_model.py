@@ -65,18 +65,19 @@ def judged(model, predictor, steps):
     noise = torch.randn(samples.shape, generator=generator)
     exact = gain * x.unsqueeze(1) + NOISE * math.sqrt(gain) * noise
     excess = energy_score(samples, theta) - energy_score(exact, theta)
-    return p_values, spread_skill(samples, theta), excess
+    return p_values, spread_skill(samples, theta), spread_skill(exact, theta), excess
 
 
 def test_the_model_is_calibrated_within_the_error(trained):
-    p_values, ratio, excess = judged(trained, UniPC(), 12)
+    p_values, ratio, right, excess = judged(trained, UniPC(), 12)
     assert min(p_values) > 0.01 / 4
-    assert abs(ratio.ratio - 1) < 3 * ratio.stderr < 0.15
+    assert abs(ratio.ratio - 1) < 4 * ratio.stderr < 0.15
+    assert abs(ratio.ratio - right.ratio) < 2 * ratio.stderr  # of the same truths
     assert float(excess.mean()) < 3 * float(excess.std()) / CASES**0.5
 
 
 def test_too_few_steps_are_caught_as_overconfident(trained):
-    p_values, ratio, excess = judged(trained, DDIM(), 3)
+    p_values, ratio, _, excess = judged(trained, DDIM(), 3)
     assert max(p_values) < 1e-3
     assert ratio.ratio + 4 * ratio.stderr < 1
     assert float(excess.mean()) > 2 * float(excess.std()) / CASES**0.5

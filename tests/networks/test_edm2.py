@@ -218,6 +218,16 @@ def test_normalization_does_not_change_the_outputs() -> None:
     assert float((after - before).norm() / before.norm()) < 0.01
 
 
+def test_compiles_in_one_graph() -> None:
+    torch.compiler.reset()
+    net = EDM2UNet(1, dims=1, width=8, multipliers=(1,), blocks=1, head_channels=8)
+    fill(net, 1.0)
+    x, label = torch.randn(2, 1, 8), torch.tensor([-0.5, 0.5])
+    with torch.no_grad():
+        got = torch.compile(net, fullgraph=True, backend="eager")(x, label)
+        torch.testing.assert_close(got, net(x, label))
+
+
 def test_normalization_needs_layers_of_its_kind() -> None:
     with pytest.raises(ValueError, match="modules: expected a network with magnitude-preserving"):
         normalize_weights(EDM2UNet(1, **SMALL), MLP(2))

@@ -1,4 +1,4 @@
-"""The Adams-Bashforth rule in noise prediction: DEIS, and LMS in sigma / alpha."""
+"""The Adams-Bashforth rule in noise prediction: DEIS, LMS in sigma / alpha, and IPNDM."""
 
 from __future__ import annotations
 
@@ -98,3 +98,42 @@ class LMS(_NoiseAdams):
     @override
     def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
         return torch.exp(-l)
+
+
+# The Adams-Bashforth weights of equal steps, newest prediction first, by the number of predictions.
+_EQUAL_STEPS = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+@dataclass(frozen=True)
+class IPNDM(_NoiseAdams):
+    r"""The improved pseudo-linear multistep method: Adams-Bashforth weights of equal steps.
+
+    .. math::
+        \frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t}
+        + (\rho_s - \rho_t) \sum_j w_j\, \epsilon^{(j)}, \qquad \rho = \sigma / \alpha,
+
+    with w = (3, -1) / 2, (23, -16, 5) / 12 or (55, -59, 37, -9) / 24 whatever the grid. Where the
+    steps in rho are equal it is `LMS`, of order `order`; on other smooth grids it is of order 2.
+    In few steps the constant weights extrapolate less than exact ones and can be better: with 6 to
+    20 evaluations its error was often the smallest on a trained network.
+
+    Args:
+        order: the number of predictions used, the current one included: 2, 3 or 4.
+
+    Raises:
+        ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
+        TypeError: if order is not an integer.
+
+    Source: Liu et al., Pseudo Numerical Methods for Diffusion Models on Manifolds, 2022,
+    arXiv 2202.09778; Zhang and Chen, 2023, arXiv 2204.13902 (iPNDM).
+    """
+
+    @override
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        weights = nodes.new_tensor(_EQUAL_STEPS[len(nodes)]).unsqueeze(1)
+        return -torch.expm1(-self.rate * (end - nodes[0])) * weights

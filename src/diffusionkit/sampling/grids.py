@@ -75,7 +75,8 @@ class _SpacedGrid(abc.ABC):
         times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
             name = type(self).__name__
-            if float(sde.marginal(ends[:1])[0]) == 0.0 and bool(times.isfinite().all()):
+            alpha, sigma = sde.marginal(ends)
+            if float(alpha[0]) == 0.0 and float(sigma[1]) > 0.0:
                 raise ValueError(
                     f"t_end: expected sigma / alpha < {LARGEST_RATIO:g} for {name}, which spaces "
                     f"times from there where alpha(T) = 0, got {t_end}; use UniformGrid"
@@ -227,7 +228,7 @@ class AYSGrid(_SpacedGrid):
         place = u * (len(share) - 1)
         below = place.floor().long().clamp(max=len(share) - 2)
         share = torch.lerp(share[below], share[below + 1], place - below)
-        l = sde.log_snr(ends)
+        l = with_signal(sde.log_snr(ends))
         return sde.time_at_log_snr(l[0] + share * (l[1] - l[0]))
 
 
