@@ -7,6 +7,7 @@ from support import seeded
 from diffusionkit import (
     DDIM,
     DEIS,
+    IPNDM,
     LMS,
     NELBO,
     VPSDE,
@@ -43,6 +44,7 @@ from diffusionkit import (
     TimeSampler,
     UniformTimes,
     UniPC,
+    VelocityAdams,
     Weighting,
     ddim_encode,
     expand,
@@ -61,7 +63,7 @@ from diffusionkit.values import Step
 PREDICTORS = [
     DDIM(), Ancestral(), EulerMaruyama(), ReverseDiffusion(), Euler(), Heun(), Heun(churn=2.0),
     StochasticHeun(), DPMSolver2M(), DPMSolver2S(), DPMSolver3M(), DPMSolver2MSDE(), UniPC(),
-    DEIS(), LMS(), AdaptiveSDE(rtol=0.1),
+    DEIS(), LMS(), IPNDM(), VelocityAdams(), AdaptiveSDE(rtol=0.1),
 ]  # fmt: skip
 CORRECTORS = [Langevin(), AnnealedLangevin()]
 X = torch.linspace(-1, 1, 8).view(4, 2)

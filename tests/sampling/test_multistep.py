@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.flow_values import AT_SIGMA_MIN, AT_ZERO, Z, line_mixture, rms
@@ -20,7 +21,7 @@ from diffusionkit import (
     SubVPSDE,
     UniformGrid,
 )
-from diffusionkit.sampling.adams import DEIS, LMS
+from diffusionkit.sampling.adams import DEIS, IPNDM, LMS, VelocityAdams
 from diffusionkit.sampling.dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver3M
 from diffusionkit.sampling.unipc import UniPC
 
@@ -48,6 +49,9 @@ SOLVERS = {
     "deis time": DEIS(4, "time"),
     "lms 3": LMS(3),
     "lms 4": LMS(),
+    "ipndm": IPNDM(3),
+    "velocity 2": VelocityAdams(2),
+    "velocity 3": VelocityAdams(),
 }
 
 
@@ -117,6 +121,9 @@ def test_states_equal_those_of_released_codes(predictor, expected):
         ("deis 4", 160, 4),
         ("lms 3", 320, 3),
         ("lms 4", 160, 4),
+        ("ipndm", 1280, 2),
+        ("velocity 2", 640, 2),
+        ("velocity 3", 640, 3),
     ],
 )
 def test_order_of_convergence(name, steps, order):
@@ -171,6 +178,47 @@ def test_two_predictions_have_order_two_on_every_process(sde):
 def test_tab_is_lms_where_time_is_the_noise_level():
     tab, lms = (run(p, KarrasGrid(), 9)[0] for p in (DEIS(4, "time"), LMS(4)))
     torch.testing.assert_close(tab, lms, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_weights_of_equal_steps_are_exact_on_equal_steps(order):
+    times = torch.linspace(80.0, 0.002, 10, dtype=torch.float64)
+    ipndm, lms = (run(p, times)[0] for p in (IPNDM(order), LMS(order)))
+    torch.testing.assert_close(ipndm, lms, rtol=1e-9, atol=1e-9)
+
+
+def test_ipndm_is_the_published_loop():
+    """Crowson's and diffusers' form, x + (s - t) d with d of constant weights, in sigma."""
+    model, x, past = line_mixture(EDMSDE()), 80 * Z, []
+    times = KarrasGrid()(EDMSDE(), 7)
+    for t, s in itertools.pairwise(times):
+        past = [(x - model.predict(x, t.expand(len(x))).x0) / t, *past][:4]
+        weights = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12],
+                   4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}[len(past)]  # fmt: skip
+        x = x + (s - t) * sum(w * d for w, d in zip(weights, past, strict=True))
+    torch.testing.assert_close(run(IPNDM(4), times)[0], x.squeeze(1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sde", [EDMSDE(), VPSDE(), SubVPSDE()], ids=["edm", "vp", "subvp"])
+def test_velocity_adams_is_the_rule_in_u(sde):
+    """x / (alpha + sigma) with polynomials of u = sigma / (alpha + sigma), by numpy."""
+    model, past = line_mixture(sde), []
+    times = LogSNRGrid()(sde, 7)
+    (alpha, sigma) = sde.marginal(times)
+    x = start = sigma[0] * Z
+    u, scale = (sigma / (alpha + sigma)).tolist(), alpha + sigma
+    for k in range(7):
+        prediction = model.predict(x, times[k].expand(len(x)))
+        past = [(u[k], prediction.eps - prediction.x0), *past][:3]
+        change = 0.0
+        for j, (node, velocity) in enumerate(past):
+            others = [other for i, (other, _) in enumerate(past) if i != j]
+            basis = np.atleast_1d(np.poly(others)) / np.prod([node - other for other in others])
+            area = np.polyval(np.polyint(basis), [u[k], u[k + 1]])
+            change = change + float(area[1] - area[0]) * velocity
+        x = scale[k + 1] * (x / scale[k] + change)
+    found = run(VelocityAdams(3), times, sde=sde, start=start)[0]
+    torch.testing.assert_close(found, x.squeeze(1), rtol=1e-7, atol=1e-8)
 
 
 def test_deis_is_ten_times_as_accurate_as_ddim():

@@ -876,6 +876,8 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
     ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
     ("ImageTensors", "classes"): ["a pair of words"],
+    ("fit_grid", "grids"): ["an empty list", "an empty tuple"],  # none but the fixed ones
+    **{("FittedGrid", name): ["a word", "an empty string"] for name in ("process", "predictor")},
     ("broadcast_object", "value"): list(BAD),
     ("gathered_weights", "model"): list(BAD),  # refused when the block is entered
     ("evaluate_bits_per_dim", "data"): ["a reversed pair"],  # two items
@@ -906,6 +908,7 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("step_noise", "t"): list(BAD),  # read by a path only
     ("step_noise", "s"): list(BAD),
     ("Chain.step", "t"): ["an empty tensor"],
+    ("LearnedUncertainty.log_variance", "t"): ["an empty tensor"],  # of no samples
     # Passed on to the target; most do not use it.
     ("ScoreMatching.__call__", "reference_class_labels"): list(BAD),
     ("ScoreMatching.nats", "reference_class_labels"): list(BAD),

@@ -1,6 +1,6 @@
 """Samplers: predictors and correctors on a grid of times, and the probability flow."""
 
-from .adams import DEIS, LMS
+from .adams import DEIS, IPNDM, LMS, VelocityAdams
 from .adaptive import AdaptiveSDE
 from .brownian import BrownianPath
 from .correctors import AnnealedLangevin, Langevin
@@ -40,6 +40,7 @@ from .unipc import UniPC
 __all__ = [
     "DDIM",
     "DEIS",
+    "IPNDM",
     "LMS",
     "AYSGrid",
     "AdaptiveSDE",
@@ -76,6 +77,7 @@ __all__ = [
     "TwoStagePredictor",
     "UniPC",
     "UniformGrid",
+    "VelocityAdams",
     "ddim_encode",
     "fit_grid",
     "slerp",

@@ -1,4 +1,4 @@
-"""The Adams-Bashforth rule in noise prediction: DEIS, and LMS in sigma / alpha."""
+"""Adams-Bashforth rules in predictions of the noise (DEIS, LMS, IPNDM) and of the velocity."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_count
+from .._coefficients import Coefficient
 from ..interfaces import ForwardSDE
-from .multistep import ExponentialAdams
+from ..values import Prediction
+from .multistep import ExponentialAdams, gauss, lagrange
 
 
 @dataclass(frozen=True)
-class _NoiseAdams(ExponentialAdams):
-    """The polynomial through the last `order` predictions of the noise, integrated exactly."""
+class _Adams(ExponentialAdams):
+    """The polynomial through the last `order` predictions, integrated exactly."""
 
-    of_data = False
     order: int = 4
 
     def __post_init__(self) -> None:
@@ -29,6 +30,12 @@ class _NoiseAdams(ExponentialAdams):
     @override
     def memory(self) -> int:
         return self.order - 1
+
+
+class _NoiseAdams(_Adams):
+    """A polynomial through predictions of the noise."""
+
+    of_data = False
 
 
 @dataclass(frozen=True)
@@ -98,3 +105,91 @@ class LMS(_NoiseAdams):
     @override
     def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
         return torch.exp(-l)
+
+
+# The Adams-Bashforth weights of equal steps, newest prediction first, by the number of predictions.
+_EQUAL_STEPS = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+@dataclass(frozen=True)
+class IPNDM(_NoiseAdams):
+    r"""The improved pseudo-linear multistep method: Adams-Bashforth weights of equal steps.
+
+    .. math::
+        \frac{x_s}{\alpha_s} = \frac{x_t}{\alpha_t}
+        + (\rho_s - \rho_t) \sum_j w_j\, \epsilon^{(j)}, \qquad \rho = \sigma / \alpha,
+
+    with w = (3, -1) / 2, (23, -16, 5) / 12 or (55, -59, 37, -9) / 24 whatever the grid. Where the
+    steps in rho are equal it is `LMS`, of order `order`; on other smooth grids it is of order 2.
+    In few steps the constant weights extrapolate less than exact ones and can be better: with 6 to
+    20 evaluations its error was often the smallest on a trained network.
+
+    Args:
+        order: the number of predictions used, the current one included: 2, 3 or 4.
+
+    Raises:
+        ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
+        TypeError: if order is not an integer.
+
+    Source: Liu et al., Pseudo Numerical Methods for Diffusion Models on Manifolds, 2022,
+    arXiv 2202.09778; Zhang and Chen, 2023, arXiv 2204.13902 (iPNDM).
+    """
+
+    @override
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        weights = nodes.new_tensor(_EQUAL_STEPS[len(nodes)]).unsqueeze(1)
+        return -torch.expm1(-self.rate * (end - nodes[0])) * weights
+
+
+@dataclass(frozen=True)
+class VelocityAdams(_Adams):
+    r"""The Adams-Bashforth rule for the velocity of the straight path, on any process.
+
+    .. math::
+        \frac{x_s}{\alpha_s + \sigma_s} = \frac{x_t}{\alpha_t + \sigma_t}
+        + \sum_j v^{(j)} \int_{u_t}^{u_s} \ell_j(u)\, du, \qquad v = \hat\epsilon - \hat x_0,
+        \quad u = \frac{\sigma}{\alpha + \sigma},
+
+    with the Lagrange polynomials of the last `order` values of u. In x / (alpha + sigma) and u
+    every process is the straight path of flow matching, whose flow is regular at both ends; there
+    it is the multistep rule in time itself. One evaluation a step.
+
+    Args:
+        order: the number of predictions used, the current one included: 2, 3 or 4.
+
+    Raises:
+        ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
+        TypeError: if order is not an integer.
+
+    Source: the vAB sampler of Rozet, azula, 2024.
+    """
+
+    order: int = 3
+
+    @override
+    def value(self, prediction: Prediction) -> Tensor:
+        return prediction.eps - prediction.x0
+
+    @override
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha + sigma
+
+    @override
+    def parts(self, weight: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Tensor]:
+        return weight / sigma, -(weight * (alpha + sigma) / sigma)
+
+    @override
+    def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
+        return torch.sigmoid(-l)
+
+    @override
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        first, last = self.positions(sde, nodes[0]), self.positions(sde, end)
+        points, shares = gauss(first)
+        at = first + points * (last - first)
+        return ((last - first) * shares * lagrange(self.positions(sde, nodes), at)).sum(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number, check_part
+from .._checks import check_count, check_finite_number, check_part
 from .._files import CheckpointError, read_json
 from .._schedules import home, schedule_dtype
 from .._writing import atomic_write, checked_path
@@ -60,10 +59,10 @@ class FittedGrid:
             if not isinstance(values, (list, tuple)) or len(values) < 2:
                 raise ValueError(f"{name}: expected two numbers or more, got {values!r:.80}")
             for value in values:
-                check_number(value, name)
+                check_finite_number(value, name)
             object.__setattr__(self, name, tuple(float(value) for value in values))
         steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
-        if not all(-math.inf < step < 0 for step in steps) or self.times[-1] < 0:
+        if not all(step < 0 for step in steps) or self.times[-1] < 0:
             raise ValueError(f"times: expected decreasing times >= 0, got {self.times!r:.80}")
         if not len(self.times) == len(self.alpha) == len(self.sigma):
             raise ValueError(
@@ -74,7 +73,7 @@ class FittedGrid:
             check_part(getattr(self, name), str, name)
         check_count(self.nfe, "nfe")
         for name in ("error", "fixed_error"):
-            check_number(getattr(self, name), name)
+            check_finite_number(getattr(self, name), name)
 
     @property
     def steps(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._batch_conditions import for_batch
 from .._checks import check_count, check_part, check_positive
 from .._keywords import explains
+from .._log_snr import with_signal
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
 from .._model_checks import check_model
 from .._schedules import home, schedule_dtype
@@ -37,22 +38,16 @@ def fixed_grids(sde: ForwardSDE, steps: int) -> Iterator[Tensor]:
     """Yield times (steps + 1,) of grids that need no fit: several spacings and last levels."""
     here = home(sde)
     ends = torch.tensor([sde.T, sde.t_stop], dtype=schedule_dtype(here), device=here)
-    alpha, sigma = (c.detach() for c in sde.marginal(ends))
-    stop = float(sigma[1] / alpha[1])
-    first = float(sigma[0] / alpha[0]) if float(alpha[0]) > 0 else math.inf
+    first, stop = torch.exp(-0.5 * with_signal(sde.log_snr(ends))).tolist()
     for to_zero, multiples in ((True, _TO_ZERO), (False, _OPEN)):
         for multiple in multiples:
             if not multiple * stop < 0.1 * first:
                 continue
             level = ends.new_tensor([-2 * math.log(multiple * stop)])
             t_end = float(sde.time_at_log_snr(level)) if multiple > 1 else sde.t_stop
-            grids: list[Grid] = [UniformGrid(t_end=t_end, to_zero=to_zero)]
-            if first < math.inf:
-                grids += [KarrasGrid(rho, t_end=t_end, to_zero=to_zero) for rho in (3.0, 5.0, 7.0)]
-                grids += [
-                    LogSNRGrid(t_end=t_end, to_zero=to_zero),
-                    AYSGrid(t_end=t_end, to_zero=to_zero),
-                ]
+            spacings = UniformGrid, LogSNRGrid, AYSGrid
+            grids: list[Grid] = [kind(t_end=t_end, to_zero=to_zero) for kind in spacings]
+            grids += [KarrasGrid(rho, t_end=t_end, to_zero=to_zero) for rho in (3.0, 5.0, 7.0)]
             for grid in grids:
                 yield grid(sde, steps)
 
@@ -71,23 +66,20 @@ class _Levels:
     def to_zero(self) -> bool:
         return not float(self.start[-1]) > 0.0
 
-    def _half_log_snr(self, times: Tensor) -> Tensor:
+    def _levels(self) -> Tensor:
+        """Return l at the times of the start that have noise."""
         here = home(self.sde)
-        return 0.5 * self.sde.log_snr(times.to(here, schedule_dtype(here))).detach().cpu().double()
-
-    def first(self, l: Tensor) -> Tensor:
-        """Return l at T, or where alpha = 0 there a lower bound of the others."""
-        return torch.where(torch.isfinite(l[:1]), l[:1], l[1:2] - 2.0)
+        times = self.start[:-1] if self.to_zero else self.start
+        log_snr = self.sde.log_snr(times.to(here, schedule_dtype(here)))
+        return 0.5 * with_signal(log_snr).detach().cpu().double()
 
     def parameters(self) -> Tensor:
         """Return the logarithms (n,) of the steps of the start."""
-        l = self._half_log_snr(self.start[:-1] if self.to_zero else self.start)
-        return torch.log(torch.cat([self.first(l), l[1:]]).diff())
+        return torch.log(self._levels().diff())
 
     def times(self, parameters: Tensor) -> Tensor | None:
         """Return the times of logarithms (n,) of steps, or None if they leave the process."""
-        l = self._half_log_snr(self.start[:-1] if self.to_zero else self.start)
-        levels = self.first(l) + torch.exp(parameters).cumsum(0)
+        levels = self._levels()[0] + torch.exp(parameters).cumsum(0)
         here = home(self.sde)
         inner = self.sde.time_at_log_snr(2 * levels.to(here, schedule_dtype(here)))
         times = torch.cat([self.start[:1], inner.detach().cpu().double()])
@@ -126,6 +118,8 @@ def _mean_square(residual: Tensor) -> float:
 def _search(levels: _Levels, draws: _Draws) -> Iterator[Tensor]:
     """Yield grids of decreasing error on draws, by the method of Levenberg and Marquardt."""
     p, damping = levels.parameters(), 1e-2
+    if not bool(torch.isfinite(p).all()):
+        return  # levels fainter than any that can be told from none
     residual = draws.residual(levels.start)
     error = _mean_square(residual)
     while True:
@@ -297,6 +291,8 @@ def _starts(sde: ForwardSDE, steps: int, grids: Sequence[Grid | Tensor]) -> list
         raise TypeError(f"grids: expected a sequence of grids, got {type(grids).__name__}")
     starts = list(fixed_grids(sde, steps))
     for grid in grids:
+        if grid is None:
+            raise TypeError("grids: expected grids, got None")
         times = resolve_grid(grid, sde, steps)
         if len(times) != steps + 1 or not math.isclose(float(times[0]), sde.T, rel_tol=1e-6):
             raise ValueError(

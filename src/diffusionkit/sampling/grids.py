@@ -228,7 +228,7 @@ class AYSGrid(_SpacedGrid):
         place = u * (len(share) - 1)
         below = place.floor().long().clamp(max=len(share) - 2)
         share = torch.lerp(share[below], share[below + 1], place - below)
-        l = sde.log_snr(ends)
+        l = with_signal(sde.log_snr(ends))
         return sde.time_at_log_snr(l[0] + share * (l[1] - l[0]))
 
 

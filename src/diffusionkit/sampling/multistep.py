@@ -28,6 +28,7 @@ from .._grid_times import GridPoint, by_row, exact_times, grid_points
 from .._schedules import exact
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, step_noise
+from ..values import Prediction
 from .predictors import StepCoefficients
 
 # Sixteen points: 2e-15 of the integral even in a step of length 10 in l, half of the whole range.
@@ -44,6 +45,12 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
         others = torch.cat([nodes[:j], nodes[j + 1 :]]).unsqueeze(1)
         rows.append(((at - others) / (node - others)).prod(0))
     return torch.stack(rows)
+
+
+def gauss(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return points of the unit interval and weights, each (q, 1), in the dtype of a tensor."""
+    points, shares = (part.to(like).unsqueeze(1) for part in (_POINTS, _SHARES))
+    return points, shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,8 @@ class MultistepPredictor(Predictor):
 
     Attributes:
         memory: the number of earlier predictions that are used.
-        of_data: whether the polynomial passes through predictions of the data or of the noise.
+        of_data: whether the polynomial passes through predictions of the data or of the noise. A
+            subclass for another combination of the two overrides `value`, `scale` and `parts`.
         eta: the share of the reverse SDE's noise; 0 is the probability flow.
     """
 
@@ -85,6 +93,18 @@ class MultistepPredictor(Predictor):
     def rate(self) -> float:
         """The decay of the integral's weight, back in l from the end of a step."""
         return 1.0 + self.eta if self.of_data else -1.0
+
+    def value(self, prediction: Prediction) -> Tensor:
+        """Return what is remembered of a prediction, P (B, *D)."""
+        return prediction.x0 if self.of_data else prediction.eps
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return the factor of the integrals at the end of a step, (n,)."""
+        return alpha if self.of_data else sigma
+
+    def parts(self, weight: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Tensor]:
+        """Return weight * P as coefficients of the state and the predicted data, each (n,)."""
+        return (0.0, weight) if self.of_data else (weight / sigma, -(weight * alpha / sigma))
 
     @abc.abstractmethod
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
@@ -114,7 +134,7 @@ class MultistepPredictor(Predictor):
         nodes = torch.where(fit, nodes, apart)
         found = self.integrals(sde, nodes, torch.where(fit, end, 1.0))
         alpha, sigma = sde.marginal(s)
-        scale = torch.where(fit, alpha if self.of_data else sigma, 0.0)
+        scale = torch.where(fit, self.scale(alpha, sigma), 0.0)
         return [scale * row for row in found[1:]]
 
     def weights(
@@ -138,11 +158,8 @@ class MultistepPredictor(Predictor):
         """Return the coefficients of steps; that of P_0 is split into state and data."""
         c, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past)
         total = sum(weights, torch.zeros_like(t))
-        if self.of_data:
-            step = StepCoefficients(c.x, c.x0 - total, c.std)
-        else:
-            alpha, sigma = sde.marginal(t)
-            step = StepCoefficients(c.x - total / sigma, c.x0 + total * alpha / sigma, c.std)
+        of_state, of_x0 = self.parts(total, *sde.marginal(t))
+        step = StepCoefficients(c.x - of_state, c.x0 - of_x0, c.std)
         return _MultistepCoefficients(step, weights)
 
     def _store(self, sde: ForwardSDE, points: Sequence[Sequence[GridPoint]], grid: Tensor) -> None:
@@ -212,7 +229,7 @@ class MultistepPredictor(Predictor):
         mean, std = prediction.combine(x=c.step.x, x0=c.step.x0), c.step.std
         for weight, (_, value) in zip(c.past, past, strict=True):
             mean = linear(1.0, mean, weight, value)
-        memory = ((t, prediction.x0 if self.of_data else prediction.eps), *past)[: self.memory]
+        memory = ((t, self.value(prediction)), *past)[: self.memory]
         if std is None:
             return Step(mean, mean, memory, prediction)
         noise = step_noise(mean, model.sde, t, s, generator=generator)
@@ -231,7 +248,7 @@ class ExponentialAdams(MultistepPredictor):
 
     def weighted(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return quadrature points tau over steps of length h (n,), and weights, (q, n)."""
-        points, shares = (part.to(h).unsqueeze(1) for part in (_POINTS, _SHARES))
+        points, shares = gauss(h)
         back = points * h
         return back, self.rate * h * shares * torch.exp(-self.rate * back)
 
