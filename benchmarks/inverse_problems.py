@@ -34,6 +34,7 @@ from diffusionkit import (
     VPSDE,
     Ancestral,
     AnnealedLangevin,
+    FlowMatchingSDE,
     ForwardSDE,
     GaussianMixtureModel,
     GradientGuidance,
@@ -51,7 +52,12 @@ from diffusionkit import (
 
 SAMPLES, MEASUREMENTS, DOUBLE = 500, 16, torch.float64
 STEPS = (25, 100, 400)
-PROCESSES: dict[str, ForwardSDE] = {"VP": VPSDE(), "VE": VESDE(0.01, 50.0), "EDM": EDMSDE()}
+PROCESSES: dict[str, ForwardSDE] = {
+    "VP": VPSDE(),
+    "VE": VESDE(0.01, 50.0),
+    "EDM": EDMSDE(),
+    "flow": FlowMatchingSDE(),
+}
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "_data_range": {"_checks", "distributed"},
     "distributed": {"_checks", "_requirements"},
     "_schedules": set(),
-    "_sigma_data": {"_checks", "_schedules"},
+    "_sigma_data": {"_checks", "_kept", "_schedules"},
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
     "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},

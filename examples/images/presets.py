@@ -44,6 +44,8 @@ PLAIN: dict[str, dict[str, Any]] = {
         "batch": 128,  # over all ranks and micro-batches
         "steps": 1_300_000,
         "warmup": 0,  # steps of linear warm-up of the learning rate
+        "decay_after": 0,  # steps after which it falls with their root, as in EDM2; 0: never
+        "normalize": False,  # weights of magnitude one before each step, for EDM2's networks
         "clip": math.inf,  # the largest norm of the gradient
         "loss_scale": 1.0,  # a factor of the loss, which matters to clipping alone
         "reference_size": 0,  # number of reference data of StableTarget
@@ -204,8 +206,12 @@ def optimizer(settings: Settings, parameters: Iterable[Any]) -> torch.optim.Opti
 
 
 def scheduler(settings: Settings, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Return the schedule of the learning rate: a linear warm-up, then a constant."""
-    return dk.linear_warmup(optimizer, max(1, settings["training"]["warmup"]))
+    """Return the schedule of the learning rate: a linear warm-up, a constant, perhaps a decay."""
+    training = settings["training"]
+    warmup = max(1, training["warmup"])
+    if steps := training["decay_after"]:
+        return dk.inverse_sqrt_decay(optimizer, steps, warmup=warmup)
+    return dk.linear_warmup(optimizer, warmup)
 
 
 def average(settings: Settings, model: nn.Module) -> dk.EMA | dk.PowerEMA:

@@ -17,17 +17,20 @@ Settings: TypeAlias = dict[str, Any]
 
 # By the section or the argument that names them; also their named constructors.
 ALLOWED: dict[str, tuple[type, ...]] = {
-    "process": (dk.VPSDE, dk.SubVPSDE, dk.VESDE, dk.EDMSDE, dk.LogSNRSDE, dk.LearnedSDE,
-                dk.DDPMChain, dk.SMLDChain),
-    "network": (networks.NCSNpp, networks.DDPMpp, networks.DDPMUNet, networks.ADMUNet),
-    "model": (dk.EpsModel, dk.X0Model, dk.VModel, dk.RawScoreModel, dk.ScaledScoreModel,
-              dk.EDMModel),
+    "process": (dk.VPSDE, dk.SubVPSDE, dk.VESDE, dk.EDMSDE, dk.FlowMatchingSDE, dk.LogSNRSDE,
+                dk.LearnedSDE, dk.DDPMChain, dk.SMLDChain),
+    "network": (networks.NCSNpp, networks.DDPMpp, networks.DDPMUNet, networks.ADMUNet,
+                networks.EDM2UNet, networks.DiT),
+    "model": (dk.EpsModel, dk.X0Model, dk.VModel, dk.VelocityModel, dk.RawScoreModel,
+              dk.ScaledScoreModel, dk.EDMModel),
     "label": (dk.TimeLabel, dk.StepLabel, dk.SigmaLabel, dk.LogSigmaLabel, dk.IndexLabel),
     "objective": (dk.ScoreMatching, dk.HybridLoss, dk.VLB),
-    "weighting": (dk.SimpleWeighting, dk.LikelihoodWeighting, dk.EDMWeighting, dk.MinSNRWeighting),
+    "weighting": (dk.SimpleWeighting, dk.LikelihoodWeighting, dk.EDMWeighting, dk.MinSNRWeighting,
+                  dk.VelocityWeighting),
     "target": (dk.DenoisingTarget, dk.StableTarget),
     "times": (dk.UniformTimes, dk.StratifiedTimes, dk.ImportanceTimes, dk.LogNormalTimes,
-              dk.DiscreteTimes, dk.LossSecondMomentTimes),
+              dk.LogitNormalTimes, dk.ModeTimes, dk.ShiftedTimes, dk.DiscreteTimes,
+              dk.LossSecondMomentTimes),
     "decoder": (dk.GaussianDecoder,),
     "augmentation": (EDMAugmentation,),
     "dequantization": (dk.UniformDequantizer, dk.VariationalDequantizer),
@@ -39,7 +42,8 @@ ALLOWED: dict[str, tuple[type, ...]] = {
                   dk.StochasticHeun, dk.DPMSolver2M, dk.DPMSolver2MSDE, dk.DPMSolver2S,
                   dk.DPMSolver3M, dk.UniPC, dk.DEIS, dk.LMS, dk.AdaptiveSDE),
     "corrector": (dk.Langevin, dk.AnnealedLangevin),
-    "grid": (dk.UniformGrid, dk.LogSNRGrid, dk.QuadraticGrid, dk.KarrasGrid, dk.ChainGrid),
+    "grid": (dk.UniformGrid, dk.LogSNRGrid, dk.QuadraticGrid, dk.KarrasGrid, dk.ChainGrid,
+             dk.ShiftedGrid),
     "clip_x0": (dk.Clip, dk.DynamicThreshold),
 }  # fmt: skip
 _OWN = {"sampler": {"clip_x0": None}}  # keys of a section that are not arguments of its class

@@ -29,6 +29,7 @@ from diffusionkit import (
     PowerEMA,
     clipped_step,
     load_checkpoint,
+    normalize_weights,
     read_checkpoint,
     save_checkpoint,
 )
@@ -137,6 +138,8 @@ class Training:
         )  # fmt: skip
         skipped, source = 0, iter(batches)
         while self.step < training["steps"]:
+            if training["normalize"]:
+                normalize_weights(self.model)
             loss = self.backward(next(source).to(self.place.device))
             # Signals may reach processes at different steps: all stop after the same one.
             shares = torch.stack([loss, torch.full_like(loss, stop.received is not None)])

@@ -16,7 +16,8 @@ T = TypeVar("T")
 class Kept(Generic[T]):
     """Tables by what they were made for: a copy to a device would be repeated in every step.
 
-    Nothing is kept of a graph that is traced, or of tensors without data.
+    Nothing is kept of a graph that is traced, of tensors without data, or of those that a transform
+    of torch.func wraps, which are invalid after it.
     """
 
     __slots__ = ("_made",)
@@ -30,6 +31,10 @@ class Kept(Generic[T]):
         if found is None:
             with torch.inference_mode(False):
                 found = make()
-            if not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
+            if not (
+                torch.compiler.is_compiling()
+                or is_in_torch_dispatch_mode()
+                or torch._C._are_functorch_transforms_active()
+            ):
                 self._made[key] = found
         return found

@@ -28,7 +28,7 @@ SILU_MAGNITUDE = 0.596
 
 def normalized(x: Tensor, dims: Sequence[int]) -> Tensor:
     r"""Return x / (1e-4 + m), m the magnitude of x over some dimensions, at least in float32."""
-    count = math.prod(x.shape[dim] for dim in dims)
+    count = math.prod([x.shape[dim] for dim in dims])
     wide = torch.promote_types(x.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(x, dim=list(dims), keepdim=True, dtype=wide)
     magnitude = norm * math.sqrt(1 / count) + _EPS

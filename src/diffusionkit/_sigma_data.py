@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive
+from ._kept import Kept
 from ._schedules import exact, schedule_dtype
 
 SigmaData: TypeAlias = float | Sequence[float] | Tensor
+
+_ON_DEVICES: Kept[Tensor] = Kept()
 
 
 def as_sigma_data(value: Any, name: str = "sigma_data") -> float | tuple[float, ...]:
@@ -57,8 +60,13 @@ def overall(sigma_data: float | tuple[float, ...]) -> float:
 
 
 def for_channels(sigma_data: tuple[float, ...], c: Tensor) -> Tensor:
-    """Return standard deviations (C,) in the device and dtype of coefficients, at least float64."""
-    return torch.tensor(sigma_data, device=c.device, dtype=schedule_dtype(c.device))
+    """Return standard deviations (C,) on the device of coefficients, in float64 where it has it."""
+    place, dtype = c.device, schedule_dtype(c.device)
+
+    def made() -> Tensor:
+        return torch.tensor(sigma_data, device=place, dtype=dtype)
+
+    return _ON_DEVICES.get((sigma_data, place, dtype), made)
 
 
 def check_channels(sigma_data: tuple[float, ...], x: Tensor) -> None:

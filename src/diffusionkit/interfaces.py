@@ -31,7 +31,7 @@ from ._returned import (
     wrap,
 )
 from ._schedules import bisect, drift_and_diffusion, exact, home, schedule_dtype, within
-from .random import Generators, randn, randn_like
+from .random import Generators, given_noise, randn, randn_like
 from .values import Perturbed, Prediction, Step
 
 _PER_TIME = {
@@ -142,8 +142,10 @@ class ForwardSDE(abc.ABC):
         scale = torch.where(s == t, torch.ones_like(gain), alpha_t / alpha_s)  # 0 / 0
         return scale, sigma_t * torch.sqrt(-torch.expm1(gain))
 
-    def perturb(self, x0: Tensor, t: Tensor, *, generator: Generators = None) -> Perturbed:
-        """Draw x = alpha x0 + sigma eps for data x0 (B, *D) at times t (B,).
+    def perturb(
+        self, x0: Tensor, t: Tensor, *, eps: Tensor | None = None, generator: Generators = None
+    ) -> Perturbed:
+        """Return x = alpha x0 + sigma eps for data x0 (B, *D) at times t (B,), eps drawn or given.
 
         Data in half precision are widened to float32: the noise near t = 0 is below their rounding.
 
@@ -153,8 +155,9 @@ class ForwardSDE(abc.ABC):
         """
         check_state(x0, "x0")
         check_times(t, self.T, x0.shape[0], x0)
+        eps = given_noise(x0, eps)
         x0 = at_least_float32(x0)
-        eps = randn_like(x0, generator)
+        eps = randn_like(x0, generator) if eps is None else at_least_float32(eps)
         alpha, sigma = self.marginal(within(t, self.T))
         x = linear(alpha, x0, sigma, eps)
         target = Prediction.from_eps(x, eps, alpha, sigma)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ._checks import check_count, check_floating_dtype, check_sequence, check_target_device
+from ._checks import (
+    check_count,
+    check_finite,
+    check_floating_dtype,
+    check_same,
+    check_sequence,
+    check_state,
+    check_target_device,
+)
 
 __all__ = ["Generators", "NoisePath", "rand", "randn", "randn_like", "seeded", "step_noise"]
 
@@ -76,6 +84,15 @@ def randn(
 ) -> Tensor:
     """Draw standard normal noise of a shape (B, *D)."""
     return _draw(torch.randn, _sizes(shape), generator, device, dtype)
+
+
+def given_noise(x0: Tensor, eps: Tensor | None) -> Tensor | None:
+    """Return noise that was passed for data x0 (B, *D), or raise unless it is like them."""
+    if eps is not None:
+        check_state(eps, "eps")
+        check_same(eps, x0, "eps", "x0")
+        check_finite(eps, "eps")
+    return eps
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:

@@ -194,6 +194,7 @@ def test_checkpoints_of_sit_and_dit_are_told_apart(tmp_path) -> None:
     for path_type, prediction, match in [
         ("VP", "velocity", "path_type: expected 'Linear', got 'VP'"),
         ("Linear", "noise", "prediction: expected 'velocity', got 'noise'"),
+        (torch.ones(2), "velocity", "path_type: expected 'Linear', got tensor"),
     ]:
         torch.save(trained(path_type=path_type, prediction=prediction), path)
         with pytest.raises(CheckpointError, match=match):

@@ -7,12 +7,16 @@ from support.gaussian_oracle import Classes, GaussianOracle, randn64
 
 from diffusionkit import (
     DDIM,
+    AdaptiveProjection,
+    Autoguidance,
     ClassifierGuidance,
     DDPMChain,
     FlowMatchingSDE,
     GradientGuidance,
     LinearGaussianGuidance,
+    LinearizedGaussianGuidance,
     PCSampler,
+    PseudoinverseGuidance,
     X0Model,
 )
 
@@ -53,6 +57,30 @@ def test_linear_measurements(sde):
     right = model.posterior(A, Y, 0.3).mean.expand(6, 2)
     torch.testing.assert_close(found.x0, right, rtol=0, atol=3 * LARGEST)
     torch.testing.assert_close(found.eps, noise())
+
+
+def test_one_variance_and_linearized_measurements(sde):
+    """PiGDM with the data's own variance; and y = x^2, linear about the mean of the data."""
+    std = 0.6
+    model = GaussianOracle(sde, MEAN, std**2 * torch.eye(2, dtype=torch.float64))
+    t = torch.ones(6, dtype=torch.float64)
+    guided = PseudoinverseGuidance(model, lambda x0: x0 @ A.T, Y.unsqueeze(0), 0.3, std)
+    right = model.posterior(A, Y, 0.3).mean.expand(6, 2)
+    torch.testing.assert_close(guided.predict(noise(), t).x0, right, rtol=0, atol=3 * LARGEST)
+    square = LinearizedGaussianGuidance(model, torch.square, torch.ones(1, 2).double(), 0.3)
+    gain = std**2 * 2 * MEAN / (0.3**2 + (2 * MEAN * std) ** 2)
+    right = (MEAN + gain * (1 - MEAN**2)).expand(6, 2)
+    torch.testing.assert_close(square.predict(noise(), t).x0, right, rtol=0, atol=5 * LARGEST)
+
+
+def test_guidance_by_a_difference(sde):
+    """No gradient is taken: exact at alpha = 0, projected or not."""
+    model, weaker = (GaussianOracle(sde, mean, COV) for mean in (MEAN, MEAN - 0.2))
+    x, t = noise(), torch.ones(6, dtype=torch.float64)
+    for projection in (None, AdaptiveProjection(1.0)):
+        found = Autoguidance(model, weaker, 3.0, projection=projection).predict(x, t)
+        torch.testing.assert_close(found.x0, (MEAN + 0.4).expand(6, 2))
+        torch.testing.assert_close(found.eps, x)
 
 
 def test_gradients_of_a_likelihood(sde):

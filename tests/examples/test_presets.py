@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from diffusionkit import CheckpointError, ScoreMatching, clipped_step, save_checkpoint
+from diffusionkit import (
+    CheckpointError,
+    ScoreMatching,
+    clipped_step,
+    normalize_weights,
+    save_checkpoint,
+)
 
 IMAGES = Path(__file__).parents[2] / "examples" / "images"
 NAMES = sorted(path.stem for path in (IMAGES / "presets").glob("*.toml"))
@@ -93,6 +99,8 @@ def step(presets, settings, size):
     if training["learn"] == "model":
         optimizer = presets.optimizer(settings, parameters)
         scheduler = presets.scheduler(settings, optimizer)
+        if training["normalize"]:
+            normalize_weights(parts.model)
         parts.objective(parts.model, x, **given).mean().backward()
         assert all(p.grad is not None for p in parameters)
         optimizer.step()
@@ -109,7 +117,8 @@ def step(presets, settings, size):
 def test_every_preset_takes_a_step(presets, name):
     """A narrow network of the preset's kind; the networks themselves are slow without a GPU."""
     width = 4 if "1024" in name else 16  # of which the last level has 32 times as much
-    settings = presets.load(name, [f"network.width={width}", "network.blocks=1"])
+    depth = "depth" if name.endswith("-dit") else "blocks"
+    settings = presets.load(name, [f"network.width={width}", f"network.{depth}=1"])
     size = {256: 64, 1024: 128}.get(settings["data"]["size"], 16)
     parts = step(presets, settings, size)
     sampler = presets.sampler(settings, parts.model, **few_steps(settings))
@@ -216,6 +225,19 @@ def test_published_correctors_and_references(presets):
 ])  # fmt: skip
 def test_published_scale_of_the_loss(presets, name, scale):
     assert presets.load(name)["training"]["loss_scale"] == pytest.approx(scale, rel=2e-5)
+
+
+def test_the_learning_rate_decays_where_a_preset_says_so(presets):
+    settings = presets.load("tiny-glyphs-edm2", ["training.decay_after=4", "training.warmup=2"])
+    optimizer = presets.optimizer(settings, [nn.Parameter(torch.zeros(1))])
+    scheduler = presets.scheduler(settings, optimizer)
+    rates = []
+    for _ in range(17):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01])
+    assert rates[16] == pytest.approx(0.005)
 
 
 def test_settings_are_shown_as_they_are_read(presets):

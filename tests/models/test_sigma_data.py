@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.pretend_device import PretendDevice
 
 from diffusionkit import (
     DDIM,
@@ -14,6 +15,7 @@ from diffusionkit import (
     DDPMChain,
     EDMModel,
     EDMWeighting,
+    FlowMatchingSDE,
     NoiseClassifier,
     PCSampler,
     ScoreMatching,
@@ -28,6 +30,7 @@ SDES = {
     "VP": VPSDE(),
     "sub-VP": SubVPSDE(),
     "EDM": EDMSDE(),
+    "flow matching": FlowMatchingSDE(),
     "alpha = 0": DDPMChain.cosine(10).zero_terminal_snr(),
 }
 OWN = (0.02, 0.5, 30.0)
@@ -207,3 +210,26 @@ def test_another_number_of_channels_is_refused():
             model.predict(torch.zeros(shape), t)
     with pytest.raises(ValueError, match=r"weighting: expected weights of \(1, 2\) channels"):
         ScoreMatching(EDMWeighting(OWN))(EDMModel(network, VPSDE()), torch.zeros(1, 2), t=t)
+
+
+def on(device):
+    """A loss and logits with one standard deviation for each channel, on a device."""
+    x, t = drawn(4, 3).float().to(device), torch.linspace(0.1, 0.9, 4).to(device)
+    model, objective = EDMModel(network, VPSDE(), OWN), ScoreMatching(EDMWeighting(OWN))
+    mask = torch.tensor([[1.0, 2.0, 0.5]]).to(device)
+    loss = objective(model, x, mask=mask, t=t, generator=torch.Generator())
+    return loss, NoiseClassifier(lambda x, noise_label: x, VPSDE(), OWN)(x, t)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_devices_have_the_same_numbers_and_neither_wait_nor_copy(kind):
+    right = on("cpu")
+    with PretendDevice(kind) as device:
+        model, objective = EDMModel(network, VPSDE(), OWN), ScoreMatching(EDMWeighting(OWN))
+        for got, expected in zip(on(kind), right, strict=True):
+            torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+        x = torch.rand(4, 3, device=kind)
+        for _ in range(2):
+            with device.watched() as events:
+                objective(model, x)
+    assert not events

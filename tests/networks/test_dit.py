@@ -280,6 +280,30 @@ def test_half_precision(case: str, dtype: torch.dtype) -> None:
     assert 0 < relative(got, expected) < 0.06
 
 
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_tokens_stay_in_single_precision_under_autocast(positions: Any) -> None:
+    """Rounded after every block, a deep network would lose digits with its depth."""
+    net = fill(DiT(1, width=24, depth=3, heads=2, positions=positions))
+    seen = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, inputs, out: seen.extend([inputs[0], out]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.randn(2, 1, 4, 4), torch.ones(2)).dtype == torch.bfloat16
+    assert {tokens.dtype for tokens in seen} == {torch.float32}
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_tables_made_under_a_transform_serve_later_calls(positions: Any) -> None:
+    net = fill(DiT(1, width=24, depth=1, heads=2, patch_size=1, positions=positions))
+    x, label = torch.randn(2, 1, 3, 7), torch.ones(2)
+    expected = copy.deepcopy(net).double()(x.double(), label)
+    with sdpa_kernel(SDPBackend.MATH):
+        jvp(lambda x: net(x, label), (x,), (x,))
+        vmap(lambda x: net(x[None], label[:1]))(x)
+    net(x, label).square().mean().backward()
+    torch.testing.assert_close(net(x, label).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_noise_labels_are_not_rounded_to_the_dtype_of_the_network() -> None:
     net = fill(DiT(1, width=24, depth=1, heads=2)).bfloat16()
     x = torch.ones(2, 1, 2, 2, dtype=torch.bfloat16)

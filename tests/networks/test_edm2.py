@@ -71,6 +71,20 @@ def test_layers_do_not_depend_on_the_magnitude_of_their_weights() -> None:
         torch.testing.assert_close(layer(x, 0.25), 0.25 * layer(x))
 
 
+def test_forced_normalization_is_that_of_the_released_code() -> None:
+    """Each row over 1e-4 and its magnitude, before the forward pass normalizes it again."""
+    layer = MPConv(3, 5, 2).double()
+    with torch.no_grad():
+        layer.weight.normal_(std=0.01)
+    w = layer.weight.detach().clone()
+    normalize_weights(layer)
+    expected = w / (1e-4 + w.square().mean((1, 2, 3), keepdim=True).sqrt())
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-12, atol=0)
+    x = torch.randn(1, 3, 4, 4).double()
+    again = expected / (1e-4 + expected.square().mean((1, 2, 3), keepdim=True).sqrt())
+    torch.testing.assert_close(layer(x), F.conv2d(x, again / math.sqrt(27), padding=1))
+
+
 def test_the_released_constant_of_silu() -> None:
     """E[silu(z)^2] of a standard Gaussian, by quadrature, is 0.5964^2."""
     z = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
@@ -216,6 +230,16 @@ def test_normalization_does_not_change_the_outputs() -> None:
         after = net(x, label)
     assert rows(net).sub(1).abs().max() < 1e-3
     assert float((after - before).norm() / before.norm()) < 0.01
+
+
+def test_compiles_in_one_graph() -> None:
+    torch.compiler.reset()
+    net = EDM2UNet(1, dims=1, width=8, multipliers=(1,), blocks=1, head_channels=8)
+    fill(net, 1.0)
+    x, label = torch.randn(2, 1, 8), torch.tensor([-0.5, 0.5])
+    with torch.no_grad():
+        got = torch.compile(net, fullgraph=True, backend="eager")(x, label)
+        torch.testing.assert_close(got, net(x, label))
 
 
 def test_normalization_needs_layers_of_its_kind() -> None:

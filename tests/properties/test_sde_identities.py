@@ -94,7 +94,7 @@ def test_drift_and_diffusion_are_derivatives_of_the_marginals(sde, u):
     torch.testing.assert_close(sde.diffusion(t), plain.diffusion(t), rtol=1e-9, atol=0)
     # Compare with a difference quotient, independent of autograd.
     h = 1e-5 * t.clamp_max(sde.T / 2)
-    middle = t.clamp_max(sde.T - 2 * h)
+    middle = t.clamp_max(0.99 * sde.T)
     if isinstance(sde, DDPMChain):  # f and g jump at the steps
         middle = ((middle * sde.steps).floor() + 0.5) / sde.steps
     (a0, s0), (a1, s1) = sde.marginal(middle - h), sde.marginal(middle + h)

@@ -98,7 +98,7 @@ def test_noise_predictions_raise_at_zero_snr() -> None:
 
 
 @pytest.mark.parametrize(
-    "predictor", [EulerMaruyama(), Euler(), Heun(), Heun(churn=20.0), AdaptiveSDE()]
+    "predictor", [EulerMaruyama(), Euler(), Heun(), Heun(churn=20.0), AdaptiveSDE(0.1, 0.1)]
 )
 def test_sde_solvers_start_at_zero_snr(predictor) -> None:
     """The drift is infinite at alpha = 0, but a step from there is not."""

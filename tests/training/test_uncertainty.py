@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from support import seeded
-from torch import Tensor
 
 from diffusionkit import (
     EDMSDE,
@@ -15,7 +14,7 @@ from diffusionkit import (
     EDMModel,
     EDMWeighting,
     EpsModel,
-    ForwardSDE,
+    FlowMatchingSDE,
     GaussianMixtureModel,
     ImportanceTimes,
     LearnedUncertainty,
@@ -24,7 +23,7 @@ from diffusionkit import (
     LossSecondMomentTimes,
     ScoreMatching,
     SubVPSDE,
-    VModel,
+    VelocityModel,
     held_out_loss,
     load_checkpoint,
     normalize_weights,
@@ -32,17 +31,8 @@ from diffusionkit import (
 )
 from diffusionkit.networks import MLP
 
-SDES = [VPSDE(), VESDE(), SubVPSDE(), EDMSDE()]
+SDES = [VPSDE(), VESDE(), SubVPSDE(), EDMSDE(), FlowMatchingSDE()]
 X0 = 0.5 * torch.randn(8, 2, generator=seeded())
-
-
-class Interpolant(ForwardSDE):
-    """Without data at T: alpha = 1 - t."""
-
-    t_min = 1e-3
-
-    def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - t, t
 
 
 def test_the_default_is_the_objective_of_edm2() -> None:
@@ -115,8 +105,7 @@ def test_it_learns_the_logarithm_of_the_loss(sde) -> None:
 
 def test_an_infinite_label_is_finite() -> None:
     """At alpha = 0 the logarithm of sigma / alpha is infinite."""
-    sde = Interpolant()
-    model = VModel(MLP(2, width=4), sde)
+    model = VelocityModel(MLP(2, width=4), FlowMatchingSDE())
     objective = LearnedUncertainty(ScoreMatching(), features=8)
     losses = objective(model, X0, t=torch.full((8,), 1.0), generator=seeded())
     assert losses.isfinite().all()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_finite, check_state
+from .._checks import check_device, check_finite, check_known, check_state
 from ..random import Generators, rand
 from ._cases import checked, weighted
 from ._uniform import uniform_p_value
@@ -19,6 +19,8 @@ _NAMES = ("samples", "truth")
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpectedCoverage:
     """The share of cases whose truth is inside credible regions of given probabilities.
+
+    The tensors are in float64 on the CPU.
 
     Args:
         levels: the credibility levels (K,).
@@ -99,10 +101,11 @@ def expected_coverage(
     if n < 2:
         raise ValueError(f"truth: expected at least two cases, got {n}")
     if levels is None:
-        levels = torch.linspace(0.0, 1.0, 21, dtype=torch.float64, device=truth.device)
+        levels = torch.linspace(0.0, 1.0, 21, dtype=torch.float64)
     check_state(levels, "levels")
+    check_known(levels, "levels")
+    levels = levels.cpu().double()
     check_finite(levels, "levels")
-    check_device(levels, truth, "levels", "truth")
     if levels.ndim != 1 or bool(((levels < 0) | (levels > 1)).any()):
         raise ValueError(
             f"levels: expected shape (K,) and values within [0, 1], got shape "

@@ -285,10 +285,10 @@ def _values(
     energy: bool,
 ) -> Tensor:
     """Return what is averaged over cases (n, k), in float64 on the CPU."""
-    score = mean(element_crps(ensemble, observation), weights).double().cpu()
+    score = mean(element_crps(ensemble, observation), weights).cpu().double()
     columns = [score.unsqueeze(1), _spread(weights, ensemble, observation)]
     if energy:
-        columns.append(case_energy(weights, ensemble, observation).double().cpu().unsqueeze(1))
+        columns.append(case_energy(weights, ensemble, observation).cpu().double().unsqueeze(1))
     columns.append(_frequencies(weights, ensemble, observation, generator))
     return torch.cat(columns, 1)
 
@@ -297,7 +297,7 @@ def _spread(weights: Tensor | None, ensemble: Tensor, observation: Tensor) -> Te
     """Return the variances and squared errors (n, 2) of cases, in float64 on the CPU."""
     error = (ensemble.mean(1) - observation).square()
     parts = [mean(x, weights) for x in (ensemble.var(1), error)]
-    return torch.stack(parts, 1).double().cpu()
+    return torch.stack(parts, 1).cpu().double()
 
 
 def _frequencies(

@@ -19,6 +19,8 @@ _NAMES = ("samples", "truth")
 class SBCResult:
     """Ranks of true parameters among samples of their posteriors.
 
+    All but the ranks are on the CPU.
+
     Args:
         ranks: the number of samples below the truth (n, *D), from 0 to m.
         p_value: the p-values (*D) of the Kolmogorov-Smirnov test that the ranks are uniform.
@@ -85,9 +87,12 @@ def ranks_of(ensemble: Tensor, observation: Tensor, generator: Generators) -> Te
 
 
 def uniform_numbers(ranks: Tensor, members: int, generator: Generators) -> Tensor:
-    """Return (r + u) / (m + 1), uniform on [0, 1) exactly if r is uniform on 0 ... m."""
+    """Return (r + u) / (m + 1), uniform on [0, 1) exactly if r is uniform on 0 ... m.
+
+    They are in float64 on the CPU: float64 is not on every device.
+    """
     u = rand(ranks.shape, generator=generator, device=ranks.device, dtype=torch.float32)
-    return (ranks + u.double()) / (members + 1)
+    return (ranks.cpu() + u.cpu().double()) / (members + 1)
 
 
 def simulation_based_calibration(
@@ -148,7 +153,7 @@ def simulation_based_calibration(
     ranks = ranks_of(samples, truth, generator)
     u = uniform_numbers(ranks, m, generator)
     part = (u * bins).long().clamp_max(bins - 1)
-    counts = torch.zeros(bins, *truth.shape[1:], dtype=torch.int64, device=truth.device)
+    counts = torch.zeros(bins, *truth.shape[1:], dtype=torch.int64)
     counts.scatter_add_(0, part, torch.ones_like(part))
     low, high = binomial_band(n, 1 / bins, level)
     return SBCResult(ranks, uniform_p_value(u), counts, n / bins, low, high, level)

@@ -136,8 +136,9 @@ def load_sit(
             f"{path}: expected a checkpoint of SiT, got one of another program; use load_dit"
         )
     for name, wanted in (("path_type", "Linear"), ("prediction", "velocity")):
-        if given.get(name, wanted) != wanted:
-            raise CheckpointError(f"{path}: {name}: expected {wanted!r}, got {given[name]!r:.80}")
+        value = given.get(name, wanted)
+        if not isinstance(value, str) or value != wanted:
+            raise CheckpointError(f"{path}: {name}: expected {wanted!r}, got {value!r:.80}")
     network = _network(path, tensors, heads, turned=True)
     return VelocityModel(network, FlowMatchingSDE(), label=ReverseTimeLabel()).eval()
 

@@ -14,6 +14,7 @@ from .._checks import check_callable, check_choice
 from .._files import CheckpointError, listed
 from ..models import StepLabel
 from ..models.network import NetworkModel
+from .flow_match import flow_match_model, is_flow_match
 from .schedulers import (
     PREDICTIONS,
     Scheduler,
@@ -47,7 +48,11 @@ def from_diffusers(
     *,
     data_range: tuple[float, float] | None = _IMAGES,
 ) -> NetworkModel:
-    """Return a network of diffusers as a score model on the chain of its scheduler.
+    """Return a network of diffusers as a score model on the process of its scheduler.
+
+    With a ``FlowMatchEulerDiscreteScheduler`` it is a `VelocityModel` on a `FlowMatchingSDE`; its
+    noise label is the timestep, 1000 t. With ``invert_sigmas`` the time and the velocity of the
+    network run the other way. For other schedulers the process is a chain:
 
     The prediction type makes it an `EpsModel`, an `X0Model` or a `VModel`; its noise label is the
     timestep, `StepLabel`. A network with twice the channels has learned the variance of its steps.
@@ -76,6 +81,8 @@ def from_diffusers(
     """
     check_callable(unet, "unet")
     settings = scheduler_settings(scheduler)
+    if is_flow_match(settings):
+        return flow_match_model(unet, settings, data_range)
     chain = chain_from_scheduler(scheduler)
     kind = settings.get("prediction_type", "epsilon")
     if not settings.get("predict_epsilon", True):  # of the first releases

@@ -1,4 +1,4 @@
-"""The samplers of diffusers' DDPM and DDIM schedulers."""
+"""The samplers of diffusers' DDPM, DDIM and flow-matching schedulers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..models import Clip, DenoisedModel, DynamicThreshold
 from ..random import Generators, step_noise
 from ..sampling import DDIM, Ancestral, PCSampler, TabulatedPredictor
+from ..sde import FlowMatchingSDE
 from ..values import Prediction
+from .flow_match import FLOW_MATCH, flow_match_sampler, is_flow_match
 from .schedulers import Scheduler, chain_from_scheduler, scheduler_settings, timesteps
 from .unet_adapter import on_process
 
@@ -50,9 +52,10 @@ def sampler_from_scheduler(
     steps: int | None = None,
     *,
     eta: float = 0.0,
+    mu: float | None = None,
     progress: Progress = False,
 ) -> PCSampler:
-    r"""Return the sampler that takes the steps of a `DDPMScheduler` or `DDIMScheduler`.
+    r"""Return the sampler that takes the steps of a DDPM, DDIM or flow-matching scheduler.
 
     From the same noise it returns the images of the pipeline, before their conversion to [0, 1],
     and so from a generator with the same seed. The settings become
@@ -63,6 +66,11 @@ def sampler_from_scheduler(
     * ``timestep_spacing``, ``steps_offset``: the grid,
     * ``set_alpha_to_one``: the last time of the grid, and ``denoise``.
 
+    A ``FlowMatchEulerDiscreteScheduler`` becomes `Euler` on a `FlowMatchingSDE`, with its
+    ``shift``, ``use_dynamic_shifting``, ``time_shift_type`` and ``shift_terminal`` in the grid. The
+    grid that pipelines of Flux pass as ``sigmas`` is
+    ``ShiftedGrid(math.exp(mu), UniformGrid(t_end=0.0))``.
+
     DDIMScheduler clips the predicted data only, not the noise that belongs to them (its
     ``use_clipped_model_output=False``); so does this sampler.
 
@@ -71,6 +79,8 @@ def sampler_from_scheduler(
         scheduler: the scheduler, its configuration, or a file or folder with it.
         steps: the number of steps, ``num_inference_steps``; all of the chain for None.
         eta: the fraction of the ancestral sampler's noise, of DDIMScheduler.
+        mu: the logarithm of the shift, of a flow-matching scheduler with ``use_dynamic_shifting``;
+            the shift itself where its ``time_shift_type`` is "linear".
         progress: as of `PCSampler`.
 
     Raises:
@@ -90,8 +100,16 @@ def sampler_from_scheduler(
     """
     check_model(model)
     plain = DDIM(eta)  # raises if eta is invalid
+    settings = scheduler_settings(scheduler)
+    if is_flow_match(settings):
+        if eta > 0:
+            raise ValueError(f"eta: expected 0 for a {FLOW_MATCH}, got {eta}; use DDIM(eta)")
+        moved = on_process(model, FlowMatchingSDE())
+        return flow_match_sampler(moved, settings, steps, mu, progress)
+    if mu is not None:
+        raise ValueError(f"mu: expected None for a scheduler other than {FLOW_MATCH}, got {mu!r}")
     chain = chain_from_scheduler(scheduler)
-    settings = scheduler_settings(scheduler) | {"num_train_timesteps": chain.steps}
+    settings |= {"num_train_timesteps": chain.steps}
     steps = chain.steps if steps is None else steps
     chosen = timesteps(settings, steps)
     model = on_process(model, chain)
@@ -103,7 +121,9 @@ def sampler_from_scheduler(
     if name == "DDIMScheduler":
         return _implicit(model, settings, chain.time(chosen), chosen, plain, progress)
     ours = f"; its counterpart is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
-    raise ValueError(f"scheduler: expected a DDPMScheduler or DDIMScheduler, got {name:.60}{ours}")
+    raise ValueError(
+        f"scheduler: expected a DDPMScheduler, DDIMScheduler or {FLOW_MATCH}, got {name:.60}{ours}"
+    )
 
 
 def _ancestral(

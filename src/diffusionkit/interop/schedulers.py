@@ -17,11 +17,12 @@ from torch import Tensor
 from .._checks import check_count, check_mapping, check_number, check_part, check_positive
 from .._files import CheckpointError
 from ..interfaces import ForwardSDE, ScoreModel
-from ..models import EpsModel, VModel, X0Model
+from ..models import EpsModel, VelocityModel, VModel, X0Model
 from ..models.network import NetworkModel
 from ..sampling import LogSNRGrid, UniformGrid
 from ..sampling.grids import resolve_grid
 from ..sde import DDPMChain
+from .flow_match import flow_match_config, is_flow_match
 
 
 class HasConfig(Protocol):
@@ -134,9 +135,11 @@ def chain_from_scheduler(scheduler: Scheduler | str | os.PathLike[str]) -> DDPMC
     if settings.get("use_flow_sigmas") or not any(
         key in settings for key in ("beta_schedule", "beta_start", "beta_end", "trained_betas")
     ):
+        flow = is_flow_match(settings)
         raise ValueError(
             "scheduler: expected one with betas, a DDPM chain, got "
             f"{settings.get('_class_name', 'a configuration without them')}"
+            + ("; its process is FlowMatchingSDE(), and from_diffusers reads it" if flow else "")
         )
     settings = _DEFAULTS | settings
     chain = _chain(settings, getattr(scheduler, "betas", None))
@@ -197,7 +200,8 @@ def scheduler_config(
 
     with times uniform in [0, T], or equally spaced in log-SNR for processes with alpha = 1. The
     prediction type is that of `to_diffusers`: "epsilon" for an `EpsModel`, "sample" for an
-    `X0Model`, "v_prediction" for every other model. Nothing is clipped.
+    `X0Model`, "v_prediction" for every other model. Nothing is clipped. For a `VelocityModel` it is
+    the configuration of a ``FlowMatchEulerDiscreteScheduler``.
 
     Args:
         model: the score model, or a process, for a model of the noise.
@@ -221,6 +225,8 @@ def scheduler_config(
         check_part(model, ScoreModel, "model")
     check_count(steps, "steps", least=2, most=_MOST_STEPS)
     sde = model if isinstance(model, ForwardSDE) else model.sde
+    if type(model) is VelocityModel:
+        return flow_match_config(steps) | options
     betas = getattr(sde, "betas", None)
     if betas is None:
         betas = _discretized(sde, steps).betas

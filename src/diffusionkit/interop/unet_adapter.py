@@ -18,9 +18,10 @@ from .._precision import network_dtype
 from .._schedules import exact
 from ..interfaces import ForwardSDE, ScoreModel
 from ..models import ScheduleTransformedModel
-from ..sde import EDMSDE, DDPMChain
+from ..sde import EDMSDE, DDPMChain, FlowMatchingSDE
 from ..values import Prediction
 from .denoisers import each
+from .flow_match import is_flow_match, train_timesteps
 from .schedulers import (
     PREDICTIONS,
     Scheduler,
@@ -70,7 +71,13 @@ class UNetAdapter(nn.Module):
         super().__init__()
         kind = settings.get("prediction_type", "epsilon")
         self.sigma_data: float | None = None
-        if "sigma_data" in settings:
+        self._timesteps: int | None = None
+        if is_flow_match(settings):
+            if settings.get("invert_sigmas", False):
+                raise ValueError("invert_sigmas: expected False, got True")
+            self._timesteps = train_timesteps(settings)
+            self.model, kind = on_process(model, FlowMatchingSDE()), "flow"
+        elif "sigma_data" in settings:
             check_positive(settings["sigma_data"], "sigma_data")
             check_choice("prediction_type", kind, ("epsilon", "v_prediction"))
             self.sigma_data = settings["sigma_data"]
@@ -129,7 +136,10 @@ class UNetAdapter(nn.Module):
         if class_labels is not None:
             cond = {**cond, "class_labels": class_labels}
         with evaluation_mode(self.model):
-            if self.sigma_data is None:
+            if self._timesteps is not None:
+                prediction = self.model.predict(sample, t / self._timesteps, **cond)
+                out = prediction.eps - prediction.x0
+            elif self.sigma_data is None:
                 out = self._on_chain(sample, t, cond)
             else:
                 out = self._preconditioned(sample, t, self.sigma_data, cond)
@@ -189,6 +199,8 @@ def on_process(model: ScoreModel, sde: ForwardSDE) -> ScoreModel:
 @torch.no_grad()
 def _same(one: ForwardSDE, other: ForwardSDE) -> bool:
     """Return whether two processes agree at the steps of the second, if that is a chain."""
+    if one == other:
+        return True
     if not isinstance(other, DDPMChain) or one.T != other.T or hasattr(one, "parameters"):
         return False
     times = other.time(range(other.steps))
@@ -213,7 +225,8 @@ def to_diffusers(
         \frac{\sigma(t)}{\alpha(t)} = \sqrt{\frac{1 - \bar\alpha_i}{\bar\alpha_i}},
 
     and returns the scheduler's prediction type. For `EDMEulerScheduler` and its kind, which have a
-    ``sigma_data``, it returns the output of a network with EDM's preconditioning.
+    ``sigma_data``, it returns the output of a network with EDM's preconditioning. For a
+    ``FlowMatchEulerDiscreteScheduler``, with timesteps 1000 t, it is the velocity eps - x0.
 
     Between two timesteps, where `EulerDiscreteScheduler` and others interpolate, the noise level is
     that of the chain, which may differ slightly from theirs.
@@ -250,7 +263,7 @@ def to_diffusers(
         check_count(size, "sample_size")
     chosen = scheduler_config(model) if scheduler is None else scheduler
     settings = scheduler_settings(chosen)
-    if "sigma_data" not in settings:
+    if "sigma_data" not in settings and not is_flow_match(settings):
         # An unknown schedule is read off the scheduler itself.
         settings["trained_betas"] = chain_from_scheduler(chosen).betas.tolist()
         settings["rescale_betas_zero_snr"] = False

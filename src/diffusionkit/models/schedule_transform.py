@@ -81,7 +81,8 @@ class ScheduleTransformedModel(ScoreModel):
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         alpha, sigma = kernel(self.sde, x, t)
         log_snr = self.sde.log_snr(exact(t))
-        inner = self.model.sde.time_at_log_snr(log_snr)
+        known = log_snr if self._least is None else log_snr.clamp_min(self._least)
+        inner = self.model.sde.time_at_log_snr(known)
         # The ratio of the scales, which is that of the noises: finite where either is 0.
         inner_alpha, inner_sigma = self.model.sde.marginal(inner)
         scale = expand(((inner_alpha**2 + inner_sigma**2) / (alpha**2 + sigma**2)) ** 0.5, x)

@@ -5,11 +5,11 @@ from .ddpm import DDPMUNet
 from .ddpmpp import DDPMpp
 from .dit import DiT
 from .edm2 import EDM2UNet
+from .field_positions import PositionChannels
 from .fourier_input import FourierFeatures
 from .mlp import MLP
 from .ncsnpp import NCSNpp
 from .ncsnv2 import NCSNv2
-from .position_channels import PositionChannels
 
 __all__ = [
     "MLP",

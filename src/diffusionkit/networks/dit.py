@@ -157,8 +157,8 @@ class DiT(nn.Module):
     shifted, and whose branches are gated, by the embedding of noise label, class and condition
     (adaLN-zero). A linear layer makes a patch of the output of each token. With `learn_sigma`
     the output has twice the channels: first the mean, then the variance, for a model with
-    ``variance="learned_range"``. The noise label l should have the range of a step index, 0 to
-    1000, or be of the size of one, such as EDM's.
+    ``variance="learned_range"``. The noise label l may have the range of a step index, 0 to 1000,
+    or be a number of order one, such as EDM's.
 
     The input may have any size that the patches divide, square or not. Sines and cosines of the
     positions, as published, are added to the tokens and count patches from the first one, so a
@@ -170,7 +170,8 @@ class DiT(nn.Module):
     `ClassifierFreeGuidance` takes it as ``null={"class_labels": num_classes - 1}``.
 
     Attention is torch's fused one; second derivatives require
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``. Under autocast the tokens stay in the
+    dtype of the weights.
 
     Args:
         channels: number of input channels.
@@ -331,6 +332,8 @@ class DiT(nn.Module):
         if (self.scale, self.shift) != (1.0, 0.0):
             x = x * self.scale + self.shift
         tokens: Tensor = self.input(rearrange(x, self._cut, **self._patch))
+        # Autocast computes products in half precision; the blocks add up in the dtype of weights.
+        tokens = tokens.to(self.input.weight.dtype)
         rotation = None
         if self.rotary:
             rotation = rotary_positions(grid, self.head_features, tokens)

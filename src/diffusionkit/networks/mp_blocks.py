@@ -130,10 +130,10 @@ class MPFourier(ExactFrequencies):
 class MPEmbedding(nn.Module):
     r"""Magnitude-preserving embedding of the noise label and, optionally, of class and condition.
 
-    .. math:: \mathrm{emb} = \mathrm{SiLU}(L e(l) \oplus E_c \oplus W v) / 0.596
+    .. math:: \mathrm{emb} = \mathrm{SiLU}((L e(l) \oplus E_c) \oplus W v) / 0.596
 
-    where a + b stands for the sum with weights 1 - balance and balance over the root of their sum
-    of squares. It is in float32 at least.
+    where :math:`a \oplus b` is the sum with weights 1 - balance and balance, over the root of the
+    sum of their squares. It is in float32 at least.
 
     Args:
         features: number of Fourier features of the noise label.

@@ -75,7 +75,8 @@ class _SpacedGrid(abc.ABC):
         times[0], times[-1] = ends  # exact, unlike the result of an inverse function
         if not bool((times.diff() < 0).all()):
             name = type(self).__name__
-            if float(sde.marginal(ends[:1])[0]) == 0.0 and bool(times.isfinite().all()):
+            alpha, sigma = sde.marginal(ends)
+            if float(alpha[0]) == 0.0 and float(sigma[1]) > 0.0:
                 raise ValueError(
                     f"t_end: expected sigma / alpha < {LARGEST_RATIO:g} for {name}, which spaces "
                     f"times from there where alpha(T) = 0, got {t_end}; use UniformGrid"

@@ -4,6 +4,7 @@ from .._files import CheckpointError
 from .._magnitude import normalize_weights
 from .checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from .conditions import drop_conditions
+from .couplings import optimal_coupling
 from .crops import Crops, random_crops
 from .discrete_times import DiscreteTimes, LossSecondMomentTimes
 from .ema import EMA, HalfLife
@@ -67,6 +68,7 @@ __all__ = [
     "linear_warmup",
     "load_checkpoint",
     "normalize_weights",
+    "optimal_coupling",
     "power_coefficients",
     "power_exponent",
     "random_crops",

@@ -139,6 +139,7 @@ class ScoreMatching(Described):
         reference_class_labels: Tensor | None = None,
         mask: Tensor | None = None,
         t: Tensor | None = None,
+        eps: Tensor | None = None,
         generator: Generators = None,
         **cond: Any,
     ) -> Tensor:
@@ -154,6 +155,9 @@ class ScoreMatching(Described):
                 where it is 0, whatever their value, NaN included. With reference data, one mask
                 for all samples, (1, *D): the target is then that of the elements it keeps.
             t: times (B,), in [0, T], with weight 1; drawn from the time sampler by default.
+            eps: noise (B, *D) that belongs to the data, as in reflow and in couplings by optimal
+                transport; standard normal by default, the only noise with which the model learns
+                the score. Any other changes the probability flow alone, see `optimal_coupling`.
             generator: the generator of times and noise.
             cond: conditions, passed to the model and to the target.
 
@@ -182,7 +186,9 @@ class ScoreMatching(Described):
             check_range(reference, model, "reference", None if mask is None else mask[:1])
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
-        sample = sde.perturb(x0, t, generator=generator)
+        # Without eps where there is none: a user's process may not know the argument.
+        given = {} if eps is None else {"eps": eps}
+        sample = sde.perturb(x0, t, **given, generator=generator)
         target_cond = dict(cond)
         if reference_class_labels is not None:
             target_cond["reference_class_labels"] = reference_class_labels

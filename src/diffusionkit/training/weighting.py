@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from .._checks import check_positive, check_times
 from .._schedules import within
-from .._sigma_data import SigmaData, as_sigma_data, overall, spread
+from .._sigma_data import SigmaData, as_sigma_data, for_channels, overall, spread
 from ..interfaces import ForwardSDE, Weighting
 
 
@@ -102,8 +102,7 @@ class EDMWeighting(Weighting):
         kernel = sde.marginal(within(t, sde.T))
         one = overall(sigma_data)
         ratio = spread(*kernel, sigma_data) / spread(*kernel, (one,))
-        own = ratio.new_tensor(sigma_data)
-        return (ratio * (one / own)).square()
+        return (ratio * (one / for_channels(sigma_data, ratio))).square()
 
 
 @dataclass(frozen=True)
