@@ -146,7 +146,7 @@ RUNS = {
 }  # fmt: skip
 
 
-# The times and the noise of a loss are options, as generator is; torch's call of a module takes self.
+# Times and noise of a loss are options, as generator is; torch's call of a module takes self.
 TAKEN = {"objective": ("t", "eps"), "VLB": ("t",), "check_score_model": ("self",)}
 
 
