@@ -155,5 +155,5 @@ def test_coefficients_may_be_any_real_number():
     exact = Prediction.from_output(x, x0, 1, 0, a=1, b=0)
     assert exact.x0 is x0
     assert torch.equal(exact.combine(x=3, x0=2), 3 * x + 2 * x0)
-    with pytest.raises(ValueError, match="model: expected a prediction of x0 or v at alpha = 0"):
+    with pytest.raises(ValueError, match="model: expected a prediction of x0 or of a velocity"):
         _ = Prediction.from_eps(x, x0, 0, 1).x0

@@ -146,8 +146,8 @@ RUNS = {
 }  # fmt: skip
 
 
-# The times of a loss are an option, as generator is; torch's call of a module takes self.
-TAKEN = {"objective": ("t",), "VLB": ("t",), "check_score_model": ("self",)}
+# Times and noise of a loss are options, as generator is; torch's call of a module takes self.
+TAKEN = {"objective": ("t", "eps"), "VLB": ("t",), "check_score_model": ("self",)}
 
 
 @pytest.mark.parametrize("run", RUNS)
