@@ -37,7 +37,6 @@ from diffusionkit import (
     VPSDE,
     EDMModel,
     EDMWeighting,
-    EpsModel,
     Euler,
     FlowMatchingSDE,
     LogitNormalTimes,
@@ -50,6 +49,7 @@ from diffusionkit import (
     UniPC,
     VelocityModel,
     VelocityWeighting,
+    VModel,
     optimal_coupling,
 )
 from diffusionkit.interfaces import ScoreModel
@@ -175,7 +175,10 @@ def on_digits(steps: int, seeds: int, samples: int) -> None:
     for seed in range(seeds):
         torch.manual_seed(seed)
         cases = {
-            "VP": (EpsModel(MLP(64), VPSDE()), ScoreMatching(times=StratifiedTimes())),
+            "VP": (
+                VModel(MLP(64), VPSDE()),
+                ScoreMatching(EDMWeighting(1.0), times=StratifiedTimes()),
+            ),
             "EDM": (
                 EDMModel(MLP(64), EDMSDE(), std),
                 ScoreMatching(EDMWeighting(std), times=LogNormalTimes()),

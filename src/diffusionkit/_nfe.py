@@ -47,9 +47,6 @@ class EvaluationCounter:
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
     """Do not count evaluations inside, which belong to one that is counted already."""
-    if torch.compiler.is_compiling():
-        yield
-        return
     token = _current.set(None)
     try:
         yield

@@ -261,6 +261,14 @@ def conditional():
     return EpsModel(network, VPSDE())
 
 
+@pytest.mark.slow  # tracing takes seconds
+def test_compiled() -> None:
+    patched = PatchedModel(EpsModel(lambda x, noise_label: x.sin(), VPSDE()), 8, 4, batch=3)
+    x, t = state(2, 1, 21), torch.tensor([0.2, 0.7], dtype=torch.float64)
+    compiled = torch.compile(lambda x, t: patched(x, t), backend="eager")
+    assert torch.allclose(compiled(x, t), patched(x, t), rtol=1e-12, atol=1e-12)
+
+
 def test_conditions_of_samples_and_of_points() -> None:
     def network(x, noise_label, class_labels, field, whole, vector):
         scale = class_labels * whole.sum((1, 2)) * vector.sum()

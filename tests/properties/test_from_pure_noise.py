@@ -14,6 +14,7 @@ from diffusionkit import (
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    BrownianPath,
     DDPMChain,
     EpsModel,
     Euler,
@@ -117,6 +118,25 @@ def test_samples_from_pure_noise(predictor, grid, sde):
     x = PCSampler(model, predictor, steps=80, grid=grid)((800, 1), generator=seeded())
     assert float(x.mean()) == pytest.approx(0.7, abs=0.07)
     assert float(x.std()) == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize("sde", [SDE, CHAIN], ids=["flow", "chain"])
+def test_the_first_step_of_the_reverse_sde_is_an_exact_transition(sde):
+    """x_s = alpha_s x0 + sigma_s z, given the predicted data, of AdaptiveSDE's first too."""
+    data = torch.tensor([[3.0, -2.0]], dtype=torch.float64)
+    model = X0Model(lambda x, noise_label: data.expand_as(x), sde)
+    x, t, s = noise(5), torch.ones(5).double(), torch.full((5,), 0.6).double()
+    alpha, sigma = (c[:, None] for c in sde.marginal(s))
+    step = EulerMaruyama().step(model, x, t, s, generator=seeded(4))
+    torch.testing.assert_close(step.mean, alpha * data.expand(5, 2))
+    torch.testing.assert_close(step.x, step.mean + sigma * noise(5, seed=4))
+    s = torch.full((5,), 0.995).double()  # within the length of the first step
+    path = BrownianPath(range(5))
+    step = AdaptiveSDE().step(model, x, t, s, generator=path)
+    alpha, sigma = (c[:, None] for c in sde.marginal(s))
+    torch.testing.assert_close(step.mean, alpha * data.expand(5, 2))
+    increment = BrownianPath(range(5)).increment(x, sde, t, s)
+    torch.testing.assert_close(step.x, step.mean + sigma * increment)
 
 
 @pytest.mark.parametrize("corrector", [AnnealedLangevin(), Langevin(0.1)], ids=str)

@@ -295,12 +295,12 @@ def test_churn_does_not_change_the_distribution(sde):
 def test_churn_in_the_time_of_every_process(sde):
     """N(0, .5^2), 100 steps, churn 40; a solver that takes the time for the noise gives .2 to 3.
 
-    The standard error of 10000 samples is .0035, and the steps' own error at most .01.
+    The standard error of 4000 samples is .0056, and the steps' own error at most .01.
     """
     model = GaussianMixtureModel(sde, [[0.0]], [0.5])
     sampler = PCSampler(model, Heun(churn=40.0), steps=100, grid=LogSNRGrid())
-    x = sampler((10_000, 1), generator=seeded(), dtype=torch.float64)
-    assert float(x.std()) == pytest.approx(0.5, abs=0.02)
+    x = sampler((4000, 1), generator=seeded(), dtype=torch.float64)
+    assert float(x.std()) == pytest.approx(0.5, abs=0.025)
 
 
 def test_churn_takes_one_generator_for_each_sample():

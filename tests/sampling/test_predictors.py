@@ -70,17 +70,17 @@ def test_weak_order_is_one(sde, predictor):
     ids=str,
 )
 def test_samples_keep_their_spread_with_noise_and_without(sde, sampled):
-    """One model of N(0, .5^2) for every kind of solver; the standard error is .0035.
+    """One model of N(0, .5^2) for every kind of solver; the standard error is .008.
 
     Libraries with a denoiser for each kind of solver collapse to .002 where the two do not fit.
     """
     model = GaussianMixtureModel(sde, [[0.0]], [0.5])
-    shape, options = (10_000, 1), {"generator": seeded(), "dtype": torch.float64}
+    shape, options = (2000, 1), {"generator": seeded(), "dtype": torch.float64}
     if sampled is ProbabilityFlow:
         x = ProbabilityFlow(model, rtol=1e-3, atol=1e-3).sample(shape, **options)
     else:
-        x = PCSampler(model, sampled, steps=150, grid=LogSNRGrid())(shape, **options)
-    assert float(x.std()) == pytest.approx(0.5, abs=0.03)
+        x = PCSampler(model, sampled, steps=60, grid=LogSNRGrid())(shape, **options)
+    assert float(x.std()) == pytest.approx(0.5, abs=0.06)
 
 
 @pytest.mark.parametrize("name", ["euler-maruyama", "reverse-diffusion", "ancestral", "ddim"])

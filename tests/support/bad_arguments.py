@@ -875,6 +875,10 @@ _FILES = ("PathLike", "Path")
 ALLOWED: dict[tuple[str, str], list[str]] = {
     ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
     ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
+    ("Chain.time", "step"): ["a numpy integer"],
+    # One mean or log-variance for all pixels.
+    ("GaussianDecoder.log_prob", "mean"): ["a scalar tensor"],
+    ("GaussianDecoder.log_prob", "log_var"): ["a scalar tensor"],
     ("ImageTensors", "classes"): ["a pair of words"],
     ("fit_grid", "grids"): ["an empty list", "an empty tuple"],  # none but the fixed ones
     **{("FittedGrid", name): ["a word", "an empty string"] for name in ("process", "predictor")},

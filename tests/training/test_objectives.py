@@ -562,3 +562,14 @@ def test_predictions_under_the_mask_may_be_nan():
     model = EpsModel(lambda x, noise_label: torch.where(keep, 0.3 * x, float("nan")), VPSDE())
     loss = ScoreMatching()(model, torch.randn(4, 3, generator=seeded(2)), mask=keep)
     assert bool(loss.isfinite().all())
+
+
+def test_given_noise_and_a_mask_give_the_loss_of_the_shorter_samples():
+    """Pairs of reflow, padded: the noise of the padding has no part."""
+    draw, t = seeded(8), torch.full((4,), 0.4)
+    x0, eps = torch.randn(2, 4, 6, generator=draw)
+    keep = torch.arange(6).expand(4, 6) < 3
+    model = VModel(lambda x, noise_label: 0.3 * x, VPSDE())
+    padded = x0.masked_fill(~keep, float("nan"))
+    got = ScoreMatching()(model, padded, mask=keep, eps=eps, t=t)
+    torch.testing.assert_close(got, ScoreMatching()(model, x0[:, :3], eps=eps[:, :3], t=t))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from typing import TypeAlias
 
 import torch
@@ -140,21 +140,21 @@ class Window:
         return torch.as_tensor(out)
 
 
-def windows(samples: Sequence[Sequence[AxisWindows]], batch: int) -> Iterator[list[Window]]:
+def windows(
+    groups: Sequence[tuple[range, Sequence[AxisWindows]]], batch: int
+) -> Iterator[list[Window]]:
     """Yield the windows of all samples, `batch` at a time.
 
     Args:
-        samples: the windows along each axis of the field of every sample.
+        groups: consecutive samples, and the windows along each axis of their fields.
         batch: how many windows of one sample each a list holds, all in all.
     """
     chunk: list[Window] = []
     room = batch
-    for _, group in groupby(range(len(samples)), key=lambda one: id(samples[one])):
-        among = list(group)
-        axes = samples[among[0]]
+    for samples, axes in groups:
         for found in product(*(list(enumerate(axis.starts)) for axis in axes)):
             index, start = zip(*found, strict=True)
-            first, last = among[0], among[-1] + 1
+            first, last = samples.start, samples.stop
             while first < last:
                 some = range(first, min(first + room, last))
                 chunk.append(Window(some, start, index, axes))

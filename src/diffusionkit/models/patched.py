@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -168,11 +169,9 @@ class PatchedModel(ScoreModel):
         alpha, sigma = kernel(self.sde, x, t)
         blended = _Blend(x)
         for rows in self._windows(x, t):
-            if blended.parts is None:
+            once = blended.parts is None or torch.compiler.is_compiling()
+            with contextlib.nullcontext() if once else uncounted():
                 blended.add(rows, self._patches(x, t, cond, rows))
-            else:
-                with uncounted():
-                    blended.add(rows, self._patches(x, t, cond, rows))
         return blended.prediction(alpha, sigma)
 
     def _windows(self, x: Tensor, t: Tensor) -> Iterator[list[Window]]:
@@ -188,19 +187,35 @@ class PatchedModel(ScoreModel):
         if any(size < axis[0] for size, axis in zip(sizes, axes, strict=True)):
             patch = tuple(axis[0] for axis in axes)
             raise ValueError(f"x: expected a field of at least the patch, {patch}, got {sizes}")
-        made: dict[float | None, list[AxisWindows]] = {}
-        times: list[Any] = t.detach().tolist() if self.shift else [None] * len(x)
-        for time in times:
-            if time not in made:
-                made[time] = [
-                    axis_windows(
-                        size, patch, overlap, margin, smooth=self.blend == "cosine",
-                        periodic=periodic, offset=_offset(time, k, patch - overlap), like=x,
-                    )
-                    for k, (size, (patch, overlap, margin, periodic))
-                    in enumerate(zip(sizes, axes, strict=True))
-                ]  # fmt: skip
-        return windows([made[time] for time in times], self.batch)
+        groups: list[tuple[range, list[AxisWindows]]] = []
+        for samples, time in self._times(t):
+            found = [
+                axis_windows(
+                    size,
+                    patch,
+                    overlap,
+                    margin,
+                    smooth=self.blend == "cosine",
+                    periodic=periodic,
+                    offset=_offset(time, k, patch - overlap),
+                    like=x,
+                )
+                for k, (size, (patch, overlap, margin, periodic)) in enumerate(
+                    zip(sizes, axes, strict=True)
+                )
+            ]
+            groups.append((samples, found))
+        return windows(groups, self.batch)
+
+    def _times(self, t: Tensor) -> list[tuple[range, float | None]]:
+        """Return the time of consecutive samples with equal windows, None for no shift."""
+        if not self.shift:
+            return [(range(len(t)), None)]
+        groups: list[tuple[range, float | None]] = []
+        for k, time in enumerate(t.detach().tolist()):
+            first = groups.pop()[0].start if groups and groups[-1][1] == time else k
+            groups.append((range(first, k + 1), time))
+        return groups
 
     def _patches(
         self, x: Tensor, t: Tensor, cond: Mapping[str, Any], rows: list[Window]

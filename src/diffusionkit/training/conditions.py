@@ -55,7 +55,7 @@ def null_like(null: Any, condition: Tensor, name: str) -> Tensor:
     if isinstance(null, int):
         check_count(null, name, least=-(2**63), most=2**63 - 1)
     value = torch.as_tensor(null, device=condition.device)
-    if value.is_floating_point() and not condition.is_floating_point():
+    if not torch.can_cast(value.dtype, condition.dtype):
         raise TypeError(f"{name}: expected {condition.dtype}, as the condition, got {value.dtype}")
     try:
         return value.to(condition.dtype).expand_as(condition)
