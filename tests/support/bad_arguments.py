@@ -876,6 +876,7 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
     ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
     ("Chain.time", "step"): ["a numpy integer"],
+    ("drop_conditions", "condition"): ["complex numbers"],
     # One mean or log-variance for all pixels.
     ("GaussianDecoder.log_prob", "mean"): ["a scalar tensor"],
     ("GaussianDecoder.log_prob", "log_var"): ["a scalar tensor"],
