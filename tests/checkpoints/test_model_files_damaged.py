@@ -262,7 +262,7 @@ def test_folders(tmp_path) -> None:
         refused(folder, match)
 
     broken(b"{", "model.json: expected JSON of a model, got")
-    broken(b"\xff", "model.json: expected JSON, got")
+    broken(b"\xff", "model.json: expected JSON of a model, got")
     broken(b"[]", "model.json: expected a model written by save_model, got list")
     broken(text.replace(".model", ".network").encode(), "got a foreign file")
     broken(text.replace('"version": 1', '"version": 7').encode(), "or earlier, got 7: .* newer")

@@ -82,7 +82,10 @@ def test_error_names_the_forbidden_global(harmless) -> None:
         by_stack = b"".join(map(text, name.rsplit(".", 1))) + b"\x93"
         for found in (named(name), by_stack):
             for call in (b"R", b"\x81"):
-                harmless(found + args + call, f"the global {re.escape(name)}, which is not among")
+                refusal = f"the global {re.escape(name)}, which is not among"
+                if name.startswith("numpy."):  # pickles of EDM hold arrays, read as placeholders
+                    refusal = f"({refusal}|one that cannot be read)"
+                harmless(found + args + call, refusal)
         instance = b"(" + text("touch victim") + b"i" + named(name)[1:]
         harmless(instance, "the operation INST")
 

@@ -876,7 +876,6 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
     ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
     ("Chain.time", "step"): ["a numpy integer"],
-    ("drop_conditions", "condition"): ["complex numbers"],
     # One mean or log-variance for all pixels.
     ("GaussianDecoder.log_prob", "mean"): ["a scalar tensor"],
     ("GaussianDecoder.log_prob", "log_var"): ["a scalar tensor"],
@@ -921,7 +920,8 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("clipped_step", "max_norm"): ["infinity"],  # only skip bad gradients
     ("drop_conditions", "null"): ["NaN", "infinity", "-infinity", "a tensor of NaN", "two NaN",
                                   "a scalar tensor", "complex numbers"],
-    ("drop_conditions", "condition"): ["a tensor of NaN", "two NaN", "an empty tensor"],
+    ("drop_conditions", "condition"): ["a tensor of NaN", "two NaN", "an empty tensor",
+                                       "complex numbers"],
 }  # fmt: skip
 
 
