@@ -1,6 +1,7 @@
 """The direction of the dependencies, and a few rules for every file."""
 
 import ast
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -110,9 +111,14 @@ def imports(tree: ast.AST, path: Path) -> set[str]:
     return found
 
 
+@functools.cache
+def parsed(path: Path) -> ast.AST:
+    return ast.parse(path.read_text())
+
+
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def source(request) -> tuple[Path, ast.AST]:
-    return request.param, ast.parse(request.param.read_text())
+    return request.param, parsed(request.param)
 
 
 def test_dependencies_point_one_way(source) -> None:

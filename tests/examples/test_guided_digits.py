@@ -1,8 +1,10 @@
 import re
 
+import pytest
 from support.pictures import check_picture
 
 
+@pytest.mark.slow
 def test_guidance_raises_class_accuracy(example, picture, capsys):
     example.main(
         ["--train-steps", "150", "--samples", "100", "--steps", "8", "--scales", "0", "4",

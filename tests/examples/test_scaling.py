@@ -35,6 +35,7 @@ def test_small_run(small, picture, capsys):
     check_picture(picture)
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_intervals(small, picture, capsys):
     argv = ["--widths", "8", "--seeds", "1", "--train-steps", "32", "--samples", "10"]
     small.main([*argv, "--output", str(picture)])
@@ -145,6 +146,7 @@ def test_too_few_steps_for_the_evaluations_are_an_error(example, capsys):
     assert "--train-steps: expected at least 32, got 31" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_narrow_networks_train_for_more_steps(small, monkeypatch):
     monkeypatch.setattr(small, "measure", lambda *args: small.Measurement(args[2], 0, 0, 0))
     options = small.options(["--widths", "8", "32", "--seeds", "1", "--train-steps", "40"])

@@ -254,6 +254,7 @@ def test_differentiable_in_the_whole_schedule(steps) -> None:
             assert float(gradient[i]) == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_the_interior_reduces_the_variance_but_not_the_mean() -> None:
     """For N(0, s^2) gamma' v(gamma) is constant at the optimum, v the mean squared error."""
     s, d = 0.05, 8

@@ -234,6 +234,7 @@ def test_the_context_network_gets_images_scaled_to_one() -> None:
     assert seen[0].flatten().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
 
 
+@pytest.mark.slow
 def test_training_closes_the_gap_to_the_discrete_likelihood() -> None:
     """Correlated Gaussian data in 3 x 3 bins: log q - log p approaches -log P(k) from above."""
     covariance = torch.tensor([[0.16, 0.12], [0.12, 0.16]], dtype=torch.float64)

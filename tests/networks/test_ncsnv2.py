@@ -229,6 +229,7 @@ def test_activation_checkpointing_keeps_the_gradient() -> None:
     assert calls == [8, 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dims", [2, *(pytest.param(dims, marks=pytest.mark.slow) for dims in (1, 3))]
 )
