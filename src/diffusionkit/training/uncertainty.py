@@ -41,13 +41,14 @@ class LearnedUncertainty(nn.Module):
     over EDM's whole range of noise, enough for losses weighted by `EDMWeighting`. The bound grows
     with the root of the number of features; take 1024 for losses that span more decades.
 
-    The default is the loss of EDM2. Train this module's parameters with the model's, and pass it to
-    `normalize_weights`. Evaluate with `.objective`, whose losses are comparable between models.
+    The default is the loss of EDM2. Train the parameters of this module with those of the model, and
+    pass it to `normalize_weights`. For evaluation call its attribute `objective`, whose losses are
+    comparable between models.
 
     Args:
-        objective: returns losses (B,) of (model, x0, t=, generator=, **cond) and has `times`, such
-            as `ScoreMatching`; by default that of EDM2 for images, with `EDMWeighting` and
-            `LogNormalTimes(-0.4, 1.0)`.
+        objective: returns losses (B,) of a model and data, given t, generator and conditions, and
+            has `times`, such as `ScoreMatching`; by default that of EDM2 for images, with
+            `EDMWeighting` and `LogNormalTimes(-0.4, 1.0)`.
         features: the number of frequencies.
         label: the noise label c, log(sigma / alpha) / 4 by default.
 

@@ -134,7 +134,7 @@ class MinSNRWeighting(Weighting):
 class VelocityWeighting(Weighting):
     r"""Weight ((alpha + sigma) / alpha)^2: weight 1 of the squared error of eps - x0.
 
-    The loss of flow matching: with it `ScoreMatching` is the mean of |F - (eps - x0)|^2 for a
+    The loss of flow matching: with it `ScoreMatching` is the mean of (F - eps + x0)^2 for a
     `VelocityModel`, and the same function of data and noise for every other model. Infinite at
     alpha = 0, where the objective takes the limit.
 
