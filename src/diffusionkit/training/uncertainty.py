@@ -41,8 +41,8 @@ class LearnedUncertainty(nn.Module):
     over EDM's whole range of noise, enough for losses weighted by `EDMWeighting`. The bound grows
     with the root of the number of features; take 1024 for losses that span more decades.
 
-    The default is the loss of EDM2. Train the parameters of this module with those of the model, and
-    pass it to `normalize_weights`. For evaluation call its attribute `objective`, whose losses are
+    The default is the loss of EDM2. Train the parameters of this module with those of the model,
+    and pass both to `normalize_weights`. For evaluation call the objective itself, whose losses are
     comparable between models.
 
     Args:
