@@ -113,7 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             ax.plot(*data.T, ".", color="0.85", markersize=1, rasterized=True)
             ax.plot(*x.T, ".", color="C3" if name == "exact" else "C0", markersize=1.5)
             ax.set(
-                title=name, aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.1, 1.4), xticks=[], yticks=[]
+                title=name,
+                aspect="equal",
+                xlim=(-1.25, 1.25),
+                ylim=(-1.1, 1.4),
+                xticks=[],
+                yticks=[],
             )
             ax.title.set_fontsize(9)
         for ax in row[len(found) :]:

@@ -290,3 +290,24 @@ def test_other_errors() -> None:
         GuidanceMomentum(model)
     with pytest.raises(ValueError, match="model: expected ClassifierFreeGuidance or Autoguidance"):
         PCSampler(model, GuidanceMomentum(DDIM()), steps=3)((4, 2))
+
+
+def test_compiled_steps_keep_the_momentum() -> None:
+    """Guidance in a graph has no memory: such a step runs outside of it."""
+    model = guided(VPSDE(), projection=AdaptiveProjection(max_norm=0.05))
+    predictor, x = GuidanceMomentum(DDIM(), -0.5), randn64(4, 1)
+    times = [torch.full((4,), t, dtype=DOUBLE) for t in (0.9, 0.6, 0.3)]
+
+    def steps(x, predictor):
+        state = None
+        for t, s in pairwise(times):
+            step = predictor.step(model, x, t, s, state, class_labels=LABELS)
+            x, state = step.x, step.state
+        return x
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected, plain = steps(x, predictor), steps(x, DDIM())
+        found = torch.compile(steps, backend="eager")(x, predictor)
+    torch.testing.assert_close(found, expected)
+    assert float((found - plain).abs().max()) > 1e-4

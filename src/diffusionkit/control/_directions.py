@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,9 @@ Averages = Mapping[nn.Module, Tensor]
 
 # A context variable, so that samplers in several threads have their own.
 _current: ContextVar[Memory | None] = ContextVar("memory", default=None)
+# The number of open memories in all threads, which compiled graphs have guards on.
+_open = 0
+_lock = threading.Lock()
 
 
 class Memory:
@@ -44,13 +48,29 @@ def remembering(before: Averages, factor: float) -> Iterator[Memory]:
     """Let guidance inside use, and update, averages of directions."""
     memory = Memory(before, factor)
     token = _current.set(memory)
+    _count(1)
     try:
         yield memory
     finally:
+        _count(-1)
         _current.reset(token)
+
+
+def _count(change: int) -> None:
+    global _open
+    with _lock:
+        _open += change
 
 
 def averaged(owner: nn.Module, direction: Tensor) -> Tensor:
     """Return the direction (B, *D) of a guided model with momentum, where there is any."""
-    memory = None if torch.compiler.is_compiling() else _current.get()
+    if not _open:
+        return direction
+    if torch.compiler.is_compiling():
+        # Without fullgraph=True this then runs as it is, outside of the graph.
+        raise ValueError(
+            "predictor: expected guidance with momentum outside of a compiled graph, which has no "
+            "memory, got it in one; compile the network"
+        )
+    memory = _current.get()
     return direction if memory is None else memory.averaged(owner, direction)

@@ -55,7 +55,8 @@ def null_like(null: Any, condition: Tensor, name: str) -> Tensor:
     if isinstance(null, int):
         check_count(null, name, least=-(2**63), most=2**63 - 1)
     value = torch.as_tensor(null, device=condition.device)
-    if not torch.can_cast(value.dtype, condition.dtype):
+    whole = not (condition.is_floating_point() or condition.is_complex())
+    if (value.is_floating_point() and whole) or (value.is_complex() and not condition.is_complex()):
         raise TypeError(f"{name}: expected {condition.dtype}, as the condition, got {value.dtype}")
     try:
         return value.to(condition.dtype).expand_as(condition)
