@@ -295,7 +295,7 @@ def test_other_errors() -> None:
 def test_compiled_steps_keep_the_momentum() -> None:
     """Guidance in a graph has no memory: such a step runs outside of it."""
     model = guided(VPSDE(), projection=AdaptiveProjection(max_norm=0.05))
-    predictor, x = GuidanceMomentum(DDIM(), -0.5), randn64(4, 1)
+    predictor, x = GuidanceMomentum(DDIM(), -0.5), randn64(4, 2)
     times = [torch.full((4,), t, dtype=DOUBLE) for t in (0.9, 0.6, 0.3)]
 
     def steps(x, predictor):

@@ -126,8 +126,8 @@ class IPNDM(_NoiseAdams):
 
     with w = (3, -1) / 2, (23, -16, 5) / 12 or (55, -59, 37, -9) / 24 whatever the grid. Where the
     steps in rho are equal it is `LMS`, of order `order`; on other smooth grids it is of order 2.
-    In few steps the constant weights extrapolate less than exact ones, which may be better or worse:
-    compare it with `DEIS` on your model.
+    In few steps the constant weights extrapolate less than exact ones, which may be better or
+    worse: compare it with `DEIS` on your model.
 
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.

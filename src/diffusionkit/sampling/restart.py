@@ -27,7 +27,7 @@ class Restart:
     and the predictor brings it back on levels of its own, `repeats` times; then the run goes on.
     The new noise contracts the errors made above s_max, as in a stochastic sampler, and the steps
     stay those of a deterministic one. It is meant for many evaluations, where the network's errors
-    dominate; with the exact score of a mixture, a plain `Heun` run of as many evaluations was better.
+    dominate; with the exact score of a mixture, a plain `Heun` run at equal cost was better.
 
     Passed as `time_travel` of a `PCSampler`, one interval or a sequence of them. An interval with
     a predictor of n evaluations a step takes n * repeats * steps more. s_min is moved to the
