@@ -30,6 +30,14 @@ def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
     return coefficient.to(dtype).view(-1, *(1,) * (like.ndim - 1))
 
 
+def add_scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    """Return x + factor * y for tensors of the same shape."""
+    if torch.compiler.is_compiling():
+        # Inductor drops alpha where y is a matrix product, seen in torch 2.13; it fuses the rest.
+        return x + y * factor
+    return torch.add(x, y, alpha=factor)
+
+
 def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Tensor:
     """Return first * x + second * y for coefficients (B,) or numbers, in the dtype of x."""
     second = expand(second, y)
@@ -40,7 +48,8 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
     if isinstance(second, Tensor):
         out = torch.addcmul(out, y, second) if fresh else out.addcmul_(y, second)
     else:
-        out = torch.add(out, y, alpha=second) if fresh else out.add_(y, alpha=second)
+        fresh = fresh or torch.compiler.is_compiling()
+        out = add_scaled(out, y, second) if fresh else out.add_(y, alpha=second)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
@@ -52,6 +61,8 @@ def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0)
     """
     out = None if torch.is_grad_enabled() or _transformed() else noise
     if not isinstance(std, Tensor):
+        if out is None or torch.compiler.is_compiling():
+            return add_scaled(mean, noise, value * std)
         return torch.add(mean, noise, alpha=value * std, out=out)
     factor = std if std.ndim == mean.ndim else cast(Tensor, expand(std, mean))
     if factor.dtype == mean.dtype:

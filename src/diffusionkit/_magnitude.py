@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ._checks import check_part
+from ._coefficients import add_scaled
 from .distributed._sharded import is_sharded
 
 _EPS = 1e-4
@@ -47,7 +48,7 @@ def sum_weights(t: float) -> tuple[float, float]:
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """Return the magnitude-preserving sum of tensors of the same shape."""
     of_a, of_b = sum_weights(t)
-    return torch.add(a * of_a, b, alpha=of_b)
+    return add_scaled(a * of_a, b, of_b)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -10,6 +10,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from .._coefficients import add_scaled
+
 Averages = Mapping[nn.Module, Tensor]
 
 # A context variable, so that samplers in several threads have their own.
@@ -36,7 +38,7 @@ class Memory:
         """Return a direction with momentum; the first of a step is remembered."""
         before = self.before.get(owner)
         if before is not None:
-            direction = torch.add(direction, before, alpha=self.factor)
+            direction = add_scaled(direction, before, self.factor)
         if owner not in self._seen:
             self._seen.add(owner)
             self.after[owner] = direction

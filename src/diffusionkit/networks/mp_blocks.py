@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from .._coefficients import add_scaled
 from .._magnitude import (
     SILU_MAGNITUDE,
     MPLinear,
@@ -265,7 +266,7 @@ class MPBlock(_Gain):
         h = self.conv_2(self.dropout(F.silu(h)), _SILU * of_h)
         if self.decoding:
             x = self.shortcut(x)
-        return _clipped(torch.add(h, x, alpha=of_x), self.clip)
+        return _clipped(add_scaled(h, x, of_x), self.clip)
 
 
 class CosineAttention(nn.Module):
@@ -309,7 +310,7 @@ class CosineAttention(nn.Module):
         of_x, of_h = sum_weights(self.balance)
         h = self.out(rearrange(h, "b h n d -> b n (h d)"), of_h)
         h = h.transpose(1, 2).reshape(x.shape)
-        return _clipped(torch.add(h, x, alpha=of_x), self.clip)
+        return _clipped(add_scaled(h, x, of_x), self.clip)
 
 
 def _clipped(x: Tensor, clip: float | None) -> Tensor:
