@@ -193,7 +193,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.features is None:
         options.features = GLYPH_FEATURES if options.data == "glyphs" else "inception"
     with launched() as place:
-        results = evaluate(options, place)
+        try:
+            results = evaluate(options, place)
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise SystemExit(f"evaluate.py: {error}") from error
         if place.first:
             folder = options.run if options.run.is_dir() else options.run.parent
             out = options.out or folder / f"evaluation-{results['step']:08d}.json"

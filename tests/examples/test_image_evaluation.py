@@ -38,6 +38,13 @@ def test_baselines_of_uniform_images_are_above_8_bits(program):
     assert 8 < found["kernel density 20"].mean < 8.3
 
 
+def test_a_run_that_is_missing_is_named(program, tmp_path):
+    refused = r"evaluate\.py: .*(no checkpoint at|expected checkpoints)"
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(SystemExit, match=refused):
+            program("evaluate").main([str(folder), "--quiet"])
+
+
 def test_glyph_features_have_64_channels_and_16_scripts(program):
     network = program("glyph_features").glyph_features()
     images = torch.zeros(3, 1, 16, 16, dtype=torch.uint8)
