@@ -44,6 +44,7 @@ from diffusionkit import (
     X0Model,
     ddim_encode,
 )
+from diffusionkit._log_snr import FAINTEST
 from diffusionkit.testing import check_score_model
 
 SDE = FlowMatchingSDE()
@@ -235,6 +236,26 @@ def test_a_bound_in_closed_form(sde):
     small = 0.5 * d * (snr / (1 + snr) - 1) - d * math.log(a)
     torch.testing.assert_close(bound.nats, prior + path + small, rtol=0, atol=2e-2)
     assert bool(torch.isfinite(bound.path).all() & torch.isfinite(bound.drift).all())
+
+
+class Lost(Peeking):
+    """Knows the data where sigma / alpha < 160, and is wrong by 160 beyond."""
+
+    def predict(self, x, t, **cond):
+        alpha, sigma = (c[:, None] for c in self.sde.marginal(t))
+        wrong = torch.where(self.sde.log_snr(t)[:, None] < FAINTEST, 160.0, 0.0)
+        eps = (x - alpha * (self.x0 - wrong)) / sigma
+        return Prediction(x, self.x0 - wrong + 0 * x, eps, alpha[:, 0], sigma[:, 0])
+
+
+@pytest.mark.parametrize("sde", [SDE, CHAIN], ids=["flow", "chain"])
+def test_errors_without_signal_count_in_the_bound(sde):
+    """Half the integral of 160^2 snr over log-SNR below that of sigma / alpha = 160 is 1/2."""
+    x = torch.zeros(4, 3, dtype=torch.float64)
+    bound = NELBO(Lost(sde, x), samples=800)(x, generator=seeded())
+    span = float(sde.log_snr(f64(sde.t_min))) - FAINTEST
+    expected = torch.full((4,), 3 * 0.5 * (1 - span), dtype=torch.float64)
+    torch.testing.assert_close(bound.path, expected, rtol=0, atol=0.03)
 
 
 def test_importance_times_keep_the_expected_loss():

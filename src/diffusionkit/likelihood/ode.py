@@ -81,7 +81,7 @@ class ODELikelihood(Described):
 
     With a mask it is the density of the elements that the mask keeps, with the others left out of
     the flow: held at 0. This has a meaning where the prediction of the former does not depend on
-    the latter, as for padding that a network is told to ignore by a condition. Elsewhere the flow
+    the latter, as for padding that a condition makes a network ignore. Elsewhere the flow
     of some elements is not that of a model, and ValueError is raised; `NELBO` bounds it for any
     network.
 
