@@ -1,4 +1,4 @@
-"""Measure seams of multi-diffusion on a Gaussian field whose law is known, without sampling error.
+"""Measure seams of multi-diffusion on a Gaussian field, without sampling error.
 
 The exact model of 64-point patches of a stationary Gaussian series makes one of 256 points, which
 is periodic. Model and sampler are linear, so their samples are M z with noise z, and all that
@@ -68,8 +68,8 @@ class GaussianSeries(ScoreModel):
         return Prediction.from_x0(x, modes @ self.vectors.T, alpha, sigma)
 
 
-class Law(NamedTuple):
-    """The law of a sampler's fields, over that of the data.
+class Statistics(NamedTuple):
+    """Statistics of a sampler's fields, over that of the data.
 
     Args:
         differences: the variance (n,) of the difference of each point and the next.
@@ -82,8 +82,8 @@ class Law(NamedTuple):
     cost: float
 
 
-def law(model: ScoreModel, matrix: Tensor, cost: float) -> Law:
-    """Return the law of the fields that a linear model's sampler draws.
+def statistics(model: ScoreModel, matrix: Tensor, cost: float) -> Statistics:
+    """Return the statistics of the fields that a linear model's sampler draws.
 
     Args:
         model: the model.
@@ -95,16 +95,16 @@ def law(model: ScoreModel, matrix: Tensor, cost: float) -> Law:
     x = sampler(start)[:, 0]  # a row for each number of the noise
     differences = (x.roll(-1, 1) - x).square().sum(0) / (2 * (matrix[0, 0] - matrix[0, 1]))
     power = torch.fft.fft(x, dim=1, norm="ortho").abs().square().sum(0)
-    return Law(differences, power / torch.fft.fft(matrix[0]).real, cost)
+    return Statistics(differences, power / torch.fft.fft(matrix[0]).real, cost)
 
 
-def laws(overlaps: Sequence[int]) -> dict[str, Law]:
-    """Return the law of the whole field's model, and those of models of patches by their name."""
+def compared(overlaps: Sequence[int]) -> dict[str, Statistics]:
+    """Return the statistics of the whole field and of models of patches, by name."""
     sde, at = VPSDE(), torch.arange(FIELD, dtype=torch.float64)
     lag = at[:, None] - at
     matrix = covariance(torch.minimum(lag.abs(), FIELD - lag.abs()))
     patches = GaussianSeries(sde, covariance(lag[:PATCH, :PATCH]))
-    found = {"the whole field": law(GaussianSeries(sde, matrix), matrix, 1.0)}
+    found = {"the whole field": statistics(GaussianSeries(sde, matrix), matrix, 1.0)}
     for overlap in overlaps:
         kinds: dict[str, dict[str, Any]] = {
             "uniform": {"blend": "uniform", "margin": 0},
@@ -117,11 +117,11 @@ def laws(overlaps: Sequence[int]) -> dict[str, Law]:
         for name, kind in kinds.items():
             model = PatchedModel(patches, PATCH, overlap, periodic=True, batch=512, **kind)
             windows = -(-FIELD // (PATCH - overlap))
-            found[f"{overlap}, {name}"] = law(model, matrix, windows * PATCH / FIELD)
+            found[f"{overlap}, {name}"] = statistics(model, matrix, windows * PATCH / FIELD)
     return found
 
 
-def table(found: dict[str, Law]) -> list[str]:
+def table(found: dict[str, Statistics]) -> list[str]:
     """Return a table of seams and powers."""
     powers = " | ".join(f"power at {w}" for w in WAVELENGTHS)
     lines = [
@@ -136,7 +136,7 @@ def table(found: dict[str, Law]) -> list[str]:
     return lines
 
 
-def draw_figure(found: dict[str, Law]) -> Figure:
+def draw_figure(found: dict[str, Statistics]) -> Figure:
     """Draw the variance of differences along the field, and the power against the wavelength."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -169,7 +169,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and save it and the picture."""
     args = options(argv)
-    found = laws([0, *args.overlaps])
+    found = compared([0, *args.overlaps])
     report(table(found), args.table)
     save(draw_figure(found), args.output)
     print(f"picture {args.output}")
