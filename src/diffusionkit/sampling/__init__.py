@@ -33,6 +33,7 @@ from .predictors import (
 from .probability_flow import ProbabilityFlow
 from .restart import Restart
 from .stochastic_heun import StochasticHeun
+from .tangent_grid import TangentGrid
 from .time_travel import TimeTravel
 from .two_stage import StageCoefficients, TwoStagePredictor
 from .unipc import UniPC
@@ -73,6 +74,7 @@ __all__ = [
     "StepCoefficients",
     "StochasticHeun",
     "TabulatedPredictor",
+    "TangentGrid",
     "TimeTravel",
     "TwoStagePredictor",
     "UniPC",

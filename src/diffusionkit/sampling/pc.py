@@ -68,8 +68,9 @@ class PCSampler(Described):
         predictor: the step between times; None uses the corrector alone.
         corrector: the step at a fixed time; None is predictor-only sampling.
         steps: the number of steps, unless the grid is a tensor.
-        grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for times
-            uniform between T and the SDE's t_stop.
+        grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for the
+            predictor's default: `TangentGrid` for multistep solvers and `DPMSolver2S`, for others
+            times uniform between T and the SDE's t_stop.
         corrector_first: whether the corrector runs before the predictor.
         denoise: whether the last noise is removed, at the cost of one evaluation. Where the grid
             ends at a time without noise, the last step's mean is returned instead.
@@ -145,7 +146,7 @@ class PCSampler(Described):
         self.time_travel = time_travel
         self.progress = progress
         self.nfe = 0
-        times = resolve_grid(grid, model.sde, steps)  # raises if the grid is invalid
+        times = self.times  # raises if the grid is invalid
         route = planned(time_travel, model.sde, times)
         if predictor is not None:
             with torch.no_grad():  # raises if the predictor cannot use it
@@ -156,7 +157,10 @@ class PCSampler(Described):
     @property
     def times(self) -> Tensor:
         """The decreasing times (N + 1,) of the grid, for the current process."""
-        return resolve_grid(self.grid, self.model.sde, self.steps)
+        sde, grid = self.model.sde, self.grid
+        if grid is None and self.predictor is not None:
+            grid = self.predictor.default_grid(sde, self.steps)
+        return resolve_grid(grid, sde, self.steps)
 
     @explains
     def __call__(
