@@ -4,8 +4,8 @@ On a mixture of three Gaussians in the plane and one of forty in 64 dimensions, 
 and on a network trained on digits: the root mean square distance of samples from the tightly solved
 probability flow, from the same states, in units of the data. The library's solvers run on their
 default grid. Those of diffusers, k-diffusion and azula, where they are installed, run on the best
-of about thirty grids, chosen for each of them and each number of evaluations on the draws that are
-judged. The numbers go to a JSON file, from which the table and the picture can be made again.
+of twelve published grids, chosen for each of them and each number of evaluations on the draws that
+are judged. The numbers go to a JSON file, from which the table and the picture can be made again.
 
     python benchmarks/solver_errors.py
     python benchmarks/solver_errors.py --draw
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--train-steps", type=int, default=3000)
-    add("--draws", type=int, default=256, help="draws that are judged")
+    add("--draws", type=int, default=96, help="draws that are judged")
     add("--evaluations", type=int, nargs="+", default=EVALUATIONS)
     add("--draw", action="store_true", help="only draw the numbers again")
     add("--data", type=Path, default=DATA)
