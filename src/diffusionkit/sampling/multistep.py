@@ -164,7 +164,10 @@ class MultistepPredictor(Predictor):
 
     def _store(self, sde: ForwardSDE, points: Sequence[Sequence[GridPoint]], grid: Tensor) -> None:
         """Store the coefficients of n steps with their times: t, s and the past ones, (m, n)."""
-        rows = by_row(self._coefficients(sde, *grid), sde, grid.shape[1], grid[0])
+        steps = tuple(tuple(point.index for point in column) for column in points)
+        rows = points[0][0].grid.keep(
+            self, steps, lambda: by_row(self._coefficients(sde, *grid), sde, len(steps[0]), grid[0])
+        )
         for (first, *others), row in zip(zip(*points, strict=True), rows, strict=True):
             first.store(self, others, row)
 
@@ -184,7 +187,7 @@ class MultistepPredictor(Predictor):
         points = grid_points(sde, times)
         if points is None:
             return
-        grid = exact_times(points, times[0].device)
+        grid = exact_times(points)
         for depth in range(min(self.memory, steps - 1) + 1):
             last = steps if depth == self.memory else depth + 1
             spans = [slice(depth + k, last + k) for k in (0, 1, *range(-1, -depth - 1, -1))]
@@ -206,7 +209,7 @@ class MultistepPredictor(Predictor):
             return self._coefficients(sde, *(exact(at) for at in times))
         here, *others = points
         if here.look_up(self, others) is None:  # a run that begins within the grid
-            grid = exact_times(points, t.device).unsqueeze(1)
+            grid = exact_times(points).unsqueeze(1)
             self._store(sde, [[point] for point in points], grid)
         return cast(_MultistepCoefficients, here.look_up(self, others))
 
