@@ -8,6 +8,7 @@ give the same numbers, bit for bit.
 """
 
 import argparse
+import json
 import os
 import shutil
 import time
@@ -51,6 +52,7 @@ class Lab:
     ) -> None:
         self.results, self.runs, self.scale, self.only = results, runs / scale, scale, only
         self.place = torch.device(place)
+        self.memory: dict[str, Any] = {}  # what measures of several runs share
         self._last: tuple[str, Run] | None = None
 
     def folder(self, name: str, seed: int) -> Path:
@@ -101,7 +103,10 @@ class Lab:
         if chosen and self.results.get(key, measure) is None:
             run, start = self.run(name, seed, steps), time.perf_counter()
             value = of(run)
-            self.results.add(key, measure, value, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            batch = run.settings["training"]["batch"]
+            training = training_seconds(self.folder(name, seed), steps, batch)
+            self.results.add(key, measure, value, seconds, training)
             print(f"{key}: {measure}: {_short(value)}", flush=True)
         return self.results.get(key, measure)
 
@@ -113,6 +118,17 @@ class Lab:
             self.results.add(key, measure, of(), time.perf_counter() - start)
             print(f"{measure}: {_short(self.results.get(key, measure))}", flush=True)
         return self.results.get(key, measure)
+
+
+def training_seconds(folder: Path, steps: int, batch: int) -> float:
+    """Return the seconds that a run took up to a number of steps, by its log."""
+    total, before = 0.0, 0
+    for text in (folder / "log.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if before < line["step"] <= steps:
+            total += (line["step"] - before) * batch / line["images_per_second"]
+            before = line["step"]
+    return total
 
 
 def _short(value: Any) -> str:

@@ -139,7 +139,7 @@ class Quality:
 
     def __init__(self, lab: Lab, name: str, seed: int, steps: int) -> None:
         self.folder = lab.folder(name, seed) / f"samples-{steps}"
-        self._real: Tensor | None = None
+        self._memory = lab.memory
         self._network = glyph_features()
 
     def features(self, images: Any) -> Tensor:
@@ -150,12 +150,13 @@ class Quality:
 
     def real(self, run: Run) -> Tensor:
         """Return the features of all training images, in a random order, always the same."""
-        if self._real is None:
+        if "real features" not in self._memory:
             data = open_data(run.settings)
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
             images = torch.stack([data[i][0] for i in order.tolist()])
-            self._real = self.features(images)
-        return self._real
+            self._memory["real features"] = self.features(images)
+        real: Tensor = self._memory["real features"]
+        return real
 
     def __call__(
         self, name: str, sampler: Callable[[Run], Callable[..., Tensor]], count: int

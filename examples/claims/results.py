@@ -44,11 +44,16 @@ class Results:
         """Return a number or a table of them, None if it has not been measured."""
         return self.numbers.get(key, {}).get(measure)
 
-    def add(self, key: str, measure: str, value: Any, seconds: float) -> None:
-        """Add a number, and write the file."""
+    def add(
+        self, key: str, measure: str, value: Any, seconds: float, training: float = 0.0
+    ) -> None:
+        """Add a number, the seconds that it took and those of training before; write the file."""
         # As it will be read: keys are strings, tuples lists.
         self.numbers.setdefault(key, {})[measure] = json.loads(json.dumps(value))
-        self.seconds.setdefault(key, {})[measure] = round(seconds, 1)
+        costs = self.seconds.setdefault(key, {})
+        costs[measure] = round(seconds, 1)
+        if training:
+            costs["training"] = round(training, 1)
         self.write()
 
     def seeds(self, run: str, steps: int, measure: str) -> dict[int, Any]:
@@ -68,6 +73,16 @@ class Results:
             if name == run and measure in measures:
                 found.add(int(at.removesuffix(" steps")))
         return sorted(found)
+
+    def hours(self) -> float:
+        """Return the hours of all measures and of training, that of a run counted once."""
+        training: dict[str, float] = {}
+        total = 0.0
+        for key, costs in self.seconds.items():
+            run = key.rpartition(",")[0]
+            training[run] = max(training.get(run, 0.0), costs.get("training", 0.0))
+            total += sum(value for measure, value in costs.items() if measure != "training")
+        return (total + sum(training.values())) / 3600
 
     def write(self) -> None:
         """Write the file, in the order of its keys, so that equal numbers are equal files."""
@@ -108,7 +123,8 @@ def merge(source: Results, target: Results) -> int:
     for key, measures in source.numbers.items():
         for measure, value in measures.items():
             if target.get(key, measure) is None:
-                target.add(key, measure, value, source.seconds[key][measure])
+                costs = source.seconds[key]
+                target.add(key, measure, value, costs[measure], costs.get("training", 0.0))
                 count += 1
     return count
 
