@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_count, check_number, readable
+from .._checks import check_choice, check_count, check_number, readable
 from .._coefficients import Coefficient
 from .._log_snr import with_signal
+from ..interfaces import ForwardSDE
 from .corrected import CorrectedAdams
 from .heun import check_levels
+from .multistep import ExponentialAdams
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class SASolver(CorrectedAdams):
     corrector_order: int = 2
     s_min: float = 0.0
     s_max: float = math.inf
+    form: str = "exact"
 
     def __post_init__(self) -> None:
         if not callable(self.tau):
@@ -86,6 +89,7 @@ class SASolver(CorrectedAdams):
         if self.corrector_order not in (0, 2, 3, 4):
             raise ValueError(f"corrector_order: expected 0, 2, 3 or 4, got {self.corrector_order}")
         check_levels(self.s_min, self.s_max)
+        check_choice("form", self.form, ("exact", "published"))
 
     @property
     @override
@@ -111,6 +115,11 @@ class SASolver(CorrectedAdams):
         if readable(tau) and not bool(((tau >= 0) & torch.isfinite(tau)).all()):
             raise ValueError(f"tau: expected finite values >= 0, got {tau.tolist()[:4]}")
         return tau
+
+    @override
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        rule = CorrectedAdams if self.form == "published" else ExponentialAdams
+        return rule.integrals(self, sde, nodes, end)
 
     @override
     def whole(self, h: Tensor) -> Tensor:
