@@ -143,7 +143,7 @@ class IPNDM(_NoiseAdams):
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
         weights = nodes.new_tensor(_EQUAL_STEPS[len(nodes)]).unsqueeze(1)
-        return -torch.expm1(-self.rate * (end - nodes[0])) * weights
+        return -torch.expm1(-self.rate(nodes[0]) * (end - nodes[0])) * weights
 
 
 @dataclass(frozen=True)
