@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import chains
+import controllable
 import correctors_at_equal_cost
 import edm_sampling
 import maximum_likelihood
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 CLAIMS = tuple(
     module.CLAIM
     for module in (
-        stable_targets, chains, maximum_likelihood, correctors_at_equal_cost, edm_sampling
+        stable_targets, chains, maximum_likelihood, correctors_at_equal_cost, controllable,
+        edm_sampling,
     )
 )  # fmt: skip
 VERDICTS = ("shown", "not resolved", "opposite", "not measured")
@@ -70,10 +72,18 @@ def anchor(claim: Claim) -> str:
     return claim.title.lower().replace(" ", "-")
 
 
-def write(lines: Iterator[str], path: Path) -> None:
-    """Write lines to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def tables(numbers: dict[str, Results]) -> dict[str, str]:
+    """Return the text of every table, by the name of its file."""
+    found = {"claims": overview(numbers)}
+    found["claims_variances"] = stable_targets.variance_table(numbers["stable_targets"])
+    for claim in CLAIMS:
+        found[f"claims_{claim.name}"] = table(claim, numbers[claim.name])
+    return {name: "\n".join(lines) + "\n" for name, lines in found.items()}
+
+
+def kept_numbers(folder: Path = FOLDER) -> dict[str, Results]:
+    """Return the numbers of all claims in a folder, at the small scale."""
+    return {claim.name: Results(claim.path(folder, "small")) for claim in CLAIMS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,12 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--results", type=Path, default=FOLDER, help="the folder of the numbers")
     add("--docs", type=Path, default=ROOT / "docs", help="the folder of the documentation")
     options = parser.parse_args(argv)
-    numbers = {claim.name: Results(claim.path(options.results, "small")) for claim in CLAIMS}
-    write(overview(numbers), options.docs / "tables" / "claims.md")
+    numbers = kept_numbers(options.results)
+    for name, text in tables(numbers).items():
+        path = options.docs / "tables" / f"{name}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     for claim in CLAIMS:
-        results = numbers[claim.name]
-        write(table(claim, results), options.docs / "tables" / f"claims_{claim.name}.md")
-        save(claim.draw(results), options.docs / "_static" / f"claims_{claim.name}.png")
+        figure = claim.draw(numbers[claim.name])
+        save(figure, options.docs / "_static" / f"claims_{claim.name}.png")
 
 
 if __name__ == "__main__":

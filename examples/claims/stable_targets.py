@@ -15,7 +15,7 @@ Small: 16x16 glyphs, a DDPM++ or NCSN++ of width 16; 18 minutes of one CPU core 
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from experiment import Claim, Finding, Lab, compare
@@ -104,6 +104,16 @@ def findings(results: Results) -> list[Finding]:
     return found
 
 
+def variance_table(results: Results) -> Iterator[str]:
+    """Yield the lines of the table of variances."""
+    table = results.get(Results.key("data", 0, 0), VARIANCES) or {}
+    yield "| noise | " + " | ".join(table) + " |"
+    yield "|---" * (1 + len(table)) + "|"
+    for i, level in enumerate(LEVELS):
+        cells = [f"{e['value'][i]:.2g} ± {e['stderr'][i]:.1g}" for e in table.values()]
+        yield f"| {level:g} | " + " | ".join(cells) + " |"
+
+
 def draw(results: Results) -> Figure:
     """Plot the variances, and the ratio of errors by noise level."""
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -114,7 +124,8 @@ def draw(results: Results) -> Figure:
             left.errorbar(LEVELS, estimate["value"], estimate["stderr"], label=name, capsize=2)
     left.set(xscale="log", yscale="log", xlabel=r"noise $\sigma / \alpha$",
              ylabel="variance of the target, units of the noise")  # fmt: skip
-    left.legend(fontsize=8)
+    if table:
+        left.legend(fontsize=8)
     for number, process in enumerate(PROCESSES):
         stable, plain = (f"{process}, stable target", LOSS), (process, LOSS)
         shown = []
@@ -130,7 +141,8 @@ def draw(results: Results) -> Figure:
         right.axvline(high, color="gray", linestyle=":", linewidth=0.8)
     right.set(xscale="log", xlabel=r"noise $\sigma / \alpha$",
               ylabel="change of the error by stable targets, %")  # fmt: skip
-    right.legend(fontsize=8)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(fontsize=8)
     return figure
 
 
