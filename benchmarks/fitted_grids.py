@@ -96,7 +96,7 @@ def glyph_network(steps: int) -> ScoreModel:
     """Train a small U-Net on glyphs of 16 x 16 pixels; a few minutes for 1,000 steps."""
     torch.manual_seed(0)
     data = glyphs("train", size=16)
-    images = torch.stack([image for image, _ in data]).float() / 127.5 - 1
+    images = torch.stack([data[k][0] for k in range(len(data))]).float() / 127.5 - 1
     network = DDPMpp(1, width=16, multipliers=(1, 2), blocks=1, attention_levels=(), dropout=0.0)
     model = EDMModel(network, EDMSDE())
     objective = ScoreMatching(EDMWeighting(), times=LogNormalTimes())

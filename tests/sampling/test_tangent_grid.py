@@ -26,6 +26,7 @@ from diffusionkit import (
     KarrasGrid,
     PCSampler,
     ProbabilityFlow,
+    SASolver,
     TangentGrid,
     UniformGrid,
     UniPC,
@@ -82,12 +83,20 @@ def test_it_is_the_default_of_multistep_solvers(predictor):
 
 
 @pytest.mark.parametrize(
-    "predictor", [None, DDIM(), Ancestral(), Heun(), DEIS(variable="time")], ids=str
+    "predictor",
+    [None, DDIM(), Ancestral(), Heun(), DEIS(variable="time"), DPMSolver2MSDE(), SASolver()],
+    ids=str,
 )
 def test_other_samplers_take_uniform_times(predictor):
     corrector = AnnealedLangevin() if predictor is None else None
     sampler = PCSampler(mixture(VPSDE()), predictor, corrector, steps=6)
     assert torch.equal(sampler.times, UniformGrid()(VPSDE(), 6))
+
+
+def test_stochastic_solvers_without_noise_take_it():
+    for predictor in (DPMSolver2MSDE(0.0), SASolver(0.0)):
+        sampler = PCSampler(mixture(VPSDE()), predictor, steps=6)
+        assert torch.equal(sampler.times, TangentGrid()(VPSDE(), 6))
 
 
 def test_a_given_grid_has_precedence_and_a_predictor_may_have_its_own():
@@ -126,11 +135,6 @@ def test_the_default_converges_with_about_order_three(predictor):
         errors.append(abs(float(found) - 80 * 0.5 / math.hypot(0.5, 80)))
     assert errors[-1] < 1e-5
     assert math.log2(errors[0] / errors[2]) / 2 > 2.6
-
-
-def test_stochastic_multistep_solvers_take_it_too():
-    sampler = PCSampler(mixture(EDMSDE()), DPMSolver2MSDE(), steps=20)
-    assert torch.equal(sampler.times, TangentGrid()(EDMSDE(), 20))
 
 
 @pytest.mark.parametrize("name", ["scale", "power"])

@@ -901,6 +901,8 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("UNetAdapter.forward", "class_labels"): list(BAD),  # passed on to the network
     ("Heun", "s_min"): ["infinity"],  # never churn
     ("Heun", "s_max"): ["infinity"],
+    ("SASolver", "s_min"): ["infinity"],
+    ("SASolver", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention
        for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("PositionChannels", "frequencies"): ["an empty list", "an empty tuple"],  # coordinates alone

@@ -69,8 +69,30 @@ class DPMSolver2M(ExponentialMidpoint):
         return _RULES[self.solver].integrals(self, sde, nodes, end)
 
 
+class _ThreePredictions(ExponentialAdams):
+    """The parabola through the last three predictions of the data, exact or as published."""
+
+    form: str
+    memory = 2
+
+    def __post_init__(self) -> None:
+        check_choice("form", self.form, ("exact", "published"))
+        _check_eta(self.eta)
+
+    @override
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        found = super().integrals(sde, nodes, end)
+        if self.form == "exact" or len(nodes) < 3:
+            return found
+        back, shares = self.weighted(nodes[0], end)
+        square = (shares * (end - nodes[0] - back).square()).sum(0)
+        a, b, c = nodes
+        leading = torch.stack([(a - b) * (a - c), (b - a) * (b - c), (c - a) * (c - b)])
+        return found - 0.5 * square / leading
+
+
 @dataclass(frozen=True)
-class DPMSolver3M(ExponentialAdams):
+class DPMSolver3M(_ThreePredictions):
     r"""DPM-Solver++(3M): the parabola through the last three predictions of the data.
 
     .. math::
@@ -97,10 +119,10 @@ class DPMSolver3M(ExponentialAdams):
     form: str = "exact"
     solver: str = "heun"
     lower_order_final: bool = field(default=False, kw_only=True)
-    memory = 2
 
+    @override
     def __post_init__(self) -> None:
-        check_choice("form", self.form, ("exact", "published"))
+        super().__post_init__()
         check_choice("solver", self.solver, tuple(_RULES))
         check_flag(self.lower_order_final, "lower_order_final")
 
@@ -108,15 +130,7 @@ class DPMSolver3M(ExponentialAdams):
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
         if len(nodes) == 2:
             return _RULES[self.solver].integrals(self, sde, nodes, end)
-        found = super().integrals(sde, nodes, end)
-        if self.form == "exact":
-            return found
-        h = end - nodes[0]
-        back, shares = self.weighted(h)
-        square = (shares * (h - back).square()).sum(0)
-        a, b, c = nodes
-        leading = torch.stack([(a - b) * (a - c), (b - a) * (b - c), (c - a) * (c - b)])
-        return found - 0.5 * square / leading
+        return super().integrals(sde, nodes, end)
 
 
 @dataclass(frozen=True)
@@ -150,14 +164,43 @@ class DPMSolver2MSDE(ExponentialMidpoint):
     memory = 1
 
     def __post_init__(self) -> None:
-        check_number(self.eta, "eta")
-        if not 0.0 <= self.eta < math.inf:
-            raise ValueError(f"eta: expected a finite number >= 0, got {self.eta}")
+        _check_eta(self.eta)
         check_choice("solver", self.solver, tuple(_RULES))
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
         return _RULES[self.solver].integrals(self, sde, nodes, end)
+
+
+@dataclass(frozen=True)
+class DPMSolver3MSDE(_ThreePredictions):
+    r"""DPM-Solver++(3M) for the reverse SDE: one evaluation and new noise in every step.
+
+    .. math::
+        x_s = \frac{\sigma_s}{\sigma_t} e^{-\eta h} x_t + (1 + \eta)\, \sigma_s e^{-\eta l_s}
+              \int_{l_t}^{l_s} e^{(1 + \eta) l}
+              \left(x_0 + \delta_1 (l - l_t) + \delta_2 (l - l_t)^2\right) dl
+              + \sigma_s \sqrt{1 - e^{-2 \eta h}}\, z, \quad h = l_s - l_t
+
+    with the parabola through the last three predictions of the data. Weak order 2, strong order 1;
+    without noise it is `DPMSolver3M`. The first steps are those of `DPMSolver2MSDE` with "heun".
+
+    Args:
+        eta: the amount of noise: 1 is the reverse SDE, 0 the probability flow.
+        form: "exact" is the formula above, "published" has half of delta_2 in the quadratic term,
+            as in the released code.
+
+    Raises:
+        ValueError: if eta is negative or not finite, or form is neither; in `prepare`, if the
+            grid has one step.
+        TypeError: if eta is not a number.
+
+    Source: Crowson, k-diffusion, 2023 (dpmpp_3m_sde); Lu et al., DPM-Solver++, 2022, arXiv
+    2211.01095.
+    """
+
+    eta: float = 1.0
+    form: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -201,18 +244,79 @@ class DPMSolver2S(TwoStagePredictor):
 
     @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
-        here, there = sde.log_snr(t), sde.log_snr(s)
-        used = torch.isfinite(here) & torch.isfinite(there)
-        middle = sde.time_at_log_snr(torch.where(used, here + self.r * (there - here), 0.0))
-        middle = torch.where(used, middle, t)
-        inner, whole = (DDIM().coefficients(sde, t, at) for at in (middle, s))
-        gain = cast(Tensor, whole.x0)
-        if self.solver == "midpoint":
-            share = 0.5 * gain
-        else:
-            share = sde.marginal(s)[0] - gain / torch.where(used, 0.5 * (there - here), 1.0)
-        second = torch.where(used, share / self.r, 0.0)
-        first = StepCoefficients(whole.x, whole.x0 - second)
-        return StageCoefficients(
-            middle, inner, first, StepCoefficients(0.0, second), used.to(second.dtype)
-        )
+        return _two_stages(sde, t, s, self.r, self.solver)
+
+
+@dataclass(frozen=True)
+class DPMSolver2SAncestral(TwoStagePredictor):
+    r"""DPM-Solver++(2S) below the end of the step, and back to it by noise.
+
+    .. math::
+        \rho_d = \rho_s \sqrt{1 - \eta^2 (1 - \rho_s^2 / \rho_t^2)}, \qquad
+        \frac{x_s}{\alpha_s} = \frac{x_d}{\alpha_d} + \sqrt{\rho_s^2 - \rho_d^2}\, z,
+        \qquad \rho = \sigma / \alpha,
+
+    with x_d the result of `DPMSolver2S` from t to the smaller noise ratio rho_d; `DDIM(eta)` is the
+    same with one stage. The noise makes the distribution of x_s exact where the flow is, on any
+    grid: weak order 2. Two evaluations a step, never below s; one, an ancestral step, where it ends
+    at a time without noise.
+
+    Args:
+        eta: the fraction of the ancestral sampler's noise that is added, in [0, 1].
+
+    Raises:
+        ValueError: if eta is outside [0, 1].
+        TypeError: if eta is not a number.
+
+    Source: Crowson, k-diffusion, 2022 (dpmpp_2s_ancestral).
+
+    >>> import torch
+    >>> from diffusionkit import (
+    ...     VPSDE, DPMSolver2SAncestral, GaussianMixtureModel, LogSNRGrid, PCSampler
+    ... )
+    >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
+    >>> grid = LogSNRGrid()
+    >>> sampler = PCSampler(model, DPMSolver2SAncestral(), steps=20, grid=grid)
+    >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([4, 1])
+    >>> sampler.nfe
+    41
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        DDIM(self.eta)  # raises if eta is invalid
+
+    @override
+    def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
+        return _two_stages(sde, t, s, 0.5, "midpoint", self.eta)
+
+
+def _check_eta(eta: float) -> None:
+    check_number(eta, "eta")
+    if not 0.0 <= eta < math.inf:
+        raise ValueError(f"eta: expected a finite number >= 0, got {eta}")
+
+
+def _two_stages(
+    sde: ForwardSDE, t: Tensor, s: Tensor, r: float, solver: str, eta: float = 0.0
+) -> StageCoefficients:
+    """Return the coefficients of steps from t to s (n,), with DDIM(eta) as the first order."""
+    here, there = sde.log_snr(t), sde.log_snr(s)
+    used = torch.isfinite(here) & torch.isfinite(there)
+    gain = there - here
+    gain = gain - torch.log1p(eta**2 * torch.expm1(-gain))  # to where the flow is followed
+    middle = sde.time_at_log_snr(torch.where(used, here + r * gain, 0.0))
+    middle = torch.where(used, middle, t)
+    inner, whole = DDIM().coefficients(sde, t, middle), DDIM(eta).coefficients(sde, t, s)
+    share = cast(Tensor, whole.x0)
+    if solver == "midpoint":
+        share = 0.5 * share
+    else:
+        share = sde.marginal(s)[0] - share / torch.where(used, 0.5 * gain, 1.0)
+    second = torch.where(used, share / r, 0.0)
+    first = StepCoefficients(whole.x, whole.x0 - second)
+    return StageCoefficients(
+        middle, inner, first, StepCoefficients(0.0, second), used.to(second.dtype), whole.std
+    )

@@ -99,10 +99,13 @@ class MultistepPredictor(Predictor):
     def memory(self) -> int:
         """The number of earlier predictions that are used."""
 
-    @property
-    def rate(self) -> float:
-        """The decay of the integral's weight, back in l from the end of a step."""
-        return 1.0 + self.eta if self.of_data else -1.0
+    def eta_at(self, l: Tensor) -> Coefficient:
+        """Return eta of steps from half log-SNRs l (n,), (n,) or one float for all."""
+        return self.eta
+
+    def rate(self, l: Tensor) -> Coefficient:
+        """Return the decay of the weight in integrals over steps from half log-SNRs l (n,)."""
+        return 1.0 + self.eta_at(l) if self.of_data else -1.0
 
     def value(self, prediction: Prediction) -> Tensor:
         """Return what is remembered of a prediction, P (B, *D)."""
@@ -169,9 +172,11 @@ class MultistepPredictor(Predictor):
         """Return A, C and std, each (n,), of steps from t to s."""
         (alpha_s, sigma_s), (alpha_t, sigma_t) = sde.marginal(s), sde.marginal(t)
         decay = (alpha_t * sigma_s) / (alpha_s * sigma_t)  # exp(-h)
-        noise = sigma_s * torch.sqrt(1 - decay ** (2 * self.eta)) if self.eta > 0 else None
+        eta = self.eta_at(0.5 * sde.log_snr(t))
+        some = isinstance(eta, Tensor) or eta > 0
+        noise = sigma_s * torch.sqrt(1 - decay ** (2 * eta)) if some else None
         return StepCoefficients(
-            sigma_s / sigma_t * decay**self.eta, alpha_s * (1 - decay ** (1 + self.eta)), noise
+            sigma_s / sigma_t * decay**eta, alpha_s * (1 - decay ** (1 + eta)), noise
         )
 
     def _coefficients(
@@ -193,24 +198,30 @@ class MultistepPredictor(Predictor):
         most: int | None = None,
     ) -> None:
         """Store the coefficients of n steps with their times: t, s and the past ones, (m, n)."""
-        table = self._coefficients(sde, *grid, most=most)
-        rows = by_row(table, sde, grid.shape[1], grid[0])
-        for (first, *others), row in zip(zip(*points, strict=True), rows, strict=True):
+        steps = tuple(tuple(point.index for point in column) for column in points)
+
+        def rows() -> list[Any]:
+            return by_row(self._coefficients(sde, *grid, most=most), sde, len(steps[0]), grid[0])
+
+        table = points[0][0].grid.keep(self, (most, *steps), rows)
+        for (first, *others), row in zip(zip(*points, strict=True), table, strict=True):
             first.store(self, others, row)
 
     @override
     def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
-        return TangentGrid()(sde, steps)
+        eta = self.eta_at(torch.zeros(1, dtype=torch.float64))
+        noisy = isinstance(eta, Tensor) or eta > 0  # published with times uniform in t
+        return None if noisy else TangentGrid()(sde, steps)
 
     @override
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the coefficients of all steps at once.
 
         Raises:
-            ValueError: if the grid has one step.
+            ValueError: if the grid has one step, and earlier predictions are used.
         """
         steps = len(times) - 1
-        if steps < 2:
+        if steps < 2 and self.memory:
             raise ValueError(
                 f"grid: expected at least 2 steps for {type(self).__name__}, which remembers "
                 f"earlier predictions, got {steps}"
@@ -218,7 +229,7 @@ class MultistepPredictor(Predictor):
         points = grid_points(sde, times)
         if points is None:
             return
-        grid = exact_times(points, times[0].device)
+        grid = exact_times(points)
         whole = steps - (self.memory if self.lower_order_final else 0)
         for depth in range(min(self.memory, steps - 1) + 1):
             last = steps if depth == self.memory else depth + 1
@@ -250,7 +261,7 @@ class MultistepPredictor(Predictor):
             return self._coefficients(sde, *(exact(at) for at in times))
         here, *others = points
         if here.look_up(self, others) is None:  # a run that begins within the grid
-            grid = exact_times(points, t.device).unsqueeze(1)
+            grid = exact_times(points).unsqueeze(1)
             most = here.look_up(self, ()) if self.lower_order_final else None
             self._store(sde, [[point] for point in points], grid, most)
         return cast(_MultistepCoefficients, here.look_up(self, others))
@@ -291,15 +302,16 @@ class ExponentialAdams(MultistepPredictor):
         """Return the variable of the polynomials at half log-SNRs l of any shape."""
         return l
 
-    def weighted(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return quadrature points tau over steps of length h (n,), and weights, (q, n)."""
+    def weighted(self, l: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Return quadrature points tau over steps from l to the end (n,), and weights, (q, n)."""
+        h, rate = end - l, self.rate(l)
         points, shares = gauss(h)
         back = points * h
-        return back, self.rate * h * shares * torch.exp(-self.rate * back)
+        return back, rate * h * shares * torch.exp(-rate * back)
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        back, shares = self.weighted(end - nodes[0])
+        back, shares = self.weighted(nodes[0], end)
         basis = lagrange(self.positions(sde, nodes), self.positions(sde, end - back))
         return (shares * basis).sum(1)
 
@@ -313,4 +325,5 @@ class ExponentialMidpoint(ExponentialAdams):
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
         h = end - nodes[0]
-        return -torch.expm1(-self.rate * h) * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]
+        whole = -torch.expm1(-self.rate(nodes[0]) * h)
+        return whole * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]

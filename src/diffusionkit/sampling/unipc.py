@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,12 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_choice, check_count, check_flag
-from ..interfaces import ForwardSDE
-from .multistep import ExponentialAdams, lagrange, padded
+from .corrected import CorrectedAdams
 
 
 @dataclass(frozen=True)
-class UniPC(ExponentialAdams):
+class UniPC(CorrectedAdams):
     r"""The unified predictor-corrector in data prediction: order p + 1 for one evaluation a step.
 
     The prediction at the end of a step is used twice: in the next step, and to correct the step
@@ -63,34 +61,9 @@ class UniPC(ExponentialAdams):
 
     @property
     @override
-    def memory(self) -> int:
-        # The corrector's polynomial needs one more than the predictor's.
-        return self.order
+    def orders(self) -> tuple[int, int]:
+        return self.order, self.order + 1
 
     @override
-    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        if len(nodes) > 2:
-            return super().integrals(sde, nodes, end)
-        h = end - nodes[0]
-        unit = h if self.variant == "B1" else -torch.expm1(-h)
-        return unit * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]
-
-    @override
-    def weights(
-        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor], most: int | None = None
-    ) -> list[Tensor]:
-        order, before = self.order, self.order
-        if most is not None:
-            order, before = min(order, most), min(order, most + 1)
-        ahead = self.correction(sde, t, s, past[: order - 1])
-        if not past:
-            return ahead
-        first, rest = past[0], past[1:before]
-        new, *corrected = self.correction(sde, first, t, (t, *rest))
-        taken = self.correction(sde, first, t, rest)
-        # Of P_j - P_first; the coefficient of P_first itself makes the sum with `new` zero.
-        change = [c - p for c, p in zip(corrected, taken, strict=True)]
-        change.insert(0, -sum(change, new))
-        lift = self.first_order(sde, t, s).x
-        ahead, change = (padded(part, len(past), t) for part in (ahead, change))
-        return [w + lift * c for w, c in zip(ahead, change, strict=True)]
+    def whole(self, h: Tensor) -> Tensor:
+        return h if self.variant == "B1" else -torch.expm1(-h)
