@@ -221,17 +221,18 @@ def table(found: dict[str, Errors]) -> str:
 
 def draw(found: dict[str, Errors], path: Path) -> None:
     """Draw the errors against evaluations: the library's in color, released ones in gray."""
+    names = {name: None for errors in found.values() for name in errors if name not in OURS}
+    marks = dict(zip(names, "ov^<>sPX*Dd", strict=False))
     figure = Figure(figsize=(5 * len(found), 5.5), layout="constrained")
     for ax, (problem, errors) in zip(figure.subplots(1, len(found), squeeze=False)[0],
                                      found.items(), strict=True):  # fmt: skip
-        marks = iter("ov^<>sPX*Dd")
         for k, (name, row) in enumerate(errors.items()):
             points = [int(n) for n in row], list(row.values())
             if name in OURS:
                 style = "-" if k < 10 else "--"
                 ax.plot(*points, style, color=f"C{k % 10}", label=name, lw=1.2)
             else:
-                ax.plot(*points, ls="", marker=next(marks), color="gray", ms=4, label=name)
+                ax.plot(*points, ls="", marker=marks[name], color="gray", ms=4, label=name)
         counts = [int(n) for n in next(iter(errors.values()))]
         ax.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="error", title=problem)
         ax.set_xticks(counts, [str(n) for n in counts])
