@@ -13,6 +13,7 @@ from pathlib import Path
 import chains
 import controllable
 import correctors_at_equal_cost
+import cosine_with_mlps
 import edm_sampling
 import maximum_likelihood
 import stable_targets
@@ -26,7 +27,7 @@ CLAIMS = tuple(
     module.CLAIM
     for module in (
         stable_targets, chains, maximum_likelihood, correctors_at_equal_cost, controllable,
-        edm_sampling,
+        edm_sampling, cosine_with_mlps,
     )
 )  # fmt: skip
 VERDICTS = ("shown", "not resolved", "opposite", "not measured")

@@ -110,14 +110,16 @@ class Lab:
             print(f"{key}: {measure}: {_short(value)}", flush=True)
         return self.results.get(key, measure)
 
-    def note(self, measure: str, of: Callable[[], Any]) -> Any:
-        """Return a number that needs no trained network; measure it if it has to be."""
-        key = Results.key("data", 0, 0)
-        if self.results.get(key, measure) is None:
+    def note(self, name: str, seed: int, steps: int, of: Callable[[], dict[str, Any]]) -> None:
+        """Add numbers by measure that need none of the recipes, unless they are there."""
+        key = Results.key(name, seed, steps)
+        if key in self.results.numbers:
+            return
+        start = time.perf_counter()
+        for measure, value in of().items():
+            self.results.add(key, measure, value, time.perf_counter() - start)
+            print(f"{key}: {measure}: {_short(value)}", flush=True)
             start = time.perf_counter()
-            self.results.add(key, measure, of(), time.perf_counter() - start)
-            print(f"{measure}: {_short(self.results.get(key, measure))}", flush=True)
-        return self.results.get(key, measure)
 
 
 def training_seconds(folder: Path, steps: int, batch: int) -> float:

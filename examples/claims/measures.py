@@ -89,11 +89,7 @@ def _bits(run: Run, likelihood: Any, count: int) -> dict[str, float]:
 
 
 def chain_bits(run: Run, count: int) -> dict[str, Any]:
-    """Return the bound of a chain, bits per dimension, and how much comes from where.
-
-    "above" a log-SNR are the bits of all steps to states with more than it, the first step's
-    reconstruction included; within a step they are shared out evenly over its log-SNRs.
-    """
+    """Return the bound of a chain on test images, as `bits_by_log_snr` does."""
     low, high = run.settings["data"]["range"]
     images, model = test_images(run, count), run.model
     likelihood = dk.ChainNELBO(model, dk.GaussianDecoder(256, low, high))
@@ -101,9 +97,18 @@ def chain_bits(run: Run, count: int) -> dict[str, Any]:
     for index in torch.split(torch.arange(count), 64):
         generators = [seeded(0, i) for i in index.tolist()]
         bounds.append(likelihood(images[index].to(place_of(run)), generator=generators))
-    bits = dk.bits_per_step(bounds, images[0].numel())
+    return bits_by_log_snr(bounds, model.sde, images[0].numel())
+
+
+def bits_by_log_snr(bounds: list[Any], chain: dk.ForwardSDE, dims: int) -> dict[str, Any]:
+    """Return the mean of bounds, bits per dimension, and how much comes from where.
+
+    "above" a log-SNR are the bits of all steps to states with more than it, the first step's
+    reconstruction included; within a step they are shared out evenly over its log-SNRs.
+    """
+    bits = dk.bits_per_step(bounds, dims)
     steps = len(bits.terms)
-    log_snr = model.sde.log_snr(torch.arange(1, steps + 1, dtype=torch.float64) / steps)
+    log_snr = chain.log_snr(torch.arange(1, steps + 1, dtype=torch.float64) / steps)
     # Bits of states above each step's log-SNR, the reconstruction first; log-SNRs fall.
     above = bits.terms.cumsum(0)
     tables = {f"{edge:g}": rounded(_at(edge, log_snr, above)) for edge in EDGES}

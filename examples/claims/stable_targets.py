@@ -66,7 +66,7 @@ def variances(size: int) -> dict[str, dict[str, list[float]]]:
 def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
     """Measure the variances; train each process with both targets."""
     size = 16 if lab.scale == "small" else 32
-    lab.note(VARIANCES, lambda: variances(size))
+    lab.note("data", 0, 0, lambda: {VARIANCES: variances(size)})
     for process in PROCESSES:
         for seed in seeds:
             for at in steps:

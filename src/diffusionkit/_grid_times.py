@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._batch_times import kernel_at
 from ._checks import check_state, check_times, readable
 from ._coefficients import Coefficient
 from ._kept import fixed
-from ._schedules import home, schedule_dtype, within
+from ._schedules import home, schedule_dtype
 
 
 class _SDE(Protocol):
@@ -27,7 +28,6 @@ class _SDE(Protocol):
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-Function = Callable[[Tensor, Tensor], tuple[Coefficient, ...]]
 Label = Callable[[Any, Tensor], Tensor]
 
 
@@ -42,7 +42,7 @@ class Grid:
         ValueError: if alpha or sigma is not finite at one of them.
     """
 
-    __slots__ = ("_functions", "_kept", "_numbers", "alpha", "sde", "sigma", "times")
+    __slots__ = ("_kept", "_methods", "_numbers", "alpha", "sde", "sigma", "times")
 
     def __init__(self, sde: _SDE, times: Tensor) -> None:
         here = home(sde)
@@ -62,8 +62,8 @@ class Grid:
         self.forget_models()
 
     def forget_models(self) -> None:
-        """Forget the values of models' functions."""
-        self._functions: dict[object, tuple[Function, list[Any]]] = {}
+        """Forget the values of models' methods."""
+        self._methods: dict[object, tuple[object, list[Any]]] = {}
 
     def times_for(self, like: Tensor) -> list[Tensor]:
         """Return the times as tensors (B,) for a state (B, *D), each with its grid point."""
@@ -78,7 +78,7 @@ class Grid:
         for index, (numbers, *own) in enumerate(zip(self._numbers, *tensors, strict=True)):
             point = GridPoint(self, index, *numbers)
             t, alpha, sigma = own
-            point.kernel, point.labels = (alpha, sigma), labels
+            point.kernel, point.labels, point.batch = (alpha, sigma), labels, len(like)
             for tensor in own:
                 tensor._grid_point = point
             times.append(t)
@@ -99,17 +99,17 @@ class Grid:
         owners = all(owner is predictor for owner, _ in self._kept.values())
         return self.sde is sde and owners and fixed(sde) and torch.equal(self.times, times)
 
-    def values(self, function: Function) -> list[Any]:
-        """Return the values of a function of alpha and sigma at all times, as floats."""
-        key = _identity(function)
-        found = self._functions.get(key)
+    def values(self, owner: object, name: str) -> list[Any]:
+        """Return the values of a method of alpha and sigma at all times, as floats."""
+        key = id(owner), name
+        found = self._methods.get(key)
         if found is None:
             n = len(self.alpha)
-            values = function(self.alpha, self.sigma)
+            values = getattr(owner, name)(self.alpha, self.sigma)
             columns = [v.expand(n) if isinstance(v, Tensor) else v for v in values]
             rows = by_row(columns, None, n, None)
-            # The function keeps its owner alive, so that the id is not reused.
-            found = self._functions[key] = function, rows
+            # The entry keeps the owner alive, so that the id is not reused.
+            found = self._methods[key] = owner, rows
         return found[1]
 
 
@@ -133,7 +133,7 @@ class LabelTable:
 
     def rows(self, label: Label, sde: object, dtype: torch.dtype) -> Sequence[Tensor] | None:
         """Return the labels (B,) at each time in a dtype, or None if they cannot be tabulated."""
-        key = _identity(label), dtype
+        key = id(label), dtype
         found = self._rows.get(key)
         if found is None:
             table = self._tabulated(label, sde)
@@ -172,7 +172,7 @@ def label_at(label: Label, sde: object, t: Tensor, dtype: torch.dtype) -> Tensor
         return None
     row = rows[point.index]
     # A copy: a network may change its labels in place.
-    return row.clone() if len(row) == len(t) else row[:1].repeat(len(t))
+    return row.clone() if point.batch == point.labels.batch else row[:1].repeat(point.batch)
 
 
 class GridPoint:
@@ -186,10 +186,11 @@ class GridPoint:
         sigma: the standard deviation of the noise.
     """
 
-    __slots__ = ("_tables", "alpha", "grid", "index", "kernel", "labels", "sigma", "time")
+    __slots__ = ("_tables", "alpha", "batch", "grid", "index", "kernel", "labels", "sigma", "time")
 
     kernel: tuple[Tensor, Tensor]  # alpha and sigma as tensors, each (B,)
     labels: LabelTable
+    batch: int
 
     def __init__(self, grid: Grid, index: int, time: float, alpha: float, sigma: float) -> None:
         self.grid, self.index = grid, index
@@ -201,15 +202,15 @@ class GridPoint:
         # The entry keeps its owner alive, so that the id is not reused.
         self._tables[id(owner), *[other.time for other in others]] = owner, value
 
+    def step_to(self, owner: object, there: GridPoint) -> Any:
+        """Return the value that a part stored for a step from here to another time, or None."""
+        found = self._tables.get((id(owner), there.time))
+        return None if found is None else found[1]
+
     def look_up(self, owner: object, others: Sequence[GridPoint]) -> Any:
         """Return the value that a part stored for this time and others, or None."""
         found = self._tables.get((id(owner), *[other.time for other in others]))
         return None if found is None else found[1]
-
-
-def _identity(function: object) -> tuple[int, str]:
-    """Return a key of a function, valid while it lives; a bound method's is that of its owner."""
-    return id(getattr(function, "__self__", function)), getattr(function, "__name__", "")
 
 
 def grid_point(t: Tensor, sde: object) -> GridPoint | None:
@@ -260,7 +261,7 @@ def grid_rows(t: Tensor, samples: Tensor) -> Tensor:
     if (point := getattr(t, "_grid_point", None)) is not None:
         own = GridPoint(point.grid, point.index, point.time, point.alpha, point.sigma)
         alpha, sigma = (value[:1].expand(len(rows)) for value in point.kernel)
-        own.kernel, own.labels = (alpha, sigma), point.labels
+        own.kernel, own.labels, own.batch = (alpha, sigma), point.labels, len(rows)
         tensors: Sequence[Any] = (rows, alpha, sigma)
         for tensor in tensors:
             tensor._grid_point = own
@@ -270,7 +271,7 @@ def grid_rows(t: Tensor, samples: Tensor) -> Tensor:
 def schedule(sde: _SDE, t: Tensor) -> tuple[Coefficient, Coefficient]:
     """Return alpha and sigma in float64: floats at a time of a grid, else tensors (B,)."""
     point = grid_point(t, sde)
-    return sde.marginal(within(t, sde.T)) if point is None else (point.alpha, point.sigma)
+    return kernel_at(sde, t) if point is None else (point.alpha, point.sigma)
 
 
 def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
@@ -282,14 +283,14 @@ def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
 def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma for a state x (B, *D), each (B,)."""
     point = _checked(sde, x, t)
-    return sde.marginal(within(t, sde.T)) if point is None else point.kernel
+    return kernel_at(sde, t) if point is None else point.kernel
 
 
 def _checked(sde: _SDE, x: Tensor, t: Tensor) -> GridPoint | None:
     """Return the grid point of t, or None; raise unless t is (B,) times of a state x (B, *D)."""
     check_state(x)
     point = grid_point(t, sde)
-    if point is None or len(t) != len(x):
+    if point is None or point.batch != x.shape[0]:
         check_times(t, sde.T, x.shape[0], x)
     return point
 
@@ -306,7 +307,7 @@ def floats(alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
     return (alpha, sigma) if point is None else (point.alpha, point.sigma)
 
 
-def evaluate(function: Function, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, ...]:
+def evaluate(owner: object, name: str, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, ...]:
     """Return the values of a method of alpha and sigma, elementwise functions of the two.
 
     For alpha and sigma at a time of a grid the method is called once for the whole grid, with
@@ -314,8 +315,9 @@ def evaluate(function: Function, alpha: Tensor, sigma: Tensor) -> tuple[Coeffici
     """
     point: GridPoint | None = getattr(alpha, "_grid_point", None)
     if point is None:
-        return function(alpha, sigma)
-    row: tuple[Coefficient, ...] = point.grid.values(function)[point.index]
+        values: tuple[Coefficient, ...] = getattr(owner, name)(alpha, sigma)
+        return values
+    row: tuple[Coefficient, ...] = point.grid.values(owner, name)[point.index]
     return row
 
 

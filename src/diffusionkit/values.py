@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -274,10 +275,30 @@ class Prediction:
         Returns:
             The combination (B, *D).
         """
+        of_state, of_output, output = self._coefficients(x, x0)
+        return linear(of_state, self._x, of_output, output)
+
+    def add_to(self, base: Tensor, *, x: Coefficient, x0: Coefficient) -> Tensor:
+        """Return a state (B, *D) plus the combination of `combine`.
+
+        Args:
+            base: the state that it is added to (B, *D).
+            x: the coefficient of the noisy state, (B,) or a float.
+            x0: the coefficient of the predicted data, (B,) or a float.
+        """
+        of_state, of_output, output = self._coefficients(x, x0)
+        if not equals(of_state, 0.0):
+            base = linear(1.0, base, of_state, self._x)
+        return linear(1.0, base, of_output, output)
+
+    def _coefficients(
+        self, x: Coefficient, x0: Coefficient
+    ) -> tuple[Coefficient, Coefficient, Tensor]:
+        """Return the coefficients of the state and of the output in a combination, and it."""
         if self._output is None:
-            return linear(x, self._x, x0, cast(Tensor, self._x0))
+            return x, x0, cast(Tensor, self._x0)
         if equals(self._b, 0.0):
-            return linear(x, self._x, x0 / self._a, self._output)
+            return x, x0 if equals(self._a, 1.0) else x0 / self._a, self._output
         delta = self._alpha * self._b - self._sigma * self._a
         if equals(delta, 0.0):
             raise ValueError(
@@ -287,7 +308,7 @@ class Prediction:
                 "with a grid such as torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
             )
         ratio = x0 / delta
-        return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)
+        return x + ratio * self._b, -ratio * self._sigma, self._output
 
     def noise_error(self, target: Prediction) -> Tensor:
         r"""Return eps - target.eps (B, *D), measured in the model's own parameterization.
@@ -311,15 +332,30 @@ class Prediction:
         Args:
             target: the data and noise to compare with, with the same noisy state.
         """
+        value, wanted = self._compared(target)
+        return value - wanted
+
+    def squared_error(self, target: Prediction) -> Tensor:
+        """Return the squares of the error of the model's output (B, *D), in one pass.
+
+        Args:
+            target: the data and noise to compare with, with the same noisy state.
+        """
+        if equals(self._a, 0.0) and equals(self._b, -1.0) and self._output is not None:
+            return _squares(self._output, -target.eps)  # of either sign
+        return _squares(*self._compared(target))
+
+    def _compared(self, target: Prediction) -> tuple[Tensor, Tensor]:
+        """Return the value whose error is that of the output, and its target, each (B, *D)."""
         if self._output is None:
             # Of data and noise, the velocity alone determines both wherever alpha or sigma is 0.
-            return self.v - target.v
+            return self.v, target.v
         a, b = self._a, self._b
         if equals(a, 0.0):  # b may be infinite: that of the score is at sigma = 0
-            return self.eps - target.eps
+            return self.eps, target.eps
         if equals(b, 0.0):
-            return self._output - scaled(a, target.x0)
-        return self._output - linear(a, target.x0, b, target.eps)
+            return self._output, scaled(a, target.x0)
+        return self._output, linear(a, target.x0, b, target.eps)
 
     def noise_factor(
         self, alpha: Coefficient | None = None, sigma: Coefficient | None = None
@@ -352,6 +388,12 @@ def _check_shape(x: Tensor, value: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: expected the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
         )
+
+
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    """Return (x - y)^2: one operation forward and one backward."""
+    # torch.nn.functional.mse_loss without its preparations, which take as long as the operation.
+    return cast(Tensor, cast(Any, torch._C._nn).mse_loss(x, y, 0))
 
 
 def _like(x: Tensor, value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def mixture():
     """A mixture whose Jacobian is far from diagonal, and one point of it."""
     means = torch.randn(3, 6, generator=seeded(1), dtype=torch.float64)
     model = GaussianMixtureModel(VPSDE(), means, [0.3, 0.4, 0.5])
-    x = 0.5 * (means[:1] + means[1:2])
+    x = 0.8 * means[:1] + 0.2 * means[1:2]
     exact = ODELikelihood(model, divergence=ExactDivergence(), rtol=1e-7, atol=1e-7)(x)
     many = ODELikelihood(model, rtol=1e-3, atol=1e-3)(x.expand(400, -1), generator=seeded())
     return model, x, float(exact.log_prob), float(many.log_prob.std())
@@ -49,17 +49,18 @@ def test_values_are_unbiased_and_their_errors_honest(mixture) -> None:
     assert float((error.abs() < 2 * result.stderr).double().mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_single_samples_meet_their_own_target(mixture) -> None:
-    """The numbers of probes differ; the mean of 10 values stays that of the exact divergence."""
+    """The numbers of probes differ; the mean of 40 values stays that of the exact divergence."""
     model, x, exact, spread = mixture
     generator, values, probes = seeded(), [], []
-    for _ in range(10):
+    for _ in range(40):
         result = ODELikelihood(model, target_stderr=spread / 2)(x, generator=generator)
         assert float(result.stderr) <= spread / 2
         values.append(float(result.log_prob) - exact)
         probes.append(result.probes)
     assert len(set(probes)) > 1
-    assert abs(statistics.mean(values)) < 3.5 * statistics.stdev(values) / math.sqrt(10)
+    assert abs(statistics.mean(values)) < 3.5 * statistics.stdev(values) / math.sqrt(40)
 
 
 def test_the_number_of_probes_is_bounded(mixture) -> None:
@@ -75,16 +76,18 @@ def test_an_exact_divergence_needs_a_tolerance_only(mixture, target) -> None:
     model, x, exact, _ = mixture
     result = ODELikelihood(model, divergence=ExactDivergence(), target_stderr=target)(x)
     assert (result.probes, result.stderr) == (1, None)
-    assert abs(float(result.log_prob) - exact) < 0.5 * target
-    assert result.rtol == 1e-2 or target < 0.3
+    assert abs(float(result.log_prob) - exact) < target
+    assert (result.rtol > 2e-5) == (target == 0.3)
 
 
-def test_tolerances_fall_with_the_target() -> None:
-    assert _balance.chosen_tolerance(1000.0, 0.1, 0.4) == (1000.0, 0.1)
-    factor, error = _balance.chosen_tolerance(1000.0, 0.1, 0.04)
-    assert factor == pytest.approx(10.0)
-    assert error == pytest.approx(0.01)
-    assert _balance.chosen_tolerance(10.0, 1.0, 1e-6)[0] == 1.0
+def test_tolerances_to_try_end_at_the_tightest() -> None:
+    solver = ODELikelihood(
+        GaussianMixtureModel(VPSDE(), [[0.0]], [0.5]), rtol=3e-4, atol=1e-4
+    ).solver
+    factors = _balance.pilot_factors(solver)
+    assert [_balance.looser(solver, f).rtol for f in factors] == pytest.approx([1e-2, 1e-3, 3e-4])
+    loose = _balance.looser(solver, 100.0)
+    assert _balance.pilot_factors(loose) == [10.0, 1.0]
 
 
 def test_probes_are_as_many_as_a_variance_needs() -> None:

@@ -195,7 +195,6 @@ def test_the_operation_that_compilers_see(
     torch.testing.assert_close(
         _fused.operation(x, *arguments).double(), expected, rtol=2 * eps, atol=2 * eps
     )
-    torch.library.opcheck(_fused.operation, (x.requires_grad_(), *arguments))
 
 
 def test_the_fastest_division_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from .divergence import Divergence, ExactDivergence, Hutchinson
 # The share of the target that the solver's error may take. It adds a 32nd to the squared error.
 SHARE = 0.25
 _LOOSEST = 1e-2  # a looser tolerance saves next to nothing: the first step is short anyway
-_ORDER = 0.5  # the error of a value falls at least as this power of the tolerance (measured)
 _SAMPLES = 8  # in the pilot runs
 
 
@@ -68,24 +67,13 @@ def looser(solver: Solver, factor: float) -> Solver:
     return replace(solver, rtol=factor * solver.rtol, atol=factor * solver.atol)
 
 
-def loosest(solver: Solver) -> float:
-    """Return the factor of the loosest tolerance worth trying."""
-    return max(1.0, _LOOSEST / solver.rtol)
-
-
-def chosen_tolerance(factor: float, error: float, target: float) -> tuple[float, float]:
-    """Return the factor of the tolerance to solve with, and the expected error there.
-
-    Args:
-        factor: the factor of a loose tolerance.
-        error: the error measured there.
-        target: the standard error aimed at.
-    """
-    allowed = SHARE * target
-    if error <= allowed:
-        return factor, error
-    found = max(1.0, factor * (allowed / error) ** (1 / _ORDER))
-    return found, error * (found / factor) ** _ORDER
+def pilot_factors(solver: Solver) -> list[float]:
+    """Return the factors of the tolerances to try, two or more, from the loosest to 1."""
+    factor, factors = max(10.0, _LOOSEST / solver.rtol), []
+    while factor > 1.001:
+        factors.append(factor)
+        factor /= 10
+    return [*factors, 1.0]
 
 
 def needed_probes(variance: Tensor, target: float, most: int) -> int:

@@ -100,14 +100,18 @@ class SquaredErrors:
 
     def values(self) -> Tensor:
         """Return the squared errors (k, B) of the k draws, with gradients, in float64."""
-        squares = torch.stack(self._squares)
+        return torch.stack(self._squares) - self.control()
+
+    def control(self) -> Tensor:
+        """Return h (k, B), which has the mean zero, in float64; 0 for fewer than ten draws."""
+        squares = torch.stack(self._squares).detach()
         draws = len(squares)
         # Fewer differences in few dimensions would give ratios of infinite variance; with a mask
         # there may be one.
         side = max(2, math.ceil(4 / self._d)) if isinstance(self._d, int) else 4
         width = 2 * side + 2
         if draws < max(LEAST, width + 1):
-            return squares
+            return torch.zeros_like(squares)
         products = torch.stack(self._products)  # (k, B, 2, 6)
         own, with_last, with_past = (products[..., i : i + 2] for i in (0, 2, 4))
         step = own[1:] + own[:-1] - with_last[1:] - with_last[1:].mT
@@ -125,8 +129,8 @@ class SquaredErrors:
         intercept = (size * past + after * following) / (size + after)
         quadratic, linear = torch.stack(self._elements).unbind(2)
         quadratic = own[..., 1, 1] - self._d + quadratic  # the deviations have the sum 0
-        values: Tensor = squares - c * quadratic - 2 * (a * intercept + linear)
-        return values
+        control: Tensor = c * quadratic + 2 * (a * intercept + linear)
+        return control
 
 
 class _Recent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -41,12 +42,12 @@ from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
 from ._balance import (
+    SHARE,
     Runs,
     check_balance,
-    chosen_tolerance,
     looser,
-    loosest,
     needed_probes,
+    pilot_factors,
     pilot_probes,
     pilot_samples,
     until_reached,
@@ -68,8 +69,8 @@ class ODELogLikelihood:
         density: a description of the evaluated density.
         probes: the number of probes in the mean.
         rtol: the relative tolerance of the solver.
-        solver_error: the solver's error in nats, as estimated to choose the tolerance for a
-            target standard error; None without a target.
+        solver_error: the solver's error in nats, measured on a few samples to choose the tolerance
+            for a target standard error; None without a target.
     """
 
     log_prob: Tensor
@@ -117,12 +118,13 @@ class ODELikelihood(Described):
     tolerance. At jumps of an `IndexLabel` with fewer than 100 levels the solver starts anew; it
     does not know of those that a network makes itself, by rounding its labels.
 
-    With a target standard error the tolerance and the number of probes are chosen together. Two
-    loose runs of at most eight samples, with the same probes, measure the solver's error and the
-    variance of a probe; the tolerance is the loosest whose expected error is at most a quarter of
-    the target. Fresh probes are then drawn until the estimated standard error of every sample is
-    at most the target, or `max_probes` is reached. Of the mean over N samples the standard error
-    is smaller by sqrt(N), since their probes are independent: for a data set the target is larger.
+    With a target standard error the tolerance and the number of probes are chosen together. Runs of
+    at most eight samples with the same probes and tolerances of 1e-2, 1e-3, ... measure the
+    solver's error and the variance of a probe; the tolerance is the first whose values the next
+    one changes by at most a quarter of the target. Fresh probes are then drawn until the estimated
+    standard error of every sample is at most the target, or `max_probes` is reached. Of the mean
+    over N samples the standard error is smaller by sqrt(N), since their probes are independent: for
+    a data set the target is larger.
 
     Args:
         model: the score model. Networks in DistributedDataParallel are called unwrapped, so ranks
@@ -309,17 +311,24 @@ class ODELikelihood(Described):
         divergence = self._with(pilot_probes(n))
         x = x[: len(few)]
         fixed = divergence.start(x, generator if some is None else list(some)[: len(few)])
-        factor = loosest(self.solver)
-        loose, tight = (
-            self._solve(looser(self.solver, f), divergence, fixed, x, cond, mask)
-            for f in (factor, max(1.0, 0.1 * factor))
-        )
-        error = float((loose.each - tight.each).mean(0).abs().max())
-        factor, error = chosen_tolerance(factor, error, target)
+
+        def run(factor: float) -> Runs:
+            return self._solve(looser(self.solver, factor), divergence, fixed, x, cond, mask)
+
+        factors = pilot_factors(self.solver)
+        found, error, factor = run(factors[0]), math.inf, 1.0
+        nfe = found.nfe
+        for looser_one, tighter in itertools.pairwise(factors):
+            before, found = found, run(tighter)
+            nfe += found.nfe
+            error = float((before.each - found.each).mean(0).abs().max())
+            if error <= SHARE * target:
+                factor = looser_one
+                break
         probes = 1
         if isinstance(self.divergence, Hutchinson):
-            probes = needed_probes(tight.each.var(0).mean(), target, self.max_probes)
-        return looser(self.solver, factor), error, probes, loose.nfe + tight.nfe
+            probes = needed_probes(found.each.var(0).mean(), target, self.max_probes)
+        return looser(self.solver, factor), error, probes, nfe
 
     def _solve(
         self,

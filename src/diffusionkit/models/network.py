@@ -139,7 +139,7 @@ class NetworkModel(ScoreModel):
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
-        (alpha, sigma), (a, b) = floats(*kernel), evaluate(self.parameterization, *kernel)
+        (alpha, sigma), (a, b) = floats(*kernel), evaluate(self, "parameterization", *kernel)
         if not learned:
             output = self._unscaled(output, x, *kernel)
             return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)

@@ -101,14 +101,14 @@ class EDMModel(NetworkModel):
         return sigma / (self._overall * std), -self._overall * alpha / std
 
     def _input_scale(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
-        return (1.0 / self._std(alpha, sigma),)
+        return (torch.reciprocal(self._std(alpha, sigma)),)
 
     @override
     def scale_input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         if isinstance(self.sigma_data, tuple):
             check_channels(self.sigma_data, x)
             return x / over_channels(spread(alpha, sigma, self.sigma_data), at_least_float32(x))
-        (scale,) = evaluate(self._input_scale, alpha, sigma)
+        (scale,) = evaluate(self, "_input_scale", alpha, sigma)
         out = x * expand(scale, x)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 

@@ -149,8 +149,8 @@ def launch(x: Tensor, plan: Plan, channels_last: bool, blocks: Blocks | None = N
         x: input (B, C, \*spatial) with one or two spatial dimensions, not empty.
         plan: the plan for them; a signal is an image of one row.
         channels_last: whether images are read and written in that memory format.
-        blocks: the division among programs; the fastest one by default, which is found by the
-            first call for a shape, unless a CUDA graph is being captured.
+        blocks: the division among programs; the fastest one by default, which the first call for
+            a shape finds, unless a CUDA graph is being captured.
 
     Returns:
         Output (B, C, \*filtered) with the dtype of x.
@@ -163,14 +163,14 @@ def launch(x: Tensor, plan: Plan, channels_last: bool, blocks: Blocks | None = N
     planes = x.shape[0] * x.shape[1] // inner
     with torch.cuda.device_of(x):
         if blocks is None:
-            blocks = _fastest(x, y, plan, planes, inner)
+            blocks = CHOICES[0] if x.is_cpu else _fastest(x, y, plan, planes, inner)
         _run(x, y, plan, planes, inner, blocks)
     return y
 
 
 def _fastest(x: Tensor, y: Tensor, plan: Plan, planes: int, inner: int) -> Blocks:
     """Return the blocks for an input, after timing all of them if it is a new kind of input."""
-    if y.numel() < _LEAST_TIMED or not x.is_cuda:
+    if y.numel() < _LEAST_TIMED:
         return CHOICES[0]
     key = (plan, _magnitude(planes), inner, x.dtype, x.device)
     found = _chosen.get(key)

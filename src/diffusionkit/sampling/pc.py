@@ -323,7 +323,9 @@ class PCSampler(Described):
         generator: Generators,
         cond: dict[str, Any],
     ) -> Step:
-        path = ObservedPath(generator) if isinstance(generator, NoisePath) else None
+        path = None
+        if generator is not None and isinstance(generator, NoisePath):
+            path = ObservedPath(generator)
         source = generator if path is None else path
         step = predictor.step(self.model, before.x, t, s, before.state, generator=source, **cond)
         check_step(step, before.x, predictor)

@@ -111,7 +111,7 @@ class TabulatedPredictor(Predictor, Generic[C]):
         """
         here, there = grid_point(t, sde), grid_point(s, sde)
         if here is not None and there is not None:
-            row: C | None = here.look_up(self, (there,))
+            row: C | None = here.step_to(self, there)
             if row is not None:
                 return row
         check_step_times(s, t, sde.T, x)

@@ -13,14 +13,15 @@ from typing_extensions import override
 from .._checks import check_choice, check_count, check_number, readable
 from .._coefficients import Coefficient
 from .._log_snr import with_signal
+from .._repr import Described
 from ..interfaces import ForwardSDE
 from .corrected import CorrectedAdams
 from .heun import check_levels
 from .multistep import ExponentialAdams
 
 
-@dataclass(frozen=True)
-class SASolver(CorrectedAdams):
+@dataclass(frozen=True, repr=False)
+class SASolver(Described, CorrectedAdams):
     r"""The stochastic Adams solver: any amount of noise, a multistep predictor and a corrector.
 
     With l = log(alpha / sigma) and tau constant in a step,
@@ -35,9 +36,7 @@ class SASolver(CorrectedAdams):
     The distribution of the samples is the same for every tau, in the limit of small steps; 0 is the
     probability flow, 1 the reverse SDE, and more noise forgets more of earlier errors.
 
-    With noise the weak order is 2 and the strong order 1. Without noise it is `UniPC`, variant
-    "B1", where the correction uses one prediction more than the step: lines are integrated as
-    there. The last step of a run is not corrected.
+    With noise the weak order is 2 and the strong order 1. The last step of a run is not corrected.
 
     Args:
         tau: the amount of noise, a number or a function of the log-SNR (n,) at the beginning of
@@ -47,11 +46,15 @@ class SASolver(CorrectedAdams):
             included: 2, 3 or 4; 0 for no correction.
         s_min: the smallest sigma / alpha at the beginning of a step with noise.
         s_max: the largest sigma / alpha at the beginning of a step with noise.
+        lines: how lines, polynomials of two predictions, are integrated: "midpoint" as in
+            `DPMSolver2MSDE` and `UniPC`, most robust in few steps; "exact"; or "published", with
+            (1 + tau^2) h / 2 times the change, as in the released code.
 
     Raises:
-        ValueError: if a number is out of range, or s_max < s_min; in a run, if the function returns
-            values that are negative, not finite (read on the CPU only) or of another shape; in
-            `prepare`, if the grid has one step and earlier predictions are used.
+        ValueError: if a number is out of range, s_max < s_min or lines is none of them; in a run,
+            if the function returns values that are negative, not finite (read on the CPU only) or
+            of another shape; in `prepare`, if the grid has one step and earlier predictions are
+            used.
         TypeError: if tau is neither a number nor callable, or another argument is not a number.
 
     Source: Xue et al., SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models,
@@ -75,7 +78,7 @@ class SASolver(CorrectedAdams):
     corrector_order: int = 2
     s_min: float = 0.0
     s_max: float = math.inf
-    form: str = "exact"
+    lines: str = "midpoint"
 
     def __post_init__(self) -> None:
         if not callable(self.tau):
@@ -89,7 +92,7 @@ class SASolver(CorrectedAdams):
         if self.corrector_order not in (0, 2, 3, 4):
             raise ValueError(f"corrector_order: expected 0, 2, 3 or 4, got {self.corrector_order}")
         check_levels(self.s_min, self.s_max)
-        check_choice("form", self.form, ("exact", "published"))
+        check_choice("lines", self.lines, ("midpoint", "exact", "published"))
 
     @property
     @override
@@ -100,9 +103,9 @@ class SASolver(CorrectedAdams):
     def eta_at(self, l: Tensor) -> Coefficient:
         if not callable(self.tau) and self.s_min == 0 and self.s_max == math.inf:
             return float(self.tau) ** 2
-        eta = torch.as_tensor(self._tau(l) ** 2, dtype=l.dtype, device=l.device)
         ratio = torch.exp(-l)
-        return torch.where((self.s_min <= ratio) & (ratio <= self.s_max), eta, 0.0)
+        some = (self.s_min <= ratio) & (ratio <= self.s_max)
+        return some.to(l.dtype) * self._tau(l) ** 2
 
     def _tau(self, l: Tensor) -> Coefficient:
         """Return tau for steps from half log-SNRs l (n,), or raise."""
@@ -118,9 +121,9 @@ class SASolver(CorrectedAdams):
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        rule = CorrectedAdams if self.form == "published" else ExponentialAdams
+        rule = ExponentialAdams if self.lines == "exact" else CorrectedAdams
         return rule.integrals(self, sde, nodes, end)
 
     @override
     def whole(self, h: Tensor) -> Tensor:
-        return h
+        return h if self.lines == "published" else -torch.expm1(-h)
