@@ -73,7 +73,10 @@ OURS: dict[str, Predictor] = {
     "VelocityAdams 2": VelocityAdams(2),
     "VelocityAdams 3": VelocityAdams(),
 }
-GRIDS = {"DDIM": TangentGrid(), "Heun": KarrasGrid(to_zero=True)}  # others have a default
+GRIDS: dict[str, KarrasGrid | TangentGrid] = {
+    "DDIM": TangentGrid(),
+    "Heun": KarrasGrid(to_zero=True),
+}  # others have a default
 DATA = DOCS / "tables" / "solver_errors.json"
 PICTURE = DOCS / "_static" / "solver_errors.png"
 
