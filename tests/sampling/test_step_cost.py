@@ -1,4 +1,4 @@
-"""What a step and a run's set-up cost in dispatched operations, and that kept tables are current."""
+"""The cost of steps and of a run's set-up in dispatched operations; kept tables are current."""
 
 import copy
 import pickle
