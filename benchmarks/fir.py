@@ -1,23 +1,22 @@
 """Compare FIR resampling with the algorithm of the released score_sde_pytorch.
 
 The released algorithm, reimplemented: insert zeros, pad, convolve every channel as a separate image
-at full resolution, keep every second pixel. Both alternate within one run, forward and forward with
-backward; the table shows medians and ratios paired by round. `benchmarks/gpu.py` has the bandwidth
-of the fused kernels.
+at full resolution, keep every second pixel. Both alternate within one run with the bare depthwise
+convolution, forward and forward with backward. `benchmarks/gpu.py` has the bandwidth of the fused
+kernels.
 
-    python benchmarks/fir.py [--rounds 9] [--threads 2] [--device cpu]
+    python benchmarks/fir.py [--rounds 15] [--threads 1] [--device cpu]
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from side_by_side import Case, options, report
 from torch import Tensor
 
 from diffusionkit.ops import fir_downsample, fir_upsample
@@ -85,38 +84,45 @@ def measure(
     return times
 
 
-def compare(rounds: int, device: torch.device) -> None:
-    """Print the comparison with the released algorithm."""
-    x = torch.randn(16, 128, 32, 32, device=device)
-    print(f"float32, {tuple(x.shape)}; medians of {rounds} rounds, ratios paired by round\n")
-    print("| | ours, ms | released, ms | released / ours |")
-    print("|---|---|---|---|")
+def bare(x: Tensor, *, up: bool) -> Run:
+    """Return the one depthwise convolution that computes the same values."""
+    taps = torch.tensor(TAPS, device=x.device) / sum(TAPS)
+    kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4).contiguous() * (4 if up else 1)
+    convolve = F.conv_transpose2d if up else F.conv2d
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return convolve(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+    return run
+
+
+def cases(shape: tuple[int, ...], device: torch.device) -> Iterator[Case]:
+    """Yield forward passes, and forward with backward passes, of one shape."""
+    x = torch.randn(shape, device=device)
     for name, ours in OURS.items():
         theirs = RELEASED[name]
         torch.testing.assert_close(ours(x), theirs(x))
-        for label, make in (("forward", forward), ("forward + backward", backward)):
-            runs = {"ours": make(ours, x), "released": make(theirs, x)}
-            times = measure(runs, rounds, device)
-            pairs = zip(times["released"], times["ours"], strict=True)
-            print(
-                f"| {name}, {label} | {statistics.median(times['ours']):.2f} "
-                f"| {statistics.median(times['released']):.1f} "
-                f"| {statistics.median(a / b for a, b in pairs):.1f} |"
-            )
+        work = f"FIR {name}, {shape}"
+        yield Case(
+            work,
+            forward(ours, x),
+            bare(x, up=name == "up"),
+            {"released operations": forward(theirs, x)},
+        )
+        yield Case(
+            f"{work}, forward and backward",
+            backward(ours, x),
+            peers={"released operations": backward(theirs, x)},
+        )
 
 
 def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    """Print the table."""
+    arguments = options(__doc__.partition("\n")[0]).parse_args()
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
-    compare(arguments.rounds, device)
+    report("fir", [*cases((16, 128, 32, 32), device), *cases((16, 3, 32, 32), device)], arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Adam, EMA) of both on the same weights; the throughput relative to a bare 3x3 co
 channels; bfloat16 autocast, channels_last and torch.compile. Prints medians and ratios paired by
 round, then the peak memory of a training step with and without activation checkpointing.
 
-    python benchmarks/networks.py [--rounds 9] [--threads 2] [--batch 4] [--device cpu] [--compile]
+    python benchmarks/networks.py [--rounds 15] [--threads 1] [--batch 4] [--device cpu] [--compile]
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fir import RELEASED, Run, measure, released
+from side_by_side import Row, options, show
 from torch import Tensor, nn
 from typing_extensions import override
 
 from diffusionkit import EMA, VESDE, RawScoreModel, ScoreMatching, clipped_step
 from diffusionkit.networks import NCSNpp
 
+NETWORK = "NCSN++ for CIFAR-10"
 FLOPS = 87.05e9 / 4  # of a forward pass of one image
 
 
@@ -169,12 +171,11 @@ def in_bfloat16(run: Run, device: str) -> Run:
     return cast
 
 
-def show(times: dict[str, list[float]], reference: str) -> None:
-    """Print medians and speedups over the reference."""
-    print(f"\n| run | ms | speedup over {reference} |\n|---|---|---|")
-    for name, values in times.items():
-        ratio = statistics.median(b / a for a, b in zip(values, times[reference], strict=True))
-        print(f"| {name} | {statistics.median(values):.0f} | {ratio:.2f} |")
+def row(work: str, times: dict[str, list[float]], name: str, reference: str) -> Row:
+    """Return the row of one of our runs; the released operations are its peer."""
+    ours, theirs = times[name], times[reference]
+    ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+    return Row(work, statistics.median(ours) * 1e3, None, "released operations", ratio)
 
 
 def throughput(times: dict[str, list[float]], batch: int, conv_flops: float) -> float:
@@ -183,9 +184,9 @@ def throughput(times: dict[str, list[float]], batch: int, conv_flops: float) -> 
     return statistics.median(FLOPS * batch / a / (conv_flops / b) for a, b in pairs)
 
 
-def in_process(*options: object) -> float:
+def in_process(*arguments: object) -> float:
     """Run this script with options in a separate process and return the number it prints."""
-    command = [sys.executable, __file__, *map(str, options)]
+    command = [sys.executable, __file__, *map(str, arguments)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -199,16 +200,16 @@ def time_step(name: str, batch: int, device: str) -> None:
     print(statistics.median(measure({name: run}, 3, torch.device(device), calls=2)[name]))
 
 
-def steps(rounds: int, *options: object) -> None:
-    """Print the times of the training steps, alternating, each in a separate process.
+def steps(rounds: int, batch: int, *same: object) -> Row:
+    """Return the row of a training step, both alternating, each in a separate process.
 
     So memory holds one network and one optimizer, as in training.
     """
     times: dict[str, list[float]] = {"released step": [], "our step": []}
     for _ in range(rounds):
         for name, kind in (("released step", "released"), ("our step", "ours")):
-            times[name].append(in_process("--step", kind, *options))
-    show(times, "released step")
+            times[name].append(in_process("--step", kind, "--batch", batch, *same))
+    return row(f"{NETWORK}, batch {batch}, training step", times, "our step", "released step")
 
 
 def take_step(recompute: bool, batch: int) -> None:
@@ -221,8 +222,8 @@ def take_step(recompute: bool, batch: int) -> None:
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
-def forwards(batch: int, device: str, compiled: bool, rounds: int) -> None:
-    """Print the times of the forward passes."""
+def forwards(batch: int, device: str, compiled: bool, rounds: int) -> list[Row]:
+    """Return the rows of the forward passes, and print how far they are from released ones."""
     torch.manual_seed(0)
     network = NCSNpp.cifar10().to(device).eval()
     for parameter in network.parameters():  # zero-initialized layers must matter
@@ -253,46 +254,51 @@ def forwards(batch: int, device: str, compiled: bool, rounds: int) -> None:
     for name in [name for name in runs if name.startswith("ours")]:
         runs[f"{name}, bfloat16"] = in_bfloat16(runs[name], device)
     outputs = {name: run() for name, run in runs.items()}
-    show(times := measure(runs, rounds, torch.device(device), calls=2), "released")
+    times = measure(runs, rounds, torch.device(device), calls=2)
     conv_flops = repeats * 2 * h.numel() * 256 * 9
     relative = throughput(times, batch, conv_flops)
-    print(f"\nthroughput of our forward pass relative to the convolution: {relative:.0%}")
+    print(f"throughput of our forward pass relative to the convolution: {relative:.0%}")
     want = outputs["released"]
     for name, got in outputs.items():
         if isinstance(want, Tensor) and isinstance(got, Tensor):
             error = (got.float() - want).norm() / want.norm()
             print(f"relative difference of {name} from released: {float(error):.1e}")
+    return [
+        row(
+            f"{NETWORK}, batch {batch}, forward{name.removeprefix('ours')}", times, name, "released"
+        )
+        for name in runs
+        if name.startswith("ours")
+    ]
 
 
 def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
+    """Print the table."""
+    parser = options(__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=("ours", "released"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    batch, device = arguments.batch, arguments.device
+    batch, device, rounds = arguments.batch, arguments.device, arguments.rounds
     if arguments.peak is not None:
         take_step(bool(arguments.peak), batch)
         return
     if arguments.step is not None:
         time_step(arguments.step, batch, device)
         return
-    print(f"torch {torch.__version__}, {arguments.threads} threads, {device}, batch {batch};")
-    print(f"medians of {arguments.rounds} rounds, ratios paired by round")
-    forwards(batch, device, arguments.compile, arguments.rounds)
-    options = ("--threads", arguments.threads, "--device", device)
-    steps(math.ceil(arguments.rounds / 3), "--batch", batch, *options)
+    same = ("--threads", arguments.threads, "--device", device)
+    rows = [
+        *forwards(batch, device, arguments.compile, rounds),
+        steps(math.ceil(rounds / 3), batch, *same),
+    ]
+    show("networks", rows, arguments)
     if device == "cpu":
-        print("\npeak memory of a process for forward and backward of a step, MiB")
+        print("peak memory of a process for forward and backward of a step, MiB")
         for recompute in (False, True):
             name = "with" if recompute else "without"
-            memory = in_process("--peak", int(recompute), "--batch", 4 * batch, *options)
+            memory = in_process("--peak", int(recompute), "--batch", 4 * batch, *same)
             print(f"batch {4 * batch}, {name} activation checkpointing: {memory:.0f}")
 
 

@@ -114,18 +114,24 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(name: str, cases: Sequence[Case], arguments: argparse.Namespace) -> list[Row]:
-    """Measure all cases, print their table and, where asked, save it as `speed_<name>.md`."""
+def show(name: str, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
+    """Print the table of a script and, where asked, save it as `speed_<name>.md`."""
     device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
-    rows = [measure(case, arguments.rounds, device) for case in cases]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    threads = "one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
     text = (
-        f"`python benchmarks/{name}.py`: {where}, {arguments.threads} thread(s), "
+        f"`python benchmarks/{name}.py`: {where}, {threads}, "
         f"torch {torch.__version__.partition('+')[0]}, {datetime.date.today()}; medians of "
         f"{arguments.rounds} rounds.\n\n{table(rows)}\n"
     )
     print(text)
     if arguments.save:
         (TABLES / f"speed_{name}.md").write_text(text, encoding="utf-8")
+
+
+def report(name: str, cases: Sequence[Case], arguments: argparse.Namespace) -> list[Row]:
+    """Measure all cases and show their table."""
+    torch.set_num_threads(arguments.threads)
+    rows = [measure(case, arguments.rounds, torch.device(arguments.device)) for case in cases]
+    show(name, rows, arguments)
     return rows

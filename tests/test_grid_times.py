@@ -17,7 +17,9 @@ from diffusionkit import (
     DPMSolver2M,
     DPMSolver2MSDE,
     DPMSolver2S,
+    DPMSolver2SAncestral,
     DPMSolver3M,
+    DPMSolver3MSDE,
     EDMModel,
     EpsModel,
     Euler,
@@ -30,6 +32,7 @@ from diffusionkit import (
     Predictor,
     RawScoreModel,
     ReverseDiffusion,
+    SASolver,
     ScaledScoreModel,
     StochasticHeun,
     UniPC,
@@ -81,7 +84,8 @@ def test_the_coefficients_of_a_deleted_predictor_are_not_reused(kind):
     "predictor",
     [DDIM(), Ancestral(), Ancestral("forward"), EulerMaruyama(), ReverseDiffusion(), Euler(),
      Heun(), Heun(alpha=0.5), StochasticHeun(), DPMSolver2M(), DPMSolver2S(), DPMSolver3M(),
-     UniPC(), DEIS(), LMS()],
+     UniPC(), DEIS(), LMS(), DPMSolver3MSDE(), DPMSolver2SAncestral(),
+     SASolver(0.5, 3, 3, s_min=0.1)],
     ids=str,
 )  # fmt: skip
 def test_steps_at_a_samplers_times_equal_those_at_plain_tensors(predictor, mixture):

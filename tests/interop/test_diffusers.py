@@ -17,7 +17,10 @@ from diffusionkit import (
     EDMModel,
     EpsModel,
     Euler,
+    GaussianMixtureModel,
+    LogSNRGrid,
     PCSampler,
+    SASolver,
     ScheduleTransformedModel,
     VModel,
     X0Model,
@@ -374,6 +377,30 @@ def test_solvers_run_our_models(sde):
         start = start if made.init_noise_sigma != 1 else x
         got = PCSampler(on_chain, predictor, grid=chain.time(steps))(start)
         assert_same(got, state, most=2e-3)
+
+
+@pytest.mark.parametrize("orders", [(2, 2), (3, 4)], ids=str)
+@pytest.mark.parametrize("tau", [0.0, 1.0, "interval"])
+def test_sa_solver_takes_the_steps_of_the_scheduler(tau, orders):
+    """From the same noise, in float64, on levels of our own."""
+    model = GaussianMixtureModel(VPSDE(), [[-1.0, 0.3], [0.8, -0.5]], [0.2, 0.4])
+    times = LogSNRGrid(t_end=0.01)(model.sde, 8).double()
+    alpha, sigma = model.sde.marginal(times)
+    ratio, x = (sigma / alpha).tolist(), torch.randn(5, 2, generator=seeded()).double()
+    noisy = [tau if tau != "interval" else float(0.1 <= level <= 5.0) for level in ratio]
+    theirs = diffusers.SASolverScheduler(
+        predictor_order=orders[0], corrector_order=orders[1], prediction_type="sample",
+        tau_func=lambda k: torch.tensor(noisy[7 - int(k)]), lower_order_final=False,
+    )  # fmt: skip
+    theirs.set_timesteps(8)
+    theirs.sigmas, theirs.timesteps = sigma / alpha, torch.arange(7, -1, -1)
+    y, generator = x, seeded(1)
+    for t, k in zip(times, theirs.timesteps, strict=False):
+        y = theirs.step(model.predict(y, t.expand(5)).x0, k, y, generator=generator).prev_sample
+    limits = {"s_min": 0.1, "s_max": 5.0} if tau == "interval" else {}
+    ours = SASolver(1.0 if limits else tau, *orders, lines="published", **limits)
+    got = PCSampler(model, ours, grid=times, denoise=False)(x, generator=seeded(1))
+    torch.testing.assert_close(got, y, rtol=1e-8, atol=1e-8)
 
 
 def test_edm_schedulers_run_our_models():

@@ -11,7 +11,8 @@ from diffusionkit import (
     DDPMChain,
     DPMSolver2M,
     DPMSolver2MSDE,
-    DPMSolver2S,
+    DPMSolver2SAncestral,
+    DPMSolver3MSDE,
     EDMModel,
     EpsModel,
     Heun,
@@ -39,7 +40,8 @@ def model():
         ("sample_dpmpp_2m", DPMSolver2M()),
         ("sample_euler_ancestral", Ancestral()),
         ("sample_dpmpp_2m_sde", DPMSolver2MSDE()),
-        ("sample_dpmpp_2s_ancestral", DPMSolver2S()),
+        ("sample_dpmpp_3m_sde", DPMSolver3MSDE(form="published")),
+        ("sample_dpmpp_2s_ancestral", DPMSolver2SAncestral()),
     ],
 )
 def test_samplers(name, predictor):
@@ -51,8 +53,6 @@ def test_samplers(name, predictor):
         return torch.randn(x.shape, generator=noise, dtype=x.dtype)
 
     extra = {"noise_sampler": noise_sampler} if "ancestral" in name or "sde" in name else {}
-    if "2s" in name:
-        extra["eta"] = 0.0
     expected = getattr(sampling, name)(as_denoiser(ours), x, sigmas, disable=True, **extra)
     sampler = PCSampler(ours, predictor, grid=sigmas)
     got = sampler(x, generator=torch.Generator().manual_seed(1))

@@ -24,7 +24,9 @@ from diffusionkit import (
     DPMSolver2M,
     DPMSolver2MSDE,
     DPMSolver2S,
+    DPMSolver2SAncestral,
     DPMSolver3M,
+    DPMSolver3MSDE,
     Euler,
     EulerMaruyama,
     FlowMatchingSDE,
@@ -36,6 +38,7 @@ from diffusionkit import (
     LogSNRGrid,
     PCSampler,
     ReverseDiffusion,
+    SASolver,
     StochasticHeun,
     SubVPSDE,
     TimeTravel,
@@ -49,7 +52,8 @@ KNOWN = torch.tensor([0.8, 0.0, 0.0])
 N, STEPS = 1000, 40
 # Multiples of STEPS for about equal errors: more for first order, fewer for adaptive steps.
 FACTORS = {
-    AdaptiveSDE: 1 / 8, Ancestral: 4, DPMSolver2MSDE: 4, Euler: 10, ReverseDiffusion: 4,
+    AdaptiveSDE: 1 / 8, Ancestral: 4, DPMSolver2MSDE: 4, DPMSolver3MSDE: 4, Euler: 10,
+    ReverseDiffusion: 4, SASolver: 4,
 }  # fmt: skip
 PROCESSES = {
     "VE": VESDE(sigma_max=20.0), "VP": VPSDE(), "sub-VP": SubVPSDE(), "flow": FlowMatchingSDE(),
@@ -115,7 +119,8 @@ PREDICTORS = {
         Euler(), Heun(), Heun(churn=10.0), StochasticHeun(), AdaptiveSDE(rtol=0.3, atol=0.1),
         DPMSolver2M(), DPMSolver2S(), DPMSolver3M(), DPMSolver3M(form="published"),
         DPMSolver2MSDE(), UniPC(order=2), UniPC(order=3), DEIS(order=3), DEIS(order=4),
-        DEIS(order=3, variable="time"), LMS(order=4),
+        DEIS(order=3, variable="time"), LMS(order=4), DPMSolver3MSDE(), DPMSolver2SAncestral(),
+        SASolver(), SASolver(0.5, 3, 3, s_min=0.1, s_max=5.0),
     )
 }  # fmt: skip
 CORRECTORS = {

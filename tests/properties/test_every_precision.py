@@ -31,7 +31,9 @@ from diffusionkit import (
     DPMSolver2M,
     DPMSolver2MSDE,
     DPMSolver2S,
+    DPMSolver2SAncestral,
     DPMSolver3M,
+    DPMSolver3MSDE,
     EDMModel,
     EpsModel,
     Euler,
@@ -53,6 +55,7 @@ from diffusionkit import (
     PseudoinverseGuidance,
     RawScoreModel,
     ReverseDiffusion,
+    SASolver,
     ScaledScoreModel,
     ScheduleTransformedModel,
     ScoreMatching,
@@ -89,6 +92,9 @@ PREDICTORS = [
     DPMSolver2S(),
     DPMSolver3M(),
     DPMSolver2MSDE(),
+    DPMSolver3MSDE(),
+    DPMSolver2SAncestral(),
+    SASolver(),
     AdaptiveSDE(rtol=0.1, atol=0.1),
 ]
 SDE, LABELS = VPSDE(), torch.tensor([0, 1, 2])

@@ -17,6 +17,7 @@ from diffusionkit import (
     DPMSolver2M,
     DPMSolver2MSDE,
     DPMSolver2S,
+    DPMSolver2SAncestral,
     EDMModel,
     EDMWeighting,
     EpsModel,
@@ -32,6 +33,7 @@ from diffusionkit import (
     Prediction,
     RawScoreModel,
     ReverseDiffusion,
+    SASolver,
     ScaledScoreModel,
     SimpleWeighting,
     StochasticHeun,
@@ -105,7 +107,8 @@ def test_predictions_of_an_ensemble(kind, name):
 
 STEPS = [
     Ancestral(), DDIM(), DDIM(eta=1.0), ReverseDiffusion(), EulerMaruyama(), Euler(), Heun(),
-    DPMSolver2M(), DPMSolver2S(), DPMSolver2MSDE(), StochasticHeun(),
+    DPMSolver2M(), DPMSolver2S(), DPMSolver2MSDE(), StochasticHeun(), DPMSolver2SAncestral(),
+    SASolver(),
 ]  # fmt: skip
 
 

@@ -730,6 +730,7 @@ OWN: dict[str, Recipe] = {
     "ShiftedTimes": {"shift": lambda: 3.0, "times": dk.UniformTimes},
     "ShiftedTimes.sample": {"self": _made(dk.ShiftedTimes, 3.0)},
     "AYSGrid.__call__": {"self": dk.AYSGrid},
+    "TangentGrid.__call__": {"self": dk.TangentGrid},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
 for _times in (
@@ -900,6 +901,8 @@ ALLOWED: dict[tuple[str, str], list[str]] = {
     ("UNetAdapter.forward", "class_labels"): list(BAD),  # passed on to the network
     ("Heun", "s_min"): ["infinity"],  # never churn
     ("Heun", "s_max"): ["infinity"],
+    ("SASolver", "s_min"): ["infinity"],
+    ("SASolver", "s_max"): ["infinity"],
     **{(net, "attention_levels"): ["an empty list", "an empty tuple"]  # no attention
        for net in ("ADMUNet", "EDM2UNet", "NCSNpp")},
     ("PositionChannels", "frequencies"): ["an empty list", "an empty tuple"],  # coordinates alone

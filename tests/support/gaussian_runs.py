@@ -52,3 +52,27 @@ def flow_error(sde: ForwardSDE, predictor: Predictor, steps: int) -> float:
     sampler = PCSampler(gaussian(sde), predictor, grid=times, denoise=False)
     x = sampler((first_mean + 1.5 * first_std).view(1, 1))
     return abs(float(x - mean - 1.5 * std))
+
+
+def moments_after(
+    sde: ForwardSDE, predictor: Predictor, times: torch.Tensor
+) -> tuple[float, float]:
+    """Return the mean and standard deviation at the last time, of a sampler's run from p_T.
+
+    The rows of the batch are the run of the mean without noise, and with one deviation at the start
+    or in one of the steps, which enter linearly, whatever the predictor remembers.
+    """
+    n = len(times) - 1
+    mean, std = marginal(sde, times[:1])
+    start = mean.expand(n + 2, 1).clone()
+    start[1] += std
+    noise = torch.eye(n + 2, dtype=torch.float64)[1:]
+    sampler = PCSampler(gaussian(sde), predictor, grid=times, denoise=False)
+    x = sampler(start, generator=GivenNoise(noise.__getitem__, n + 2))
+    return float(x[0]), float((x[1:] - x[0]).square().sum().sqrt())
+
+
+def moments_error(sde: ForwardSDE, predictor: Predictor, times: torch.Tensor) -> float:
+    """Return the error of the mean and standard deviation after a sampler's run, as a fraction."""
+    found, exact = moments_after(sde, predictor, times), marginal(sde, times[-1:]).tolist()
+    return max(abs(a - b) for a, b in zip(found, exact, strict=True)) / exact[1]

@@ -42,6 +42,7 @@ _ELSEWHERE = {
     "EulerDiscreteScheduler": "DDIM",
     "HeunDiscreteScheduler": "Heun",
     "LMSDiscreteScheduler": "LMS",
+    "SASolverScheduler": "SASolver",
     "UniPCMultistepScheduler": "UniPC",
 }
 

@@ -3,8 +3,16 @@
 from .adams import DEIS, IPNDM, LMS, VelocityAdams
 from .adaptive import AdaptiveSDE
 from .brownian import BrownianPath
+from .corrected import CorrectedAdams
 from .correctors import AnnealedLangevin, Langevin
-from .dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver2S, DPMSolver3M
+from .dpm_solver import (
+    DPMSolver2M,
+    DPMSolver2MSDE,
+    DPMSolver2S,
+    DPMSolver2SAncestral,
+    DPMSolver3M,
+    DPMSolver3MSDE,
+)
 from .encode import ddim_encode
 from .fitted_grid import FittedGrid
 from .grid_search import fit_grid
@@ -32,7 +40,9 @@ from .predictors import (
 )
 from .probability_flow import ProbabilityFlow
 from .restart import Restart
+from .sa_solver import SASolver
 from .stochastic_heun import StochasticHeun
+from .tangent_grid import TangentGrid
 from .time_travel import TimeTravel
 from .two_stage import StageCoefficients, TwoStagePredictor
 from .unipc import UniPC
@@ -48,10 +58,13 @@ __all__ = [
     "AnnealedLangevin",
     "BrownianPath",
     "ChainGrid",
+    "CorrectedAdams",
     "DPMSolver2M",
     "DPMSolver2MSDE",
     "DPMSolver2S",
+    "DPMSolver2SAncestral",
     "DPMSolver3M",
+    "DPMSolver3MSDE",
     "Euler",
     "EulerMaruyama",
     "ExponentialAdams",
@@ -67,12 +80,14 @@ __all__ = [
     "QuadraticGrid",
     "Restart",
     "ReverseDiffusion",
+    "SASolver",
     "SamplerState",
     "ShiftedGrid",
     "StageCoefficients",
     "StepCoefficients",
     "StochasticHeun",
     "TabulatedPredictor",
+    "TangentGrid",
     "TimeTravel",
     "TwoStagePredictor",
     "UniPC",

@@ -39,13 +39,18 @@ class PreparedGrid:
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedGrid, ()
 
-    def resolved(self, grid: Any, sde: ForwardSDE, steps: int) -> Tensor:
-        """Return the decreasing times (N + 1,) of a grid, as `resolve_grid`."""
-        key = grid, sde, steps
+    def resolved(
+        self, grid: Any, predictor: Predictor | None, sde: ForwardSDE, steps: int
+    ) -> Tensor:
+        """Return the decreasing times (N + 1,) of a grid, by default the predictor's."""
+        key = grid, predictor, sde, steps
         if (last := self._resolved) is not None and all(map(_same, key, last[0])):
             return last[1]
+        lasting = fixed(grid) and fixed(sde) and (grid is not None or fixed(predictor))
+        if grid is None and predictor is not None:
+            grid = predictor.default_grid(sde, steps)
         times = resolve_grid(grid, sde, steps)
-        self._resolved = (key, times) if fixed(grid) and fixed(sde) else None
+        self._resolved = (key, times) if lasting else None
         return times
 
     def times(

@@ -26,6 +26,14 @@ from .two_stage import StageCoefficients, TwoStagePredictor, vanishes
 _MAX_CHURN = math.sqrt(2) - 1  # churn at most doubles the noise variance in a step
 
 
+def check_levels(s_min: float, s_max: float) -> None:
+    """Raise unless two numbers are a range of sigma / alpha, which may be all."""
+    check_number(s_min, "s_min")
+    check_number(s_max, "s_max")
+    if not 0.0 <= s_min <= s_max:
+        raise ValueError(f"expected 0 <= s_min <= s_max, got {s_min} and {s_max}")
+
+
 def _slope(sde: ForwardSDE, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return p and q, each (n,), of the probability flow dx/dt = p x + q (predicted data)."""
     alpha, sigma = sde.marginal(t)
@@ -149,12 +157,10 @@ class Heun(TwoStagePredictor):
     def __post_init__(self) -> None:
         check_positive(self.alpha, "alpha")
         check_positive(self.s_noise, "s_noise")
-        for name in ("churn", "s_min", "s_max"):
-            check_number(getattr(self, name), name)
+        check_number(self.churn, "churn")
         if not 0.0 <= self.churn < math.inf:
             raise ValueError(f"churn: expected a finite number >= 0, got {self.churn}")
-        if not 0.0 <= self.s_min <= self.s_max:
-            raise ValueError(f"expected 0 <= s_min <= s_max, got {self.s_min} and {self.s_max}")
+        check_levels(self.s_min, self.s_max)
 
     @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
@@ -179,7 +185,9 @@ class Heun(TwoStagePredictor):
             return self.coefficients(sde, t, s)
         lift, noise, start = self._churned(sde, t, min(self.churn / len(t), _MAX_CHURN))
         c = self.coefficients(sde, start, s)
-        return _ChurnedStages(c.middle, c.inner, c.first, c.second, c.used, start, lift, noise)
+        return _ChurnedStages(
+            c.middle, c.inner, c.first, c.second, c.used, start=start, lift=lift, noise=noise
+        )
 
     def _churned(self, sde: ForwardSDE, t: Tensor, rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the state's scale, the std of the new noise and the raised time, each (n,)."""

@@ -30,6 +30,7 @@ from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, step_noise
 from ..values import Prediction
 from .predictors import StepCoefficients
+from .tangent_grid import TangentGrid
 
 # Sixteen points: 2e-15 of the integral even in a step of length 10 in l, half of the whole range.
 _POINTS, _SHARES = (0.5 * torch.tensor(part) for part in np.polynomial.legendre.leggauss(16))
@@ -45,6 +46,11 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
         others = torch.cat([nodes[:j], nodes[j + 1 :]]).unsqueeze(1)
         rows.append(((at - others) / (node - others)).prod(0))
     return torch.stack(rows)
+
+
+def padded(weights: list[Tensor], count: int, like: Tensor) -> list[Tensor]:
+    """Return weights (n,) followed by zeros, `count` in all."""
+    return weights + [torch.zeros_like(like)] * (count - len(weights))
 
 
 def gauss(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +75,9 @@ class MultistepPredictor(Predictor):
 
     with A, C and std of the first-order step, P_0 the current prediction and P_1, P_2, ... those at
     earlier times. The order grows with the memory. A step without memory, the first one or one
-    after time travel, is of first order; so is a step to a time without noise, where a polynomial
-    in l has no limit and the predicted data are the result.
+    after time travel, is of first order; so is a step to a time without noise, unless
+    `integrable` says otherwise: there a polynomial in l has no limit, and the predicted data are
+    the result.
 
     A subclass defines the number of remembered predictions and how polynomials are integrated.
 
@@ -79,20 +86,26 @@ class MultistepPredictor(Predictor):
         of_data: whether the polynomial passes through predictions of the data or of the noise. A
             subclass for another combination of the two overrides `value`, `scale` and `parts`.
         eta: the share of the reverse SDE's noise; 0 is the probability flow.
+        lower_order_final: whether in a sampler's run the last step is of first order, the one
+            before it of second, and so on.
     """
 
     of_data: ClassVar[bool] = True
     eta: float = 0.0
+    lower_order_final: bool = False
 
     @property
     @abc.abstractmethod
     def memory(self) -> int:
         """The number of earlier predictions that are used."""
 
-    @property
-    def rate(self) -> float:
-        """The decay of the integral's weight, back in l from the end of a step."""
-        return 1.0 + self.eta if self.of_data else -1.0
+    def eta_at(self, l: Tensor) -> Coefficient:
+        """Return eta of steps from half log-SNRs l (n,), (n,) or one float for all."""
+        return self.eta
+
+    def rate(self, l: Tensor) -> Coefficient:
+        """Return the decay of the weight in integrals over steps from half log-SNRs l (n,)."""
+        return 1.0 + self.eta_at(l) if self.of_data else -1.0
 
     def value(self, prediction: Prediction) -> Tensor:
         """Return what is remembered of a prediction, P (B, *D)."""
@@ -121,6 +134,13 @@ class MultistepPredictor(Predictor):
             end: the values l_s at the ends, (n,).
         """
 
+    def integrable(self, nodes: Tensor, end: Tensor) -> Tensor:
+        """Return whether `integrals` are finite with nodes (m, n), to ends (n,): booleans (n,).
+
+        They are l, infinite where there is no noise and -infinite where there is no signal.
+        """
+        return torch.isfinite(nodes).all(0) & torch.isfinite(end)
+
     def correction(
         self, sde: ForwardSDE, t: Tensor, s: Tensor, others: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -129,7 +149,7 @@ class MultistepPredictor(Predictor):
             return []
         end, *levels = (0.5 * sde.log_snr(at) for at in (s, t, *others))
         nodes = torch.stack(levels)
-        fit = torch.isfinite(nodes).all(0) & torch.isfinite(end)
+        fit = self.integrable(nodes, end)
         apart = -torch.arange(len(nodes), dtype=end.dtype, device=end.device).unsqueeze(1)
         nodes = torch.where(fit, nodes, apart)
         found = self.integrals(sde, nodes, torch.where(fit, end, 1.0))
@@ -138,48 +158,70 @@ class MultistepPredictor(Predictor):
         return [scale * row for row in found[1:]]
 
     def weights(
-        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor]
+        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor], most: int | None = None
     ) -> list[Tensor]:
-        """Return the coefficients w_j, each (n,), of steps from t to s with past times."""
-        return self.correction(sde, t, s, past)
+        """Return the coefficients w_j, each (n,), of steps from t to s with past times.
+
+        `most` is the largest order of these steps where they are the last of a run, with
+        `lower_order_final`; that of steps before them is larger by one.
+        """
+        used = past if most is None else past[: most - 1]
+        return padded(self.correction(sde, t, s, used), len(past), t)
 
     def first_order(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return A, C and std, each (n,), of steps from t to s."""
         (alpha_s, sigma_s), (alpha_t, sigma_t) = sde.marginal(s), sde.marginal(t)
         decay = (alpha_t * sigma_s) / (alpha_s * sigma_t)  # exp(-h)
-        noise = sigma_s * torch.sqrt(1 - decay ** (2 * self.eta)) if self.eta > 0 else None
+        eta = self.eta_at(0.5 * sde.log_snr(t))
+        some = isinstance(eta, Tensor) or eta > 0
+        noise = sigma_s * torch.sqrt(1 - decay ** (2 * eta)) if some else None
         return StepCoefficients(
-            sigma_s / sigma_t * decay**self.eta, alpha_s * (1 - decay ** (1 + self.eta)), noise
+            sigma_s / sigma_t * decay**eta, alpha_s * (1 - decay ** (1 + eta)), noise
         )
 
     def _coefficients(
-        self, sde: ForwardSDE, t: Tensor, s: Tensor, *past: Tensor
+        self, sde: ForwardSDE, t: Tensor, s: Tensor, *past: Tensor, most: int | None = None
     ) -> _MultistepCoefficients:
         """Return the coefficients of steps; that of P_0 is split into state and data."""
-        c, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past)
+        limit = {} if most is None else {"most": most}
+        c, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past, **limit)
         total = sum(weights, torch.zeros_like(t))
         of_state, of_x0 = self.parts(total, *sde.marginal(t))
         step = StepCoefficients(c.x - of_state, c.x0 - of_x0, c.std)
         return _MultistepCoefficients(step, weights)
 
-    def _store(self, sde: ForwardSDE, points: Sequence[Sequence[GridPoint]], grid: Tensor) -> None:
+    def _store(
+        self,
+        sde: ForwardSDE,
+        points: Sequence[Sequence[GridPoint]],
+        grid: Tensor,
+        most: int | None = None,
+    ) -> None:
         """Store the coefficients of n steps with their times: t, s and the past ones, (m, n)."""
         steps = tuple(tuple(point.index for point in column) for column in points)
-        rows = points[0][0].grid.keep(
-            self, steps, lambda: by_row(self._coefficients(sde, *grid), sde, len(steps[0]), grid[0])
-        )
-        for (first, *others), row in zip(zip(*points, strict=True), rows, strict=True):
+
+        def rows() -> list[Any]:
+            return by_row(self._coefficients(sde, *grid, most=most), sde, len(steps[0]), grid[0])
+
+        table = points[0][0].grid.keep(self, (most, *steps), rows)
+        for (first, *others), row in zip(zip(*points, strict=True), table, strict=True):
             first.store(self, others, row)
+
+    @override
+    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
+        eta = self.eta_at(torch.zeros(1, dtype=torch.float64))
+        noisy = isinstance(eta, Tensor) or eta > 0  # published with times uniform in t
+        return None if noisy else TangentGrid()(sde, steps)
 
     @override
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
         """Compute the coefficients of all steps at once.
 
         Raises:
-            ValueError: if the grid has one step.
+            ValueError: if the grid has one step, and earlier predictions are used.
         """
         steps = len(times) - 1
-        if steps < 2:
+        if steps < 2 and self.memory:
             raise ValueError(
                 f"grid: expected at least 2 steps for {type(self).__name__}, which remembers "
                 f"earlier predictions, got {steps}"
@@ -188,10 +230,20 @@ class MultistepPredictor(Predictor):
         if points is None:
             return
         grid = exact_times(points)
+        whole = steps - (self.memory if self.lower_order_final else 0)
         for depth in range(min(self.memory, steps - 1) + 1):
             last = steps if depth == self.memory else depth + 1
-            spans = [slice(depth + k, last + k) for k in (0, 1, *range(-1, -depth - 1, -1))]
-            self._store(sde, [points[k] for k in spans], torch.stack([grid[k] for k in spans]))
+            late = range(max(whole, depth), last)
+            for first, after, most in (
+                (depth, min(last, whole), None),
+                *((k, k + 1, steps - k) for k in late),
+            ):
+                spans = [slice(first + k, after + k) for k in (0, 1, *range(-1, -depth - 1, -1))]
+                if first < after:
+                    rows = torch.stack([grid[k] for k in spans])
+                    self._store(sde, [points[k] for k in spans], rows, most)
+        for k in range(max(whole, 0), steps):  # for a run that begins within the grid
+            points[k].store(self, (), steps - k)
 
     def _at(
         self, sde: ForwardSDE, x: Tensor, t: Tensor, s: Tensor, past: Past
@@ -210,7 +262,8 @@ class MultistepPredictor(Predictor):
         here, *others = points
         if here.look_up(self, others) is None:  # a run that begins within the grid
             grid = exact_times(points).unsqueeze(1)
-            self._store(sde, [[point] for point in points], grid)
+            most = here.look_up(self, ()) if self.lower_order_final else None
+            self._store(sde, [[point] for point in points], grid, most)
         return cast(_MultistepCoefficients, here.look_up(self, others))
 
     @override
@@ -249,15 +302,16 @@ class ExponentialAdams(MultistepPredictor):
         """Return the variable of the polynomials at half log-SNRs l of any shape."""
         return l
 
-    def weighted(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return quadrature points tau over steps of length h (n,), and weights, (q, n)."""
+    def weighted(self, l: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Return quadrature points tau over steps from l to the end (n,), and weights, (q, n)."""
+        h, rate = end - l, self.rate(l)
         points, shares = gauss(h)
         back = points * h
-        return back, self.rate * h * shares * torch.exp(-self.rate * back)
+        return back, rate * h * shares * torch.exp(-rate * back)
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        back, shares = self.weighted(end - nodes[0])
+        back, shares = self.weighted(nodes[0], end)
         basis = lagrange(self.positions(sde, nodes), self.positions(sde, end - back))
         return (shares * basis).sum(1)
 
@@ -271,4 +325,5 @@ class ExponentialMidpoint(ExponentialAdams):
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
         h = end - nodes[0]
-        return -torch.expm1(-self.rate * h) * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]
+        whole = -torch.expm1(-self.rate(nodes[0]) * h)
+        return whole * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]

@@ -69,8 +69,9 @@ class PCSampler(Described):
         predictor: the step between times; None uses the corrector alone.
         corrector: the step at a fixed time; None is predictor-only sampling.
         steps: the number of steps, unless the grid is a tensor.
-        grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for times
-            uniform between T and the SDE's t_stop.
+        grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for the
+            predictor's default: `TangentGrid` for `DPMSolver2S` and multistep solvers without
+            noise, for others times uniform between T and the SDE's t_stop.
         corrector_first: whether the corrector runs before the predictor.
         denoise: whether the last noise is removed, at the cost of one evaluation. Where the grid
             ends at a time without noise, the last step's mean is returned instead.
@@ -160,7 +161,7 @@ class PCSampler(Described):
         return self._times().clone()
 
     def _times(self) -> Tensor:
-        return self._prepared.resolved(self.grid, self.model.sde, self.steps)
+        return self._prepared.resolved(self.grid, self.predictor, self.model.sde, self.steps)
 
     @explains
     def __call__(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._coefficients import Coefficient
+from .._coefficients import Coefficient, add_noise
 from ..interfaces import ScoreModel, Step
-from ..random import Generators
+from ..random import Generators, step_noise
 from .predictors import StepCoefficients, TabulatedPredictor
 
 
@@ -26,6 +26,8 @@ class StageCoefficients:
         second: the second stage's contribution to the result; its `x` may be the constant 0.
         used: 1 where the second stage is used, 0 where the first is the whole step, (B,) or a
             float.
+        std: the standard deviation of the noise at the end of the step, (B,) or a float; None for
+            no noise.
     """
 
     times: ClassVar[tuple[str, ...]] = ("middle",)
@@ -35,6 +37,7 @@ class StageCoefficients:
     first: StepCoefficients
     second: StepCoefficients
     used: Coefficient = 1.0
+    std: Coefficient | None = None
 
 
 def vanishes(weight: Coefficient) -> bool:
@@ -46,11 +49,12 @@ def vanishes(weight: Coefficient) -> bool:
 
 
 class TwoStagePredictor(TabulatedPredictor[StageCoefficients]):
-    r"""A deterministic step with two evaluations; a subclass defines `coefficients` alone.
+    r"""A step with two evaluations; a subclass defines `coefficients` alone.
 
     .. math::
         x' = A_1 x_t + C_1 \hat x_0(x_t, t), \qquad
         x_s = A_2 x_t + C_2 \hat x_0(x_t, t) + A_3 x' + C_3 \hat x_0(x', m)
+              \;(+\, \mathrm{std}\, z)
 
     with the pairs `inner`, `first` and `second`, and the time m, `middle`, of the second stage.
     """
@@ -68,7 +72,12 @@ class TwoStagePredictor(TabulatedPredictor[StageCoefficients]):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        return self.stages(model, x, t, self.at(model.sde, x, t, s), cond)
+        c = self.at(model.sde, x, t, s)
+        step = self.stages(model, x, t, c, cond)
+        if c.std is None:
+            return step
+        noise = step_noise(step.mean, model.sde, t, s, generator=generator)
+        return replace(step, x=add_noise(step.mean, c.std, noise))
 
     def stages(
         self, model: ScoreModel, x: Tensor, t: Tensor, c: StageCoefficients, cond: dict[str, Any]

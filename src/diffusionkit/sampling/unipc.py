@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_choice, check_count
-from ..interfaces import ForwardSDE
-from .multistep import ExponentialAdams, lagrange
+from .._checks import check_choice, check_count, check_flag
+from .corrected import CorrectedAdams
 
 
 @dataclass(frozen=True)
-class UniPC(ExponentialAdams):
+class UniPC(CorrectedAdams):
     r"""The unified predictor-corrector in data prediction: order p + 1 for one evaluation a step.
 
     The prediction at the end of a step is used twice: in the next step, and to correct the step
@@ -38,6 +36,8 @@ class UniPC(ExponentialAdams):
             3. The correction adds one to the order; where the flow is already curved at the first
             step, that step limits the order to 3.
         variant: "B1" is B(h) = h, "B2" is B(h) = 1 - exp(-h).
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
         ValueError: if order is not 2 or 3, or variant is neither; in `prepare`, if the grid has
@@ -50,40 +50,20 @@ class UniPC(ExponentialAdams):
 
     order: int = 2
     variant: str = "B2"
+    lower_order_final: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count(self.order, "order", least=2)
         if self.order > 3:
             raise ValueError(f"order: expected 2 or 3, got {self.order}")
         check_choice("variant", self.variant, ("B1", "B2"))
+        check_flag(self.lower_order_final, "lower_order_final")
 
     @property
     @override
-    def memory(self) -> int:
-        # The corrector's polynomial needs one more than the predictor's.
-        return self.order
+    def orders(self) -> tuple[int, int]:
+        return self.order, self.order + 1
 
     @override
-    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        if len(nodes) > 2:
-            return super().integrals(sde, nodes, end)
-        h = end - nodes[0]
-        unit = h if self.variant == "B1" else -torch.expm1(-h)
-        return unit * lagrange(nodes, (end - 0.5 * h).unsqueeze(0))[:, 0]
-
-    @override
-    def weights(
-        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor]
-    ) -> list[Tensor]:
-        ahead = self.correction(sde, t, s, past[: self.order - 1])
-        if not past:
-            return ahead
-        first, *rest = past
-        new, *corrected = self.correction(sde, first, t, (t, *rest))
-        taken = self.correction(sde, first, t, rest)
-        # Of P_j - P_first; the coefficient of P_first itself makes the sum with `new` zero.
-        change = [c - p for c, p in zip(corrected, taken, strict=True)]
-        change.insert(0, -sum(change, new))
-        lift = self.first_order(sde, t, s).x
-        ahead += [torch.zeros_like(t)] * (len(past) - len(ahead))
-        return [w + lift * c for w, c in zip(ahead, change, strict=True)]
+    def whole(self, h: Tensor) -> Tensor:
+        return h if self.variant == "B1" else -torch.expm1(-h)
