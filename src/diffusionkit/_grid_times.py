@@ -121,10 +121,11 @@ class LabelTable:
         batch: the number of samples.
     """
 
-    __slots__ = ("_rows", "batch", "times")
+    __slots__ = ("_rows", "batch", "inner", "times")
 
     def __init__(self, times: Tensor, batch: int) -> None:
         self.times, self.batch = times, batch
+        self.inner: list[Sequence[Tensor]] = []  # times within the steps of the grid
         self.forget_models()
 
     def forget_models(self) -> None:
@@ -246,6 +247,8 @@ def forget_models(times: Sequence[Tensor]) -> None:
     point: GridPoint = times[0]._grid_point  # type: ignore[attr-defined]
     point.grid.forget_models()
     point.labels.forget_models()
+    for inner in point.labels.inner:
+        forget_models(inner)
 
 
 def copy_grid_point(t: Tensor, copy: Tensor) -> Tensor:
@@ -341,9 +344,9 @@ def by_row(table: Any, sde: Any, n: int, like: Any) -> list[Any]:
         return [table] * n
     times = getattr(table, "times", ())
     values = {field.name: getattr(table, field.name) for field in fields(table)}
-    parts = [
-        grid_times(sde, value, like) if name in times else by_row(value, sde, n, like)
-        for name, value in values.items()
-    ]
+    inner = {name: grid_times(sde, values[name], like) for name in times}
+    if (point := getattr(like, "_grid_point", None)) is not None:
+        point.labels.inner.extend(inner.values())
+    parts = [inner.get(name) or by_row(value, sde, n, like) for name, value in values.items()]
     kind: Any = type(table)
     return [kind(*row) for row in zip(*parts, strict=True)]

@@ -2,6 +2,10 @@
 
 A label is any callable (sde, t) -> (B,). Networks embed the label and do not depend on an SDE.
 
+Samplers tabulate labels that are functions of each time alone. A label may say so by an attribute
+`elementwise`: True is believed, with False it is called in every step, and without it other times
+are tried on the CPU, while on other devices it is called in every step.
+
 A label that jumps between numbered levels may say where by an attribute `jumps`, see `IndexLabel`:
 solvers of the probability flow then take steps from jump to jump.
 """

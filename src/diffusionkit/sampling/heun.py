@@ -181,6 +181,8 @@ class Heun(TwoStagePredictor):
 
     @override
     def on_grid(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
+        if self.churn == 0:
+            return self.coefficients(sde, t, s)
         lift, noise, start = self._churned(sde, t, min(self.churn / len(t), _MAX_CHURN))
         c = self.coefficients(sde, start, s)
         return _ChurnedStages(
