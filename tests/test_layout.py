@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "_sigma_data": {"_checks", "_kept", "_schedules"},
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
-    "_grid_times": {"_checks", "_coefficients", "_precision", "_schedules"},
+    "_grid_times": {"_checks", "_coefficients", "_kept", "_schedules"},
     "_kept": {"_requirements"},
     "_log_snr": {"_coefficients"},
     "_loops": {"distributed"},

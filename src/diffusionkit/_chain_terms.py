@@ -64,6 +64,35 @@ def step_log_variances(sde: ForwardSDE, s: Tensor, t: Tensor) -> tuple[Tensor, T
     return 2 * torch.log(std * spread), 2 * torch.log(sde.transition(s, t)[1])
 
 
+def error_scale(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return sqrt(alpha^2 + sigma^2) / sigma, times which errors of the data vary little in time.
+
+    They are those of the noise where there is little of it, and those of the data where there is
+    much.
+    """
+    return torch.hypot(alpha, sigma) / sigma
+
+
+def error_factor(model: ScoreModel, step: Tensor) -> Tensor:
+    r"""Return the factors (n,) of squared errors of the data in the terms of steps (n,).
+
+    .. math::
+        KL = \frac{w^2}{2 v} \|\hat x_0 - x_0\|^2 + const,
+
+    divided by the squares of `error_scale`, with the weight w of the data in the posterior mean and
+    the variance v of the model's step, that of the posterior if it is learned. 0 for step 0.
+    """
+    sde, length = model.sde, chain_length(model)
+    i = exact(step.to(torch.float32))
+    s, t = i / length, (i + 1) / length
+    alpha, sigma = sde.marginal(t)
+    weight = sde.marginal(s)[0] * (sde.transition(s, t)[1] / sigma).square()
+    lower, upper = step_log_variances(sde, s, t)
+    log_var = upper if getattr(model, "variance", None) == "fixed_large" else lower
+    factor = 0.5 * (weight / error_scale(alpha, sigma)).square() * torch.exp(-log_var)
+    return torch.where(step > 0, factor, 0.0)
+
+
 def step_nats(
     model: ScoreModel,
     prediction: Prediction,

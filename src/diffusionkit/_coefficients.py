@@ -40,6 +40,19 @@ def add_scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
 
 def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Tensor:
     """Return first * x + second * y for coefficients (B,) or numbers, in the dtype of x."""
+    if not (
+        isinstance(first, Tensor)
+        or isinstance(second, Tensor)
+        or x.dtype != y.dtype
+        or torch.compiler.is_compiling()
+        or _transformed()
+    ):
+        if first == 1.0:
+            return torch.add(x, y, alpha=second)
+        if first >= 0.25 and abs(first + second - 1.0) < 1e-15:
+            # One pass instead of two. It computes first as 1 - second in the dtype of x.
+            return torch.lerp(x, y, second)
+        return torch.mul(x, first).add_(y, alpha=second)
     second = expand(second, y)
     out = x * expand(first, x)
     # In place: for images, fresh memory costs more than the arithmetic. Under vmap the sum may

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._checks import check_state, check_times
+from ._checks import check_state, check_times, readable
 from ._coefficients import Coefficient
+from ._kept import fixed
 from ._schedules import home, schedule_dtype, within
 
 
@@ -26,7 +27,7 @@ class _SDE(Protocol):
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-Function = Callable[[Tensor, Tensor], tuple[Coefficient, ...]]
+Label = Callable[[Any, Tensor], Tensor]
 
 
 class Grid:
@@ -34,29 +35,143 @@ class Grid:
 
     Args:
         sde: the process.
-        alpha: the scales of the data (N + 1,).
-        sigma: the standard deviations of the noise (N + 1,).
+        times: the times (N + 1,).
+
+    Raises:
+        ValueError: if alpha or sigma is not finite at one of them.
     """
 
-    __slots__ = ("_functions", "alpha", "sde", "sigma")
+    __slots__ = ("_kept", "_methods", "_numbers", "alpha", "sde", "sigma", "times")
 
-    def __init__(self, sde: object, alpha: Tensor, sigma: Tensor) -> None:
-        self.sde, self.alpha, self.sigma = sde, alpha, sigma
-        self._functions: dict[object, tuple[Function, list[Any]]] = {}
+    def __init__(self, sde: _SDE, times: Tensor) -> None:
+        here = home(sde)
+        times = times.to(here, schedule_dtype(here))
+        values = sde.marginal(times)
+        for name, value in zip(("alpha", "sigma"), values, strict=True):
+            if not bool(torch.isfinite(value).all()):
+                worst, bad = (float(v[~torch.isfinite(value)][0]) for v in (times, value))
+                raise ValueError(
+                    f"marginal: expected finite values, got {name}({worst:g}) = {bad:g}"
+                )
+        self.sde = sde
+        self.times, self.alpha, self.sigma = (v.detach() for v in (times, *values))
+        columns = (self.times, self.alpha, self.sigma)
+        self._numbers = list(zip(*(column.tolist() for column in columns), strict=True))
+        self._kept: dict[object, tuple[object, Any]] = {}
+        self.forget_models()
 
-    def values(self, function: Function) -> list[Any]:
-        """Return the values of a function of alpha and sigma at all times, as floats."""
-        # A bound method is a new object at each access; its owner is not.
-        key = id(getattr(function, "__self__", function)), getattr(function, "__name__", "")
-        found = self._functions.get(key)
+    def forget_models(self) -> None:
+        """Forget the values of models' methods."""
+        self._methods: dict[object, tuple[object, list[Any]]] = {}
+
+    def times_for(self, like: Tensor) -> list[Tensor]:
+        """Return the times as tensors (B,) for a state (B, *D), each with its grid point."""
+        wide = schedule_dtype(like.device)
+        kinds = torch.promote_types(like.dtype, torch.float32), wide, wide
+        columns = [
+            column.to(like.device, kind)
+            for column, kind in zip((self.times, self.alpha, self.sigma), kinds, strict=True)
+        ]
+        tensors = (c.unsqueeze(1).expand(-1, len(like)).unbind(0) for c in columns)
+        times, labels = [], LabelTable(columns[0], len(like))
+        for index, (numbers, *own) in enumerate(zip(self._numbers, *tensors, strict=True)):
+            point = GridPoint(self, index, *numbers)
+            t, alpha, sigma = own
+            point.kernel, point.labels, point.batch = (alpha, sigma), labels, len(like)
+            for tensor in own:
+                tensor._grid_point = point
+            times.append(t)
+        return times
+
+    def keep(self, owner: object, name: object, make: Callable[[], Any]) -> Any:
+        """Return what a part makes under a name, made once if the part is `fixed`."""
+        if not fixed(owner):
+            return make()
+        # The entry keeps its owner alive, so that the id is not reused.
+        key = id(owner), name
+        if key not in self._kept:
+            self._kept[key] = owner, make()
+        return self._kept[key][1]
+
+    def serves(self, sde: object, predictor: object, times: Tensor) -> bool:
+        """Return whether the values are still those of a process and a predictor on a grid."""
+        owners = all(owner is predictor for owner, _ in self._kept.values())
+        return self.sde is sde and owners and fixed(sde) and torch.equal(self.times, times)
+
+    def values(self, owner: object, name: str) -> list[Any]:
+        """Return the values of a method of alpha and sigma at all times, as floats."""
+        key = id(owner), name
+        found = self._methods.get(key)
         if found is None:
             n = len(self.alpha)
-            values = function(self.alpha, self.sigma)
+            values = getattr(owner, name)(self.alpha, self.sigma)
             columns = [v.expand(n) if isinstance(v, Tensor) else v for v in values]
             rows = by_row(columns, None, n, None)
-            # The function keeps its owner alive, so that the id is not reused.
-            found = self._functions[key] = function, rows
+            # The entry keeps the owner alive, so that the id is not reused.
+            found = self._methods[key] = owner, rows
         return found[1]
+
+
+class LabelTable:
+    """The noise labels of models at all times of a grid, for states of one kind.
+
+    Args:
+        times: the times (N + 1,) as a state's steps get them, in its dtype and on its device.
+        batch: the number of samples.
+    """
+
+    __slots__ = ("_rows", "batch", "times")
+
+    def __init__(self, times: Tensor, batch: int) -> None:
+        self.times, self.batch = times, batch
+        self.forget_models()
+
+    def forget_models(self) -> None:
+        """Forget all labels."""
+        self._rows: dict[object, tuple[Label, Sequence[Tensor] | None]] = {}
+
+    def rows(self, label: Label, sde: object, dtype: torch.dtype) -> Sequence[Tensor] | None:
+        """Return the labels (B,) at each time in a dtype, or None if they cannot be tabulated."""
+        key = id(label), dtype
+        found = self._rows.get(key)
+        if found is None:
+            table = self._tabulated(label, sde)
+            rows = None if table is None else table.detach().to(dtype).unsqueeze(1)
+            unbound = None if rows is None else rows.expand(-1, self.batch).unbind(0)
+            found = self._rows[key] = label, unbound  # it keeps the label alive, and so its id
+        return found[1]
+
+    def _tabulated(self, label: Label, sde: object) -> Tensor | None:
+        own, n = getattr(label, "elementwise", None), len(self.times)
+        if n < 3 or own is False or (own is None and not readable(self.times)):
+            return None
+        # Never as many times as samples: what a label knows of each sample must not fit.
+        times = self.times if n != self.batch else torch.cat([self.times, self.times[-1:]])
+        try:
+            table = label(sde, times)
+            if not isinstance(table, Tensor) or table.shape != times.shape:
+                return None
+            if own is None:
+                # A label of the first time or of the mean differs among other times.
+                part = label(sde, times[1:-1].flip(0)).flip(0)
+                if not torch.allclose(part, table[1:-1], rtol=1e-5, atol=0.0, equal_nan=True):
+                    return None
+        except Exception:  # in a step it gets the times that it expects, or raises again
+            return None
+        return table[:n]
+
+
+def label_at(label: Label, sde: object, t: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return tabulated noise labels (B,) at times t (B,) of a grid, or None."""
+    point = grid_point(t, sde)
+    if point is None or torch.compiler.is_compiling():
+        return None
+    rows = point.labels.rows(label, sde, dtype)
+    if rows is None:
+        return None
+    row = rows[point.index]
+    # A copy: a network may change its labels in place.
+    return row.clone() if point.batch == point.labels.batch else row[:1].repeat(point.batch)
 
 
 class GridPoint:
@@ -70,9 +185,11 @@ class GridPoint:
         sigma: the standard deviation of the noise.
     """
 
-    __slots__ = ("_tables", "alpha", "grid", "index", "kernel", "sigma", "time")
+    __slots__ = ("_tables", "alpha", "batch", "grid", "index", "kernel", "labels", "sigma", "time")
 
     kernel: tuple[Tensor, Tensor]  # alpha and sigma as tensors, each (B,)
+    labels: LabelTable
+    batch: int
 
     def __init__(self, grid: Grid, index: int, time: float, alpha: float, sigma: float) -> None:
         self.grid, self.index = grid, index
@@ -83,6 +200,11 @@ class GridPoint:
         """Store a value that a part computed for this time and others."""
         # The entry keeps its owner alive, so that the id is not reused.
         self._tables[id(owner), *[other.time for other in others]] = owner, value
+
+    def step_to(self, owner: object, there: GridPoint) -> Any:
+        """Return the value that a part stored for a step from here to another time, or None."""
+        found = self._tables.get((id(owner), there.time))
+        return None if found is None else found[1]
 
     def look_up(self, owner: object, others: Sequence[GridPoint]) -> Any:
         """Return the value that a part stored for this time and others, or None."""
@@ -102,11 +224,11 @@ def grid_points(sde: object, times: Sequence[Tensor]) -> list[GridPoint] | None:
     return points if len(points) == len(times) else None
 
 
-def exact_times(points: Sequence[GridPoint], device: torch.device) -> Tensor:
-    """Return the times (N + 1,) of points of a grid, in float64 where the device has it."""
-    return torch.tensor([point.time for point in points], dtype=torch.float64).to(
-        device, schedule_dtype(device)
-    )
+def exact_times(points: Sequence[GridPoint]) -> Tensor:
+    """Return the times (N + 1,) of points of a grid in float64, where the process computes."""
+    here = home(points[0].grid.sde)
+    times = torch.tensor([point.time for point in points], dtype=torch.float64)
+    return times.to(here, schedule_dtype(here))
 
 
 def grid_times(sde: _SDE, grid: Tensor, like: Tensor) -> Sequence[Tensor]:
@@ -115,29 +237,14 @@ def grid_times(sde: _SDE, grid: Tensor, like: Tensor) -> Sequence[Tensor]:
     The tensors have the state's dtype, at least float32, so that arithmetic with them does not
     promote the state; the values of their grid points are exact.
     """
-    here = home(sde)
-    grid = grid.to(here, schedule_dtype(here))
-    values = sde.marginal(grid)
-    for name, value in zip(("alpha", "sigma"), values, strict=True):
-        if not bool(torch.isfinite(value).all()):
-            worst, bad = (float(v[~torch.isfinite(value)][0]) for v in (grid, value))
-            raise ValueError(f"marginal: expected finite values, got {name}({worst:g}) = {bad:g}")
-    kinds = torch.promote_types(like.dtype, torch.float32), *[schedule_dtype(like.device)] * 2
-    columns = [column.detach() for column in (grid, *values)]
-    tensors = (
-        column.to(like.device, kind).unsqueeze(1).expand(-1, len(like)).unbind(0)
-        for column, kind in zip(columns, kinds, strict=True)
-    )
-    floats = (column.tolist() for column in columns)
-    owner = Grid(sde, *columns[1:])
-    times = []
-    for index, (t, alpha, sigma, *numbers) in enumerate(zip(*tensors, *floats, strict=True)):
-        point = GridPoint(owner, index, *numbers)
-        point.kernel = alpha, sigma
-        for tensor in (t, alpha, sigma):
-            tensor._grid_point = point
-        times.append(t)
-    return times
+    return Grid(sde, grid).times_for(like)
+
+
+def forget_models(times: Sequence[Tensor]) -> None:
+    """Forget what models and labels tabulated at times of a grid: they may have changed since."""
+    point: GridPoint = times[0]._grid_point  # type: ignore[attr-defined]
+    point.grid.forget_models()
+    point.labels.forget_models()
 
 
 def copy_grid_point(t: Tensor, copy: Tensor) -> Tensor:
@@ -153,7 +260,7 @@ def grid_rows(t: Tensor, samples: Tensor) -> Tensor:
     if (point := getattr(t, "_grid_point", None)) is not None:
         own = GridPoint(point.grid, point.index, point.time, point.alpha, point.sigma)
         alpha, sigma = (value[:1].expand(len(rows)) for value in point.kernel)
-        own.kernel = alpha, sigma
+        own.kernel, own.labels, own.batch = (alpha, sigma), point.labels, len(rows)
         tensors: Sequence[Any] = (rows, alpha, sigma)
         for tensor in tensors:
             tensor._grid_point = own
@@ -182,7 +289,7 @@ def _checked(sde: _SDE, x: Tensor, t: Tensor) -> GridPoint | None:
     """Return the grid point of t, or None; raise unless t is (B,) times of a state x (B, *D)."""
     check_state(x)
     point = grid_point(t, sde)
-    if point is None or len(t) != len(x):
+    if point is None or point.batch != x.shape[0]:
         check_times(t, sde.T, x.shape[0], x)
     return point
 
@@ -199,7 +306,7 @@ def floats(alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
     return (alpha, sigma) if point is None else (point.alpha, point.sigma)
 
 
-def evaluate(function: Function, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, ...]:
+def evaluate(owner: object, name: str, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, ...]:
     """Return the values of a method of alpha and sigma, elementwise functions of the two.
 
     For alpha and sigma at a time of a grid the method is called once for the whole grid, with
@@ -207,8 +314,9 @@ def evaluate(function: Function, alpha: Tensor, sigma: Tensor) -> tuple[Coeffici
     """
     point: GridPoint | None = getattr(alpha, "_grid_point", None)
     if point is None:
-        return function(alpha, sigma)
-    row: tuple[Coefficient, ...] = point.grid.values(function)[point.index]
+        values: tuple[Coefficient, ...] = getattr(owner, name)(alpha, sigma)
+        return values
+    row: tuple[Coefficient, ...] = point.grid.values(owner, name)[point.index]
     return row
 
 

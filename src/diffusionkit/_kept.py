@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import fields
+from types import NoneType
 from typing import Generic, TypeVar
 
 import torch
@@ -38,3 +40,19 @@ class Kept(Generic[T]):
             ):
                 self._made[key] = found
         return found
+
+
+def fixed(part: object) -> bool:
+    """Return whether a part can never change: a frozen dataclass of constants.
+
+    What was computed for such a part, and is kept with it, is never out of date. A subclass that is
+    no dataclass itself may have other attributes.
+    """
+    if isinstance(part, (NoneType, str, int, float)):
+        return True
+    if isinstance(part, tuple):
+        return all(map(fixed, part))
+    parameters = vars(type(part)).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        return False
+    return all(fixed(getattr(part, field.name)) for field in fields(part))  # type: ignore[arg-type]

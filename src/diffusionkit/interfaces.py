@@ -314,6 +314,10 @@ class Predictor(abc.ABC):
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:  # noqa: B027
         """Precompute values that depend on the times only; samplers call this before a run."""
 
+    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
+        """Return the times (steps + 1,) of a run without a grid; None for uniform times."""
+        return None
+
 
 class Corrector(abc.ABC):
     """A Markov chain step at a fixed time t, which leaves the distribution p_t unchanged."""

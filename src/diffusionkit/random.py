@@ -162,7 +162,7 @@ def step_noise(
         s: the times at its end (B,).
         generator: one generator, one for each sample, a path, or None.
     """
-    if isinstance(generator, NoisePath):
+    if generator is not None and isinstance(generator, NoisePath):
         return generator.increment(x, sde, t, s)
     return randn_like(x, generator)
 

@@ -274,10 +274,30 @@ class Prediction:
         Returns:
             The combination (B, *D).
         """
+        of_state, of_output, output = self._coefficients(x, x0)
+        return linear(of_state, self._x, of_output, output)
+
+    def add_to(self, base: Tensor, *, x: Coefficient, x0: Coefficient) -> Tensor:
+        """Return a state (B, *D) plus the combination of `combine`.
+
+        Args:
+            base: the state that it is added to (B, *D).
+            x: the coefficient of the noisy state, (B,) or a float.
+            x0: the coefficient of the predicted data, (B,) or a float.
+        """
+        of_state, of_output, output = self._coefficients(x, x0)
+        if not equals(of_state, 0.0):
+            base = linear(1.0, base, of_state, self._x)
+        return linear(1.0, base, of_output, output)
+
+    def _coefficients(
+        self, x: Coefficient, x0: Coefficient
+    ) -> tuple[Coefficient, Coefficient, Tensor]:
+        """Return the coefficients of the state and of the output in a combination, and it."""
         if self._output is None:
-            return linear(x, self._x, x0, cast(Tensor, self._x0))
+            return x, x0, cast(Tensor, self._x0)
         if equals(self._b, 0.0):
-            return linear(x, self._x, x0 / self._a, self._output)
+            return x, x0 if equals(self._a, 1.0) else x0 / self._a, self._output
         delta = self._alpha * self._b - self._sigma * self._a
         if equals(delta, 0.0):
             raise ValueError(
@@ -287,7 +307,7 @@ class Prediction:
                 "with a grid such as torch.linspace(0.99 * sde.T, sde.t_stop, steps + 1)"
             )
         ratio = x0 / delta
-        return linear(x + ratio * self._b, self._x, -ratio * self._sigma, self._output)
+        return x + ratio * self._b, -ratio * self._sigma, self._output
 
     def noise_error(self, target: Prediction) -> Tensor:
         r"""Return eps - target.eps (B, *D), measured in the model's own parameterization.

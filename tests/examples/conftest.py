@@ -8,6 +8,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 IMAGES = EXAMPLES / "images"
+CLAIMS = EXAMPLES / "claims"
 
 
 @pytest.fixture
@@ -26,6 +27,19 @@ def example(monkeypatch, request):
 @pytest.fixture
 def picture(tmp_path):
     return tmp_path / "folder" / "picture.png"
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """Import a module of examples/claims by name; forget it afterwards."""
+    for requirement in ("matplotlib", "tqdm", "PIL"):
+        pytest.importorskip(requirement)
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:  # other tests must not find them
+        if any((folder / f"{name}.py").exists() for folder in (CLAIMS, IMAGES, EXAMPLES)):
+            sys.modules.pop(name)
 
 
 @pytest.fixture

@@ -127,6 +127,18 @@ def test_every_preset_takes_a_step(presets, name):
     assert settings["preset"] == name
 
 
+def test_samplers_ask_for_a_learned_variance_only_where_there_is_one(presets):
+    """Ancestral(variance="model") raises in its first step without one."""
+    asking = []
+    for name in NAMES:
+        settings = presets.load(name)
+        predictor = settings["sampler"].get("predictor") or {}
+        if predictor.get("variance") == "model":
+            asking.append(name)
+            assert settings["model"]["variance"] in ("learned", "learned_range"), name
+    assert "improved-ddpm-cifar10-cosine-hybrid" in asking
+
+
 def few_steps(settings):
     return {"steps": 3} if "steps" in settings["sampler"] else {}
 

@@ -15,7 +15,7 @@ PROCESSES = [VPSDE(), SubVPSDE(), VESDE(sigma_min=0.01, sigma_max=50.0)]
 
 def sequence(draws: int, shape: tuple[int, ...], slope: float, intercept: Tensor) -> SquaredErrors:
     """Errors that are linear in the noise."""
-    errors, generator = SquaredErrors(), seeded()
+    errors, generator = SquaredErrors(draws), seeded()
     for _ in range(draws):
         eps = torch.randn(shape, generator=generator, dtype=torch.float64)
         errors.add(slope * eps + intercept, eps)

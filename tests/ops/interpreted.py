@@ -4,7 +4,6 @@ The interpreter must be selected before Triton is imported, hence in a separate 
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch.autograd import forward_ad
 from diffusionkit.ops import (
     _fused,
     _plain,
+    _triton,
     fir_conv_downsample,
     fir_conv_upsample,
     fir_downsample,
@@ -24,6 +24,7 @@ from diffusionkit.ops import (
     upfirdn,
 )
 
+pytestmark = pytest.mark.usefixtures("launching_on_the_cpu")
 TAPS = (1.0, 2.0, 5.0, 3.0)
 normal = partial(normal, dtype=torch.float32)
 # up, down, pads; the last one crops both sides.
@@ -159,11 +160,13 @@ def test_the_public_functions_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
         "conv_down": lambda: fir_conv_downsample(x, weight, bias, TAPS, gain=0.5),
         "conv_up": lambda: fir_conv_upsample(x, weight, bias, TAPS, gain=0.5),
     }
-    expected = {name: call() for name, call in calls.items()}
-    plans = []
-    fused = _fused.upfirdn
-    monkeypatch.setattr(_fused, "suits", lambda x, taps, up, pads: True)
-    monkeypatch.setattr(_fused, "upfirdn", lambda x, plan: plans.append(plan) or fused(x, plan))
+    with monkeypatch.context() as patch:
+        patch.setattr(_fused, "_can_launch", lambda device: False)
+        expected = {name: call() for name, call in calls.items()}
+    plans, launch = [], _triton.launch
+    monkeypatch.setattr(
+        _triton, "launch", lambda x, plan, last: plans.append(plan) or launch(x, plan, last)
+    )
     for number, (name, call) in enumerate(calls.items(), 1):
         torch.testing.assert_close(call(), expected[name], rtol=1e-5, atol=1e-5)
         assert len(plans) == number
@@ -172,26 +175,75 @@ def test_the_public_functions_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plans) == len(calls)
 
 
-def test_inputs_not_supported_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def suits(taps: tuple[float, ...] = TAPS, **changes: object) -> bool:
-        shape = changes.pop("shape", (2, 3, 8, 8))
-        given = {"is_cuda": True, "ndim": len(shape), "dtype": torch.float32, "device": "cuda"}
-        x = SimpleNamespace(shape=shape, **{**given, **changes})
-        return _fused.suits(x, taps, 2, [(2, 1)] * (len(shape) - 2))
+@pytest.mark.parametrize(("up", "down", "last"), [(2, 1, False), (1, 2, True)])
+def test_any_division_among_programs_computes_the_same(up: int, down: int, last: bool) -> None:
+    x = normal(1, 2, 5, 20)
+    plan = _fused.plan(x, TAPS, 0.1, up, down, [(2, 1)] * 2)
+    first, *others = (_triton.launch(x, plan, last, blocks) for blocks in _triton.CHOICES)
+    assert all(torch.equal(y, first) for y in others)
 
-    monkeypatch.setattr(_fused, "_triton_launches", lambda: True)
-    monkeypatch.setattr(_fused, "_hidden", lambda x: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "last"), [((2, 3, 5), False), ((1, 2, 3, 4), True)])
+def test_the_operation_that_compilers_see(
+    shape: tuple[int, ...], last: bool, dtype: torch.dtype
+) -> None:
+    x, dims = normal(*shape).to(dtype), len(shape) - 2
+    arguments = (TAPS, 0.1, 2, 1, [2] * dims, [2 * n for n in shape[2:]], last)
+    expected = _plain.upfirdn(x.double(), TAPS, 0.1, 2, 1, [(2, 1)] * dims)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        _fused.operation(x, *arguments).double(), expected, rtol=2 * eps, atol=2 * eps
+    )
+
+
+def test_the_fastest_division_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is simulated; what is small is not timed, nor is anything in a CUDA graph."""
+    x, timed, capturing = normal(2, 3, 8, 8), [], [True]
+
+    def clock(run: partial, **options: object) -> float:
+        blocks = run.args[-1]
+        timed.append(blocks)
+        if len(timed) == 1:
+            raise torch.OutOfMemoryError
+        return 1.0 if blocks == _triton.CHOICES[2] else 2.0
+
+    def chosen(x: Tensor) -> object:
+        plan = _fused.plan(x, TAPS, 0.1, 2, 1, [(2, 1)] * 2)
+        return _triton._fastest(x, torch.empty(2 * len(x), 3, 16, 8), plan, 3 * len(x), 1)
+
+    monkeypatch.setattr(_triton, "do_bench", clock)
+    monkeypatch.setattr(_triton, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert chosen(x) == _triton.CHOICES[0]
+    monkeypatch.setattr(_triton, "_LEAST_TIMED", 0)
+    assert chosen(x) == _triton.CHOICES[0]
+    assert not timed
+    capturing[0] = False
+    for _ in range(2):
+        assert chosen(x) == _triton.CHOICES[2]
+        assert len(timed) == len(_triton.CHOICES)
+    capturing[0] = True
+    assert chosen(x) == _triton.CHOICES[2]
+
+
+def test_inputs_not_supported_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    monkeypatch.setattr(_triton, "launch", lambda x, plan, last: launches.append(x))
+
+    def suits(*shape: int, taps: tuple[float, ...] = TAPS, **options: object) -> bool:
+        return _fused.suits(torch.zeros(shape or (2, 3, 8, 8), **options), taps)
+
     assert suits()
-    assert suits(dtype=torch.bfloat16, shape=(2, 3, 8))
-    assert not suits(is_cuda=False)
-    assert not suits(shape=(2, 3, 8, 8, 8))
-    assert not suits(shape=(0, 3, 8, 8))
-    assert not suits(shape=(2**12, 2**10, 2**7, 2**7))
+    assert suits(2, 3, 8, dtype=torch.bfloat16)
+    assert not suits(2, 3, 8, 8, 8)
     assert not suits(dtype=torch.float64)
-    assert not suits(TAPS * 3)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert not suits()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(_fused, "_triton_launches", lambda: False)
+    assert not suits(taps=TAPS * 3)
+    assert not suits(device="meta")
+    # Numbers of elements are known when the operation runs.
+    assert fir_upsample(torch.zeros(0, 3, 8, 8)).shape == (0, 3, 16, 16)
+    monkeypatch.setattr(_fused, "_MOST_INDEX", 16)
+    assert not fir_upsample(torch.zeros(1, 1, 8, 8)).any()
+    assert not launches
+    monkeypatch.setattr(_fused, "_can_launch", lambda device: False)
     assert not suits()

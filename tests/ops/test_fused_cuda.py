@@ -17,7 +17,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def fused_is_used() -> None:
-    if not _fused.suits(normal(1, 1, 4, 4), TAPS, 1, [(0, 0)] * 2):
+    if not _fused.suits(normal(1, 1, 4, 4), TAPS):
         pytest.skip("Triton is not installed or cannot launch kernels")
 
 
@@ -67,12 +67,56 @@ def test_the_plain_path_does_not_synchronize() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_transforms_and_compilation_use_plain_torch() -> None:
+def test_transforms_use_plain_torch() -> None:
     x, t = normal(2, 3, 8, 8), normal(2, 3, 8, 8).flip(0)
     torch.testing.assert_close(torch.func.jvp(fir_upsample, (x,), (t,))[1], fir_upsample(t))
     torch.testing.assert_close(torch.func.vmap(fir_upsample)(x[None])[0], fir_upsample(x))
-    compiled = torch.compile(fir_upsample, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), fir_upsample(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_compiled_functions_launch_it(backend, memory_format) -> None:
+    torch._dynamo.reset()
+    weight = normal(4, 3, 3, 3)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.conv2d(fir_upsample(x), weight, padding=1)
+        return fir_downsample(y.sin())
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    x = normal(2, 3, 8, 8).contiguous(memory_format=memory_format).requires_grad_()
+    y, expected = compiled(x), function(x)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    got, want = (torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        torch.autograd.grad(compiled(x).square().sum(), x)
+        torch.cuda.synchronize()
+    assert sum("upfirdn_kernel" in event.name for event in profiler.events()) == 4
+
+
+def test_all_divisions_compute_the_same_and_one_is_chosen() -> None:
+    from diffusionkit.ops import _triton
+
+    x = normal(16, 64, 64, 64)
+    plan = _fused.plan(x, TAPS, 1.0, 2, 1, [(2, 1)] * 2)
+    expected = _triton.launch(x, plan, False)
+    assert any(key[0] == plan for key in _triton._chosen)
+    for blocks in _triton.CHOICES:
+        assert torch.equal(_triton.launch(x, plan, False, blocks), expected)
+
+
+def test_it_is_captured_in_a_graph() -> None:
+    x = normal(2, 3, 8, 8)
+    fir_upsample(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fir_upsample(x)
+    x.copy_(normal(2, 3, 8, 8).flip(0))
+    graph.replay()
+    torch.testing.assert_close(y, fir_upsample(x))
 
 
 def test_more_elements_than_fit_into_32_bits() -> None:

@@ -57,16 +57,19 @@ def test_2s_by_hand(r):
     middle = 2 ** (1 - 2 * r)
     first = data(x, 2.0)
     second = data(x * middle / 2 + (1 - middle / 2) * first, middle)
-    expected = x / 4 + 0.75 * (first + (second - first) / (2 * r))
-    found = DPMSolver2S(r).step(model, row([x]), row(2.0), row(0.5))
-    assert float(found.x) == pytest.approx(expected, rel=1e-12)
+    h = math.log(4)
+    # With the line's value at the midpoint, and with its integral e^-h int e^l (l - l_t) dl.
+    for solver, share in (("midpoint", 0.75 * h / 2), ("heun", h - 0.75)):
+        expected = x / 4 + 0.75 * first + share * (second - first) / (r * h)
+        found = DPMSolver2S(r, solver).step(model, row([x]), row(2.0), row(0.5))
+        assert float(found.x) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("r", [0.3, 0.5, 1.0])
-def test_2s_is_of_order_two(sde, r):
+@pytest.mark.parametrize(("r", "solver"), [(0.3, "midpoint"), (0.5, "heun"), (1.0, "midpoint")])
+def test_2s_is_of_order_two(sde, r, solver):
     if isinstance(sde, DDPMChain):
         pytest.skip("its log-SNR has a corner at every step of the chain")
-    coarse, fine = (flow_error(sde, DPMSolver2S(r), steps) for steps in (64, 128))
+    coarse, fine = (flow_error(sde, DPMSolver2S(r, solver), steps) for steps in (64, 128))
     assert fine < 1e-3
     assert math.log2(coarse / fine) == pytest.approx(2, abs=0.25)
 
@@ -303,6 +306,7 @@ def test_2s_ancestral_is_never_evaluated_below_its_end():
         (lambda: DPMSolver2SAncestral(1.5), ValueError, r"eta: expected a number in \[0, 1\]"),
         (lambda: DPMSolver2S(0.0), ValueError, r"r: expected a number in \(0, 1\], got 0.0"),
         (lambda: DPMSolver2S(1.5), ValueError, r"r: expected a number in \(0, 1\], got 1.5"),
+        (lambda: DPMSolver2S(solver="euler"), ValueError, "solver: expected one of 'midpoint', 'h"),
         (lambda: DPMSolver2S("1"), TypeError, "r: expected a number, got str"),
         (lambda: DPMSolver2MSDE(-1.0), ValueError, "eta: expected a finite number >= 0, got -1"),
         (lambda: DPMSolver2MSDE(math.inf), ValueError, "eta: expected a finite number >= 0"),

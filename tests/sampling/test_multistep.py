@@ -252,18 +252,154 @@ def test_each_sample_has_its_own_times(sde, solver):
         torch.testing.assert_close(x[i : i + 1], alone, rtol=1e-8, atol=1e-9)
 
 
+def keeps_its_order(solver):
+    """Whether polynomials have a limit where the noise vanishes."""
+    return isinstance(solver, (LMS, IPNDM, VelocityAdams))
+
+
 def test_the_step_to_zero_noise_is_the_predicted_data(solver):
     """With the memory full, in float32."""
     model = line_mixture(EDMSDE())
     sampler = PCSampler(model, solver, grid=KarrasGrid(to_zero=True), steps=8)
     *_, before, _, last = sampler.iterate((80 * Z).float())
     assert before.step == 7
-    if not isinstance(solver, UniPC):  # which corrects the state first
+    if not isinstance(solver, UniPC) and not keeps_its_order(solver):  # UniPC corrects first
         x0 = model.predict(before.x, torch.full((8,), before.t)).x0
         torch.testing.assert_close(last.x, x0, rtol=1e-4, atol=1e-5)
     assert last.x.dtype == torch.float32
     double = run(solver, KarrasGrid(to_zero=True), 8)[0]
     torch.testing.assert_close(last.x.squeeze(1).double(), double, rtol=1e-3, atol=1e-3)
+
+
+def test_lms_to_zero_noise_is_the_released_loop():
+    """k-diffusion's: the last of the sigmas is 0, and its step has the order of the others."""
+    model, x, past = line_mixture(EDMSDE()), 80 * Z, []
+    times = KarrasGrid(to_zero=True)(EDMSDE(), 12)
+    for k, (t, s) in enumerate(itertools.pairwise(times.tolist())):
+        past = [(x - model.predict(x, torch.full((8,), t, dtype=torch.float64)).x0) / t, *past][:4]
+        nodes = times[max(k - 3, 0) : k + 1].flip(0).tolist()
+        for j, (node, d) in enumerate(zip(nodes, past, strict=True)):
+            others = [other for i, other in enumerate(nodes) if i != j]
+            basis = np.atleast_1d(np.poly(others)) / np.prod([node - other for other in others])
+            area = np.polyval(np.polyint(basis), [t, s])
+            x = x + float(area[1] - area[0]) * d
+    found = run(LMS(4), KarrasGrid(to_zero=True), 12)[0]
+    torch.testing.assert_close(found, x.squeeze(1), rtol=1e-9, atol=1e-9)
+
+
+def to_zero(steps, sde):
+    """Return times from sigma / alpha = 80 to 0: first of equal ratios, then of equal lengths."""
+    w = torch.linspace(math.asinh(160), 0, steps + 1, dtype=torch.float64)[:-1]
+    times = sde.time_at_log_snr(-2 * torch.log(0.5 * torch.sinh(w)))
+    return torch.cat([times, times.new_zeros(1)])
+
+
+@pytest.mark.parametrize("sde", [EDMSDE(), VPSDE()], ids=["edm", "vp"])
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [(lambda: LMS(3), 3), (VelocityAdams, 3), (lambda: IPNDM(3), 2)],
+    ids=["lms", "velocity", "ipndm"],
+)
+def test_the_order_holds_to_zero_noise(sde, make, order):
+    errors = []
+    for steps in (320, 640):
+        times = to_zero(steps, sde)
+        start = Z * sde.marginal(times[:1])[1]
+        errors.append(rms(run(make(), times, sde=sde, start=start)[0], AT_ZERO))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        (DPMSolver2M("heun"), 2),
+        (DPMSolver3M(solver="midpoint"), 3),
+        (DPMSolver3M("published", "midpoint"), 2),
+    ],
+    ids=str,
+)
+def test_order_with_either_second_step(solver, order):
+    coarse, fine = (rms(run(solver, levels(n))[0], AT_SIGMA_MIN) for n in (640, 1280))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+def test_second_steps_by_hand():
+    """After two steps: the midpoint's and the exact integral of the line, in l."""
+    model, times = line_mixture(EDMSDE()), levels(10)[4:7]
+    l, x = (-torch.log(times)).tolist(), 2 * Z
+    first = model.predict(x, times[0].expand(8)).x0
+    middle = times[1] / times[0] * x + -math.expm1(l[0] - l[1]) * first
+    second = model.predict(middle, times[1].expand(8)).x0
+    h, slope = l[2] - l[1], (second - first) / (l[1] - l[0])
+    gain = -math.expm1(-h)
+    for name, share in (("midpoint", 0.5 * h * gain), ("heun", h - gain)):
+        expected = times[2] / times[1] * middle + gain * second + share * slope
+        for solver in (DPMSolver2M(name), DPMSolver3M("published", name)):
+            found = run(solver, times, start=x)[0]
+            torch.testing.assert_close(found, expected.squeeze(1), rtol=1e-9, atol=1e-10)
+
+
+FINAL = {
+    "2m": (DPMSolver2M, {}, DPMSolver2M, {}),
+    "3m": (DPMSolver3M, {}, DPMSolver2M, {"solver": "heun"}),
+    "deis": (DEIS, {"order": 3}, DEIS, {"order": 2}),
+    "lms": (LMS, {"order": 3}, LMS, {"order": 2}),
+    "ipndm": (IPNDM, {"order": 3}, IPNDM, {"order": 2}),
+    "velocity": (VelocityAdams, {"order": 3}, VelocityAdams, {"order": 2}),
+}
+
+
+@pytest.mark.parametrize("name", FINAL)
+@pytest.mark.parametrize("first", [0, 4])
+def test_lower_order_in_the_last_steps(name, first):
+    """The last step is DDIM's, the one before it that of order 2, also in a run from the middle."""
+    kind, settings, second, own = FINAL[name]
+    model, times = line_mixture(EDMSDE()), levels(9)
+    solver = kind(**settings, lower_order_final=True)
+    sampler = PCSampler(model, solver, grid=times, denoise=False)
+    x, state = (80 * Z, None) if first == 0 else (Z, None)
+    steps = list(itertools.pairwise(times))[first:]
+    for k, (t, s) in enumerate(steps):
+        left = len(steps) - k
+        used = {1: DDIM(), 2: second(**own)}.get(left, kind(**settings))
+        given = state[: used.memory] if state and left > 1 else None
+        step = used.step(model, x, t.expand(8), s.expand(8), given)
+        value = step.state[0] if left > 1 else None
+        x, state = step.x, ((value, *(state or ())) if value else None)
+        state = state[: kind(**settings).memory] if state else None
+    if first == 0:
+        found = sampler(80 * Z)
+    else:
+        with torch.no_grad():
+            *_, last = sampler._run(Z, None, {}, first=first)
+        found = last.x
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_unipc_lowers_its_order_as_published():
+    """Diffusers' rule: p is at most the number of steps left, and corrects with its own p."""
+    model, times = line_mixture(EDMSDE()), levels(7)
+    x, values, orders = 80 * Z, [], []
+    for k, (t, s) in enumerate(itertools.pairwise(times)):
+        left = len(times) - 1 - k
+        x0 = model.predict(x, t.expand(8)).x0
+        if values:  # the correction of the step that led here
+            past = [(times[k - 1 - j], v) for j, v in enumerate(values[: orders[-1]])]
+            with_new = change(times[k - 1], t, [(t, x0), *past[1:]], past[0][1])
+            x = x + with_new - change(times[k - 1], t, past[1:], past[0][1])
+        values = [x0, *values][:3]
+        orders.append(min(3, left, len(values)))
+        past = [(times[k - j], v) for j, v in enumerate(values[: orders[-1]])]
+        ratio = s / t
+        x = ratio * x + (1 - ratio) * x0 + change(t, s, past[1:], x0)
+    found = run(UniPC(3, lower_order_final=True), times)[0]
+    torch.testing.assert_close(found, x.squeeze(1), rtol=1e-8, atol=1e-8)
+
+
+def change(t, s, others, x0):
+    """Return what other predictions change in UniPC's step from t, where the data are x0, to s."""
+    found = UniPC(3).correction(EDMSDE(), t[None], s[None], [time[None] for time, _ in others])
+    return sum((w * (v - x0) for w, (_, v) in zip(found, others, strict=True)), 0.0)
 
 
 class ZeroSNR(ForwardSDE):

@@ -730,6 +730,7 @@ OWN: dict[str, Recipe] = {
     "ShiftedTimes": {"shift": lambda: 3.0, "times": dk.UniformTimes},
     "ShiftedTimes.sample": {"self": _made(dk.ShiftedTimes, 3.0)},
     "AYSGrid.__call__": {"self": dk.AYSGrid},
+    "TangentGrid.__call__": {"self": dk.TangentGrid},
     "ChainGrid.__call__": {"self": lambda: dk.ChainGrid(dk.DDPMChain.linear(50))},
 }
 for _times in (

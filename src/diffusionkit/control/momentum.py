@@ -85,6 +85,10 @@ class GuidanceMomentum(Predictor):
         self.predictor.prepare(sde, times)
 
     @override
+    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
+        return self.predictor.default_grid(sde, steps)
+
+    @override
     def step(
         self,
         model: ScoreModel,

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_finite, check_part, check_state, check_t_min, readable
+from .._batch_conditions import for_batch, rows_of
+from .._checks import (
+    check_count,
+    check_finite,
+    check_part,
+    check_positive,
+    check_state,
+    check_t_min,
+    readable,
+)
 from .._coefficients import Coefficient
 from .._data_range import check_range
 from .._flow_solver import Solver, angles, radii
@@ -31,6 +41,17 @@ from .._repr import Described, described
 from .._schedules import exact, schedule_dtype
 from ..interfaces import ForwardSDE, ScoreModel
 from ..random import Generators
+from ._balance import (
+    SHARE,
+    Runs,
+    check_balance,
+    looser,
+    needed_probes,
+    pilot_factors,
+    pilot_probes,
+    pilot_samples,
+    until_reached,
+)
 from .divergence import Divergence, Hutchinson
 
 
@@ -46,6 +67,10 @@ class ODELogLikelihood:
             the solver and dequantization; None for one probe.
         t: the time assigned to the data.
         density: a description of the evaluated density.
+        probes: the number of probes in the mean.
+        rtol: the relative tolerance of the solver.
+        solver_error: the solver's error in nats, measured on a few samples to choose the tolerance
+            for a target standard error; None without a target.
     """
 
     log_prob: Tensor
@@ -54,6 +79,9 @@ class ODELogLikelihood:
     stderr: Tensor | None
     t: float
     density: str
+    probes: int
+    rtol: float
+    solver_error: float | None
 
     @property
     def nats(self) -> Tensor:
@@ -90,6 +118,14 @@ class ODELikelihood(Described):
     tolerance. At jumps of an `IndexLabel` with fewer than 100 levels the solver starts anew; it
     does not know of those that a network makes itself, by rounding its labels.
 
+    With a target standard error the tolerance and the number of probes are chosen together. Runs of
+    at most eight samples with the same probes and tolerances of 1e-2, 1e-3, ... measure the
+    solver's error and the variance of a probe; the tolerance is the first whose values the next
+    one changes by at most a quarter of the target. Fresh probes are then drawn until the estimated
+    standard error of every sample is at most the target, or `max_probes` is reached. Of the mean
+    over N samples the standard error is smaller by sqrt(N), since their probes are independent: for
+    a data set the target is larger.
+
     Args:
         model: the score model. Networks in DistributedDataParallel are called unwrapped, so ranks
             do not wait for each other; dropout is off.
@@ -98,6 +134,10 @@ class ODELikelihood(Described):
         rtol: relative tolerance of an adaptive solver.
         atol: absolute tolerance, in units of the data and in nats per dimension.
         t_min: the time assigned to the data, the SDE's t_min by default.
+        target_stderr: the standard error to reach for each sample, in nats of `log_prob`: that in
+            bits per dimension times d log 2. rtol and atol are then the tightest tolerances that
+            may be chosen, and the number of probes of `divergence` is not used.
+        max_probes: the largest number of probes drawn for a target.
         differentiable: whether gradients flow to the data, to conditions and to the network's
             parameters, through the steps of the solver. The activations of all evaluations, and
             of their derivatives, are then kept in memory. A process's own parameters get none.
@@ -105,8 +145,10 @@ class ODELikelihood(Described):
 
     Raises:
         ValueError: if the method is unknown, a tolerance is not positive, t_min is not in [0, T),
-            or sigma is 0 at t_min.
-        TypeError: if model is not a ScoreModel or divergence not a Divergence.
+            sigma is 0 at t_min, target_stderr is not positive or has a method with fixed steps, or
+            max_probes < 2.
+        TypeError: if model is not a ScoreModel, divergence not a Divergence, or neither Hutchinson
+            nor ExactDivergence with a target.
 
     Source: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv 2011.13456
     (section 4.3); Song et al., Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
@@ -131,6 +173,8 @@ class ODELikelihood(Described):
         rtol: float = 1e-5,
         atol: float = 1e-5,
         t_min: float | None = None,
+        target_stderr: float | None = None,
+        max_probes: int = 64,
         differentiable: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -142,6 +186,12 @@ class ODELikelihood(Described):
         self.t_min = model.sde.t_min if t_min is None else t_min
         check_t_min(self.t_min, model.sde.T)
         angles(model.sde, self.t_min, model.sde.T)
+        if target_stderr is not None:
+            check_positive(target_stderr, "target_stderr")
+            check_balance(self.solver, self.divergence)
+        check_count(max_probes, "max_probes", least=2)
+        self.target_stderr = target_stderr
+        self.max_probes = max_probes
 
     @override
     def __repr__(self) -> str:
@@ -211,10 +261,87 @@ class ODELikelihood(Described):
     def _run(
         self, x: Tensor, generator: Generators, cond: dict[str, Any], mask: Tensor | None
     ) -> ODELogLikelihood:
-        sde, d, probes = self.model.sde, count(x, mask), self.divergence.probes
+        dtype = state_dtype(x.dtype, network_dtype(self.model))
+
+        def solve(solver: Solver, divergence: Divergence) -> Runs:
+            fixed = divergence.start(x.to(dtype), generator)
+            return self._solve(solver, divergence, fixed, x, cond, mask)
+
+        solver, error = self.solver, None
+        if self.target_stderr is None:
+            runs = solve(solver, self.divergence)
+        else:
+            solver, error, probes, nfe = self._plan(x.to(dtype), generator, cond, mask)
+            runs = solve(solver, self._with(probes))
+            if probes > 1:
+                runs = until_reached(
+                    runs,
+                    lambda k: solve(solver, self._with(k)),
+                    self.target_stderr,
+                    self.max_probes,
+                )
+            runs = replace(runs, nfe=runs.nfe + nfe)
+        return ODELogLikelihood(
+            log_prob=runs.each.mean(0),
+            latent=runs.latent.to(at_least_float32(x).dtype),
+            nfe=runs.nfe,
+            stderr=runs.stderr,
+            t=self.t_min,
+            density=f"p_t at t = {self.t_min:g} (probability-flow ODE)",
+            probes=len(runs.each),
+            rtol=solver.rtol,
+            solver_error=error,
+        )
+
+    def _with(self, probes: int) -> Divergence:
+        """Return the divergence estimator with another number of probes."""
+        own = self.divergence
+        return Hutchinson(probes, own.noise) if isinstance(own, Hutchinson) else own
+
+    @torch.no_grad()
+    def _plan(
+        self, x: Tensor, generator: Generators, cond: dict[str, Any], mask: Tensor | None
+    ) -> tuple[Solver, float, int, int]:
+        """Return the solver for the target, its error, the probes, and the evaluations spent."""
+        target, n = cast(float, self.target_stderr), len(x)
+        few = torch.arange(pilot_samples(n), device=x.device)
+        some = None if generator is None or isinstance(generator, torch.Generator) else generator
+        cond = {name: rows_of(value, n, few) for name, value in for_batch(cond, n).items()}
+        mask = None if mask is None else mask[: len(few)]
+        divergence = self._with(pilot_probes(n))
+        x = x[: len(few)]
+        fixed = divergence.start(x, generator if some is None else list(some)[: len(few)])
+
+        def run(factor: float) -> Runs:
+            return self._solve(looser(self.solver, factor), divergence, fixed, x, cond, mask)
+
+        factors = pilot_factors(self.solver)
+        found, error, factor = run(factors[0]), math.inf, 1.0
+        nfe = found.nfe
+        for looser_one, tighter in itertools.pairwise(factors):
+            before, found = found, run(tighter)
+            nfe += found.nfe
+            error = float((before.each - found.each).mean(0).abs().max())
+            if error <= SHARE * target:
+                factor = looser_one
+                break
+        probes = 1
+        if isinstance(self.divergence, Hutchinson):
+            probes = needed_probes(found.each.var(0).mean(), target, self.max_probes)
+        return looser(self.solver, factor), error, probes, nfe
+
+    def _solve(
+        self,
+        solver: Solver,
+        divergence: Divergence,
+        fixed: Any,
+        x: Tensor,
+        cond: dict[str, Any],
+        mask: Tensor | None,
+    ) -> Runs:
+        """Return the log-density of x (B, *D) under each probe."""
+        sde, d = self.model.sde, count(x, mask)
         own = network_dtype(self.model)
-        dtype = state_dtype(x.dtype, own)
-        fixed = self.divergence.start(x.to(dtype), generator)
 
         def evaluate(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
             factor = _factor(sde, t, arithmetic_dtype(own, x))
@@ -223,13 +350,13 @@ class ODELikelihood(Described):
                 v = zeroed(self.model.predict(x, t, **cond).v, mask)
                 return v if factor is None else v * factor
 
-            v, divergence = self.divergence(predict, x, fixed)
-            return (v, divergence / d) if factor is None else (v / factor, divergence / d / factor)
+            v, rate = divergence(predict, x, fixed)
+            return (v, rate / d) if factor is None else (v / factor, rate / d / factor)
 
         # In nats per dimension, the unit of the tolerance.
-        volume = x.new_zeros(probes, len(x), dtype=schedule_dtype(x.device))
-        (latent, volume), nfe = self.solver(
-            self.model, evaluate, x, self.t_min, sde.T, (volume,), dtype
+        volume = x.new_zeros(divergence.probes, len(x), dtype=schedule_dtype(x.device))
+        (latent, volume), nfe = solver(
+            self.model, evaluate, x, self.t_min, sde.T, (volume,), state_dtype(x.dtype, own)
         )
         first, last = radii(sde, self.t_min, sde.T)
         growth = math.log(last / first)
@@ -237,14 +364,7 @@ class ODELikelihood(Described):
         if mask is not None:  # the prior of elements at 0, which are no part of the data
             absent = x[0].numel() - total(exact(mask))
             each = each - absent * exact(normal_log_prob(latent.new_zeros(1), sde.prior_std))
-        return ODELogLikelihood(
-            log_prob=each.mean(0),
-            latent=latent.to(at_least_float32(x).dtype),
-            nfe=nfe,
-            stderr=each.std(0) / math.sqrt(probes) if probes > 1 else None,
-            t=self.t_min,
-            density=f"p_t at t = {self.t_min:g} (probability-flow ODE)",
-        )
+        return Runs(each, latent, nfe)
 
 
 def _factor(sde: ForwardSDE, t: Tensor, dtype: torch.dtype | None) -> Coefficient | None:

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class TimeLabel:
     tensor([  0.0000, 499.5000, 999.0000])
     """
 
+    elementwise: ClassVar[bool] = True
+
     scale: float = 999.0
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class ReverseTimeLabel:
     tensor([1.0000, 0.7500, 0.0000])
     """
 
+    elementwise: ClassVar[bool] = True
+
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -100,6 +104,8 @@ class SigmaLabel:
     >>> SigmaLabel()(VESDE(), torch.tensor([1.0]))
     tensor([50.])
     """
+
+    elementwise: ClassVar[bool] = True
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return sigma / alpha, (B,)."""
@@ -121,6 +127,8 @@ class LogSigmaLabel:
     >>> LogSigmaLabel()(EDMSDE(), torch.tensor([1.0]))
     tensor([0.])
     """
+
+    elementwise: ClassVar[bool] = True
 
     scale: float = 0.25
     reference: float = 1.0
@@ -152,6 +160,8 @@ class StepLabel:
     >>> StepLabel(1000)(chain, t)
     tensor([  0., 499., 999.])
     """
+
+    elementwise: ClassVar[bool] = True
 
     steps: int
     scale: float = 1.0
@@ -198,6 +208,8 @@ class IndexLabel:
     >>> IndexLabel([50.0, 1.0, 0.01])(VESDE(), torch.tensor([0.0, 1.0]))
     tensor([2., 0.])
     """
+
+    elementwise: ClassVar[bool] = True
 
     def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
         """Store the midpoints between adjacent entries, in log(sigma)."""

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from .._checks import check_callable, check_choice, check_data_range, check_part
 from .._coefficients import Coefficient
-from .._grid_times import evaluate, floats, kernel_tensors
+from .._grid_times import evaluate, floats, kernel_tensors, label_at
 from .._keywords import explained
 from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
 from ..interfaces import ForwardSDE, ScoreModel
@@ -131,13 +131,15 @@ class NetworkModel(ScoreModel):
             inputs = narrowed(inputs, dtype, "x", _OVERFLOW)
             cond = {name: _like_weights(value, dtype) for name, value in cond.items()}
         # In half precision a label could not distinguish a thousand times.
-        noise_label = checked_label(self.label(self.sde, t), t)
-        noise_label = noise_label.to(torch.float64 if dtype is torch.float64 else torch.float32)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        noise_label = label_at(self.label, self.sde, t, wide)
+        if noise_label is None:
+            noise_label = checked_label(self.label(self.sde, t), t).to(wide)
         output = self._guard(network, inputs, noise_label, cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
-        (alpha, sigma), (a, b) = floats(*kernel), evaluate(self.parameterization, *kernel)
+        (alpha, sigma), (a, b) = floats(*kernel), evaluate(self, "parameterization", *kernel)
         if not learned:
             output = self._unscaled(output, x, *kernel)
             return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)

@@ -108,7 +108,7 @@ class EDMModel(NetworkModel):
         if isinstance(self.sigma_data, tuple):
             check_channels(self.sigma_data, x)
             return x / over_channels(spread(alpha, sigma, self.sigma_data), at_least_float32(x))
-        (scale,) = evaluate(self._input_scale, alpha, sigma)
+        (scale,) = evaluate(self, "_input_scale", alpha, sigma)
         out = x * expand(scale, x)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 

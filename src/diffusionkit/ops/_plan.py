@@ -68,6 +68,13 @@ class Plan(NamedTuple):
     horizontal: Line
     gain: float
 
+    def longest(self) -> int:
+        """Return a bound of the indices of samples along either dimension."""
+        return max(
+            line.inputs * line.up + abs(line.before) + abs(line.after())
+            for line in (self.vertical, self.horizontal)
+        )
+
     def adjoint(self) -> Plan:
         """Return the transpose of this linear map."""
         return Plan(self.vertical.adjoint(), self.horizontal.adjoint(), self.gain)

@@ -9,21 +9,25 @@ Importing this file imports Triton.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
+from collections.abc import Hashable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
 
 from ._plan import Plan
 
 LOWEST = (3, 4)
 """The lowest Triton, which comes with torch 2.8: older ones cannot compile the kernel."""
-
-# Outputs per program, cells of a program in one row, and rows of outputs in a cell.
-_OUTPUTS, _CELLS, _ROWS = 2048, 64, 4
 
 
 @triton.jit
@@ -110,58 +114,122 @@ def upfirdn_kernel(
                 tl.store(target + offset, outputs[a * len(FIRST_W) + b], mask=mask)
 
 
-def launch(x: Tensor, plan: Plan) -> Tensor:
+class Blocks(NamedTuple):
+    """How the outputs are divided among programs and threads; any choice computes the same.
+
+    Attributes:
+        outputs: outputs of a program, at most, a power of 2.
+        cells: cells of a program in one row, at most, a power of 2.
+        rows: rows of outputs in a cell, at most.
+        warps: groups of 32 threads of a program.
+    """
+
+    outputs: int
+    cells: int
+    rows: int
+    warps: int
+
+
+CHOICES = (
+    Blocks(2048, 64, 4, 4),
+    Blocks(1024, 64, 2, 4),
+    Blocks(4096, 128, 4, 8),
+    Blocks(1024, 256, 1, 4),
+)
+"""What is tried once for each kind of input; the first is taken where nothing can be timed."""
+
+_LEAST_TIMED = 2**20  # outputs; what is smaller takes as long as its launch
+_chosen: dict[tuple[Hashable, ...], Blocks] = {}
+
+
+def launch(x: Tensor, plan: Plan, channels_last: bool, blocks: Blocks | None = None) -> Tensor:
     r"""Run the kernel.
 
     Args:
         x: input (B, C, \*spatial) with one or two spatial dimensions, not empty.
         plan: the plan for them; a signal is an image of one row.
+        channels_last: whether images are read and written in that memory format.
+        blocks: the division among programs; the fastest one by default, which the first call for
+            a shape finds, unless a CUDA graph is being captured.
 
     Returns:
-        Output (B, C, \*filtered) with the dtype and memory format of x.
+        Output (B, C, \*filtered) with the dtype of x.
     """
-    h, w, gain = plan
-    last = (
-        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    )
-    memory_format = torch.channels_last if last else torch.contiguous_format
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=memory_format)
-    shape = (*x.shape[:2], *(h.outputs, w.outputs)[4 - x.ndim :])
+    shape = (*x.shape[:2], *(plan.vertical.outputs, plan.horizontal.outputs)[4 - x.ndim :])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-
-    inner = x.shape[1] if last else 1
+    inner = x.shape[1] if channels_last else 1
     planes = x.shape[0] * x.shape[1] // inner
-    count = h.up * max(1, min(_ROWS, h.outputs) // h.up)
+    with torch.cuda.device_of(x):
+        if blocks is None:
+            blocks = CHOICES[0] if x.is_cpu else _fastest(x, y, plan, planes, inner)
+        _run(x, y, plan, planes, inner, blocks)
+    return y
+
+
+def _fastest(x: Tensor, y: Tensor, plan: Plan, planes: int, inner: int) -> Blocks:
+    """Return the blocks for an input, after timing all of them if it is a new kind of input."""
+    if y.numel() < _LEAST_TIMED:
+        return CHOICES[0]
+    key = (plan, _magnitude(planes), inner, x.dtype, x.device)
+    found = _chosen.get(key)
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():
+            return CHOICES[0]
+        found = _chosen[key] = min(CHOICES, key=partial(_milliseconds, x, y, plan, planes, inner))
+    return found
+
+
+def _magnitude(planes: int) -> int:
+    """Return the next power of 2, so that batches of nearly the same size are timed once."""
+    return (planes - 1).bit_length()
+
+
+def _milliseconds(
+    x: Tensor, y: Tensor, plan: Plan, planes: int, inner: int, blocks: Blocks
+) -> float:
+    """Return the time of the kernel, infinite if the device has not the resources."""
+    try:
+        run = partial(_run, x, y, plan, planes, inner, blocks)
+        return float(do_bench(run, warmup=2, rep=10, return_mode="median"))
+    except (OutOfResources, torch.OutOfMemoryError):
+        return math.inf
+
+
+@functools.lru_cache(maxsize=1024)
+def _arguments(
+    plan: Plan, planes: int, inner: int, blocks: Blocks
+) -> tuple[tuple[int], tuple[int | float, ...], dict[str, Any]]:
+    """Return the grid, the arguments after the tensors, and the constants of the kernel."""
+    h, w, gain = plan
+    count = h.up * max(1, min(blocks.rows, h.outputs) // h.up)
     (first_h, weights_h), (first_w, weights_w) = h.sums(count), w.sums(w.up)
     rows, columns = planes * triton.cdiv(h.outputs, count), triton.cdiv(w.outputs, w.up) * inner
-    block_w = min(triton.next_power_of_2(columns), _CELLS)
-    block_h = max(1, triton.next_power_of_2(_OUTPUTS // (count * w.up * block_w)))
+    block_w = min(triton.next_power_of_2(columns), blocks.cells)
+    block_h = max(1, triton.next_power_of_2(blocks.outputs // (count * w.up * block_w)))
     block_h = min(triton.next_power_of_2(rows), block_h)
     grid = (triton.cdiv(rows, block_h) * triton.cdiv(columns, block_w),)
-    with torch.cuda.device_of(x):
-        upfirdn_kernel[grid](
-            x,
-            y,
-            gain,
-            planes,
-            columns,
-            h.inputs,
-            w.inputs,
-            h.outputs,
-            w.outputs,
-            inner,
-            FIRST_H=first_h,
-            FIRST_W=first_w,
-            WEIGHTS_H=weights_h,
-            WEIGHTS_W=weights_w,
-            STEP_H=count // h.up * h.down,
-            STEP_W=w.down,
-            BLOCK_H=block_h,
-            BLOCK_W=block_w,
-            CHANNELS_LAST=last,
-            enable_fp_fusion=True,  # Triton warns if unset
-        )
-    return y
+    values = (gain, planes, columns, h.inputs, w.inputs, h.outputs, w.outputs, inner)
+    constants = {
+        "FIRST_H": first_h,
+        "FIRST_W": first_w,
+        "WEIGHTS_H": weights_h,
+        "WEIGHTS_W": weights_w,
+        "STEP_H": count // h.up * h.down,
+        "STEP_W": w.down,
+        "BLOCK_H": block_h,
+        "BLOCK_W": block_w,
+        "CHANNELS_LAST": inner > 1,
+        "num_warps": blocks.warps,
+        "enable_fp_fusion": True,  # Triton warns if unset
+    }
+    return grid, values, constants
+
+
+def _run(x: Tensor, y: Tensor, plan: Plan, planes: int, inner: int, blocks: Blocks) -> None:
+    grid, values, constants = _arguments(plan, planes, inner, blocks)
+    upfirdn_kernel[grid](x, y, *values, **constants)
 
 
 def load_driver() -> None:

@@ -258,6 +258,6 @@ def _filter(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs)
                 f"x: expected enough samples to filter, got {n} (upsampled by {up}, padded by "
                 f"({before}, {after}), {size} taps)"
             )
-    if isinstance(taps, tuple) and _fused.suits(x, taps, up, pads):
+    if isinstance(taps, tuple) and _fused.suits(x, taps):
         return _fused.upfirdn(x, _fused.plan(x, taps, gain, up, down, pads))
     return _plain.upfirdn(x, taps, gain, up, down, pads)

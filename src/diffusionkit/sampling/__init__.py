@@ -42,6 +42,7 @@ from .probability_flow import ProbabilityFlow
 from .restart import Restart
 from .sa_solver import SASolver
 from .stochastic_heun import StochasticHeun
+from .tangent_grid import TangentGrid
 from .time_travel import TimeTravel
 from .two_stage import StageCoefficients, TwoStagePredictor
 from .unipc import UniPC
@@ -86,6 +87,7 @@ __all__ = [
     "StepCoefficients",
     "StochasticHeun",
     "TabulatedPredictor",
+    "TangentGrid",
     "TimeTravel",
     "TwoStagePredictor",
     "UniPC",

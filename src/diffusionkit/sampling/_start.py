@@ -116,14 +116,13 @@ def noised_data(
 
 def check_step(step: Step, x: Tensor, part: object) -> None:
     """Raise unless a part returned a Step with a state like x."""
-    name = type(part).__name__
     if not isinstance(step, Step):
-        raise TypeError(f"{name}.step: expected a Step, got {type(step).__name__}")
+        raise TypeError(f"{type(part).__name__}.step: expected a Step, got {type(step).__name__}")
     got = step.x
     if got.shape != x.shape or got.dtype != x.dtype or got.device != x.device:
         raise ValueError(
-            f"{name}.step: expected a state of shape {tuple(x.shape)}, {x.dtype}, {x.device}, "
-            f"got {tuple(got.shape)}, {got.dtype}, {got.device}"
+            f"{type(part).__name__}.step: expected a state of shape {tuple(x.shape)}, {x.dtype}, "
+            f"{x.device}, got {tuple(got.shape)}, {got.dtype}, {got.device}"
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_choice, check_count
+from .._checks import check_choice, check_count, check_flag
 from .._coefficients import Coefficient
 from ..interfaces import ForwardSDE
 from ..values import Prediction
@@ -20,9 +20,11 @@ class _Adams(ExponentialAdams):
     """The polynomial through the last `order` predictions, integrated exactly."""
 
     order: int = 4
+    lower_order_final: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count(self.order, "order", least=2)
+        check_flag(self.lower_order_final, "lower_order_final")
         if self.order > 4:
             raise ValueError(f"order: expected 2, 3 or 4, got {self.order}")
 
@@ -36,6 +38,25 @@ class _NoiseAdams(_Adams):
     """A polynomial through predictions of the noise."""
 
     of_data = False
+
+
+class _RatioAdams(_NoiseAdams):
+    """Integrals over rho = sigma / alpha, of polynomials that have a limit where rho is 0."""
+
+    @override
+    def integrable(self, nodes: Tensor, end: Tensor) -> Tensor:
+        return torch.isfinite(nodes).all(0)
+
+    @override
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha
+
+
+def _between(nodes: Tensor, end: Tensor) -> Tensor:
+    """Return the integrals of Lagrange polynomials of nodes (m, n) from the first to ends (n,)."""
+    points, shares = gauss(end)
+    length = end - nodes[0]
+    return (length * shares * lagrange(nodes, nodes[0] + points * length)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,8 @@ class DEIS(_NoiseAdams):
             counts from 0: its tAB3 is order 4.
         variable: "log_snr", best on grids uniform in log-SNR or denser near the data; or "time",
             best on grids uniform in time.
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4, or variable is neither; in `prepare`, if the grid
@@ -79,9 +102,13 @@ class DEIS(_NoiseAdams):
             return l
         return sde.time_at_log_snr(2 * l.flatten()).view_as(l)
 
+    @override
+    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
+        return None if self.variable == "time" else super().default_grid(sde, steps)
+
 
 @dataclass(frozen=True)
-class LMS(_NoiseAdams):
+class LMS(_RatioAdams):
     r"""The linear multistep method in rho = sigma / alpha, on grids of any spacing.
 
     .. math::
@@ -89,10 +116,13 @@ class LMS(_NoiseAdams):
         \int_{\rho_t}^{\rho_s} \ell_j(\rho)\, d\rho
 
     The Adams-Bashforth formula for dx/drho = eps with the Lagrange polynomials of the last
-    `order` values of rho; the rhoAB of DEIS. One evaluation a step.
+    `order` values of rho; the rhoAB of DEIS. One evaluation a step. A step to a time without
+    noise, rho = 0, is of the same order as others.
 
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
@@ -103,8 +133,8 @@ class LMS(_NoiseAdams):
     """
 
     @override
-    def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
-        return torch.exp(-l)
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        return _between(torch.exp(-nodes), torch.exp(-end))
 
 
 # The Adams-Bashforth weights of equal steps, newest prediction first, by the number of predictions.
@@ -117,7 +147,7 @@ _EQUAL_STEPS = {
 
 
 @dataclass(frozen=True)
-class IPNDM(_NoiseAdams):
+class IPNDM(_RatioAdams):
     r"""The improved pseudo-linear multistep method: Adams-Bashforth weights of equal steps.
 
     .. math::
@@ -131,6 +161,8 @@ class IPNDM(_NoiseAdams):
 
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
@@ -143,7 +175,7 @@ class IPNDM(_NoiseAdams):
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
         weights = nodes.new_tensor(_EQUAL_STEPS[len(nodes)]).unsqueeze(1)
-        return -torch.expm1(-self.rate(nodes[0]) * (end - nodes[0])) * weights
+        return (torch.exp(-end) - torch.exp(-nodes[0])) * weights
 
 
 @dataclass(frozen=True)
@@ -157,10 +189,13 @@ class VelocityAdams(_Adams):
 
     with the Lagrange polynomials of the last `order` values of u. In x / (alpha + sigma) and u
     every process is the straight path of flow matching, whose flow is regular at both ends; there
-    it is the multistep rule in time itself. One evaluation a step.
+    it is the multistep rule in time itself. One evaluation a step. Steps to a time without noise
+    and after one without signal are of the same order as others.
 
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
@@ -184,12 +219,9 @@ class VelocityAdams(_Adams):
         return weight / sigma, -(weight * (alpha + sigma) / sigma)
 
     @override
-    def positions(self, sde: ForwardSDE, l: Tensor) -> Tensor:
-        return torch.sigmoid(-l)
+    def integrable(self, nodes: Tensor, end: Tensor) -> Tensor:
+        return torch.ones_like(end, dtype=torch.bool)
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        first, last = self.positions(sde, nodes[0]), self.positions(sde, end)
-        points, shares = gauss(first)
-        at = first + points * (last - first)
-        return ((last - first) * shares * lagrange(self.positions(sde, nodes), at)).sum(1)
+        return _between(torch.sigmoid(-nodes), torch.sigmoid(-end))

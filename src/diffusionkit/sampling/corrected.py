@@ -5,12 +5,11 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ..interfaces import ForwardSDE
-from .multistep import ExponentialAdams, lagrange
+from .multistep import ExponentialAdams, lagrange, padded
 
 
 class CorrectedAdams(ExponentialAdams):
@@ -54,23 +53,22 @@ class CorrectedAdams(ExponentialAdams):
 
     @override
     def weights(
-        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor]
+        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor], most: int | None = None
     ) -> list[Tensor]:
         order, corrected = self.orders
-        ahead = _padded(self.correction(sde, t, s, past[: order - 1]), len(past), t)
+        now = order
+        if most is not None:  # the order of the step before, which is corrected, is larger by one
+            now, order = min(order, most), min(order, most + 1)
+            corrected = min(corrected, order + 1)
+        ahead = padded(self.correction(sde, t, s, past[: now - 1]), len(past), t)
         if not past or not corrected:
             return ahead
         first, *rest = past
         new, *right = self.correction(sde, first, t, (t, *rest[: corrected - 2]))
         taken = self.correction(sde, first, t, rest[: order - 1])
-        right, taken = (_padded(part, len(rest), t) for part in (right, taken))
+        right, taken = (padded(part, len(rest), t) for part in (right, taken))
         # Of P_j - P_first; the coefficient of P_first itself makes the sum with `new` zero.
         change = [c - p for c, p in zip(right, taken, strict=True)]
         change.insert(0, -sum(change, new))
         lift = self.first_order(sde, t, s).x
         return [w + lift * c for w, c in zip(ahead, change, strict=True)]
-
-
-def _padded(weights: list[Tensor], n: int, like: Tensor) -> list[Tensor]:
-    """Return n weights, with zeros for those that are missing."""
-    return weights + [torch.zeros_like(like)] * (n - len(weights))

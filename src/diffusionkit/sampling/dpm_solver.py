@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_choice, check_number
+from .._checks import check_choice, check_flag, check_number
 from ..interfaces import ForwardSDE
 from .multistep import ExponentialAdams, ExponentialMidpoint
 from .predictors import DDIM, StepCoefficients
+from .tangent_grid import TangentGrid
 from .two_stage import StageCoefficients, TwoStagePredictor
+
+# The released codes' names of a second-order step.
+_RULES = {"midpoint": ExponentialMidpoint, "heun": ExponentialAdams}
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,14 @@ class DPMSolver2M(ExponentialMidpoint):
 
     with l = log(alpha / sigma), and the last step's predicted data and length h_1.
 
+    Args:
+        solver: "midpoint" is the formula above; "heun" integrates the line through both
+            predictions exactly.
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
+
     Raises:
-        ValueError: in `prepare`, if the grid has one step.
+        ValueError: if solver is neither; in `prepare`, if the grid has one step.
 
     Source: Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
     Models, 2022, arXiv 2211.01095 (algorithm 2).
@@ -46,7 +56,17 @@ class DPMSolver2M(ExponentialMidpoint):
     21
     """
 
+    solver: str = "midpoint"
+    lower_order_final: bool = field(default=False, kw_only=True)
     memory = 1
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, tuple(_RULES))
+        check_flag(self.lower_order_final, "lower_order_final")
+
+    @override
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        return _RULES[self.solver].integrals(self, sde, nodes, end)
 
 
 class _ThreePredictions(ExponentialAdams):
@@ -85,14 +105,32 @@ class DPMSolver3M(_ThreePredictions):
 
     Args:
         form: "exact" is of third order, "published" has half of delta_2 in the quadratic term.
+        solver: the second step, which has two predictions: "heun" integrates their line exactly,
+            "midpoint" is a step of `DPMSolver2M()`.
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
-        ValueError: if form is neither; in `prepare`, if the grid has one step.
+        ValueError: if form or solver is none of these; in `prepare`, if the grid has one step.
 
     Source: Lu et al., DPM-Solver++, 2022, arXiv 2211.01095, and its released code (3M).
     """
 
     form: str = "exact"
+    solver: str = "heun"
+    lower_order_final: bool = field(default=False, kw_only=True)
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("solver", self.solver, tuple(_RULES))
+        check_flag(self.lower_order_final, "lower_order_final")
+
+    @override
+    def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
+        if len(nodes) == 2:
+            return _RULES[self.solver].integrals(self, sde, nodes, end)
+        return super().integrals(sde, nodes, end)
 
 
 @dataclass(frozen=True)
@@ -127,12 +165,11 @@ class DPMSolver2MSDE(ExponentialMidpoint):
 
     def __post_init__(self) -> None:
         _check_eta(self.eta)
-        check_choice("solver", self.solver, ("midpoint", "heun"))
+        check_choice("solver", self.solver, tuple(_RULES))
 
     @override
     def integrals(self, sde: ForwardSDE, nodes: Tensor, end: Tensor) -> Tensor:
-        rule = ExponentialMidpoint if self.solver == "midpoint" else ExponentialAdams
-        return rule.integrals(self, sde, nodes, end)
+        return _RULES[self.solver].integrals(self, sde, nodes, end)
 
 
 @dataclass(frozen=True)
@@ -173,7 +210,7 @@ class DPMSolver2S(TwoStagePredictor):
     .. math::
         x' = \frac{\sigma_m}{\sigma_t} x_t + \alpha_m (1 - e^{-r h}) x_0, \qquad
         x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h})
-              \left(\left(1 - \tfrac{1}{2r}\right) x_0 + \tfrac{1}{2r} x_0'\right)
+              \left(x_0 + \tfrac{1}{2r} (x_0' - x_0)\right)
 
     with the time m at l_m = l_t + r h, l = log(alpha / sigma), h = l_s - l_t. A step to a time
     without noise takes one evaluation and is of first order. It needs twice the evaluations of a
@@ -182,24 +219,32 @@ class DPMSolver2S(TwoStagePredictor):
 
     Args:
         r: the position of the second stage within the step in l, in (0, 1].
+        solver: "midpoint" is the formula above; "heun" integrates the line through both
+            predictions exactly.
 
     Raises:
-        ValueError: if r is outside (0, 1].
+        ValueError: if r is outside (0, 1], or solver is neither.
         TypeError: if r is not a number.
 
     Source: Lu et al., DPM-Solver++, 2022, arXiv 2211.01095 (algorithm 1).
     """
 
     r: float = 0.5
+    solver: str = "midpoint"
 
     def __post_init__(self) -> None:
+        check_choice("solver", self.solver, tuple(_RULES))
         check_number(self.r, "r")
         if not 0.0 < self.r <= 1.0:
             raise ValueError(f"r: expected a number in (0, 1], got {self.r}")
 
     @override
+    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
+        return TangentGrid()(sde, steps)
+
+    @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
-        return _two_stages(sde, t, s, self.r)
+        return _two_stages(sde, t, s, self.r, self.solver)
 
 
 @dataclass(frozen=True)
@@ -245,7 +290,7 @@ class DPMSolver2SAncestral(TwoStagePredictor):
 
     @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
-        return _two_stages(sde, t, s, 0.5, self.eta)
+        return _two_stages(sde, t, s, 0.5, "midpoint", self.eta)
 
 
 def _check_eta(eta: float) -> None:
@@ -255,7 +300,7 @@ def _check_eta(eta: float) -> None:
 
 
 def _two_stages(
-    sde: ForwardSDE, t: Tensor, s: Tensor, r: float, eta: float = 0.0
+    sde: ForwardSDE, t: Tensor, s: Tensor, r: float, solver: str, eta: float = 0.0
 ) -> StageCoefficients:
     """Return the coefficients of steps from t to s (n,), with DDIM(eta) as the first order."""
     here, there = sde.log_snr(t), sde.log_snr(s)
@@ -265,7 +310,12 @@ def _two_stages(
     middle = sde.time_at_log_snr(torch.where(used, here + r * gain, 0.0))
     middle = torch.where(used, middle, t)
     inner, whole = DDIM().coefficients(sde, t, middle), DDIM(eta).coefficients(sde, t, s)
-    second = torch.where(used, cast(Tensor, whole.x0) / (2 * r), 0.0)
+    share = cast(Tensor, whole.x0)
+    if solver == "midpoint":
+        share = 0.5 * share
+    else:
+        share = sde.marginal(s)[0] - share / torch.where(used, 0.5 * gain, 1.0)
+    second = torch.where(used, share / r, 0.0)
     first = StepCoefficients(whole.x, whole.x0 - second)
     return StageCoefficients(
         middle, inner, first, StepCoefficients(0.0, second), used.to(second.dtype), whole.std

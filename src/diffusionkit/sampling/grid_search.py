@@ -24,9 +24,11 @@ from .fitted_grid import FittedGrid, fitted
 from .grids import MOST_STEPS, AYSGrid, Grid, KarrasGrid, LogSNRGrid, UniformGrid, resolve_grid
 from .pc import PCSampler
 from .probability_flow import ProbabilityFlow
+from .tangent_grid import TangentGrid
 
 _TO_ZERO = (1.0, 6.0, 40.0)  # the last noise before 0, as multiples of that at t_stop
 _OPEN = (1.0, 6.0)  # the last noise of grids that end there
+_SCALES = (0.35, 0.7, 1.4)  # of tangent grids
 _NUDGE = 0.03  # of a logarithm of a step's length, for derivatives
 _LONGEST = 0.7  # the largest change of such a logarithm in an iteration
 _ENOUGH = 1e-3  # the relative gain below which the search ends
@@ -50,6 +52,8 @@ def fixed_grids(sde: ForwardSDE, steps: int) -> Iterator[Tensor]:
             grids += [KarrasGrid(rho, t_end=t_end, to_zero=to_zero) for rho in (3.0, 5.0, 7.0)]
             for grid in grids:
                 yield grid(sde, steps)
+    for scale in _SCALES:
+        yield TangentGrid(scale)(sde, steps)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
 from ..random import Generators, step_noise
 from ..values import Prediction
 from .predictors import StepCoefficients
+from .tangent_grid import TangentGrid
 
 # Sixteen points: 2e-15 of the integral even in a step of length 10 in l, half of the whole range.
 _POINTS, _SHARES = (0.5 * torch.tensor(part) for part in np.polynomial.legendre.leggauss(16))
@@ -45,6 +46,11 @@ def lagrange(nodes: Tensor, at: Tensor) -> Tensor:
         others = torch.cat([nodes[:j], nodes[j + 1 :]]).unsqueeze(1)
         rows.append(((at - others) / (node - others)).prod(0))
     return torch.stack(rows)
+
+
+def padded(weights: list[Tensor], count: int, like: Tensor) -> list[Tensor]:
+    """Return weights (n,) followed by zeros, `count` in all."""
+    return weights + [torch.zeros_like(like)] * (count - len(weights))
 
 
 def gauss(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +75,9 @@ class MultistepPredictor(Predictor):
 
     with A, C and std of the first-order step, P_0 the current prediction and P_1, P_2, ... those at
     earlier times. The order grows with the memory. A step without memory, the first one or one
-    after time travel, is of first order; so is a step to a time without noise, where a polynomial
-    in l has no limit and the predicted data are the result.
+    after time travel, is of first order; so is a step to a time without noise, unless
+    `integrable` says otherwise: there a polynomial in l has no limit, and the predicted data are
+    the result.
 
     A subclass defines the number of remembered predictions and how polynomials are integrated.
 
@@ -79,10 +86,13 @@ class MultistepPredictor(Predictor):
         of_data: whether the polynomial passes through predictions of the data or of the noise. A
             subclass for another combination of the two overrides `value`, `scale` and `parts`.
         eta: the share of the reverse SDE's noise; 0 is the probability flow.
+        lower_order_final: whether in a sampler's run the last step is of first order, the one
+            before it of second, and so on.
     """
 
     of_data: ClassVar[bool] = True
     eta: float = 0.0
+    lower_order_final: bool = False
 
     @property
     @abc.abstractmethod
@@ -124,6 +134,13 @@ class MultistepPredictor(Predictor):
             end: the values l_s at the ends, (n,).
         """
 
+    def integrable(self, nodes: Tensor, end: Tensor) -> Tensor:
+        """Return whether `integrals` are finite with nodes (m, n), to ends (n,): booleans (n,).
+
+        They are l, infinite where there is no noise and -infinite where there is no signal.
+        """
+        return torch.isfinite(nodes).all(0) & torch.isfinite(end)
+
     def correction(
         self, sde: ForwardSDE, t: Tensor, s: Tensor, others: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -132,7 +149,7 @@ class MultistepPredictor(Predictor):
             return []
         end, *levels = (0.5 * sde.log_snr(at) for at in (s, t, *others))
         nodes = torch.stack(levels)
-        fit = torch.isfinite(nodes).all(0) & torch.isfinite(end)
+        fit = self.integrable(nodes, end)
         apart = -torch.arange(len(nodes), dtype=end.dtype, device=end.device).unsqueeze(1)
         nodes = torch.where(fit, nodes, apart)
         found = self.integrals(sde, nodes, torch.where(fit, end, 1.0))
@@ -141,10 +158,15 @@ class MultistepPredictor(Predictor):
         return [scale * row for row in found[1:]]
 
     def weights(
-        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor]
+        self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor], most: int | None = None
     ) -> list[Tensor]:
-        """Return the coefficients w_j, each (n,), of steps from t to s with past times."""
-        return self.correction(sde, t, s, past)
+        """Return the coefficients w_j, each (n,), of steps from t to s with past times.
+
+        `most` is the largest order of these steps where they are the last of a run, with
+        `lower_order_final`; that of steps before them is larger by one.
+        """
+        used = past if most is None else past[: most - 1]
+        return padded(self.correction(sde, t, s, used), len(past), t)
 
     def first_order(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StepCoefficients:
         """Return A, C and std, each (n,), of steps from t to s."""
@@ -158,20 +180,38 @@ class MultistepPredictor(Predictor):
         )
 
     def _coefficients(
-        self, sde: ForwardSDE, t: Tensor, s: Tensor, *past: Tensor
+        self, sde: ForwardSDE, t: Tensor, s: Tensor, *past: Tensor, most: int | None = None
     ) -> _MultistepCoefficients:
         """Return the coefficients of steps; that of P_0 is split into state and data."""
-        c, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past)
+        limit = {} if most is None else {"most": most}
+        c, weights = self.first_order(sde, t, s), self.weights(sde, t, s, past, **limit)
         total = sum(weights, torch.zeros_like(t))
         of_state, of_x0 = self.parts(total, *sde.marginal(t))
         step = StepCoefficients(c.x - of_state, c.x0 - of_x0, c.std)
         return _MultistepCoefficients(step, weights)
 
-    def _store(self, sde: ForwardSDE, points: Sequence[Sequence[GridPoint]], grid: Tensor) -> None:
+    def _store(
+        self,
+        sde: ForwardSDE,
+        points: Sequence[Sequence[GridPoint]],
+        grid: Tensor,
+        most: int | None = None,
+    ) -> None:
         """Store the coefficients of n steps with their times: t, s and the past ones, (m, n)."""
-        rows = by_row(self._coefficients(sde, *grid), sde, grid.shape[1], grid[0])
-        for (first, *others), row in zip(zip(*points, strict=True), rows, strict=True):
+        steps = tuple(tuple(point.index for point in column) for column in points)
+
+        def rows() -> list[Any]:
+            return by_row(self._coefficients(sde, *grid, most=most), sde, len(steps[0]), grid[0])
+
+        table = points[0][0].grid.keep(self, (most, *steps), rows)
+        for (first, *others), row in zip(zip(*points, strict=True), table, strict=True):
             first.store(self, others, row)
+
+    @override
+    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
+        eta = self.eta_at(torch.zeros(1, dtype=torch.float64))
+        noisy = isinstance(eta, Tensor) or eta > 0  # published with times uniform in t
+        return None if noisy else TangentGrid()(sde, steps)
 
     @override
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
@@ -189,11 +229,21 @@ class MultistepPredictor(Predictor):
         points = grid_points(sde, times)
         if points is None:
             return
-        grid = exact_times(points, times[0].device)
+        grid = exact_times(points)
+        whole = steps - (self.memory if self.lower_order_final else 0)
         for depth in range(min(self.memory, steps - 1) + 1):
             last = steps if depth == self.memory else depth + 1
-            spans = [slice(depth + k, last + k) for k in (0, 1, *range(-1, -depth - 1, -1))]
-            self._store(sde, [points[k] for k in spans], torch.stack([grid[k] for k in spans]))
+            late = range(max(whole, depth), last)
+            for first, after, most in (
+                (depth, min(last, whole), None),
+                *((k, k + 1, steps - k) for k in late),
+            ):
+                spans = [slice(first + k, after + k) for k in (0, 1, *range(-1, -depth - 1, -1))]
+                if first < after:
+                    rows = torch.stack([grid[k] for k in spans])
+                    self._store(sde, [points[k] for k in spans], rows, most)
+        for k in range(max(whole, 0), steps):  # for a run that begins within the grid
+            points[k].store(self, (), steps - k)
 
     def _at(
         self, sde: ForwardSDE, x: Tensor, t: Tensor, s: Tensor, past: Past
@@ -211,8 +261,9 @@ class MultistepPredictor(Predictor):
             return self._coefficients(sde, *(exact(at) for at in times))
         here, *others = points
         if here.look_up(self, others) is None:  # a run that begins within the grid
-            grid = exact_times(points, t.device).unsqueeze(1)
-            self._store(sde, [[point] for point in points], grid)
+            grid = exact_times(points).unsqueeze(1)
+            most = here.look_up(self, ()) if self.lower_order_final else None
+            self._store(sde, [[point] for point in points], grid, most)
         return cast(_MultistepCoefficients, here.look_up(self, others))
 
     @override

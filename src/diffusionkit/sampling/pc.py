@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_count, check_flag, check_part, check_samples
 from .._data_range import check_range
-from .._grid_times import grid_times, noise_at
+from .._grid_times import noise_at
 from .._keywords import explained, explains
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
 from .._model_checks import check_model
@@ -21,9 +21,10 @@ from .._repr import Described
 from .._schedules import home, schedule_dtype
 from ..interfaces import Constraint, Corrector, Prediction, Predictor, ScoreModel, Step
 from ..random import Generators, NoisePath, ObservedPath
+from ._prepared import PreparedGrid
 from ._route import Route, Travel, planned
 from ._start import check_path, check_step, initial_state, noised_data
-from .grids import Grid, resolve_grid
+from .grids import Grid
 from .time_travel import travel_back
 
 
@@ -68,8 +69,9 @@ class PCSampler(Described):
         predictor: the step between times; None uses the corrector alone.
         corrector: the step at a fixed time; None is predictor-only sampling.
         steps: the number of steps, unless the grid is a tensor.
-        grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for times
-            uniform between T and the SDE's t_stop.
+        grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for the
+            predictor's default: `TangentGrid` for `DPMSolver2S` and multistep solvers without
+            noise, for others times uniform between T and the SDE's t_stop.
         corrector_first: whether the corrector runs before the predictor.
         denoise: whether the last noise is removed, at the cost of one evaluation. Where the grid
             ends at a time without noise, the last step's mean is returned instead.
@@ -145,18 +147,21 @@ class PCSampler(Described):
         self.time_travel = time_travel
         self.progress = progress
         self.nfe = 0
-        times = resolve_grid(grid, model.sde, steps)  # raises if the grid is invalid
-        route = planned(time_travel, model.sde, times)
+        self._prepared = PreparedGrid()
+        route = planned(time_travel, model.sde, self._times())  # raises if the grid is invalid
         if predictor is not None:
             with torch.no_grad():  # raises if the predictor cannot use it
                 here = home(model.sde)
                 like = torch.empty(1, dtype=schedule_dtype(here), device=here)
-                self._prepare(predictor, route, grid_times(model.sde, route.times, like))
+                self._prepared.times(model.sde, predictor, route, like)
 
     @property
     def times(self) -> Tensor:
         """The decreasing times (N + 1,) of the grid, for the current process."""
-        return resolve_grid(self.grid, self.model.sde, self.steps)
+        return self._times().clone()
+
+    def _times(self) -> Tensor:
+        return self._prepared.resolved(self.grid, self.predictor, self.model.sde, self.steps)
 
     @explains
     def __call__(
@@ -187,7 +192,7 @@ class PCSampler(Described):
             TypeError: if dtype is not a floating-point dtype.
         """
         with torch.no_grad(), evaluation_mode(self.model):
-            x, kind = initial_state(self.model, start, self.times, generator, device, dtype)
+            x, kind = initial_state(self.model, start, self._times(), generator, device, dtype)
             for state in self._run(x, generator, cond):  # noqa: B007 - only the last is used
                 pass
         return narrowed(state.x, kind, "samples", WIDER)
@@ -213,7 +218,7 @@ class PCSampler(Described):
         Differential Equations, 2022, arXiv 2108.01073 (algorithm 1).
         """
         with torch.no_grad(), evaluation_mode(self.model):
-            x, first = noised_data(self.model.sde, x0, t, self.times, generator)
+            x, first = noised_data(self.model.sde, x0, t, self._times(), generator)
             check_range(x0, self.model, "x0")
             for state in self._run(x, generator, cond, first=first):  # noqa: B007 - only the last is used
                 pass
@@ -235,7 +240,7 @@ class PCSampler(Described):
         model's training mode are restored. The states are those of the run, in float32 at least.
         """
         with torch.no_grad():
-            x, _ = initial_state(self.model, start, self.times, generator, device, dtype)
+            x, _ = initial_state(self.model, start, self._times(), generator, device, dtype)
         return self._in_modes(self._run(x, generator, cond))
 
     def _in_modes(self, run: Iterator[SamplerState]) -> Iterator[SamplerState]:
@@ -249,11 +254,10 @@ class PCSampler(Described):
     def _run(
         self, x: Tensor, generator: Generators, cond: dict[str, Any], *, first: int = 0
     ) -> Iterator[SamplerState]:
-        model, last = self.model, len(self.times) - 1
-        route = self._route(generator, first)
-        times, clock = grid_times(model.sde, route.times, x), route.times.tolist()
-        if self.predictor is not None:
-            self._prepare(self.predictor, route, times)
+        model, grid = self.model, self._times()
+        route, last = self._route(generator, grid, first), len(grid) - 1
+        times = self._prepared.times(model.sde, self.predictor, route, x)
+        clock = route.times.tolist()
         counter = EvaluationCounter()
         step = self._constrained(Step(x, x), times[first], generator)
         prediction: Prediction | None = None
@@ -288,17 +292,13 @@ class PCSampler(Described):
         else:
             check_samples(step.x)
 
-    def _route(self, generator: Generators, first: int) -> Route:
+    def _route(self, generator: Generators, grid: Tensor, first: int) -> Route:
         if self.time_travel is not None and isinstance(generator, NoisePath):
             raise ValueError(
                 "generator: expected generators where segments are sampled again, got a path, "
                 "whose noise would be the same each time"
             )
-        return planned(self.time_travel, self.model.sde, self.times, first)
-
-    def _prepare(self, predictor: Predictor, route: Route, times: Sequence[Tensor]) -> None:
-        for run in route.runs:
-            predictor.prepare(self.model.sde, [times[k] for k in run])
+        return planned(self.time_travel, self.model.sde, grid, first)
 
     def _onward(
         self, before: Step, t: Tensor, s: Tensor, generator: Generators, cond: dict[str, Any]
@@ -323,7 +323,9 @@ class PCSampler(Described):
         generator: Generators,
         cond: dict[str, Any],
     ) -> Step:
-        path = ObservedPath(generator) if isinstance(generator, NoisePath) else None
+        path = None
+        if generator is not None and isinstance(generator, NoisePath):
+            path = ObservedPath(generator)
         source = generator if path is None else path
         step = predictor.step(self.model, before.x, t, s, before.state, generator=source, **cond)
         check_step(step, before.x, predictor)

@@ -90,10 +90,16 @@ class TabulatedPredictor(Predictor, Generic[C]):
         points = grid_points(sde, times)
         if points is None:
             return
-        grid = exact_times(points, times[0].device)
-        table = self.on_grid(sde, grid[:-1], grid[1:])
-        self.check(grid[:-1], table)
-        rows = by_row(table, sde, len(grid) - 1, times[0])
+
+        def tabulated() -> C:
+            grid = exact_times(points)
+            table = self.on_grid(sde, grid[:-1], grid[1:])
+            self.check(grid[:-1], table)
+            return table
+
+        run = tuple(point.index for point in points)
+        table = points[0].grid.keep(self, run, tabulated)
+        rows = by_row(table, sde, len(points) - 1, times[0])
         for here, there, row in zip(points, points[1:], rows, strict=False):
             here.store(self, (there,), row)
 
@@ -105,7 +111,7 @@ class TabulatedPredictor(Predictor, Generic[C]):
         """
         here, there = grid_point(t, sde), grid_point(s, sde)
         if here is not None and there is not None:
-            row: C | None = here.look_up(self, (there,))
+            row: C | None = here.step_to(self, there)
             if row is not None:
                 return row
         check_step_times(s, t, sde.T, x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._coefficients import Coefficient, add_noise, linear
+from .._coefficients import Coefficient, add_noise
 from ..interfaces import ScoreModel, Step
 from ..random import Generators, step_noise
 from .predictors import StepCoefficients, TabulatedPredictor
@@ -88,8 +88,5 @@ class TwoStagePredictor(TabulatedPredictor[StageCoefficients]):
         if not vanishes(c.used):
             inner = prediction.combine(x=c.inner.x, x0=c.inner.x0)
             prediction = model.predict(inner, c.middle, **cond)
-            if isinstance(c.second.x, Tensor) or c.second.x != 0:
-                out = out + prediction.combine(x=c.second.x, x0=c.second.x0)
-            else:
-                out = linear(1.0, out, c.second.x0, prediction.x0)
+            out = prediction.add_to(out, x=c.second.x, x0=c.second.x0)
         return Step(out, out, prediction=prediction)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_choice, check_count
+from .._checks import check_choice, check_count, check_flag
 from .corrected import CorrectedAdams
 
 
@@ -36,6 +36,8 @@ class UniPC(CorrectedAdams):
             3. The correction adds one to the order; where the flow is already curved at the first
             step, that step limits the order to 3.
         variant: "B1" is B(h) = h, "B2" is B(h) = 1 - exp(-h).
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
         ValueError: if order is not 2 or 3, or variant is neither; in `prepare`, if the grid has
@@ -48,12 +50,14 @@ class UniPC(CorrectedAdams):
 
     order: int = 2
     variant: str = "B2"
+    lower_order_final: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count(self.order, "order", least=2)
         if self.order > 3:
             raise ValueError(f"order: expected 2 or 3, got {self.order}")
         check_choice("variant", self.variant, ("B1", "B2"))
+        check_flag(self.lower_order_final, "lower_order_final")
 
     @property
     @override

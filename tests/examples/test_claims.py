@@ -1,0 +1,265 @@
+"""The claims of the papers: intervals, verdicts, numbers that resume, and what the page shows."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TINY = ("network.width=4", "network.multipliers=[1]", "network.attention_levels=[]",
+        "training.batch=4", "sampler.steps=2")  # fmt: skip
+
+
+@pytest.fixture
+def intervals(claims):
+    return claims("intervals")
+
+
+@pytest.fixture
+def results(claims):
+    return claims("results")
+
+
+@pytest.fixture
+def lab(claims, tmp_path, monkeypatch):
+    """A lab with a recipe of the name "tiny", in folders of the given name."""
+    experiment, recipes = claims("experiment"), claims("recipes")
+    monkeypatch.setitem(recipes.RECIPES, "tiny", recipes.Recipe("edm", "glyphs", TINY))
+
+    def make(folder, only=()):
+        numbers = claims("results").Results(tmp_path / folder / "numbers.json", {"scale": "small"})
+        return experiment.Lab(numbers, tmp_path / folder / "runs", "small", only=only)
+
+    return make
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 5, 20])
+def test_intervals_have_the_quantiles_of_student(intervals, freedom):
+    """The density of Student's t, integrated between the ends, is 95%."""
+    half = intervals._STUDENT[freedom - 1]
+    t = torch.linspace(-half, half, 200_001, dtype=torch.float64)
+    density = (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+    log_norm = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    norm = math.exp(log_norm) / math.sqrt(freedom * math.pi)
+    assert float(torch.trapezoid(density, t)) * norm == pytest.approx(0.95, abs=1e-4)
+
+
+def test_an_interval_of_three_values(intervals):
+    found = intervals.interval([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.high - found.mean == pytest.approx(4.303 / math.sqrt(3))
+    assert found.low == pytest.approx(2 - found.half)
+    assert intervals.interval([1.0]).half == math.inf
+    assert intervals.interval(range(30)).half == pytest.approx(3.287, abs=2e-2)
+    with pytest.raises(ValueError, match="expected at least one"):
+        intervals.interval([])
+
+
+def test_differences_are_of_equal_seeds(intervals):
+    """Large spreads that seeds share cancel; a seed of one run alone does not count."""
+    found = intervals.difference({0: 10.0, 1: 20.0, 2: 30.0, 5: 0.0}, {0: 9.0, 1: 19.0, 2: 29.0})
+    assert (found.mean, found.half, found.count) == (1, 0, 3)
+
+
+def test_verdicts(intervals):
+    def verdict(mean, half, claimed):
+        return intervals.verdict(intervals.Interval(mean, half, 3), claimed)
+
+    assert verdict(-2, 1, -1) == verdict(2, 1, 1) == "shown"
+    assert verdict(2, 1, -1) == verdict(-2, 1, 1) == "opposite"
+    assert verdict(0.5, 1, 1) == verdict(-0.5, 1, 1) == verdict(1, math.inf, 1) == "not resolved"
+    assert verdict(0, 0, 1) == "not resolved"
+    with pytest.raises(ValueError, match="expected 1 or -1"):
+        verdict(0, 1, 0)
+
+
+def test_numbers_are_kept_in_one_order(results, tmp_path):
+    """Equal numbers are equal files, in whatever order they were measured."""
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    entries = [("VP, seed 1, 10 steps", "bits", 1.5), ("VP, seed 0, 10 steps", "bits", [1, 2]),
+               ("VP, seed 0, 10 steps", "a", {"x": 0.25})]  # fmt: skip
+    for file, order in zip(files, (entries, entries[::-1]), strict=True):
+        numbers = results.Results(file, {"scale": "small"})
+        for entry in order:
+            numbers.add(*entry, seconds=1.0, training=3.0)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    numbers = results.Results(files[0], {"scale": "small"})
+    assert numbers.seeds("VP", 10, "bits") == {0: [1, 2], 1: 1.5}
+    assert numbers.steps("VP", "bits") == [10]
+    assert numbers.steps("V", "bits") == []
+    assert numbers.hours() == pytest.approx((3 + 2 * 3) / 3600)
+    with pytest.raises(ValueError, match="expected numbers at"):
+        results.Results(files[0], {"scale": "full"})
+
+
+def test_numbers_are_compared_and_merged(results, tmp_path, capsys):
+    a, b = (results.Results(tmp_path / f / "n.json", {"scale": "small"}) for f in "ab")
+    a.add("VP, seed 0, 10 steps", "bits", 1.5, 1.0)
+    b.add("VP, seed 0, 10 steps", "bits", 1.5, 9.0)
+    b.add("VP, seed 1, 10 steps", "bits", 2.5, 1.0)
+    results.main(["compare", str(a.path), str(b.path)])
+    assert "1 numbers are equal" in capsys.readouterr().out
+    results.main(["merge", str(b.path), "--into", str(tmp_path / "a")])
+    assert "1 numbers added" in capsys.readouterr().out
+    merged = results.Results(a.path)
+    assert merged.seeds("VP", 10, "bits") == {0: 1.5, 1: 2.5}
+    assert merged.seconds["VP, seed 0, 10 steps"] == {"bits": 1.0}
+    b.add("VP, seed 1, 10 steps", "bits", 2.75, 1.0)
+    with pytest.raises(SystemExit, match="1"):
+        results.main(["compare", str(a.path), str(b.path)])
+    assert "2.5 and 2.75" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="got others"):
+        results.main(["merge", str(b.path), "--into", str(tmp_path / "a")])
+    assert json.loads(a.path.read_text())["numbers"]["VP, seed 1, 10 steps"] == {"bits": 2.5}
+
+
+def test_a_run_in_pieces_has_the_numbers_of_one_in_a_piece(lab, claims):
+    """Resumed after two steps, from its checkpoint and in another object: the same bits."""
+    measures = claims("measures")
+
+    def error(run):
+        return measures.loss_by_noise(run, [0.5, 2.0], 8)
+
+    whole, first = lab("whole"), lab("pieces")
+    expected = whole.measure("tiny", 3, 4, "error", error)
+    first.measure("tiny", 3, 2, "error", error)
+    second = lab("pieces")
+    assert second.measure("tiny", 3, 4, "error", error) == expected
+    assert second.measure("tiny", 3, 2, "error", error) != expected
+    key = "tiny, seed 3, 4 steps"
+    assert second.results.numbers[key] == whole.results.numbers[key]
+    assert second.results.seconds[key]["training"] > 0
+
+    def never(run):
+        raise AssertionError("measured again")
+
+    assert lab("pieces").measure("tiny", 3, 4, "error", never) == expected
+    assert lab("pieces", only=("VP",)).measure("tiny", 3, 4, "other", never) is None
+    with pytest.raises(ValueError, match="expected a run of at most 3 steps"):
+        second.run("tiny", 3, 3)
+
+
+def test_errors_by_noise_are_those_of_the_data(lab, claims):
+    """A network that predicts nothing: EDM's model then returns c_skip x."""
+    run = lab("zero").run("tiny", 0, 1)
+    for parameter in run.parts.network.parameters():
+        torch.nn.init.zeros_(parameter)
+    for parameter in run.model.parameters():
+        torch.nn.init.zeros_(parameter)
+    measures = claims("measures")
+    noise = 100.0
+    found = measures.loss_by_noise(run, [noise], 64)
+    x0 = measures.scaled(run, measures.test_images(run, 64))
+    skip = 0.25 / (0.25 + noise**2)  # nearly 0: what is left is the second moment of the data
+    assert found["100"] == pytest.approx(float(x0.square().mean()) + (skip * noise) ** 2, rel=1e-2)
+
+
+def test_bits_above_a_log_snr(claims):
+    """Shares of a step are even in the log-SNR; beyond the ends is nothing, or all."""
+    measures = claims("measures")
+    log_snr = torch.tensor([9.0, 5.0, 1.0], dtype=torch.float64)
+    above = torch.tensor([2.0, 3.0, 7.0], dtype=torch.float64)
+    edges = (10.0, 9.0, 8.0, 5.0, 3.0, 1.0, -5.0)
+    assert [measures._at(edge, log_snr, above) for edge in edges] == [2, 2, 2.25, 3, 5, 7, 7]
+
+
+def test_findings_of_made_up_numbers(claims, tmp_path):
+    """Of the most steps at which both have two seeds; others are not measured."""
+    experiment, results = claims("experiment"), claims("results")
+    numbers = results.Results(tmp_path / "n.json")
+    for steps, shift in ((10, 5.0), (20, -1.0)):
+        for seed in range(3):
+            numbers.add(results.Results.key("a", seed, steps), "m", seed + shift, 0.0)
+            numbers.add(results.Results.key("b", seed, steps), "m", 1.0 * seed, 0.0)
+    numbers.add(results.Results.key("a", 0, 30), "m", 0.0, 0.0)
+    numbers.add(results.Results.key("b", 0, 30), "m", 0.0, 0.0)
+    found = experiment.compare(numbers, "a is less", "number", ("a", "m"), ("b", "m"), -1)
+    assert (found.steps, found.found.mean, found.found.half) == (20, -1.0, 0.0)
+    assert found.a == ("a", 0.0)
+    assert "difference -1.000 ± 0.000, 3 seeds: shown" in experiment.describe(found)
+    other = experiment.compare(numbers, "", "", ("a", "m"), ("b", "m"), -1, steps=10)
+    assert other.found.mean == 5
+    none = experiment.compare(numbers, "none", "", ("a", "m"), ("c", "m"), -1)
+    assert none.found is None
+    assert experiment.describe(none) == "none: not measured"
+
+
+def test_the_page_shows_the_kept_numbers(claims):
+    """The tables are those that the script writes from the JSON files, and all are on the page."""
+    report = claims("claims_report")
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    for name, text in report.tables(report.kept_numbers()).items():
+        assert (ROOT / "docs" / "tables" / f"{name}.md").read_text(encoding="utf-8") == text, name
+        assert f"```{{include}} tables/{name}.md" in page
+    for claim in report.CLAIMS:
+        assert (ROOT / "docs" / "_static" / f"claims_{claim.name}.png").exists()
+        assert f"## {claim.title}\n" in page
+        assert f"python examples/claims/{claim.name}.py\n" in page
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_every_recipe_is_a_preset(claims, scale):
+    recipes = claims("recipes")
+    for name, recipe in recipes.RECIPES.items():
+        settings = recipe.settings(scale, seed=4, steps=7)
+        assert settings["data"]["source"] == "glyphs", name
+        assert settings["data"]["size"] == (16 if scale == "small" else 32)
+        assert (settings["training"]["seed"], settings["training"]["steps"]) == (4, 7)
+        assert "augmentation" not in settings
+
+
+def test_a_claim_draws_without_numbers(claims, tmp_path):
+    report, results = claims("claims_report"), claims("results")
+    for claim in report.CLAIMS:
+        empty = results.Results(tmp_path / f"{claim.name}.json")
+        assert claim.draw(empty).axes
+        assert {report.verdict_of(one) for one in claim.findings(empty)} <= {"not measured"}
+
+
+# A new seed, and the difference of two runs that it should have: within twice the band in which
+# 95% of seeds are, by those that are kept.
+GUARDS = [
+    ("chains", "cosine, hybrid", "linear, hybrid", "BITS", lambda bits: bits["total"]),
+    ("maximum_likelihood", "VP, LW + IS", "VP, LW", "BOUND", lambda bits: bits["mean"]),
+    ("stable_targets", "VE, stable target", "VE", "LOSS", lambda errors: errors["3"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "a", "b", "measure", "value"), GUARDS)
+def test_a_new_seed_agrees_with_the_kept_ones(claims, tmp_path, name, a, b, measure, value):
+    """The cheapest form of an experiment, in minutes."""
+    module, results = claims(name), claims("results")
+    experiment, intervals = claims("experiment"), claims("intervals")
+    of, steps = getattr(module, measure), module.CLAIM.steps[0]
+    kept = results.Results(module.CLAIM.path(results.FOLDER, "small"))
+    first, second = kept.seeds(a, steps, of), kept.seeds(b, steps, of)
+    differences = {seed: value(first[seed]) - value(second[seed]) for seed in first.keys() & second}
+    if len(differences) < 2:
+        pytest.skip("fewer than two seeds are kept")
+    band = intervals.interval(differences.values())
+    lab = experiment.Lab(results.Results(tmp_path / "n.json"), tmp_path, "small")
+    measures = claims("measures")
+    functions = {
+        "chains": lambda run: measures.chain_bits(run, module.IMAGES),
+        "maximum_likelihood": lambda run: measures.bound(run, module.IMAGES, module.DRAWS),
+        "stable_targets": getattr(module, "errors", None),
+    }
+    x, y = (value(lab.measure(run, 100, steps, of, functions[name])) for run in (a, b))
+    half = band.half * math.sqrt(band.count + 1)
+    assert abs(x - y - band.mean) < 2 * half
+
+
+@pytest.mark.slow
+def test_variances_of_stable_targets_on_glyphs(claims, monkeypatch):
+    """At noise 3 the variance is a tenth with 1,024 references, half of that with 4,096."""
+    module = claims("stable_targets")
+    monkeypatch.setattr(module, "LEVELS", (3.0,))
+    monkeypatch.setattr(module, "STATES", 200)
+    found = {name: table["value"][0] for name, table in module.variances(16).items()}
+    plain = found["denoising"]
+    assert 3 < plain < 7
+    assert 0.03 < found["stable, n = 1024"] / plain < 0.2
+    assert found["stable, n = 4096"] < 0.6 * found["stable, n = 1024"]
