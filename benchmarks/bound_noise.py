@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -84,7 +85,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--steps", type=int, default=1500)
     arguments = parser.parse_args()
-    least, pilot = _control_variates.LEAST, nelbo.pilot_draws
+    bound: Any = nelbo  # whose pilot draws are left out for plain draws
+    least, pilot = _control_variates.LEAST, bound.pilot_draws
     print(
         "standard error in nats per dimension: that of NELBO, its ratio to plain draws, the ratio "
         "of control variates alone, and stderr over the spread\n"
@@ -100,11 +102,11 @@ def main() -> None:
         for kind, (model, x) in problems.items():
             cells = []
             for samples in arguments.samples:
-                _control_variates.LEAST, nelbo.pilot_draws = 10**9, lambda _: 0
+                _control_variates.LEAST, bound.pilot_draws = 10**9, lambda _: 0
                 plain, _ = spread(model, x, samples, arguments.repeats)
                 _control_variates.LEAST = least
                 controlled, _ = spread(model, x, samples, arguments.repeats)
-                nelbo.pilot_draws = pilot
+                bound.pilot_draws = pilot
                 found, stated = spread(model, x, samples, arguments.repeats)
                 cells.append(
                     f" {found / math.prod(x.shape):.5f}, {found / plain:.3f}, "

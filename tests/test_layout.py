@@ -14,15 +14,16 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # What each part may import, beside itself.
 PRIVATE = {
-    "_batch_conditions", "_checks", "_coefficients", "_data_range", "_gaussian", "_grid_times",
-    "_hints", "_kept", "_keywords", "_log_snr", "_loops", "_nfe", "_precision", "_repr",
-    "_returned", "_schedules", "_sigma_data", "distributed", "random",
+    "_batch_conditions", "_batch_times", "_checks", "_coefficients", "_data_range", "_gaussian",
+    "_grid_times", "_hints", "_kept", "_keywords", "_log_snr", "_loops", "_nfe", "_precision",
+    "_repr", "_returned", "_schedules", "_sigma_data", "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces", "_masks", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_requirements": set(),
     "_batch_conditions": set(),
+    "_batch_times": {"_schedules"},
     "_hints": set(),
     "_keywords": set(),
     "_checks": {"_hints"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "_sigma_data": {"_checks", "_kept", "_schedules"},
     "_gaussian": {"_precision", "_schedules"},
     "_coefficients": set(),
-    "_grid_times": {"_checks", "_coefficients", "_kept", "_schedules"},
+    "_grid_times": {"_batch_times", "_checks", "_coefficients", "_kept", "_schedules"},
     "_kept": {"_requirements"},
     "_log_snr": {"_coefficients"},
     "_loops": {"distributed"},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from ._checks import readable
 from ._coefficients import expand
 from ._gaussian import gaussian_kl
-from ._masks import count, zeroed
+from ._kept import Kept
+from ._masks import count, total, zeroed
 from ._model_checks import check_model
 from ._schedules import exact
 from .decoders import GaussianDecoder
@@ -120,17 +123,12 @@ def step_nats(
         clip: whether the predicted data are clipped to the decoder's range.
         mask: weights of the elements (B, *D), or None.
     """
-    sde, length = model.sde, chain_length(model)
-    i = exact(step.to(torch.float32))
-    s, t = i / length, (i + 1) / length
-    # Both posterior means contain the same multiple of x_{i+1}, and none of it in step 0.
-    weight = sde.marginal(s)[0] * (sde.transition(s, t)[1] / sde.marginal(t)[1]).square()
+    weight, lower, upper = _step_values(model.sde, chain_length(model), step)
     dtype = torch.promote_types(x0.dtype, torch.float32)
     x0, mean = x0.to(dtype), prediction.x0.to(dtype)
     mean = mean.clamp(decoder.low, decoder.high) if clip else mean
     mean = mean.detach() if detach_mean else mean
 
-    lower, upper = step_log_variances(sde, s, t)
     if getattr(model, "variance", None) == "fixed_large":
         log_var = torch.where(step == 0, lower, upper)
     else:
@@ -141,9 +139,44 @@ def step_nats(
     elif prediction.log_var_fraction is not None:
         log_var = lower + prediction.log_var_fraction.to(dtype) * (upper - lower)
     difference = (x0 - mean) * expand(weight, x0)
-    divergence = gaussian_kl(difference, lower, log_var)
-    log_prob = decoder.log_prob(x0, mean, log_var)
-    if mask is not None:
-        divergence, log_prob = (zeroed(v * mask, mask) for v in (divergence, log_prob))
-    divergence, log_prob = (v.reshape(len(x0), -1).sum(1) for v in (divergence, log_prob))
-    return torch.where(step == 0, -log_prob, divergence)
+    divergence = _sums(gaussian_kl(difference, lower, log_var), mask)
+    first = step == 0
+    if not readable(first):
+        return torch.where(first, -_sums(decoder.log_prob(x0, mean, log_var), mask), divergence)
+    # Probabilities of levels cost many times what a divergence does, and few steps are the first.
+    rows = first.nonzero().flatten()
+    if not len(rows):
+        return divergence
+    log_var = log_var.expand_as(x0)
+    log_prob = decoder.log_prob(*(v[rows] for v in (x0, mean, log_var)))
+    log_prob = _sums(log_prob, None if mask is None else mask[rows])
+    return divergence.index_copy(0, rows, -log_prob)
+
+
+def _sums(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sums over the elements of each sample (B,), weighted by a mask."""
+    return total(values if mask is None else zeroed(values * mask, mask))
+
+
+def _step_values(sde: ForwardSDE, length: int, step: Tensor) -> Sequence[Tensor]:
+    """Return values of the steps (B,): the weight of x0 in the posterior mean, and log-variances.
+
+    Those of a chain are tabulated once.
+    """
+    tables: Kept[Tensor] | None = getattr(sde, "tables", None)
+    if tables is None or torch.compiler.is_compiling():
+        return _evaluated(sde, exact(step.to(torch.float32)), length)
+    place = step.device
+
+    def table() -> Tensor:
+        steps = torch.arange(length, device=place)
+        return torch.stack([*_evaluated(sde, exact(steps.to(torch.float32)), length)])
+
+    return tables.get(("step values", place), table)[:, step].unbind(0)
+
+
+def _evaluated(sde: ForwardSDE, i: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    s, t = i / length, (i + 1) / length
+    # Both posterior means contain the same multiple of x_{i+1}, and none of it in step 0.
+    weight = sde.marginal(s)[0] * (sde.transition(s, t)[1] / sde.marginal(t)[1]).square()
+    return weight, *step_log_variances(sde, s, t)

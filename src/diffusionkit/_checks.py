@@ -54,8 +54,8 @@ def readable(x: Tensor) -> bool:
     Inside `value_checks` devices may be stalled.
     """
     return (
-        not torch.compiler.is_compiling()
-        and (x.device.type == "cpu" or (_everywhere.get() and not x.is_meta))
+        (x.device.type == "cpu" or (_everywhere.get() and not x.is_meta))
+        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -80,9 +80,15 @@ def check_state(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name}: expected a non-empty batch, got shape {tuple(x.shape)}")
 
 
+def sums_finitely(x: Tensor) -> bool:
+    """Return whether the sum of all values is finite, in float32 at least: then so is each."""
+    x = x if x.dtype.itemsize >= 4 else x.float()
+    return math.isfinite((x.detach() if x.requires_grad else x).sum().item())
+
+
 def check_finite(x: Tensor, name: str = "x") -> None:
     """Raise if x contains a NaN or an infinity (read on the CPU only)."""
-    if readable(x) and not math.isfinite(x.detach().float().sum().item()):
+    if readable(x) and not sums_finitely(x):
         bad = int((~torch.isfinite(x)).sum())
         if bad:
             raise ValueError(f"{name}: expected finite values, got {bad} that are NaN or infinite")
@@ -90,7 +96,7 @@ def check_finite(x: Tensor, name: str = "x") -> None:
 
 def check_samples(x: Tensor, name: str = "samples") -> None:
     """Raise if the result of a sampler contains a NaN or an infinity, on any device: it is over."""
-    if can_be_read(x) and not math.isfinite(x.detach().float().sum().item()):
+    if can_be_read(x) and not sums_finitely(x):
         bad = int((~torch.isfinite(x)).reshape(len(x), -1).any(1).sum())
         if bad:
             raise ValueError(
@@ -113,14 +119,12 @@ def check_times(t: Tensor, T: float, batch: int | None = None, like: Tensor | No
         raise TypeError(f"t: expected a floating-point tensor, got {t.dtype}")
     if like is not None and t.device != like.device:
         raise ValueError(f"t: expected the device of x, {like.device}, got {t.device}")
-    if readable(t) and t.numel():
-        low, high = t.detach().aminmax()
+    if getattr(t, "_within", None) != T and readable(t) and t.numel():  # see _batch_times
+        low, high = (t.detach() if t.requires_grad else t).aminmax()
         # A NaN fails this test.
         if not (low.item() >= 0.0 and high.item() <= T * (1 + 1e-6)):
-            raise ValueError(
-                f"t: expected times within [0, T] = [0, {T:g}], "
-                f"got values from {low.item():g} to {high.item():g}"
-            )
+            raise ValueError(f"t: expected times within [0, T] = [0, {T:g}], "
+                             f"got values from {low.item():g} to {high.item():g}")  # fmt: skip
 
 
 def check_t_min(t_min: float, T: float) -> None:
@@ -183,9 +187,8 @@ def check_reference(reference: Tensor, x0: Tensor) -> None:
     """Raise unless reference data (n, *D) are finite and match the data x0 (B, *D)."""
     check_state(reference, "reference")
     if reference.shape[1:] != x0.shape[1:]:
-        raise ValueError(
-            f"reference: expected shape (n, *{tuple(x0.shape[1:])}), got {tuple(reference.shape)}"
-        )
+        raise ValueError(f"reference: expected shape (n, *{tuple(x0.shape[1:])}), "
+                         f"got {tuple(reference.shape)}")  # fmt: skip
     check_same(reference[:1], x0[:1], "reference", "x0")
     check_finite(reference, "reference")
 
@@ -385,9 +388,8 @@ def autocast_enabled(x: Tensor) -> bool:
 def check_device(x: Tensor, like: Tensor, name: str, like_name: str = "x") -> None:
     """Raise unless x is on the device of another tensor."""
     if x.device != like.device:
-        raise ValueError(
-            f"{name}: expected the device of {like_name}, {like.device}, got {x.device}"
-        )
+        raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, "
+                         f"got {x.device}")  # fmt: skip
 
 
 def check_dtype(

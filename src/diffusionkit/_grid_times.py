@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ._batch_times import kernel_at
 from ._checks import check_state, check_times, readable
 from ._coefficients import Coefficient
 from ._kept import fixed
-from ._schedules import home, schedule_dtype, within
+from ._schedules import home, schedule_dtype
 
 
 class _SDE(Protocol):
@@ -270,7 +271,7 @@ def grid_rows(t: Tensor, samples: Tensor) -> Tensor:
 def schedule(sde: _SDE, t: Tensor) -> tuple[Coefficient, Coefficient]:
     """Return alpha and sigma in float64: floats at a time of a grid, else tensors (B,)."""
     point = grid_point(t, sde)
-    return sde.marginal(within(t, sde.T)) if point is None else (point.alpha, point.sigma)
+    return kernel_at(sde, t) if point is None else (point.alpha, point.sigma)
 
 
 def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
@@ -282,7 +283,7 @@ def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
 def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma for a state x (B, *D), each (B,)."""
     point = _checked(sde, x, t)
-    return sde.marginal(within(t, sde.T)) if point is None else point.kernel
+    return kernel_at(sde, t) if point is None else point.kernel
 
 
 def _checked(sde: _SDE, x: Tensor, t: Tensor) -> GridPoint | None:

@@ -47,6 +47,11 @@ class LogSNRSpan:
         return FAINTEST if self.last == -math.inf else self.last
 
     @property
+    def uniform(self) -> bool:
+        """Whether the distribution is known to be uniform."""
+        return not isinstance(self.last, Tensor) and self.last == self.floor
+
+    @property
     def length(self) -> Coefficient:
         """Z: the density at the first level is 1 / Z."""
         tail = 2.0 * (self.last < self.floor)
@@ -55,11 +60,13 @@ class LogSNRSpan:
     def at(self, u: Tensor) -> Tensor:
         """Return the log-SNRs (n,) above which a fraction u (n,) of the distribution lies."""
         level = self.first - self.length * u
+        if self.uniform:
+            return level
         below = (self.floor - level).clamp(0.0, 2.0)
         return torch.where(below > 0, self.floor + 2 * torch.log1p(-0.5 * below), level)
 
     def share(self, log_snr: Tensor) -> Tensor:
         """Return the density at log-SNRs (n,) over that of the uniform part, (n,)."""
-        if isinstance(self.last, float) and self.last == self.floor:
+        if self.uniform:
             return torch.ones_like(log_snr)
         return torch.exp(0.5 * (log_snr - self.floor).clamp_max(0.0))

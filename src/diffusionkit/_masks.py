@@ -118,7 +118,9 @@ def count(x: Tensor, mask: Tensor | None) -> int | Tensor:
 def mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over the elements of each sample (B,), weighted by a mask."""
     if mask is None:
-        return x.reshape(len(x), -1).mean(1)
+        if x.ndim < 3:
+            return x.mean(1) if x.ndim == 2 else x
+        return x.mean(tuple(range(1, x.ndim)))
     return total(zeroed(x * mask, mask)) / total(mask)
 
 

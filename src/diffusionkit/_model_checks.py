@@ -43,7 +43,9 @@ def check_model(model: object) -> None:
 
 def check_is_model(model: object) -> None:
     """Raise a TypeError with advice unless an object is a score model."""
-    if isinstance(model, nn.Module) and not isinstance(model, ScoreModel):
+    if isinstance(model, ScoreModel):
+        return
+    if isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a ScoreModel, got {type(model).__name__}; {_module_advice(model)}"
         )

@@ -46,7 +46,7 @@ def wrap(cls: type, name: str, check: Check) -> None:
 
 def check_each(value: object, n: int, part: object, name: str) -> None:
     """Raise unless a part returned a floating-point tensor (n,), one number for each sample."""
-    if isinstance(value, Tensor) and value.ndim == 1 and len(value) == n:
+    if isinstance(value, Tensor) and value.shape == (n,):
         if value.dtype.is_floating_point:
             return
         raise TypeError(f"{_title(part)}: expected {name} in floating point, got {value.dtype}")
@@ -89,7 +89,7 @@ def check_weights(
 ) -> None:
     """Raise unless a weighting returned a weight for each time."""
     t = kwargs["t"] if "t" in kwargs else args[-1]
-    check_each(weights, len(t), part, "weights")
+    check_each(weights, t.shape[0], part, "weights")
 
 
 def check_times_and_weights(

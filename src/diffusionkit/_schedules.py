@@ -58,7 +58,7 @@ def snapped(position: Tensor, slack: float) -> Tensor:
     In floating point (i + 1) / N times N is not i + 1, and may be below it.
     """
     off = (position.round() - position).detach()
-    return position + torch.where(off.abs() <= slack, off, 0.0)
+    return position + (off - torch.hardshrink(off, slack))
 
 
 def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor, Tensor]:

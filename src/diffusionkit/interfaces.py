@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ._batch_times import kernel_at
 from ._checks import check_floating_dtype, check_shape, check_state, check_times, check_transition
-from ._coefficients import linear
+from ._coefficients import linear, per_sample
 from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
@@ -30,7 +31,7 @@ from ._returned import (
     per_time,
     wrap,
 )
-from ._schedules import bisect, drift_and_diffusion, exact, home, schedule_dtype, within
+from ._schedules import bisect, drift_and_diffusion, exact, home, schedule_dtype
 from .random import Generators, given_noise, randn, randn_like
 from .values import Perturbed, Prediction, Step
 
@@ -158,10 +159,9 @@ class ForwardSDE(abc.ABC):
         eps = given_noise(x0, eps)
         x0 = at_least_float32(x0)
         eps = randn_like(x0, generator) if eps is None else at_least_float32(eps)
-        alpha, sigma = self.marginal(within(t, self.T))
+        alpha, sigma = (per_sample(c, x0) for c in kernel_at(self, t))
         x = linear(alpha, x0, sigma, eps)
-        target = Prediction.from_eps(x, eps, alpha, sigma)
-        return Perturbed(x0=x0, eps=eps, x=x, t=t, alpha=target.alpha, sigma=target.sigma)
+        return Perturbed(x0=x0, eps=eps, x=x, t=t, alpha=alpha, sigma=sigma)
 
     def prior_sample(
         self,

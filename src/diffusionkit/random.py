@@ -63,8 +63,6 @@ def _draw(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    check_floating_dtype(dtype)
-    check_target_device(device)
     if generator is None:
         return sampler(shape, device=device, dtype=dtype)
     if isinstance(generator, torch.Generator):
@@ -83,6 +81,8 @@ def randn(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Draw standard normal noise of a shape (B, *D)."""
+    check_floating_dtype(dtype)
+    check_target_device(device)
     return _draw(torch.randn, _sizes(shape), generator, device, dtype)
 
 
@@ -107,7 +107,8 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
 
 def _sizes(shape: Sequence[int]) -> Sequence[int]:
     """Return a shape, or raise unless it consists of integers >= 0."""
-    check_sequence(shape, "shape")  # torch.Size is a tuple
+    if not isinstance(shape, (tuple, list)):  # torch.Size is a tuple
+        check_sequence(shape, "shape")
     for n in shape:
         check_count(n, "shape", least=0, most=2**40)
     return shape
@@ -175,6 +176,8 @@ def rand(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Draw numbers uniform on [0, 1), n of them or a shape (B, *D)."""
+    check_floating_dtype(dtype)
+    check_target_device(device)
     sizes = (shape,) if isinstance(shape, int) else shape
     return _draw(torch.rand, _sizes(sizes), generator, device, dtype)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._group import rank_and_world_size
+from ._group import is_distributed, rank_and_world_size
 
 _averaged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models once found to be right
 
@@ -28,6 +28,7 @@ def check_gradients_averaged(model: nn.Module) -> None:
     if (
         torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
+        or not is_distributed()
         or rank_and_world_size()[1] == 1
         or model in _averaged
     ):

@@ -101,7 +101,7 @@ class EDMModel(NetworkModel):
         return sigma / (self._overall * std), -self._overall * alpha / std
 
     def _input_scale(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
-        return (1.0 / self._std(alpha, sigma),)
+        return (torch.reciprocal(self._std(alpha, sigma)),)
 
     @override
     def scale_input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

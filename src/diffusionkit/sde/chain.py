@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Chain(ForwardSDE):
 
     Attributes:
         steps: the number N of steps.
+        tables: what other parts tabulated for all steps, which do not change.
     """
 
     def __init__(self, increments: Tensor) -> None:
@@ -32,6 +34,7 @@ class Chain(ForwardSDE):
         self._increments = increments
         self._sums = torch.cat([increments.new_zeros(1), increments.cumsum(0)])
         self._copies: Kept[tuple[Tensor, Tensor]] = Kept()
+        self.tables: Kept[Any] = Kept()
 
     def time(self, step: Tensor | Sequence[int] | int) -> Tensor:
         """Return the times (i + 1) / N of steps i, in the shape of the steps, in float64.
@@ -124,17 +127,17 @@ class Chain(ForwardSDE):
 
     def _below(self, position: Tensor) -> Tensor:
         """Return the steps that positions fall in."""
-        return (position.detach().ceil() - 1).long().clamp(0, self.steps - 1)
+        return (position.ceil().long() - 1).clamp(0, self.steps - 1)
 
-    def _partial(self, step: Tensor, done: Tensor, fraction: Tensor) -> Tensor:
-        """Return the increment over a fraction of a step of which `done` is completed."""
+    def _partial(self, step: Tensor, done: Tensor | None, fraction: Tensor) -> Tensor:
+        """Return the increment over a fraction of a step of which `done` is completed, or none."""
         return fraction * self._tables(fraction)[0][step]
 
     def _sum(self, t: Tensor) -> Tensor:
         """Return the accumulated quantity at times t (B,)."""
         step, done = self._locate(t)
         sums = self._tables(t)[1]
-        return sums[step] + self._partial(step, torch.zeros_like(done), done)
+        return sums[step] + self._partial(step, None, done)
 
     def _increment(self, s: Tensor, t: Tensor) -> Tensor:
         """Return the increment from s to t, without subtracting nearly equal sums."""
@@ -143,7 +146,7 @@ class Chain(ForwardSDE):
         sums = self._tables(t)[1]
         short = self._partial(first, before, (t - s) * self.steps)
         rest = self._partial(first, before, 1 - before)
-        final = self._partial(last, torch.zeros_like(done), done)
+        final = self._partial(last, None, done)
         between = (sums[last] - sums[first + 1]) + final
         return torch.where(first == last, short, rest + between)
 

@@ -181,12 +181,13 @@ class DDPMChain(Chain):
         return torch.sqrt(-2 * self.drift_coefficient(t))
 
     @override
-    def _partial(self, step: Tensor, done: Tensor, fraction: Tensor) -> Tensor:
+    def _partial(self, step: Tensor, done: Tensor | None, fraction: Tensor) -> Tensor:
         if not self._vanishes:
             return super()._partial(step, done, fraction)
         # The last step ends at alpha = 0 and is linear in alpha; its infinite increment is unused.
         last = step == self.steps - 1
-        lost = torch.where(last & (fraction > 0), fraction / (1 - done), torch.zeros_like(fraction))
+        share = fraction if done is None else fraction / (1 - done)
+        lost = torch.where(last & (fraction > 0), share, torch.zeros_like(fraction))
         linear = super()._partial(torch.where(last, 0, step), done, fraction)
         return torch.where(last, -torch.log1p(-lost), linear)
 

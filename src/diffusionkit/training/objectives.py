@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from .._checks import (
     check_reference,
     check_state,
     readable,
+    sums_finitely,
 )
 from .._data_range import check_range, check_training_data
 from .._keywords import explained
@@ -180,7 +180,7 @@ class ScoreMatching(Described):
             mask, x0 = masked(mask, x0)
         check_finite(x0, "x0")
         check_training_data(x0, model, mask)
-        cond = for_batch(cond, len(x0))
+        cond = for_batch(cond, x0.shape[0])
         if reference is not None:
             check_reference(reference, x0)
             check_range(reference, model, "reference", None if mask is None else mask[:1])
@@ -194,32 +194,32 @@ class ScoreMatching(Described):
             target_cond["reference_class_labels"] = reference_class_labels
         target = self.target(sample, reference, **target_cond)
         prediction = model.predict(sample.x, t, **cond)
-        error = prediction.output_error(target)
-        squares = mean(channel_weighted(error.square(), self.weighting, sde, t), mask)
+        squares = prediction.squared_error(target)
+        squares = mean(channel_weighted(squares, self.weighting, sde, t), mask)
         weights = output_weights(self.weighting, sde, prediction, t)
-        loss = squares * weights.to(squares.dtype)
-        if self._may_be_infinite(loss, sde):
+        free = readable(squares)
+        if not free and _may_be_infinite(sde):
+            weights = limits(weights, self.weighting, sde, prediction, t)
+        weighted = squares * (weights * weight).to(squares.dtype)
+        if free and not sums_finitely(weighted):
             weights = limits(weights, self.weighting, sde, prediction, t)
             loss = squares * weights.to(squares.dtype)
-        weighted = loss * weight.to(loss.dtype)
-        self._check(weighted, loss, error, target, t)
-        self.times.update(t, loss.detach())
+            weighted = loss * weight.to(loss.dtype)
+            self._check(weighted, loss, prediction, target, t)
+        if type(self.times).update is not TimeSampler.update:
+            self.times.update(t, squares.detach() * weights.to(squares.dtype))
         return weighted
 
-    @staticmethod
-    def _may_be_infinite(loss: Tensor, sde: ForwardSDE) -> bool:
-        """Return whether a weight may be infinite: it is, if values can be read."""
-        if readable(loss):
-            return not math.isfinite(loss.detach().sum().item())
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return True
-        return reaches_noise(sde)
-
     def _check(
-        self, weighted: Tensor, loss: Tensor, error: Tensor, target: Prediction, t: Tensor
+        self,
+        weighted: Tensor,
+        loss: Tensor,
+        prediction: Prediction,
+        target: Prediction,
+        t: Tensor,
     ) -> None:
-        """Raise if losses are not finite although the model's output is (read on the CPU only)."""
-        if not readable(weighted) or math.isfinite(weighted.detach().sum().item()):
+        """Raise if losses are not finite although the model's output is."""
+        if sums_finitely(weighted):
             return
         for name, value, part in (("x0", target.x0, self.target), ("eps", target.eps, self.target)):
             if bool((bad := ~_finite(value)).any()):
@@ -228,6 +228,7 @@ class ScoreMatching(Described):
                     f"t = {float(t[bad][0]):g} from {part}; return both x0 and eps where one does "
                     "not determine the other"
                 )
+        error = prediction.output_error(target)
         if bool((bad := _finite(error) & ~torch.isfinite(loss)).any()):
             raise ValueError(
                 "weighting: expected a finite loss, got an infinite weight of the model's "
@@ -239,6 +240,13 @@ class ScoreMatching(Described):
                 f"times: expected finite weights, got others at t = {float(t[bad][0]):g} from "
                 f"{self.times}"
             )
+
+
+def _may_be_infinite(sde: ForwardSDE) -> bool:
+    """Return whether a weight may be infinite, where the loss cannot be read."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return reaches_noise(sde)
 
 
 def _finite(x: Tensor) -> Tensor:

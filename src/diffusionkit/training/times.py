@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_times import validated, with_schedule
 from .._checks import (
     check_count,
     check_flag,
@@ -34,21 +38,31 @@ def times_and_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return times and weights (B,) for data x0: drawn, or the given times with weight 1."""
     if t is None:
-        # In the data's dtype, so that a model that computes with t stays in that dtype.
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        draw = partial(sampler.sample, sde, device=x0.device, dtype=dtype)
-        try:
-            return draw(len(x0), generator=generator)
-        except TypeError:
-            # One generator for each sample, in a sampler that uses torch's draws, which take one.
-            if generator is None or isinstance(generator, torch.Generator):
-                raise
-        check_generator(generator, len(x0))
-        drawn = [draw(1, generator=one) for one in generator]
-        times, weights = (torch.cat(column) for column in zip(*drawn, strict=True))
-        return times, weights
-    check_times(t, sde.T, len(x0), x0)
-    return t, torch.ones_like(t)
+        t, weight = _drawn(sampler, sde, x0, generator)
+    else:
+        weight = None
+    check_times(t, sde.T, x0.shape[0], x0)
+    t = with_schedule(sde, t)
+    return t, torch.ones_like(t) if weight is None else weight
+
+
+def _drawn(
+    sampler: TimeSampler, sde: ForwardSDE, x0: Tensor, generator: Generators
+) -> tuple[Tensor, Tensor]:
+    """Return times and weights (B,) for data x0, drawn from a sampler."""
+    # In the data's dtype, so that a model that computes with t stays in that dtype.
+    dtype = torch.promote_types(x0.dtype, torch.float32)
+    draw = partial(sampler.sample, sde, device=x0.device, dtype=dtype)
+    try:
+        return draw(x0.shape[0], generator=generator)
+    except TypeError:
+        # One generator for each sample, in a sampler that uses torch's draws, which take one.
+        if generator is None or isinstance(generator, torch.Generator):
+            raise
+    check_generator(generator, len(x0))
+    drawn = [draw(1, generator=one) for one in generator]
+    times, weights = (torch.cat(column) for column in zip(*drawn, strict=True))
+    return times, weights
 
 
 def _stratified(
@@ -181,7 +195,7 @@ class ImportanceTimes(TimeSampler):
         Raises:
             ValueError: if Z is infinite: sigma(t_min) or alpha(T) is 0.
         """
-        span = self._span(sde, None)
+        span = _span(sde, None)
         first, last = float(span.first), float(span.last)
         check_log_snr((first, last), sde.t_min, sde.T)
         return first - last
@@ -202,32 +216,53 @@ class ImportanceTimes(TimeSampler):
             u = _stratified(n, generator, device, exactly, self)
         else:
             u = rand(n, generator=generator, device=device, dtype=exactly)
-        span = self._span(sde, device)
-        t = self._at(sde, u, span)
+        span = _span(sde, device)
+        t = validated(self._at(sde, u, span), sde.T)
         rate = (sde.diffusion(t) / sde.marginal(t)[1]).square().detach()
-        rate = rate * span.share(sde.log_snr(t).detach())
+        if not span.uniform:
+            rate = rate * span.share(sde.log_snr(t).detach())
         weight = span.length / ((sde.T - sde.t_min) * rate)
         return t.to(dtype or exactly), weight.to(dtype or exactly)
 
     def quantile(self, sde: ForwardSDE, u: Tensor) -> Tensor:
         """Return the times (n,) below which a fraction u (n,) of the distribution lies."""
-        return self._at(sde, u, self._span(sde, u.device))
+        return self._at(sde, u, _span(sde, u.device))
 
     def _at(self, sde: ForwardSDE, u: Tensor, span: LogSNRSpan) -> Tensor:
         return sde.time_at_log_snr(span.at(u)).clamp(sde.t_min, sde.T)
 
-    def _span(self, sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
-        """Return the log-SNRs from t_min to T, floats where reading them is free."""
-        here = home(sde)
-        if torch.compiler.is_compiling() and here.type == "cpu":
-            here = torch.device(device or "cpu")
-        at = torch.linspace(sde.t_min, sde.T, 2, dtype=schedule_dtype(here), device=here)
-        ends = sde.log_snr(at).detach()
-        if not readable(ends):
-            return LogSNRSpan(ends[0], ends[1])
-        span = LogSNRSpan(*ends.tolist())
-        check_log_snr((ends[0].item(), float(span.floor)), sde.t_min, sde.T)
-        return span
+
+def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
+    """Return the log-SNRs from t_min to T, floats where reading them is free."""
+    params: Any = getattr(type(sde), "__dataclass_params__", None)
+    if params is not None and params.frozen and not _traced():
+        with contextlib.suppress(TypeError):  # a field that cannot be hashed
+            return _kept_span(sde)
+    return _computed_span(sde, device)
+
+
+def _traced() -> bool:
+    """Return whether tensors are those of a compiler or of a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_span(sde: ForwardSDE) -> LogSNRSpan:
+    """Return the log-SNRs of a process that is a value: equal ones have the same."""
+    return _computed_span(sde, None)
+
+
+def _computed_span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
+    here = home(sde)
+    if torch.compiler.is_compiling() and here.type == "cpu":
+        here = torch.device(device or "cpu")
+    at = torch.linspace(sde.t_min, sde.T, 2, dtype=schedule_dtype(here), device=here)
+    ends = sde.log_snr(at).detach()
+    if not readable(ends):
+        return LogSNRSpan(ends[0], ends[1])
+    span = LogSNRSpan(*ends.tolist())
+    check_log_snr((ends[0].item(), float(span.floor)), sde.t_min, sde.T)
+    return span
 
 
 @dataclass(frozen=True)
@@ -269,5 +304,5 @@ class LogNormalTimes(TimeSampler):
         check_draw(sde, n, device, dtype)
         dtype = dtype or schedule_dtype(device)
         z = randn((n,), generator=generator, device=device, dtype=dtype)
-        t = sde.time_at_log_snr(-2 * (self.mean + self.std * z))
+        t = sde.time_at_log_snr(-2 * self.mean - (2 * self.std) * z)
         return t.clamp(sde.t_min, sde.T), torch.ones_like(z)

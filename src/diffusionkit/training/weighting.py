@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_times import kernel_at, wide_times
 from .._checks import check_positive, check_times
-from .._schedules import within
 from .._sigma_data import SigmaData, as_sigma_data, for_channels, overall, spread
 from ..interfaces import ForwardSDE, Weighting
 
@@ -51,9 +51,8 @@ class LikelihoodWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        wide = within(t, sde.T)
-        _, sigma = sde.marginal(wide)
-        return (sde.diffusion(wide) / sigma).square().to(t.dtype)
+        _, sigma = kernel_at(sde, t)
+        return (sde.diffusion(wide_times(sde, t)) / sigma).square().to(t.dtype)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class EDMWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        alpha, sigma = sde.marginal(within(t, sde.T))
+        alpha, sigma = kernel_at(sde, t)
         deviation = overall(as_sigma_data(self.sigma_data))
         return (1 + (sigma / alpha / deviation).square()).to(t.dtype)
 
@@ -99,7 +98,7 @@ class EDMWeighting(Weighting):
         if not isinstance(sigma_data, tuple):
             return None
         check_times(t, sde.T)
-        kernel = sde.marginal(within(t, sde.T))
+        kernel = kernel_at(sde, t)
         one = overall(sigma_data)
         ratio = spread(*kernel, sigma_data) / spread(*kernel, (one,))
         return (ratio * (one / for_channels(sigma_data, ratio))).square()
@@ -126,7 +125,7 @@ class MinSNRWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        alpha, sigma = sde.marginal(within(t, sde.T))
+        alpha, sigma = kernel_at(sde, t)
         return (self.gamma * (sigma / alpha).square()).clamp_max(1.0).to(t.dtype)
 
 
@@ -150,5 +149,5 @@ class VelocityWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        alpha, sigma = sde.marginal(within(t, sde.T))
+        alpha, sigma = kernel_at(sde, t)
         return (1 + sigma / alpha).square().to(t.dtype)
