@@ -379,9 +379,10 @@ def test_solvers_run_our_models(sde):
         assert_same(got, state, most=2e-3)
 
 
-@pytest.mark.parametrize("orders", [(2, 2), (3, 4)], ids=str)
+@pytest.mark.parametrize("orders", [(2, 2), (3, 4), (2, 4)], ids=str)
 @pytest.mark.parametrize("tau", [0.0, 1.0, "interval"])
-def test_sa_solver_takes_the_steps_of_the_scheduler(tau, orders):
+@pytest.mark.parametrize("lower", [False, True])
+def test_sa_solver_takes_the_steps_of_the_scheduler(tau, orders, lower):
     """From the same noise, in float64, on levels of our own."""
     model = GaussianMixtureModel(VPSDE(), [[-1.0, 0.3], [0.8, -0.5]], [0.2, 0.4])
     times = LogSNRGrid(t_end=0.01)(model.sde, 8).double()
@@ -390,7 +391,7 @@ def test_sa_solver_takes_the_steps_of_the_scheduler(tau, orders):
     noisy = [tau if tau != "interval" else float(0.1 <= level <= 5.0) for level in ratio]
     theirs = diffusers.SASolverScheduler(
         predictor_order=orders[0], corrector_order=orders[1], prediction_type="sample",
-        tau_func=lambda k: torch.tensor(noisy[7 - int(k)]), lower_order_final=False,
+        tau_func=lambda k: torch.tensor(noisy[7 - int(k)]), lower_order_final=lower,
     )  # fmt: skip
     theirs.set_timesteps(8)
     theirs.sigmas, theirs.timesteps = sigma / alpha, torch.arange(7, -1, -1)
@@ -398,7 +399,8 @@ def test_sa_solver_takes_the_steps_of_the_scheduler(tau, orders):
     for t, k in zip(times, theirs.timesteps, strict=False):
         y = theirs.step(model.predict(y, t.expand(5)).x0, k, y, generator=generator).prev_sample
     limits = {"s_min": 0.1, "s_max": 5.0} if tau == "interval" else {}
-    ours = SASolver(1.0 if limits else tau, *orders, lines="published", **limits)
+    limits |= {"lines": "published", "lower_order_final": lower}
+    ours = SASolver(1.0 if tau == "interval" else tau, *orders, **limits)
     got = PCSampler(model, ours, grid=times, denoise=False)(x, generator=seeded(1))
     torch.testing.assert_close(got, y, rtol=1e-8, atol=1e-8)
 

@@ -41,7 +41,7 @@ def rising(log_snr):
 # --- a run by hand ---------------------------------------------------------------------------
 
 
-def algorithm(model, times, taus, orders, lines, x, noise):
+def algorithm(model, times, taus, orders, lines, x, noise, lower=False):
     """The algorithm of the paper: the corrector repeats a step from its beginning, in its noise.
 
     The integrals are quadratures of polynomials, but for lines: there the change over the step
@@ -78,10 +78,12 @@ def algorithm(model, times, taus, orders, lines, x, noise):
     for k in range(steps):
         data[k] = float(model.predict(x.view(1, 1), times[k : k + 1]).x0)
         if k > 0 and orders[1]:
-            last = list(range(k, max(k - orders[1], -1), -1))
+            used = min(orders[1], steps - k + 2) if lower else orders[1]
+            last = list(range(k, max(k - used, -1), -1))
             x = move(k - 1, before, last)
         before = x
-        x = move(k, x, list(range(k, max(k - orders[0], -1), -1)))
+        used = min(orders[0], steps - k) if lower else orders[0]
+        x = move(k, x, list(range(k, max(k - used, -1), -1)))
     return float(x)
 
 
@@ -105,6 +107,17 @@ def test_a_run_by_hand(tau, orders, lines):
     sampler = PCSampler(model, predictor, grid=times, denoise=False)
     assert float(sampler(f64([0.3]), generator=path)) == pytest.approx(expected, rel=1e-9)
     assert sampler.nfe == 5
+
+
+@pytest.mark.parametrize("orders", [(2, 2), (3, 3), (2, 4), (3, 0)], ids=str)
+def test_the_last_steps_may_be_of_lower_order(orders):
+    model, times = line_mixture(VPSDE()), f64(0.9, 0.7, 0.6, 0.45, 0.4, 0.2)
+    noise = [0.5, -1.0, 0.3, 2.0, -0.6]
+    expected = algorithm(model, times, [0.8] * 5, orders, "exact", f64(0.3), noise, lower=True)
+    path = GivenNoise(lambda k: full(noise[k - 1], 1), 1)
+    predictor = SASolver(0.8, *orders, lines="exact", lower_order_final=True)
+    sampler = PCSampler(model, predictor, grid=times, denoise=False)
+    assert float(sampler(f64([0.3]), generator=path)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("lines", "variant"), [("published", "B1"), ("midpoint", "B2")])

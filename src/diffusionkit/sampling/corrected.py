@@ -59,7 +59,7 @@ class CorrectedAdams(ExponentialAdams):
         now = order
         if most is not None:  # the order of the step before, which is corrected, is larger by one
             now, order = min(order, most), min(order, most + 1)
-            corrected = min(corrected, order + 1)
+            corrected = min(corrected, most + 2)
         ahead = padded(self.correction(sde, t, s, past[: now - 1]), len(past), t)
         if not past or not corrected:
             return ahead

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_choice, check_count, check_number, readable
+from .._checks import check_choice, check_count, check_flag, check_number, readable
 from .._coefficients import Coefficient
 from .._log_snr import with_signal
 from .._repr import Described
@@ -49,6 +49,8 @@ class SASolver(Described, CorrectedAdams):
         lines: how lines, polynomials of two predictions, are integrated: "midpoint" as in
             `DPMSolver2MSDE` and `UniPC`, most robust in few steps; "exact"; or "published", with
             (1 + tau^2) h / 2 times the change, as in the released code.
+        lower_order_final: whether in a sampler's run the last step is of first order and the one
+            before it of second, as in diffusers.
 
     Raises:
         ValueError: if a number is out of range, s_max < s_min or lines is none of them; in a run,
@@ -79,6 +81,7 @@ class SASolver(Described, CorrectedAdams):
     s_min: float = 0.0
     s_max: float = math.inf
     lines: str = "midpoint"
+    lower_order_final: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not callable(self.tau):
@@ -93,6 +96,7 @@ class SASolver(Described, CorrectedAdams):
             raise ValueError(f"corrector_order: expected 0, 2, 3 or 4, got {self.corrector_order}")
         check_levels(self.s_min, self.s_max)
         check_choice("lines", self.lines, ("midpoint", "exact", "published"))
+        check_flag(self.lower_order_final, "lower_order_final")
 
     @property
     @override
