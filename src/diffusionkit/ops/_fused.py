@@ -155,8 +155,10 @@ def _recorded(x: Tensor, plan: Plan) -> Tensor:
     """Run the operation that compilers see."""
     lines = (plan.vertical, plan.horizontal)[4 - x.ndim :]
     before, outputs = [line.before for line in lines], [line.outputs for line in lines]
-    taps, up, down = plan.horizontal[:3]
-    y: Tensor = operation(x, taps, plan.gain, up, down, before, outputs, is_channels_last(x))
+    last = plan.horizontal  # Dynamo of torch 2.6 cannot take a slice of it
+    y: Tensor = operation(
+        x, last.taps, plan.gain, last.up, last.down, before, outputs, is_channels_last(x)
+    )
     return y
 
 
