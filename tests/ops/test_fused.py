@@ -143,6 +143,16 @@ def test_what_is_ordinary() -> None:
     assert torch.equal(compiled(X), X)
 
 
+@pytest.mark.parametrize("capability", [None, (7, 0), (7, 5)])
+def test_plain_torch_without_a_new_gpu(monkeypatch, capability) -> None:
+    _fused._is_new_enough.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_fused, "_triton_launches", lambda: True)
+    assert _fused._can_launch(0) == (capability == (7, 5))
+    _fused._is_new_enough.cache_clear()
+
+
 def test_plain_torch_without_triton(monkeypatch, caplog) -> None:
     _fused._triton_launches.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

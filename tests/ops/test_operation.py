@@ -48,11 +48,17 @@ def compiled(function, graphs: list, dynamic: bool = False):
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
-def groups(graph: torch.fx.GraphModule) -> set[int]:
-    """Return the numbers of groups of the convolutions."""
-    nodes = [node for node in graph.graph.nodes if "convolution" in str(node.target)]
-    forward = {node.args[8] for node in nodes if "backward" not in str(node.target)}
-    return forward | {node.args[9] for node in nodes if "backward" in str(node.target)}
+def groups(graph: torch.fx.GraphModule) -> set:
+    """Return the numbers of groups of the convolutions, and other operations of that name."""
+    found = set()
+    for node in graph.graph.nodes:
+        place = {"aten.convolution.default": 8, "aten.convolution_backward.default": 9}
+        at = place.get(str(node.target))
+        if at is not None:
+            found.add(node.args[at])
+        elif node.op == "call_function" and "conv" in str(node.target):
+            found.add(str(node.target))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def as_on_a_device(monkeypatch) -> None:
 def check_captured(step, model, first: tuple, second: tuple) -> None:
     step(*first)
     graph = make_fx(step)(*first)
+    graph.graph.eliminate_dead_code()  # arithmetic of the host, which decides what is traced
+    graph.recompile()
     names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert not [name for name in names if any(word in name for word in OF_THE_HOST)]
     own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -84,7 +86,9 @@ def check_captured(step, model, first: tuple, second: tuple) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    "process", ["VP", *(pytest.param(p, marks=pytest.mark.slow) for p in ("VE", "EDM"))]
+)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_gradients_of_a_loss(objective, process) -> None:
     model = VModel(MLP(3, width=8, depth=1), PROCESSES[process]())
@@ -99,7 +103,9 @@ def test_the_gradients_of_a_loss(objective, process) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    "process", ["VE", *(pytest.param(p, marks=pytest.mark.slow) for p in ("VP", "EDM"))]
+)
 @pytest.mark.parametrize("name", PARTS)
 def test_a_step_between_given_times(name, process) -> None:
     model, part = EpsModel(MLP(3, width=8, depth=1), PROCESSES[process]()), PARTS[name]
@@ -118,6 +124,6 @@ def test_a_step_between_given_times(name, process) -> None:
 def test_what_is_of_the_host_is_noticed() -> None:
     model = EpsModel(MLP(3, width=8, depth=1), VPSDE())
     x = (torch.ones(3),), (torch.zeros(3),)
-    for step in (lambda x: (x * torch.tensor([1.0, 2.0, 3.0]),), lambda x: (x[x > 0.5],)):
+    for step in (lambda x: (x * torch.tensor([1.0, 2.0, 3.0]),), lambda x: (x * float(x.sum()),)):
         with pytest.raises((AssertionError, RuntimeError)):
             check_captured(step, model, *x)

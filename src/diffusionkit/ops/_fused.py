@@ -25,6 +25,7 @@ from ._plan import Line, Plan
 
 logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
 _MOST_TAPS = 8  # the kernel is unrolled
 _MOST_INDEX = 2**30  # rows and columns are counted in 32 bits, elements in 64
 
@@ -36,8 +37,8 @@ def suits(x: Tensor, taps: tuple[float, ...]) -> bool:
         and x.ndim <= 4
         and x.dtype in _DTYPES
         and len(taps) <= _MOST_TAPS
-        and (_is_traced(x) or _is_ordinary(x))
         and _can_launch(x.device.index or 0)
+        and (_is_traced(x) or _is_ordinary(x))
     )
 
 
@@ -60,7 +61,7 @@ def _is_traced(x: Tensor) -> bool:
     if _is_transformed() or forward_ad._current_level >= 0:
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+        return not _is_exporting()
     if isinstance(x, FakeTensor):
         return not _is_counting()
     return type(x) in (Tensor, nn.Parameter) and is_in_torch_dispatch_mode() and not _is_counting()
@@ -154,8 +155,10 @@ def _recorded(x: Tensor, plan: Plan) -> Tensor:
     """Run the operation that compilers see."""
     lines = (plan.vertical, plan.horizontal)[4 - x.ndim :]
     before, outputs = [line.before for line in lines], [line.outputs for line in lines]
-    taps, up, down = plan.horizontal[:3]
-    y: Tensor = operation(x, taps, plan.gain, up, down, before, outputs, is_channels_last(x))
+    last = plan.horizontal  # Dynamo of torch 2.6 cannot take a slice of it
+    y: Tensor = operation(
+        x, last.taps, plan.gain, last.up, last.down, before, outputs, is_channels_last(x)
+    )
     return y
 
 
@@ -248,12 +251,18 @@ operation.register_autograd(_backward, setup_context=_keep)
 
 def _can_launch(device: int) -> bool:
     """Whether kernels can be launched on a GPU."""
-    return torch.cuda.get_device_capability(device) >= (7, 5) and _triton_launches()
+    return _is_new_enough(device) and _triton_launches()
 
 
 # Compilers take the result as it is, as if decorated by `torch.compiler.assume_constant_result`,
 # which would import all of Dynamo.
 _can_launch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _is_new_enough(device: int) -> bool:
+    """Whether a GPU is there, which a fake tensor does not need, and runs the kernel."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (7, 5)
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def upfirdn_kernel(
 
 
 class Blocks(NamedTuple):
-    """How the outputs are divided among programs and threads; any choice computes the same.
+    """A division of the outputs among programs and threads; all of them compute the same.
 
     Attributes:
         outputs: outputs of a program, at most, a power of 2.
