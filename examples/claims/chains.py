@@ -125,6 +125,7 @@ def draw(results: Results) -> Figure:
                                linestyle="--" if "large" in label else "-",
                                label=None if number else f"{name}, {label}")  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="glyph Fréchet distance")
+    right.set_xticks([], minor=True)
     right.set_xticks(FEW, [str(few) for few in FEW])
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=8)

@@ -89,6 +89,7 @@ def draw(results: Results) -> Figure:
                           alpha=0.7, label=None if number else f"{kind}, {label}")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="network evaluations",
              ylabel="glyph Fréchet distance")  # fmt: skip
+    axes.set_xticks([], minor=True)
     axes.set_xticks(EVALUATIONS[scale], [str(n) for n in EVALUATIONS[scale]])
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)

@@ -93,6 +93,7 @@ def draw(results: Results) -> Figure:
                       label=None if number else kind)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="network evaluations",
              ylabel="glyph Fréchet distance")  # fmt: skip
+    axes.set_xticks([], minor=True)
     axes.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)

@@ -139,7 +139,7 @@ def draw(results: Results) -> Figure:
     right.axhline(0, color="gray", linewidth=0.8)
     for _, high in list(INTERVALS.values())[:-1]:
         right.axvline(high, color="gray", linestyle=":", linewidth=0.8)
-    right.set(xscale="log", xlabel=r"noise $\sigma / \alpha$",
+    right.set(xscale="log", xlim=left.get_xlim(), xlabel=r"noise $\sigma / \alpha$",
               ylabel="change of the error by stable targets, %")  # fmt: skip
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=8)

@@ -79,7 +79,7 @@ def test_numbers_are_kept_in_one_order(results, tmp_path):
     """Equal numbers are equal files, in whatever order they were measured."""
     files = [tmp_path / name for name in ("a.json", "b.json")]
     entries = [("VP, seed 1, 10 steps", "bits", 1.5), ("VP, seed 0, 10 steps", "bits", [1, 2]),
-               ("VP, seed 0, 10 steps", "a", {"x": 0.25})]  # fmt: skip
+               ("VP, seed 0, 10 steps", "a", {"x": 0.25}), ("VP, seed 0, 20 steps", "a", 0)]  # fmt: skip
     for file, order in zip(files, (entries, entries[::-1]), strict=True):
         numbers = results.Results(file, {"scale": "small"})
         for entry in order:
@@ -89,7 +89,7 @@ def test_numbers_are_kept_in_one_order(results, tmp_path):
     assert numbers.seeds("VP", 10, "bits") == {0: [1, 2], 1: 1.5}
     assert numbers.steps("VP", "bits") == [10]
     assert numbers.steps("V", "bits") == []
-    assert numbers.hours() == pytest.approx((3 + 2 * 3) / 3600)
+    assert numbers.hours() == pytest.approx((4 + 2 * 3) / 3600)  # runs are trained once
     with pytest.raises(ValueError, match="expected numbers at"):
         results.Results(files[0], {"scale": "full"})
 
@@ -141,19 +141,23 @@ def test_a_run_in_pieces_has_the_numbers_of_one_in_a_piece(lab, claims):
         second.run("tiny", 3, 3)
 
 
-def test_errors_by_noise_are_those_of_the_data(lab, claims):
-    """A network that predicts nothing: EDM's model then returns c_skip x."""
+@pytest.mark.parametrize("low", [-1.0, 0.0])
+def test_errors_by_noise_are_those_of_the_data(lab, claims, monkeypatch, low):
+    """A network of zeros: EDM's model then returns c x; the error is that of data in [-1, 1]."""
+    recipes, measures = claims("recipes"), claims("measures")
+    changes = (*TINY, f"data.range=[{low}, 1.0]")
+    monkeypatch.setitem(recipes.RECIPES, "tiny", recipes.Recipe("edm", "glyphs", changes))
     run = lab("zero").run("tiny", 0, 1)
     for parameter in run.parts.network.parameters():
         torch.nn.init.zeros_(parameter)
     for parameter in run.model.parameters():
         torch.nn.init.zeros_(parameter)
-    measures = claims("measures")
-    noise = 100.0
-    found = measures.loss_by_noise(run, [noise], 64)
-    x0 = measures.scaled(run, measures.test_images(run, 64))
-    skip = 0.25 / (0.25 + noise**2)  # nearly 0: what is left is the second moment of the data
-    assert found["100"] == pytest.approx(float(x0.square().mean()) + (skip * noise) ** 2, rel=1e-2)
+    unit, noise = (1 - low) / 2, 0.7
+    found = measures.loss_by_noise(run, [noise], 256)
+    second = float(measures.scaled(run, measures.test_images(run, 256)).square().mean())
+    c = 0.25 / (0.25 + (noise * unit) ** 2)
+    expected = (1 - c) ** 2 * second / unit**2 + (c * noise) ** 2
+    assert found["0.7"] == pytest.approx(expected, rel=0.01)
 
 
 def test_bits_above_a_log_snr(claims):
