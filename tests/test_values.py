@@ -157,3 +157,26 @@ def test_coefficients_may_be_any_real_number():
     assert torch.equal(exact.combine(x=3, x0=2), 3 * x + 2 * x0)
     with pytest.raises(ValueError, match="model: expected a prediction of x0 or of a velocity"):
         _ = Prediction.from_eps(x, x0, 0, 1).x0
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(0.0, 1.0), (0.0, -1.0), (0.0, -2.5), (1.0, 0.0), (-0.6, 0.8), (None, None)]
+)
+def test_squared_errors_are_the_squares_of_errors(a, b) -> None:
+    """Values and gradients, also where the output is the noise with the other sign."""
+    x0, eps, output = torch.randn(3, 4, 5).unbind()
+    alpha, sigma = torch.full((4,), 0.8), torch.full((4,), 0.6)
+    x = 0.8 * x0 + 0.6 * eps
+    target = Prediction(x, x0, eps, alpha, sigma)
+    gradients = []
+    for squared in (True, False):
+        leaf = output.clone().requires_grad_()
+        if a is None:
+            prediction = Prediction(x, leaf, (x - 0.8 * leaf) / 0.6, alpha, sigma)
+        else:
+            prediction = Prediction.from_output(x, leaf, alpha, sigma, a=a, b=b)
+        error = prediction.output_error(target)
+        squares = prediction.squared_error(target) if squared else error.square()
+        torch.testing.assert_close(squares, error.square(), rtol=1e-6, atol=0.0)
+        gradients += torch.autograd.grad(squares.sum(), leaf)
+    torch.testing.assert_close(*gradients)

@@ -104,7 +104,7 @@ def test_results_do_not_depend_on_block_sizes(monkeypatch) -> None:
     real, fake = normal(23, 4), normal(17, 4, seed=1) * 0.7 + 0.5
     whole = [precision_recall(real, fake, k=k) for k in (1, 5)]
     for size in (1, 2, 7, 16):
-        monkeypatch.setattr(neighbors, "_BLOCK", size)
+        monkeypatch.setattr(neighbors, "_block", lambda d, size=size: size)
         assert [precision_recall(real, fake, k=k) for k in (1, 5)] == whole
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from .._checks import check_count, check_known
 from ._features import center, check_features, check_pair, double
 
-_BLOCK = 2048  # rows per block of distances
+# Rows per block: of as many as make the block of features, or that of distances, 8 MB in float64.
+_MOST_ROWS, _FEWEST_ROWS, _MOST_NUMBERS = 1024, 256, 2**20
 
 
 class PrecisionRecall(NamedTuple):
@@ -68,13 +69,12 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> PrecisionReca
     origin = center(real, fake)
     in_recall, covered = [], []
     balls = torch.zeros(len(fake), dtype=torch.int64, device=fake_radii.device)
-    for part, radii in _blocks(real, real_radii):
-        x = double(part)
-        recalled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for x, radii in _blocks(real, real_radii):
+        recalled = torch.zeros(len(x), dtype=torch.bool, device=fake_radii.device)
         reached, counts = recalled.clone(), []
-        for other, other_radii in _blocks(fake, fake_radii):
-            y = double(other)
-            distances, error = _squared_distances(x - origin, y - origin)
+        centered = double(x) - origin
+        for y, other_radii in _blocks(fake, fake_radii):
+            distances, error = _squared_distances(centered, double(y) - origin)
             inside = _within(distances, radii.unsqueeze(1), x, y, error)
             counts.append(inside.sum(0))
             reached |= inside.any(1)
@@ -144,8 +144,15 @@ def _rows(x: Tensor, name: str, least: int) -> Tensor:
     return flat
 
 
+def _block(d: int) -> int:
+    """Return the number of rows (n, d) of a block."""
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, _MOST_NUMBERS // d))
+
+
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(x, _BLOCK), torch.split(y, _BLOCK), strict=True)
+    """Return rows (n, d) and numbers (n,) by blocks."""
+    rows = _block(x.shape[1])
+    return zip(torch.split(x, rows), torch.split(y, rows), strict=True)
 
 
 def _mean(x: Tensor) -> float:
@@ -158,18 +165,22 @@ def _squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     The bound includes the rounding of x and y themselves.
     """
     sizes, eps = x.square().sum(1).unsqueeze(1) + y.square().sum(1), torch.finfo(x.dtype).eps
-    return torch.addmm(sizes, x, y.T, alpha=-2), sizes * (4 * (x.shape[1] + 2) * eps)
+    distances = torch.addmm(sizes, x, y.T, alpha=-2)
+    return distances, sizes.mul_(4 * (x.shape[1] + 2) * eps)
 
 
 def _exact(x: Tensor, y: Tensor) -> Tensor:
-    return (x - y).square().sum(1)
+    """Return the squared distances of rows (n, d), in float64, from differences."""
+    return (double(x) - double(y)).square_().sum(1)
 
 
 def _within(distances: Tensor, radii: Tensor, x: Tensor, y: Tensor, error: Tensor) -> Tensor:
     """Return the mask (m, n) of squared distances up to the squared radii (m, 1) or (1, n)."""
-    inside = distances <= radii
-    doubtful = ((distances - radii).abs() <= error).nonzero()
-    for i, j in _blocks(doubtful[:, 0], doubtful[:, 1]):
+    beyond = distances - radii
+    inside = beyond <= 0
+    doubtful = (beyond.abs_() <= error).nonzero()
+    for pairs in torch.split(doubtful, _block(x.shape[1])):
+        i, j = pairs.unbind(1)
         inside[i, j] = _exact(x[i], y[j]) <= radii.expand_as(distances)[i, j]
     return inside
 
@@ -186,21 +197,23 @@ def _nearest(queries: Tensor, rows: Tensor, k: int, *, other: bool) -> tuple[Ten
     `other`, queries are the rows themselves, and a row is not its own neighbor.
     """
     distances_found, index_found = [], []
-    origin = center(rows) if other else center(queries, rows)
-    for start in range(0, len(queries), _BLOCK):
-        x = double(queries[start : start + _BLOCK])
-        nearest, index = x.new_zeros(len(x), 0), x.new_zeros(len(x), 0, dtype=torch.int64)
-        for first in range(0, len(rows), _BLOCK):
-            y = double(rows[first : first + _BLOCK])
-            distances, _ = _squared_distances(x - origin, y - origin)
+    origin, block = center(rows) if other else center(queries, rows), _block(rows.shape[1])
+    for start in range(0, len(queries), block):
+        x = queries[start : start + block]
+        centered = double(x) - origin
+        nearest = centered.new_zeros(len(x), 0)
+        index = nearest.long()
+        for first in range(0, len(rows), block):
+            y = double(rows[first : first + block]) - origin
+            distances, _ = _squared_distances(centered, y)
             if other and first == start:
                 distances.fill_diagonal_(torch.inf)
-            number = torch.arange(first, first + distances.shape[1], device=x.device)
-            nearest = torch.cat([nearest, distances], 1)
-            index = torch.cat([index, number.expand_as(distances)], 1)
+            found, column = distances.topk(min(k, distances.shape[1]), largest=False)
+            nearest, index = torch.cat([nearest, found], 1), torch.cat([index, column + first], 1)
             nearest, order = nearest.topk(min(k, nearest.shape[1]), largest=False)
             index = index.gather(1, order)
-        exact = torch.stack([_exact(x, double(rows[column])) for column in index.T], 1)
+        places = index.to(rows.device)
+        exact = torch.stack([_exact(x, rows[column]) for column in places.T], 1)
         exact, order = exact.sort(dim=1, stable=True)
         distances_found.append(exact)
         index_found.append(index.gather(1, order))

@@ -251,7 +251,7 @@ def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     mean: Tensor | float = 0.0
     for logits, values in parts:
         peak = logits.detach().amax(1, keepdim=True).clamp_min(top)
-        weights, decay = torch.exp(logits - peak), torch.exp(top - peak)
+        weights, decay = (logits - peak).exp_(), torch.exp(top - peak)
         total = decay * total + weights.sum(1, keepdim=True)
         mean = decay * mean + (weights.unsqueeze(1) @ values).squeeze(1)
         top = peak

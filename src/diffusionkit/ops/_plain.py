@@ -18,7 +18,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 Pairs = Sequence[tuple[int, int]]
 
-_kernels: Kept[Tensor] = Kept()
+_weights: Kept[Tensor] = Kept()
 
 
 def upfirdn(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs) -> Tensor:
@@ -37,16 +37,21 @@ def upfirdn(x: Tensor, taps: Taps, gain: float, up: int, down: int, pads: Pairs)
     """
     # On the CPU the transposed convolutions of half precision are slow: use float32.
     dtype = torch.float32 if x.dtype in _HALF and x.device.type == "cpu" else x.dtype
+    channels, flipped = x.shape[1], up == 1
     if isinstance(taps, tuple):
         line, dims, device = taps, x.ndim - 2, x.device
-        key = line, gain, dims, dtype, device
-        kernel = _kernels.get(key, lambda: _kernel(line, dims, gain, dtype).to(device))
+        key = line, gain, dims, channels, flipped, dtype, device
+        weight = _weights.get(
+            key, lambda: _weight(_kernel(line, dims, gain, dtype).to(device), channels, flipped)
+        )
     else:
-        kernel = (taps * gain).to(dtype)
+        weight = _weight((taps * gain).to(dtype), channels, flipped)
     if autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
-            return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)
-    return _convolve(x.to(dtype), kernel, up, down, pads).to(x.dtype)
+            return _convolve(x.to(dtype), weight, up, down, pads).to(x.dtype)
+    if x.dtype is dtype:
+        return _convolve(x, weight, up, down, pads)
+    return _convolve(x.to(dtype), weight, up, down, pads).to(x.dtype)
 
 
 def _kernel(taps: tuple[float, ...], dims: int, gain: float, dtype: torch.dtype) -> Tensor:
@@ -55,24 +60,29 @@ def _kernel(taps: tuple[float, ...], dims: int, gain: float, dtype: torch.dtype)
     return (outer(line, dims) * gain).to(dtype)
 
 
-def _convolve(x: Tensor, kernel: Tensor, up: int, down: int, pads: Pairs) -> Tensor:
-    dims, channels = kernel.ndim, x.shape[1]
+def _weight(kernel: Tensor, channels: int, flipped: bool) -> Tensor:
+    """Return the weight (C, 1, *k) of a convolution, the same memory for each channel."""
+    # torch's convolutions do not flip their kernel; the transposed ones do.
+    kernel = kernel.flip(tuple(range(kernel.ndim))) if flipped else kernel
+    return kernel.expand(channels, 1, *kernel.shape)
+
+
+def _convolve(x: Tensor, weight: Tensor, up: int, down: int, pads: Pairs) -> Tensor:
+    dims, channels = x.ndim - 2, x.shape[1]
     if up == 1:
         even = _even(pads)
         x = _pad(x, [(p - e, q - e) for (p, q), e in zip(pads, even, strict=True)])
-        # torch's convolutions do not flip their kernel.
-        weight = kernel.flip(tuple(range(dims))).expand(channels, 1, *kernel.shape)
         return CONV[dims](x, weight, stride=down, padding=even, groups=channels)
-    # Transposed ones do. They return every sample within reach of a tap; some are cropped.
-    crops = [(k - 1 - p, k - up - q) for k, (p, q) in zip(kernel.shape, pads, strict=True)]
+    # Transposed convolutions return every sample within reach of a tap; some are cropped.
+    crops = [(k - 1 - p, k - up - q) for k, (p, q) in zip(weight.shape[2:], pads, strict=True)]
     even = _even(crops)
-    weight = kernel.expand(channels, 1, *kernel.shape)
     y = CONV_TRANSPOSE[dims](x, weight, stride=up, padding=even, groups=channels)
     y = _pad(y, [(e - p, e - q) for (p, q), e in zip(crops, even, strict=True)])
     if down == 1:
         return y
     # A slice would keep all of y alive and lose its memory format.
-    return _convolve(y, kernel.new_ones((1,) * dims), 1, down, ((0, 0),) * dims)
+    one = weight.new_ones((1,) * dims).expand(channels, 1, *(1,) * dims)
+    return _convolve(y, one, 1, down, ((0, 0),) * dims)
 
 
 def _even(pads: Pairs) -> list[int]:

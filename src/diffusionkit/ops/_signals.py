@@ -72,6 +72,11 @@ def check_kernel(kernel: Sequence[float] | Tensor, x: Tensor) -> Taps:
         return outer(kernel.double(), dims)
     if not isinstance(kernel, Sequence) or isinstance(kernel, (str, bytes)):
         raise TypeError(f"kernel: expected a sequence of numbers or a tensor, got {_kind(kernel)}")
+    return check_numbers(kernel)
+
+
+def check_numbers(kernel: Sequence[float]) -> tuple[float, ...]:
+    """Return the taps of a kernel that is a sequence, or raise unless they are finite numbers."""
     if not kernel:
         raise ValueError("kernel: expected at least one tap, got none")
     for value in kernel:

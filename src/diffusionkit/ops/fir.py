@@ -6,8 +6,11 @@ sample.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .._checks import check_count
@@ -18,6 +21,7 @@ from ._signals import (
     Taps,
     check_finite_number,
     check_kernel,
+    check_numbers,
     check_padding,
     check_signal,
     check_weight,
@@ -236,10 +240,20 @@ def fir_conv_upsample(
 
 def _normalized(kernel: Sequence[float] | Tensor, x: Tensor, factor: int, gain: float) -> Taps:
     """Return the normalized taps of a kernel after validating it, the factor and the gain."""
-    taps = normalize(check_kernel(kernel, x))
+    taps: Taps | None = None
+    if type(kernel) is tuple and not torch.compiler.is_compiling():
+        with contextlib.suppress(TypeError):  # what is no number raises again below
+            taps = _normalized_tuple(kernel, *map(type, kernel))
+    taps = normalize(check_kernel(kernel, x)) if taps is None else taps
     check_count(factor, "factor")
     check_finite_number(gain, "gain")
     return taps
+
+
+@functools.lru_cache(maxsize=256)
+def _normalized_tuple(kernel: tuple[float, ...], *types: type) -> Taps:
+    """Return the normalized taps of numbers, whose types tell True from 1."""
+    return normalize(check_numbers(kernel))
 
 
 def _sizes(taps: Taps, dims: int) -> tuple[int, ...]:

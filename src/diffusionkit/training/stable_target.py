@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -145,31 +146,42 @@ class StableTarget(TargetEstimator):
         batch, n = len(sample.x0), len(reference)
         anchor, noise = (exact(x).reshape(batch, -1) for x in (sample.x0, sample.eps))
         reference = reference.reshape(n, -1)
-        allowed = reference.new_ones((1, n), dtype=torch.bool)
+        allowed = None  # all of them
         if class_labels is not None and reference_class_labels is not None:
             allowed = class_labels.unsqueeze(1) == reference_class_labels
             _check_classes(class_labels, allowed)
         # Relative to the references' mean, so that a large common value costs no digits.
         center = exact(reference.mean(0))
         own, d = anchor - center, anchor.shape[1]
-        rows = max(1, min(1024, 2**19 // d))  # a block stays in the cache
+        # What is computed of a block stays in the cache: numbers of all pairs, or the block itself.
+        rows = max(1, min(1024, 2**16 // batch if d <= _FEW else 2**19 // d))
         blocks = (block - center for block in torch.split(reference, rows))
-        score = _by_differences if d <= _FEW else _by_products
+        check = self.source == "inside" and readable(own)
+        if d <= _FEW:
+            scored = _by_differences(own, noise, _ratio(sample), blocks, check)
+        else:
+            scored = _by_products(own, noise, _ratio(sample), blocks)
+        masks: Iterable[Tensor | None] = (
+            repeat(None, -(-n // rows)) if allowed is None else torch.split(allowed, rows, 1)
+        )
         found: list[Tensor] = []  # for each block, which samples have their source in it, (B,)
 
         def parts() -> Iterator[tuple[Tensor, Tensor]]:
             logit = torch.zeros_like(own[:, :1])  # of the source, added to the references
             if self.source != "added":
-                logit = logit.masked_fill(allowed.any(1, keepdim=True), -torch.inf)
+                # The source alone where its class has no reference.
+                others = torch.ones_like(logit).bool() if allowed is None else allowed
+                logit = logit.masked_fill(others.any(1, keepdim=True), -torch.inf)
             yield logit, own.unsqueeze(1)
-            scored = score(own, noise, _ratio(sample), blocks)
-            masks = torch.split(allowed, rows, 1)
             for mask, (values, logits, is_source) in zip(masks, scored, strict=True):
-                found.append((is_source & mask).any(1))
-                yield logits.masked_fill(~mask, -torch.inf), values
+                if mask is not None:
+                    logits = logits.masked_fill(~mask, -torch.inf)
+                if check:
+                    found.append((is_source if mask is None else is_source & mask).any(1))
+                yield logits, values
 
         mean = softmax_mean(parts())
-        if self.source == "inside" and readable(own):
+        if check:
             lost = torch.nonzero(~torch.stack(found).any(0)).flatten().tolist()
             if lost:
                 labels = "" if class_labels is None else " with its class label"
@@ -187,16 +199,21 @@ def _ratio(sample: Perturbed) -> Tensor:
 
 
 def _by_differences(
-    own: Tensor, noise: Tensor, ratio: Tensor, blocks: Iterable[Tensor]
+    own: Tensor, noise: Tensor, ratio: Tensor, blocks: Iterable[Tensor], check: bool
 ) -> Iterator[_Scored]:
-    """Score references dimension by dimension, without rounding near the source."""
+    """Score references dimension by dimension, without rounding near the source.
+
+    Sources are found only with `check`.
+    """
     ratio, columns = ratio.unsqueeze(1), (torch.split(own, 1, 1), torch.split(noise, 1, 1))
     for values in blocks:
-        logits, is_source = values.new_zeros(()), torch.ones_like(values[:, 0], dtype=torch.bool)
+        logits = values.new_zeros(())
+        is_source = torch.ones_like(values[:, 0], dtype=torch.bool)
         for value, source, eps in zip(values.unbind(1), *columns, strict=True):
             u = ratio * (value - source)
-            logits = logits + u * (eps - 0.5 * u)
-            is_source = is_source & (u == 0)
+            logits = torch.addcmul(logits, u, torch.add(eps, u, alpha=-0.5))
+            if check:
+                is_source = is_source & (value == source)
         yield values, logits, is_source
 
 

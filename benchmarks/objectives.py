@@ -1,0 +1,320 @@
+"""Compare losses and other small work of training and evaluation with the bare arithmetic.
+
+The bare arithmetic of a loss is one plain function in float32, with the same network: the schedule,
+the noisy data, the network, the weighted mean of squares and the gradients; no checks and no
+float64. Where weights cancel, as those of importance sampling, it has none. Peers: the released
+stable target, rewritten (all differences as one tensor), prdc and numpy.
+
+    python benchmarks/objectives.py [--rounds 15] [--only stable] [--save]
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from side_by_side import Case, Run, options, report
+from stf import released
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusionkit import (
+    EDMSDE,
+    EMA,
+    VESDE,
+    VPSDE,
+    DDPMChain,
+    DiscreteTimes,
+    EDMModel,
+    EDMWeighting,
+    EpsModel,
+    ImportanceTimes,
+    LikelihoodWeighting,
+    LogNormalTimes,
+    ScaledScoreModel,
+    ScoreMatching,
+    StableTarget,
+    StepLabel,
+    clipped_step,
+)
+from diffusionkit.metrics import FeatureMoments, precision_recall
+from diffusionkit.ops import fir_downsample, fir_upsample
+
+BATCH = 128
+VP, CHAIN = VPSDE(), DDPMChain.linear(1000)
+
+
+class Small(nn.Module):
+    """Two hidden layers of 64 on data and noise label."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(d + 1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, d)
+        )
+
+    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+        """Return the output (B, d)."""
+        return self.layers(torch.cat([x, noise_label.unsqueeze(1)], 1))
+
+
+class Affine(nn.Linear):
+    """One layer that ignores the noise label: next to nothing but the loss."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__(d, d)
+
+    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+        """Return the output (B, d)."""
+        return super().forward(x)
+
+
+def backward(losses: Tensor) -> None:
+    """Compute the gradients of the mean of losses (B,)."""
+    losses.mean().backward()
+
+
+def kernel(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma of VP."""
+    integral = t * (0.1 + 9.95 * t)
+    return torch.exp(-0.5 * integral), torch.sqrt(-torch.expm1(-integral))
+
+
+def noisy(x0: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return noisy data and their noise."""
+    eps = torch.randn_like(x0)
+    return alpha[:, None] * x0 + sigma[:, None] * eps, eps
+
+
+def bare_losses(network: nn.Module, x0: Tensor) -> dict[str, Run]:
+    """Return the arithmetic of losses by name."""
+
+    def times() -> Tensor:
+        return 1e-5 + (1 - 1e-5) * torch.rand(len(x0))
+
+    def simple() -> None:
+        t = times()
+        x, eps = noisy(x0, *kernel(t))
+        backward((network(x, 999 * t) - eps).square().mean(1))
+
+    def scaled() -> None:
+        sigma = 0.01 * torch.exp(math.log(5000) * times())
+        eps = torch.randn_like(x0)
+        output = network(x0 + sigma[:, None] * eps, torch.log(0.5 * sigma))
+        backward((output + eps).square().mean(1))
+
+    def edm() -> None:
+        sigma = torch.exp(1.2 * torch.randn(len(x0)) - 1.2)
+        x = x0 + sigma[:, None] * torch.randn_like(x0)
+        std = torch.sqrt(sigma * sigma + 0.25)
+        output = network(x / std[:, None], torch.log(sigma) / 4)
+        skip, scale = 0.25 / (std * std), 0.5 * sigma / std
+        errors = skip[:, None] * x + scale[:, None] * output - x0
+        backward(errors.square().mean(1) / scale.square())
+
+    def likelihood() -> None:
+        t = times()
+        alpha, sigma = kernel(t)
+        x, eps = noisy(x0, alpha, sigma)
+        weights = (0.1 + 19.9 * t) / sigma.square()
+        backward((network(x, 999 * t) - eps).square().mean(1) * weights)
+
+    ends = torch.tensor([VP.t_min, VP.T], dtype=torch.float64)
+    first, last = VP.log_snr(ends).tolist()
+
+    def importance() -> None:
+        u = (torch.rand(1) + torch.arange(len(x0)) / len(x0)) % 1.0
+        integral = F.softplus((first - last) * u - first)
+        t = 2 * integral / (0.1 + torch.sqrt(0.01 + 39.8 * integral))
+        x, eps = noisy(x0, *kernel(t))
+        backward((network(x, 999 * t) - eps).square().mean(1) * (first - last))
+
+    alphas, sigmas = (c.float() for c in CHAIN.marginal(CHAIN.time(torch.arange(1000))))
+
+    def chain() -> None:
+        i = torch.randint(1000, (len(x0),))
+        x, eps = noisy(x0, alphas[i], sigmas[i])
+        backward((network(x, i.float()) - eps).square().mean(1))
+
+    return {
+        "VP, simple": simple,
+        "VE, scaled score": scaled,
+        "EDM": edm,
+        "VP, likelihood weighting": likelihood,
+        "VP, importance sampling": importance,
+        "DDPM chain": chain,
+    }
+
+
+def losses(network: nn.Module) -> dict[str, tuple[ScoreMatching, nn.Module]]:
+    """Return objectives and models by name."""
+    likelihood = LikelihoodWeighting()
+    return {
+        "VP, simple": (ScoreMatching(), EpsModel(network, VP)),
+        "VE, scaled score": (ScoreMatching(), ScaledScoreModel(network, VESDE())),
+        "EDM": (
+            ScoreMatching(EDMWeighting(), times=LogNormalTimes()),
+            EDMModel(network, EDMSDE()),
+        ),
+        "VP, likelihood weighting": (ScoreMatching(likelihood), EpsModel(network, VP)),
+        "VP, importance sampling": (
+            ScoreMatching(likelihood, times=ImportanceTimes()),
+            EpsModel(network, VP),
+        ),
+        "DDPM chain": (
+            ScoreMatching(times=DiscreteTimes()),
+            EpsModel(network, CHAIN, label=StepLabel(1000)),
+        ),
+    }
+
+
+def loss_cases() -> Iterator[Case]:
+    """Losses and their gradients on vectors and on as many numbers as a small image has."""
+    for kind, d, repeats in ((Affine, 2, 20), (Small, 2, 20), (Small, 3072, 2)):
+        network, x0 = kind(d), torch.randn(BATCH, d)
+        layers = "one layer" if kind is Affine else "three layers"
+        for name, bare in bare_losses(network, x0).items():
+            loss, model = losses(network)[name]
+
+            def ours(loss: ScoreMatching = loss, model: nn.Module = model, x0: Tensor = x0) -> None:
+                backward(loss(model, x0))
+
+            yield Case(
+                f"loss and gradients, {name}, ({BATCH}, {d}), {layers}",
+                many(ours, repeats),
+                many(bare, repeats),
+                per=repeats,
+            )
+
+
+def many(run: Run, repeats: int) -> Run:
+    """Return several runs as one."""
+
+    def runs() -> None:
+        for _ in range(repeats):
+            run()
+
+    return runs
+
+
+def optimizer_cases() -> Iterator[Case]:
+    """What a step takes beside its gradients."""
+    network = Small(2)
+    gradients = [torch.randn_like(p) for p in network.parameters()]
+    weights, ema = [p.detach().clone() for p in network.parameters()], EMA(network)
+
+    def give() -> None:
+        for p, gradient in zip(network.parameters(), gradients, strict=True):
+            p.grad = gradient.clone()
+
+    fast, bare_optimizer = (torch.optim.Adam(network.parameters(), lr=1e-6) for _ in range(2))
+
+    def ours() -> None:
+        give()
+        clipped_step(fast)
+
+    def bare() -> None:
+        give()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        bare_optimizer.step()
+        bare_optimizer.zero_grad(set_to_none=True)
+
+    def average() -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(weights, list(network.parameters()), 1e-4)
+
+    yield Case("clipped Adam step, 6 tensors", many(ours, 10), many(bare, 10), per=10)
+    average_ours: Callable[[], None] = lambda: ema.update(network)  # noqa: E731
+    yield Case("EMA update, 6 tensors", many(average_ours, 10), many(average, 10), per=10)
+
+
+def stable_target_cases() -> Iterator[Case]:
+    """Targets of a batch at all noise levels."""
+    sde, target = VESDE(), StableTarget()
+    for batch, n, d in ((128, 4096, 2), (64, 256, 2), (64, 256, 3072)):
+        generator = torch.Generator().manual_seed(0)
+        reference = torch.rand((n, d), generator=generator) * 2 - 1
+        times = torch.linspace(sde.t_min, sde.T, batch)
+        sample = sde.perturb(reference[:batch], times, generator=generator)
+        yield Case(
+            f"stable target, ({batch}, {d}), {n} references",
+            lambda sample=sample, reference=reference: target(sample, reference),
+            peers={
+                "released": lambda sample=sample, reference=reference: released(sample, reference)
+            },
+        )
+
+
+def resampling_cases() -> Iterator[Case]:
+    """FIR resampling of small images, where preparations show."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    for shape in ((16, 3, 32, 32), (1, 3, 8, 8)):
+        x = torch.randn(shape)
+        weight = (taps[:, None] * taps).expand(shape[1], 1, 4, 4).contiguous()
+        arguments = {"stride": 2, "padding": 1, "groups": shape[1]}
+        for name, ours, bare, factor in (
+            ("down", fir_downsample, F.conv2d, 1),
+            ("up", fir_upsample, F.conv_transpose2d, 4),
+        ):
+            yield Case(
+                f"FIR {name}, {shape}",
+                many(lambda x=x, ours=ours: ours(x), 10),
+                many(
+                    lambda x=x, bare=bare, weight=factor * weight, arguments=arguments: bare(
+                        x, weight, **arguments
+                    ),
+                    10,
+                ),
+                per=10,
+            )
+
+
+def metric_cases() -> Iterator[Case]:
+    """Precision and recall, and the moments of features."""
+    for n, d in ((1000, 2048), (2000, 64)):
+        real, fake = torch.randn(n, d), 1.05 * torch.randn(n, d)
+        yield Case(
+            f"precision and recall, 2 x ({n}, {d})",
+            lambda real=real, fake=fake: precision_recall(real, fake),
+            peers=prdc(real, fake),
+        )
+    features = torch.randn(3000, 1024)
+    wide = features.double().numpy()
+
+    def moments() -> None:
+        found = FeatureMoments()
+        found.update(features)
+        _ = found.covariance
+
+    yield Case(
+        "mean and covariance, (3000, 1024), float64",
+        moments,
+        peers={"numpy": lambda: (wide.mean(0), np.cov(wide, rowvar=False))},
+    )
+
+
+def prdc(real: Tensor, fake: Tensor) -> dict[str, Run]:
+    """Return prdc's run, where it is installed."""
+    try:
+        from prdc import compute_prdc
+    except ImportError:
+        return {}
+    x, y = real.numpy(), fake.numpy()
+    return {"prdc": lambda: compute_prdc(real_features=x, fake_features=y, nearest_k=3)}
+
+
+def main() -> None:
+    """Print the table, and save it for the docs where asked."""
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="expression that the names of rows match")
+    arguments = parser.parse_args()
+    makers = (loss_cases, optimizer_cases, stable_target_cases, resampling_cases, metric_cases)
+    cases = [case for make in makers for case in make() if re.search(arguments.only, case.work)]
+    report("objectives", cases, arguments)
+
+
+if __name__ == "__main__":
+    main()
