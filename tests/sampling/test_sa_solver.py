@@ -314,8 +314,12 @@ def test_functions_get_log_snrs_and_no_infinity():
         (lambda: SASolver(1.0, 2, 1), ValueError, "corrector_order: expected 0, 2, 3 or 4, got 1"),
         (lambda: SASolver(s_min=2.0, s_max=1.0), ValueError, "expected 0 <= s_min <= s_max"),
         (lambda: SASolver(lines="B1"), ValueError, "lines: expected one of 'midpoint', 'ex"),
-        (lambda: run(lambda l: 1.0), ValueError, r"tau: expected a tensor of shape \(3,\), got fl"),
-        (lambda: run(lambda l: l[:1]), ValueError, r"of shape \(3,\), got shape \(1,\)"),
+        (
+            lambda: run(lambda l: 1.0),
+            ValueError,
+            r"tau: expected a tensor of shape \(\d,\), got",
+        ),
+        (lambda: run(lambda l: l[:0]), ValueError, r"of shape \(\d,\), got shape \(0,\)"),
         (lambda: run(lambda l: -torch.ones_like(l)), ValueError, "tau: expected finite values >= "),
     ],
 )
