@@ -78,8 +78,12 @@ def test_verdicts(intervals):
 def test_numbers_are_kept_in_one_order(results, tmp_path):
     """Equal numbers are equal files, in whatever order they were measured."""
     files = [tmp_path / name for name in ("a.json", "b.json")]
-    entries = [("VP, seed 1, 10 steps", "bits", 1.5), ("VP, seed 0, 10 steps", "bits", [1, 2]),
-               ("VP, seed 0, 10 steps", "a", {"x": 0.25}), ("VP, seed 0, 20 steps", "a", 0)]  # fmt: skip
+    entries = [
+        ("VP, seed 1, 10 steps", "bits", 1.5),
+        ("VP, seed 0, 10 steps", "bits", [1, 2]),
+        ("VP, seed 0, 10 steps", "a", {"x": 0.25}),
+        ("VP, seed 0, 20 steps", "a", 0),
+    ]
     for file, order in zip(files, (entries, entries[::-1]), strict=True):
         numbers = results.Results(file, {"scale": "small"})
         for entry in order:
