@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from unittest import mock
 
 import torch
 from sklearn.datasets import load_digits
@@ -85,8 +85,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--steps", type=int, default=1500)
     arguments = parser.parse_args()
-    bound: Any = nelbo  # whose pilot draws are left out for plain draws
-    least, pilot = _control_variates.LEAST, bound.pilot_draws
     print(
         "standard error in nats per dimension: that of NELBO, its ratio to plain draws, the ratio "
         "of control variates alone, and stderr over the spread\n"
@@ -102,11 +100,10 @@ def main() -> None:
         for kind, (model, x) in problems.items():
             cells = []
             for samples in arguments.samples:
-                _control_variates.LEAST, bound.pilot_draws = 10**9, lambda _: 0
-                plain, _ = spread(model, x, samples, arguments.repeats)
-                _control_variates.LEAST = least
-                controlled, _ = spread(model, x, samples, arguments.repeats)
-                bound.pilot_draws = pilot
+                with mock.patch.object(nelbo, "pilot_draws", return_value=0):
+                    with mock.patch.object(_control_variates, "LEAST", 10**9):
+                        plain, _ = spread(model, x, samples, arguments.repeats)
+                    controlled, _ = spread(model, x, samples, arguments.repeats)
                 found, stated = spread(model, x, samples, arguments.repeats)
                 cells.append(
                     f" {found / math.prod(x.shape):.5f}, {found / plain:.3f}, "
