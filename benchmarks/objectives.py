@@ -10,9 +10,11 @@ stable target, rewritten (all differences as one tensor), prdc and numpy.
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from side_by_side import Case, Run, options, report
 from stf import released
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from diffusionkit import (
     EDMSDE,
@@ -40,8 +43,8 @@ from diffusionkit import (
     StepLabel,
     clipped_step,
 )
+from diffusionkit.interfaces import ScoreModel
 from diffusionkit.metrics import FeatureMoments, precision_recall
-from diffusionkit.ops import fir_downsample, fir_upsample
 
 BATCH = 128
 VP, CHAIN = VPSDE(), DDPMChain.linear(1000)
@@ -56,25 +59,30 @@ class Small(nn.Module):
             nn.Linear(d + 1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, d)
         )
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         """Return the output (B, d)."""
-        return self.layers(torch.cat([x, noise_label.unsqueeze(1)], 1))
+        output: Tensor = self.layers(torch.cat([x, noise_label.unsqueeze(1)], 1))
+        return output
 
 
-class Affine(nn.Linear):
+class Affine(nn.Module):
     """One layer that ignores the noise label: next to nothing but the loss."""
 
     def __init__(self, d: int) -> None:
-        super().__init__(d, d)
+        super().__init__()
+        self.layer = nn.Linear(d, d)
 
+    @override
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         """Return the output (B, d)."""
-        return super().forward(x)
+        output: Tensor = self.layer(x)
+        return output
 
 
 def backward(losses: Tensor) -> None:
     """Compute the gradients of the mean of losses (B,)."""
-    losses.mean().backward()
+    losses.mean().backward()  # type: ignore[no-untyped-call]
 
 
 def kernel(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +157,7 @@ def bare_losses(network: nn.Module, x0: Tensor) -> dict[str, Run]:
     }
 
 
-def losses(network: nn.Module) -> dict[str, tuple[ScoreMatching, nn.Module]]:
+def losses(network: nn.Module) -> dict[str, tuple[ScoreMatching, ScoreModel]]:
     """Return objectives and models by name."""
     likelihood = LikelihoodWeighting()
     return {
@@ -171,6 +179,11 @@ def losses(network: nn.Module) -> dict[str, tuple[ScoreMatching, nn.Module]]:
     }
 
 
+def learn(loss: ScoreMatching, model: ScoreModel, x0: Tensor) -> None:
+    """Compute the gradients of an objective."""
+    backward(loss(model, x0))
+
+
 def loss_cases() -> Iterator[Case]:
     """Losses and their gradients on vectors and on as many numbers as a small image has."""
     for kind, d, repeats in ((Affine, 2, 20), (Small, 2, 20), (Small, 3072, 2)):
@@ -179,12 +192,9 @@ def loss_cases() -> Iterator[Case]:
         for name, bare in bare_losses(network, x0).items():
             loss, model = losses(network)[name]
 
-            def ours(loss: ScoreMatching = loss, model: nn.Module = model, x0: Tensor = x0) -> None:
-                backward(loss(model, x0))
-
             yield Case(
                 f"loss and gradients, {name}, ({BATCH}, {d}), {layers}",
-                many(ours, repeats),
+                many(partial(learn, loss, model, x0), repeats),
                 many(bare, repeats),
                 per=repeats,
             )
@@ -227,8 +237,8 @@ def optimizer_cases() -> Iterator[Case]:
             torch._foreach_lerp_(weights, list(network.parameters()), 1e-4)
 
     yield Case("clipped Adam step, 6 tensors", many(ours, 10), many(bare, 10), per=10)
-    average_ours: Callable[[], None] = lambda: ema.update(network)  # noqa: E731
-    yield Case("EMA update, 6 tensors", many(average_ours, 10), many(average, 10), per=10)
+    ours_averaged = many(partial(ema.update, network), 10)
+    yield Case("EMA update, 6 tensors", ours_averaged, many(average, 10), per=10)
 
 
 def stable_target_cases() -> Iterator[Case]:
@@ -241,35 +251,9 @@ def stable_target_cases() -> Iterator[Case]:
         sample = sde.perturb(reference[:batch], times, generator=generator)
         yield Case(
             f"stable target, ({batch}, {d}), {n} references",
-            lambda sample=sample, reference=reference: target(sample, reference),
-            peers={
-                "released": lambda sample=sample, reference=reference: released(sample, reference)
-            },
+            partial(target, sample, reference),
+            peers={"released operations": partial(released, sample, reference)},
         )
-
-
-def resampling_cases() -> Iterator[Case]:
-    """FIR resampling of small images, where preparations show."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    for shape in ((16, 3, 32, 32), (1, 3, 8, 8)):
-        x = torch.randn(shape)
-        weight = (taps[:, None] * taps).expand(shape[1], 1, 4, 4).contiguous()
-        arguments = {"stride": 2, "padding": 1, "groups": shape[1]}
-        for name, ours, bare, factor in (
-            ("down", fir_downsample, F.conv2d, 1),
-            ("up", fir_upsample, F.conv_transpose2d, 4),
-        ):
-            yield Case(
-                f"FIR {name}, {shape}",
-                many(lambda x=x, ours=ours: ours(x), 10),
-                many(
-                    lambda x=x, bare=bare, weight=factor * weight, arguments=arguments: bare(
-                        x, weight, **arguments
-                    ),
-                    10,
-                ),
-                per=10,
-            )
 
 
 def metric_cases() -> Iterator[Case]:
@@ -278,7 +262,7 @@ def metric_cases() -> Iterator[Case]:
         real, fake = torch.randn(n, d), 1.05 * torch.randn(n, d)
         yield Case(
             f"precision and recall, 2 x ({n}, {d})",
-            lambda real=real, fake=fake: precision_recall(real, fake),
+            partial(precision_recall, real, fake),
             peers=prdc(real, fake),
         )
     features = torch.randn(3000, 1024)
@@ -299,11 +283,12 @@ def metric_cases() -> Iterator[Case]:
 def prdc(real: Tensor, fake: Tensor) -> dict[str, Run]:
     """Return prdc's run, where it is installed."""
     try:
-        from prdc import compute_prdc
+        found = importlib.import_module("prdc")
     except ImportError:
         return {}
     x, y = real.numpy(), fake.numpy()
-    return {"prdc": lambda: compute_prdc(real_features=x, fake_features=y, nearest_k=3)}
+    run = partial(found.compute_prdc, real_features=x, fake_features=y, nearest_k=3)
+    return {"prdc": run}
 
 
 def main() -> None:
@@ -311,7 +296,7 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="expression that the names of rows match")
     arguments = parser.parse_args()
-    makers = (loss_cases, optimizer_cases, stable_target_cases, resampling_cases, metric_cases)
+    makers = (loss_cases, optimizer_cases, stable_target_cases, metric_cases)
     cases = [case for make in makers for case in make() if re.search(arguments.only, case.work)]
     report("objectives", cases, arguments)
 
