@@ -282,6 +282,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     batch, device, rounds = arguments.batch, arguments.device, arguments.rounds
+    arguments.moments = 1
     if arguments.peak is not None:
         take_step(bool(arguments.peak), batch)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import platform
 import statistics
 import time
@@ -56,6 +57,7 @@ def options(description: str) -> argparse.ArgumentParser:
     """Return the parser with the options that every benchmark of this kind has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of which medians are taken")
+    parser.add_argument("--moments", type=int, default=1, help="times that all rows are measured")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--device", default="cpu", help="the device of all tensors")
     parser.add_argument("--save", action="store_true", help="save the table for the docs")
@@ -114,15 +116,31 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def middle(rows: Sequence[Row]) -> Row:
+    """Return the medians of a row that was measured at several moments."""
+    first = rows[0]
+    bare, peers = ([getattr(r, name) for r in rows] for name in ("bare_ratio", "peer_ratio"))
+    return Row(
+        work=first.work,
+        ours=statistics.median(row.ours for row in rows),
+        bare_ratio=None if None in bare else statistics.median(bare),
+        peer=min(rows, key=lambda row: row.peer_ratio or math.inf).peer,
+        peer_ratio=None if None in peers else statistics.median(peers),
+    )
+
+
 def show(name: str, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
     """Print the table of a script and, where asked, save it as `speed_<name>.md`."""
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     threads = "one thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+    counts = f"{arguments.rounds} rounds"
+    if arguments.moments > 1:
+        counts += f" at each of {arguments.moments} moments"
     text = (
         f"`python benchmarks/{name}.py`: {where}, {threads}, "
         f"torch {torch.__version__.partition('+')[0]}, {datetime.date.today()}; medians of "
-        f"{arguments.rounds} rounds.\n\n{table(rows)}\n"
+        f"{counts}.\n\n{table(rows)}\n"
     )
     print(text)
     if arguments.save:
@@ -132,6 +150,11 @@ def show(name: str, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
 def report(name: str, cases: Sequence[Case], arguments: argparse.Namespace) -> list[Row]:
     """Measure all cases and show their table."""
     torch.set_num_threads(arguments.threads)
-    rows = [measure(case, arguments.rounds, torch.device(arguments.device)) for case in cases]
+    device = torch.device(arguments.device)
+    moments = [
+        [measure(case, arguments.rounds, device) for case in cases]
+        for _ in range(arguments.moments)
+    ]
+    rows = [middle(found) for found in zip(*moments, strict=True)]
     show(name, rows, arguments)
     return rows

@@ -144,6 +144,25 @@ def test_files_of_living_writers_are_kept_and_those_of_dead_ones_removed(tmp_pat
     assert set(tmp_path.iterdir()) == {path, tmp_path / "y"}
 
 
+@needs_locks
+def test_a_file_that_has_the_name_of_a_removed_one_is_not_removed(tmp_path, monkeypatch) -> None:
+    path = tmp_path / ".diffusionkit-0-1.tmp"
+    path.write_bytes(b"abandoned")
+
+    class Slow:
+        """Between a cleaner's opening and locking of a file another one removes it."""
+
+        LOCK_EX, LOCK_NB = writing.fcntl.LOCK_EX, writing.fcntl.LOCK_NB
+
+        def flock(self, file, operation) -> None:
+            path.unlink()
+            path.write_bytes(b"new")
+
+    monkeypatch.setattr(writing, "fcntl", Slow())
+    writing._remove_abandoned(str(tmp_path), "0")
+    assert path.read_bytes() == b"new"
+
+
 def test_writers_at_the_same_time_leave_one_whole_file(tmp_path, kind) -> None:
     path = tmp_path / "x"
     contents = [bytes([number]) * 100_000 for number in range(8)]

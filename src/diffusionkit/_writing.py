@@ -190,7 +190,9 @@ def _remove_abandoned(folder: str, digest: str) -> None:
                 continue
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path)
+                # Removed since it was opened: the name may now be that of a writer's new file.
+                if os.fstat(file.fileno()).st_nlink:
+                    os.unlink(path)
 
 
 class _Watched:

@@ -18,6 +18,7 @@ from .._checks import (
     check_t_min,
     readable,
 )
+from .._coefficients import scaled
 from .._data_range import check_range
 from .._log_snr import LogSNRSpan
 from .._masks import count, kept, zeroed
@@ -240,18 +241,17 @@ class NELBO(Described):
         mask: Tensor | None,
     ) -> Tensor:
         """Return the integrand over the density of the log-SNRs, one draw per stratum (n, B)."""
-        sde, sliced, shares = self.model.sde, [], []
+        sde, sliced = self.model.sde, []
         for k in range(len(strata.widths)):
             u = rand(len(x), generator=generator, device=x.device, dtype=last.dtype)
             t = sde.time_at_log_snr(span.at(strata.draw(k, u))).clamp(self.t_min, sde.T)
-            shares.append(span.share(sde.log_snr(t).detach()).expand(len(x)))
+            share = span.share(sde.log_snr(t).detach()).expand(len(x))
             if self.divergence is None:
-                self._add_error(errors, x, t, generator, cond, mask)
+                self._add_error(errors, x, t, generator, cond, mask, share)
             else:
                 rate = self._sliced(self.divergence, x, t, generator, cond, mask)
-                sliced.append(rate + count(x, mask))
-        rates = torch.stack(sliced) if sliced else errors.values()[-len(shares) :]
-        return rates / torch.stack(shares)
+                sliced.append((rate + count(x, mask)) / share)
+        return torch.stack(sliced) if sliced else errors.values()[-len(strata.widths) :]
 
     def _sliced(
         self,
@@ -283,12 +283,17 @@ class NELBO(Described):
         generator: Generators,
         cond: dict[str, Any],
         mask: Tensor | None,
+        share: Tensor | None = None,
     ) -> None:
-        """Append the error of the predicted noise at times t (B,)."""
+        """Append the error of the predicted noise at times t (B,), over the root of the share."""
         sample = self.model.sde.perturb(x, t, generator=generator)
         truth = Prediction(sample.x, sample.x0, sample.eps, sample.alpha, sample.sigma)
         error = zeroed(self.model.predict(sample.x, t, **cond).noise_error(truth), mask)
         _check(error, t)
+        if share is not None:
+            # Before the control variates, whose coefficients are those of neighbors: they have to
+            # fall with the integrand, not with the squared error.
+            error = scaled(share.rsqrt(), exact(error))
         errors.add(error, sample.eps)
 
 

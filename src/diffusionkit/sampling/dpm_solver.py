@@ -272,11 +272,12 @@ class DPMSolver2SAncestral(TwoStagePredictor):
 
     >>> import torch
     >>> from diffusionkit import (
-    ...     VPSDE, DPMSolver2SAncestral, GaussianMixtureModel, LogSNRGrid, PCSampler
+    ...     VPSDE, DPMSolver2SAncestral, GaussianMixtureModel, LogSNRGrid
     ... )
+    >>> from diffusionkit import PCSampler
     >>> model = GaussianMixtureModel(VPSDE(), [[-2.0], [2.0]], [0.5, 0.5])
-    >>> grid = LogSNRGrid()
-    >>> sampler = PCSampler(model, DPMSolver2SAncestral(), steps=20, grid=grid)
+    >>> solver, grid = DPMSolver2SAncestral(), LogSNRGrid()
+    >>> sampler = PCSampler(model, solver, steps=20, grid=grid)
     >>> sampler((4, 1), generator=torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1])
     >>> sampler.nfe

@@ -43,7 +43,8 @@ class TangentGrid:
 
     >>> from diffusionkit import EDMSDE, TangentGrid
     >>> for steps in (4, 8):
-    ...     print([round(s, 2) for s in TangentGrid()(EDMSDE(), steps).tolist()])
+    ...     times = TangentGrid()(EDMSDE(), steps)
+    ...     print([round(s, 2) for s in times.tolist()])
     [80.0, 2.3, 0.66, 0.18, 0.0]
     [80.0, 6.04, 2.3, 1.18, 0.66, 0.36, 0.18, 0.06, 0.0]
     """
