@@ -67,10 +67,10 @@ def options(description: str) -> argparse.ArgumentParser:
 def microseconds(run: Run, per: int, device: torch.device) -> float:
     """Return the time of one run, in microseconds per unit.
 
-    On one thread of the CPU it is the thread's own time, in which other programs have no part.
+    On one thread of the CPU it is the time of this process, in which other programs have no part.
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if alone else time.perf_counter
+    clock = time.process_time if alone else time.perf_counter
     start = clock()
     run()
     if device.type == "cuda":
