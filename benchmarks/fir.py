@@ -10,13 +10,12 @@ kernels.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from side_by_side import Case, options, report
+from side_by_side import Case, microseconds, options, repeated, report
 from torch import Tensor
 
 from diffusionkit.ops import fir_downsample, fir_upsample
@@ -72,15 +71,8 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append((time.perf_counter() - start) / calls * 1e3)
+            microseconds(run, 1, device)
+            times[name].append(microseconds(repeated(run, calls), calls, device) / 1e3)
     return times
 
 

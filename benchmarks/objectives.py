@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from side_by_side import Case, Run, options, report
+from side_by_side import Case, Run, options, repeated, report
 from stf import released
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,20 +194,10 @@ def loss_cases() -> Iterator[Case]:
 
             yield Case(
                 f"loss and gradients, {name}, ({BATCH}, {d}), {layers}",
-                many(partial(learn, loss, model, x0), repeats),
-                many(bare, repeats),
+                repeated(partial(learn, loss, model, x0), repeats),
+                repeated(bare, repeats),
                 per=repeats,
             )
-
-
-def many(run: Run, repeats: int) -> Run:
-    """Return several runs as one."""
-
-    def runs() -> None:
-        for _ in range(repeats):
-            run()
-
-    return runs
 
 
 def optimizer_cases() -> Iterator[Case]:
@@ -236,9 +226,9 @@ def optimizer_cases() -> Iterator[Case]:
         with torch.no_grad():
             torch._foreach_lerp_(weights, list(network.parameters()), 1e-4)
 
-    yield Case("clipped Adam step, 6 tensors", many(ours, 10), many(bare, 10), per=10)
-    ours_averaged = many(partial(ema.update, network), 10)
-    yield Case("EMA update, 6 tensors", ours_averaged, many(average, 10), per=10)
+    yield Case("clipped Adam step, 6 tensors", repeated(ours, 10), repeated(bare, 10), per=10)
+    ours_averaged = repeated(partial(ema.update, network), 10)
+    yield Case("EMA update, 6 tensors", ours_averaged, repeated(average, 10), per=10)
 
 
 def stable_target_cases() -> Iterator[Case]:

@@ -78,6 +78,16 @@ def microseconds(run: Run, per: int, device: torch.device) -> float:
     return (clock() - start) / per * 1e6
 
 
+def repeated(run: Run, calls: int) -> Run:
+    """Return several calls as one run."""
+
+    def all_of_them() -> None:
+        for _ in range(calls):
+            run()
+
+    return all_of_them
+
+
 def measure(case: Case, rounds: int, device: torch.device) -> Row:
     """Return the row of a case, its runs alternating within every round."""
     runs = {"ours": case.ours, **case.peers}
