@@ -55,7 +55,6 @@ from guided_digits import train
 from helpers import fit
 
 MODES = 40
-EVALUATIONS = (6, 8, 10)
 SOLVERS: dict[str, Predictor] = {
     "DEIS 3": DEIS(3),
     "IPNDM 3": IPNDM(3),
@@ -109,7 +108,12 @@ def glyph_network(steps: int) -> ScoreModel:
 
 
 def rows(
-    model: ScoreModel, shape: tuple[int, ...], draws: int, test_draws: int, names: Sequence[str]
+    model: ScoreModel,
+    shape: tuple[int, ...],
+    draws: int,
+    test_draws: int,
+    names: Sequence[str],
+    evaluations: Sequence[int],
 ) -> None:
     """Print a row for every solver and number of evaluations, and the best of each number."""
     z = model.sde.prior_sample((test_draws, *shape), generator=seeded(100))
@@ -121,11 +125,11 @@ def rows(
 
     head = ("evaluations", "Karras", "published", "default", "fitted", "ratio", "fit, s")
     print(f"{'':<16}" + "".join(f"{name:>12}" for name in head))
-    best: dict[int, list[tuple[float, str]]] = {steps: [] for steps in EVALUATIONS}
-    fits: dict[int, list[tuple[float, str]]] = {steps: [] for steps in EVALUATIONS}
+    best: dict[int, list[tuple[float, str]]] = {steps: [] for steps in evaluations}
+    fits: dict[int, list[tuple[float, str]]] = {steps: [] for steps in evaluations}
     for name in names:
         predictor = SOLVERS[name]
-        for steps in EVALUATIONS:
+        for steps in evaluations:
             start = time.process_time()
             grid = fit_grid(model, predictor, (draws, *shape), steps=steps, generator=seeded(0))
             seconds = time.process_time() - start
@@ -139,7 +143,7 @@ def rows(
             cells = (*(f"{value:.4f}" for value in values), f"{fitted / published:.2f}")
             print(f"{name:<16}{steps:>12}" + "".join(f"{c:>12}" for c in cells), end="")
             print(f"{seconds:>12.1f}", flush=True)
-    for steps in EVALUATIONS:
+    for steps in evaluations:
         (published, one), (fitted, two) = min(best[steps]), min(fits[steps])
         print(
             f"{steps:>2} evaluations: best published {published:.4f} ({one}), "
@@ -156,21 +160,23 @@ def main() -> None:
     add("--glyph-steps", type=int, default=1000, help="of the network on glyphs")
     add("--draws", type=int, default=512, help="draws of a fit, half held out")
     add("--test-draws", type=int, default=1024, help="draws that are judged")
+    add("--evaluations", type=int, nargs="+", default=[6, 8, 10])
     add("--only", choices=("network", "glyphs", "mixture"), help="one of the tables")
     add("--solvers", choices=SOLVERS, nargs="+", default=list(SOLVERS))
     args = parser.parse_args()
     data, draws = load(), (args.draws, args.test_draws)
+    chosen = args.solvers, args.evaluations
     if args.only in (None, "network"):
         model = train(data, args.train_steps, 0)
         print("Network trained on digits", flush=True)
-        rows(model, (64,), *draws, args.solvers)
+        rows(model, (64,), *draws, *chosen)
     if args.only in (None, "glyphs"):
         model = glyph_network(args.glyph_steps)
         print("U-Net trained on glyphs of 16 x 16", flush=True)
-        rows(model, (1, 16, 16), args.draws // 8, args.test_draws // 8, args.solvers)
+        rows(model, (1, 16, 16), args.draws // 8, args.test_draws // 8, *chosen)
     if args.only in (None, "mixture"):
         print("Mixture of forty Gaussians in 64 dimensions", flush=True)
-        rows(mixture(data.train.flatten(1)), (64,), *draws, args.solvers)
+        rows(mixture(data.train.flatten(1)), (64,), *draws, *chosen)
 
 
 if __name__ == "__main__":

@@ -182,8 +182,9 @@ class DPMSolver3MSDE(_ThreePredictions):
               \left(x_0 + \delta_1 (l - l_t) + \delta_2 (l - l_t)^2\right) dl
               + \sigma_s \sqrt{1 - e^{-2 \eta h}}\, z, \quad h = l_s - l_t
 
-    with the parabola through the last three predictions of the data. Weak order 2, strong order 1;
-    without noise it is `DPMSolver3M`. The first steps are those of `DPMSolver2MSDE` with "heun".
+    with the parabola through the last three predictions of the data. Weak order 2, strong order 1.
+    The second step has two predictions and integrates their line exactly; without noise the method
+    is `DPMSolver3M`.
 
     Args:
         eta: the amount of noise: 1 is the reverse SDE, 0 the probability flow.
