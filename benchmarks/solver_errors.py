@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from peers import k_diffusion_sampling
 from torch import Tensor
 
 from diffusionkit import (
@@ -117,7 +118,10 @@ def diffusers_solver(name: str, **settings: Any) -> Released:
 
 def k_diffusion_solver(name: str, **settings: Any) -> Released:
     """Return one of k-diffusion's functions."""
-    function = getattr(import_module("k_diffusion.sampling"), name)
+    sampling = k_diffusion_sampling()
+    if sampling is None:
+        raise ImportError("k_diffusion is not installed")
+    function = getattr(sampling, name)
 
     def run(model: ScoreModel, x: Tensor, sigmas: Tensor) -> Tensor:
         def denoiser(state: Tensor, sigma: Tensor) -> Tensor:
