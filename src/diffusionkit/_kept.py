@@ -45,8 +45,8 @@ class Kept(Generic[T]):
 def fixed(part: object) -> bool:
     """Return whether a part can never change: a frozen dataclass of constants.
 
-    What was computed for such a part, and is kept with it, is never out of date. A subclass that is
-    no dataclass itself may have other attributes.
+    Values that are computed for such a part and kept with it are never out of date. A subclass that
+    is no dataclass itself may have other attributes.
     """
     if isinstance(part, (NoneType, str, int, float)):
         return True
