@@ -9,6 +9,7 @@ and `check_times` of the mark of validated times.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,25 @@ class _SDE(Protocol):
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+@dataclass(slots=True, eq=False)
+class Drawn:
+    """Times of a batch, within [0, T], and what was computed to draw them.
+
+    Args:
+        t: the times (B,).
+        weight: their weights (B,), None for 1.
+        exact: the times in float64 and on their validated range, if they were drawn so.
+        kernel: alpha and sigma at the exact times.
+        steps: the steps (B,) of a chain that end at these times, numbered from 0.
+    """
+
+    t: Tensor
+    weight: Tensor | None = None
+    exact: Tensor | None = None
+    kernel: tuple[Tensor, Tensor] | None = None
+    steps: Tensor | None = None
+
+
 class _Schedule:
     """The schedule at times (B,), and when it may be used.
 
@@ -31,14 +51,20 @@ class _Schedule:
         t: the times.
         times: the times in float64.
         kernel: alpha and sigma in float64.
+        steps: the steps of a chain that end at the times, or None.
     """
 
-    __slots__ = ("grad", "kernel", "sde", "times", "version")
+    __slots__ = ("grad", "kernel", "sde", "steps", "times", "version")
 
     def __init__(
-        self, sde: object, t: Tensor, times: Tensor, kernel: tuple[Tensor, Tensor]
+        self,
+        sde: object,
+        t: Tensor,
+        times: Tensor,
+        kernel: tuple[Tensor, Tensor],
+        steps: Tensor | None,
     ) -> None:
-        self.sde, self.times, self.kernel = sde, times, kernel
+        self.sde, self.times, self.kernel, self.steps = sde, times, kernel, steps
         self.grad, self.version = torch.is_grad_enabled(), self._version(t)
 
     def _version(self, t: Tensor) -> int:
@@ -55,21 +81,28 @@ class _Schedule:
         )
 
 
-def with_schedule(sde: _SDE, t: Tensor) -> Tensor:
-    """Return times t (B,), which are validated, such that they carry the schedule of a process."""
-    if (
+def can_carry(t: Tensor) -> bool:
+    """Return whether times can carry a schedule."""
+    return not (
         torch.compiler.is_compiling()  # a compiler finds equal expressions itself
         or torch._C._are_functorch_transforms_active()
         or torch.is_inference_mode_enabled()  # whose tensors have no versions
         or t.is_inference()
-    ):
+    )
+
+
+def with_schedule(sde: _SDE, drawn: Drawn) -> Tensor:
+    """Return times (B,), which are validated, such that they carry the schedule of a process."""
+    t, times = drawn.t, drawn.exact
+    if not can_carry(t):
         return t
     carrier: Any = validated(t.view(t.shape), sde.T)  # nothing is attached to a user's tensor
-    times = within(t, sde.T)
-    times = validated(t.view(t.shape) if times is t else times, sde.T)
-    alpha, sigma = sde.marginal(times)
+    if times is None:
+        times = within(t, sde.T)
+        times = validated(t.view(t.shape) if times is t else times, sde.T)
+    alpha, sigma = sde.marginal(times) if drawn.kernel is None else drawn.kernel
     if not (alpha.is_inference() or sigma.is_inference()):
-        carrier._schedule = _Schedule(sde, carrier, times, (alpha, sigma))
+        carrier._schedule = _Schedule(sde, carrier, times, (alpha, sigma), drawn.steps)
     found: Tensor = carrier
     return found
 
@@ -85,6 +118,12 @@ def wide_times(sde: _SDE, t: Tensor) -> Tensor:
     """Return times t (B,) in float64, at most T."""
     known = _known(sde, t)
     return within(t, sde.T) if known is None else known.times
+
+
+def steps_at(sde: object, t: Tensor) -> Tensor | None:
+    """Return the steps (B,) of a chain that end at times t (B,), from 0, where they are known."""
+    known = _known(sde, t)
+    return None if known is None else known.steps
 
 
 def kernel_at(sde: _SDE, t: Tensor) -> tuple[Tensor, Tensor]:

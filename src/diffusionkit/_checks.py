@@ -54,7 +54,7 @@ def readable(x: Tensor) -> bool:
     Inside `value_checks` devices may be stalled.
     """
     return (
-        (x.device.type == "cpu" or (_everywhere.get() and not x.is_meta))
+        (x.is_cpu or (_everywhere.get() and not x.is_meta))
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )

@@ -20,6 +20,7 @@ from .._data_range import check_range, check_training_data
 from .._keywords import explained
 from .._masks import common, masked, mean, total
 from .._model_checks import check_model
+from .._ones import product
 from .._repr import Described
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel, TargetEstimator, TimeSampler, Weighting
@@ -200,7 +201,7 @@ class ScoreMatching(Described):
         free = readable(squares)
         if not free and _may_be_infinite(sde):
             weights = limits(weights, self.weighting, sde, prediction, t)
-        weighted = squares * (weights * weight).to(squares.dtype)
+        weighted = product(squares, product(weights, weight).to(dtype=squares.dtype))
         if free and not sums_finitely(weighted):
             weights = limits(weights, self.weighting, sde, prediction, t)
             loss = squares * weights.to(squares.dtype)
