@@ -65,20 +65,12 @@ class _Schedule:
         steps: Tensor | None,
     ) -> None:
         self.sde, self.times, self.kernel, self.steps = sde, times, kernel, steps
-        self.grad, self.version = torch.is_grad_enabled(), self._version(t)
+        self.grad, self.version = torch.is_grad_enabled(), _version(t, times, *kernel)
 
-    def _version(self, t: Tensor) -> int:
-        """Return a number that grows when one of the tensors is changed in place."""
-        alpha, sigma = self.kernel
-        return t._version + self.times._version + alpha._version + sigma._version
 
-    def holds(self, sde: object, t: Tensor) -> bool:
-        """Whether this is the schedule of a process at the times as they are now."""
-        return (
-            self.sde is sde
-            and self.grad is torch.is_grad_enabled()
-            and self.version == self._version(t)
-        )
+def _version(t: Tensor, times: Tensor, alpha: Tensor, sigma: Tensor) -> int:
+    """Return a number that grows when one of the tensors is changed in place."""
+    return t._version + times._version + alpha._version + sigma._version
 
 
 def can_carry(t: Tensor) -> bool:
@@ -92,14 +84,18 @@ def can_carry(t: Tensor) -> bool:
 
 
 def with_schedule(sde: _SDE, drawn: Drawn) -> Tensor:
-    """Return times (B,), which are validated, such that they carry the schedule of a process."""
+    """Return times (B,), which are validated, such that they carry the schedule of a process.
+
+    It is attached to the times themselves, which must not be a tensor of the user's.
+    """
     t, times = drawn.t, drawn.exact
     if not can_carry(t):
         return t
-    carrier: Any = validated(t.view(t.shape), sde.T)  # nothing is attached to a user's tensor
+    carrier: Any = validated(t, sde.T)
     if times is None:
         times = within(t, sde.T)
-        times = validated(t.view(t.shape) if times is t else times, sde.T)
+    # Another tensor than the one that carries it, or each would hold the other.
+    times = validated(t.view(t.shape) if times is t else times, sde.T)
     alpha, sigma = sde.marginal(times) if drawn.kernel is None else drawn.kernel
     if not (alpha.is_inference() or sigma.is_inference()):
         carrier._schedule = _Schedule(sde, carrier, times, (alpha, sigma), drawn.steps)
@@ -133,5 +129,13 @@ def kernel_at(sde: _SDE, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _known(sde: object, t: Tensor) -> _Schedule | None:
-    known: _Schedule | None = getattr(t, "_schedule", None)
-    return known if known is not None and known.holds(sde, t) else None
+    """Return the schedule of a process at times as they are now, or None."""
+    found: _Schedule | None = getattr(t, "_schedule", None)
+    if (
+        found is None
+        or found.sde is not sde
+        or found.grad is not torch.is_grad_enabled()
+        or found.version != _version(t, found.times, *found.kernel)
+    ):
+        return None
+    return found

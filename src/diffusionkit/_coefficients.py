@@ -29,7 +29,9 @@ def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
     if not isinstance(coefficient, Tensor):
         return coefficient
     dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
-    return coefficient.to(dtype=dtype).view(-1, *(1,) * (like.ndim - 1))
+    if coefficient.dtype is not dtype:
+        coefficient = coefficient.to(dtype=dtype)
+    return coefficient.view(-1, *(1,) * (like.ndim - 1))
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:

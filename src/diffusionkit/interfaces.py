@@ -159,9 +159,9 @@ class ForwardSDE(abc.ABC):
         eps = given_noise(x0, eps)
         x0 = at_least_float32(x0)
         eps = randn_like(x0, generator) if eps is None else at_least_float32(eps)
-        alpha, sigma = (per_sample(c, x0) for c in kernel_at(self, t))
-        x = linear(alpha, x0, sigma, eps)
-        return Perturbed(x0=x0, eps=eps, x=x, t=t, alpha=alpha, sigma=sigma)
+        alpha, sigma = kernel_at(self, t)
+        alpha, sigma = per_sample(alpha, x0), per_sample(sigma, x0)
+        return Perturbed(x0, eps, linear(alpha, x0, sigma, eps), t, alpha, sigma)
 
     def prior_sample(
         self,

@@ -205,9 +205,7 @@ def _number(sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float) 
     return torch.full_like(t, whole if abs(whole - number) <= near else number, dtype=dtype)
 
 
-def _computed_number(
-    sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float
-) -> Tensor:
+def _computed_number(sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float) -> Tensor:
     """Return the `_number` at times t (B,), in float64."""
     label = (exact(t) * (steps / sde.T) - first).clamp_min(0.0) * scale
     return snapped(label, _rounding(t, steps * scale))

@@ -16,9 +16,7 @@ from ..interfaces import ForwardSDE
 from ._subsequence import subsequence
 
 
-def at_steps(
-    sde: ForwardSDE, i: Tensor, dtype: torch.dtype, weight: Tensor | None = None
-) -> Drawn:
+def at_steps(sde: ForwardSDE, i: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> Drawn:
     """Return the times (B,) that steps i (B,) of a process end at, with a chain's schedule there.
 
     Args:

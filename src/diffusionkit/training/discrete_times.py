@@ -16,7 +16,7 @@ from .._repr import Described
 from .._schedules import schedule_dtype
 from ..distributed._group import gather_rows
 from ..interfaces import ForwardSDE
-from ..random import Generators, rand
+from ..random import Generators, draw
 from ..sde.chain import at_steps
 from .times import DrawnTimes
 
@@ -54,7 +54,7 @@ class DiscreteTimes(DrawnTimes):
         dtype: torch.dtype,
     ) -> Drawn:
         steps = _steps(sde)
-        u = rand(n, generator=generator, device=device, dtype=schedule_dtype(device))
+        u = draw(torch.rand, (n,), generator, device, schedule_dtype(device))
         return at_steps(sde, (u * steps).long().clamp_max(steps - 1), dtype)
 
 
@@ -156,7 +156,7 @@ class LossSecondMomentTimes(Described, DrawnTimes):
         self._T = sde.T
         self._move(device)
         p = self._shares()
-        u = rand(n, generator=generator, device=device, dtype=p.dtype)
+        u = draw(torch.rand, (n,), generator, device, p.dtype)
         i = torch.searchsorted(p.cumsum(0), u, right=True).clamp_max(steps - 1)
         return at_steps(sde, i, dtype, (1 / (steps * p[i])).to(dtype=dtype))
 

@@ -13,7 +13,7 @@ from .._batch_times import Drawn
 from .._checks import check_finite_number, check_number, check_part, check_positive
 from .._schedules import shifted
 from ..interfaces import ForwardSDE, TimeSampler
-from ..random import Generators, rand, randn
+from ..random import Generators, draw
 from .times import DrawnTimes, UniformTimes
 
 _LEAST_MODE, _MOST_MODE = -1.0, 2 / (math.pi - 2)  # where the map of `ModeTimes` is increasing
@@ -67,7 +67,7 @@ class LogitNormalTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        z = randn((n,), generator=generator, device=device, dtype=dtype)
+        z = draw(torch.randn, (n,), generator, device, dtype)
         t = sde.T * torch.sigmoid(self.mean + self.std * z)
         return Drawn(t.clamp(sde.t_min, sde.T))
 
@@ -122,7 +122,7 @@ class ModeTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        u = rand(n, generator=generator, device=device, dtype=dtype)
+        u = draw(torch.rand, (n,), generator, device, dtype)
         bend = torch.cos(0.5 * math.pi * u).square() - 1 + u
         t = sde.T * (1 - u - self.scale * bend)
         return Drawn(t.clamp(sde.t_min, sde.T))

@@ -13,6 +13,7 @@ from .._checks import (
     check_part,
     check_reference,
     check_state,
+    check_times,
     readable,
     sums_finitely,
 )
@@ -181,7 +182,9 @@ class ScoreMatching(Described):
             mask, x0 = masked(mask, x0)
         check_finite(x0, "x0")
         check_training_data(x0, model, mask)
-        cond = for_batch(cond, x0.shape[0])
+        free = readable(x0)
+        if cond:
+            cond = for_batch(cond, x0.shape[0])
         if reference is not None:
             check_reference(reference, x0)
             check_range(reference, model, "reference", None if mask is None else mask[:1])
@@ -198,7 +201,6 @@ class ScoreMatching(Described):
         squares = prediction.squared_error(target)
         squares = mean(channel_weighted(squares, self.weighting, sde, t), mask)
         weights = output_weights(self.weighting, sde, prediction, t)
-        free = readable(squares)
         if not free and _may_be_infinite(sde):
             weights = limits(weights, self.weighting, sde, prediction, t)
         weighted = product(squares, product(weights, weight).to(dtype=squares.dtype))
@@ -206,13 +208,14 @@ class ScoreMatching(Described):
             weights = limits(weights, self.weighting, sde, prediction, t)
             loss = squares * weights.to(squares.dtype)
             weighted = loss * weight.to(loss.dtype)
-            self._check(weighted, loss, prediction, target, t)
+            self._check(sde, weighted, loss, prediction, target, t)
         if type(self.times).update is not TimeSampler.update:
             self.times.update(t, squares.detach() * weights.to(squares.dtype))
         return weighted
 
     def _check(
         self,
+        sde: ForwardSDE,
         weighted: Tensor,
         loss: Tensor,
         prediction: Prediction,
@@ -222,6 +225,7 @@ class ScoreMatching(Described):
         """Raise if losses are not finite although the model's output is."""
         if sums_finitely(weighted):
             return
+        check_times(t.detach().clone(), sde.T)  # from a sampler, of a process that returned NaN
         for name, value, part in (("x0", target.x0, self.target), ("eps", target.eps, self.target)):
             if bool((bad := ~_finite(value)).any()):
                 raise ValueError(

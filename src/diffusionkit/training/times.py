@@ -8,7 +8,7 @@ import functools
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
 from ..distributed._group import first_of_all, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
-from ..random import Generators, check_generator, rand, randn
+from ..random import Generators, check_generator, draw
 
 
 def times_and_weights(
@@ -42,11 +42,12 @@ def times_and_weights(
     """Return times and weights (B,) for data x0: drawn, or the given times with weight 1."""
     # In the data's dtype, so that a model that computes with t stays in that dtype.
     dtype = state_dtype(x0.dtype)
-    if t is None and isinstance(sampler, DrawnTimes) and sampler.is_drawn:
-        drawn = sampler._draw(sde, x0.shape[0], generator, x0.device, dtype)
+    if t is None and type(sampler).sample is DrawnTimes.sample:  # not that of a subclass
+        drawn = cast(DrawnTimes, sampler)._draw(sde, len(x0), generator, x0.device, dtype)
     else:
         drawn = _sampled(sampler, sde, x0, dtype, generator) if t is None else Drawn(t)
         check_times(drawn.t, sde.T, x0.shape[0], x0)
+        drawn.t = drawn.t.view(drawn.t.shape)  # nothing is attached to a tensor of the user's
     t = with_schedule(sde, drawn)
     return t, ones_like(t) if drawn.weight is None else drawn.weight
 
@@ -59,15 +60,15 @@ def _sampled(
     generator: Generators,
 ) -> Drawn:
     """Return times and weights (B,) for data x0, drawn from any sampler."""
-    draw = partial(sampler.sample, sde, device=x0.device, dtype=dtype)
+    sample = partial(sampler.sample, sde, device=x0.device, dtype=dtype)
     try:
-        return Drawn(*draw(x0.shape[0], generator=generator))
+        return Drawn(*sample(x0.shape[0], generator=generator))
     except TypeError:
         # One generator for each sample, in a sampler that uses torch's draws, which take one.
         if generator is None or isinstance(generator, torch.Generator):
             raise
     check_generator(generator, len(x0))
-    drawn = [draw(1, generator=one) for one in generator]
+    drawn = [sample(1, generator=one) for one in generator]
     times, weights = (torch.cat(column) for column in zip(*drawn, strict=True))
     return Drawn(times, weights)
 
@@ -90,7 +91,7 @@ def _stratified(
             f"generator: expected a torch.Generator or None, got {type(generator).__name__}; "
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
-    shift = rand(1, generator=generator, device=device, dtype=dtype)
+    shift = draw(torch.rand, (1,), generator, device, dtype)
     rank, world = rank_and_world_size()
     index = torch.arange(n, device=device, dtype=dtype)
     # Where no gradients are wanted, as in an evaluation by one process, the others do not draw.
@@ -122,11 +123,6 @@ class DrawnTimes(TimeSampler):
         dtype: torch.dtype,
     ) -> Drawn:
         """Draw n times; the arguments are validated."""
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether `sample` is the one that draws, not that of a subclass."""
-        return type(self).sample is DrawnTimes.sample
 
     @override
     def sample(
@@ -169,7 +165,7 @@ class UniformTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        u = rand(n, generator=generator, device=device, dtype=dtype)
+        u = draw(torch.rand, (n,), generator, device, dtype)
         return Drawn(sde.t_min + (sde.T - sde.t_min) * u)
 
 
@@ -256,7 +252,7 @@ class ImportanceTimes(DrawnTimes):
         if self.stratified:
             u = _stratified(n, generator, device, exactly, self)
         else:
-            u = rand(n, generator=generator, device=device, dtype=exactly)
+            u = draw(torch.rand, (n,), generator, device, exactly)
         span = _span(sde, device)
         t = validated(self._at(sde, u, span), sde.T)
         kernel = sde.marginal(t)
@@ -342,6 +338,6 @@ class LogNormalTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        z = randn((n,), generator=generator, device=device, dtype=dtype)
+        z = draw(torch.randn, (n,), generator, device, dtype)
         t = sde.time_at_log_snr(-2 * self.mean - (2 * self.std) * z)
         return Drawn(t.clamp(sde.t_min, sde.T))

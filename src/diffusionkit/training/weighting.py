@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from .._batch_times import kernel_at, wide_times
 from .._checks import check_positive, check_times
-from .._ones import are_ones, ones_like
+from .._ones import ones_like
 from .._sigma_data import SigmaData, as_sigma_data, for_channels, overall, spread
 from ..interfaces import ForwardSDE, Weighting
 
