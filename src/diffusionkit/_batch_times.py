@@ -91,7 +91,8 @@ def with_schedule(sde: _SDE, drawn: Drawn) -> Tensor:
     t, times = drawn.t, drawn.exact
     if not can_carry(t):
         return t
-    carrier: Any = validated(t, sde.T)
+    carrier: Any = t
+    carrier._within = sde.T
     if times is None:
         times = within(t, sde.T)
     # Another tensor than the one that carries it, or each would hold the other.

@@ -87,12 +87,11 @@ def randn(
     return draw(torch.randn, _sizes(shape), generator, device, dtype)
 
 
-def given_noise(x0: Tensor, eps: Tensor | None) -> Tensor | None:
+def given_noise(x0: Tensor, eps: Tensor) -> Tensor:
     """Return noise that was passed for data x0 (B, *D), or raise unless it is like them."""
-    if eps is not None:
-        check_state(eps, "eps")
-        check_same(eps, x0, "eps", "x0")
-        check_finite(eps, "eps")
+    check_state(eps, "eps")
+    check_same(eps, x0, "eps", "x0")
+    check_finite(eps, "eps")
     return eps
 
 

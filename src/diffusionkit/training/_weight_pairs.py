@@ -1,4 +1,4 @@
-"""Which weights of a model belong to which averages: matched by name once, not in every step."""
+"""A model's weights and their averages in pairs, matched by name once and not in every step."""
 
 from __future__ import annotations
 

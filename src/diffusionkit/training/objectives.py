@@ -29,7 +29,7 @@ from ..random import Generators
 from ..values import Prediction
 from ._output_weights import channel_weighted, limits, output_weights, reaches_noise
 from .targets import DenoisingTarget
-from .times import UniformTimes, times_and_weights
+from .times import UniformTimes, times_and_weights, weighted_losses
 from .weighting import LikelihoodWeighting, SimpleWeighting
 
 
@@ -180,9 +180,10 @@ class ScoreMatching(Described):
             if reference is not None:
                 reference = common(mask, reference)
             mask, x0 = masked(mask, x0)
-        check_finite(x0, "x0")
-        check_training_data(x0, model, mask)
         free = readable(x0)
+        if free and not sums_finitely(x0):
+            check_finite(x0, "x0")
+        check_training_data(x0, model, mask)
         if cond:
             cond = for_batch(cond, x0.shape[0])
         if reference is not None:
@@ -203,11 +204,12 @@ class ScoreMatching(Described):
         weights = output_weights(self.weighting, sde, prediction, t)
         if not free and _may_be_infinite(sde):
             weights = limits(weights, self.weighting, sde, prediction, t)
-        weighted = product(squares, product(weights, weight).to(dtype=squares.dtype))
+        both = weights if weight is None else product(weights, weight)
+        weighted = product(squares, both.to(dtype=squares.dtype))
         if free and not sums_finitely(weighted):
             weights = limits(weights, self.weighting, sde, prediction, t)
             loss = squares * weights.to(squares.dtype)
-            weighted = loss * weight.to(loss.dtype)
+            weighted = weighted_losses(loss, weight)
             self._check(sde, weighted, loss, prediction, target, t)
         if type(self.times).update is not TimeSampler.update:
             self.times.update(t, squares.detach() * weights.to(squares.dtype))

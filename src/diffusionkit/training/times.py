@@ -8,7 +8,7 @@ import functools
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from .._checks import (
     readable,
 )
 from .._log_snr import LogSNRSpan
-from .._ones import ones_like
 from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
 from ..distributed._group import first_of_all, rank_and_world_size
@@ -38,18 +37,23 @@ from ..random import Generators, check_generator, draw
 
 def times_and_weights(
     sampler: TimeSampler, sde: ForwardSDE, x0: Tensor, t: Tensor | None, generator: Generators
-) -> tuple[Tensor, Tensor]:
-    """Return times and weights (B,) for data x0: drawn, or the given times with weight 1."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return times and weights (B,) for data x0: drawn, or given; None for weights of 1."""
     # In the data's dtype, so that a model that computes with t stays in that dtype.
     dtype = state_dtype(x0.dtype)
     if t is None and type(sampler).sample is DrawnTimes.sample:  # not that of a subclass
-        drawn = cast(DrawnTimes, sampler)._draw(sde, len(x0), generator, x0.device, dtype)
+        own: Any = sampler
+        drawn: Drawn = own._draw(sde, x0.shape[0], generator, x0.device, dtype)
     else:
         drawn = _sampled(sampler, sde, x0, dtype, generator) if t is None else Drawn(t)
         check_times(drawn.t, sde.T, x0.shape[0], x0)
         drawn.t = drawn.t.view(drawn.t.shape)  # nothing is attached to a tensor of the user's
-    t = with_schedule(sde, drawn)
-    return t, ones_like(t) if drawn.weight is None else drawn.weight
+    return with_schedule(sde, drawn), drawn.weight
+
+
+def weighted_losses(losses: Tensor, weight: Tensor | None) -> Tensor:
+    """Return losses (B,) times the weights (B,) of their times, in the dtype of the losses."""
+    return losses if weight is None else losses * weight.to(dtype=losses.dtype)
 
 
 def _sampled(
