@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from .._checks import (
 from .._log_snr import LogSNRSpan
 from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
-from ..distributed._group import first_of_all, rank_and_world_size
+from ..distributed._group import first_of_all, is_distributed, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, draw
 
@@ -96,10 +95,10 @@ def _stratified(
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
     shift = draw(torch.rand, (1,), generator, device, dtype)
-    rank, world = rank_and_world_size()
     index = torch.arange(n, device=device, dtype=dtype)
     # Where no gradients are wanted, as in an evaluation by one process, the others do not draw.
-    if world > 1 and torch.is_grad_enabled():
+    if is_distributed() and torch.is_grad_enabled():
+        rank, world = rank_and_world_size()
         shift, index = first_of_all(shift), index + rank / world
     return (shift + index / n) % 1.0
 
@@ -278,8 +277,10 @@ def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     """Return the log-SNRs from t_min to T, floats where reading them is free."""
     params: Any = getattr(type(sde), "__dataclass_params__", None)
     if params is not None and params.frozen and not _traced():
-        with contextlib.suppress(TypeError):  # a field that cannot be hashed
+        try:
             return _kept_span(sde)
+        except TypeError:  # a field that cannot be hashed
+            pass
     return _computed_span(sde, device)
 
 
