@@ -3,7 +3,7 @@
     python examples/images/color_patches.py --out patches
 
 The photographs, a temple and a flower, are halved in size and cut into stripes; every fifth stripe
-is for tests, so that test patches share no pixels with training patches. Patches of one part overlap.
+is for tests, so that test patches share no pixels with training patches. Those of one part overlap.
 The files train.npz and test.npz have the photograph of each patch as its class.
 """
 
