@@ -16,6 +16,7 @@ import correctors_at_equal_cost
 import cosine_with_mlps
 import edm_sampling
 import maximum_likelihood
+import network_widths
 import stable_targets
 from experiment import Claim, Finding
 from helpers import argument_parser, save
@@ -26,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 CLAIMS = tuple(
     module.CLAIM
     for module in (
-        stable_targets, chains, maximum_likelihood, correctors_at_equal_cost, controllable,
-        edm_sampling, cosine_with_mlps,
+        stable_targets, chains, network_widths, maximum_likelihood, correctors_at_equal_cost,
+        controllable, edm_sampling, cosine_with_mlps,
     )
 )  # fmt: skip
 VERDICTS = ("shown", "not resolved", "opposite", "not measured")
@@ -77,6 +78,7 @@ def tables(numbers: dict[str, Results]) -> dict[str, str]:
     """Return the text of every table, by the name of its file."""
     found = {"claims": overview(numbers)}
     found["claims_variances"] = stable_targets.variance_table(numbers["stable_targets"])
+    found["claims_crossings"] = maximum_likelihood.crossings(numbers["maximum_likelihood"])
     for claim in CLAIMS:
         found[f"claims_{claim.name}"] = table(claim, numbers[claim.name])
     return {name: "\n".join(lines) + "\n" for name, lines in found.items()}
