@@ -39,11 +39,11 @@ def verdict_of(finding: Finding) -> str:
     return "not measured" if finding.found is None else verdict(finding.found, finding.claimed)
 
 
-def table(claim: Claim, results: Results) -> Iterator[str]:
-    """Yield the lines of the table of a claim."""
-    yield "| claim | measured | means | difference | seeds, steps | verdict |"
+def table(findings: Sequence[Finding], first: str = "claim") -> Iterator[str]:
+    """Yield the lines of a table of findings, with the heading of its first column."""
+    yield f"| {first} | measured | means | difference | seeds, steps | verdict |"
     yield "|---|---|---|---|---|---|"
-    for finding in claim.findings(results):
+    for finding in findings:
         found, digits = finding.found, finding.digits
         means = difference = budget = ""
         if found is not None:
@@ -80,7 +80,10 @@ def tables(numbers: dict[str, Results]) -> dict[str, str]:
     found["claims_variances"] = stable_targets.variance_table(numbers["stable_targets"])
     found["claims_crossings"] = maximum_likelihood.crossings(numbers["maximum_likelihood"])
     for claim in CLAIMS:
-        found[f"claims_{claim.name}"] = table(claim, numbers[claim.name])
+        results = numbers[claim.name]
+        found[f"claims_{claim.name}"] = table(claim.findings(results))
+        if claim.others:
+            found[f"claims_{claim.name}_others"] = table(claim.others(results), "check")
     return {name: "\n".join(lines) + "\n" for name, lines in found.items()}
 
 

@@ -240,6 +240,7 @@ class Claim:
         measure: measures everything, at seeds and steps.
         findings: the findings of the numbers.
         draw: the figure of the numbers.
+        others: comparisons that the papers do not make, which check what explains the findings.
     """
 
     name: str
@@ -251,6 +252,7 @@ class Claim:
     measure: Callable[[Lab, Iterable[int], tuple[int, ...]], None]
     findings: Callable[[Results], list[Finding]]
     draw: Callable[[Results], Figure]
+    others: Callable[[Results], list[Finding]] | None = None
 
     def main(self, doc: str | None, argv: list[str] | None = None) -> None:
         """Measure what is missing, draw the figure and print the findings."""
@@ -276,7 +278,7 @@ class Claim:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         self.measure(lab, seeds, tuple(sorted(steps)))
         save(self.draw(results), results.path.with_suffix(".png"))
-        for finding in self.findings(results):
+        for finding in (*self.findings(results), *(self.others(results) if self.others else ())):
             print(describe(finding))
         print(f"-> {results.path}")
 
