@@ -1,20 +1,24 @@
 """Improved DDPM on 256 levels: where the bits of the cosine schedule are, and few sampling steps.
 
 Nichol and Dhariwal, 2021, arXiv 2102.09672: the cosine schedule has fewer bits and better samples
-than the linear one; L_hybrid has fewer bits than L_simple and keeps its samples good in 25 to 100
-steps, where those of fixed variances break down; L_vlb with importance sampling has the fewest
-bits. The bits are also counted by log-SNR: those above 8 concern noise finer than a grey level.
+than the linear one, and longer chains have fewer bits (section 3.2 and tables 1 and 2); L_hybrid
+keeps its samples good in 25 to 100 steps, where those of fixed variances, large or small, break
+down (section 4, figure 8); L_vlb with importance sampling has the fewest bits (section 3.3). Bits
+are also counted by log-SNR: those above 8 concern noise finer than a grey level. The paper
+compares precision and recall with those of a GAN, which is not done here; they are compared between
+objectives.
 
     python examples/claims/chains.py
     python examples/claims/chains.py --seeds 2 --steps 20
 
-Small: 16x16 glyphs, chains of 1,000 steps, an ADM U-Net of width 16; 25 minutes of one CPU core
-for each seed.
+Small: 16x16 glyphs, chains of 1,000 and 4,000 steps, an ADM U-Net of width 16; 40 minutes of one
+CPU core for each seed.
 """
 
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
 from experiment import Claim, Finding, Lab, compare
@@ -31,8 +35,17 @@ SIMPLE = "cosine, simple"
 FEW = (25, 100)  # sampling steps
 IMAGES, SAMPLES = 32, 250
 BITS = f"bits per dimension, {IMAGES} test images"
-FIXED = {"fixed large variance": "forward", "fixed small variance": "posterior"}
-VARIANCES = {name: {"learned variance": "model"} for name in (*HYBRID, *VLB)} | {SIMPLE: FIXED}
+SMALL = "fixed small variance"
+FIXED = {"fixed large variance": "forward", SMALL: "posterior"}
+LEARNED = {"learned variance": "model"}
+VARIANCES: dict[str, dict[str, str]] = {
+    **dict.fromkeys((*HYBRID, *VLB), LEARNED),
+    SIMPLE: FIXED,
+    # The means of L_hybrid with a variance that it did not learn tell which of them matters.
+    HYBRID[1]: LEARNED | {SMALL: "posterior"},
+}
+STYLES = {"fixed large variance": "--", SMALL: ":"}
+LONG = ("linear, hybrid, T = 4000", "cosine, hybrid, T = 4000")  # their bits alone
 
 
 def samples(variance: str, steps: int) -> str:
@@ -49,6 +62,7 @@ def sampler(run: Run, variance: Any, steps: int) -> Callable[..., Tensor]:
 
 def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
     """Train every chain and objective; count bits, and draw samples in few steps."""
+    seeds = tuple(seeds)
     for seed, (name, variances) in product(seeds, VARIANCES.items()):
         for at in steps:
             if name != SIMPLE:
@@ -58,6 +72,8 @@ def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
                 draw = partial(sampler, variance=variance, steps=few)
                 of = quality(f"{label}, {few}", draw, SAMPLES)
                 lab.measure(name, seed, at, samples(label, few), of)
+    for seed, name in product(seeds, LONG):
+        lab.measure(name, seed, steps[-1], BITS, partial(chain_bits, count=IMAGES))
 
 
 def findings(results: Results) -> list[Finding]:
@@ -74,28 +90,57 @@ def findings(results: Results) -> list[Finding]:
         for part, value in parts.items()
     ]  # fmt: skip
 
-    def distance(quality: dict[str, float]) -> float:
-        return quality["frechet"]
-
+    for name, one, short in zip(("linear", "cosine"), LONG, HYBRID, strict=True):
+        found.append(compare(
+            results, f"chains of 4,000 steps have fewer bits than those of 1,000, {name}",
+            "bits/dim, L_hybrid", (one, BITS), (short, BITS), -1, value=parts["in all"],
+            labels=("4,000", "1,000"),
+        ))  # fmt: skip
+    found.append(compare(
+        results, "the cosine schedule has fewer bits in chains of 4,000 steps",
+        "bits/dim, L_hybrid", (LONG[1], BITS), (LONG[0], BITS), -1, value=parts["in all"],
+        labels=("cosine", "linear"),
+    ))  # fmt: skip
     for few in FEW:
         for fixed in FIXED:
             found.append(compare(
                 results, f"L_hybrid has better samples than L_simple in {few} steps, {fixed}",
                 "glyph Fréchet distance, cosine", (cosine, samples("learned variance", few)),
-                (SIMPLE, samples(fixed, few)), -1, value=distance, labels=("hybrid", "simple"),
+                (SIMPLE, samples(fixed, few)), -1, value=itemgetter("frechet"),
+                labels=("hybrid", "simple"),
             ))  # fmt: skip
     for few in FEW:
         learned = samples("learned variance", few)
         found.append(compare(
             results, f"the cosine schedule has better samples in {few} steps",
             "glyph Fréchet distance, L_hybrid", (cosine, learned), (linear, learned), -1,
-            value=distance, labels=("cosine", "linear"),
+            value=itemgetter("frechet"), labels=("cosine", "linear"),
         ))  # fmt: skip
     for hybrid, vlb in zip(HYBRID, VLB, strict=True):
         schedule = hybrid.partition(",")[0]
         found.append(compare(
             results, f"L_vlb with resampling has fewer bits than L_hybrid, {schedule}", "bits/dim",
             (vlb, BITS), (hybrid, BITS), -1, value=parts["in all"], labels=("VLB", "hybrid"),
+        ))  # fmt: skip
+    return found
+
+
+def others(results: Results) -> list[Finding]:
+    """Return comparisons that the paper does not make: of variances alone, precision and recall."""
+    found = []
+    for few in FEW:
+        found.append(compare(
+            results, f"a learned variance is better than the small one, same network, {few} steps",
+            "glyph Fréchet distance, cosine, L_hybrid",
+            (HYBRID[1], samples("learned variance", few)), (HYBRID[1], samples(SMALL, few)), -1,
+            value=itemgetter("frechet"), labels=("learned", "small"),
+        ))  # fmt: skip
+    for part, few in product(("precision", "recall"), FEW):
+        found.append(compare(
+            results, f"L_hybrid has higher {part} than L_simple in {few} steps, fixed large "
+            "variance", f"{part}, cosine", (HYBRID[1], samples("learned variance", few)),
+            (SIMPLE, samples("fixed large variance", few)), 1,
+            value=itemgetter(part), labels=("hybrid", "simple"),
         ))  # fmt: skip
     return found
 
@@ -122,7 +167,7 @@ def draw(results: Results) -> Figure:
                 for number, seed in enumerate(sorted(set.intersection(*map(set, by_seed)))):
                     right.plot(FEW, [table[seed]["frechet"] for table in by_seed], marker="o",
                                color=colors[name], alpha=0.7,
-                               linestyle="--" if "large" in label else "-",
+                               linestyle=STYLES.get(label, "-"),
                                label=None if number else f"{name}, {label}")  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="glyph Fréchet distance")
     right.set_xticks([], minor=True)
@@ -133,8 +178,9 @@ def draw(results: Results) -> Figure:
 
 
 CLAIM = Claim(
-    "chains", "Improved DDPM", ("2102.09672",), 3, (800,), (100_000,), measure, findings, draw
-)
+    "chains", "Improved DDPM", ("2102.09672",), 3, (800,), (100_000,), measure, findings, draw,
+    others,
+)  # fmt: skip
 
 if __name__ == "__main__":
     CLAIM.main(__doc__)

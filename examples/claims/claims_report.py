@@ -16,6 +16,7 @@ import correctors_at_equal_cost
 import cosine_with_mlps
 import edm_sampling
 import maximum_likelihood
+import network_widths
 import stable_targets
 from experiment import Claim, Finding
 from helpers import argument_parser, save
@@ -26,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 CLAIMS = tuple(
     module.CLAIM
     for module in (
-        stable_targets, chains, maximum_likelihood, correctors_at_equal_cost, controllable,
-        edm_sampling, cosine_with_mlps,
+        stable_targets, chains, network_widths, maximum_likelihood, correctors_at_equal_cost,
+        controllable, edm_sampling, cosine_with_mlps,
     )
 )  # fmt: skip
 VERDICTS = ("shown", "not resolved", "opposite", "not measured")
@@ -38,11 +39,11 @@ def verdict_of(finding: Finding) -> str:
     return "not measured" if finding.found is None else verdict(finding.found, finding.claimed)
 
 
-def table(claim: Claim, results: Results) -> Iterator[str]:
-    """Yield the lines of the table of a claim."""
-    yield "| claim | measured | means | difference | seeds, steps | verdict |"
+def table(findings: Sequence[Finding], first: str = "claim") -> Iterator[str]:
+    """Yield the lines of a table of findings, with the heading of its first column."""
+    yield f"| {first} | measured | means | difference | seeds, steps | verdict |"
     yield "|---|---|---|---|---|---|"
-    for finding in claim.findings(results):
+    for finding in findings:
         found, digits = finding.found, finding.digits
         means = difference = budget = ""
         if found is not None:
@@ -77,8 +78,12 @@ def tables(numbers: dict[str, Results]) -> dict[str, str]:
     """Return the text of every table, by the name of its file."""
     found = {"claims": overview(numbers)}
     found["claims_variances"] = stable_targets.variance_table(numbers["stable_targets"])
+    found["claims_crossings"] = maximum_likelihood.crossings(numbers["maximum_likelihood"])
     for claim in CLAIMS:
-        found[f"claims_{claim.name}"] = table(claim, numbers[claim.name])
+        results = numbers[claim.name]
+        found[f"claims_{claim.name}"] = table(claim.findings(results))
+        if claim.others:
+            found[f"claims_{claim.name}_others"] = table(claim.others(results), "check")
     return {name: "\n".join(lines) + "\n" for name, lines in found.items()}
 
 

@@ -1,23 +1,29 @@
-"""Inpainting by an unconditional model, against the truth and against the training set.
+"""One unconditional model for inpainting, enlarging and class-conditional generation.
 
-Song et al., 2021, arXiv 2011.13456, section 5: one unconditional model also fills in images. Parts
-of test glyphs are hidden, drawn by predictor and corrector with what is known imposed, and scored
-by the energy score of the hidden pixels, which is lowest in the mean for samples of the true
-posterior. The rival needs no network: the exact posterior of the training set for a measurement
-with noise, at the noise that suits it best. It knows every training image, but no new character.
+Song et al., 2021, arXiv 2011.13456, section 5 and appendix I: one unconditional model fills in
+images, colors them, and draws images of a class with a classifier of noisy images; the paper shows
+pictures. Here what is hidden of test glyphs is drawn by predictor and corrector with what is known
+imposed, and scored by the energy score, which is lowest in the mean for samples of the true
+posterior. Known are half of the pixels, a quarter of them, or the means of 4x4 blocks; the last
+stands for colorization, also a linear measurement. The rival needs no network: the exact posterior
+of the training set for a measurement with noise, little or at the level that suits it best in
+hindsight. It knows every training image, but no new character.
 
     python examples/claims/controllable.py
     python examples/claims/controllable.py --seeds 2 --steps 20
 
-Small: 16x16 glyphs, an NCSN++ of width 16 (VE), 100 evaluations; 4 minutes of one CPU core for each
-seed.
+Small: 16x16 glyphs, an NCSN++ of width 16 (VE), 100 evaluations; 9 minutes of one CPU core for each
+seed, of which 5 are those of the checks.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
 import torch
+from class_guidance import CLASSES, class_shares
 from einops import rearrange, repeat
 from experiment import Claim, Finding, Lab, compare
 from matplotlib.figure import Figure
@@ -26,124 +32,261 @@ from presets import Run, open_data
 from results import Results
 from torch import Tensor
 
-from diffusionkit import Inpainting, Langevin, PCSampler, ReverseDiffusion
+from diffusionkit import (
+    EmpiricalModel,
+    Langevin,
+    LinearMeasurement,
+    PCSampler,
+    PseudoinverseGuidance,
+    ReverseDiffusion,
+    ScoreModel,
+)
 from diffusionkit.calibration import energy_score
+from diffusionkit.control import AveragePool, LinearOperator, Mask
 from diffusionkit.random import seeded
 
 IMAGES, MEMBERS, STEPS = 48, 4, 50
 NOISE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of the measurement, in units of the range, for the rival
-SCORES = f"energy score, {IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
+NETWORK, EXACT, MORE, GUIDED = "network", "training set", "more evaluations", "guidance"
+_BUDGET = f"{IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
+SCORES = f"energy score, {_BUDGET}"
+MEANS = f"energy score from means of blocks, {_BUDGET}"
+CHECKS = f"energy score of other samplers, {_BUDGET} or {8 * STEPS}"
 
 
-def right_half(size: int) -> Tensor:
-    """Return the mask of known pixels (1, size, size): the left half."""
+@dataclass(frozen=True)
+class Task:
+    """What is known of an image.
+
+    Args:
+        operator: the measurement, of images (B, 1, size, size).
+        hidden: the weights of the pixels that are scored, (1, size, size).
+    """
+
+    operator: LinearOperator
+    hidden: Tensor
+
+
+def right_half(size: int) -> Task:
+    """Return the task of drawing the right half."""
     known = torch.zeros(1, size, size)
     known[:, :, : size // 2] = 1
-    return known
+    return Task(Mask(known), 1 - known)
 
 
-def scattered(size: int) -> Tensor:
-    """Return the mask of known pixels (1, size, size): a quarter of them, at random."""
-    return (torch.rand(1, size, size, generator=torch.Generator().manual_seed(0)) < 0.25).float()
+def scattered(size: int) -> Task:
+    """Return the task of drawing three quarters of the pixels, at random."""
+    random = torch.rand(1, size, size, generator=torch.Generator().manual_seed(0))
+    known = (random < 0.25).float()
+    return Task(Mask(known), 1 - known)
+
+
+def blocks(size: int) -> Task:
+    """Return the task of drawing the image from the means of blocks of 4x4 pixels."""
+    return Task(AveragePool(4), torch.ones(1, size, size))
 
 
 TASKS = {"right half": right_half, "scattered pixels": scattered}
+MEASURES = {"right half": SCORES, "scattered pixels": SCORES, "means of blocks": MEANS}
+ALL = {**TASKS, "means of blocks": blocks}
 
 
-def by_network(run: Run, truth: Tensor, known: Tensor) -> Tensor:
-    """Return samples (n, members, C, H, W) of the network, given known pixels of the truth."""
-    n, place = len(truth), place_of(run)
+def draw_members(
+    run: Run, truth: Tensor, task: Task, model: ScoreModel, *, steps: int = STEPS
+) -> Tensor:
+    """Return samples (n, members, C, H, W) by predictor and corrector, with what is known imposed.
+
+    Args:
+        run: the run, the seed of which is that of the samples.
+        truth: the images (n, C, H, W).
+        task: what is known of them.
+        model: the score model.
+        steps: the number of steps, half the number of evaluations.
+    """
+    place = place_of(run)
     given = repeat(truth, "n ... -> (n m) ...", m=MEMBERS).to(place)
     sampler = PCSampler(
-        run.model, ReverseDiffusion(), Langevin(snr=0.16, norm="batch"), steps=STEPS,
-        constraint=Inpainting(given, known.to(place)),
+        model, ReverseDiffusion(), Langevin(snr=0.16, norm="batch"), steps=steps,
+        constraint=LinearMeasurement(task.operator, task.operator(given)),
     )  # fmt: skip
+    return _members(run, sampler, given)
+
+
+def guided_members(run: Run, truth: Tensor, task: Task) -> Tensor:
+    """Return samples (n, members, C, H, W) by the predictor alone, guided by what is known."""
+    low, high = map(float, run.settings["data"]["range"])
+    given = repeat(truth, "n ... -> (n m) ...", m=MEMBERS).to(place_of(run))
+    model = PseudoinverseGuidance(
+        run.model, task.operator, task.operator(given), noise_std=0.005 * (high - low),
+        sigma_data=0.25 * (high - low),
+    )  # fmt: skip
+    return _members(run, PCSampler(model, ReverseDiffusion(), steps=STEPS), given)
+
+
+def _members(run: Run, sampler: PCSampler, given: Tensor) -> Tensor:
     seed = run.settings["training"]["seed"]
     generators = [seeded(seed, i) for i in range(len(given))]
-    x = sampler(given.shape, generator=generators, device=place)
-    members: Tensor = rearrange(x.cpu(), "(n m) ... -> n m ...", n=n)
+    x = sampler(given.shape, generator=generators, device=given.device, dtype=given.dtype)
+    members: Tensor = rearrange(x.cpu(), "(n m) ... -> n m ...", m=MEMBERS)
     return members
 
 
-def by_training_set(run: Run, truth: Tensor, known: Tensor, noise: float) -> Tensor:
-    """Return samples (n, members, C, H, W) of the posterior of the training set."""
+def training_images(run: Run) -> Tensor:
+    """Return all training images, as data of the model."""
     data = open_data(run.settings)
-    images = scaled(run, torch.stack([data[i][0] for i in range(len(data))]))
-    seen = known.expand(truth.shape[1:]).flatten().bool()
-    distance = torch.cdist(truth.flatten(1)[:, seen].double(), images.flatten(1)[:, seen].double())
+    return scaled(run, torch.stack([data[i][0] for i in range(len(data))]))
+
+
+def by_training_set(run: Run, truth: Tensor, task: Task, noise: float) -> Tensor:
+    """Return samples (n, members, C, H, W) of the posterior of the training set."""
+    images, operator = training_images(run), task.operator
+    seen = operator(torch.ones_like(truth[:1])).flatten() != 0  # a mask leaves zeros
+    x, y = (operator(part).flatten(1)[:, seen].double() for part in (truth, images))
     low, high = map(float, run.settings["data"]["range"])
-    weights = torch.softmax(-0.5 * (distance / (noise * (high - low))).square(), 1)
+    weights = torch.softmax(-0.5 * (torch.cdist(x, y) / (noise * (high - low))).square(), 1)
     generator = torch.Generator().manual_seed(run.settings["training"]["seed"])
     chosen = torch.multinomial(weights, MEMBERS, replacement=True, generator=generator)
     return images[chosen]
 
 
-def scores(run: Run) -> dict[str, dict[str, float]]:
-    """Return the mean energy scores of the hidden pixels, data in [-1, 1], for every task."""
-    truth = scaled(run, test_images(run, IMAGES))
+def score(run: Run, members: Tensor, truth: Tensor, task: Task) -> float:
+    """Return the mean energy score of what is hidden, data in [-1, 1]."""
     low, high = map(float, run.settings["data"]["range"])
+    value = energy_score(members, truth, weights=task.hidden[None]).mean()
+    return rounded(2 / (high - low) * float(value))
+
+
+def task_scores(run: Run, make: Callable[[int], Task]) -> dict[str, float]:
+    """Return the energy scores of the network, and of the training set by noise, for a task."""
+    truth, task = scaled(run, test_images(run, IMAGES)), make(run.settings["data"]["size"])
+    found = {NETWORK: score(run, draw_members(run, truth, task, run.model), truth, task)}
+    for noise in NOISE:
+        found[f"{noise:g}"] = score(run, by_training_set(run, truth, task, noise), truth, task)
+    return found
+
+
+def scores(run: Run) -> dict[str, dict[str, float]]:
+    """Return the energy scores of inpainting, by task."""
+    return {task: task_scores(run, make) for task, make in TASKS.items()}
+
+
+def block_scores(run: Run) -> dict[str, dict[str, float]]:
+    """Return the energy scores from means of blocks, by task."""
+    return {"means of blocks": task_scores(run, blocks)}
+
+
+def checks(run: Run) -> dict[str, dict[str, float]]:
+    """Return the energy scores of other samplers, which tell what limits those of the network.
+
+    The sampler with the exact score of the training set, the network with four times the
+    evaluations, and the network guided by what is known instead of replacing it.
+    """
+    truth, exact = scaled(run, test_images(run, IMAGES)), EmpiricalModel(
+        run.model.sde, training_images(run)
+    ).to(place_of(run))  # fmt: skip
     found: dict[str, dict[str, float]] = {}
-    for task, make in TASKS.items():
-        known = make(run.settings["data"]["size"])
-
-        def score(members: Tensor, hidden: Tensor = 1 - known) -> float:
-            value = energy_score(members, truth, weights=hidden[None]).mean()
-            return rounded(2 / (high - low) * float(value))
-
-        rivals = {f"{s:g}": score(by_training_set(run, truth, known, s)) for s in NOISE}
-        found[task] = {"network": score(by_network(run, truth, known)), **rivals}
+    for name, make in ALL.items():
+        task = make(run.settings["data"]["size"])
+        drawn = {
+            EXACT: draw_members(run, truth, task, exact),
+            MORE: draw_members(run, truth, task, run.model, steps=4 * STEPS),
+            GUIDED: guided_members(run, truth, task),
+        }
+        found[name] = {way: score(run, x, truth, task) for way, x in drawn.items()}
     return found
 
 
 def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
-    """Train the network, and fill in test images."""
-    for seed, at in product(seeds, steps):
-        lab.measure("VE", seed, at, SCORES, scores)
+    """Train the network; fill in test images, and draw images of classes."""
+    for (key, of), seed, at in product(
+        ((SCORES, scores), (MEANS, block_scores), (CLASSES, class_shares), (CHECKS, checks)),
+        tuple(seeds),
+        steps,
+    ):
+        lab.measure("VE", seed, at, key, of)
 
 
 def of_network(task: str) -> Callable[[dict[str, Any]], float]:
     """Return a function of all scores: that of the network."""
-    return lambda found: float(found[task]["network"])
+    return lambda found: float(found[task][NETWORK])
 
 
-def of_training_set(task: str) -> Callable[[dict[str, Any]], float]:
-    """Return a function of all scores: the lowest of the training set."""
+def of_training_set(task: str, noise: float | None = None) -> Callable[[dict[str, Any]], float]:
+    """Return a function of all scores: that of the training set at a noise, or the lowest."""
+    if noise is not None:
+        return lambda found: float(found[task][f"{noise:g}"])
     return lambda found: min(float(found[task][f"{s:g}"]) for s in NOISE)
 
 
 def findings(results: Results) -> list[Finding]:
-    """Return a finding for each task."""
-    return [
-        compare(
-            results, f"inpainting is better than the posterior of the training set, {task}",
-            "energy score, VE", ("VE", SCORES), ("VE", SCORES), -1, value=of_network(task),
-            value_b=of_training_set(task), labels=("network", "training set"),
-        )
-        for task in TASKS
-    ]  # fmt: skip
+    """Return the findings: two rivals for each task, and classes."""
+    found = []
+    for task, key in MEASURES.items():
+        what = "from means of blocks" if task == "means of blocks" else f"inpainting, {task}"
+        for rival, noise in (("at little noise", NOISE[0]), ("at its best noise", None)):
+            found.append(compare(
+                results, f"{what}: better than the posterior of the training set {rival}",
+                "energy score, VE", ("VE", key), ("VE", key), -1, value=of_network(task),
+                value_b=of_training_set(task, noise), labels=(NETWORK, EXACT),
+            ))  # fmt: skip
+    found.append(compare(
+        results, "images of a class are taken for it more often than unconditional ones",
+        "share, VE", ("VE", CLASSES), ("VE", CLASSES), 1, value=itemgetter("guided"),
+        value_b=itemgetter("unconditional"), labels=("guided", "unconditional"),
+    ))  # fmt: skip
+    found.append(compare(
+        results, "images of a class are nearer to its test images than unconditional ones",
+        "energy distance of features, VE", ("VE", CLASSES), ("VE", CLASSES), -1,
+        value=itemgetter("guided distance"), value_b=itemgetter("unconditional distance"),
+        labels=("guided", "unconditional"),
+    ))  # fmt: skip
+    return found
+
+
+def others(results: Results) -> list[Finding]:
+    """Return what limits the network: three other samplers for each task."""
+    found = []
+    for task, key in MEASURES.items():
+        for way, text in (
+            (EXACT, "with the exact score of the training set than with the network"),
+            (MORE, "with four times the evaluations"),
+            (GUIDED, "with guidance than with replacement"),
+        ):
+            found.append(compare(
+                results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS),
+                ("VE", key), -1, value=lambda table, t=task, w=way: float(table[t][w]),
+                value_b=of_network(task), labels=(way, NETWORK),
+            ))  # fmt: skip
+    return found
 
 
 def draw(results: Results) -> Figure:
     """Plot the scores of the training set against its noise, and those of the network."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
-        for at in results.steps("VE", SCORES)[-1:]:
-            for number, found in enumerate(results.seeds("VE", at, SCORES).values()):
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    for axes, (task, key) in zip(figure.subplots(1, 3), MEASURES.items(), strict=True):
+        for at in results.steps("VE", key)[-1:]:
+            for number, found in enumerate(results.seeds("VE", at, key).values()):
                 rivals = [found[task][f"{s:g}"] for s in NOISE]
                 axes.plot(NOISE, rivals, color="C1", alpha=0.7,
-                          label=None if number else "training set")  # fmt: skip
-                axes.axhline(found[task]["network"], color="C0", alpha=0.7,
-                             label=None if number else "network")  # fmt: skip
+                          label=None if number else EXACT)  # fmt: skip
+                axes.axhline(found[task][NETWORK], color="C0", alpha=0.7,
+                             label=None if number else NETWORK)  # fmt: skip
+        for at in results.steps("VE", CHECKS)[-1:]:
+            for number, found in enumerate(results.seeds("VE", at, CHECKS).values()):
+                for color, (way, value) in enumerate(found[task].items(), 2):
+                    axes.axhline(value, color=f"C{color}", alpha=0.7, linestyle=":",
+                                 label=None if number else f"check: {way}")  # fmt: skip
         axes.set(xscale="log", title=task, ylabel="energy score",
                  xlabel="noise of the measurement, training set")  # fmt: skip
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=7)
     return figure
 
 
 CLAIM = Claim(
-    "controllable", "Inpainting", ("2011.13456",), 3, (800,), (100_000,), measure, findings, draw
-)
+    "controllable", "Controllable generation", ("2011.13456",), 3, (800,), (100_000,), measure,
+    findings, draw, others,
+)  # fmt: skip
 
 if __name__ == "__main__":
     CLAIM.main(__doc__)

@@ -59,6 +59,9 @@ class Lab:
         """Return the folder of a run."""
         return self.runs / name.replace(", ", "-").replace(" ", "_") / f"seed-{seed}"
 
+    def _kept(self, name: str, seed: int, steps: int) -> Path:
+        return self.folder(name, seed) / "kept" / f"step-{steps:08d}.pt"
+
     def run(self, name: str, seed: int, steps: int) -> Run:
         """Return the averaged model of a recipe after a number of steps, trained if it has to be.
 
@@ -68,10 +71,14 @@ class Lab:
         key = Results.key(name, seed, steps)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        out = self.folder(name, seed)
-        kept = out / "kept" / f"step-{steps:08d}.pt"
+        out, kept = self.folder(name, seed), self._kept(name, seed, steps)
         if not kept.exists():
-            settings = recipes.RECIPES[name].settings(self.scale, seed, steps)
+            recipe, start = recipes.RECIPES[name], ""
+            if recipe.start:
+                before = recipes.START_STEPS[self.scale]
+                self.run(recipe.start, seed, before)
+                start = str(self._kept(recipe.start, seed, before))
+            settings = recipe.settings(self.scale, seed, steps, start)
             training = Training(settings, out, Place(0, 1, self.place))
             if training.step > steps:
                 raise ValueError(f"{out}: expected a run of at most {steps} steps, got one of "
@@ -233,6 +240,7 @@ class Claim:
         measure: measures everything, at seeds and steps.
         findings: the findings of the numbers.
         draw: the figure of the numbers.
+        others: comparisons that the papers do not make, which check what explains the findings.
     """
 
     name: str
@@ -244,6 +252,7 @@ class Claim:
     measure: Callable[[Lab, Iterable[int], tuple[int, ...]], None]
     findings: Callable[[Results], list[Finding]]
     draw: Callable[[Results], Figure]
+    others: Callable[[Results], list[Finding]] | None = None
 
     def main(self, doc: str | None, argv: list[str] | None = None) -> None:
         """Measure what is missing, draw the figure and print the findings."""
@@ -269,7 +278,7 @@ class Claim:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         self.measure(lab, seeds, tuple(sorted(steps)))
         save(self.draw(results), results.path.with_suffix(".png"))
-        for finding in self.findings(results):
+        for finding in (*self.findings(results), *(self.others(results) if self.others else ())):
             print(describe(finding))
         print(f"-> {results.path}")
 

@@ -88,6 +88,42 @@ def _bits(run: Run, likelihood: Any, count: int) -> dict[str, float]:
     return {"mean": rounded(found.mean), "stderr": rounded(found.stderr)}
 
 
+@torch.no_grad()
+def loss_variances(run: Run, count: int, draws: int) -> dict[str, float]:
+    r"""Return the mean and the variances of one image's likelihood-weighted loss.
+
+    The variances are those over images, times and noise, for uniform times and with importance
+    sampling. All are estimated from times t of importance sampling, with its weights r,
+
+    .. math::
+        E_u[\ell] = E[r \ell], \quad E_u[\ell^2] = E[r \ell^2],
+
+    since the largest losses of uniform times are at times that they rarely draw.
+    """
+    sde, place = run.model.sde, place_of(run)
+    times, weighting = dk.ImportanceTimes(stratified=False), dk.LikelihoodWeighting()
+    images, levels = test_images(run, count), run.parts.dequantizer
+    plain, sampled = [], []
+    for draw in range(draws):
+        for index in torch.split(torch.arange(count), 64):
+            generators = [seeded(0, i, draw) for i in index.tolist()]
+            x0 = levels(images[index], generator=generators).x
+            drawn = [times.sample(sde, 1, generator=one, dtype=torch.float64) for one in generators]
+            t, weight = (torch.cat(column) for column in zip(*drawn, strict=True))
+            sample = sde.perturb(x0, t.float(), generator=generators)
+            eps = run.model.predict(sample.x.to(place), t.float().to(place)).eps.cpu()
+            error = (eps - sample.eps).double().square().mean((1, 2, 3))
+            plain.append(weighting(sde, t) * error)
+            sampled.append(weight * plain[-1])
+    uniform, importance = torch.cat(plain), torch.cat(sampled)
+    mean = importance.mean()
+    return {
+        "mean": rounded(float(mean)),
+        "uniform": rounded(float((importance * uniform).mean() - mean.square())),
+        "importance": rounded(float(importance.var())),
+    }
+
+
 def chain_bits(run: Run, count: int) -> dict[str, Any]:
     """Return the bound of a chain on test images, as `bits_by_log_snr` does."""
     low, high = run.settings["data"]["range"]
