@@ -192,8 +192,7 @@ class LossSecondMomentTimes(Described, DrawnTimes):
         row = torch.where(newest, step, n)
         self._losses[row, slot] = losses[order].to(self._losses.dtype)
         every = torch.arange(n, device=step.device)
-        ends = (torch.searchsorted(step, every, right=right) for right in (False, True))
-        before, after = ends
+        before, after = (torch.searchsorted(step, every, right=right) for right in (False, True))
         self._counts[:-1] += after - before
 
     def state_dict(self) -> dict[str, Any]:
