@@ -150,10 +150,8 @@ def rows(
     for name in names:
         predictor = SOLVERS[name]
         for steps in evaluations:
-            grids = [KarrasGrid(to_zero=True), TangentGrid()]
-            karras, default = (
-                squares(model, predictor, grid(model.sde, steps), judged) for grid in grids
-            )
+            fixed = KarrasGrid(to_zero=True)(model.sde, steps), TangentGrid()(model.sde, steps)
+            karras, default = (squares(model, predictor, t, judged) for t in fixed)
             tried = (squares(model, predictor, t, judged) for t in published_grids(steps))
             found = {"published": min(tried, key=lambda one: float(one.mean()))}
             seconds = {}
@@ -176,11 +174,11 @@ def rows(
             print(f"{name:<16}{steps:>12}" + "".join(f"{c:>12}" for c in cells), flush=True)
     for steps in evaluations:
         least = {kind: min(best[steps, kind], key=lambda one: one[0]) for kind in kinds}
-        error, name, published = least["published"]
-        print(f"{steps:>2} evaluations: best published {error:.4f} ({name})", end="")
+        value, name, published = least["published"]
+        print(f"{steps:>2} evaluations: best published {value:.4f} ({name})", end="")
         for kind in kinds[1:]:
-            error, name, found = least[kind]
-            print(f"; {kind} {error:.4f} ({name}), ratio {interval(found, published)}", end="")
+            value, name, one = least[kind]
+            print(f"; {kind} {value:.4f} ({name}), ratio {interval(one, published)}", end="")
         print(flush=True)
     print(flush=True)
 
@@ -211,11 +209,12 @@ def main() -> None:
 
     def table(title: str, model: ScoreModel, mean: Tensor, draws: int, judged: int) -> None:
         print(title, flush=True)
-        both = (
+        fit, test = (
             ends(model, count, tuple(mean.shape), seed, tight)
             for count, seed, tight in ((draws, 0, False), (judged, 100, True))
         )
-        rows(model, mean, *both, args.solvers, args.fitted or args.solvers, args.evaluations)
+        fitted = args.fitted or args.solvers
+        rows(model, mean, fit, test, args.solvers, fitted, args.evaluations)
 
     if args.only in (None, "network"):
         model = train(data, args.train_steps, 0)

@@ -144,7 +144,7 @@ def fit_grid(
     torch.Size([4, 1])
     """
     check_model(model)
-    parts = list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
+    parts: list[Any] = [*predictor] if isinstance(predictor, (list, tuple)) else [predictor]
     for part in parts:
         check_part(part, Predictor, "predictor")
     if not parts:
