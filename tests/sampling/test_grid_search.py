@@ -124,7 +124,7 @@ def test_a_fit_takes_few_runs():
     target = ProbabilityFlow(model, rtol=1e-4, atol=1e-4).sample(x)
     counted.clear()
     grid = fit_grid(model, DEIS(), x, steps=6, target=target)
-    assert sum(counted) < 60 * grid.nfe * len(x)  # evaluations of 60 runs with all draws
+    assert sum(counted) < 63 * grid.nfe * len(x)  # evaluations of 63 runs with all draws
     assert grid.error < 0.7 * grid.fixed_error
 
 
