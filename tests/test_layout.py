@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 PRIVATE = {
     "_batch_conditions", "_batch_times", "_checks", "_coefficients", "_data_range", "_gaussian",
     "_grid_times", "_hints", "_kept", "_keywords", "_log_snr", "_loops", "_nfe", "_precision",
-    "_repr", "_returned", "_schedules", "_sigma_data", "distributed", "random",
+    "_ones", "_repr", "_returned", "_schedules", "_sigma_data", "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces", "_masks", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "_schedules": set(),
     "_sigma_data": {"_checks", "_kept", "_schedules"},
     "_gaussian": {"_precision", "_schedules"},
-    "_coefficients": set(),
+    "_coefficients": {"_ones"},
+    "_ones": set(),
     "_grid_times": {"_batch_times", "_checks", "_coefficients", "_kept", "_schedules"},
     "_kept": {"_requirements"},
     "_log_snr": {"_coefficients"},

@@ -54,7 +54,7 @@ def readable(x: Tensor) -> bool:
     Inside `value_checks` devices may be stalled.
     """
     return (
-        (x.device.type == "cpu" or (_everywhere.get() and not x.is_meta))
+        (x.is_cpu or (_everywhere.get() and not x.is_meta))
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -64,7 +64,7 @@ def can_be_read(x: Tensor) -> bool:
     """Return whether values can be read, even if a device has to be waited for."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    started: bool = not x.is_cpu and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return not (x.is_meta or (started and torch.cuda.is_current_stream_capturing()))
 
 

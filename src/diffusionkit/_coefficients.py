@@ -11,6 +11,8 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from ._ones import are_ones, ones_like
+
 Coefficient: TypeAlias = Tensor | float
 
 
@@ -27,7 +29,9 @@ def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
     if not isinstance(coefficient, Tensor):
         return coefficient
     dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
-    return coefficient.to(dtype).view(-1, *(1,) * (like.ndim - 1))
+    if coefficient.dtype is not dtype:
+        coefficient = coefficient.to(dtype=dtype)
+    return coefficient.view(-1, *(1,) * (like.ndim - 1))
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
@@ -54,6 +58,8 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
             return torch.lerp(x, y, second)
         return torch.mul(x, first).add_(y, alpha=second)
     second = expand(second, y)
+    if are_ones(first) and isinstance(second, Tensor) and x.dtype == y.dtype == second.dtype:
+        return torch.addcmul(x, y, second)
     out = x * expand(first, x)
     # In place: for images, fresh memory costs more than the arithmetic. Under vmap the sum may
     # have a dimension that the product lacks.
@@ -92,7 +98,9 @@ def per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:
     """Return the coefficient as a tensor (B,) in the dtype of x, at least float32."""
     dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
     if isinstance(coefficient, Tensor):
-        return coefficient.to(dtype)
+        if are_ones(coefficient) and coefficient.dtype != dtype:
+            return ones_like(coefficient, dtype)
+        return coefficient.to(dtype=dtype)
     return torch.full((x.shape[0],), coefficient, dtype=dtype, device=x.device)
 
 

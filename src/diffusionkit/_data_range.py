@@ -41,9 +41,7 @@ def check_training_data(x0: Tensor, model: Any, mask: Tensor | None = None) -> N
     Raises:
         ValueError: if the data are in another range.
     """
-    free = can_be_read(x0)
-    calls = _calls.get(model, 0) if free else 0
-    if not free or calls >= _CALLS:
+    if not can_be_read(x0) or (calls := _calls.get(model, 0)) >= _CALLS:
         check_range(x0, model, "x0", mask)
         return
     x = _selected(x0, mask).float()

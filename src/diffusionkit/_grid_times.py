@@ -165,8 +165,8 @@ class LabelTable:
 
 def label_at(label: Label, sde: object, t: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return tabulated noise labels (B,) at times t (B,) of a grid, or None."""
-    point = grid_point(t, sde)
-    if point is None or torch.compiler.is_compiling():
+    point: GridPoint | None = getattr(t, "_grid_point", None)
+    if point is None or point.grid.sde is not sde or torch.compiler.is_compiling():
         return None
     rows = point.labels.rows(label, sde, dtype)
     if rows is None:

@@ -156,12 +156,13 @@ class ForwardSDE(abc.ABC):
         """
         check_state(x0, "x0")
         check_times(t, self.T, x0.shape[0], x0)
-        eps = given_noise(x0, eps)
+        if eps is not None:
+            eps = at_least_float32(given_noise(x0, eps))
         x0 = at_least_float32(x0)
-        eps = randn_like(x0, generator) if eps is None else at_least_float32(eps)
-        alpha, sigma = (per_sample(c, x0) for c in kernel_at(self, t))
-        x = linear(alpha, x0, sigma, eps)
-        return Perturbed(x0=x0, eps=eps, x=x, t=t, alpha=alpha, sigma=sigma)
+        eps = randn_like(x0, generator) if eps is None else eps
+        alpha, sigma = kernel_at(self, t)
+        alpha, sigma = per_sample(alpha, x0), per_sample(sigma, x0)
+        return Perturbed(x0, eps, linear(alpha, x0, sigma, eps), t, alpha, sigma)
 
     def prior_sample(
         self,
@@ -360,7 +361,7 @@ def _check_prediction(prediction: Any, args: tuple[Any, ...], cond: dict[str, An
             f"{type(args[0]).__name__}: expected a Prediction, got {type(prediction).__name__}"
         )
     shape = (args[1] if len(args) > 1 else cond["x"]).shape
-    if prediction.x.shape != shape:
+    if prediction._x.shape != shape:
         raise ValueError(
             f"{type(args[0]).__name__}: expected a prediction of shape {tuple(shape)}, "
             f"got {tuple(prediction.x.shape)}"
@@ -373,7 +374,7 @@ def _check_target(part: object, target: Any, args: tuple[Any, ...], kwargs: dict
             f"{type(part).__name__}: expected a Prediction, got {type(target).__name__}"
         )
     sample: Perturbed = args[0] if args else kwargs["sample"]
-    if target.x.shape != sample.x.shape:
+    if target._x.shape != sample.x.shape:
         raise ValueError(
             f"{type(part).__name__}: expected a target of the shape of x, "
             f"{tuple(sample.x.shape)}, got {tuple(target.x.shape)}"

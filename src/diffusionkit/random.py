@@ -56,13 +56,14 @@ def _seed_advice(generator: object) -> str:
     return f"; pass generator=torch.Generator().manual_seed({generator!r:.20})"
 
 
-def _draw(
+def draw(
     sampler: Callable[..., Tensor],
     shape: Sequence[int],
     generator: Generators,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
+    """Return what a function of torch draws, for arguments that are validated."""
     if generator is None:
         return sampler(shape, device=device, dtype=dtype)
     if isinstance(generator, torch.Generator):
@@ -83,15 +84,14 @@ def randn(
     """Draw standard normal noise of a shape (B, *D)."""
     check_floating_dtype(dtype)
     check_target_device(device)
-    return _draw(torch.randn, _sizes(shape), generator, device, dtype)
+    return draw(torch.randn, _sizes(shape), generator, device, dtype)
 
 
-def given_noise(x0: Tensor, eps: Tensor | None) -> Tensor | None:
+def given_noise(x0: Tensor, eps: Tensor) -> Tensor:
     """Return noise that was passed for data x0 (B, *D), or raise unless it is like them."""
-    if eps is not None:
-        check_state(eps, "eps")
-        check_same(eps, x0, "eps", "x0")
-        check_finite(eps, "eps")
+    check_state(eps, "eps")
+    check_same(eps, x0, "eps", "x0")
+    check_finite(eps, "eps")
     return eps
 
 
@@ -102,7 +102,7 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
         raise TypeError(f"x: expected a floating-point tensor, got {got}")
     if generator is None:
         return torch.randn_like(x, memory_format=torch.contiguous_format)
-    return _draw(torch.randn, x.shape, generator, x.device, x.dtype)
+    return draw(torch.randn, x.shape, generator, x.device, x.dtype)
 
 
 def _sizes(shape: Sequence[int]) -> Sequence[int]:
@@ -179,7 +179,7 @@ def rand(
     check_floating_dtype(dtype)
     check_target_device(device)
     sizes = (shape,) if isinstance(shape, int) else shape
-    return _draw(torch.rand, _sizes(sizes), generator, device, dtype)
+    return draw(torch.rand, _sizes(sizes), generator, device, dtype)
 
 
 def seeded(*numbers: int) -> torch.Generator:

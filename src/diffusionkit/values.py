@@ -111,10 +111,8 @@ class Prediction:
         log_var: Tensor | None = None,
         log_var_fraction: Tensor | None = None,
     ) -> None:
-        _check_shape(x, x0, "x0")
-        _check_shape(x, eps, "eps")
-        x = at_least_float32(x)
-        self._x, self._x0, self._eps = x, _like(x, x0), _like(x, eps)
+        self._x = wide = at_least_float32(x)
+        self._x0, self._eps = _fitting(wide, x0, "x0"), _fitting(wide, eps, "eps")
         self._alpha, self._sigma = alpha, sigma
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
         self._output, self._a, self._b = None, 0.0, 1.0
@@ -149,13 +147,11 @@ class Prediction:
             log_var_fraction: where it lies between the posterior's and the forward step's
                 (B, *D), or None.
         """
-        _check_shape(x, output, "output")
         self = object.__new__(cls)  # which Dynamo of torch 2.6 can trace
-        x = at_least_float32(x)
-        self._x, self._x0, self._eps = x, None, None
-        self._alpha, self._sigma = alpha, sigma
+        self._x = wide = at_least_float32(x)
+        self._x0, self._eps, self._output = None, None, _fitting(wide, output, "output")
+        self._alpha, self._sigma, self._a, self._b = alpha, sigma, a, b
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
-        self._output, self._a, self._b = _like(x, output), a, b
         return self
 
     @classmethod
@@ -341,8 +337,11 @@ class Prediction:
         Args:
             target: the data and noise to compare with, with the same noisy state.
         """
-        if equals(self._a, 0.0) and equals(self._b, -1.0) and self._output is not None:
-            return _squares(self._output, -target.eps)  # of either sign
+        if self._output is not None and equals(self._a, 0.0):
+            if equals(self._b, 1.0):
+                return _squares(self._output, target.eps)
+            if equals(self._b, -1.0):
+                return _squares(self._output, -target.eps)  # of either sign
         return _squares(*self._compared(target))
 
     def _compared(self, target: Prediction) -> tuple[Tensor, Tensor]:
@@ -378,8 +377,8 @@ class Prediction:
         return alpha / (alpha * b - sigma * a)
 
 
-def _check_shape(x: Tensor, value: Tensor, name: str) -> None:
-    """Raise unless a value is a tensor of the shape of a state: another shape would broadcast."""
+def _fitting(x: Tensor, value: Tensor, name: str) -> Tensor:
+    """Return a value in the dtype of a state, or raise unless it is a tensor of its shape."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name}: expected a tensor of shape {tuple(x.shape)}, got {type(value).__name__}"
@@ -388,13 +387,11 @@ def _check_shape(x: Tensor, value: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: expected the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
         )
+    return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     """Return (x - y)^2: one operation forward and one backward."""
     # torch.nn.functional.mse_loss without its preparations, which take as long as the operation.
-    return cast(Tensor, cast(Any, torch._C._nn).mse_loss(x, y, 0))
-
-
-def _like(x: Tensor, value: Tensor) -> Tensor:
-    return value if value.dtype == x.dtype else value.to(x.dtype)
+    squares: Tensor = torch._C._nn.mse_loss(x, y, 0)  # type: ignore[attr-defined]
+    return squares

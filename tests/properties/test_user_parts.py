@@ -12,6 +12,7 @@ from diffusionkit import (
     NELBO,
     VPSDE,
     AdaptiveSDE,
+    AnalyticFirstStep,
     Ancestral,
     AnnealedLangevin,
     BrownianPath,
@@ -68,7 +69,7 @@ PREDICTORS = [
     StochasticHeun(), DPMSolver2M(), DPMSolver2S(), DPMSolver3M(lower_order_final=True),
     DPMSolver2MSDE(), UniPC(lower_order_final=True), DEIS(), LMS(), IPNDM(), VelocityAdams(),
     AdaptiveSDE(rtol=0.1), DPMSolver3MSDE(), DPMSolver2SAncestral(), SASolver(),
-    SASolver(lambda log_snr: torch.sigmoid(log_snr), 3, 3),
+    SASolver(lambda log_snr: torch.sigmoid(log_snr), 3, 3), AnalyticFirstStep(DEIS()),
 ]  # fmt: skip
 CORRECTORS = [Langevin(), AnnealedLangevin()]
 X = torch.linspace(-1, 1, 8).view(4, 2)

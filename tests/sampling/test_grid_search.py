@@ -45,7 +45,7 @@ def rms(model, predictor, grid, x):
 
 def improves(model, predictor):
     """Return whether a fit takes a third of the error of fixed grids away, on new draws."""
-    start = model.sde.prior_sample((64, 2), generator=seeded(), dtype=DOUBLE)
+    start = model.sde.prior_sample((128, 2), generator=seeded(), dtype=DOUBLE)
     grid = fit_grid(model, predictor, start, steps=6, iterations=6)
     assert grid.steps == grid.nfe == 6
     x = model.sde.prior_sample((512, 2), generator=seeded(1), dtype=DOUBLE)
@@ -89,6 +89,41 @@ def test_the_best_single_level_is_found(to_zero):
     start = torch.tensor([10.0, 5.0, 0.0 if to_zero else 0.02])
     grid = fit_grid(model, DDIM(), x, steps=2, grids=[start], iterations=40)
     assert rms(model, DDIM(), grid, x) < 1.02 * least
+
+
+def test_the_best_of_several_predictors_is_returned():
+    model = two_modes()
+    x = model.sde.prior_sample((40, 2), generator=seeded(5), dtype=DOUBLE)
+    exact = ProbabilityFlow(model, rtol=1e-6, atol=1e-6).sample(x)
+    predictors = DDIM(), DEIS(), DPMSolver2M()
+    single = [fit_grid(model, p, x, steps=4, target=exact, iterations=4) for p in predictors]
+    best = fit_grid(model, predictors, x, steps=4, target=exact, iterations=4)
+    assert best.error == min(grid.error for grid in single)
+    assert best.fixed_error == min(grid.fixed_error for grid in single)
+    assert {repr(p): p for p in predictors}[best.predictor] != DDIM()
+
+
+def test_a_given_target_is_what_is_fitted():
+    """One that a solver reaches on some grid: the grid is found."""
+    model = GaussianMixtureModel(EDMSDE(), [[-1.0], [0.8]], [0.2, 0.4])
+    x = model.sde.prior_sample((64, 1), generator=seeded(6), dtype=DOUBLE)
+    times = torch.tensor([80.0, 7.0, 1.1, 0.3, 0.06], dtype=DOUBLE)
+    target = PCSampler(model, DEIS(), grid=times, denoise=False)(x)
+    grid = fit_grid(model, DEIS(), x, steps=4, target=target, iterations=40)
+    assert grid.error < 1e-3 < 0.01 < grid.fixed_error
+    torch.testing.assert_close(torch.tensor(grid.times, dtype=DOUBLE), times, rtol=0.05, atol=0)
+
+
+def test_secants_save_runs_and_do_not_cost_the_optimum():
+    model, counted = two_modes(), []
+    predict = model.predict
+    model.predict = lambda x, t: counted.append(len(x)) or predict(x, t)
+    x = model.sde.prior_sample((256, 2), generator=seeded(7), dtype=DOUBLE)
+    exact = ProbabilityFlow(model, rtol=1e-6, atol=1e-6).sample(x)
+    counted.clear()
+    grid = fit_grid(model, DEIS(), x, steps=8, target=exact)
+    assert sum(counted) < 60 * grid.nfe * len(x)  # sampler runs with all draws
+    assert grid.error < 0.5 * grid.fixed_error
 
 
 class Labelled(ScoreModel):
@@ -231,6 +266,13 @@ def test_damaged_files_are_refused(fitted, tmp_path, content, match):
         (lambda m, g: g.save("model.json"), "path: expected a name such as"),
         (lambda m, g: fit_grid(m, Ancestral(), (8, 1), steps=3),
          "predictor: expected a deterministic one, .* got Ancestral"),
+        (lambda m, g: fit_grid(m, [DDIM(), Ancestral()], (8, 1), steps=3),
+         "predictor: expected a deterministic one, .* got Ancestral"),
+        (lambda m, g: fit_grid(m, [], (8, 1), steps=3), "predictor: expected a predictor or"),
+        (lambda m, g: fit_grid(m, DDIM(), (8, 1), steps=3, target=torch.zeros(8, 1)),
+         "target: expected the ends .* no states"),
+        (lambda m, g: fit_grid(m, DDIM(), torch.zeros(8, 1), steps=3, target=torch.zeros(7, 1)),
+         r"target: expected the ends .* shape \(7, 1\) and \(8, 1\)"),
         (lambda m, g: fit_grid(m, DEIS(), (3, 1), steps=3), "start: expected 4 draws or more"),
         (lambda m, g: fit_grid(m, DEIS(), (8, 1), steps=1), "steps: expected an integer >= 2"),
         (lambda m, g: fit_grid(m, DEIS(), (8, 1), steps=3, grids=[LogSNRGrid(), g]),

@@ -647,6 +647,7 @@ OWN: dict[str, Recipe] = {
     "Chain.subsequence": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
     "Chain.respaced": {"self": lambda: dk.DDPMChain.linear(25), "spec": lambda: 2},
     "TimeTravel.steps": {"self": dk.TimeTravel, "first": lambda: 0, "last": lambda: 3},
+    "AnalyticFirstStep": {"predictor": dk.DDIM, "x0": lambda: 0.5},
     "Restart": {"s_min": lambda: 0.1, "s_max": lambda: 0.9, "steps": lambda: 2},
     "Restart.place": {
         "self": lambda: dk.Restart(0.1, 0.9),

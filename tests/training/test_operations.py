@@ -31,7 +31,7 @@ from diffusionkit import (
     Weighting,
     _chain_terms,
 )
-from diffusionkit._batch_times import kernel_at, wide_times, with_schedule
+from diffusionkit._batch_times import Drawn, kernel_at, wide_times, with_schedule
 
 
 class Operations(TorchDispatchMode):
@@ -139,7 +139,7 @@ def test_the_schedule_belongs_to_one_process_and_one_mode_of_gradients() -> None
     t = torch.linspace(0.1, 0.9, 4)
     sde, other = VPSDE(), VPSDE(beta_max=10.0)
     with torch.no_grad():
-        carried = with_schedule(sde, t)
+        carried = with_schedule(sde, Drawn(t))
         assert kernel_at(sde, carried) is kernel_at(sde, carried)
     for process in (sde, other):  # with gradients the values without are not used
         found = kernel_at(process, carried)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import seeded
 from support.noisy_data import direct, noisy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusionkit import VESDE, VPSDE, Perturbed
 from diffusionkit.training.stable_target import StableTarget
@@ -111,3 +112,53 @@ def test_blocks_do_not_change_the_target(d) -> None:
                           ("x0", "eps", "x", "t", "alpha", "sigma")))  # fmt: skip
         mean = direct(one, data[classes == k])
         torch.testing.assert_close(prediction[k : k + 1], mean.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 40, 41])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_sources_are_found_wherever_they_are(d, dtype, labelled) -> None:
+    """Among pixels of few levels, where many rows are alike; 0 and -0 are equal."""
+    levels = torch.randint(0, 3, (300, d), generator=seeded()) - 1
+    data, classes = levels.to(dtype), torch.arange(300) % 2
+    data[7], data[:, 0] = 0.0, torch.arange(300).to(dtype) / 2  # rows differ in pairs at least
+    order = torch.randperm(300, generator=seeded(1))
+    x0 = torch.where(data[:20] == 0, -data[:20], data[:20])
+    options = {"class_labels": classes[:20], "reference_class_labels": classes[order]}
+    options = options if labelled else {}
+    sample = VESDE().perturb(x0, torch.full((20,), 0.5), generator=seeded(2))
+    shuffled = StableTarget()(sample, data[order], **options)
+    if labelled:
+        options["reference_class_labels"] = classes
+    whole = StableTarget()(sample, data, **options)
+    torch.testing.assert_close(shuffled.x0, whole.x0)
+    absent = data.clone()
+    absent[5] += 0.25
+    with pytest.raises(ValueError, match=r"1 of 20 missing, first \[5\]"):
+        StableTarget()(sample, absent, **options)
+
+
+class Passes(TorchDispatchMode):
+    """Counts the results that have a number for every pair of a sample and a reference."""
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.pairs, self.count = pairs, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        aliases = func.is_view or any(a.alias_info and not a.alias_info.is_write
+                                      for a in func._schema.returns)  # fmt: skip
+        if isinstance(out, torch.Tensor) and out.numel() >= self.pairs and not aliases:
+            self.count += 1
+        return out
+
+
+@pytest.mark.parametrize(("d", "passes"), [(2, 11), (16, 67)])
+def test_few_passes_over_all_pairs(d, passes) -> None:
+    """Four for each dimension, and three for the weights."""
+    data = torch.randn(200, d, generator=seeded())
+    sample = VESDE().perturb(data[:50].flip(0), torch.full((50,), 0.5))
+    with Passes(50 * 200) as counted:
+        StableTarget()(sample, data)
+    assert counted.count == passes

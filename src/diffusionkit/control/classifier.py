@@ -29,7 +29,7 @@ from ..interfaces import ForwardSDE, TimeSampler
 from ..models.labels import Label, LogSigmaLabel, checked_label
 from ..random import Generators
 from ..training.optim import clipped_step
-from ..training.times import UniformTimes, times_and_weights
+from ..training.times import UniformTimes, times_and_weights, weighted_losses
 from ._guided import check_process, shape_or_type
 
 Classifier = TypeVar("Classifier", bound=nn.Module)
@@ -193,7 +193,7 @@ def classifier_loss(
     check_part(times, TimeSampler, "times")
     t, weight = times_and_weights(times, sde, x0, t, generator)
     x = sde.perturb(x0, t, generator=generator).x
-    return -weight * class_log_probs(classifier, x, t, class_labels)
+    return weighted_losses(-class_log_probs(classifier, x, t, class_labels), weight)
 
 
 def train_noise_classifier(

@@ -12,10 +12,12 @@ from .._checks import check_count, check_flag
 
 T = TypeVar("T")
 
+_AVAILABLE = dist.is_available()
+
 
 def is_distributed() -> bool:
     """Whether this process belongs to an initialized process group."""
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def rank_and_world_size(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:

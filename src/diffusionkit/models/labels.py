@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_times import steps_at
 from .._checks import check_count, check_positive, numbers
 from .._grid_times import grid_point, schedule
 from .._kept import Kept
 from .._schedules import exact, slack, snapped
 from ..interfaces import ForwardSDE
+from ..sde.chain import Chain
 
 Label: TypeAlias = Callable[[ForwardSDE, Tensor], Tensor]
 Number = TypeVar("Number", int, Tensor)
@@ -143,7 +145,8 @@ class LogSigmaLabel:
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return scale log(sigma / (alpha reference)), (B,)."""
-        return sde.log_snr(t) * (-0.5 * self.scale) - self.scale * math.log(self.reference)
+        label = sde.log_snr(t) * (-0.5 * self.scale)
+        return label if self.reference == 1 else label - self.scale * math.log(self.reference)
 
 
 @dataclass(frozen=True)
@@ -184,15 +187,34 @@ def _number(sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float) 
 
     A network that looks labels up in a table rounds them down: 498.99997 would be step 498.
     """
-    dtype, count = torch.promote_types(t.dtype, torch.float32), steps / sde.T
-    # Times in float64 were often in float32 before.
-    near = slack(steps * scale, t.dtype if t.dtype.itemsize < 4 else torch.float32)
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    if (i := steps_at(sde, t)) is not None and isinstance(sde, Chain):
+
+        def made() -> Tensor:
+            every = sde.time(torch.arange(sde.steps, device=t.device))
+            return _computed_number(sde, every, steps, first, scale).to(dtype)
+
+        key = "number", steps, first, scale, t.device, dtype
+        table: Tensor = sde.tables.get(key, made)
+        return table.index_select(0, i)
     if (point := grid_point(t, sde)) is None:
-        label = (exact(t) * count - first).clamp_min(0.0) * scale
-        return snapped(label, near).to(dtype)
-    number = max(point.time * count - first, 0.0) * scale
+        return _computed_number(sde, t, steps, first, scale).to(dtype)
+    number = max(point.time * (steps / sde.T) - first, 0.0) * scale
     whole = round(number)
+    near = _rounding(t, steps * scale)
     return torch.full_like(t, whole if abs(whole - number) <= near else number, dtype=dtype)
+
+
+def _computed_number(sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float) -> Tensor:
+    """Return the `_number` at times t (B,), in float64."""
+    label = (exact(t) * (steps / sde.T) - first).clamp_min(0.0) * scale
+    return snapped(label, _rounding(t, steps * scale))
+
+
+def _rounding(t: Tensor, largest: float) -> float:
+    """Return how far from a whole number a label may be by the rounding of times."""
+    # Times in float64 were often in float32 before.
+    return slack(largest, t.dtype if t.dtype.itemsize < 4 else torch.float32)
 
 
 class IndexLabel:

@@ -134,7 +134,9 @@ class NetworkModel(ScoreModel):
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         noise_label = label_at(self.label, self.sde, t, wide)
         if noise_label is None:
-            noise_label = checked_label(self.label(self.sde, t), t).to(wide)
+            noise_label = checked_label(self.label(self.sde, t), t)
+            if noise_label.dtype is not wide:
+                noise_label = noise_label.to(dtype=wide)
         output = self._guard(network, inputs, noise_label, cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:

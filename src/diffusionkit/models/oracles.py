@@ -246,13 +246,22 @@ def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         parts: logits (B, m), with values (m, D), or (B, m, D) if they differ by row. A logit of
             minus infinity excludes a value; every row must include at least one.
     """
-    top: Tensor | float = torch.finfo(torch.float32).min  # finite: no inf - inf
-    total: Tensor | float = 0.0
-    mean: Tensor | float = 0.0
+    top: Tensor | None = None
+    total = mean = torch.empty(())
     for logits, values in parts:
-        peak = logits.detach().amax(1, keepdim=True).clamp_min(top)
-        weights, decay = (logits - peak).exp_(), torch.exp(top - peak)
-        total = decay * total + weights.sum(1, keepdim=True)
-        mean = decay * mean + (weights.unsqueeze(1) @ values).squeeze(1)
+        peak = logits.detach().amax(1, keepdim=True)
+        # Finite: no inf - inf.
+        peak = peak.clamp_min(torch.finfo(torch.float32).min) if top is None else peak.maximum(top)
+        # Weights as good as 0 are normal numbers: exponentials that underflow take five times as
+        # long on a CPU.
+        least = math.log(torch.finfo(logits.dtype).tiny) + 1
+        weights = (logits - peak).clamp_min_(least).exp_()
+        part = weights @ values if values.ndim == 2 else (weights.unsqueeze(1) @ values).squeeze(1)
+        if top is None:
+            total, mean = weights.sum(1, keepdim=True), part
+        else:
+            decay = torch.exp(top - peak)
+            total = decay * total + weights.sum(1, keepdim=True)
+            mean = decay * mean + part
         top = peak
-    return torch.as_tensor(mean / total)
+    return mean / total

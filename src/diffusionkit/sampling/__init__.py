@@ -14,6 +14,7 @@ from .dpm_solver import (
     DPMSolver3MSDE,
 )
 from .encode import ddim_encode
+from .first_step import AnalyticFirstStep
 from .fitted_grid import FittedGrid
 from .grid_search import fit_grid
 from .grids import (
@@ -54,6 +55,7 @@ __all__ = [
     "LMS",
     "AYSGrid",
     "AdaptiveSDE",
+    "AnalyticFirstStep",
     "Ancestral",
     "AnnealedLangevin",
     "BrownianPath",

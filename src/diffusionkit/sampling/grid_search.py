@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .._batch_conditions import for_batch
-from .._checks import check_count, check_part, check_positive
+from .._checks import check_count, check_finite, check_part, check_positive
 from .._keywords import explains
 from .._log_snr import with_signal
 from .._loops import Progress, check_progress, evaluation_mode, with_progress
@@ -19,6 +20,7 @@ from .._model_checks import check_model
 from .._schedules import home, schedule_dtype
 from ..interfaces import ForwardSDE, Predictor, ScoreModel
 from ..random import Generators
+from ._grid_levels import Draws, Levels, mean_square, search
 from ._start import initial_state
 from .fitted_grid import FittedGrid, fitted
 from .grids import MOST_STEPS, AYSGrid, Grid, KarrasGrid, LogSNRGrid, UniformGrid, resolve_grid
@@ -29,11 +31,11 @@ from .tangent_grid import TangentGrid
 _TO_ZERO = (1.0, 6.0, 40.0)  # the last noise before 0, as multiples of that at t_stop
 _OPEN = (1.0, 6.0)  # the last noise of grids that end there
 _SCALES = (0.35, 0.7, 1.4)  # of tangent grids
-_NUDGE = 0.03  # of a logarithm of a step's length, for derivatives
-_LONGEST = 0.7  # the largest change of such a logarithm in an iteration
-_ENOUGH = 1e-3  # the relative gain below which the search ends
-_TRIES = 8  # of shorter and shorter changes, for one that is a gain
 _PATIENCE = 3  # iterations without a gain on held-out draws
+_SHARE, _FEW = 4, 16  # the draws to begin with: a quarter, if it is as many as this
+_SHORTLIST = 4  # of fixed grids of each kind of end, which are compared on all draws
+
+Candidate: TypeAlias = tuple[float, Tensor]
 
 
 def fixed_grids(sde: ForwardSDE, steps: int) -> Iterator[Tensor]:
@@ -56,120 +58,16 @@ def fixed_grids(sde: ForwardSDE, steps: int) -> Iterator[Tensor]:
         yield TangentGrid(scale)(sde, steps)
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """Grids with the first time and kind of end of a given one, by logarithms of their steps.
-
-    The steps are those of l = log(alpha / sigma), of which any positive lengths are a grid.
-    """
-
-    sde: ForwardSDE
-    start: Tensor
-
-    @property
-    def to_zero(self) -> bool:
-        return not float(self.start[-1]) > 0.0
-
-    def _levels(self) -> Tensor:
-        """Return l at the times of the start that have noise."""
-        here = home(self.sde)
-        times = self.start[:-1] if self.to_zero else self.start
-        log_snr = self.sde.log_snr(times.to(here, schedule_dtype(here)))
-        return 0.5 * with_signal(log_snr).detach().cpu().double()
-
-    def parameters(self) -> Tensor:
-        """Return the logarithms (n,) of the steps of the start."""
-        return torch.log(self._levels().diff())
-
-    def times(self, parameters: Tensor) -> Tensor | None:
-        """Return the times of logarithms (n,) of steps, or None if they leave the process."""
-        levels = self._levels()[0] + torch.exp(parameters).cumsum(0)
-        here = home(self.sde)
-        inner = self.sde.time_at_log_snr(2 * levels.to(here, schedule_dtype(here)))
-        times = torch.cat([self.start[:1], inner.detach().cpu().double()])
-        if not bool((times.diff() < 0).all()) or float(times[-1]) < self.sde.t_min:
-            return None
-        return torch.cat([times, times.new_zeros(1)]) if self.to_zero else times
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """Draws from the prior, and the samples to which the probability flow takes them."""
-
-    sampler: PCSampler
-    start: Tensor
-    target: Tensor
-    cond: Sequence[Mapping[str, Any]]
-    batch_size: int
-
-    def residual(self, times: Tensor, seed: int = 0) -> Tensor:
-        """Return the differences of samples from the target (n, d)."""
-        self.sampler.grid = times  # a new sampler would compute a solver's coefficients twice
-        noise = torch.Generator().manual_seed(seed)
-        batches = zip(torch.split(self.start, self.batch_size), self.cond, strict=True)
-        found = [self.sampler(x, generator=noise, **cond) for x, cond in batches]
-        return (torch.cat(found) - self.target).flatten(1)
-
-    def error(self, times: Tensor) -> float:
-        """Return the mean square error per number."""
-        return _mean_square(self.residual(times))
-
-
-def _mean_square(residual: Tensor) -> float:
-    return float(residual.double().square().mean())
-
-
-def _search(levels: _Levels, draws: _Draws) -> Iterator[Tensor]:
-    """Yield grids of decreasing error on draws, by the method of Levenberg and Marquardt."""
-    p, damping = levels.parameters(), 1e-2
-    if not bool(torch.isfinite(p).all()):
-        return  # levels fainter than any that can be told from none
-    residual = draws.residual(levels.start)
-    error = _mean_square(residual)
-    while True:
-        rows = []
-        for k in range(len(p)):
-            for nudge in (_NUDGE, -_NUDGE):
-                moved = p.clone()
-                moved[k] += nudge
-                near = levels.times(moved)
-                if near is not None:
-                    rows.append((draws.residual(near) - residual).flatten() / nudge)
-                    break
-            else:
-                rows.append(torch.zeros_like(residual).flatten())
-        slopes = torch.stack(rows)
-        normal = (slopes @ slopes.T).cpu().double()
-        right = (slopes @ residual.flatten()).cpu().double()
-        scale = normal.diagonal() + 1e-12 * normal.diagonal().max() + 1e-300
-        for _ in range(_TRIES):
-            change = -torch.linalg.solve(normal + damping * torch.diag(scale), right)
-            moved = p + change.clamp(-_LONGEST, _LONGEST)
-            tried = levels.times(moved)
-            if tried is not None:
-                found = draws.residual(tried)
-                if (now := _mean_square(found)) < error:
-                    break
-            damping *= 4
-        else:
-            return
-        gain = 1 - now / error
-        p, times, residual, error = moved, tried, found, now
-        damping = max(damping / 5, 1e-5)
-        yield times
-        if gain < _ENOUGH:
-            return
-
-
 @explains
 def fit_grid(
     model: ScoreModel,
-    predictor: Predictor,
+    predictor: Predictor | Sequence[Predictor],
     start: Sequence[int] | Tensor,
     /,
     *,
     steps: int,
     grids: Sequence[Grid | Tensor] = (),
+    target: Tensor | None = None,
     tolerance: float = 1e-5,
     iterations: int = 20,
     batch_size: int | None = None,
@@ -190,21 +88,26 @@ def fit_grid(
     Half of the draws are fitted, the other half decides. The best two of about thirty fixed grids
     on the latter, one that ends at 0 and one that ends where noise is left, are improved by the
     method of Levenberg and Marquardt in the logarithms of the steps in log-SNR, with derivatives by
-    differences. It stops early where the held-out error rises. The result is the grid with the
-    least held-out error, which may be the best fixed one: never a worse one on these draws.
+    differences and secants: first on a quarter of the draws, then the better of the two on all. It
+    stops early where the held-out error rises. The result is the grid with the least held-out
+    error, which may be the best fixed one: never a worse one on these draws.
 
-    It takes about 30 to 200 runs of the sampler with half of the draws, and one solution of the
-    flow with all of them. With the same draws the result is the same.
+    It takes about as many evaluations as 20 to 100 runs of the sampler with all draws, and one
+    solution of the flow, some 100 evaluations for each. With the same draws the result is the same.
 
     Args:
         model: the score model, guidance included.
-        predictor: a predictor that adds no noise.
+        predictor: a predictor that adds no noise, or a sequence of them: the grid of the one with
+            the least held-out error is returned, and `FittedGrid.predictor` is its `repr`.
         start: the shape (B, *D) of draws from the prior, or states at T. 256 or more are safe;
             with few, the fit follows their particular paths.
         steps: the number of steps N.
         grids: further grids to begin with: callables or times (N + 1,).
+        target: the ends (B, *D) of the flow from given states, if they are known already: a second
+            fit to the same draws need not solve it again. By default the flow is solved.
         tolerance: the tolerance of the probability flow.
-        iterations: the largest number of iterations from each of the two grids.
+        iterations: the largest number of iterations from each of the two grids, and of the last
+            search on all draws.
         batch_size: the number of draws that are sampled at once, all by default.
         generator: the source of randomness: one generator, one for each draw, or None.
         device: the device of drawn states, by default the model's.
@@ -217,13 +120,14 @@ def fit_grid(
         The grid, with its error and that of the best fixed grid on the held-out draws.
 
     Raises:
-        ValueError: if there are fewer than four draws, steps < 2, or the predictor adds noise.
+        ValueError: if there are fewer than four draws, steps < 2, a predictor adds noise, or the
+            target is given without its states or has another shape.
         TypeError: if a part has the wrong type.
 
     Source: grids optimized for a solver against a reference solution: Watson et al., Learning Fast
     Samplers for Diffusion Models by Differentiating Through Sample Quality, 2022, arXiv 2202.05830;
     Chen et al., On the Trajectory Regularity of ODE-based Diffusion Sampling, 2024, arXiv
-    2405.11326. The search is that of Marquardt, 1963.
+    2405.11326. The search is that of Marquardt, 1963, with Broyden's update.
 
     >>> import torch
     >>> from diffusionkit import (
@@ -239,7 +143,11 @@ def fit_grid(
     torch.Size([4, 1])
     """
     check_model(model)
-    check_part(predictor, Predictor, "predictor")
+    parts = list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
+    for part in parts:
+        check_part(part, Predictor, "predictor")
+    if not parts:
+        raise ValueError("predictor: expected a predictor or several, got none")
     check_count(steps, "steps", least=2, most=MOST_STEPS)
     check_count(iterations, "iterations", least=0)
     check_positive(tolerance, "tolerance")
@@ -251,49 +159,89 @@ def fit_grid(
     x, _ = initial_state(model, start, whole, generator, device, dtype)
     if len(x) < 4:
         raise ValueError(f"start: expected 4 draws or more, half of them held out, got {len(x)}")
+    if target is not None:
+        check_part(target, Tensor, "target")
+        if not isinstance(start, Tensor) or target.shape != x.shape:
+            states = tuple(x.shape) if isinstance(start, Tensor) else "no states"
+            raise ValueError(
+                f"target: expected the ends of the flow from states `start`, got a tensor of shape "
+                f"{tuple(target.shape)} and {states}"
+            )
+        check_finite(target, "target")
     flow = ProbabilityFlow(model, rtol=tolerance, atol=tolerance)
     # Shuffled: the halves of conditions in order would differ.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    starts = _starts(sde, steps, grids)
-    sampler = PCSampler(model, predictor, grid=starts[0], denoise=False)
+    given, fixed = _given(sde, steps, grids), [t.cpu().double() for t in fixed_grids(sde, steps)]
+    samplers = [PCSampler(model, part, grid=fixed[0], denoise=False) for part in parts]
     with torch.no_grad(), evaluation_mode(model):
-        fit, held_out = (
-            _draws(flow, sampler, x, rows.to(x.device), batch_size, cond)
+        halves = [
+            _draws(flow, samplers[0], x, target, rows.to(x.device), batch_size, cond)
             for rows in order.tensor_split(2)
-        )
-        return _fitted(fit, held_out, starts, iterations, progress)
+        ]
+        searches = [
+            _Search(*(tuple(replace(one, sampler=sampler) for one in half) for half in halves))
+            for sampler in samplers
+        ]
+        starts = [search.starts(given, fixed) for search in searches]
+        fixed_error = min(error for found in starts for error, _ in found)
+        plan = list(zip(searches, starts, strict=True))
+        total = sum(search.most(found, iterations) for search, found in plan)
+        best = [min(found, key=_error) for found in starts]
+        candidates = (
+            (k, one) for k, (search, found) in enumerate(plan)
+            for one in search.candidates(found, iterations)
+        )  # fmt: skip
+        for _ in with_progress(range(total), progress):
+            k, one = next(candidates, (0, None))
+            if one is not None:
+                best[k] = min(best[k], one, key=_error)
+        chosen = min(range(len(best)), key=lambda k: best[k][0])
+        (_, times), search = best[chosen], searches[chosen]
+        root = math.sqrt(search.held_out[1].error(times)), math.sqrt(fixed_error)
+        sampler = samplers[chosen]
+        return fitted(sde, parts[chosen], times, sampler.nfe, *root)
 
 
 def _draws(
     flow: ProbabilityFlow,
     sampler: PCSampler,
     x: Tensor,
+    target: Tensor | None,
     rows: Tensor,
     batch_size: int | None,
     cond: Mapping[str, Any],
-) -> _Draws:
-    """Return the chosen rows of draws (B, *D) with the ends of the flow from them."""
+) -> tuple[Draws, Draws]:
+    """Return some and all of the chosen rows of draws (B, *D), with the ends of the flow."""
     n, size = len(x), batch_size or len(rows)
-    conditions: list[dict[str, Any]] = [
-        {
-            name: value[part.to(value.device)]
-            if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
-            else value
-            for name, value in for_batch(cond, n).items()
-        }
-        for part in torch.split(rows, size)
-    ]
-    start = x[rows]
-    batches = zip(torch.split(start, size), conditions, strict=True)
-    target = torch.cat([flow.sample(part, **own) for part, own in batches])
-    return _Draws(sampler, start, target, conditions, size)
+    by_sample = for_batch(cond, n)
+
+    def batches(rows: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [
+            (x[part], {
+                name: value[part.to(value.device)]
+                if isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+                else value
+                for name, value in by_sample.items()
+            })
+            for part in torch.split(rows, size)
+        ]  # fmt: skip
+
+    if target is None:
+        ends = torch.cat([flow.sample(part, **own) for part, own in batches(rows)])
+    else:
+        ends = target[rows].to(x)
+    some, whole = (
+        Draws(sampler, batches(rows[:count]), ends[:count])
+        for count in (max(len(rows) // _SHARE, min(_FEW, len(rows))), len(rows))
+    )
+    return some, whole
 
 
-def _starts(sde: ForwardSDE, steps: int, grids: Sequence[Grid | Tensor]) -> list[Tensor]:
-    """Return the fixed grids and the given ones, as times (steps + 1,)."""
+def _given(sde: ForwardSDE, steps: int, grids: Sequence[Grid | Tensor]) -> list[Tensor]:
+    """Return given grids as times (steps + 1,)."""
     if not isinstance(grids, (list, tuple)):
         raise TypeError(f"grids: expected a sequence of grids, got {type(grids).__name__}")
-    starts = list(fixed_grids(sde, steps))
+    given = []
     for grid in grids:
         if grid is None:
             raise TypeError("grids: expected grids, got None")
@@ -303,43 +251,83 @@ def _starts(sde: ForwardSDE, steps: int, grids: Sequence[Grid | Tensor]) -> list
                 f"grids: expected grids of {steps} steps from T = {sde.T:g}, "
                 f"got one of {len(times) - 1} from {float(times[0]):g}"
             )
-        starts.append(times)
-    return [times.cpu().double() for times in starts]
+        given.append(times.cpu().double())
+    return given
 
 
-def _fitted(
-    fit: _Draws, held_out: _Draws, starts: Sequence[Tensor], iterations: int, progress: Progress
-) -> FittedGrid:
-    """Search from the best grid of each kind, and return the best on held-out draws."""
-    _check_deterministic(held_out, starts[0])
-    sampler = held_out.sampler
-    sde, errors = sampler.model.sde, [held_out.error(times) for times in starts]
-    best = min(zip(errors, starts, strict=True), key=lambda pair: pair[0])
-    fixed_error = best[0]
-    chosen = []
-    for to_zero in (True, False):
-        kind = [k for k, times in enumerate(starts) if (float(times[-1]) == 0.0) == to_zero]
-        chosen += [min(kind, key=errors.__getitem__)] if kind else []
-    plan = [(k, i) for k in chosen for i in range(iterations)]
-    searches = {k: _search(_Levels(sde, starts[k]), fit) for k in chosen}
-    least = {k: (errors[k], 0) for k in chosen}  # and the iterations since
-    for k, _ in with_progress(plan, progress):
-        error, waited = least[k]
-        times = next(searches[k], None) if waited < _PATIENCE else None
-        if times is None:
-            continue
-        now = held_out.error(times)
-        least[k] = (now, 0) if now < error else (error, waited + 1)
-        best = min(best, (now, times), key=lambda pair: pair[0])
-    _, times = best
-    root = math.sqrt(held_out.error(times)), math.sqrt(fixed_error)
-    return fitted(sde, sampler.predictor, times, sampler.nfe, *root)
+def _error(candidate: Candidate) -> float:
+    return candidate[0]
 
 
-def _check_deterministic(draws: _Draws, times: Tensor) -> None:
+@dataclass(frozen=True)
+class _Search:
+    """The search for one predictor's grid, on some of the draws and then on all.
+
+    Candidates are grids with their mean square errors on all held-out draws.
+    """
+
+    fit: Sequence[Draws]
+    held_out: Sequence[Draws]
+
+    @property
+    def staged(self) -> bool:
+        """Whether there are enough draws to begin with some of them."""
+        some, whole = self.fit
+        return len(some.target) < len(whole.target)
+
+    def starts(self, given: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Candidate]:
+        """Return given grids and the best fixed ones; raise if the predictor adds noise."""
+        some, whole = self.held_out
+        _check_deterministic(some, fixed[0])
+        if self.staged:
+            ranked = sorted(fixed, key=some.error)
+            last = [[t for t in ranked if (float(t[-1]) > 0.0) == open] for open in (True, False)]
+            fixed = [times for kind in last for times in kind[:_SHORTLIST]]
+        return [(whole.error(times), times) for times in (*given, *fixed)]
+
+    def _first(self, starts: Sequence[Candidate]) -> list[Tensor]:
+        """Return the best of the grids that end at 0, and of those that do not."""
+        kinds = [[c for c in starts if (float(c[1][-1]) > 0.0) == open] for open in (False, True)]
+        return [min(kind, key=_error)[1] for kind in kinds if kind]
+
+    def most(self, starts: Sequence[Candidate], iterations: int) -> int:
+        """Return the largest number of iterations."""
+        return (len(self._first(starts)) + self.staged) * iterations
+
+    def candidates(
+        self, starts: Sequence[Candidate], iterations: int
+    ) -> Iterator[Candidate | None]:
+        """Yield a candidate for each iteration, None where it is not known on all draws."""
+        first = self._first(starts)
+        if self.staged:
+            ends = []
+            for times in first:
+                best = times
+                for _, one in self._improved(0, times, iterations):
+                    best = one
+                    yield None
+                ends.append((self.held_out[1].error(best), best))
+            first = [min(ends, key=_error)[1]]
+        for times in first:
+            yield from self._improved(1, times, iterations)
+
+    def _improved(self, stage: int, start: Tensor, iterations: int) -> Iterator[Candidate]:
+        """Yield the best grid so far and its error on held-out draws, after each iteration."""
+        held_out, fit = self.held_out[stage], self.fit[stage]
+        best, waited = (held_out.error(start), start), 0
+        levels = Levels(fit.sampler.model.sde, start)
+        for times in islice(search(levels, fit), iterations):
+            error = held_out.error(times)
+            best, waited = ((error, times), 0) if error < best[0] else (best, waited + 1)
+            yield best
+            if waited == _PATIENCE:
+                return
+
+
+def _check_deterministic(draws: Draws, times: Tensor) -> None:
     """Raise if samples depend on more than the state at T."""
     one, two = (draws.residual(times, seed) for seed in (0, 1))
-    if _mean_square(one - two) > 1e-6 * _mean_square(draws.target):
+    if mean_square(one - two) > 1e-6 * mean_square(draws.target):
         raise ValueError(
             "predictor: expected a deterministic one, which follows the probability flow, got "
             f"{type(draws.sampler.predictor).__name__}, which adds noise"

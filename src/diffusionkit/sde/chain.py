@@ -8,11 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._batch_times import Drawn, can_carry, validated
 from .._checks import as_item, check_times, check_transition
 from .._kept import Kept
 from .._schedules import schedule_dtype, slack, snapped
 from ..interfaces import ForwardSDE
 from ._subsequence import subsequence
+
+
+def at_steps(sde: ForwardSDE, i: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> Drawn:
+    """Return the times (B,) that steps i (B,) of a process end at, with a chain's schedule there.
+
+    Args:
+        sde: a process with a number of `steps`.
+        i: the steps (B,), from 0.
+        dtype: the dtype of the times.
+        weight: weights (B,) of the times, None for 1.
+    """
+    table = sde._at_steps(i.device, dtype) if isinstance(sde, Chain) and can_carry(i) else None
+    if table is None:
+        steps: int = getattr(sde, "steps")  # noqa: B009 - a chain of another kind
+        t = (i + 1).to(schedule_dtype(i.device)) * (sde.T / steps)
+        return Drawn(t.to(dtype), weight)
+    t, exact, alpha, sigma = (column.index_select(0, i) for column in table)
+    exact = validated(exact, sde.T)
+    return Drawn(t, weight, exact, (alpha, sigma), i)
 
 
 class Chain(ForwardSDE):
@@ -106,6 +126,21 @@ class Chain(ForwardSDE):
             return self._increments, self._sums
         key = like.device, like.dtype
         return self._copies.get(key, lambda: (self._increments.to(*key), self._sums.to(*key)))
+
+    def _at_steps(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+        """Return the times of all steps in a dtype, and times, alpha and sigma in float64.
+
+        None if the schedule of a subclass is learned.
+        """
+
+        def made() -> tuple[Tensor, ...]:
+            exactly = schedule_dtype(device)
+            times = torch.arange(1, self.steps + 1, device=device).to(exactly)
+            times = times * (self.T / self.steps)
+            return times.to(dtype), times, *self.marginal(times)
+
+        table: tuple[Tensor, ...] = self.tables.get(("times", device, dtype), made)
+        return None if any(column.requires_grad for column in table) else table
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step that each time falls in, and the fraction of it completed."""

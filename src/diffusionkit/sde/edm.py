@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_interval, check_positive, check_times, check_transition
+from .._ones import ones_like
 from ..interfaces import ForwardSDE
 
 
@@ -56,7 +57,7 @@ class EDMSDE(ForwardSDE):
     @override
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         check_times(t, self.T)
-        return torch.ones_like(t), t.clone()
+        return ones_like(t), t.clone()
 
     @override
     def drift_coefficient(self, t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._checks import check_count, check_positive, check_times, numbers
+from .._ones import ones_like
 from .chain import Chain
 
 
@@ -81,7 +82,7 @@ class SMLDChain(Chain):
 
     @override
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(t), torch.sqrt(self._sum(t))
+        return ones_like(t), torch.sqrt(self._sum(t))
 
     @override
     def log_snr(self, t: Tensor) -> Tensor:

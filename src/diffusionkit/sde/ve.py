@@ -20,6 +20,7 @@ from .._checks import (
     check_times,
     check_transition,
 )
+from .._ones import ones_like
 from ..interfaces import ForwardSDE
 
 
@@ -76,7 +77,7 @@ class VESDE(ForwardSDE):
     @override
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         check_times(t, self.T)
-        return torch.ones_like(t), self.sigma_min * torch.exp(self._rate * t)
+        return ones_like(t), self.sigma_min * torch.exp(self._rate * t)
 
     @override
     def drift_coefficient(self, t: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from .._files import listed
-from ..distributed._sharded import is_sharded, placed, placed_state
+from ..distributed._sharded import placed, placed_state
 from ..distributed._wrappers import (
     bare_copy,
     bare_modules,
@@ -24,6 +25,7 @@ from ..distributed._wrappers import (
     bare_tensors,
     load_bare_state,
 )
+from ._weight_pairs import WeightPairs, kept_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class AveragedWeights:
         if not copied:
             self.model = _holder(model, tensors)
         self.model.eval()
+        self._pairs: WeakKeyDictionary[nn.Module, WeightPairs] = WeakKeyDictionary()
 
     def matching(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors of a model by name.
@@ -72,26 +75,25 @@ class AveragedWeights:
         check_tensors("model", bare_tensors(self.model), tensors)
         return tensors
 
-    @torch.no_grad()
-    def move(self, tensors: Mapping[str, Tensor], share: float) -> None:
-        """Give a model's parameters a share in the averages, and copy its other tensors."""
-        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        averages = bare_tensors(self.model)
-        unique = {id(x): name for name, x in averages.items()}  # tied ones have several names
-        for name in unique.values():
-            average, current = averages[name], placed(tensors[name], averages[name])
-            if isinstance(average, nn.Parameter) and _is_inexact(average):
-                if average.dtype != (dtype := _kept_dtype(average)):  # after ema.model.half()
-                    average.data = average.data.to(dtype)
-                if is_sharded(average):
-                    average, current = (cast(Any, x).to_local() for x in (average, current))
-                olds, news = groups[average.device, average.dtype]
-                olds.append(average)
-                news.append(current)
-            else:
-                average.copy_(current)
-        for (device, dtype), (olds, news) in groups.items():
-            torch._foreach_lerp_(olds, [x.to(device, dtype) for x in news], share)
+    def pairs(self, model: nn.Module) -> WeightPairs:
+        """Return the tensors of a model, each with its average.
+
+        Raises:
+            ValueError: if names or shapes are not those of the averages.
+        """
+        found = self._pairs.get(model)
+        if found is None or not found.hold():
+            found = WeightPairs(model, self.model, self.matching(model))
+            self._pairs[model] = found
+        return found
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model}  # a copy is that of no model yet
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.model = state["model"]
+        self._pairs = WeakKeyDictionary()
 
     @torch.no_grad()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -211,18 +213,8 @@ def _holder(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return root
 
 
-def _is_inexact(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
-
-
-def _kept_dtype(x: Tensor) -> torch.dtype:
-    if x.is_complex():
-        return torch.promote_types(x.dtype, torch.complex64)
-    return torch.float32 if x.is_floating_point() and x.dtype.itemsize < 4 else x.dtype
-
-
 def _kept(x: Tensor) -> Tensor:
-    value = x.detach().clone().to(_kept_dtype(x))
+    value = x.detach().clone().to(kept_dtype(x))
     return nn.Parameter(value, requires_grad=False) if isinstance(x, nn.Parameter) else value
 
 

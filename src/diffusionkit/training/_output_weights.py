@@ -7,6 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from .._ones import product
 from .._schedules import exact, home
 from .._sigma_data import over_channels
 from ..interfaces import ForwardSDE, Weighting
@@ -32,8 +33,9 @@ def output_weights(
         t: the times (B,).
     """
     weights, factor = weighting(sde, t), prediction.noise_factor()
-    plain = not isinstance(factor, Tensor) and factor == 1.0
-    return weights if plain else exact(weights) * factor**2
+    if isinstance(factor, Tensor):
+        return product(factor * factor, weights)
+    return weights if factor == 1.0 else exact(weights) * factor**2
 
 
 def channel_weighted(squares: Tensor, weighting: Weighting, sde: ForwardSDE, t: Tensor) -> Tensor:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_times import Drawn
 from .._checks import check_count, check_number, check_state
 from .._repr import Described
 from .._schedules import schedule_dtype
 from ..distributed._group import gather_rows
-from ..interfaces import ForwardSDE, TimeSampler
-from ..random import Generators, rand
-from .times import check_draw
+from ..interfaces import ForwardSDE
+from ..random import Generators, draw
+from ..sde.chain import at_steps
+from .times import DrawnTimes
 
 
 def _steps(sde: ForwardSDE) -> int:
@@ -27,7 +29,7 @@ def _steps(sde: ForwardSDE) -> int:
 
 
 @dataclass(frozen=True)
-class DiscreteTimes(TimeSampler):
+class DiscreteTimes(DrawnTimes):
     r"""Independent times, uniform over the N steps t = (i + 1) / N of a chain; weight 1.
 
     The expected loss is the mean over the N steps, as in DDPM, not the mean over [t_min, T].
@@ -43,23 +45,20 @@ class DiscreteTimes(TimeSampler):
     unbiased = False
 
     @override
-    def sample(
+    def _draw(
         self,
         sde: ForwardSDE,
         n: int,
-        *,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        check_draw(sde, n, device, dtype)
-        steps, exactly = _steps(sde), schedule_dtype(device)
-        u = rand(n, generator=generator, device=device, dtype=exactly)
-        t = ((u * steps).floor().clamp_max(steps - 1) + 1) * (sde.T / steps)
-        return t.to(dtype or exactly), torch.ones_like(t, dtype=dtype or exactly)
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        steps = _steps(sde)
+        u = draw(torch.rand, (n,), generator, device, schedule_dtype(device))
+        return at_steps(sde, (u * steps).long().clamp_max(steps - 1), dtype)
 
 
-class LossSecondMomentTimes(Described, TimeSampler):
+class LossSecondMomentTimes(Described, DrawnTimes):
     r"""Steps of a chain, drawn in proportion to the root mean square of their recent losses.
 
     .. math::
@@ -105,56 +104,69 @@ class LossSecondMomentTimes(Described, TimeSampler):
         self.history = history
         self.uniform = uniform
         self._T = 1.0
-        self._losses = torch.zeros((0, history), dtype=torch.float64)
-        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._empty(0)
+
+    def _empty(self, steps: int) -> None:
+        """Forget all losses, and begin with those of a number of steps."""
+        # The last row takes what is not recorded, so that nothing is selected by its value, which
+        # the host would have to read.
+        self._losses = torch.zeros((steps + 1, self.history), dtype=torch.float64)
+        self._counts = torch.zeros(steps + 1, dtype=torch.int64)
+
+    @property
+    def _steps(self) -> int:
+        return len(self._counts) - 1
 
     @property
     def probabilities(self) -> Tensor:
         """The probabilities of the steps (N,), in float64; empty before the first draw."""
-        steps = len(self._counts)
-        if bool((self._counts < self.history).any()):
-            return torch.full((steps,), 1 / steps, dtype=torch.float64)
-        rms = self._losses.square().mean(1).sqrt()
+        return self._shares().to("cpu", torch.float64)
+
+    def _shares(self) -> Tensor:
+        """Return the probabilities of the steps (N,), where the history is."""
+        rms = self._losses[:-1].square().mean(1).sqrt()
         share = rms / rms.sum().clamp_min(torch.finfo(rms.dtype).tiny)
-        p = (1 - self.uniform) * share + self.uniform / max(steps, 1)
-        return p / p.sum()
+        p = (1 - self.uniform) * share + self.uniform / max(self._steps, 1)
+        full = (self._counts[:-1] >= self.history).all()
+        return torch.where(full, p / p.sum(), 1 / max(self._steps, 1))
+
+    def _move(self, device: torch.device | str | None) -> None:
+        """Keep the history on a device, where it is read and written without the host."""
+        place = torch.device(device or "cpu")
+        if self._losses.device != place:
+            self._losses = self._losses.to(place, schedule_dtype(place))
+            self._counts = self._counts.to(place)
 
     @override
-    def sample(
+    def _draw(
         self,
         sde: ForwardSDE,
         n: int,
-        *,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw times (n,) and weights (n,).
-
-        Raises:
-            TypeError: if the process is not a chain.
-            ValueError: if the chain differs in length from that of the recorded losses.
-        """
-        check_draw(sde, n, device, dtype)
-        steps, exactly = _steps(sde), schedule_dtype(device)
-        if len(self._counts) == 0:
-            self._losses = torch.zeros((steps, self.history), dtype=torch.float64)
-            self._counts = torch.zeros(steps, dtype=torch.int64)
-        if len(self._counts) != steps:
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        steps = _steps(sde)
+        if self._steps == 0:
+            self._empty(steps)
+        if self._steps != steps:
             raise ValueError(
-                f"sde: expected {len(self._counts)} steps, as in the recorded losses, got {steps}"
+                f"sde: expected {self._steps} steps, as in the recorded losses, got {steps}"
             )
         self._T = sde.T
-        p = self.probabilities.to(device, exactly)
-        u = rand(n, generator=generator, device=device, dtype=exactly)
+        self._move(device)
+        p = self._shares()
+        u = draw(torch.rand, (n,), generator, device, p.dtype)
         i = torch.searchsorted(p.cumsum(0), u, right=True).clamp_max(steps - 1)
-        t, weight = (i + 1) * (sde.T / steps), 1 / (steps * p[i])
-        return t.to(dtype or exactly), weight.to(dtype or exactly)
+        return at_steps(sde, i, dtype, (1 / (steps * p[i])).to(dtype=dtype))
 
     @override
     @torch.no_grad()
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Record the losses (n,) at times (n,) in place of the oldest ones of their steps."""
+        """Record the losses (n,) at times (n,) in place of the oldest ones of their steps.
+
+        The history is kept on the device of the losses; nothing is read by the host.
+        """
         check_state(t, "t")
         check_state(loss, "loss")
         if t.ndim != 1 or loss.shape != t.shape:
@@ -162,20 +174,32 @@ class LossSecondMomentTimes(Described, TimeSampler):
                 "t, loss: expected one loss for each time, shapes (n,), "
                 f"got {tuple(t.shape)} and {tuple(loss.shape)}"
             )
+        if self._steps == 0:
+            return
         dtype = torch.promote_types(loss.dtype, torch.float32)  # float16 cannot index all steps
-        pairs = gather_rows(torch.stack([t.to(dtype), loss.to(dtype)], 1)).cpu()
-        steps = len(self._counts)
-        # The memory of the tensors as arrays, whose single entries are quicker to set.
-        losses, counts = self._losses.numpy(), self._counts.numpy()
-        for time, value in pairs[torch.isfinite(pairs).all(1)].tolist():
-            i = round(time * steps / self._T) - 1
-            if 0 <= i < steps:
-                losses[i, counts[i] % self.history] = value
-                counts[i] += 1
+        times, losses = gather_rows(torch.stack([t.to(dtype), loss.to(dtype)], 1)).unbind(1)
+        self._move(losses.device)
+        n = self._steps
+        step = (times * n / self._T).round() - 1
+        recorded = torch.isfinite(times) & torch.isfinite(losses) & (step >= 0) & (step < n)
+        step = torch.where(recorded, step, n).long()
+        # Those of one step come one after another: rank is the number of them before.
+        step, order = torch.sort(step, stable=True)
+        first, last = (torch.searchsorted(step, step, right=right) for right in (False, True))
+        rank = torch.arange(len(step), device=step.device) - first
+        slot = (self._counts[step] + rank) % self.history
+        newest = rank >= last - first - self.history  # two in one slot would be in any order
+        row = torch.where(newest, step, n)
+        self._losses[row, slot] = losses[order].to(self._losses.dtype)
+        every = torch.arange(n, device=step.device)
+        ends = (torch.searchsorted(step, every, right=right) for right in (False, True))
+        before, after = ends
+        self._counts[:-1] += after - before
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recorded losses (N, history) and the number recorded for each step (N,)."""
-        return {"losses": self._losses.clone(), "counts": self._counts.clone()}
+        losses, counts = self._losses[:-1].to("cpu", torch.float64), self._counts[:-1].cpu()
+        return {"losses": losses.clone(), "counts": counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a history returned by `state_dict`.
@@ -199,5 +223,5 @@ class LossSecondMomentTimes(Described, TimeSampler):
             )
         if not bool(losses.isfinite().all()) or bool((counts < 0).any()):
             raise ValueError("losses, counts: expected finite losses and counts >= 0, got others")
-        self._losses = losses.to("cpu", torch.float64, copy=True)
-        self._counts = counts.to("cpu", torch.int64, copy=True)
+        self._empty(len(counts))
+        self._losses[:-1], self._counts[:-1] = losses, counts

@@ -200,11 +200,11 @@ class EMA(Averages, Generic[Model_co]):
                 hold an average, inside `applied`.
         """
         check_part(model, nn.Module, "model")
-        tensors = self._average.matching(model)
-        check_own_weights(tensors)
+        pairs = self._average.pairs(model)
+        check_own_weights(pairs.tensors)
         d = self._decay_at(self.updates + 1)
         self.updates += 1
-        self._average.move(tensors, 1.0 - d)
+        pairs.move(1.0 - d)
 
     @contextlib.contextmanager
     def applied(self, model: Model) -> Iterator[Model]:

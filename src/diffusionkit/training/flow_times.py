@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .._batch_times import Drawn
 from .._checks import check_finite_number, check_number, check_part, check_positive
-from .._schedules import schedule_dtype, shifted
+from .._schedules import shifted
 from ..interfaces import ForwardSDE, TimeSampler
-from ..random import Generators, rand, randn
-from .times import UniformTimes, check_draw
+from ..random import Generators, draw
+from .times import DrawnTimes, UniformTimes
 
 _LEAST_MODE, _MOST_MODE = -1.0, 2 / (math.pi - 2)  # where the map of `ModeTimes` is increasing
 
 
 @dataclass(frozen=True)
-class LogitNormalTimes(TimeSampler):
+class LogitNormalTimes(DrawnTimes):
     r"""Times at which logit(t / T) is Gaussian: intermediate noise levels more often; weight 1.
 
     .. math::
@@ -58,24 +59,21 @@ class LogitNormalTimes(TimeSampler):
         check_positive(self.std, "std")
 
     @override
-    def sample(
+    def _draw(
         self,
         sde: ForwardSDE,
         n: int,
-        *,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        check_draw(sde, n, device, dtype)
-        dtype = dtype or schedule_dtype(device)
-        z = randn((n,), generator=generator, device=device, dtype=dtype)
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        z = draw(torch.randn, (n,), generator, device, dtype)
         t = sde.T * torch.sigmoid(self.mean + self.std * z)
-        return t.clamp(sde.t_min, sde.T), torch.ones_like(z)
+        return Drawn(t.clamp(sde.t_min, sde.T))
 
 
 @dataclass(frozen=True)
-class ModeTimes(TimeSampler):
+class ModeTimes(DrawnTimes):
     r"""Times with a mode in the middle, and a positive density at both ends; weight 1.
 
     .. math::
@@ -116,21 +114,18 @@ class ModeTimes(TimeSampler):
             )
 
     @override
-    def sample(
+    def _draw(
         self,
         sde: ForwardSDE,
         n: int,
-        *,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        check_draw(sde, n, device, dtype)
-        dtype = dtype or schedule_dtype(device)
-        u = rand(n, generator=generator, device=device, dtype=dtype)
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        u = draw(torch.rand, (n,), generator, device, dtype)
         bend = torch.cos(0.5 * math.pi * u).square() - 1 + u
         t = sde.T * (1 - u - self.scale * bend)
-        return t.clamp(sde.t_min, sde.T), torch.ones_like(u)
+        return Drawn(t.clamp(sde.t_min, sde.T))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from .._checks import (
     check_part,
     check_reference,
     check_state,
+    check_times,
     readable,
     sums_finitely,
 )
@@ -20,6 +21,7 @@ from .._data_range import check_range, check_training_data
 from .._keywords import explained
 from .._masks import common, masked, mean, total
 from .._model_checks import check_model
+from .._ones import product
 from .._repr import Described
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel, TargetEstimator, TimeSampler, Weighting
@@ -27,7 +29,7 @@ from ..random import Generators
 from ..values import Prediction
 from ._output_weights import channel_weighted, limits, output_weights, reaches_noise
 from .targets import DenoisingTarget
-from .times import UniformTimes, times_and_weights
+from .times import UniformTimes, times_and_weights, weighted_losses
 from .weighting import LikelihoodWeighting, SimpleWeighting
 
 
@@ -178,9 +180,12 @@ class ScoreMatching(Described):
             if reference is not None:
                 reference = common(mask, reference)
             mask, x0 = masked(mask, x0)
-        check_finite(x0, "x0")
+        free = readable(x0)
+        if free and not sums_finitely(x0):
+            check_finite(x0, "x0")
         check_training_data(x0, model, mask)
-        cond = for_batch(cond, x0.shape[0])
+        if cond:
+            cond = for_batch(cond, x0.shape[0])
         if reference is not None:
             check_reference(reference, x0)
             check_range(reference, model, "reference", None if mask is None else mask[:1])
@@ -197,21 +202,22 @@ class ScoreMatching(Described):
         squares = prediction.squared_error(target)
         squares = mean(channel_weighted(squares, self.weighting, sde, t), mask)
         weights = output_weights(self.weighting, sde, prediction, t)
-        free = readable(squares)
         if not free and _may_be_infinite(sde):
             weights = limits(weights, self.weighting, sde, prediction, t)
-        weighted = squares * (weights * weight).to(squares.dtype)
+        both = weights if weight is None else product(weights, weight)
+        weighted = product(squares, both.to(dtype=squares.dtype))
         if free and not sums_finitely(weighted):
             weights = limits(weights, self.weighting, sde, prediction, t)
             loss = squares * weights.to(squares.dtype)
-            weighted = loss * weight.to(loss.dtype)
-            self._check(weighted, loss, prediction, target, t)
+            weighted = weighted_losses(loss, weight)
+            self._check(sde, weighted, loss, prediction, target, t)
         if type(self.times).update is not TimeSampler.update:
             self.times.update(t, squares.detach() * weights.to(squares.dtype))
         return weighted
 
     def _check(
         self,
+        sde: ForwardSDE,
         weighted: Tensor,
         loss: Tensor,
         prediction: Prediction,
@@ -221,6 +227,7 @@ class ScoreMatching(Described):
         """Raise if losses are not finite although the model's output is."""
         if sums_finitely(weighted):
             return
+        check_times(t.detach().clone(), sde.T)  # from a sampler, of a process that returned NaN
         for name, value, part in (("x0", target.x0, self.target), ("eps", target.eps, self.target)):
             if bool((bad := ~_finite(value)).any()):
                 raise ValueError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from ..interfaces import Perturbed, Prediction, TargetEstimator
 from ..models.oracles import softmax_mean
 
 Source: TypeAlias = Literal["inside", "outside", "added"]
-# A block of references (m, D) minus their mean, its logits (B, m), which are 0 at the source, and
-# which of them are the source (B, m).
-_Scored: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 # Up to this dimension differences cost little more than products, and lose no digits.
 _FEW = 16
@@ -128,111 +125,144 @@ class StableTarget(TargetEstimator):
             reference_class_labels = (
                 None if reference_class_labels is None else gather_rows(reference_class_labels)
             )
-        offset = self._offset(sample, reference, class_labels, reference_class_labels)
-        ratio = _ratio(sample).view(-1, *(1,) * (sample.x.ndim - 1))
-        # Not from x, in which low noise has been rounded off.
-        x0, eps = exact(sample.x0) + offset, exact(sample.eps) - ratio * offset
-        dtype = at_least_float32(sample.x).dtype
-        return Prediction(sample.x, x0.to(dtype), eps.to(dtype), sample.alpha, sample.sigma)
-
-    def _offset(
-        self,
-        sample: Perturbed,
-        reference: Tensor,
-        class_labels: Tensor | None,
-        reference_class_labels: Tensor | None,
-    ) -> Tensor:
-        """Return the weighted mean of the references minus the source, (B, *D)."""
-        batch, n = len(sample.x0), len(reference)
-        anchor, noise = (exact(x).reshape(batch, -1) for x in (sample.x0, sample.eps))
-        reference = reference.reshape(n, -1)
+        x0, eps, reference = (
+            at_least_float32(v).reshape(len(v), -1) for v in (sample.x0, sample.eps, reference)
+        )
         allowed = None  # all of them
         if class_labels is not None and reference_class_labels is not None:
             allowed = class_labels.unsqueeze(1) == reference_class_labels
             _check_classes(class_labels, allowed)
+        if self.source == "inside" and readable(x0):
+            _check_inside(x0, reference, class_labels, reference_class_labels)
+        source, noise = exact(x0), exact(eps)
+        # Bounded, so that without noise the weight is all on the source.
+        ratio = (exact(sample.alpha) / exact(sample.sigma)).clamp_max(1e8).unsqueeze(1)
+        offset = self._offset(source, noise, ratio, reference, allowed)
+        # Not from x, in which low noise has been rounded off.
+        x0, eps = source + offset, torch.addcmul(noise, ratio, offset, value=-1)
+        dtype, shape = at_least_float32(sample.x).dtype, sample.x0.shape
+        x0, eps = x0.to(dtype).view(shape), eps.to(dtype).view(shape)
+        return Prediction(sample.x, x0, eps, sample.alpha, sample.sigma)
+
+    def _offset(
+        self,
+        source: Tensor,
+        noise: Tensor,
+        ratio: Tensor,
+        reference: Tensor,
+        allowed: Tensor | None,
+    ) -> Tensor:
+        """Return the weighted mean of the references (n, D) minus the source, (B, D)."""
+        batch, d = source.shape
         # Relative to the references' mean, so that a large common value costs no digits.
         center = exact(reference.mean(0))
-        own, d = anchor - center, anchor.shape[1]
+        own = source - center
         # What is computed of a block stays in the cache: numbers of all pairs, or the block itself.
         rows = max(1, min(1024, 2**16 // batch if d <= _FEW else 2**19 // d))
-        blocks = (block - center for block in torch.split(reference, rows))
-        check = self.source == "inside" and readable(own)
-        if d <= _FEW:
-            scored = _by_differences(own, noise, _ratio(sample), blocks, check)
-        else:
-            scored = _by_products(own, noise, _ratio(sample), blocks)
-        masks: Iterable[Tensor | None] = (
-            repeat(None, -(-n // rows)) if allowed is None else torch.split(allowed, rows, 1)
-        )
-        found: list[Tensor] = []  # for each block, which samples have their source in it, (B,)
+        score = _by_differences if d <= _FEW else _by_products
+        scored = score(own, noise, ratio, center, _blocks(reference, rows))
+        if self.source != "added" and allowed is None:
+            return softmax_mean(scored) - own
 
         def parts() -> Iterator[tuple[Tensor, Tensor]]:
-            logit = torch.zeros_like(own[:, :1])  # of the source, added to the references
-            if self.source != "added":
+            logit = torch.zeros_like(own[:, :1])  # of the source
+            if self.source != "added" and allowed is not None:
                 # The source alone where its class has no reference.
-                others = torch.ones_like(logit).bool() if allowed is None else allowed
-                logit = logit.masked_fill(others.any(1, keepdim=True), -torch.inf)
+                logit = logit.masked_fill(allowed.any(1, keepdim=True), -torch.inf)
             yield logit, own.unsqueeze(1)
-            for mask, (values, logits, is_source) in zip(masks, scored, strict=True):
-                if mask is not None:
-                    logits = logits.masked_fill(~mask, -torch.inf)
-                if check:
-                    found.append((is_source if mask is None else is_source & mask).any(1))
-                yield logits, values
+            if allowed is None:
+                yield from scored
+            else:
+                masks = torch.split(allowed, rows, 1)
+                for mask, (logits, values) in zip(masks, scored, strict=True):
+                    yield logits.masked_fill(~mask, -torch.inf), values
 
-        mean = softmax_mean(parts())
-        if check:
-            lost = torch.nonzero(~torch.stack(found).any(0)).flatten().tolist()
-            if lost:
-                labels = "" if class_labels is None else " with its class label"
-                raise ValueError(
-                    f"reference: expected every sample of the batch{labels}, "
-                    f"got {len(lost)} of {batch} missing, first {lost[:4]}; without them the "
-                    'target is biased: add them, or use StableTarget(source="added")'
-                )
-        return (mean - own).view(sample.x0.shape)
+        return softmax_mean(parts()) - own
 
 
-def _ratio(sample: Perturbed) -> Tensor:
-    # Bounded, so that without noise the weight is all on the source.
-    return (exact(sample.alpha) / exact(sample.sigma)).clamp_max(1e8)
+def _blocks(x: Tensor, rows: int) -> Sequence[Tensor]:
+    """Return the blocks of some rows of a tensor: `torch.split`, which takes its time, or all."""
+    return torch.split(x, rows) if len(x) > rows else (x,)
 
 
 def _by_differences(
-    own: Tensor, noise: Tensor, ratio: Tensor, blocks: Iterable[Tensor], check: bool
-) -> Iterator[_Scored]:
-    """Score references dimension by dimension, without rounding near the source.
-
-    Sources are found only with `check`.
-    """
-    ratio, columns = ratio.unsqueeze(1), (torch.split(own, 1, 1), torch.split(noise, 1, 1))
-    for values in blocks:
-        logits = values.new_zeros(())
-        is_source = torch.ones_like(values[:, 0], dtype=torch.bool)
-        for value, source, eps in zip(values.unbind(1), *columns, strict=True):
-            u = ratio * (value - source)
-            logits = torch.addcmul(logits, u, torch.add(eps, u, alpha=-0.5))
-            if check:
-                is_source = is_source & (value == source)
-        yield values, logits, is_source
+    own: Tensor, noise: Tensor, ratio: Tensor, center: Tensor, blocks: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Score references dimension by dimension, without rounding near the source."""
+    slope, curvature = ratio * noise, -0.5 * ratio.square()
+    columns = tuple(zip(*(v.unsqueeze(2).unbind(1) for v in (own, slope)), strict=True))
+    for block in blocks:
+        values = exact(block.T.contiguous()) - center.unsqueeze(1)
+        logits: Tensor | None = None
+        for value, (source, gain) in zip(values.unbind(), columns, strict=True):
+            difference = value - source
+            term = (difference * curvature).add_(gain)
+            logits = term.mul_(difference) if logits is None else logits.addcmul_(term, difference)
+        yield cast(Tensor, logits), values.T
 
 
 def _by_products(
-    own: Tensor, noise: Tensor, ratio: Tensor, blocks: Iterable[Tensor]
-) -> Iterator[_Scored]:
+    own: Tensor, noise: Tensor, ratio: Tensor, center: Tensor, blocks: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Score references by expanding the square, so that all sums are matrix products."""
-    ratio = ratio.unsqueeze(1)
     query = ratio * (noise + ratio * own)
     constant = (query * own - 0.5 * (ratio * own).square()).sum(1, keepdim=True)
-    # A reference is the source if both have the same projection on one generic direction.
-    direction = torch.arange(1, own.shape[1] + 1, device=own.device, dtype=own.dtype).sin()
-    queries, projection = torch.cat([query, direction.unsqueeze(0)]), (own @ direction).unsqueeze(1)
-    tolerance = 1e-12 * own.norm(dim=1, keepdim=True) * direction.norm()
-    for values in blocks:
-        products = queries @ values.T
+    curvature = -0.5 * ratio.square()
+    for block in blocks:
+        values = block - center
         squares = torch.linalg.vector_norm(values, dim=1).square()
-        logits = products[:-1] - 0.5 * ratio.square() * squares - constant
-        yield values, logits, (products[-1] - projection).abs() <= tolerance
+        logits = torch.addcmul(-constant, curvature, squares).addmm_(query, values.T)
+        yield logits, values
+
+
+def _check_inside(
+    source: Tensor,
+    reference: Tensor,
+    class_labels: Tensor | None,
+    reference_class_labels: Tensor | None,
+) -> None:
+    """Raise unless every source (B, D), with its class label, is among the references (n, D)."""
+    first = slice(len(source))
+    if torch.equal(reference[first], source) and (
+        class_labels is None
+        or reference_class_labels is None
+        or torch.equal(reference_class_labels[first], class_labels)
+    ):
+        return  # as in objective(model, batch[:64], reference=batch)
+    own, known = _keys(source, class_labels), _keys(reference, reference_class_labels)
+    known = known.sort().values
+    nearest = known[torch.searchsorted(known, own).clamp_max_(len(known) - 1)]
+    if torch.equal(nearest, own):
+        return
+    lost = torch.nonzero(nearest != own).flatten().tolist()
+    labels = "" if class_labels is None else " with its class label"
+    raise ValueError(
+        f"reference: expected every sample of the batch{labels}, "
+        f"got {len(lost)} of {len(own)} missing, first {lost[:4]}; without them the "
+        'target is biased: add them, or use StableTarget(source="added")'
+    )
+
+
+def _keys(rows: Tensor, class_labels: Tensor | None) -> Tensor:
+    """Return hashes of rows (n, D) and their class labels, (n,): equal for equal rows.
+
+    Looking one up among n is cheaper than comparing all pairs.
+    """
+    d = rows.shape[1]
+    word = torch.int64 if d * rows.dtype.itemsize % 8 == 0 else torch.int32
+    parts = []
+    for block in _blocks(rows, max(1, 2**19 // d)):
+        words = (block + 0.0).contiguous().view(word)  # -0 is 0
+        parts.append((words * _factors(words.shape[1], rows.device)).sum(1))
+    keys = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return keys if class_labels is None else 31 * keys + class_labels.long()
+
+
+@functools.lru_cache(maxsize=8)
+def _factors(count: int, device: torch.device) -> Tensor:
+    """Return random odd integers."""
+    draw = torch.randint(-(2**62), 2**62, (count,), generator=torch.Generator().manual_seed(0))
+    return (2 * draw + 1).to(device)
 
 
 def _check_labels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._batch_times import validated, with_schedule
+from .._batch_times import Drawn, validated, with_schedule
 from .._checks import (
     check_count,
     check_flag,
@@ -27,42 +28,53 @@ from .._checks import (
     readable,
 )
 from .._log_snr import LogSNRSpan
+from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
 from ..distributed._group import first_of_all, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
-from ..random import Generators, check_generator, rand, randn
+from ..random import Generators, check_generator, draw
 
 
 def times_and_weights(
     sampler: TimeSampler, sde: ForwardSDE, x0: Tensor, t: Tensor | None, generator: Generators
-) -> tuple[Tensor, Tensor]:
-    """Return times and weights (B,) for data x0: drawn, or the given times with weight 1."""
-    if t is None:
-        t, weight = _drawn(sampler, sde, x0, generator)
-    else:
-        weight = None
-    check_times(t, sde.T, x0.shape[0], x0)
-    t = with_schedule(sde, t)
-    return t, torch.ones_like(t) if weight is None else weight
-
-
-def _drawn(
-    sampler: TimeSampler, sde: ForwardSDE, x0: Tensor, generator: Generators
-) -> tuple[Tensor, Tensor]:
-    """Return times and weights (B,) for data x0, drawn from a sampler."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return times and weights (B,) for data x0: drawn, or given; None for weights of 1."""
     # In the data's dtype, so that a model that computes with t stays in that dtype.
-    dtype = torch.promote_types(x0.dtype, torch.float32)
-    draw = partial(sampler.sample, sde, device=x0.device, dtype=dtype)
+    dtype = state_dtype(x0.dtype)
+    if t is None and type(sampler).sample is DrawnTimes.sample:  # not that of a subclass
+        own: Any = sampler
+        drawn: Drawn = own._draw(sde, x0.shape[0], generator, x0.device, dtype)
+    else:
+        drawn = _sampled(sampler, sde, x0, dtype, generator) if t is None else Drawn(t)
+        check_times(drawn.t, sde.T, x0.shape[0], x0)
+        drawn.t = drawn.t.view(drawn.t.shape)  # nothing is attached to a tensor of the user's
+    return with_schedule(sde, drawn), drawn.weight
+
+
+def weighted_losses(losses: Tensor, weight: Tensor | None) -> Tensor:
+    """Return losses (B,) times the weights (B,) of their times, in the dtype of the losses."""
+    return losses if weight is None else losses * weight.to(dtype=losses.dtype)
+
+
+def _sampled(
+    sampler: TimeSampler,
+    sde: ForwardSDE,
+    x0: Tensor,
+    dtype: torch.dtype,
+    generator: Generators,
+) -> Drawn:
+    """Return times and weights (B,) for data x0, drawn from any sampler."""
+    sample = partial(sampler.sample, sde, device=x0.device, dtype=dtype)
     try:
-        return draw(x0.shape[0], generator=generator)
+        return Drawn(*sample(x0.shape[0], generator=generator))
     except TypeError:
         # One generator for each sample, in a sampler that uses torch's draws, which take one.
         if generator is None or isinstance(generator, torch.Generator):
             raise
     check_generator(generator, len(x0))
-    drawn = [draw(1, generator=one) for one in generator]
+    drawn = [sample(1, generator=one) for one in generator]
     times, weights = (torch.cat(column) for column in zip(*drawn, strict=True))
-    return times, weights
+    return Drawn(times, weights)
 
 
 def _stratified(
@@ -83,7 +95,7 @@ def _stratified(
             f"generator: expected a torch.Generator or None, got {type(generator).__name__}; "
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
-    shift = rand(1, generator=generator, device=device, dtype=dtype)
+    shift = draw(torch.rand, (1,), generator, device, dtype)
     rank, world = rank_and_world_size()
     index = torch.arange(n, device=device, dtype=dtype)
     # Where no gradients are wanted, as in an evaluation by one process, the others do not draw.
@@ -102,15 +114,19 @@ def check_draw(
     check_floating_dtype(dtype)
 
 
-@dataclass(frozen=True)
-class UniformTimes(TimeSampler):
-    """Independent times, uniform on [t_min, T]; weight 1.
+class DrawnTimes(TimeSampler):
+    """A sampler of times within [0, T] that also returns what it computed to draw them."""
 
-    >>> from diffusionkit import VPSDE, UniformTimes
-    >>> t, weight = UniformTimes().sample(VPSDE(), 4)
-    >>> t.shape, weight.tolist()
-    (torch.Size([4]), [1.0, 1.0, 1.0, 1.0])
-    """
+    @abc.abstractmethod
+    def _draw(
+        self,
+        sde: ForwardSDE,
+        n: int,
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        """Draw n times; the arguments are validated."""
 
     @override
     def sample(
@@ -122,14 +138,43 @@ class UniformTimes(TimeSampler):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Draw times (n,) and weights (n,), see `TimeSampler`.
+
+        Raises:
+            ValueError: if n < 1 or the device is unknown, or as the process does.
+            TypeError: if an argument has the wrong type.
+        """
         check_draw(sde, n, device, dtype)
-        dtype = dtype or schedule_dtype(device)
-        u = rand(n, generator=generator, device=device, dtype=dtype)
-        return sde.t_min + (sde.T - sde.t_min) * u, torch.ones_like(u)
+        drawn = self._draw(sde, n, generator, device, dtype or schedule_dtype(device))
+        weight = torch.ones_like(drawn.t) if drawn.weight is None else drawn.weight
+        return drawn.t, weight
 
 
 @dataclass(frozen=True)
-class StratifiedTimes(TimeSampler):
+class UniformTimes(DrawnTimes):
+    """Independent times, uniform on [t_min, T]; weight 1.
+
+    >>> from diffusionkit import VPSDE, UniformTimes
+    >>> t, weight = UniformTimes().sample(VPSDE(), 4)
+    >>> t.shape, weight.tolist()
+    (torch.Size([4]), [1.0, 1.0, 1.0, 1.0])
+    """
+
+    @override
+    def _draw(
+        self,
+        sde: ForwardSDE,
+        n: int,
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        u = draw(torch.rand, (n,), generator, device, dtype)
+        return Drawn(sde.t_min + (sde.T - sde.t_min) * u)
+
+
+@dataclass(frozen=True)
+class StratifiedTimes(DrawnTimes):
     r"""Evenly spaced times over [t_min, T] with one random shift: the mean loss varies less.
 
     .. math::
@@ -143,22 +188,20 @@ class StratifiedTimes(TimeSampler):
     """
 
     @override
-    def sample(
+    def _draw(
         self,
         sde: ForwardSDE,
         n: int,
-        *,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        check_draw(sde, n, device, dtype)
-        u = _stratified(n, generator, device, dtype or schedule_dtype(device), self)
-        return sde.t_min + (sde.T - sde.t_min) * u, torch.ones_like(u)
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        u = _stratified(n, generator, device, dtype, self)
+        return Drawn(sde.t_min + (sde.T - sde.t_min) * u)
 
 
 @dataclass(frozen=True)
-class ImportanceTimes(TimeSampler):
+class ImportanceTimes(DrawnTimes):
     r"""Times uniform in the log-SNR: importance sampling for the likelihood-weighted loss.
 
     .. math::
@@ -201,28 +244,27 @@ class ImportanceTimes(TimeSampler):
         return first - last
 
     @override
-    def sample(
+    def _draw(
         self,
         sde: ForwardSDE,
         n: int,
-        *,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        check_draw(sde, n, device, dtype)
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
         exactly = schedule_dtype(device)
         if self.stratified:
             u = _stratified(n, generator, device, exactly, self)
         else:
-            u = rand(n, generator=generator, device=device, dtype=exactly)
+            u = draw(torch.rand, (n,), generator, device, exactly)
         span = _span(sde, device)
         t = validated(self._at(sde, u, span), sde.T)
-        rate = (sde.diffusion(t) / sde.marginal(t)[1]).square().detach()
+        kernel = sde.marginal(t)
+        weight = (kernel[1] / sde.diffusion(t)).detach().square()
+        weight = weight * (span.length / (sde.T - sde.t_min))
         if not span.uniform:
-            rate = rate * span.share(sde.log_snr(t).detach())
-        weight = span.length / ((sde.T - sde.t_min) * rate)
-        return t.to(dtype or exactly), weight.to(dtype or exactly)
+            weight = weight / span.share(sde.log_snr(t).detach())
+        return Drawn(t.to(dtype=dtype), weight.to(dtype=dtype), exact=t, kernel=kernel)
 
     def quantile(self, sde: ForwardSDE, u: Tensor) -> Tensor:
         """Return the times (n,) below which a fraction u (n,) of the distribution lies."""
@@ -266,7 +308,7 @@ def _computed_span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNR
 
 
 @dataclass(frozen=True)
-class LogNormalTimes(TimeSampler):
+class LogNormalTimes(DrawnTimes):
     r"""Times at which ln(sigma / alpha) is Gaussian, as in EDM; weight 1.
 
     Training concentrates on the noise levels where it helps most. The distribution is part of the
@@ -292,17 +334,14 @@ class LogNormalTimes(TimeSampler):
         check_positive(self.std, "std")
 
     @override
-    def sample(
+    def _draw(
         self,
         sde: ForwardSDE,
         n: int,
-        *,
-        generator: Generators = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        check_draw(sde, n, device, dtype)
-        dtype = dtype or schedule_dtype(device)
-        z = randn((n,), generator=generator, device=device, dtype=dtype)
+        generator: Generators,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> Drawn:
+        z = draw(torch.randn, (n,), generator, device, dtype)
         t = sde.time_at_log_snr(-2 * self.mean - (2 * self.std) * z)
-        return t.clamp(sde.t_min, sde.T), torch.ones_like(z)
+        return Drawn(t.clamp(sde.t_min, sde.T))

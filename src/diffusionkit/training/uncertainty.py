@@ -18,7 +18,7 @@ from ..models import LogSigmaLabel
 from ..models.labels import Label, checked_label
 from ..random import Generators
 from .objectives import ScoreMatching
-from .times import LogNormalTimes, times_and_weights
+from .times import LogNormalTimes, times_and_weights, weighted_losses
 from .weighting import EDMWeighting
 
 # The label where it is infinite: at alpha = 0 it is the logarithm of an infinite ratio.
@@ -153,4 +153,4 @@ class LearnedUncertainty(nn.Module):
         t, weight = times_and_weights(self.times, model.sde, x0, t, generator)
         loss = self.objective(model, x0, t=t, generator=generator, **cond)
         u = self.log_variance(model.sde, t).to(loss.dtype)
-        return (torch.exp(-u) * loss + u) * weight.to(loss.dtype)
+        return weighted_losses(torch.exp(-u) * loss + u, weight)

@@ -21,7 +21,7 @@ from ..interfaces import Perturbed, ScoreModel, TimeSampler
 from ..random import Generators
 from ..values import Prediction
 from .discrete_times import DiscreteTimes
-from .times import times_and_weights
+from .times import times_and_weights, weighted_losses
 
 
 class _ChainObjective(Described, abc.ABC):
@@ -93,7 +93,7 @@ class _ChainObjective(Described, abc.ABC):
                 "determine the data; predict x0 or v"
             )
         self.times.update(t, loss.detach())
-        return loss * weight.to(loss.dtype)
+        return weighted_losses(loss, weight)
 
     @abc.abstractmethod
     def _loss(

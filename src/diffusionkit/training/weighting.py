@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from .._batch_times import kernel_at, wide_times
 from .._checks import check_positive, check_times
+from .._ones import ones_like
 from .._sigma_data import SigmaData, as_sigma_data, for_channels, overall, spread
 from ..interfaces import ForwardSDE, Weighting
 
@@ -28,7 +28,7 @@ class SimpleWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        return torch.ones_like(t)
+        return ones_like(t)
 
 
 @dataclass(frozen=True)
