@@ -135,6 +135,13 @@ def others(results: Results) -> list[Finding]:
             (HYBRID[1], samples("learned variance", few)), (HYBRID[1], samples(SMALL, few)), -1,
             value=itemgetter("frechet"), labels=("learned", "small"),
         ))  # fmt: skip
+    for few in FEW:
+        found.append(compare(
+            results, f"the means of L_hybrid are better than those of L_simple in {few} steps",
+            "glyph Fréchet distance, cosine, fixed small variance",
+            (HYBRID[1], samples(SMALL, few)), (SIMPLE, samples(SMALL, few)), -1,
+            value=itemgetter("frechet"), labels=("hybrid", "simple"),
+        ))  # fmt: skip
     for part, few in product(("precision", "recall"), FEW):
         found.append(compare(
             results, f"L_hybrid has higher {part} than L_simple in {few} steps, fixed large "

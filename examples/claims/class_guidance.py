@@ -1,6 +1,6 @@
 """Class-conditional generation by an unconditional model and a classifier of noisy images."""
 
-from typing import Any
+from typing import Any, Literal
 
 import recipes  # noqa: F401 - first: it puts the training program on the path
 import torch
@@ -48,7 +48,7 @@ class SmallClassifier(nn.Module):
         return logits
 
 
-def labeled(run: Run, part: str) -> tuple[Tensor, Tensor]:
+def labeled(run: Run, part: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     """Return all images in uint8 of a part of the data, and their scripts."""
     data: Any = open_data(run.settings, part)
     images, labels = zip(*(data[i] for i in range(len(data))), strict=True)

@@ -206,9 +206,14 @@ def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
         lab.measure("VE", seed, at, key, of)
 
 
+def of_way(task: str, way: str) -> Callable[[dict[str, Any]], float]:
+    """Return a function of the scores of other samplers: that of one of them."""
+    return lambda found: float(found[task][way])
+
+
 def of_network(task: str) -> Callable[[dict[str, Any]], float]:
     """Return a function of all scores: that of the network."""
-    return lambda found: float(found[task][NETWORK])
+    return of_way(task, NETWORK)
 
 
 def of_training_set(task: str, noise: float | None = None) -> Callable[[dict[str, Any]], float]:
@@ -254,7 +259,7 @@ def others(results: Results) -> list[Finding]:
         ):
             found.append(compare(
                 results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS),
-                ("VE", key), -1, value=lambda table, t=task, w=way: float(table[t][w]),
+                ("VE", key), -1, value=of_way(task, way),
                 value_b=of_network(task), labels=(way, NETWORK),
             ))  # fmt: skip
     return found

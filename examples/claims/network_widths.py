@@ -13,9 +13,11 @@ minutes of one CPU core for each seed. Full: width 64, 128 and 192.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise, product
+from operator import itemgetter
+from typing import Any
 
 import torch
 from chains import IMAGES, sampler
@@ -40,7 +42,8 @@ def operations(run: Run) -> float:
     x = torch.zeros(1, data["channels"], data["size"], data["size"])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run.parts.network.cpu()(x, torch.zeros(1))
-    return 3.0 * counter.get_total_flops() * batch * run.step
+    forward: int = counter.get_total_flops()
+    return 3.0 * forward * int(batch) * run.step
 
 
 def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
@@ -53,9 +56,9 @@ def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
         lab.measure(name, seed, at, OPERATIONS, operations)
 
 
-VALUES = {
-    "bits/dim": (BITS, lambda bits: bits["total"]),
-    f"glyph Fréchet distance, {SAMPLES} samples": (QUALITY, lambda quality: quality["frechet"]),
+VALUES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+    "bits/dim": (BITS, itemgetter("total")),
+    f"glyph Fréchet distance, {SAMPLES} samples": (QUALITY, itemgetter("frechet")),
 }
 
 

@@ -37,6 +37,37 @@ def test_correctors_have_the_ratio_of_the_paper(claims):
     assert module.sampler(run, "reverse diffusion", "P", 20).corrector is None
 
 
+def test_samplers_of_edm_have_equal_evaluations(claims):
+    """Heun's method, with a last step by Euler's, and Euler's with as many evaluations."""
+    module = claims("edm_sampling")
+    run, first = exact(dk.EDMSDE()), []
+    for kind in module.SAMPLERS:
+        for evaluations in module.EVALUATIONS:
+            sampler = module.sampler(run, kind, evaluations)
+            states = list(sampler.iterate((3, 1), generator=torch.Generator().manual_seed(0)))
+            assert states[-1].nfe == evaluations
+            first.append(states[0].x)
+    assert all(torch.equal(x, first[0]) for x in first)
+
+
+def test_few_steps_of_a_chain_are_as_many_evaluations(claims):
+    """The variances of a chain in few steps: betas of the few steps, or the posterior's."""
+    module = claims("chains")
+    run = exact(dk.DDPMChain.cosine(1000))
+    for few in module.FEW:
+        noise = {}
+        for name, variance in module.FIXED.items():
+            sampler = module.sampler(run, variance, few)
+            sampler((3, 1), generator=torch.Generator().manual_seed(0))
+            assert sampler.nfe == len(sampler.times) == few  # the last one denoises
+            t, s = sampler.times[few // 2, None], sampler.times[few // 2 + 1, None]
+            noise[name] = float(sampler.predictor.coefficients(run.model.sde, t, s).std)
+        (_, sigma_s), (_, sigma_t) = run.model.sde.marginal(s), run.model.sde.marginal(t)
+        large, small = noise["fixed large variance"], noise["fixed small variance"]
+        assert small / large == pytest.approx(float(sigma_s / sigma_t))
+        assert large == pytest.approx(float(run.model.sde.transition(s, t)[1]))
+
+
 def test_variances_of_the_weighted_loss_are_those_of_a_quadrature(claims, monkeypatch):
     """Of a network that predicts no noise, the error is that of the noise alone: 1 in the mean.
 

@@ -26,6 +26,7 @@ from .._checks import (
     check_times,
     readable,
 )
+from .._kept import fixed
 from .._log_snr import LogSNRSpan
 from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
@@ -275,13 +276,16 @@ class ImportanceTimes(DrawnTimes):
 
 def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     """Return the log-SNRs from t_min to T, floats where reading them is free."""
-    params: Any = getattr(type(sde), "__dataclass_params__", None)
-    if params is not None and params.frozen and not _traced():
+    if fixed(sde) and not _traced():
         try:
             return _kept_span(sde)
-        except TypeError:  # a field that cannot be hashed
+        except TypeError:  # one that cannot be hashed
             pass
-    return _computed_span(sde, device)
+    here = home(sde)
+    if torch.compiler.is_compiling() and here.type == "cpu":
+        here = torch.device(device or "cpu")
+    ends = _ends(sde, here)
+    return _read(sde, ends) if readable(ends) else LogSNRSpan(ends[0], ends[1])
 
 
 def _traced() -> bool:
@@ -292,17 +296,17 @@ def _traced() -> bool:
 @functools.lru_cache(maxsize=64)
 def _kept_span(sde: ForwardSDE) -> LogSNRSpan:
     """Return the log-SNRs of a process that is a value: equal ones have the same."""
-    return _computed_span(sde, None)
+    return _read(sde, _ends(sde, home(sde)))  # the host's, where reading is free
 
 
-def _computed_span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
-    here = home(sde)
-    if torch.compiler.is_compiling() and here.type == "cpu":
-        here = torch.device(device or "cpu")
+def _ends(sde: ForwardSDE, here: torch.device) -> Tensor:
+    """Return the log-SNRs at t_min and T (2,), on the device where a process computes."""
     at = torch.linspace(sde.t_min, sde.T, 2, dtype=schedule_dtype(here), device=here)
-    ends = sde.log_snr(at).detach()
-    if not readable(ends):
-        return LogSNRSpan(ends[0], ends[1])
+    return sde.log_snr(at).detach()
+
+
+def _read(sde: ForwardSDE, ends: Tensor) -> LogSNRSpan:
+    """Return log-SNRs (2,) as floats, or raise if they are infinite."""
     span = LogSNRSpan(*ends.tolist())
     check_log_snr((ends[0].item(), float(span.floor)), sde.t_min, sde.T)
     return span
