@@ -123,7 +123,20 @@ def test_a_loss_calls_few_functions(name) -> None:
     loss, model, _ = LOSSES[name]
     for _ in range(9):
         loss(model, DATA)
-    assert calls_of(lambda: loss(model, DATA)) <= 140
+    assert calls_of(lambda: loss(model, DATA)) <= 145
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["importance", *(pytest.param(name, marks=pytest.mark.slow) for name in ("edm", "chain"))],
+)
+def test_a_loss_at_drawn_times_is_one_graph(name) -> None:
+    """What a sampler keeps between calls must not stop a compiler."""
+    loss, model, _ = LOSSES[name]
+    compiled = torch.compile(lambda x0: loss(model, x0), backend="eager", fullgraph=True)
+    found = compiled(DATA)
+    assert found.shape == (16,)
+    assert bool(torch.isfinite(found).all())
 
 
 class Evaluations:
