@@ -8,7 +8,7 @@ from support import seeded
 from torch import Tensor
 
 from diffusionkit import NELBO, VESDE, VPSDE, GaussianMixtureModel, SubVPSDE
-from diffusionkit.likelihood._control_variates import LEAST, SquaredErrors, variance_of_mean
+from diffusionkit.likelihood._control_variates import LEAST, SquaredErrors
 
 PROCESSES = [VPSDE(), SubVPSDE(), VESDE(sigma_min=0.01, sigma_max=50.0)]
 
@@ -94,14 +94,6 @@ def test_gradients_are_those_of_the_plain_bound_on_average() -> None:
         error = float(gradient.std()) / math.sqrt(gradient.numel())
         assert abs(float(gradient.mean()) - 1.6) < 4 * error + 1e-3
     assert float(many.std()) < float(one.std()) / 4
-
-
-def test_the_variance_of_a_mean_ignores_a_trend() -> None:
-    noise = torch.randn(50, 4000, generator=seeded(), dtype=torch.float64)
-    trend = 5.0 * torch.arange(50, dtype=torch.float64).unsqueeze(1)
-    found = variance_of_mean(noise + trend).mean()
-    assert float(found) == pytest.approx(1 / 50, rel=0.02)
-    assert float(variance_of_mean(noise[:2]).mean()) == pytest.approx(1 / 2, rel=0.1)
 
 
 def test_a_mask_leaves_the_bound_of_the_kept_elements() -> None:

@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from diffusionkit import (
     X0Model,
 )
 from diffusionkit.decoders import LevelDecoder
+from diffusionkit.likelihood import _control_variates
 from diffusionkit.likelihood.discrete_nelbo import DiscreteNELBO, variance_minimizing_backward
 from diffusionkit.networks import MLP
 from diffusionkit.sde.learned import LearnedSDE, LogSNRSDE
@@ -299,6 +301,57 @@ def test_training_the_interior_reduces_the_variance_but_not_the_mean() -> None:
     assert new_spread < 0.8 * spread
 
 
+@pytest.mark.parametrize("steps", [None, 20])
+@pytest.mark.parametrize("samples", [2, 40])
+def test_several_draws_are_unbiased_with_less_noise(steps, samples) -> None:
+    """400 estimates agree with the sum over all steps, and their spread with stderr."""
+    s, sde, decoder = 0.5, LogSNRSDE(), LevelDecoder(levels=17)
+    model = GaussianMixtureModel(sde, means=torch.zeros(1, 6), stds=[s])
+    images = torch.tensor([[0, 3, 8, 8, 12, 15]])
+    x = decoder.encode(images, dtype=torch.float64)
+    t = torch.linspace(sde.t_min, sde.T, 1 + (steps or 20_000), dtype=torch.float64)
+    alpha, sigma = sde.marginal(t)
+    v = (alpha * s).square() + sigma.square()
+    # Of the data, at the ends of the steps: sigma (alpha s^2 eps - sigma x) / v.
+    error = sigma.square() * (6 * (alpha * s * s).square() + sigma.square() * x.square().sum()) / (
+        v.square())  # fmt: skip
+    snr = torch.exp(sde.log_snr(t))
+    if steps:
+        exact = 0.5 * ((snr[:-1] - snr[1:]) * error[1:]).sum()
+    else:
+        exact = 0.5 * torch.trapezoid(snr * error, -sde.log_snr(t))
+    many, generators = images.expand(400, -1), [seeded(i) for i in range(400)]
+    bound = DiscreteNELBO(model, decoder, steps=steps, samples=samples)(many, generator=generators)
+    spread = float(bound.nats.std())
+    assert float(bound.diffusion.mean()) == pytest.approx(float(exact), abs=3.5 * spread / 20)
+    stated = float(bound.stderr.square().mean().sqrt())
+    # The terms of few steps change much from one to the next, and two draws do not tell.
+    assert 0.8 < stated / spread < (3.0 if samples == 2 else 2.0 if steps else 1.3)
+    with mock.patch.object(_control_variates, "LEAST", 10**9):
+        plain = DiscreteNELBO(model, decoder, steps=steps, samples=samples)(
+            many, generator=seeded()
+        )
+    assert spread < (0.5 if samples > 2 else 1.3) * float(plain.nats.std())
+    assert DiscreteNELBO(model, decoder)(many).stderr is None
+
+
+def test_gradients_and_masks_of_several_draws() -> None:
+    """The gradient of the mean does not depend on their number; masked elements do not count."""
+    sde, images = LogSNRSDE(), torch.tensor([[5, 9, 2]]).expand(2000, 3)
+    found = []
+    for samples in (1, 20):
+        scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        model = X0Model(lambda x, noise_label, scale=scale: scale * torch.tanh(x), sde)
+        bound = DiscreteNELBO(model, LevelDecoder(levels=17), steps=8, samples=samples)
+        mask = torch.tensor([[1, 0, 1]])
+        nats = bound(images, mask=mask, generator=seeded()).diffusion
+        gradient = torch.autograd.grad(nats.mean(), scale)[0]
+        found.append((float(nats.detach().mean()), float(gradient)))
+        other = bound(images * mask, mask=mask, generator=seeded()).diffusion
+        torch.testing.assert_close(nats, other)
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
 def test_bad_input() -> None:
     model = EpsModel(lambda x, noise_label: 0 * x, LogSNRSDE())
     with pytest.raises(TypeError, match="model: expected a ScoreModel"):
@@ -307,6 +360,8 @@ def test_bad_input() -> None:
         DiscreteNELBO(model, 256)
     with pytest.raises(ValueError, match="steps: expected an integer >= 1, got 0"):
         DiscreteNELBO(model, steps=0)
+    with pytest.raises(ValueError, match="samples: expected an integer >= 1, got 0"):
+        DiscreteNELBO(model, samples=0)
     bound = DiscreteNELBO(model)
     with pytest.raises(TypeError, match="images: expected integers"):
         bound(torch.rand(2, 3))

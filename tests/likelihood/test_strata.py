@@ -58,6 +58,19 @@ def test_equal_strata_give_the_mean_and_its_variance() -> None:
     noise = torch.randn(50, 4000, generator=seeded(), dtype=torch.float64)
     torch.testing.assert_close(strata.integral(noise), noise.mean(0))
     assert float(strata.variance(noise).mean()) == pytest.approx(1 / 50, rel=0.02)
+    trend = 5.0 * torch.arange(50, dtype=torch.float64).unsqueeze(1)
+    assert float(strata.variance(noise + trend).mean()) == pytest.approx(1 / 50, rel=0.02)
+    two = Strata.equal(2, noise[0]).variance(noise[:2])
+    assert float(two.mean()) == pytest.approx(1 / 2, rel=0.1)
+
+
+def test_noise_in_the_last_strata_counts() -> None:
+    """Of noise that grows by half from one stratum to the next, as at an end of the log-SNR."""
+    growth = 1.5 ** (0.5 * torch.arange(40, dtype=torch.float64)).unsqueeze(1)
+    noise = growth * torch.randn(40, 4000, generator=seeded(), dtype=torch.float64)
+    strata = Strata.equal(40, noise[0])
+    stated, true = strata.variance(noise).mean(), strata.integral(noise).var()
+    assert float(stated / true) == pytest.approx(1.0, abs=0.15)  # .69 without the last stratum
 
 
 def test_integrands_without_noise_keep_equal_strata() -> None:

@@ -21,17 +21,20 @@ from diffusionkit import (
     DPMSolver2MSDE,
     EpsModel,
     EulerMaruyama,
+    GaussianDecoder,
     GaussianMixtureModel,
     Heun,
     KarrasGrid,
     LogSNRGrid,
     PCSampler,
+    Prediction,
     ProbabilityFlow,
     ReverseDiffusion,
     StochasticHeun,
     UniformGrid,
     UniPC,
 )
+from diffusionkit._chain_terms import step_nats
 from diffusionkit.sampling import LinearPredictor
 
 PREDICTORS = {
@@ -226,11 +229,35 @@ def test_no_noise_is_added_in_a_step_to_zero_noise() -> None:
         assert ((step.x[1] - step.mean[1]).abs() > 1e-3).all()
 
 
-@pytest.mark.parametrize("variance", [None, "fixed_small"])
+@pytest.mark.parametrize(
+    ("fixed", "own"), [("fixed_small", "posterior"), ("fixed_large", "forward")]
+)
+def test_fixed_variances_are_those_of_the_predictor(fixed, own) -> None:
+    """The bound of a model with a fixed variance is that of the sampler's step of this name."""
+    chain, step = DDPMChain.linear(1000), torch.tensor([149])
+    model = constant_model(chain, fixed)
+    t, s = (step + 1).double() / 1000, step.double() / 1000
+    taken = Ancestral(own).step(model, X, t, s, generator=GivenNoise(NOISE))
+    other = Ancestral(own).step(constant_model(chain, None), X, t, s, generator=GivenNoise(NOISE))
+    assert torch.equal(taken.x, other.x)  # samplers do not ask the model
+    std = ((taken.x - taken.mean) / NOISE).flatten()[0]
+    x0 = torch.zeros_like(X)
+    nats = step_nats(model, model.predict(X, t), x0, step, GaussianDecoder())
+    # KL(q || p) of Gaussians with the means of the posterior and of the sampler's step.
+    exact = Prediction.from_x0(X, x0, *chain.marginal(t))
+    spread = Ancestral().coefficients(chain, t, s).std
+    mean = Ancestral().coefficients(chain, t, s)
+    difference = taken.mean - exact.combine(x=mean.x, x0=mean.x0)
+    d, ratio = X.shape[1], (spread / std).square()
+    kl = 0.5 * (d * (ratio - 1 - ratio.log()) + (difference / std).square().sum(1))
+    torch.testing.assert_close(nats.double(), kl.double())
+
+
+@pytest.mark.parametrize("variance", [None, "fixed_small", "fixed_large"])
 def test_a_model_without_a_variance_raises(variance) -> None:
     model = constant_model(DDPMChain.linear(1000), variance)
     with pytest.raises(
-        ValueError, match=r"predicts a variance, such as .*learned_range.*, got none"
+        ValueError, match=r"predicts a variance, such as .*learned_range.*, got none; a fixed .*"
     ):
         Ancestral(variance="model").step(model, X, f64(0.16), f64(0.14))
     with pytest.raises(

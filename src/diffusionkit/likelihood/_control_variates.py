@@ -179,9 +179,3 @@ def squared_noise(values: Tensor) -> Tensor:
         return (values.diff(dim=0).square() / 2).expand(2, -1)
     found = values.diff(dim=0, n=2).square() / 6
     return torch.cat([found[:1], found, found[-1:]])
-
-
-def variance_of_mean(values: Tensor) -> Tensor:
-    """Return the variance (B,) of the mean of one draw (k, B) in each of k > 1 strata."""
-    noise = squared_noise(values)
-    return (noise[1:-1] if len(noise) > 2 else noise).mean(0) / len(values)

@@ -42,8 +42,10 @@ class NetworkModel(ScoreModel):
 
     for "learned_range", valid for steps of any length, or log var = v for "learned", valid for the
     steps that the network was trained on. A variance that is not learned is v_posterior, for None
-    and "fixed_small", or v_forward, for "fixed_large". Samplers read it from the prediction and
-    from `model.variance`.
+    and "fixed_small", or v_forward, for "fixed_large". The bounds of a chain (`VLB`, `HybridLoss`,
+    `ChainNELBO`) are those of reverse steps with this variance. Samplers add the noise of their
+    predictor: `Ancestral("model")` reads a learned variance from the prediction;
+    `Ancestral("posterior")` and `Ancestral("forward")` are the fixed ones, whatever the model's.
 
     The state is in float32 or float64; the network is called in its own dtype, that of most of its
     parameters, and its answer converted back. Noise labels are in float32 at least, also where

@@ -229,7 +229,8 @@ class Ancestral(LinearPredictor):
     Args:
         variance: "posterior" is v sigma_s^2 / sigma_t^2, exact for data at a point and, in the
             limit of small steps, for all data; "forward" is v, exact for data from N(0, I), and
-            the SDE paper's choice for VP; "model" is the variance that the model has learned. A
+            the SDE paper's choice for VP; "model" is the variance that the model has learned. The
+            first two are a model's "fixed_small" and "fixed_large", which it is not asked for. A
             learned fraction interpolates between the logarithms of the posterior and the forward
             variance of the actual step, on any grid. No noise is added at sigma_s = 0.
 
@@ -271,7 +272,8 @@ class Ancestral(LinearPredictor):
         if log_var is None:
             raise ValueError(
                 "model: expected one that predicts a variance, such as "
-                "EpsModel(..., variance='learned_range'), got none"
+                "EpsModel(..., variance='learned_range'), got none; a fixed variance is that of "
+                "Ancestral('posterior') or Ancestral('forward')"
             )
         return torch.exp(0.5 * log_var) * (later > 0)
 
