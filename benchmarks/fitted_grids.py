@@ -60,6 +60,7 @@ from guided_digits import train
 from helpers import fit
 
 MODES = 40
+KINDS = "fitted", "free"
 Ends: TypeAlias = tuple[Tensor, Tensor]
 SOLVERS: dict[str, Predictor] = {
     "DEIS 3": DEIS(3),
@@ -139,46 +140,54 @@ def rows(
     draws: Ends,
     judged: Ends,
     names: Sequence[str],
+    fitted: Sequence[str],
+    kinds: Sequence[str],
     evaluations: Sequence[int],
 ) -> None:
     """Print a row for every solver and number of evaluations, and the best of each number."""
     head = ("evaluations", "Karras", "published", "default", "fitted", "ratio", "fit, s")
     print(f"{'':<16}" + "".join(f"{name:>12}" for name in (*head, "free", "ratio", "fit, s")))
-    kinds = ("published", "fitted", "free")
     best: dict[tuple[int, str], list[tuple[float, str, Tensor]]] = {}
     for name in names:
         predictor = SOLVERS[name]
         for steps in evaluations:
-            grids = [KarrasGrid(to_zero=True), TangentGrid()]
-            karras, default = (
-                squares(model, predictor, grid(model.sde, steps), judged) for grid in grids
-            )
+            fixed = KarrasGrid(to_zero=True)(model.sde, steps), TangentGrid()(model.sde, steps)
+            karras, default = (squares(model, predictor, t, judged) for t in fixed)
             tried = (squares(model, predictor, t, judged) for t in published_grids(steps))
             found = {"published": min(tried, key=lambda one: float(one.mean()))}
             seconds = {}
-            for kind, part in (("fitted", predictor), ("free", AnalyticFirstStep(predictor, mean))):
+            both = ("fitted", predictor), ("free", AnalyticFirstStep(predictor, mean))
+            for kind, part in both:
+                if name not in fitted or kind not in kinds:
+                    continue
                 start = time.process_time()
                 n = steps + (kind == "free")
                 grid = fit_grid(model, part, draws[0], steps=n, target=draws[1])
                 seconds[kind] = time.process_time() - start
                 found[kind] = squares(model, part, torch.tensor(grid.times), judged)
             error = {kind: float(one.mean().sqrt()) for kind, one in found.items()}
-            for kind in kinds:
+            for kind in found:
                 best.setdefault((steps, kind), []).append((error[kind], name, found[kind]))
             plain = (float(one.mean().sqrt()) for one in (karras, default))
             cells = [f"{value:.4f}" for value in plain]
             cells.insert(1, f"{error['published']:.4f}")
-            for kind in kinds[1:]:
+            for kind in KINDS:
+                if kind not in seconds:
+                    cells += ["", "", ""]
+                    continue
                 ratio = error[kind] / error["published"]
                 cells += [f"{error[kind]:.4f}", f"{ratio:.2f}", f"{seconds[kind]:.1f}"]
-            print(f"{name:<16}{steps:>12}" + "".join(f"{c:>12}" for c in cells), flush=True)
+            line = f"{name:<16}{steps:>12}" + "".join(f"{c:>12}" for c in cells)
+            print(line.rstrip(), flush=True)
     for steps in evaluations:
-        least = {kind: min(best[steps, kind], key=lambda one: one[0]) for kind in kinds}
-        error, name, published = least["published"]
-        print(f"{steps:>2} evaluations: best published {error:.4f} ({name})", end="")
-        for kind in kinds[1:]:
-            error, name, found = least[kind]
-            print(f"; {kind} {error:.4f} ({name}), ratio {interval(found, published)}", end="")
+        least = {
+            kind: min(best[steps, kind], key=lambda one: one[0]) for kind in ("published", *kinds)
+        }
+        value, name, published = least["published"]
+        print(f"{steps:>2} evaluations: best published {value:.4f} ({name})", end="")
+        for kind in kinds:
+            value, name, one = least[kind]
+            print(f"; {kind} {value:.4f} ({name}), ratio {interval(one, published)}", end="")
         print(flush=True)
     print(flush=True)
 
@@ -202,17 +211,20 @@ def main() -> None:
     add("--evaluations", type=int, nargs="+", default=[6, 8, 10])
     add("--only", choices=("network", "glyphs", "mixture"), help="one of the tables")
     add("--solvers", choices=SOLVERS, nargs="+", default=list(SOLVERS))
+    add("--fitted", choices=SOLVERS, nargs="+", help="solvers to fit, by default all")
+    add("--kinds", choices=KINDS, nargs="+", default=list(KINDS), help="of fits")
     args = parser.parse_args()
     data = load()
     digits = data.train.flatten(1)
 
     def table(title: str, model: ScoreModel, mean: Tensor, draws: int, judged: int) -> None:
         print(title, flush=True)
-        both = (
+        fit, test = (
             ends(model, count, tuple(mean.shape), seed, tight)
             for count, seed, tight in ((draws, 0, False), (judged, 100, True))
         )
-        rows(model, mean, *both, args.solvers, args.evaluations)
+        fitted = args.fitted or args.solvers
+        rows(model, mean, fit, test, args.solvers, fitted, args.kinds, args.evaluations)
 
     if args.only in (None, "network"):
         model = train(data, args.train_steps, 0)

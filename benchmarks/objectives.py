@@ -1,9 +1,12 @@
 """Compare losses and other small work of training and evaluation with the bare arithmetic.
 
-The bare arithmetic of a loss is one plain function in float32, with the same network: the schedule,
-the noisy data, the network, the weighted mean of squares and the gradients; no checks and no
-float64. Where weights cancel, as those of importance sampling, it has none. Peers: the released
-stable target, rewritten (all differences as one tensor), prdc and numpy.
+The bare arithmetic of a loss is one plain function in float32, with the same network: random
+times, the schedule, the noisy data, the network, the weighted mean of squares and the gradients. It
+is what one would write by hand for this one loss: times of importance sampling by the inverse of
+their distribution in closed form, steps of a chain by their number in two tables, and weights
+multiplied out, so that those of importance sampling are one constant and EDM's a quotient. It has
+no float64, which low noise needs, and looks at no value, so that NaN passes unnoticed. Peers: the
+released stable target, rewritten (all differences as one tensor), prdc and numpy.
 
     python benchmarks/objectives.py [--rounds 15] [--only stable] [--save]
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,19 +40,19 @@ class LogSNRSpan:
     first: Coefficient
     last: Coefficient
 
-    @property
+    @cached_property
     def floor(self) -> Coefficient:
         """The level down to which the density is uniform."""
         if isinstance(self.last, Tensor):
             return with_signal(self.last)
         return FAINTEST if self.last == -math.inf else self.last
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         """Whether the distribution is known to be uniform."""
         return not isinstance(self.last, Tensor) and self.last == self.floor
 
-    @property
+    @cached_property
     def length(self) -> Coefficient:
         """Z: the density at the first level is 1 / Z."""
         tail = 2.0 * (self.last < self.floor)

@@ -393,5 +393,5 @@ def _fitting(x: Tensor, value: Tensor, name: str) -> Tensor:
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     """Return (x - y)^2: one operation forward and one backward."""
     # torch.nn.functional.mse_loss without its preparations, which take as long as the operation.
-    squares: Tensor = torch._C._nn.mse_loss(x, y, 0)  # type: ignore[attr-defined]
+    squares: Tensor = torch._C._nn.mse_loss(x, y, 0)  # type: ignore[arg-type]
     return squares

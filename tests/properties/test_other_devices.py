@@ -43,6 +43,7 @@ from diffusionkit import (
     LogNormalTimes,
     LogSNRGrid,
     LogSNRSDE,
+    LossSecondMomentTimes,
     MinSNRWeighting,
     ODELikelihood,
     PCSampler,
@@ -155,7 +156,9 @@ def test_a_training_step_waits_once_and_copies_nothing(process, objective) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["VLB", "HybridLoss", "discrete", "StableTarget", "IndexLabel"])
+@pytest.mark.parametrize(
+    "name", ["VLB", "HybridLoss", "discrete", "second moment", "StableTarget", "IndexLabel"]
+)
 def test_other_objectives_neither_wait_nor_copy(name, kind) -> None:
     with PretendDevice(kind) as device:
         chain = DDPMChain.linear(50)
@@ -165,6 +168,7 @@ def test_other_objectives_neither_wait_nor_copy(name, kind) -> None:
             "VLB": VLB(),
             "HybridLoss": HybridLoss(),
             "StableTarget": ScoreMatching(target=StableTarget()),
+            "second moment": ScoreMatching(times=LossSecondMomentTimes(history=1)),
         }
         loss = losses.get(name, ScoreMatching(times=DiscreteTimes()))
         if name in ("VLB", "HybridLoss"):

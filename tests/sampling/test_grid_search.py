@@ -114,16 +114,18 @@ def test_a_given_target_is_what_is_fitted():
     torch.testing.assert_close(torch.tensor(grid.times, dtype=DOUBLE), times, rtol=0.05, atol=0)
 
 
-def test_secants_save_runs_and_do_not_cost_the_optimum():
-    model, counted = two_modes(), []
+def test_a_fit_takes_few_runs():
+    """Also with many draws, where the search begins with some of them."""
+    means = 0.2 * torch.randn(4, 32, generator=seeded(9))
+    model, counted = GaussianMixtureModel(EDMSDE(), means, [0.3] * 4), []
     predict = model.predict
     model.predict = lambda x, t: counted.append(len(x)) or predict(x, t)
-    x = model.sde.prior_sample((256, 2), generator=seeded(7), dtype=DOUBLE)
-    exact = ProbabilityFlow(model, rtol=1e-6, atol=1e-6).sample(x)
+    x = model.sde.prior_sample((256, 32), generator=seeded(7))
+    target = ProbabilityFlow(model, rtol=1e-4, atol=1e-4).sample(x)
     counted.clear()
-    grid = fit_grid(model, DEIS(), x, steps=8, target=exact)
-    assert sum(counted) < 60 * grid.nfe * len(x)  # sampler runs with all draws
-    assert grid.error < 0.5 * grid.fixed_error
+    grid = fit_grid(model, DEIS(), x, steps=6, target=target)
+    assert sum(counted) < 63 * grid.nfe * len(x)  # evaluations of 63 runs with all draws
+    assert grid.error < 0.7 * grid.fixed_error
 
 
 class Labelled(ScoreModel):

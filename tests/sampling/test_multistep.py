@@ -60,9 +60,9 @@ def solver(request):
     return SOLVERS[request.param]
 
 
-def run(predictor, grid, steps=None, sde=None, start=80 * Z):
+def run(predictor, grid, steps=None, sde=None, start=80 * Z, model=None):
     """Return the states after a run without denoising, and the number of evaluations."""
-    model = line_mixture(sde or EDMSDE())
+    model = model or line_mixture(sde or EDMSDE())
     sampler = PCSampler(model, predictor, grid=grid, steps=steps or 1, denoise=False)
     return sampler(start).squeeze(1), sampler.nfe
 
@@ -417,6 +417,38 @@ def test_a_run_may_start_without_signal(solver):
     x, _ = run(solver, UniformGrid(t_end=1e-3), 100, ZeroSNR(), Z)
     assert float(x[0] / 0.999) == pytest.approx(-1.2867335345, abs=0.02)
     assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_only_the_prediction_without_signal_is_left_out(solver, steps):
+    """After a first step from alpha = 0 a run goes on as one that begins at its end."""
+    if isinstance(solver, VelocityAdams) or getattr(solver, "variable", "") == "time":
+        pytest.skip("its polynomials pass through the prediction at alpha = 0")
+    times = torch.linspace(1.0, 0.1, steps + 1, dtype=torch.float64)
+    whole, _ = run(solver, times, sde=ZeroSNR(), start=Z)
+    first, _ = run(DDIM(), times[:2], sde=ZeroSNR(), start=Z)
+    rest, _ = run(solver, times[1:], sde=ZeroSNR(), start=first.unsqueeze(1))
+    torch.testing.assert_close(whole, rest, rtol=1e-10, atol=1e-12)
+
+
+def test_in_time_only_the_first_step_from_no_signal_is_of_first_order():
+    """For a Gaussian, whose flow is linear, what is lost after the first step has order 3."""
+    sde = ZeroSNR()
+    model = GaussianMixtureModel(sde, [[0.7]], [0.4])
+
+    def flow(t):
+        alpha, sigma = sde.marginal(t.view(1))
+        return 0.7 * alpha + torch.hypot(0.4 * alpha, sigma) * Z, torch.hypot(0.4 * alpha, sigma)
+
+    def lost(steps):
+        times = torch.linspace(1.0, 0.125, steps + 1, dtype=torch.float64)
+        (after, std), (end, last) = flow(times[1]), flow(times[-1])
+        found, _ = run(DEIS(3, "time"), times, start=Z, model=model)
+        first, _ = run(DDIM(), times[:2], start=Z, model=model)
+        of_first = (first - after.flatten()) * (last / std)
+        return float((found - end.flatten() - of_first).abs().max())
+
+    assert math.log2(lost(28) / lost(56)) == pytest.approx(3.0, abs=0.25)
 
 
 def test_a_step_without_memory_is_ddims(solver):

@@ -876,6 +876,7 @@ _FILES = ("PathLike", "Path")
 # What is taken on purpose beyond this, with the reason.
 ALLOWED: dict[tuple[str, str], list[str]] = {
     ("AdaptiveProjection", "max_norm"): ["infinity", "10**400"],  # no bound
+    ("AnalyticFirstStep", "x0"): ["a scalar tensor"],  # one mean for all pixels
     ("Autoguidance", "conditions"): ["an empty list", "an empty tuple", "a pair of words"],
     ("Chain.time", "step"): ["a numpy integer"],
     # One mean or log-variance for all pixels.

@@ -97,6 +97,25 @@ def test_the_oldest_loss_is_replaced() -> None:
     torch.testing.assert_close(times.probabilities, 0.999 * size / size.sum() + 0.001 / 4)
 
 
+def test_a_batch_is_recorded_as_its_losses_one_by_one() -> None:
+    """Also where one step has more losses in it than the history holds."""
+    chain = DDPMChain.linear(30)
+    together, apart = (LossSecondMomentTimes(history=3) for _ in range(2))
+    for times in (together, apart):
+        times.sample(chain, 1)
+    for seed in range(12):
+        t = chain.time(torch.randint(-3, 32, (40,), generator=seeded(seed)).clamp(0, 29))
+        losses = torch.rand(40, generator=seeded(100 + seed), dtype=torch.float64)
+        losses[seed::9] = math.nan
+        together.update(t, losses)
+        for i in range(40):
+            apart.update(t[i : i + 1], losses[i : i + 1])
+    for name, value in together.state_dict().items():
+        assert torch.equal(value, apart.state_dict()[name])
+    assert int(together.state_dict()["counts"].max()) > 40
+    assert torch.equal(together.probabilities, apart.probabilities)
+
+
 def test_the_weighted_mean_is_the_mean_over_all_steps() -> None:
     h = f64(2.0, -1.0, 5.0, 7.0)
     for uniform in (1e-3, 0.3):

@@ -1,7 +1,9 @@
 """Exponential moving average of a model's weights."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -323,3 +325,64 @@ def test_averages_move_with_the_module_and_keep_their_digits(dtype) -> None:
     module.to("meta")
     for average in module.averages:
         assert {x.device.type for x in average.state_dict().values()} == {"meta"}
+
+
+def test_weights_are_matched_once_and_again_after_they_change(monkeypatch) -> None:
+    """The names of a large model take longer than the average itself."""
+    matched = []
+    original = EMA(nn.Linear(1, 1))._average.__class__.matching
+    monkeypatch.setattr(
+        "diffusionkit.training._averaged_weights.AveragedWeights.matching",
+        lambda self, model: matched.append(model) or original(self, model),
+    )
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = EMA(model, decay=0.5, warmup=False)
+
+    def moved(change) -> tuple[int, float]:
+        before = len(matched)
+        change()
+        old = ema.model[0].weight.detach().to(torch.float32, copy=True)
+        ema.update(model)
+        expected = old + 0.5 * (model[0].weight.detach().to(old.dtype) - old)
+        torch.testing.assert_close(ema.model[0].weight.detach(), expected)
+        mean = ema.model[1].running_mean
+        assert torch.equal(mean, model[1].running_mean.to(mean.dtype))
+        return len(matched) - before
+
+    def replace_weight() -> None:
+        model[0].weight = nn.Parameter(torch.randn(2, 2))
+
+    def replace_layer() -> None:
+        model[0] = nn.Linear(2, 2)
+
+    def replace_buffer() -> None:
+        model[1].running_mean = torch.randn(2)
+
+    assert moved(lambda: None) == 1
+    assert moved(lambda: None) == 0
+    assert moved(lambda: model[0].weight.data.add_(1.0)) == 0
+    for change in (replace_weight, replace_layer, replace_buffer):
+        assert moved(change) == 1
+        assert moved(lambda: None) == 0
+    assert moved(lambda: model.double()) == 1  # in place: the same parameters, with other data
+    assert moved(lambda: ema.model.half()) == 1
+    assert ema.model[0].weight.dtype == torch.float32
+    model[0].weight.data = torch.randn(3, 2)
+    with pytest.raises(ValueError, match="model: expected the tensors of the averaged model"):
+        ema.update(model)
+
+
+def test_an_average_does_not_keep_a_model_or_copy_it() -> None:
+    model = nn.Linear(2, 2)
+    ema = EMA(model)
+    ema.update(model)
+    copied = copy.deepcopy(ema)
+    weight, alive = model.weight, weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    other = nn.Linear(2, 2)
+    other.weight = weight
+    copied.update(other)
+    assert copied.updates == 2
+    assert ema.updates == 1

@@ -1,6 +1,7 @@
 """The number of operations that a loss dispatches: on small data it is the cost of a step."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -54,20 +55,20 @@ LEARNED = {"label": StepLabel(100), "variance": "learned_range"}
 DATA = GaussianDecoder().encode(torch.randint(256, (16, 2)))
 # Forward and backward; the arithmetic alone takes 42 for the first, 35 for the second, 54 for EDM.
 LOSSES = {
-    "simple": (ScoreMatching(), EpsModel(Affine(2, 2), VPSDE()), 58),
-    "scaled": (ScoreMatching(), ScaledScoreModel(Affine(2, 2), VESDE()), 58),
+    "simple": (ScoreMatching(), EpsModel(Affine(2, 2), VPSDE()), 47),
+    "scaled": (ScoreMatching(), ScaledScoreModel(Affine(2, 2), VESDE()), 45),
     "edm": (
         ScoreMatching(EDMWeighting(), times=LogNormalTimes()),
         EDMModel(Affine(2, 2), EDMSDE()),
-        88,
+        75,
     ),
-    "likelihood": (ScoreMatching(LikelihoodWeighting()), EpsModel(Affine(2, 2), VPSDE()), 64),
+    "likelihood": (ScoreMatching(LikelihoodWeighting()), EpsModel(Affine(2, 2), VPSDE()), 54),
     "importance": (
         ScoreMatching(LikelihoodWeighting(), times=ImportanceTimes()),
         EpsModel(Affine(2, 2), VPSDE()),
-        96,
+        77,
     ),
-    "chain": (ScoreMatching(times=DiscreteTimes()), EpsModel(Affine(2, 2), CHAIN), 88),
+    "chain": (ScoreMatching(times=DiscreteTimes()), EpsModel(Affine(2, 2), CHAIN), 75),
     "hybrid": (HybridLoss(), EpsModel(Affine(2, 4), CHAIN, **LEARNED), 200),
     "vlb": (VLB(), EpsModel(Affine(2, 4), CHAIN, **LEARNED), 190),
 }
@@ -84,6 +85,45 @@ def test_a_loss_dispatches_few_operations(name) -> None:
     with Operations() as operations:
         loss(model, DATA, **given).mean().backward()
     assert operations.count <= most
+
+
+def test_a_loss_at_drawn_steps_looks_them_up() -> None:
+    """The arithmetic alone dispatches 33 operations."""
+    loss, model = (
+        ScoreMatching(times=DiscreteTimes()),
+        EpsModel(Affine(2, 2), CHAIN, label=StepLabel(100)),
+    )
+    for _ in range(9):
+        loss(model, DATA).sum().backward()
+    with Operations() as operations:
+        loss(model, DATA).mean().backward()
+    assert operations.count <= 43
+
+
+def calls_of(function) -> int:
+    """Return the number of Python functions of the library that a call runs."""
+    count = 0
+
+    def profile(frame, event, _):
+        nonlocal count
+        count += event == "call" and "/diffusionkit/" in frame.f_code.co_filename
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("name", ["simple", "scaled", "edm", "likelihood", "importance"])
+def test_a_loss_calls_few_functions(name) -> None:
+    """On small data these calls take as long as the operations."""
+    loss, model, _ = LOSSES[name]
+    for _ in range(9):
+        loss(model, DATA)
+    assert calls_of(lambda: loss(model, DATA)) <= 140
 
 
 class Evaluations:

@@ -207,6 +207,20 @@ def test_importance_weights_cancel_the_likelihood_weighting() -> None:
         assert product.tolist() == pytest.approx([z] * 50, rel=1e-9)
 
 
+def test_subclasses_with_attributes_of_their_own_are_told_apart() -> None:
+    class Slower(VPSDE):
+        rate = 1.0
+
+        def log_snr(self, t: torch.Tensor) -> torch.Tensor:
+            return self.rate * super().log_snr(t)
+
+    one, two = Slower(), Slower()
+    object.__setattr__(two, "rate", 2.0)
+    assert one == two  # as dataclasses, which know nothing of it
+    normalizers = [ImportanceTimes().normalizer(sde) for sde in (one, two)]
+    assert normalizers[1] == pytest.approx(2 * normalizers[0])
+
+
 def test_dtype_and_generators_of_importance_times() -> None:
     sampler = ImportanceTimes(stratified=False)
     t, weight = sampler.sample(

@@ -103,6 +103,12 @@ class DEIS(_NoiseAdams):
         return sde.time_at_log_snr(2 * l.flatten()).view_as(l)
 
     @override
+    def integrable(self, nodes: Tensor, end: Tensor) -> Tensor:
+        if self.variable == "log_snr":
+            return super().integrable(nodes, end)
+        return torch.isfinite(nodes[0]) & torch.isfinite(end)  # earlier times are finite anyway
+
+    @override
     def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
         return None if self.variable == "time" else super().default_grid(sde, steps)
 

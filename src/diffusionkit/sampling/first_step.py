@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_finite, check_finite_number, check_part
+from .._checks import check_finite, check_finite_number, check_known, check_part
 from .._grid_times import grid_point, kernel
 from .._repr import Described
 from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
@@ -101,7 +101,10 @@ class AnalyticFirstStep(Described, Predictor):
     def __post_init__(self) -> None:
         check_part(self.predictor, Predictor, "predictor")
         if isinstance(self.x0, Tensor):
+            check_known(self.x0, "x0")
             check_finite(self.x0, "x0")
+            if not self.x0.numel():
+                raise ValueError(f"x0: expected numbers, got a tensor of {tuple(self.x0.shape)}")
         else:
             check_finite_number(self.x0, "x0")
 

@@ -32,7 +32,8 @@ _TO_ZERO = (1.0, 6.0, 40.0)  # the last noise before 0, as multiples of that at 
 _OPEN = (1.0, 6.0)  # the last noise of grids that end there
 _SCALES = (0.35, 0.7, 1.4)  # of tangent grids
 _PATIENCE = 3  # iterations without a gain on held-out draws
-_SHARE, _FEW = 4, 16  # the draws to begin with: a quarter, if it is as many as this
+_SHARE = 4  # the search begins with a quarter of the draws,
+_LEAST = 16, 2000  # with as many draws and numbers as this
 _SHORTLIST = 4  # of fixed grids of each kind of end, which are compared on all draws
 
 Candidate: TypeAlias = tuple[float, Tensor]
@@ -143,7 +144,7 @@ def fit_grid(
     torch.Size([4, 1])
     """
     check_model(model)
-    parts = list(predictor) if isinstance(predictor, (list, tuple)) else [predictor]
+    parts: list[Any] = [*predictor] if isinstance(predictor, (list, tuple)) else [predictor]
     for part in parts:
         check_part(part, Predictor, "predictor")
     if not parts:
@@ -230,9 +231,10 @@ def _draws(
         ends = torch.cat([flow.sample(part, **own) for part, own in batches(rows)])
     else:
         ends = target[rows].to(x)
+    least = max(_LEAST[0], _LEAST[1] // x[0].numel(), len(rows) // _SHARE)
     some, whole = (
         Draws(sampler, batches(rows[:count]), ends[:count])
-        for count in (max(len(rows) // _SHARE, min(_FEW, len(rows))), len(rows))
+        for count in (min(least, len(rows)), len(rows))
     )
     return some, whole
 
@@ -307,7 +309,7 @@ class _Search:
                     best = one
                     yield None
                 ends.append((self.held_out[1].error(best), best))
-            first = [min(ends, key=_error)[1]]
+            first = [min([*starts, *ends], key=_error)[1]]
         for times in first:
             yield from self._improved(1, times, iterations)
 

@@ -77,7 +77,7 @@ class MultistepPredictor(Predictor):
     earlier times. The order grows with the memory. A step without memory, the first one or one
     after time travel, is of first order; so is a step to a time without noise, unless
     `integrable` says otherwise: there a polynomial in l has no limit, and the predicted data are
-    the result.
+    the result. A prediction at alpha = 0, where l is infinite, is left out of later polynomials.
 
     A subclass defines the number of remembered predictions and how polynomials are integrated.
 
@@ -155,7 +155,12 @@ class MultistepPredictor(Predictor):
         found = self.integrals(sde, nodes, torch.where(fit, end, 1.0))
         alpha, sigma = sde.marginal(s)
         scale = torch.where(fit, self.scale(alpha, sigma), 0.0)
-        return [scale * row for row in found[1:]]
+        weights = [scale * row for row in found[1:]]
+        if len(others) == 1 or (readable(fit) and bool(fit.all())):
+            return weights
+        # Without the earliest prediction, which may be of a state without signal.
+        fewer = padded(self.correction(sde, t, s, others[:-1]), len(others), t)
+        return [torch.where(fit, w, v) for w, v in zip(weights, fewer, strict=True)]
 
     def weights(
         self, sde: ForwardSDE, t: Tensor, s: Tensor, past: Sequence[Tensor], most: int | None = None

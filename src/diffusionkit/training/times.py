@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from .._checks import (
     check_times,
     readable,
 )
+from .._kept import fixed
 from .._log_snr import LogSNRSpan
 from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
-from ..distributed._group import first_of_all, rank_and_world_size
+from ..distributed._group import first_of_all, is_distributed, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, draw
 
@@ -96,10 +96,10 @@ def _stratified(
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
     shift = draw(torch.rand, (1,), generator, device, dtype)
-    rank, world = rank_and_world_size()
     index = torch.arange(n, device=device, dtype=dtype)
     # Where no gradients are wanted, as in an evaluation by one process, the others do not draw.
-    if world > 1 and torch.is_grad_enabled():
+    if is_distributed() and torch.is_grad_enabled():
+        rank, world = rank_and_world_size()
         shift, index = first_of_all(shift), index + rank / world
     return (shift + index / n) % 1.0
 
@@ -276,11 +276,16 @@ class ImportanceTimes(DrawnTimes):
 
 def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     """Return the log-SNRs from t_min to T, floats where reading them is free."""
-    params: Any = getattr(type(sde), "__dataclass_params__", None)
-    if params is not None and params.frozen and not _traced():
-        with contextlib.suppress(TypeError):  # a field that cannot be hashed
+    if fixed(sde) and not _traced():
+        try:
             return _kept_span(sde)
-    return _computed_span(sde, device)
+        except TypeError:  # one that cannot be hashed
+            pass
+    here = home(sde)
+    if torch.compiler.is_compiling() and here.type == "cpu":
+        here = torch.device(device or "cpu")
+    ends = _ends(sde, here)
+    return _read(sde, ends) if readable(ends) else LogSNRSpan(ends[0], ends[1])
 
 
 def _traced() -> bool:
@@ -291,17 +296,17 @@ def _traced() -> bool:
 @functools.lru_cache(maxsize=64)
 def _kept_span(sde: ForwardSDE) -> LogSNRSpan:
     """Return the log-SNRs of a process that is a value: equal ones have the same."""
-    return _computed_span(sde, None)
+    return _read(sde, _ends(sde, home(sde)))  # the host's, where reading is free
 
 
-def _computed_span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
-    here = home(sde)
-    if torch.compiler.is_compiling() and here.type == "cpu":
-        here = torch.device(device or "cpu")
+def _ends(sde: ForwardSDE, here: torch.device) -> Tensor:
+    """Return the log-SNRs at t_min and T (2,), on the device where a process computes."""
     at = torch.linspace(sde.t_min, sde.T, 2, dtype=schedule_dtype(here), device=here)
-    ends = sde.log_snr(at).detach()
-    if not readable(ends):
-        return LogSNRSpan(ends[0], ends[1])
+    return sde.log_snr(at).detach()
+
+
+def _read(sde: ForwardSDE, ends: Tensor) -> LogSNRSpan:
+    """Return log-SNRs (2,) as floats, or raise if they are infinite."""
     span = LogSNRSpan(*ends.tolist())
     check_log_snr((ends[0].item(), float(span.floor)), sde.t_min, sde.T)
     return span

@@ -85,7 +85,8 @@ class EDMWeighting(Weighting):
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
         alpha, sigma = kernel_at(sde, t)
-        deviation = overall(as_sigma_data(self.sigma_data))
+        sd = self.sigma_data
+        deviation = sd if isinstance(sd, float) else overall(as_sigma_data(sd))
         return (1 + (sigma / alpha / deviation).square()).to(t.dtype)
 
     def per_channel(self, sde: ForwardSDE, t: Tensor) -> Tensor | None:
@@ -94,7 +95,7 @@ class EDMWeighting(Weighting):
         .. math::
             \frac{1 + s^2 / sd_c^2}{1 + s^2 / sd^2}
         """
-        sigma_data = as_sigma_data(self.sigma_data)
+        sigma_data = self.sigma_data
         if not isinstance(sigma_data, tuple):
             return None
         check_times(t, sde.T)
