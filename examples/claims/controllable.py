@@ -18,6 +18,7 @@ seed, of which 5 are those of the checks.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from operator import itemgetter
 from typing import Any
@@ -48,10 +49,15 @@ from diffusionkit.random import seeded
 IMAGES, MEMBERS, STEPS = 48, 4, 50
 NOISE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of the measurement, in units of the range, for the rival
 NETWORK, EXACT, MORE, GUIDED = "network", "training set", "more evaluations", "guidance"
+LABELS = {EXACT: "exact score, same sampler", MORE: MORE, GUIDED: GUIDED}
 _BUDGET = f"{IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
 SCORES = f"energy score, {_BUDGET}"
 MEANS = f"energy score from means of blocks, {_BUDGET}"
-CHECKS = f"energy score of other samplers, {_BUDGET} or {8 * STEPS}"
+CHECKS = {
+    EXACT: f"energy score with the exact score of the training set, {_BUDGET}",
+    GUIDED: f"energy score with guidance, {IMAGES} test images, {MEMBERS} members, {STEPS} steps",
+    MORE: f"energy score, {IMAGES} test images, {MEMBERS} members, {8 * STEPS} evaluations",
+}
 
 
 @dataclass(frozen=True)
@@ -175,45 +181,41 @@ def block_scores(run: Run) -> dict[str, dict[str, float]]:
     return {"means of blocks": task_scores(run, blocks)}
 
 
-def checks(run: Run) -> dict[str, dict[str, float]]:
-    """Return the energy scores of other samplers, which tell what limits those of the network.
+def check(run: Run, way: str) -> dict[str, float]:
+    """Return the energy scores of another sampler by task: what limits those of the network.
 
     The sampler with the exact score of the training set, the network with four times the
-    evaluations, and the network guided by what is known instead of replacing it.
+    evaluations, or the network guided by what is known instead of replacing it.
     """
-    truth, exact = scaled(run, test_images(run, IMAGES)), EmpiricalModel(
-        run.model.sde, training_images(run)
-    ).to(place_of(run))  # fmt: skip
-    found: dict[str, dict[str, float]] = {}
+    truth, model, steps = scaled(run, test_images(run, IMAGES)), run.model, STEPS
+    if way == EXACT:
+        model = EmpiricalModel(run.model.sde, training_images(run)).to(place_of(run))
+    elif way == MORE:
+        steps = 4 * STEPS
+    found: dict[str, float] = {}
     for name, make in ALL.items():
         task = make(run.settings["data"]["size"])
-        drawn = {
-            EXACT: draw_members(run, truth, task, exact),
-            MORE: draw_members(run, truth, task, run.model, steps=4 * STEPS),
-            GUIDED: guided_members(run, truth, task),
-        }
-        found[name] = {way: score(run, x, truth, task) for way, x in drawn.items()}
+        if way == GUIDED:
+            members = guided_members(run, truth, task)
+        else:
+            members = draw_members(run, truth, task, model, steps=steps)
+        found[name] = score(run, members, truth, task)
     return found
 
 
 def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
     """Train the network; fill in test images, and draw images of classes."""
-    for (key, of), seed, at in product(
-        ((SCORES, scores), (MEANS, block_scores), (CLASSES, class_shares), (CHECKS, checks)),
-        tuple(seeds),
-        steps,
-    ):
+    measures: dict[str, Callable[[Run], Any]] = {
+        SCORES: scores, MEANS: block_scores, CLASSES: class_shares,
+        **{key: partial(check, way=way) for way, key in CHECKS.items()},
+    }  # fmt: skip
+    for (key, of), seed, at in product(measures.items(), tuple(seeds), steps):
         lab.measure("VE", seed, at, key, of)
-
-
-def of_way(task: str, way: str) -> Callable[[dict[str, Any]], float]:
-    """Return a function of the scores of other samplers: that of one of them."""
-    return lambda found: float(found[task][way])
 
 
 def of_network(task: str) -> Callable[[dict[str, Any]], float]:
     """Return a function of all scores: that of the network."""
-    return of_way(task, NETWORK)
+    return lambda found: float(found[task][NETWORK])
 
 
 def of_training_set(task: str, noise: float | None = None) -> Callable[[dict[str, Any]], float]:
@@ -258,8 +260,8 @@ def others(results: Results) -> list[Finding]:
             (GUIDED, "with guidance than with replacement"),
         ):
             found.append(compare(
-                results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS),
-                ("VE", key), -1, value=of_way(task, way),
+                results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS[way]),
+                ("VE", key), -1, value=itemgetter(task),
                 value_b=of_network(task), labels=(way, NETWORK),
             ))  # fmt: skip
     return found
@@ -276,11 +278,11 @@ def draw(results: Results) -> Figure:
                           label=None if number else EXACT)  # fmt: skip
                 axes.axhline(found[task][NETWORK], color="C0", alpha=0.7,
                              label=None if number else NETWORK)  # fmt: skip
-        for at in results.steps("VE", CHECKS)[-1:]:
-            for number, found in enumerate(results.seeds("VE", at, CHECKS).values()):
-                for color, (way, value) in enumerate(found[task].items(), 2):
-                    axes.axhline(value, color=f"C{color}", alpha=0.7, linestyle=":",
-                                 label=None if number else f"check: {way}")  # fmt: skip
+        for color, (way, other) in enumerate(CHECKS.items(), 2):
+            for at in results.steps("VE", other)[-1:]:
+                for number, found in enumerate(results.seeds("VE", at, other).values()):
+                    axes.axhline(found[task], color=f"C{color}", alpha=0.7, linestyle=":",
+                                 label=None if number else f"check: {LABELS[way]}")  # fmt: skip
         axes.set(xscale="log", title=task, ylabel="energy score",
                  xlabel="noise of the measurement, training set")  # fmt: skip
         if axes.get_legend_handles_labels()[0]:

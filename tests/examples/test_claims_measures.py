@@ -239,3 +239,28 @@ def test_the_judge_learns_classes(claims, monkeypatch):
     labels = torch.arange(60) // 30
     found = module.judge(images, labels, 0)(images, torch.zeros(60)).argmax(1)
     assert (found == labels).all()
+
+
+def test_checks_change_one_thing(claims, control, monkeypatch):
+    """The exact score of the training set, more steps of the network, or guidance."""
+    calls = []
+    monkeypatch.setattr(control, "IMAGES", 2)
+    images = control.training_images(None)
+    monkeypatch.setattr(control, "test_images", lambda run, count: (255 * images[:count]).byte())
+
+    def members(run, truth, task, model, *, steps):
+        calls.append((type(model).__name__, steps))
+        return truth[:, None].repeat(1, 2, 1, 1, 1)
+
+    monkeypatch.setattr(control, "draw_members", members)
+    monkeypatch.setattr(control, "guided_members", lambda run, truth, task: truth[:, None] + 1
+                        + torch.zeros(2, 2, 1, 1, 1))  # fmt: skip
+    run = trained_on(images)
+    run.model = dk.GaussianMixtureModel(run.model.sde, images[:2].flatten(1), [1.0, 1.0])
+    for way in control.CHECKS:
+        found = control.check(run, way)
+        assert set(found) == set(control.ALL)
+        assert all(value == (0 if way != control.GUIDED else value) for value in found.values())
+        assert way != control.GUIDED or min(found.values()) > 1
+    steps = control.STEPS
+    assert calls == [("EmpiricalModel", steps)] * 3 + [("GaussianMixtureModel", 4 * steps)] * 3
