@@ -80,7 +80,7 @@ def test_killed_writers_lose_nothing_and_leave_nothing(tmp_path, kind, monkeypat
     path, size, draw = tmp_path / "x", 500_000, random.Random(0)
     write(path, bytes(size))
     left, found = 0, set()
-    for kill in range(50):
+    for kill in range(30):
         killed(
             lambda n, k=kill: write(path, bytes([n % 256, k]) * (size // 2)), 0.008 * draw.random()
         )

@@ -64,17 +64,20 @@ def test_float32_keeps_its_digits(sde) -> None:
 
 
 @pytest.mark.parametrize(
-    ("predictor", "corrector"),
-    [(DDIM(), None), (Ancestral(), None), (ReverseDiffusion(), Langevin(snr=0.1, norm="batch"))],
+    ("predictor", "corrector", "steps"),
+    [
+        (DDIM(), None, 120),
+        (Ancestral(), None, 160),
+        (ReverseDiffusion(), Langevin(snr=0.1, norm="batch"), 80),
+    ],
     ids=["ddim", "ancestral", "pc"],
 )
-def test_samples_are_of_the_class(sde, predictor, corrector) -> None:
+def test_samples_are_of_the_class(sde, predictor, corrector, steps) -> None:
     """Means, spread and the weights within a class."""
     classes = Classes(sde)
     guided = ClassifierGuidance(classes.model, classes.classifier)
     n = 1500
     labels = torch.arange(2 * n) // n
-    steps = 200 if corrector is None else 80
     sampler = PCSampler(guided, predictor, corrector, steps=steps, grid=LogSNRGrid())
     z = randn64(n, 2, seed=1)
     z = torch.stack([z, -z], 1).view(2 * n, 2)  # a mean of zero in either class

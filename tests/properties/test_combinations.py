@@ -52,8 +52,8 @@ KNOWN = torch.tensor([0.8, 0.0, 0.0])
 N, STEPS = 1000, 40
 # Multiples of STEPS for about equal errors: more for first order, fewer for adaptive steps.
 FACTORS = {
-    AdaptiveSDE: 1 / 8, Ancestral: 4, DPMSolver2MSDE: 4, DPMSolver3MSDE: 4, Euler: 10,
-    ReverseDiffusion: 4, SASolver: 4,
+    AdaptiveSDE: 1 / 8, Ancestral: 3, DPMSolver2MSDE: 3, DPMSolver3MSDE: 3, Euler: 8,
+    ReverseDiffusion: 4, SASolver: 3,
 }  # fmt: skip
 PROCESSES = {
     "VE": VESDE(sigma_max=20.0), "VP": VPSDE(), "sub-VP": SubVPSDE(), "flow": FlowMatchingSDE(),
