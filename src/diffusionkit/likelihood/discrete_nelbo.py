@@ -158,7 +158,8 @@ class DiscreteNELBO(Described):
         if self.samples > 1:
             variance = Strata.equal(self.samples, values[0]).variance(values.detach())
             stderr = torch.sqrt(variance + exact(read.detach()).var(0) / draws)
-        return DiscreteBound(read.mean(0), prior, values.mean(0), stderr)
+        mean = read.mean(0) if draws > 1 else reads[0]  # of one to the bit, the sign of 0 included
+        return DiscreteBound(mean, prior, values.mean(0), stderr)
 
     def _diffusion(
         self, x: Tensor, generator: Generators, cond: dict[str, Any], mask: Tensor | None
