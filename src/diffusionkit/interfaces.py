@@ -63,10 +63,12 @@ class ForwardSDE(abc.ABC):
         t_min: the smallest time for training and likelihood.
         t_stop: the time at which samplers stop by default.
         prior_std: the standard deviation of the prior, the distribution of x_T.
+        grid_rho: times of samplers are equally spaced in t^(1 / grid_rho) by default.
     """
 
     T: float = 1.0
     t_min: float = 1e-5
+    grid_rho: float = 1.0
 
     @override
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -316,7 +318,7 @@ class Predictor(abc.ABC):
         """Precompute values that depend on the times only; samplers call this before a run."""
 
     def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
-        """Return the times (steps + 1,) of a run without a grid; None for uniform times."""
+        """Return the times (steps + 1,) of a run without a grid; None for those of the process."""
         return None
 
 

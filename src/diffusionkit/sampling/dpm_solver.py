@@ -291,6 +291,10 @@ class DPMSolver2SAncestral(TwoStagePredictor):
         DDIM(self.eta)  # raises if eta is invalid
 
     @override
+    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
+        return TangentGrid()(sde, steps)
+
+    @override
     def coefficients(self, sde: ForwardSDE, t: Tensor, s: Tensor) -> StageCoefficients:
         return _two_stages(sde, t, s, 0.5, "midpoint", self.eta)
 

@@ -44,7 +44,7 @@ def ddim_encode(
         x: the state at the last time of the grid (B, *D); the papers use the data themselves.
         steps: the number of steps, unless the grid is a tensor.
         grid: a sampler's grid: a callable (sde, steps) -> times, a tensor of decreasing times, or
-            None for times uniform between T and the SDE's t_stop.
+            None for the process's from T to t_stop, `KarrasGrid` for an `EDMSDE`, else uniform.
         progress: True for a bar (tqdm, where installed), or a wrapper of an iterable.
         cond: passed to the model.
 

@@ -104,6 +104,16 @@ class UniformGrid(_SpacedGrid):
 
 
 @dataclass(frozen=True)
+class _ProcessGrid(_SpacedGrid):
+    """The default: times as the process wants them spaced, for most uniform."""
+
+    @override
+    def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
+        root = ends ** (1 / sde.grid_rho)
+        return (root[0] + u * (root[1] - root[0])) ** sde.grid_rho
+
+
+@dataclass(frozen=True)
 class QuadraticGrid(_SpacedGrid):
     """Times with equally spaced square roots: shorter steps near the data.
 
@@ -337,7 +347,7 @@ def resolve_grid(grid: Grid | Tensor | None, sde: ForwardSDE, steps: int) -> Ten
         check_known(grid, "grid")
         times = grid.detach()
     elif grid is None or callable(grid):
-        times = (UniformGrid() if grid is None else grid)(sde, steps)
+        times = (_ProcessGrid() if grid is None else grid)(sde, steps)
     else:
         raise TypeError(f"grid: expected a callable or a tensor, got {type(grid).__name__}")
     check_part(times, Tensor, "grid")

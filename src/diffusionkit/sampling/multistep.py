@@ -214,9 +214,7 @@ class MultistepPredictor(Predictor):
 
     @override
     def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
-        eta = self.eta_at(torch.zeros(1, dtype=torch.float64))
-        noisy = isinstance(eta, Tensor) or eta > 0  # published with times uniform in t
-        return None if noisy else TangentGrid()(sde, steps)
+        return TangentGrid()(sde, steps)
 
     @override
     def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:

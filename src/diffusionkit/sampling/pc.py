@@ -70,8 +70,8 @@ class PCSampler(Described):
         corrector: the step at a fixed time; None is predictor-only sampling.
         steps: the number of steps, unless the grid is a tensor.
         grid: a callable (sde, steps) -> times, a tensor of decreasing times, or None for the
-            predictor's default: `TangentGrid` for `DPMSolver2S` and multistep solvers without
-            noise, for others times uniform between T and the SDE's t_stop.
+            predictor's default: `TangentGrid` for multistep and two-stage DPM-Solvers, for others
+            times from T to the SDE's t_stop, `KarrasGrid` for an `EDMSDE` and uniform otherwise.
         corrector_first: whether the corrector runs before the predictor.
         denoise: whether the last noise is removed, at the cost of one evaluation. Where the grid
             ends at a time without noise, the last step's mean is returned instead.

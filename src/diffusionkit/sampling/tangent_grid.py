@@ -28,7 +28,7 @@ class TangentGrid:
     never less than at the process's t_stop. At power 1 and scale 1 the angle is that of
     `ProbabilityFlow`; larger powers come closer to equal steps in log-SNR.
 
-    It is the default of multistep solvers without noise and of `DPMSolver2S`. Where alpha(T) = 0
+    It is the default of multistep solvers, `DPMSolver2S` and `DPMSolver2SAncestral`. Where alpha(T) = 0
     the first time is T, and the others are spaced from sigma / alpha = 160. Where sigma(0) > 0, as
     in a `VESDE`, a sampler removes the noise that is left there.
 

@@ -20,7 +20,8 @@ class EDMSDE(ForwardSDE):
     .. math::
         \alpha = 1, \quad \sigma(t) = t, \quad g = \sqrt{2 t}, \quad t \in [0, \sigma_{max}].
 
-    Expects data of standard deviation about 0.5. The prior is N(0, sigma_max^2 I).
+    Expects data of standard deviation about 0.5. The prior is N(0, sigma_max^2 I). Samplers without
+    a grid take the paper's, `KarrasGrid()`: of equal steps in t nearly all would be at high noise.
 
     Args:
         sigma_min: the smallest noise level for training and sampling, t_min.
@@ -40,6 +41,8 @@ class EDMSDE(ForwardSDE):
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+
+    grid_rho = 7.0
 
     def __post_init__(self) -> None:
         check_positive(self.sigma_min, "sigma_min")
