@@ -28,9 +28,9 @@ class TangentGrid:
     never less than at the process's t_stop. At power 1 and scale 1 the angle is that of
     `ProbabilityFlow`; larger powers come closer to equal steps in log-SNR.
 
-    It is the default of multistep solvers, `DPMSolver2S` and `DPMSolver2SAncestral`. Where alpha(T) = 0
-    the first time is T, and the others are spaced from sigma / alpha = 160. Where sigma(0) > 0, as
-    in a `VESDE`, a sampler removes the noise that is left there.
+    It is the default of multistep solvers, `DPMSolver2S` and `DPMSolver2SAncestral`. Where
+    alpha(T) = 0 the first time is T, and the others are spaced from sigma / alpha = 160. Where
+    sigma(0) > 0, as in a `VESDE`, a sampler removes the noise that is left there.
 
     Args:
         scale: the ratio sigma / alpha around which steps are shortest; about the standard deviation
