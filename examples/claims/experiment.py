@@ -55,34 +55,34 @@ class Lab:
         self.memory: dict[str, Any] = {}  # what measures of several runs share
         self._last: tuple[str, Run] | None = None
 
-    def folder(self, name: str, seed: int) -> Path:
-        """Return the folder of a run."""
-        return self.runs / name.replace(", ", "-").replace(" ", "_") / f"seed-{seed}"
+    def folder(self, name: str, seed: int, steps: int) -> Path:
+        """Return the folder of a run to a number of steps.
 
-    def _kept(self, name: str, seed: int, steps: int) -> Path:
-        return self.folder(name, seed) / "kept" / f"step-{steps:08d}.pt"
+        Claims share a run, which they continue; it keeps its model at the steps they asked for. One
+        that asks for fewer steps later has a run of its own.
+        """
+        shared = self.runs / name.replace(", ", "-").replace(" ", "_") / f"seed-{seed}"
+        newest = CheckpointFolder(shared / "checkpoints").newest()
+        beyond = newest is not None and int(newest.stem.partition("-")[2]) > steps
+        if beyond and not _kept(shared, steps).exists():
+            return shared.with_name(f"{shared.name}-to-{steps}")
+        return shared
 
     def run(self, name: str, seed: int, steps: int) -> Run:
-        """Return the averaged model of a recipe after a number of steps, trained if it has to be.
-
-        Raises:
-            ValueError: if the run has taken more steps, and its model was not kept at this one.
-        """
+        """Return the averaged model of a recipe after a number of steps, trained if need be."""
         key = Results.key(name, seed, steps)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        out, kept = self.folder(name, seed), self._kept(name, seed, steps)
+        out = self.folder(name, seed, steps)
+        kept = _kept(out, steps)
         if not kept.exists():
             recipe, start = recipes.RECIPES[name], ""
             if recipe.start:
                 before = recipes.START_STEPS[self.scale]
                 self.run(recipe.start, seed, before)
-                start = str(self._kept(recipe.start, seed, before))
+                start = str(_kept(self.folder(recipe.start, seed, before), before))
             settings = recipe.settings(self.scale, seed, steps, start)
             training = Training(settings, out, Place(0, 1, self.place))
-            if training.step > steps:
-                raise ValueError(f"{out}: expected a run of at most {steps} steps, got one of "
-                                 f"{training.step}; choose another --runs")  # fmt: skip
             print(f"{name}, seed {seed}: from step {training.step} to {steps}", flush=True)
             training.train()
             if training.step < steps:
@@ -112,7 +112,7 @@ class Lab:
             value = of(run)
             seconds = time.perf_counter() - start
             batch = run.settings["training"]["batch"]
-            training = training_seconds(self.folder(name, seed), steps, batch)
+            training = training_seconds(self.folder(name, seed, steps), steps, batch)
             self.results.add(key, measure, value, seconds, training)
             print(f"{key}: {measure}: {_short(value)}", flush=True)
         return self.results.get(key, measure)
@@ -143,6 +143,11 @@ def training_seconds(folder: Path, steps: int, batch: int) -> float:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) < 200 else text[:200] + " ..."
+
+
+def _kept(folder: Path, steps: int) -> Path:
+    """Return the checkpoint that a run keeps at a number of steps."""
+    return folder / "kept" / f"step-{steps:08d}.pt"
 
 
 def _keep(checkpoint: Path | None, kept: Path) -> None:

@@ -179,7 +179,7 @@ class Quality:
     """
 
     def __init__(self, lab: Lab, name: str, seed: int, steps: int) -> None:
-        self.folder = lab.folder(name, seed) / f"samples-{steps}"
+        self.folder = lab.folder(name, seed, steps) / f"samples-{steps}"
         self._memory = lab.memory
         self._network = glyph_features()
 
