@@ -12,7 +12,8 @@ import torch
 from diffusionkit._checks import check_samples, readable
 from diffusionkit.testing import value_checks
 
-ON_DEVICE = SimpleNamespace(device=torch.device("cuda"), is_meta=False)  # a tensor on a GPU
+# A tensor on a GPU.
+ON_DEVICE = SimpleNamespace(device=torch.device("cuda"), is_cpu=False, is_meta=False)
 
 
 def test_values_on_devices_are_read_inside_value_checks_only() -> None:

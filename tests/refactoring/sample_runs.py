@@ -103,13 +103,13 @@ def stochastic_predictors():
         "ancestral": Ancestral(),
         "ancestral forward": Ancestral("forward"),
     }
-    return _table(kinds, ANY)
+    return _table(kinds, ANY, grid=UniformGrid())
 
 
 def deterministic_predictors():
     """DDIM of any eta, and Euler's steps."""
     kinds = {"DDIM": DDIM(), "DDIM half": DDIM(0.5), "DDIM one": DDIM(1.0), "Euler": Euler()}
-    return _table(kinds, ("vp", "ve", "edm", "ddpm"))
+    return _table(kinds, ("vp", "ve", "edm", "ddpm"), grid=UniformGrid())
 
 
 def learned_variances():
@@ -128,7 +128,7 @@ def heun_predictors():
         "churn": Heun(churn=2.0, s_min=0.05, s_max=10.0, s_noise=1.01),
         "stochastic": StochasticHeun(),
     }
-    return _table(kinds, ("vp", "edm"))
+    return _table(kinds, ("vp", "edm"), grid=UniformGrid())
 
 
 def adams_predictors():
