@@ -16,7 +16,7 @@ class Interval:
 
     Args:
         mean: the mean.
-        half: half of its width, infinite for a single seed.
+        half: half of its width, infinite for a single seed or equal values.
         count: the number of seeds.
     """
 
@@ -43,13 +43,14 @@ def interval(values: Iterable[float]) -> Interval:
 
     It contains the spread of seeds: of initial weights, the order of data, and of the noise of
     training and evaluation. Of two seeds it is 12.7 standard errors wide on each side, of five 2.8.
+    Equal values, as counts may be, tell nothing about their spread: their interval is infinite.
     """
     values = list(values)
     if not values:
         raise ValueError("values: expected at least one, got none")
     mean = statistics.fmean(values)
-    if len(values) == 1:
-        return Interval(mean, math.inf, 1)
+    if len(set(values)) == 1:
+        return Interval(mean, math.inf, len(values))
     freedom = len(values) - 1
     quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.5 / freedom
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)), len(values))

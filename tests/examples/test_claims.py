@@ -52,6 +52,8 @@ def test_an_interval_of_three_values(intervals):
     assert found.high - found.mean == pytest.approx(4.303 / math.sqrt(3))
     assert found.low == pytest.approx(2 - found.half)
     assert intervals.interval([1.0]).half == math.inf
+    tie = intervals.interval([2 / 128, 2 / 128])  # of counts
+    assert (tie.mean, tie.half, tie.count) == (2 / 128, math.inf, 2)
     assert intervals.interval(range(30)).half == pytest.approx(3.287, abs=2e-2)
     with pytest.raises(ValueError, match="expected at least one"):
         intervals.interval([])
@@ -59,8 +61,9 @@ def test_an_interval_of_three_values(intervals):
 
 def test_differences_are_of_equal_seeds(intervals):
     """Large spreads that seeds share cancel; a seed of one run alone does not count."""
-    found = intervals.difference({0: 10.0, 1: 20.0, 2: 30.0, 5: 0.0}, {0: 9.0, 1: 19.0, 2: 29.0})
-    assert (found.mean, found.half, found.count) == (1, 0, 3)
+    found = intervals.difference({0: 10.0, 1: 20.5, 2: 29.5, 5: 0.0}, {0: 9.0, 1: 19.0, 2: 29.0})
+    assert (found.mean, found.count) == (1, 3)
+    assert found.half == pytest.approx(4.303 * 0.5 / math.sqrt(3))
 
 
 def test_verdicts(intervals):
@@ -183,15 +186,16 @@ def test_findings_of_made_up_numbers(claims, tmp_path):
     for steps, shift in ((10, 5.0), (20, -1.0)):
         for seed in range(3):
             numbers.add(results.Results.key("a", seed, steps), "m", seed + shift, 0.0)
-            numbers.add(results.Results.key("b", seed, steps), "m", 1.0 * seed, 0.0)
+            numbers.add(results.Results.key("b", seed, steps), "m", 1.001 * seed - 0.001, 0.0)
     numbers.add(results.Results.key("a", 0, 30), "m", 0.0, 0.0)
     numbers.add(results.Results.key("b", 0, 30), "m", 0.0, 0.0)
     found = experiment.compare(numbers, "a is less", "number", ("a", "m"), ("b", "m"), -1)
-    assert (found.steps, found.found.mean, found.found.half) == (20, -1.0, 0.0)
+    assert (found.steps, found.found.mean) == (20, pytest.approx(-1.0))
+    assert found.found.half == pytest.approx(4.303 * 0.001 / math.sqrt(3))
     assert found.a == ("a", 0.0)
-    assert "difference -1.000 ± 0.000, 3 seeds: shown" in experiment.describe(found)
+    assert "difference -1.000 ± 0.002, 3 seeds: shown" in experiment.describe(found)
     other = experiment.compare(numbers, "", "", ("a", "m"), ("b", "m"), -1, steps=10)
-    assert other.found.mean == 5
+    assert other.found.mean == pytest.approx(5)
     none = experiment.compare(numbers, "none", "", ("a", "m"), ("c", "m"), -1)
     assert none.found is None
     assert experiment.describe(none) == "none: not measured"
