@@ -106,8 +106,9 @@ def with_schedule(sde: _SDE, drawn: Drawn) -> Tensor:
 
 def validated(t: Tensor, T: float) -> Tensor:
     """Return times t (B,), new ones that are within [0, T], which are not to be validated again."""
-    marked: Any = t
-    marked._within = T
+    if not torch.compiler.is_compiling():  # which torch 2.6 could not trace; nothing is read there
+        marked: Any = t
+        marked._within = T
     return t
 
 

@@ -276,7 +276,7 @@ class ImportanceTimes(DrawnTimes):
 
 def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     """Return the log-SNRs from t_min to T, floats where reading them is free."""
-    if fixed(sde) and not _traced():
+    if not _traced() and fixed(sde):
         try:
             return _kept_span(sde)
         except TypeError:  # one that cannot be hashed
