@@ -6,6 +6,7 @@ Columns of equal images on the right would show a model that has memorized its t
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ def stacked(data: ImageData, index: list[int] | range) -> Tensor:
 
 
 def grid(images: Tensor) -> Any:
-    """Return the first images side by side, as an array for matplotlib."""
+    """Return the first images in rows of eight, as an array for matplotlib."""
     n, channels, height, width = images[: ROWS * COLUMNS].shape
-    full = torch.zeros((ROWS * COLUMNS, channels, height + 2, width + 2), dtype=torch.uint8)
+    count = math.ceil(n / COLUMNS)
+    full = torch.zeros((count * COLUMNS, channels, height + 2, width + 2), dtype=torch.uint8)
     full[:n, :, 1:-1, 1:-1] = images[: ROWS * COLUMNS]
-    rows = full.reshape(ROWS, COLUMNS, *full.shape[1:]).permute(0, 3, 1, 4, 2)
-    return rows.reshape(ROWS * (height + 2), COLUMNS * (width + 2), channels).squeeze(-1).numpy()
+    rows = full.reshape(count, COLUMNS, *full.shape[1:]).permute(0, 3, 1, 4, 2)
+    return rows.reshape(count * (height + 2), COLUMNS * (width + 2), channels).squeeze(-1).numpy()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 6.4), layout="constrained")
+    height = 0.4 + 4 * math.ceil(count / COLUMNS) / COLUMNS  # a panel is 4 wide
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, height), layout="constrained")
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
         axis.imshow(grid(images), cmap="gray", interpolation="nearest", vmin=0, vmax=255)
         axis.set_title(title)

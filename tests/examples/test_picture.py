@@ -19,3 +19,10 @@ def test_nearest_images_of_copies_are_the_copies(program, tmp_path, monkeypatch)
     assert torch.equal(drawn[1], train[[3, 7, 5]])
     assert torch.equal(drawn[2], train[[3, 7, 5]])
     assert open_images(tmp_path / "new").shape[0] >= 3
+
+
+def test_few_images_leave_no_empty_rows(program):
+    images = torch.full((10, 3, 16, 16), 255, dtype=torch.uint8)
+    drawn = program("picture").grid(images)
+    assert drawn.shape == (2 * 18, 8 * 18, 3)
+    assert drawn[18:, : 2 * 18].any() and not drawn[18:, 2 * 18 :].any()
