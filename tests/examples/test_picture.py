@@ -25,4 +25,5 @@ def test_few_images_leave_no_empty_rows(program):
     images = torch.full((10, 3, 16, 16), 255, dtype=torch.uint8)
     drawn = program("picture").grid(images)
     assert drawn.shape == (2 * 18, 8 * 18, 3)
-    assert drawn[18:, : 2 * 18].any() and not drawn[18:, 2 * 18 :].any()
+    assert drawn[18:, : 2 * 18].any()
+    assert not drawn[18:, 2 * 18 :].any()
