@@ -39,6 +39,9 @@ from diffusionkit import (
 SOLVERS = [
     DPMSolver2M(), DPMSolver3M(), DPMSolver2S(), UniPC(), DEIS(), LMS(), IPNDM(3), VelocityAdams(),
 ]  # fmt: skip
+NOISY = [
+    DPMSolver2MSDE(), DPMSolver3MSDE(), SASolver(), DPMSolver2SAncestral(), DPMSolver2MSDE(0.0),
+]  # fmt: skip
 
 
 def mixture(sde):
@@ -78,7 +81,7 @@ def test_without_signal_levels_begin_at_160():
     assert times[:2].tolist() == pytest.approx([1.0, ratio / (1 + ratio)], rel=1e-9)
 
 
-@pytest.mark.parametrize("predictor", SOLVERS, ids=str)
+@pytest.mark.parametrize("predictor", SOLVERS + NOISY, ids=str)
 def test_it_is_the_default_of_multistep_solvers(predictor):
     for part in (predictor, GuidanceMomentum(predictor)):
         sampler = PCSampler(mixture(VPSDE()), part, steps=6)
@@ -98,11 +101,7 @@ def test_other_samplers_take_the_times_of_the_process(predictor):
     torch.testing.assert_close(sampler.times, KarrasGrid()(EDMSDE(), 6), rtol=1e-12, atol=0.0)
 
 
-@pytest.mark.parametrize(
-    "predictor",
-    [DPMSolver2MSDE(), DPMSolver3MSDE(), SASolver(), DPMSolver2SAncestral(), DPMSolver2MSDE(0.0)],
-    ids=str,
-)
+@pytest.mark.parametrize("predictor", NOISY, ids=str)
 def test_twenty_noisy_steps_by_default(sde, predictor):
     """On every process; with uniform times on EDM these distances are .3 to 14."""
     model = GaussianMixtureModel(sde, [[-1.0], [0.8]], [0.2, 0.4])
