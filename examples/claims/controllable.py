@@ -125,7 +125,7 @@ def guided_members(run: Run, truth: Tensor, task: Task) -> Tensor:
     """Return samples (n, members, C, H, W) by the predictor alone, guided by what is known."""
     low, high = map(float, run.settings["data"]["range"])
     given = repeat(truth, "n ... -> (n m) ...", m=MEMBERS).to(place_of(run))
-    # Without clipping the guided network diverges in a quarter of the samples.
+    # Without clipping, samples of a network of few training steps diverged.
     clipped = DenoisedModel(run.model, Clip(low, high))
     model = PseudoinverseGuidance(
         clipped, task.operator, task.operator(given), noise_std=0.005 * (high - low),
