@@ -1,5 +1,7 @@
 """Shared processes and oracles."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
@@ -27,6 +29,17 @@ SDES = {
     "chain": DDPMChain.linear(1000),
     "flow": FlowMatchingSDE(),
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Take the modules and thousands of collected tests out of every pass of the collector."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
