@@ -1,5 +1,8 @@
 """Shared processes and oracles."""
 
+import gc
+import logging
+
 import pytest
 import torch
 from hypothesis import settings
@@ -18,6 +21,9 @@ from diffusionkit import (
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("suite")
 torch.set_num_threads(1)  # the tensors are small
+# pytest attaches its handlers to each logger that does not propagate, three times a test.
+for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch")]:
+    logging.getLogger(name).propagate = True
 
 SDES = {
     "vp": VPSDE(),
@@ -29,13 +35,25 @@ SDES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _gradients_stay_enabled():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Take the modules and thousands of collected tests out of every pass of the collector."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
     """Fail the test that leaves gradients disabled, not those that follow."""
-    yield
-    enabled = torch.is_grad_enabled()
-    torch.set_grad_enabled(True)
-    assert enabled, "expected gradients enabled after the test"
+    result = yield
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        pytest.fail("expected gradients enabled after the test")
+    return result
 
 
 @pytest.fixture(scope="session", params=SDES)

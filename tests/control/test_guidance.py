@@ -66,17 +66,17 @@ def test_float32_keeps_its_digits(sde) -> None:
 @pytest.mark.parametrize(
     ("predictor", "corrector", "steps"),
     [
-        (DDIM(), None, 120),
-        (Ancestral(), None, 160),
+        (DDIM(), None, 80),
+        (Ancestral(), None, 100),
         (ReverseDiffusion(), Langevin(snr=0.1, norm="batch"), 80),
     ],
     ids=["ddim", "ancestral", "pc"],
 )
 def test_samples_are_of_the_class(sde, predictor, corrector, steps) -> None:
-    """Means, spread and the weights within a class."""
+    """Means, spread and the weights within a class, within four standard errors and a bias."""
     classes = Classes(sde)
     guided = ClassifierGuidance(classes.model, classes.classifier)
-    n = 1500
+    n = 500
     labels = torch.arange(2 * n) // n
     sampler = PCSampler(guided, predictor, corrector, steps=steps, grid=LogSNRGrid())
     z = randn64(n, 2, seed=1)
@@ -86,12 +86,12 @@ def test_samples_are_of_the_class(sde, predictor, corrector, steps) -> None:
     nearest = torch.cdist(x, classes.means).argmin(1)
     assert (nearest[:n] < 2).double().mean() > 0.995
     share = (nearest[:n] == 0).double().mean()
-    assert float(share) == pytest.approx(2 / 7, abs=0.04)
-    torch.testing.assert_close(x[n:].mean(0), classes.means[2], rtol=0, atol=0.04)
-    assert float(x[n:].std(0).mean()) == pytest.approx(0.4, rel=0.06)
+    assert float(share) == pytest.approx(2 / 7, abs=0.08)
+    torch.testing.assert_close(x[n:].mean(0), classes.means[2], rtol=0, atol=0.08)
+    assert float(x[n:].std(0).mean()) == pytest.approx(0.4, rel=0.1)
     for k in (0, 1):
         part = x[:n][nearest[:n] == k]
-        torch.testing.assert_close(part.mean(0), classes.means[k], rtol=0, atol=0.04)
+        torch.testing.assert_close(part.mean(0), classes.means[k], rtol=0, atol=0.09)
 
 
 @pytest.mark.parametrize("steps", [10, 40])

@@ -103,7 +103,7 @@ def test_equal_to_the_whole_field_where_the_receptive_field_allows(sde, dims, pe
         if dims == 3 and (kind != "eps" or not isinstance(sde, VESDE)):
             continue
         model = parameterization(Convolutions(dims, periodic=periodic), sde).double()
-        for blend in ("cosine", "uniform"):
+        for blend in ("cosine", "uniform") if kind == "eps" else ("cosine",):
             # Circular convolutions need no windows across the edges of an axis that is one window.
             around = (True, False, False) if periodic and dims == 3 else periodic
             patched = PatchedModel(

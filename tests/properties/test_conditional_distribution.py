@@ -44,11 +44,12 @@ def test_independent_parts_are_exact(process, predictor):
     cov[1, 2] = cov[2, 1] = 0.2
     model = GaussianOracle(PROCESSES[process], torch.tensor([0.0, 1.0, -0.5]), cov)
     constraint = Inpainting(torch.tensor([4.0, 0.0, 0.0]), torch.tensor([1, 0, 0]))
-    x = sampled(model, constraint, predictor=predictor)
+    # Four standard errors are .09 of the mean and .13 of the variance 1.
+    x = sampled(model, constraint, n=2000, steps=100, predictor=predictor)
     torch.testing.assert_close(
-        x.mean(0), torch.tensor([4.0, 1.0, -0.5]).double(), rtol=0, atol=0.08
+        x.mean(0), torch.tensor([4.0, 1.0, -0.5]).double(), rtol=0, atol=0.1
     )
-    torch.testing.assert_close(torch.cov(x.T)[1:, 1:], cov[1:, 1:].double(), rtol=0, atol=0.12)
+    torch.testing.assert_close(torch.cov(x.T)[1:, 1:], cov[1:, 1:].double(), rtol=0, atol=0.15)
 
 
 RHO, MEAN, Y = 0.8, torch.tensor([0.5, -0.3]), 1.2  # known: 1.5 standard deviations off

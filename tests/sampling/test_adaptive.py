@@ -161,7 +161,7 @@ def strong_errors(sde, tolerances, n, fine):
 
 def test_the_error_decreases_with_the_tolerance(process):
     """As its power 2/3; the evaluations grow at the same rate."""
-    errors, counts = strong_errors(process, (0.3, 0.03), 50, 384)
+    errors, counts = strong_errors(process, (0.3, 0.03), 30, 384)
     assert errors[1] < 0.1
     assert math.log10(errors[0] / errors[1]) == pytest.approx(2 / 3, abs=0.2)
     assert math.log10(counts[1] / counts[0]) == pytest.approx(2 / 3, abs=0.2)

@@ -46,9 +46,9 @@ def rms(model, predictor, grid, x):
 def improves(model, predictor):
     """Return whether a fit takes a third of the error of fixed grids away, on new draws."""
     start = model.sde.prior_sample((128, 2), generator=seeded(), dtype=DOUBLE)
-    grid = fit_grid(model, predictor, start, steps=6, iterations=6)
+    grid = fit_grid(model, predictor, start, steps=6, iterations=4)
     assert grid.steps == grid.nfe == 6
-    x = model.sde.prior_sample((512, 2), generator=seeded(1), dtype=DOUBLE)
+    x = model.sde.prior_sample((256, 2), generator=seeded(1), dtype=DOUBLE)
     exact = ProbabilityFlow(model, rtol=1e-6, atol=1e-6).sample(x)
     errors = [
         float((PCSampler(model, predictor, grid=one, steps=6, denoise=False)(x) - exact).norm())

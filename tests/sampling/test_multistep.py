@@ -109,26 +109,26 @@ def test_states_equal_those_of_released_codes(predictor, expected):
 @pytest.mark.parametrize(
     ("name", "steps", "order"),
     [
-        ("2m", 320, 2),
-        ("2m sde", 320, 2),
-        ("3m", 320, 3),
-        ("3m published", 640, 2),
-        ("unipc 2", 320, 3),
-        ("unipc 2 B1", 320, 3),
+        ("2m", 160, 2),
+        ("2m sde", 160, 2),
+        ("3m", 160, 3),
+        ("3m published", 320, 2),
+        ("unipc 2", 160, 3),
+        ("unipc 2 B1", 160, 3),
         ("unipc 3", 320, 4),
-        ("deis 2", 320, 2),
-        ("deis 3", 320, 3),
-        ("deis 4", 160, 4),
-        ("lms 3", 320, 3),
-        ("lms 4", 160, 4),
-        ("ipndm", 1280, 2),
-        ("velocity 2", 640, 2),
-        ("velocity 3", 640, 3),
+        ("deis 2", 160, 2),
+        ("deis 3", 160, 3),
+        ("deis 4", 80, 4),
+        ("lms 3", 160, 3),
+        ("lms 4", 80, 4),
+        ("ipndm", 320, 2),
+        ("velocity 2", 160, 2),
+        ("velocity 3", 160, 3),
     ],
 )
 def test_order_of_convergence(name, steps, order):
     coarse, fine = (rms(run(SOLVERS[name], levels(n))[0], AT_SIGMA_MIN) for n in (steps, 2 * steps))
-    assert fine < 1e-4
+    assert fine < 2e-4
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 

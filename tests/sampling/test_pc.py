@@ -55,7 +55,7 @@ def assert_is_the_mixture(x, weight=0.7, n=3000):
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_samples_the_mixture(mixture, predictor):
     sampler = PCSampler(mixture, PREDICTORS[predictor], steps=150, grid=LogSNRGrid())
-    assert_is_the_mixture(sampler((3000, 2), generator=seeded()))
+    assert_is_the_mixture(sampler((1500, 2), generator=seeded()), n=1500)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_samples_the_mixture(mixture, predictor):
 )
 def test_samples_the_mixture_with_a_corrector(mixture, predictor):
     sampler = PCSampler(mixture, PREDICTORS[predictor], LANGEVIN, steps=150, grid=LogSNRGrid())
-    assert_is_the_mixture(sampler((3000, 2), generator=seeded()))
+    assert_is_the_mixture(sampler((1500, 2), generator=seeded()), n=1500)
 
 
 @pytest.mark.parametrize("corrector_first", [True, False])

@@ -31,7 +31,7 @@ def middle(sde):
 @pytest.mark.parametrize("predictor", [Ancestral(), DDIM(), Heun()], ids=str)
 def test_edits_of_gaussian_data_in_closed_form(sde, predictor):
     model = GaussianMixtureModel(sde, [[MEAN]], [STD])
-    sampler = PCSampler(model, predictor, steps=400, grid=LogSNRGrid())
+    sampler = PCSampler(model, predictor, steps=200, grid=LogSNRGrid())
     t = middle(sde)
     x0 = torch.full((4000, 1), 2.0, dtype=DOUBLE)
     x = sampler.edit(x0, t, generator=seeded())

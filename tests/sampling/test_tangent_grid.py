@@ -1,5 +1,6 @@
 """The tangent grid, and the grids that samplers take by default."""
 
+import functools
 import math
 
 import pytest
@@ -135,13 +136,19 @@ def test_a_given_grid_has_precedence_and_a_predictor_may_have_its_own():
     assert torch.equal(sampler.times, UniformGrid()(EDMSDE(), 5))
 
 
+@functools.cache
+def flow_of_64(sde):
+    x = sde.prior_sample((64, 2), generator=seeded(), dtype=torch.float64)
+    return x, ProbabilityFlow(mixture(sde), rtol=1e-5, atol=1e-5).sample(x)
+
+
 @pytest.mark.parametrize("predictor", SOLVERS, ids=str)
 def test_eight_evaluations_by_default(sde, predictor):
     """On every process; with uniform times the error of most is above .3 on VP and EDM."""
-    model = mixture(sde)
-    x = sde.prior_sample((64, 2), generator=seeded(), dtype=torch.float64)
-    exact = ProbabilityFlow(model, rtol=1e-5, atol=1e-5).sample(x)
-    sampler = PCSampler(model, predictor, steps=4 if isinstance(predictor, DPMSolver2S) else 8)
+    x, exact = flow_of_64(sde)
+    sampler = PCSampler(
+        mixture(sde), predictor, steps=4 if isinstance(predictor, DPMSolver2S) else 8
+    )
     error = (sampler(x) - exact).square().mean().sqrt()
     assert float(error) < (0.3 if isinstance(predictor, (DPMSolver2S, DPMSolver3M)) else 0.13)
     noisy = float(sde.marginal(torch.zeros(1).double())[1]) > 0  # denoised at the end

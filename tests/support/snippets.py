@@ -20,7 +20,8 @@ def docstrings() -> Iterator[tuple[str, str]]:
     """Yield every docstring of the package that has an example, with its file and its object."""
     package = ROOT / "src" / "diffusionkit"
     for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)) if ">>>" in source else ():
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
                 text = ast.get_docstring(node)
                 if text and ">>>" in text:
