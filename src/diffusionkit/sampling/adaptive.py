@@ -24,7 +24,7 @@ _FIRST = 0.01  # of T, the first step
 _SAFETY = 0.9
 _POWER = 2 / 3  # the two proposals differ by O(h^(3/2))
 _LEAST, _MOST = 0.1, 5.0  # bounds of the factor between consecutive steps
-# A step that ends this close to the end goes there: what it would leave may be too short for a path.
+# A step that ends this close to the end goes there: what is left may be too short for a path.
 _STRETCH = 1.01
 
 
