@@ -18,12 +18,14 @@ from diffusionkit import (
     ClassifierFreeGuidance,
     EDMModel,
     EpsModel,
+    GaussianMixtureModel,
     Heun,
     Langevin,
     PCSampler,
     PowerEMA,
     ProbabilityFlow,
     ScoreMatching,
+    fit_grid,
 )
 from diffusionkit._keywords import _FOREIGN, _METHODS, advice, conditions_of, explains
 from diffusionkit.networks import MLP, ADMUNet, DDPMpp, DiT, NCSNpp, NCSNv2
@@ -177,3 +179,16 @@ def test_published_names_in_any_case() -> None:
     with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
         exec("from diffusionkit import Nothing")
     assert not hasattr(diffusionkit, "Nothing")
+
+
+def test_a_function_is_called_by_its_own_name():
+    """Not by the class of its first argument, as a method is."""
+    model = GaussianMixtureModel(VPSDE(), [[0.0]], [1.0])
+    with pytest.raises(
+        TypeError, match=r"^steps: expected an argument of fit_grid\(model, pre.*none"
+    ):
+        fit_grid(model, DDIM(), (4, 1))
+    with pytest.raises(TypeError, match=r"^model: expected an argument of fit_grid\(model, .*none"):
+        fit_grid()
+    with pytest.raises(TypeError, match=r"^model: expected an argument of PCSampler\(.*none"):
+        PCSampler()

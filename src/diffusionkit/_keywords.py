@@ -166,17 +166,17 @@ def conditions_of(network: object) -> tuple[str, ...] | None:
 
 
 def explains(function: Function) -> Function:
-    """Make a method's errors about missing and unknown arguments say what to write instead.
+    """Make errors about missing and unknown arguments say what to write instead.
 
-    A call that fits pays nothing.
+    The function may be a method. A call that fits pays nothing.
     """
 
     @functools.wraps(function)
-    def explaining(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def explaining(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(self, *args, **kwargs)
+            return function(*args, **kwargs)
         except TypeError as error:
-            message = _misfit(function, self, args, kwargs)
+            message = _misfit(function, args, kwargs)
             if message is None:
                 raise
             raise TypeError(message) from error
@@ -191,11 +191,13 @@ def explained(kind: Class) -> Class:
 
 
 def _misfit(
-    function: Callable[..., Any], self: object, args: Sequence[Any], kwargs: Mapping[str, Any]
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str | None:
-    """Return an error about a call that does not fit a method's signature, None if it does."""
-    _, *parameters = inspect.signature(function).parameters.values()
-    return misfit(type(self).__name__, parameters, args, kwargs)
+    """Return an error about a call that does not fit a signature, None if it does."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if args and parameters[0].name == "self":  # a method is called by the name of its class
+        return misfit(type(args[0]).__name__, parameters[1:], args[1:], kwargs)
+    return misfit(function.__name__, parameters, args, kwargs)
 
 
 def misfit(
