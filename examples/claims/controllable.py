@@ -57,13 +57,14 @@ NETWORK, EXACT, MORE = "network", "training set", "more evaluations"
 PIGDM, MMPS, REPAINT = "PiGDM", "MMPS", "RePaint"
 LABELS = {EXACT: "exact score, same sampler"}
 _BUDGET = f"{IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
+_STEPS = f"{IMAGES} test images, {MEMBERS} members, {STEPS} steps"
 SCORES = f"energy score, {_BUDGET}"
 MEANS = f"energy score from means of blocks, {_BUDGET}"
 CHECKS = {
     EXACT: f"energy score with the exact score of the training set, {_BUDGET}",
     REPAINT: f"energy score with time travel, {_BUDGET}",
-    PIGDM: f"energy score with guidance, {IMAGES} test images, {MEMBERS} members, {STEPS} steps",
-    MMPS: f"energy score with MMPS, {IMAGES} test images, {MEMBERS} members, {STEPS} steps",
+    PIGDM: f"energy score with guidance, {_STEPS}",
+    MMPS: f"energy score with MMPS in 3 iterations, {_STEPS}",
     MORE: f"energy score, {IMAGES} test images, {MEMBERS} members, {8 * STEPS} evaluations",
 }
 
@@ -150,7 +151,7 @@ def _guided(run: Run, task: Task, given: Tensor, way: str) -> PCSampler:
     # Without clipping, samples of a network of few training steps diverged.
     clipped = DenoisedModel(run.model, Clip(low, high))
     measured, noise = (task.operator, task.operator(given)), 0.005 * (high - low)
-    model: ScoreModel = LinearGaussianGuidance(clipped, *measured, noise)
+    model: ScoreModel = LinearGaussianGuidance(clipped, *measured, noise, iterations=3)
     if way == PIGDM:
         model = PseudoinverseGuidance(clipped, *measured, noise, sigma_data=0.25 * (high - low))
     return PCSampler(model, Ancestral(), steps=STEPS)
