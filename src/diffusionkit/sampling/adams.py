@@ -218,7 +218,7 @@ class VelocityAdams(_Adams, CorrectedAdams):
     """
 
     order: int = 3
-    corrected: bool = False
+    corrected: bool = field(default=False, kw_only=True)
 
     @override
     def __post_init__(self) -> None:

@@ -106,8 +106,9 @@ class AnalyticFirstStep(WrappedPredictor):
         shape = tuple(x.shape[1:])
 
         def made() -> Tensor:
-            given = isinstance(self.x0, Tensor)
-            c = self.x0 if given else torch.tensor(self.x0, dtype=torch.float64)
+            c = self.x0
+            if not isinstance(c, Tensor):
+                c = torch.tensor(c, dtype=torch.float64)
             try:
                 return c.to(x).expand(shape).contiguous()
             except RuntimeError as error:
