@@ -94,10 +94,9 @@ class Grid:
             self._kept[key] = owner, make()
         return self._kept[key][1]
 
-    def serves(self, sde: object, predictor: object, times: Tensor) -> bool:
-        """Return whether the values are still those of a process and a predictor on a grid."""
-        owners = all(owner is predictor for owner, _ in self._kept.values())
-        return self.sde is sde and owners and fixed(sde) and torch.equal(self.times, times)
+    def serves(self, sde: object, times: Tensor) -> bool:
+        """Return whether the values are still those of a process on a grid."""
+        return self.sde is sde and fixed(sde) and torch.equal(self.times, times)
 
     def values(self, owner: object, name: str) -> list[Any]:
         """Return the values of a method of alpha and sigma at all times, as floats."""

@@ -45,14 +45,18 @@ class Kept(Generic[T]):
 def fixed(part: object) -> bool:
     """Return whether a part can never change: a frozen dataclass of constants.
 
-    Values that are computed for such a part and kept with it are never out of date. A subclass that
-    is no dataclass itself may have other attributes.
+    A class that is no dataclass says so with `_unchanging = True`, for itself but not for its
+    subclasses. Values that are computed for such a part and kept with it are never out of date. A
+    subclass that is no dataclass itself may have other attributes.
     """
     if isinstance(part, (NoneType, str, int, float)):
         return True
     if isinstance(part, tuple):
         return all(map(fixed, part))
-    parameters = vars(type(part)).get("__dataclass_params__")
+    own = vars(type(part))
+    if own.get("_unchanging"):
+        return True
+    parameters = own.get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return False
     return all(fixed(getattr(part, field.name)) for field in fields(part))  # type: ignore[arg-type]

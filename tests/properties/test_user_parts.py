@@ -68,6 +68,7 @@ PREDICTORS = [
     DDIM(), Ancestral(), EulerMaruyama(), ReverseDiffusion(), Euler(), Heun(), Heun(churn=2.0),
     StochasticHeun(), DPMSolver2M(), DPMSolver2S(), DPMSolver3M(lower_order_final=True),
     DPMSolver2MSDE(), UniPC(lower_order_final=True), DEIS(), LMS(), IPNDM(), VelocityAdams(),
+    VelocityAdams(corrected=True),
     AdaptiveSDE(rtol=0.1), DPMSolver3MSDE(), DPMSolver2SAncestral(), SASolver(),
     SASolver(lambda log_snr: torch.sigmoid(log_snr), 3, 3), AnalyticFirstStep(DEIS()),
 ]  # fmt: skip

@@ -52,6 +52,8 @@ SOLVERS = {
     "ipndm": IPNDM(3),
     "velocity 2": VelocityAdams(2),
     "velocity 3": VelocityAdams(),
+    "velocity 2 corrected": VelocityAdams(2, corrected=True),
+    "velocity 3 corrected": VelocityAdams(corrected=True),
 }
 
 
@@ -124,6 +126,8 @@ def test_states_equal_those_of_released_codes(predictor, expected):
         ("ipndm", 320, 2),
         ("velocity 2", 160, 2),
         ("velocity 3", 160, 3),
+        ("velocity 2 corrected", 1280, 2),
+        ("velocity 3 corrected", 1280, 3),
     ],
 )
 def test_order_of_convergence(name, steps, order):
@@ -218,6 +222,43 @@ def test_velocity_adams_is_the_rule_in_u(sde):
             change = change + float(area[1] - area[0]) * velocity
         x = scale[k + 1] * (x / scale[k] + change)
     found = run(VelocityAdams(3), times, sde=sde, start=start)[0]
+    torch.testing.assert_close(found, x.squeeze(1), rtol=1e-7, atol=1e-8)
+
+
+def area(past, nodes, ends):
+    """Return the integral of the polynomial through values at nodes, by numpy's polynomials."""
+    total = 0.0
+    for node in nodes:
+        others = [other for other in nodes if other != node]
+        basis = np.atleast_1d(np.poly(others)) / np.prod([node - other for other in others])
+        between = np.polyval(np.polyint(basis), ends)
+        total = total + float(between[1] - between[0]) * past[node]
+    return total
+
+
+@pytest.mark.parametrize("sde", [EDMSDE(), VPSDE()], ids=["edm", "vp"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_corrected_velocity_takes_each_step_again(sde, order):
+    """Adams-Moulton's rule of the same order, with the data predicted where the first try ended."""
+    model = line_mixture(sde)
+    times = LogSNRGrid(to_zero=True, t_end=sde.T / 100)(sde, 7)
+    alpha, sigma = sde.marginal(times)
+    u, scale = (sigma / (alpha + sigma)).tolist(), alpha + sigma
+    x = start = sigma[0] * Z
+    past = {}
+    for k in range(7):
+        x0 = model.predict(x, times[k].expand(len(x))).x0
+        new = (x - alpha[k] * x0) / sigma[k] - x0
+        past[u[k]] = new
+        nodes = u[k::-1][:order]
+        if k:  # the step that led here, through the new velocity as well
+            ends, without = u[k - 1 : k + 1], u[k - 1 :: -1][:order]
+            x = x + scale[k] * (area(past, nodes, ends) - area(past, without, ends))
+        # The next step goes on from there with the same data, and remembers the velocity as it was.
+        now = (x - alpha[k] * x0) / sigma[k] - x0
+        more = area(past, nodes, u[k : k + 2]) - (u[k + 1] - u[k]) * new
+        x = scale[k + 1] * (x / scale[k] + (u[k + 1] - u[k]) * now + more)
+    found = run(VelocityAdams(order, corrected=True), times, sde=sde, start=start)[0]
     torch.testing.assert_close(found, x.squeeze(1), rtol=1e-7, atol=1e-8)
 
 

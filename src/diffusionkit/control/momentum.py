@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,17 +10,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_number, check_part
+from .._checks import check_number
 from .._keywords import explained
-from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from ..interfaces import ScoreModel, Step
 from ..random import Generators
+from ..sampling.wrapped import WrappedPredictor
 from ._directions import remembering
 from .extrapolation import ExtrapolatedModel
 
 
 @explained
-@dataclass(frozen=True)
-class GuidanceMomentum(Predictor):
+@dataclass(frozen=True, repr=False)
+class GuidanceMomentum(WrappedPredictor):
     r"""A predictor whose steps add momentum to the direction of guidance.
 
     .. math::
@@ -71,22 +71,14 @@ class GuidanceMomentum(Predictor):
     torch.Size([4, 3])
     """
 
-    predictor: Predictor
     factor: float = -0.5
 
+    @override
     def __post_init__(self) -> None:
-        check_part(self.predictor, Predictor, "predictor")
+        super().__post_init__()
         check_number(self.factor, "factor")
         if not (math.isfinite(self.factor) and -1 < self.factor < 1):
             raise ValueError(f"factor: expected a number in (-1, 1), got {self.factor}")
-
-    @override
-    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        self.predictor.prepare(sde, times)
-
-    @override
-    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
-        return self.predictor.default_grid(sde, steps)
 
     @override
     def step(

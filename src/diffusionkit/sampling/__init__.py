@@ -47,6 +47,7 @@ from .tangent_grid import TangentGrid
 from .time_travel import TimeTravel
 from .two_stage import StageCoefficients, TwoStagePredictor
 from .unipc import UniPC
+from .wrapped import WrappedPredictor
 
 __all__ = [
     "DDIM",
@@ -95,6 +96,7 @@ __all__ = [
     "UniPC",
     "UniformGrid",
     "VelocityAdams",
+    "WrappedPredictor",
     "ddim_encode",
     "fit_grid",
     "slerp",

@@ -15,6 +15,7 @@ from .._precision import at_least_float32
 from ..interfaces import ForwardSDE, Predictor
 from ._route import Route
 from .grids import resolve_grid
+from .wrapped import innermost
 
 
 class PreparedGrid:
@@ -22,7 +23,8 @@ class PreparedGrid:
 
     They are kept if neither process nor predictor can change, and then serve every run with the
     same times; runs with as many samples, of the same dtype on the same device, also share the time
-    tensors. What depends on the model is forgotten when a run begins. A copy is empty.
+    tensors. What depends on the model is forgotten when a run begins. A copy is empty. The tables
+    of a wrapped predictor are those of the innermost one.
     """
 
     __slots__ = ("_bound", "_grid", "_predictor", "_resolved")
@@ -43,10 +45,10 @@ class PreparedGrid:
         self, grid: Any, predictor: Predictor | None, sde: ForwardSDE, steps: int
     ) -> Tensor:
         """Return the decreasing times (N + 1,) of a grid, by default the predictor's."""
-        key = grid, predictor, sde, steps
+        key = grid, predictor, sde, steps, sde.T, sde.t_stop
         if (last := self._resolved) is not None and all(map(_same, key, last[0])):
             return last[1]
-        lasting = fixed(grid) and fixed(sde) and (grid is not None or fixed(predictor))
+        lasting = fixed(grid) and fixed(sde) and (grid is not None or _lasting(predictor))
         if grid is None and predictor is not None:
             grid = predictor.default_grid(sde, steps)
         times = resolve_grid(grid, sde, steps)
@@ -62,14 +64,14 @@ class PreparedGrid:
         with torch.inference_mode(False), torch.no_grad():
             grid, key = self._grid, _kind(like, route)
             last = self._predictor is predictor
-            if grid is None or not last or not grid.serves(sde, predictor, route.times):
+            if grid is None or not last or not grid.serves(sde, route.times):
                 grid = Grid(sde, route.times)
                 self._bound = None
             if (bound := self._bound) is not None and bound[0] == key:
                 forget_models(bound[1])
                 return bound[1]
             times = _prepared(sde, grid, predictor, route, like)
-            if fixed(predictor):
+            if _lasting(predictor):
                 self._grid, self._predictor, self._bound = grid, predictor, (key, times)
             return times
 
@@ -85,6 +87,11 @@ def _prepared(
     return times
 
 
+def _lasting(predictor: Predictor | None) -> bool:
+    """Return whether what a predictor tabulates is never out of date."""
+    return fixed(innermost(predictor))
+
+
 def _kind(like: Tensor, route: Route) -> tuple[object, ...]:
     """Return what time tensors are made for."""
     dtype = at_least_float32(like[:0]).dtype
@@ -93,4 +100,4 @@ def _kind(like: Tensor, route: Route) -> tuple[object, ...]:
 
 def _same(value: object, last: object) -> bool:
     """Return whether a part or a number is that of the last run."""
-    return value is last or (isinstance(value, int) and value == last)
+    return value is last or (isinstance(value, (int, float)) and value == last)

@@ -12,6 +12,7 @@ from .._checks import check_choice, check_count, check_flag
 from .._coefficients import Coefficient
 from ..interfaces import ForwardSDE
 from ..values import Prediction
+from .corrected import CorrectedAdams
 from .multistep import ExponentialAdams, gauss, lagrange
 
 
@@ -185,7 +186,7 @@ class IPNDM(_RatioAdams):
 
 
 @dataclass(frozen=True)
-class VelocityAdams(_Adams):
+class VelocityAdams(_Adams, CorrectedAdams):
     r"""The Adams-Bashforth rule for the velocity of the straight path, on any process.
 
     .. math::
@@ -198,19 +199,41 @@ class VelocityAdams(_Adams):
     it is the multistep rule in time itself. One evaluation a step. Steps to a time without noise
     and after one without signal are of the same order as others.
 
+    With `corrected=True` each step is then taken again with the polynomial through the prediction
+    at its end as well, as in `UniPC`: the Adams-Moulton rule of the same order, with the evaluation
+    that the next step needs anyway. The data predicted there are kept for the corrected state.
+
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.
+        corrected: whether each step is corrected by the prediction at its end.
         lower_order_final: whether in a sampler's run the last step is of first order and the one
             before it of second, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
-        TypeError: if order is not an integer.
+        TypeError: if order is not an integer, or corrected neither True nor False.
 
-    Source: the vAB sampler of Rozet, azula, 2024.
+    Source: the vAB sampler of Rozet, azula, 2024; the correction is that of Zhao et al., UniPC,
+    2023, arXiv 2302.04867, for another variable.
     """
 
     order: int = 3
+    corrected: bool = field(default=False, kw_only=True)
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag(self.corrected, "corrected")
+
+    @property
+    @override
+    def orders(self) -> tuple[int, int]:
+        return self.order, self.order if self.corrected else 0
+
+    @property
+    @override
+    def memory(self) -> int:
+        return self.order if self.corrected else self.order - 1
 
     @override
     def value(self, prediction: Prediction) -> Tensor:

@@ -1,10 +1,11 @@
-"""Multistep predictors that correct each step with the next evaluation: UniPC and SA-Solver."""
+"""Multistep predictors that correct each step with the next evaluation, such as UniPC."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -33,9 +34,9 @@ class CorrectedAdams(ExponentialAdams):
     def orders(self) -> tuple[int, int]:
         """The numbers of predictions that the step and its correction use; 0 for no correction."""
 
-    @abc.abstractmethod
     def whole(self, h: Tensor) -> Tensor:
         """Return the integral of the constant 1 as lines use it, h being rate * length, (n,)."""
+        return -torch.expm1(-h)
 
     @property
     @override
@@ -70,5 +71,5 @@ class CorrectedAdams(ExponentialAdams):
         # Of P_j - P_first; the coefficient of P_first itself makes the sum with `new` zero.
         change = [c - p for c, p in zip(right, taken, strict=True)]
         change.insert(0, -sum(change, new))
-        lift = self.first_order(sde, t, s).x
+        lift = self.first_order(sde, t, s).x  # the predicted data stay where the state changes
         return [w + lift * c for w, c in zip(ahead, change, strict=True)]

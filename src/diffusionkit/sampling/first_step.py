@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_finite, check_finite_number, check_known, check_part
+from .._checks import check_finite, check_finite_number, check_known
 from .._grid_times import grid_point, kernel
-from .._repr import Described
-from ..interfaces import ForwardSDE, Predictor, ScoreModel, Step
+from .._kept import Kept
+from ..interfaces import ForwardSDE, ScoreModel, Step
 from ..random import Generators
 from ..values import Prediction
+from .wrapped import WrappedPredictor
 
 
 class _KnownAtPrior(ScoreModel):
     """A model whose prediction at time T is given; it is not counted as an evaluation."""
 
-    def __init__(self, model: ScoreModel, x0: float | Tensor) -> None:
+    def __init__(self, model: ScoreModel, known: AnalyticFirstStep) -> None:
         super().__init__()
         self.sde = model.sde
         self.model = model
-        self.x0 = x0
+        self.known = known
 
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         if not _at_prior(self.sde, t):
             return self.model.predict(x, t, **cond)
-        if isinstance(self.x0, Tensor):
-            try:
-                x0 = self.x0.to(x).expand_as(x)
-            except RuntimeError as error:
-                own, shape = tuple(self.x0.shape), tuple(x.shape[1:])
-                raise ValueError(
-                    f"x0: expected a shape that expands to {shape}, got {own}"
-                ) from error
-        else:
-            x0 = torch.full_like(x, self.x0)
+        x0 = self.known._like(x).expand_as(x).contiguous()
         return Prediction.from_x0(x, x0, *kernel(self.sde, x, t))
 
     predict._counted = True  # type: ignore[attr-defined]
@@ -53,7 +44,7 @@ def _at_prior(sde: ForwardSDE, t: Tensor) -> bool:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class AnalyticFirstStep(Described, Predictor):
+class AnalyticFirstStep(WrappedPredictor):
     r"""Takes the first step with a known prediction of the data, without an evaluation.
 
     At time T the noise hides the data, and a model predicts little more than their mean. With a
@@ -72,7 +63,8 @@ class AnalyticFirstStep(Described, Predictor):
 
     Args:
         predictor: the predictor of all steps.
-        x0: the constant c, a number or a tensor that expands to the data's shape: their mean.
+        x0: the constant c, a number or a tensor that expands to the data's shape: their mean, or
+            better that of the model's predictions in pure noise.
 
     Raises:
         ValueError: if x0 is not finite.
@@ -95,11 +87,12 @@ class AnalyticFirstStep(Described, Predictor):
     5
     """
 
-    predictor: Predictor
     x0: float | Tensor = 0.0
+    _copies: Kept[Tensor] = field(default_factory=Kept, init=False)
 
+    @override
     def __post_init__(self) -> None:
-        check_part(self.predictor, Predictor, "predictor")
+        super().__post_init__()
         if isinstance(self.x0, Tensor):
             check_known(self.x0, "x0")
             check_finite(self.x0, "x0")
@@ -108,13 +101,23 @@ class AnalyticFirstStep(Described, Predictor):
         else:
             check_finite_number(self.x0, "x0")
 
-    @override
-    def prepare(self, sde: ForwardSDE, times: Sequence[Tensor]) -> None:
-        self.predictor.prepare(sde, times)
+    def _like(self, x: Tensor) -> Tensor:
+        """Return x0 in the dtype and on the device of a state x (B, *D), (*D)."""
+        shape = tuple(x.shape[1:])
 
-    @override
-    def default_grid(self, sde: ForwardSDE, steps: int) -> Tensor | None:
-        return self.predictor.default_grid(sde, steps)
+        def made() -> Tensor:
+            c = self.x0
+            if not isinstance(c, Tensor):
+                c = torch.tensor(c, dtype=torch.float64)
+            try:
+                return c.to(x).expand(shape).contiguous()
+            except RuntimeError as error:
+                own = tuple(c.shape)
+                raise ValueError(
+                    f"x0: expected a shape that expands to {shape}, got {own}"
+                ) from error
+
+        return self._copies.get((shape, x.dtype, x.device), made)
 
     @override
     def step(
@@ -129,5 +132,5 @@ class AnalyticFirstStep(Described, Predictor):
         generator: Generators = None,
         **cond: Any,
     ) -> Step:
-        known = _KnownAtPrior(model, self.x0) if _at_prior(model.sde, t) else model
+        known = _KnownAtPrior(model, self) if _at_prior(model.sde, t) else model
         return self.predictor.step(known, x, t, s, state, generator=generator, **cond)

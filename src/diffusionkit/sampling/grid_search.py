@@ -57,6 +57,10 @@ def fixed_grids(sde: ForwardSDE, steps: int) -> Iterator[Tensor]:
                 yield grid(sde, steps)
     for scale in _SCALES:
         yield TangentGrid(scale)(sde, steps)
+    # Equal steps in u = sigma / (alpha + sigma), the times of flow matching.
+    u = torch.linspace(first / (1 + first), 0, steps + 1, dtype=ends.dtype, device=here)[1:-1]
+    inner = sde.time_at_log_snr(2 * torch.log((1 - u) / u))
+    yield torch.cat([ends[:1], inner, torch.zeros_like(ends[:1])])
 
 
 @explains

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -66,4 +65,4 @@ class UniPC(CorrectedAdams):
 
     @override
     def whole(self, h: Tensor) -> Tensor:
-        return h if self.variant == "B1" else -torch.expm1(-h)
+        return h if self.variant == "B1" else super().whole(h)

@@ -46,6 +46,7 @@ class DDPMChain(Chain):
     """
 
     prior_std = 1.0
+    _unchanging = True  # samplers keep tables
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         """Accumulate -log(alpha)."""

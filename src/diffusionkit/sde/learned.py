@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ class _GammaSDE(ForwardSDE):
         return torch.sqrt(variance * slope).to(t.dtype)
 
 
+@dataclass(frozen=True)
 class LogSNRSDE(_GammaSDE):
     r"""The variance-preserving SDE whose log-SNR is linear in time.
 
@@ -88,14 +90,11 @@ class LogSNRSDE(_GammaSDE):
     tensor([13.3000,  4.1500, -5.0000])
     """
 
-    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
-        """Store the end points."""
-        check_interval(gamma_min, gamma_max, "gamma_min", "gamma_max")
-        self.gamma_min, self.gamma_max = gamma_min, gamma_max
+    gamma_min: float = -13.3
+    gamma_max: float = 5.0
 
-    @override
-    def __repr__(self) -> str:
-        return f"LogSNRSDE(gamma_min={self.gamma_min}, gamma_max={self.gamma_max})"
+    def __post_init__(self) -> None:
+        check_interval(self.gamma_min, self.gamma_max, "gamma_min", "gamma_max")
 
     @override
     def _gamma(self, t: Tensor) -> Tensor:

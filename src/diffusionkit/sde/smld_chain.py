@@ -39,6 +39,8 @@ class SMLDChain(Chain):
     tensor([ 0.1000, 10.0000])
     """
 
+    _unchanging = True  # samplers keep tables
+
     def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
         """Accumulate sigma^2."""
         table = numbers(sigmas, "sigmas").detach().cpu().flatten().clone()
