@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import chains
+import colorization
 import controllable
 import correctors_at_equal_cost
 import cosine_with_mlps
@@ -28,7 +29,7 @@ CLAIMS = tuple(
     module.CLAIM
     for module in (
         stable_targets, chains, network_widths, maximum_likelihood, correctors_at_equal_cost,
-        controllable, edm_sampling, cosine_with_mlps,
+        controllable, colorization, edm_sampling, cosine_with_mlps,
     )
 )  # fmt: skip
 VERDICTS = ("shown", "not resolved", "opposite", "not measured")

@@ -12,8 +12,8 @@ hindsight. It knows every training image, but no new character.
     python examples/claims/controllable.py
     python examples/claims/controllable.py --seeds 2 --steps 20
 
-Small: 16x16 glyphs, an NCSN++ of width 16 (VE), 100 evaluations; 9 minutes of one CPU core for each
-seed, of which 5 are those of the checks.
+Small: 16x16 glyphs, an NCSN++ of width 16 (VE), 100 evaluations; 12 minutes of one CPU core for
+each seed, of which 8 are those of the checks.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,11 +39,13 @@ from diffusionkit import (
     DenoisedModel,
     EmpiricalModel,
     Langevin,
+    LinearGaussianGuidance,
     LinearMeasurement,
     PCSampler,
     PseudoinverseGuidance,
     ReverseDiffusion,
     ScoreModel,
+    TimeTravel,
 )
 from diffusionkit.calibration import energy_score
 from diffusionkit.control import AveragePool, LinearOperator, Mask
@@ -51,14 +53,17 @@ from diffusionkit.random import seeded
 
 IMAGES, MEMBERS, STEPS = 48, 4, 50
 NOISE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of the measurement, in units of the range, for the rival
-NETWORK, EXACT, MORE, GUIDED = "network", "training set", "more evaluations", "guidance"
-LABELS = {EXACT: "exact score, same sampler", MORE: MORE, GUIDED: GUIDED}
+NETWORK, EXACT, MORE = "network", "training set", "more evaluations"
+PIGDM, MMPS, REPAINT = "PiGDM", "MMPS", "RePaint"
+LABELS = {EXACT: "exact score, same sampler"}
 _BUDGET = f"{IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
 SCORES = f"energy score, {_BUDGET}"
 MEANS = f"energy score from means of blocks, {_BUDGET}"
 CHECKS = {
     EXACT: f"energy score with the exact score of the training set, {_BUDGET}",
-    GUIDED: f"energy score with guidance, {IMAGES} test images, {MEMBERS} members, {STEPS} steps",
+    REPAINT: f"energy score with time travel, {_BUDGET}",
+    PIGDM: f"energy score with guidance, {IMAGES} test images, {MEMBERS} members, {STEPS} steps",
+    MMPS: f"energy score with MMPS, {IMAGES} test images, {MEMBERS} members, {STEPS} steps",
     MORE: f"energy score, {IMAGES} test images, {MEMBERS} members, {8 * STEPS} evaluations",
 }
 
@@ -100,46 +105,55 @@ MEASURES = {"right half": SCORES, "scattered pixels": SCORES, "means of blocks":
 ALL = {**TASKS, "means of blocks": blocks}
 
 
-def draw_members(
-    run: Run, truth: Tensor, task: Task, model: ScoreModel, *, steps: int = STEPS
-) -> Tensor:
-    """Return samples (n, members, C, H, W) by predictor and corrector, with what is known imposed.
+def draw_members(run: Run, truth: Tensor, task: Task, way: str = NETWORK) -> Tensor:
+    """Return samples (n, members, C, H, W) of what fits to what is known of images.
 
     Args:
         run: the run, the seed of which is that of the samples.
         truth: the images (n, C, H, W).
         task: what is known of them.
-        model: the score model.
-        steps: the number of steps, half the number of evaluations.
+        way: the method, `NETWORK` or one of `CHECKS`.
     """
-    place = place_of(run)
-    given = repeat(truth, "n ... -> (n m) ...", m=MEMBERS).to(place)
-    sampler = PCSampler(
-        model, ReverseDiffusion(), Langevin(snr=0.16, norm="batch"), steps=steps,
-        constraint=LinearMeasurement(task.operator, task.operator(given)),
-    )  # fmt: skip
-    return _members(run, sampler, given)
-
-
-def guided_members(run: Run, truth: Tensor, task: Task) -> Tensor:
-    """Return samples (n, members, C, H, W) by the predictor alone, guided by what is known."""
-    low, high = map(float, run.settings["data"]["range"])
     given = repeat(truth, "n ... -> (n m) ...", m=MEMBERS).to(place_of(run))
-    # Without clipping, samples of a network of few training steps diverged.
-    clipped = DenoisedModel(run.model, Clip(low, high))
-    model = PseudoinverseGuidance(
-        clipped, task.operator, task.operator(given), noise_std=0.005 * (high - low),
-        sigma_data=0.25 * (high - low),
-    )  # fmt: skip
-    return _members(run, PCSampler(model, Ancestral(), steps=STEPS), given)
-
-
-def _members(run: Run, sampler: PCSampler, given: Tensor) -> Tensor:
-    seed = run.settings["training"]["seed"]
-    generators = [seeded(seed, i) for i in range(len(given))]
+    generators = [seeded(run.settings["training"]["seed"], i) for i in range(len(given))]
+    sampler = sampler_of(run, task, given, way)
     x = sampler(given.shape, generator=generators, device=given.device, dtype=given.dtype)
     members: Tensor = rearrange(x.cpu(), "(n m) ... -> n m ...", m=MEMBERS)
     return members
+
+
+def sampler_of(run: Run, task: Task, given: Tensor, way: str) -> PCSampler:
+    """Return the sampler of a method, for what is known of given images (B, C, H, W)."""
+    return (_guided if way in (PIGDM, MMPS) else _replacing)(run, task, given, way)
+
+
+def _replacing(run: Run, task: Task, given: Tensor, way: str) -> PCSampler:
+    """Return a sampler that imposes what is known of given images at every step."""
+    known = LinearMeasurement(task.operator, task.operator(given))
+    if way == REPAINT:
+        travel = TimeTravel(jump=5, repeats=4)
+        return PCSampler(
+            run.model, Ancestral(), steps=STEPS // 2, constraint=known, time_travel=travel
+        )
+    model: ScoreModel = run.model
+    if way == EXACT:
+        model = EmpiricalModel(run.model.sde, training_images(run)).to(given.device)
+    return PCSampler(
+        model, ReverseDiffusion(), Langevin(snr=0.16, norm="batch"), constraint=known,
+        steps=4 * STEPS if way == MORE else STEPS,
+    )  # fmt: skip
+
+
+def _guided(run: Run, task: Task, given: Tensor, way: str) -> PCSampler:
+    """Return a sampler of a model that is guided by what is known of given images."""
+    low, high = map(float, run.settings["data"]["range"])
+    # Without clipping, samples of a network of few training steps diverged.
+    clipped = DenoisedModel(run.model, Clip(low, high))
+    measured, noise = (task.operator, task.operator(given)), 0.005 * (high - low)
+    model: ScoreModel = LinearGaussianGuidance(clipped, *measured, noise)
+    if way == PIGDM:
+        model = PseudoinverseGuidance(clipped, *measured, noise, sigma_data=0.25 * (high - low))
+    return PCSampler(model, Ancestral(), steps=STEPS)
 
 
 def training_images(run: Run) -> Tensor:
@@ -170,7 +184,7 @@ def score(run: Run, members: Tensor, truth: Tensor, task: Task) -> float:
 def task_scores(run: Run, make: Callable[[int], Task]) -> dict[str, float]:
     """Return the energy scores of the network, and of the training set by noise, for a task."""
     truth, task = scaled(run, test_images(run, IMAGES)), make(run.settings["data"]["size"])
-    found = {NETWORK: score(run, draw_members(run, truth, task, run.model), truth, task)}
+    found = {NETWORK: score(run, draw_members(run, truth, task), truth, task)}
     for noise in NOISE:
         found[f"{noise:g}"] = score(run, by_training_set(run, truth, task, noise), truth, task)
     return found
@@ -187,25 +201,13 @@ def block_scores(run: Run) -> dict[str, dict[str, float]]:
 
 
 def check(run: Run, way: str) -> dict[str, float]:
-    """Return the energy scores of another sampler by task: what limits those of the network.
-
-    The sampler with the exact score of the training set, the network with four times the
-    evaluations, or the network guided by what is known instead of replacing it.
-    """
-    truth, model, steps = scaled(run, test_images(run, IMAGES)), run.model, STEPS
-    if way == EXACT:
-        model = EmpiricalModel(run.model.sde, training_images(run)).to(place_of(run))
-    elif way == MORE:
-        steps = 4 * STEPS
-    found: dict[str, float] = {}
-    for name, make in ALL.items():
-        task = make(run.settings["data"]["size"])
-        if way == GUIDED:
-            members = guided_members(run, truth, task)
-        else:
-            members = draw_members(run, truth, task, model, steps=steps)
-        found[name] = score(run, members, truth, task)
-    return found
+    """Return the energy scores of another method of `CHECKS`, by task."""
+    truth = scaled(run, test_images(run, IMAGES))
+    tasks = {name: make(run.settings["data"]["size"]) for name, make in ALL.items()}
+    return {
+        name: score(run, draw_members(run, truth, task, way), truth, task)
+        for name, task in tasks.items()
+    }
 
 
 def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
@@ -256,13 +258,15 @@ def findings(results: Results) -> list[Finding]:
 
 
 def others(results: Results) -> list[Finding]:
-    """Return what limits the network: three other samplers for each task."""
+    """Return what limits the network: other methods for each task."""
     found = []
     for task, key in MEASURES.items():
         for way, text in (
             (EXACT, "with the exact score of the training set than with the network"),
             (MORE, "with four times the evaluations"),
-            (GUIDED, "with guidance than with replacement"),
+            (REPAINT, "with RePaint than with a corrector"),
+            (PIGDM, "with PiGDM than with replacement"),
+            (MMPS, "with MMPS than with replacement"),
         ):
             found.append(compare(
                 results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS[way]),
@@ -286,8 +290,9 @@ def draw(results: Results) -> Figure:
         for color, (way, other) in enumerate(CHECKS.items(), 2):
             for at in results.steps("VE", other)[-1:]:
                 for number, found in enumerate(results.seeds("VE", at, other).values()):
+                    label = None if number else f"check: {LABELS.get(way, way)}"
                     axes.axhline(found[task], color=f"C{color}", alpha=0.7, linestyle=":",
-                                 label=None if number else f"check: {LABELS[way]}")  # fmt: skip
+                                 label=label)  # fmt: skip
         axes.set(xscale="log", title=task, ylabel="energy score",
                  xlabel="noise of the measurement, training set")  # fmt: skip
         if axes.get_legend_handles_labels()[0]:

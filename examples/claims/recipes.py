@@ -83,6 +83,13 @@ RECIPES = {
     "EDM, uniform weighting": Recipe("edm", "glyphs", ("objective.weighting=SimpleWeighting",)),
     "VE": Recipe("ve", "score-sde-cifar10-ncsnpp-ve", full_changes=UNIFORM),
     "VE, stable target": Recipe("ve", "stf-cifar10-ncsnpp-ve", STABLE, full_changes=UNIFORM),
+    "VE, color patches": Recipe(  # the largest distance of two of 16x16 pixels is about 24
+        "ve",
+        "score-sde-cifar10-ncsnpp-ve",
+        ("data.source=color-patches", "data.channels=3"),
+        small_changes=("process.sigma_max=24.0",),
+        full_changes=UNIFORM,
+    ),
     "VP": Recipe("vp", _FLOW, _SIMPLE),
     "VP, stable target": Recipe("vp", _FLOW, (*_SIMPLE, *STABLE)),
     "VP, LW": Recipe("vp", _FLOW, _LW),

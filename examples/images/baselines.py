@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from launch import launched
+from sources import HELP, held_out, open_source
 from torch import Tensor
 
 from diffusionkit import UniformDequantizer, evaluate_bits_per_dim
-from diffusionkit.data import glyphs, open_images
 from diffusionkit.likelihood import BitsPerDim
 from diffusionkit.metrics import FeatureMoments
 
@@ -79,8 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="glyphs", help="training images, by default glyphs")
-    parser.add_argument("--held-out", help="held-out images, by default the test part of glyphs")
+    parser.add_argument("--data", default="glyphs", help=f"training images: {HELP}")
+    parser.add_argument("--held-out", help="held-out images, by default the test part of a "
+                        "built-in set")  # fmt: skip
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--channels", type=int, choices=(1, 3))
     parser.add_argument("--limit", type=int, help="how many held-out images are used")
@@ -88,17 +89,15 @@ def main(arguments: list[str] | None = None) -> None:
                         help="standard deviations of the kernel, in levels")  # fmt: skip
     options = parser.parse_args(arguments)
 
-    def tensor(source: str | None, part: Any) -> Tensor:
-        if source in (None, "glyphs"):
-            data: Any = glyphs(part, size=options.size)
-        else:
-            data = open_images(str(source), size=options.size, channels=options.channels)
+    def tensor(source: str, part: Any) -> Tensor:
+        data = open_source(source, part, size=options.size, channels=options.channels)
         return torch.stack([data[i][0] for i in range(len(data))])
 
-    if options.data != "glyphs" and options.held_out is None:
+    source = held_out(options.data, options.held_out)
+    if source is None:
         parser.error("--held-out: expected images, got none")
     with launched() as place:
-        test = tensor(options.held_out, "test")[: options.limit]
+        test = tensor(source, "test")[: options.limit]
         found = baselines(tensor(options.data, "train"), test, options.bandwidths)
         if place.first:
             for name, bits in found.items():

@@ -5,8 +5,8 @@
         --data train/ --held-out test/ --likelihood bound exact
 
 The samples are compared with --data, or with statistics that were kept. The loss and the bits per
-dimension are those of --held-out: the test part for glyphs. Every process does its share, and any
-number of processes prints the same digits.
+dimension are those of --held-out: by default the test part of a built-in set. Every process does
+its share, and any number of processes prints the same digits.
 """
 
 import argparse
@@ -17,12 +17,14 @@ from typing import Any
 import presets
 import torch
 from launch import launched
+from sources import HELP as SOURCES
+from sources import held_out as held_out_source
+from sources import open_source
 from torch import Tensor
 from torch.utils.data import Subset
 
 import diffusionkit as dk
 from diffusionkit import metrics
-from diffusionkit.data import ImageData, glyphs, open_images
 from diffusionkit.likelihood import BitsPerDim
 from diffusionkit.sde import Chain
 from diffusionkit.training import CheckpointFolder
@@ -45,13 +47,6 @@ def checkpoint(path: Path) -> Path:
     return newest
 
 
-def images(source: str, part: Any, settings: dict[str, Any]) -> ImageData:
-    """Return images as the model was trained on, from a path or the built-in set."""
-    if source == "glyphs":
-        return glyphs(part, size=settings["size"], labels=settings["labels"])
-    return open_images(source, size=settings["size"], channels=settings["channels"])
-
-
 def quality(options: argparse.Namespace, settings: dict[str, Any], about: dict[str, Any]) -> Any:
     """Return the metrics of the samples against the data or kept statistics."""
     extractor = metrics.features(options.features)
@@ -64,7 +59,9 @@ def quality(options: argparse.Namespace, settings: dict[str, Any], about: dict[s
         if name == options.data and options.statistics is not None:
             found.append(metrics.load_statistics(options.statistics, features=options.features))
             continue
-        data = images(name, "train", settings | {"channels": channels})
+        data = open_source(
+            name, "train", size=settings["size"], channels=channels, labels=settings["labels"]
+        )
         features = metrics.gather_features(data, extractor, **about)
         features, logits = features if isinstance(features, tuple) else (features, None)
         found.append(features)
@@ -125,9 +122,12 @@ def evaluate(options: argparse.Namespace, place: Any) -> dict[str, Any]:
     settings = run.settings["data"]
     about = {"batch_size": options.batch_size, "device": device, "progress": not options.quiet}
     results: dict[str, Any] = {"checkpoint": str(path), "step": run.step, "seed": options.seed}
-    source = options.held_out or ("glyphs" if options.data == "glyphs" else None)
+    source = held_out_source(options.data, options.held_out)
     if source is not None:
-        data: Any = images(source, "test", settings)
+        data: Any = open_source(
+            source, "test", size=settings["size"], channels=settings["channels"],
+            labels=settings["labels"],
+        )  # fmt: skip
         labels = data.class_labels
         index = list(range(len(data)))[: options.limit]
         cond = {}
@@ -170,10 +170,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("run", type=Path, help="a folder of train.py, or a checkpoint")
-    add("--data", help='the real images: a folder, zip, .npz, or "glyphs"')
+    add("--data", help=f"the real images: {SOURCES}")
     add("--samples", help="the generated images: a folder, zip or .npz, as sample.py writes them")
     add("--statistics", help="kept statistics of the real images, instead of --data (.npz)")
-    add("--held-out", help="images that were not trained on; the test part if --data is glyphs")
+    add("--held-out", help="images that were not trained on; by default the test part of a "
+        "built-in set")  # fmt: skip
     add("--features", help="see python -m diffusionkit.metrics --help; by default glyph features "
         "for glyphs, else inception")  # fmt: skip
     add("--likelihood", nargs="*", default=["bound"], choices=list(HELP), metavar="KIND",

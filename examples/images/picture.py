@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sources import HELP, held_out, open_source
 from torch import Tensor
 
-from diffusionkit.data import ImageData, glyphs, open_images
+from diffusionkit.data import ImageData, open_images
 from diffusionkit.metrics import nearest
 
 ROWS, COLUMNS = 12, 8
@@ -40,21 +41,18 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("samples", help="generated images: a folder, .zip or .npz of sample.py")
-    parser.add_argument("--data", required=True, help='training images, or "glyphs"')
-    parser.add_argument("--held-out", help="images that were not trained on; the test part if "
-                        "--data is glyphs, the training images by default")  # fmt: skip
+    parser.add_argument("--data", required=True, help=f"training images: {HELP}")
+    parser.add_argument("--held-out", help="images that were not trained on; by default the "
+                        "test part of a built-in set, else the training images")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("picture.png"))
     options = parser.parse_args(arguments)
     generated = open_images(options.samples)
     channels, size, _ = generated.shape
-    train: ImageData
-    real: ImageData
-    if options.data == "glyphs":
-        train, real = glyphs("train", size=size), glyphs("test", size=size)
-    else:
-        train = open_images(options.data, size=size, channels=channels)
-        held_out = options.held_out
-        real = train if held_out is None else open_images(held_out, size=size, channels=channels)
+    about: dict[str, Any] = {"size": size, "channels": channels}
+    train = real = open_source(options.data, "train", **about)
+    source = held_out(options.data, options.held_out)
+    if source is not None:
+        real = open_source(source, "test", **about)
     count = min(ROWS * COLUMNS, len(generated))
     shown = stacked(generated, range(count))
     found = nearest(stacked(train, range(len(train))), shown).index[:, 0]

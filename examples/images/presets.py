@@ -21,18 +21,19 @@ from typing import Any, Literal
 
 import torch
 from registry import Settings, call, check_type, checked, unknown
+from sources import open_source
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import diffusionkit as dk
-from diffusionkit.data import ImageData, glyphs, open_images
+from diffusionkit.data import ImageData
 
 FOLDER = Path(__file__).parent / "presets"
 
 # The values of the plain sections, with their defaults; those without one are given by presets.
 PLAIN: dict[str, dict[str, Any]] = {
     "data": {
-        "source": "",  # folder, .zip, .npz or "glyphs", from --data
+        "source": "",  # files, or a built-in set of sources.py, from --data
         "size": 32,
         "channels": 3,
         "classes": 0,  # number of classes that the network is conditioned on
@@ -283,10 +284,14 @@ def restore(
 
 
 def open_data(settings: Settings, part: Literal["train", "test"] = "train") -> ImageData:
-    """Return the images that settings name; only glyphs have a part for tests."""
+    """Return the images that settings name; only built-in sets have a part for tests."""
     data = settings["data"]
-    if data["source"] == "glyphs":
-        if data["channels"] != 1:
-            raise ValueError(f"[data] channels: expected 1 for glyphs, got {data['channels']}")
-        return glyphs(part, size=data["size"], labels=data["labels"])
-    return open_images(data["source"], size=data["size"], channels=data["channels"])
+    found = open_source(
+        data["source"], part, size=data["size"], channels=data["channels"], labels=data["labels"]
+    )
+    if found.shape[0] != data["channels"]:
+        raise ValueError(
+            f"[data] channels: expected {found.shape[0]} for {data['source']}, "
+            f"got {data['channels']}"
+        )
+    return found

@@ -23,6 +23,7 @@ from launch import Place, accumulated, average_gradients, launched, spread
 from losses import Losses
 from records import Log, differences
 from registry import Settings
+from sources import HELP
 from torch import Tensor, nn
 
 from diffusionkit import (
@@ -222,9 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
     parser.add_argument("--preset", required=True, help="a name, or the path of a .toml file; "
                         f"names: {', '.join(presets.names())}")  # fmt: skip
-    parser.add_argument(
-        "--data", help='a folder, .zip, .npz, or "glyphs"; the preset\'s by default'
-    )
+    parser.add_argument("--data", help=f"{HELP}; the preset's by default")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change a setting of the preset; may be repeated")  # fmt: skip
     options = parser.parse_args(arguments)

@@ -219,7 +219,9 @@ def test_every_recipe_is_a_preset(claims, scale):
     recipes = claims("recipes")
     for name, recipe in recipes.RECIPES.items():
         settings = recipe.settings(scale, seed=4, steps=7)
-        assert settings["data"]["source"] == "glyphs", name
+        source, channels = ("color-patches", 3) if "color" in name else ("glyphs", 1)
+        assert settings["data"]["source"] == source, name
+        assert settings["data"]["channels"] == channels, name
         assert settings["data"]["size"] == (16 if scale == "small" else 32)
         assert (settings["training"]["seed"], settings["training"]["steps"]) == (4, 7)
         assert "augmentation" not in settings

@@ -147,13 +147,14 @@ def trained_on(images):
     )
 
 
-def test_what_is_known_is_imposed_and_the_rest_is_scored(control):
+def test_what_is_known_is_imposed_and_the_rest_is_scored(control, monkeypatch):
     """All samples have the measurement; the score is that of images in [-1, 1], hidden part."""
+    monkeypatch.setattr(control, "STEPS", 4)
     images = control.training_images(None)
     run, truth = trained_on(images), images[:3]
     for make in control.ALL.values():
         task = make(8)
-        members = control.draw_members(run, truth, task, run.model, steps=4)
+        members = control.draw_members(run, truth, task)
         assert members.shape == (3, control.MEMBERS, 1, 8, 8)
         known = task.operator(truth)[:, None].expand_as(task.operator(members))
         assert torch.allclose(task.operator(members), known, atol=1e-5)
@@ -169,15 +170,21 @@ def test_what_is_known_is_imposed_and_the_rest_is_scored(control):
             assert control.score(run, changed, truth, task) == 0
 
 
-def test_guided_members_have_nearly_what_is_known(control):
+@pytest.mark.parametrize(
+    ("way", "share"),
+    [("RePaint", 1e-4), ("more evaluations", 1e-4), ("PiGDM", 0.2), ("MMPS", 0.2)],
+)
+def test_other_methods_have_what_is_known(control, monkeypatch, way, share):
+    """Guidance nearly, since its measurements have noise."""
+    monkeypatch.setattr(control, "STEPS", 20)
     images = control.training_images(None)
     run, truth = trained_on(images), images[:2]
     task = control.right_half(8)
-    members = control.guided_members(run, truth, task)
+    members = control.draw_members(run, truth, task, way)
     off = (task.operator(members) - task.operator(truth)[:, None]).abs().mean()
-    free = dk.PCSampler(run.model, dk.ReverseDiffusion(), steps=control.STEPS)
+    free = dk.PCSampler(run.model, dk.ReverseDiffusion(), steps=20)
     other = free((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    assert off < 0.2 * (task.operator(other) - task.operator(truth)).abs().mean()
+    assert off < share * (task.operator(other) - task.operator(truth)).abs().mean()
 
 
 def test_findings_compare_the_network_with_little_and_with_the_best_noise(control, claims):
@@ -241,26 +248,54 @@ def test_the_judge_learns_classes(claims, monkeypatch):
     assert (found == labels).all()
 
 
-def test_checks_change_one_thing(claims, control, monkeypatch):
-    """The exact score of the training set, more steps of the network, or guidance."""
-    calls = []
-    monkeypatch.setattr(control, "IMAGES", 2)
+def test_checks_change_one_thing(control, monkeypatch):
+    """Each method's model, predictor, corrector and number of evaluations."""
     images = control.training_images(None)
-    monkeypatch.setattr(control, "test_images", lambda run, count: (255 * images[:count]).byte())
-
-    def members(run, truth, task, model, *, steps):
-        calls.append((type(model).__name__, steps))
-        return truth[:, None].repeat(1, 2, 1, 1, 1)
-
-    monkeypatch.setattr(control, "draw_members", members)
-    monkeypatch.setattr(control, "guided_members", lambda run, truth, task: truth[:, None] + 1
-                        + torch.zeros(2, 2, 1, 1, 1))  # fmt: skip
-    run = trained_on(images)
+    run, task = trained_on(images), control.right_half(8)
     run.model = dk.GaussianMixtureModel(run.model.sde, images[:2].flatten(1), [1.0, 1.0])
-    for way in control.CHECKS:
-        found = control.check(run, way)
-        assert set(found) == set(control.ALL)
-        assert all(value == (0 if way != control.GUIDED else value) for value in found.values())
-        assert way != control.GUIDED or min(found.values()) > 1
-    steps = control.STEPS
-    assert calls == [("EmpiricalModel", steps)] * 3 + [("GaussianMixtureModel", 4 * steps)] * 3
+    found = {}
+    for way in (control.NETWORK, *control.CHECKS):
+        sampler = control.sampler_of(run, task, images[:3], way)
+        parts = (sampler.model, sampler.predictor, sampler.corrector)
+        travel = sampler.time_travel
+        each = (1 if travel is None else travel.repeats) * (1 if parts[2] is None else 2)
+        found[way] = *(type(part).__name__ for part in parts), each * sampler.steps
+    mixture = "GaussianMixtureModel"
+    assert found == {
+        "network": (mixture, "ReverseDiffusion", "Langevin", 100),
+        "training set": ("EmpiricalModel", "ReverseDiffusion", "Langevin", 100),
+        "RePaint": (mixture, "Ancestral", "NoneType", 100),
+        "PiGDM": ("PseudoinverseGuidance", "Ancestral", "NoneType", 50),
+        "MMPS": ("LinearGaussianGuidance", "Ancestral", "NoneType", 50),
+        "more evaluations": (mixture, "ReverseDiffusion", "Langevin", 400),
+    }
+
+
+def test_checks_are_scored_by_task(control, monkeypatch):
+    images = control.training_images(None)
+    monkeypatch.setattr(control, "IMAGES", 2)
+    monkeypatch.setattr(control, "STEPS", 10)
+    monkeypatch.setattr(control, "test_images", lambda run, count: (255 * images[:count]).byte())
+    found = control.check(trained_on(images), "RePaint")
+    assert set(found) == set(control.ALL)
+    assert 0 < found["right half"] < 0.1 < found["means of blocks"]  # it finds the image
+
+
+def test_colors_of_gray_images(claims, monkeypatch):
+    """Gray images have the distance of their colors; the exact model of few images has none."""
+    module, control = claims("colorization"), claims("controllable")
+    images = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(control, "training_images", lambda run: images)
+    monkeypatch.setattr(control, "STEPS", 60)
+    for name in ("controllable", "colorization"):
+        monkeypatch.setattr(claims(name), "IMAGES", 3)
+        monkeypatch.setattr(
+            claims(name), "test_images", lambda run, count: (255 * images[:count]).round()
+        )
+    run = trained_on(images)
+    truth = (255 * images[:3]).round() / 255
+    colors = 2 * (truth - truth.mean(1, keepdim=True))
+    assert module.gray_score(run) == pytest.approx(float(colors.flatten(1).norm(dim=1).mean()))
+    found = module.color_scores(run)["colors"]
+    assert found["0.05"] < 0.2
+    assert found["network"] < 0.2 * module.gray_score(run)

@@ -46,9 +46,7 @@ def test_independent_parts_are_exact(process, predictor):
     constraint = Inpainting(torch.tensor([4.0, 0.0, 0.0]), torch.tensor([1, 0, 0]))
     # Four standard errors are .09 of the mean and .13 of the variance 1.
     x = sampled(model, constraint, n=2000, steps=100, predictor=predictor)
-    torch.testing.assert_close(
-        x.mean(0), torch.tensor([4.0, 1.0, -0.5]).double(), rtol=0, atol=0.1
-    )
+    torch.testing.assert_close(x.mean(0), torch.tensor([4.0, 1.0, -0.5]).double(), rtol=0, atol=0.1)
     torch.testing.assert_close(torch.cov(x.T)[1:, 1:], cov[1:, 1:].double(), rtol=0, atol=0.15)
 
 

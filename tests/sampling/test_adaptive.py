@@ -298,3 +298,17 @@ def test_failed_steps_raise():
     slow = PCSampler(mixture(VPSDE()), AdaptiveSDE(1e-3, 1e-3, max_steps=20), steps=1)
     with pytest.raises(ValueError, match=r"reach s, got 20, which reach t = 0\..*; raise rtol"):
         slow((2, 2), generator=seeded())
+
+
+@pytest.mark.parametrize("process", [*SDES, "edm"], indirect=False)
+@pytest.mark.parametrize("short", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_no_step_is_left_that_is_too_short_for_the_noise(process, short):
+    """A step that ends just before the end is stretched to it."""
+    sde = EDMSDE() if process == "edm" else SDES[process]
+    t, s = (torch.tensor([c * sde.T], dtype=torch.float64) for c in (0.5, 0.49))
+    model = mixture(sde)
+    times = counting(model)
+    generator = torch.Generator().manual_seed(0)
+    solver = AdaptiveSDE(rtol=10.0, atol=10.0)  # every step is accepted
+    solver.step(model, torch.zeros(1, 2), t, s, (t - s) * (1 - short), generator=generator)
+    assert times == [[t.item()], [s.item()]]

@@ -24,6 +24,8 @@ _FIRST = 0.01  # of T, the first step
 _SAFETY = 0.9
 _POWER = 2 / 3  # the two proposals differ by O(h^(3/2))
 _LEAST, _MOST = 0.1, 5.0  # bounds of the factor between consecutive steps
+# A step that ends this close to the end goes there: what is left may be too short for a path.
+_STRETCH = 1.01
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class AdaptiveSDE(Predictor):
                 break
             # A sample that has arrived stays at the start of its last step, where the model is
             # defined.
-            to = torch.where(left, (t - length).maximum(end), 0.5 * (t + s))
+            ahead = torch.where(t - _STRETCH * length > end, t - length, end)
+            to = torch.where(left, ahead, 0.5 * (t + s))
             first, last, last_mean, prediction = _proposals(model, x, t, to, path, cond)
             error = self._error(x, first, last)
             if not bool(torch.isfinite(error).all()):
