@@ -46,7 +46,7 @@ def tests(session: nox.Session) -> None:
     """Run all tests except the slow ones."""
     install(session, "dev")
     # One thread per process: tensors are small, and more threads would compete for cores.
-    parallel = ("-n", "auto", "-m", "not slow")
+    parallel = ("-n", "auto", "--dist", "worksteal", "-m", "not slow")
     session.run("pytest", *parallel, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -69,7 +69,7 @@ def oldest(session: nox.Session, torch: str) -> None:
     session.install("--no-deps", "-e", ".", *(f"{p['name']}=={p['version']}" for p in others))
     session.run("python", "tests/scripts/cuda_stubs.py", str(stubs))
     env = {"OMP_NUM_THREADS": "1", "LD_LIBRARY_PATH": str(stubs)}
-    parallel = ("-n", "auto", "-m", "not slow")
+    parallel = ("-n", "auto", "--dist", "worksteal", "-m", "not slow")
     session.run("pytest", *parallel, *session.posargs, env=env)
 
 

@@ -166,7 +166,7 @@ def test_all_parts_together(predictor, guidance):
 )
 def test_all_predictors_from_pure_noise(predictor, guidance):
     """Without a corrector that would mend a first step from alpha = 0."""
-    check("flow", predictor, guidance, "no corrector", "inpainting", "once")
+    check("flow", predictor, guidance, "no corrector", "inpainting", "once", steps=32)
 
 
 def every_three() -> Iterator[tuple[str, ...]]:

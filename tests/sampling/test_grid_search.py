@@ -44,7 +44,7 @@ def rms(model, predictor, grid, x):
 
 
 def improves(model, predictor):
-    """Return whether a fit takes a third of the error of fixed grids away, on new draws."""
+    """Return whether a fit takes a third of the error of two grids away, on new draws."""
     start = model.sde.prior_sample((128, 2), generator=seeded(), dtype=DOUBLE)
     grid = fit_grid(model, predictor, start, steps=6, iterations=4)
     assert grid.steps == grid.nfe == 6
@@ -54,7 +54,8 @@ def improves(model, predictor):
         float((PCSampler(model, predictor, grid=one, steps=6, denoise=False)(x) - exact).norm())
         for one in (grid, LogSNRGrid(), KarrasGrid())
     ]
-    return errors[0] < 0.65 * min(errors[1:]) and grid.error <= grid.fixed_error
+    # The best fixed grid of all may be that good without a search.
+    return errors[0] < 0.65 * min(errors[1:]) and grid.error < 0.95 * grid.fixed_error
 
 
 def test_fitted_grids_are_better_than_fixed_ones_on_new_draws(mixture):

@@ -838,6 +838,8 @@ def call(name: str, replaced: Recipe) -> Any:
                 positional.append(make())
             else:
                 named[parameter] = make()
+    if own.keys() >= TINY.keys():  # sizes are passed on by networks that do not name them
+        named |= {n: make() for n, make in TINY.items() if n not in named}
     result = target(name)(*positional, **named)
     return list(result) if inspect.isgenerator(result) else result
 
