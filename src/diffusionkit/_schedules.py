@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._tracing import transformed
+
 Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -66,7 +68,7 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
 
     Differentiable where t or a learned schedule is.
     """
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         return _forward_mode(marginal, t, T)
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():

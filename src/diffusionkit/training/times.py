@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,13 +27,16 @@ from .._checks import (
     check_times,
     readable,
 )
-from .._kept import fixed
+from .._kept import Kept, fixed
 from .._log_snr import LogSNRSpan
 from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
+from .._tracing import traced, transformed
 from ..distributed._group import first_of_all, is_distributed, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, draw
+
+_EVEN: Kept[Tensor] = Kept()
 
 
 def times_and_weights(
@@ -95,13 +99,30 @@ def _stratified(
             f"generator: expected a torch.Generator or None, got {type(generator).__name__}; "
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
-    shift = draw(torch.rand, (1,), generator, device, dtype)
-    index = torch.arange(n, device=device, dtype=dtype)
+    shift, offset = draw(torch.rand, (1,), generator, device, dtype), 0.0
     # Where no gradients are wanted, as in an evaluation by one process, the others do not draw.
     if is_distributed() and torch.is_grad_enabled():
         rank, world = rank_and_world_size()
-        shift, index = first_of_all(shift), index + rank / world
-    return (shift + index / n) % 1.0
+        shift, offset = first_of_all(shift), rank / world
+    key = n, offset, shift.device, dtype
+
+    def even() -> Tensor:
+        return (torch.arange(n, device=shift.device, dtype=dtype) + offset) / n
+
+    return (shift + _EVEN.get(key, even)) % 1.0
+
+
+def _uniform(low: float, high: float, shape: Sequence[int], **kwargs: Any) -> Tensor:
+    """Return uniform numbers of a shape: torch.rand, stretched by the same operation."""
+    if transformed():  # where a draw in place may be refused
+        return low + (high - low) * torch.rand(shape, **kwargs)
+    generator = kwargs.pop("generator", None)
+    return torch.empty(shape, **kwargs).uniform_(low, high, generator=generator)
+
+
+def _normal(mean: float, std: float, shape: Sequence[int], **kwargs: Any) -> Tensor:
+    """Return Gaussian numbers of a shape: torch.randn, stretched by the same operation."""
+    return torch.normal(mean, std, shape, **kwargs)
 
 
 def check_draw(
@@ -169,8 +190,8 @@ class UniformTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        u = draw(torch.rand, (n,), generator, device, dtype)
-        return Drawn(sde.t_min + (sde.T - sde.t_min) * u)
+        between = partial(_uniform, sde.t_min, sde.T)
+        return Drawn(draw(between, (n,), generator, device, dtype))
 
 
 @dataclass(frozen=True)
@@ -260,11 +281,11 @@ class ImportanceTimes(DrawnTimes):
         span = _span(sde, device)
         t = validated(self._at(sde, u, span), sde.T)
         kernel = sde.marginal(t)
-        weight = (kernel[1] / sde.diffusion(t)).detach().square()
-        weight = weight * (span.length / (sde.T - sde.t_min))
+        rate = (sde.diffusion(t) / kernel[1]).square()
+        weight = span.length / (sde.T - sde.t_min) / rate.detach()
         if not span.uniform:
             weight = weight / span.share(sde.log_snr(t).detach())
-        return Drawn(t.to(dtype=dtype), weight.to(dtype=dtype), exact=t, kernel=kernel)
+        return Drawn(t.to(dtype=dtype), weight.to(dtype=dtype), exact=t, kernel=kernel, rate=rate)
 
     def quantile(self, sde: ForwardSDE, u: Tensor) -> Tensor:
         """Return the times (n,) below which a fraction u (n,) of the distribution lies."""
@@ -276,7 +297,7 @@ class ImportanceTimes(DrawnTimes):
 
 def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     """Return the log-SNRs from t_min to T, floats where reading them is free."""
-    if not _traced() and fixed(sde):
+    if not traced() and fixed(sde):
         try:
             return _kept_span(sde)
         except TypeError:  # one that cannot be hashed
@@ -286,11 +307,6 @@ def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
         here = torch.device(device or "cpu")
     ends = _ends(sde, here)
     return _read(sde, ends) if readable(ends) else LogSNRSpan(ends[0], ends[1])
-
-
-def _traced() -> bool:
-    """Return whether tensors are those of a compiler or of a transform of torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 @functools.lru_cache(maxsize=64)
@@ -347,6 +363,6 @@ class LogNormalTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        z = draw(torch.randn, (n,), generator, device, dtype)
-        t = sde.time_at_log_snr(-2 * self.mean - (2 * self.std) * z)
+        log_ratio = draw(partial(_normal, self.mean, self.std), (n,), generator, device, dtype)
+        t = sde.time_at_log_snr(log_ratio * -2)
         return Drawn(t.clamp(sde.t_min, sde.T))
