@@ -143,14 +143,11 @@ def known_kernel(sde: object, t: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def rate_at(sde: _DiffusingSDE, t: Tensor) -> Tensor:
     """Return g^2 / sigma^2 at times t (B,), in float64."""
-    known = _known(sde, t)
-    if known is not None and known.rate is not None and known.rate._version == 0:
-        return known.rate
-    times, sigma = wide_times(sde, t), kernel_at(sde, t)[1]
-    rate = (sde.diffusion(times) / sigma).square()
-    if known is not None:
-        known.rate = rate
-    return rate
+    if (known := _known(sde, t)) is None:
+        return (sde.diffusion(within(t, sde.T)) / kernel_at(sde, t)[1]).square()
+    if known.rate is None or known.rate._version > 0:
+        known.rate = (sde.diffusion(known.times) / known.kernel[1]).square()
+    return known.rate
 
 
 def _known(sde: object, t: Tensor) -> _Schedule | None:

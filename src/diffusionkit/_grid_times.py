@@ -286,21 +286,17 @@ def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
 def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma for a state x (B, *D), each (B,)."""
     known = known_kernel(sde, t)  # at times that are validated, but not for this state
-    if known is not None and _is_state_at(x, t):
-        return known
-    point = _checked(sde, x, t)
-    return kernel_at(sde, t) if point is None else point.kernel
-
-
-def _is_state_at(x: Tensor, t: Tensor) -> bool:
-    """Return whether x is a state (B, *D) at validated times t (B,)."""
-    return (
-        isinstance(x, Tensor)
+    if (
+        known is not None
+        and isinstance(x, Tensor)
         and x.dtype.is_floating_point
         and x.shape[:1] == t.shape
         and x.device == t.device
-        and x.numel() > 0
-    )
+        and x.numel()
+    ):
+        return known
+    point = _checked(sde, x, t)
+    return kernel_at(sde, t) if point is None else point.kernel
 
 
 def _checked(sde: _SDE, x: Tensor, t: Tensor) -> GridPoint | None:

@@ -20,9 +20,9 @@ def exact(t: Tensor) -> Tensor:
 
 def within(t: Tensor, T: float) -> Tensor:
     """Return times in float64, at most T: in float32, T may have been rounded up."""
-    wide = exact(t)
-    if wide.dtype == t.dtype:
-        return wide
+    if t.dtype == torch.float64 or t.device.type == "mps":
+        return t
+    wide = t.double()
     scaled = T * (2**29 + 1)
     return wide.clamp_max(T) if scaled - (scaled - T) > T else wide
 

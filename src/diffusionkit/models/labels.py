@@ -193,7 +193,7 @@ def _number(sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float) 
 
     A network that looks labels up in a table rounds them down: 498.99997 would be step 498.
     """
-    dtype = torch.promote_types(t.dtype, torch.float32)
+    dtype = t.dtype if t.dtype.itemsize >= 4 else torch.float32
     if (i := steps_at(sde, t)) is not None and isinstance(sde, Chain):
 
         def made() -> Tensor:

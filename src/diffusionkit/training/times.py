@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -29,7 +30,6 @@ from .._checks import (
 )
 from .._kept import Kept, fixed
 from .._log_snr import LogSNRSpan
-from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
 from .._tracing import traced, transformed
 from ..distributed._group import first_of_all, is_distributed, rank_and_world_size
@@ -44,7 +44,7 @@ def times_and_weights(
 ) -> tuple[Tensor, Tensor | None]:
     """Return times and weights (B,) for data x0: drawn, or given; None for weights of 1."""
     # In the data's dtype, so that a model that computes with t stays in that dtype.
-    dtype = state_dtype(x0.dtype)
+    dtype = torch.float64 if x0.dtype is torch.float64 else torch.float32
     if t is None and type(sampler).sample is DrawnTimes.sample:  # not that of a subclass
         own: Any = sampler
         drawn: Drawn = own._draw(sde, x0.shape[0], generator, x0.device, dtype)
@@ -297,11 +297,9 @@ class ImportanceTimes(DrawnTimes):
 
 def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     """Return the log-SNRs from t_min to T, floats where reading them is free."""
-    if not traced() and fixed(sde):
-        try:
+    if not traced():
+        with contextlib.suppress(TypeError):
             return _kept_span(sde)
-        except TypeError:  # one that cannot be hashed
-            pass
     here = home(sde)
     if torch.compiler.is_compiling() and here.type == "cpu":
         here = torch.device(device or "cpu")
@@ -311,7 +309,13 @@ def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
 
 @functools.lru_cache(maxsize=64)
 def _kept_span(sde: ForwardSDE) -> LogSNRSpan:
-    """Return the log-SNRs of a process that is a value: equal ones have the same."""
+    """Return the log-SNRs of a process that is a value: equal ones have the same.
+
+    Raises:
+        TypeError: if the process may change, or cannot be hashed.
+    """
+    if not fixed(sde):  # asked once for each value, which takes as long as the lookup
+        raise TypeError("sde: expected a process that cannot change, got another")
     return _read(sde, _ends(sde, home(sde)))  # the host's, where reading is free
 
 
