@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -116,9 +116,10 @@ class StableTarget(TargetEstimator):
                 f"cond: expected no condition but class_labels, got {', '.join(cond)}; "
                 "references of other conditions would give a wrong target"
             )
+        x0 = at_least_float32(sample.x0)
         if isinstance(reference, Tensor):
             reference = at_least_float32(reference)  # as the data are
-        check_reference(reference, at_least_float32(sample.x0))
+        check_reference(reference, x0)
         if class_labels is not None or reference_class_labels is not None:
             _check_labels(class_labels, reference_class_labels, sample.x0, reference)
         if self.gather:
@@ -126,7 +127,7 @@ class StableTarget(TargetEstimator):
             reference_class_labels = (
                 None if reference_class_labels is None else gather_rows(reference_class_labels)
             )
-        x0, eps, reference = (_rows(v) for v in (sample.x0, sample.eps, reference))
+        x0, eps, reference = _rows(x0), _rows(at_least_float32(sample.eps)), _rows(reference)
         allowed = None  # all of them
         if class_labels is not None and reference_class_labels is not None:
             allowed = class_labels.unsqueeze(1) == reference_class_labels
@@ -187,8 +188,7 @@ class StableTarget(TargetEstimator):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return data (n, *D) as rows (n, d), in float32 at least."""
-    x = at_least_float32(x)
+    """Return data (n, *D) as rows (n, d)."""
     return x if x.ndim == 2 else x.reshape(len(x), -1)
 
 
@@ -204,7 +204,7 @@ def _by_differences(
     columns = torch.addcdiv(own, noise, ratio).T.unsqueeze(2).unbind()  # x / alpha
     curvature = ratio.square() * -0.5
     for block in blocks:
-        values = exact(block.T.contiguous()) - center.unsqueeze(1)
+        values = (exact(block) - center).T.contiguous()
         logits: Tensor | None = None
         for value, column in zip(values.unbind(), columns, strict=True):
             difference = value - column
@@ -212,7 +212,8 @@ def _by_differences(
                 logits = difference.square_()
             else:
                 logits.addcmul_(difference, difference)
-        yield cast(Tensor, logits).mul_(curvature), values.T
+        if logits is not None:  # D >= 1
+            yield logits.mul_(curvature), values.T
 
 
 def _by_products(
