@@ -50,7 +50,7 @@ class Drawn:
     rate: Tensor | None = None
 
 
-class _Schedule:
+class Schedule:
     """The schedule at times (B,), and when it may be used.
 
     Args:
@@ -104,7 +104,7 @@ def with_schedule(sde: _SDE, drawn: Drawn) -> Tensor:
     wide._within = sde.T
     alpha, sigma = sde.marginal(wide) if drawn.kernel is None else drawn.kernel
     if not (alpha.is_inference() or sigma.is_inference()):
-        carrier._schedule = _Schedule(sde, carrier, wide, (alpha, sigma), drawn)
+        carrier._schedule = Schedule(sde, carrier, wide, (alpha, sigma), drawn)
     found: Tensor = carrier
     return found
 
@@ -119,40 +119,34 @@ def validated(t: Tensor, T: float) -> Tensor:
 
 def wide_times(sde: _SDE, t: Tensor) -> Tensor:
     """Return times t (B,) in float64, at most T."""
-    known = _known(sde, t)
+    known = known_at(sde, t)
     return within(t, sde.T) if known is None else known.times
 
 
 def steps_at(sde: object, t: Tensor) -> Tensor | None:
     """Return the steps (B,) of a chain that end at times t (B,), from 0, where they are known."""
-    known = _known(sde, t)
+    known = known_at(sde, t)
     return None if known is None else known.steps
 
 
 def kernel_at(sde: _SDE, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma at times t (B,), in float64."""
-    known = _known(sde, t)
+    known = known_at(sde, t)
     return sde.marginal(within(t, sde.T)) if known is None else known.kernel
-
-
-def known_kernel(sde: object, t: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return alpha and sigma at times t (B,), in float64, if they are known."""
-    known = _known(sde, t)
-    return None if known is None else known.kernel
 
 
 def rate_at(sde: _DiffusingSDE, t: Tensor) -> Tensor:
     """Return g^2 / sigma^2 at times t (B,), in float64."""
-    if (known := _known(sde, t)) is None:
+    if (known := known_at(sde, t)) is None:
         return (sde.diffusion(within(t, sde.T)) / kernel_at(sde, t)[1]).square()
     if known.rate is None or known.rate._version > 0:
         known.rate = (sde.diffusion(known.times) / known.kernel[1]).square()
     return known.rate
 
 
-def _known(sde: object, t: Tensor) -> _Schedule | None:
+def known_at(sde: object, t: Tensor) -> Schedule | None:
     """Return the schedule of a process at times as they are now, or None."""
-    found: _Schedule | None = getattr(t, "_schedule", None)
+    found: Schedule | None = getattr(t, "_schedule", None)
     if found is None or found.sde is not sde or found.grad is not torch.is_grad_enabled():
         return None
     alpha, sigma = found.kernel

@@ -6,6 +6,8 @@ where the whole batch is at one time. `expand` prepares either for multiplying a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias, cast
 
 import torch
@@ -15,6 +17,13 @@ from ._ones import are_ones, ones_like
 from ._tracing import transformed
 
 Coefficient: TypeAlias = Tensor | float
+
+# (x - y)^2, one operation forward and one backward: torch.nn.functional.mse_loss without its
+# preparations, which take three times as long as the operation.
+squares: Callable[[Tensor, Tensor], Tensor] = partial(
+    torch._C._nn.mse_loss,
+    reduction=0,  # type: ignore[arg-type]
+)
 
 
 def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
@@ -102,13 +111,6 @@ def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0)
     if factor.dtype == mean.dtype:
         return torch.addcmul(mean, factor, noise, value=value, out=out)
     return (mean + value * factor * noise).to(mean.dtype)
-
-
-def squares(x: Tensor, y: Tensor) -> Tensor:
-    """Return (x - y)^2: one operation forward and one backward."""
-    # torch.nn.functional.mse_loss without its preparations, which take as long as the operation.
-    found: Tensor = torch._C._nn.mse_loss(x, y, 0)  # type: ignore[arg-type]
-    return found
 
 
 def per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:

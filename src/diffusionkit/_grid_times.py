@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._batch_times import kernel_at, known_kernel
+from ._batch_times import kernel_at, known_at
 from ._checks import check_state, check_times, readable
 from ._coefficients import Coefficient
 from ._kept import fixed
@@ -285,7 +285,7 @@ def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
 
 def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma for a state x (B, *D), each (B,)."""
-    known = known_kernel(sde, t)  # at times that are validated, but not for this state
+    known = known_at(sde, t)  # at times that are validated, but not for this state
     if (
         known is not None
         and isinstance(x, Tensor)
@@ -294,7 +294,7 @@ def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         and x.device == t.device
         and x.numel()
     ):
-        return known
+        return known.kernel
     point = _checked(sde, x, t)
     return kernel_at(sde, t) if point is None else point.kernel
 

@@ -154,7 +154,7 @@ class Prediction:
         self._x0, self._eps, self._output = None, None, _fitting(wide, output, "output")
         self._alpha, self._sigma, self._a, self._b = alpha, sigma, a, b
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
-        self._unit = "eps" if equals(a, 0.0) else None
+        self._unit = None if isinstance(a, Tensor) or a != 0.0 else "eps"
         return self
 
     @classmethod

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._batch_times import known_kernel, steps_at
+from .._batch_times import known_at, steps_at
 from .._checks import check_count, check_positive, numbers
 from .._grid_times import grid_point, schedule
 from .._kept import Kept
@@ -146,10 +146,10 @@ class LogSigmaLabel:
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return scale log(sigma / (alpha reference)), (B,)."""
-        if (kernel := known_kernel(sde, t)) is None:
+        if (known := known_at(sde, t)) is None:
             label = sde.log_snr(t) * (-0.5 * self.scale)
             return label if self.reference == 1 else label - self.scale * math.log(self.reference)
-        alpha, sigma = kernel
+        alpha, sigma = known.kernel
         ratio = sigma if are_ones(alpha) else sigma / alpha
         label = torch.log(ratio if self.reference == 1 else ratio * (1 / self.reference))
         return (label if self.scale == 1 else label * self.scale).to(t.dtype)

@@ -208,7 +208,7 @@ class ScoreMatching(Described):
         squares = mean(squares, mask)
         weights = output_weights(self.weighting, sde, prediction, t)
         if weights is None:
-            weighted = weighted_losses(squares, weight)
+            weighted = squares if weight is None else weighted_losses(squares, weight)
         else:
             if not free and _may_be_infinite(sde):
                 weights = limits(weights, self.weighting, sde, prediction, t)

@@ -28,15 +28,13 @@ from .._checks import (
     check_times,
     readable,
 )
-from .._kept import Kept, fixed
+from .._kept import fixed
 from .._log_snr import LogSNRSpan
 from .._schedules import home, schedule_dtype
 from .._tracing import traced, transformed
 from ..distributed._group import first_of_all, is_distributed, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, draw
-
-_EVEN: Kept[Tensor] = Kept()
 
 
 def times_and_weights(
@@ -99,17 +97,13 @@ def _stratified(
             f"generator: expected a torch.Generator or None, got {type(generator).__name__}; "
             f"{type(sampler).__name__} shifts the whole batch by one draw"
         )
-    shift, offset = draw(torch.rand, (1,), generator, device, dtype), 0.0
+    shift = draw(torch.rand, (1,), generator, device, dtype)
+    index = torch.arange(n, device=device, dtype=dtype)
     # Where no gradients are wanted, as in an evaluation by one process, the others do not draw.
     if is_distributed() and torch.is_grad_enabled():
         rank, world = rank_and_world_size()
-        shift, offset = first_of_all(shift), rank / world
-    key = n, offset, shift.device, dtype
-
-    def even() -> Tensor:
-        return (torch.arange(n, device=shift.device, dtype=dtype) + offset) / n
-
-    return (shift + _EVEN.get(key, even)) % 1.0
+        shift, index = first_of_all(shift), index + rank / world
+    return (shift + index / n) % 1.0
 
 
 def _uniform(low: float, high: float, shape: Sequence[int], **kwargs: Any) -> Tensor:
