@@ -15,26 +15,29 @@ FILES = sorted(ROOT.rglob("*.py"))
 PRIVATE = {
     "_batch_conditions", "_batch_times", "_checks", "_coefficients", "_data_range", "_gaussian",
     "_grid_times", "_hints", "_kept", "_keywords", "_log_snr", "_loops", "_nfe", "_precision",
-    "_ones", "_repr", "_returned", "_schedules", "_sigma_data", "distributed", "random",
+    "_ones", "_repr", "_returned", "_schedules", "_sigma_data", "_tracing", "_units",
+    "distributed", "random",
 }  # fmt: skip
 BASE = {*PRIVATE, "values", "interfaces", "_masks", "_model_checks"}
 CORE = {*BASE, "_chain_terms", "_flow_solver", "decoders", "sde", "models"}
 MAY_IMPORT = {
     "_requirements": set(),
     "_batch_conditions": set(),
-    "_batch_times": {"_schedules"},
+    "_batch_times": {"_schedules", "_tracing"},
     "_hints": set(),
     "_keywords": set(),
-    "_checks": {"_hints"},
+    "_checks": {"_hints", "_tracing"},
     "_data_range": {"_checks", "distributed"},
     "distributed": {"_checks", "_requirements"},
-    "_schedules": set(),
+    "_schedules": {"_tracing"},
     "_sigma_data": {"_checks", "_kept", "_schedules"},
     "_gaussian": {"_precision", "_schedules"},
-    "_coefficients": {"_ones"},
-    "_ones": set(),
+    "_coefficients": {"_ones", "_tracing"},
+    "_ones": {"_tracing"},
+    "_tracing": set(),
+    "_units": set(),
     "_grid_times": {"_batch_times", "_checks", "_coefficients", "_kept", "_schedules"},
-    "_kept": {"_requirements"},
+    "_kept": {"_requirements", "_tracing"},
     "_log_snr": {"_coefficients"},
     "_loops": {"distributed"},
     "_nfe": {"_batch_conditions"},
@@ -67,7 +70,7 @@ MAY_IMPORT = {
     "testing": CORE,
     "diagnostics": {*CORE, "training"},
     "calibration": {"_checks", "_masks", "_precision", "_repr", "random"},
-    "ops": {"_checks", "_kept"},
+    "ops": {"_checks", "_kept", "_tracing"},
     "networks": {
         "_checks",
         "_coefficients",
@@ -76,6 +79,7 @@ MAY_IMPORT = {
         "_keywords",
         "_magnitude",
         "_repr",
+        "_tracing",
         "ops",
     },
     "checkpoints": {

@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 
 from ._schedules import within
+from ._tracing import traced
 
 
 class _SDE(Protocol):
     T: float
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class _DiffusingSDE(_SDE, Protocol):
+    def diffusion(self, t: Tensor) -> Tensor: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +39,7 @@ class Drawn:
         exact: the times in float64 and on their validated range, if they were drawn so.
         kernel: alpha and sigma at the exact times.
         steps: the steps (B,) of a chain that end at these times, numbered from 0.
+        rate: g^2 / sigma^2 at the exact times.
     """
 
     t: Tensor
@@ -41,9 +47,10 @@ class Drawn:
     exact: Tensor | None = None
     kernel: tuple[Tensor, Tensor] | None = None
     steps: Tensor | None = None
+    rate: Tensor | None = None
 
 
-class _Schedule:
+class Schedule:
     """The schedule at times (B,), and when it may be used.
 
     Args:
@@ -51,10 +58,10 @@ class _Schedule:
         t: the times.
         times: the times in float64.
         kernel: alpha and sigma in float64.
-        steps: the steps of a chain that end at the times, or None.
+        drawn: what else was computed to draw the times.
     """
 
-    __slots__ = ("grad", "kernel", "sde", "steps", "times", "version")
+    __slots__ = ("grad", "kernel", "rate", "sde", "steps", "times", "version")
 
     def __init__(
         self,
@@ -62,22 +69,20 @@ class _Schedule:
         t: Tensor,
         times: Tensor,
         kernel: tuple[Tensor, Tensor],
-        steps: Tensor | None,
+        drawn: Drawn,
     ) -> None:
-        self.sde, self.times, self.kernel, self.steps = sde, times, kernel, steps
-        self.grad, self.version = torch.is_grad_enabled(), _version(t, times, *kernel)
-
-
-def _version(t: Tensor, times: Tensor, alpha: Tensor, sigma: Tensor) -> int:
-    """Return a number that grows when one of the tensors is changed in place."""
-    return t._version + times._version + alpha._version + sigma._version
+        self.sde, self.times, self.kernel = sde, times, kernel
+        self.rate, self.steps = drawn.rate, drawn.steps
+        self.grad = torch.is_grad_enabled()
+        # A number that grows when one of the tensors is changed in place.
+        alpha, sigma = kernel
+        self.version = t._version + times._version + alpha._version + sigma._version
 
 
 def can_carry(t: Tensor) -> bool:
     """Return whether times can carry a schedule."""
     return not (
-        torch.compiler.is_compiling()  # a compiler finds equal expressions itself
-        or torch._C._are_functorch_transforms_active()
+        traced()  # a compiler finds equal expressions itself
         or torch.is_inference_mode_enabled()  # whose tensors have no versions
         or t.is_inference()
     )
@@ -93,13 +98,13 @@ def with_schedule(sde: _SDE, drawn: Drawn) -> Tensor:
         return t
     carrier: Any = t
     carrier._within = sde.T
-    if times is None:
-        times = within(t, sde.T)
-    # Another tensor than the one that carries it, or each would hold the other.
-    times = validated(t.view(t.shape) if times is t else times, sde.T)
-    alpha, sigma = sde.marginal(times) if drawn.kernel is None else drawn.kernel
+    wide: Any = within(t, sde.T) if times is None else times
+    if wide is t:
+        wide = t.view(t.shape)  # another tensor, or each would hold the other
+    wide._within = sde.T
+    alpha, sigma = sde.marginal(wide) if drawn.kernel is None else drawn.kernel
     if not (alpha.is_inference() or sigma.is_inference()):
-        carrier._schedule = _Schedule(sde, carrier, times, (alpha, sigma), drawn.steps)
+        carrier._schedule = Schedule(sde, carrier, wide, (alpha, sigma), drawn)
     found: Tensor = carrier
     return found
 
@@ -114,30 +119,36 @@ def validated(t: Tensor, T: float) -> Tensor:
 
 def wide_times(sde: _SDE, t: Tensor) -> Tensor:
     """Return times t (B,) in float64, at most T."""
-    known = _known(sde, t)
+    known = known_at(sde, t)
     return within(t, sde.T) if known is None else known.times
 
 
 def steps_at(sde: object, t: Tensor) -> Tensor | None:
     """Return the steps (B,) of a chain that end at times t (B,), from 0, where they are known."""
-    known = _known(sde, t)
+    known = known_at(sde, t)
     return None if known is None else known.steps
 
 
 def kernel_at(sde: _SDE, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma at times t (B,), in float64."""
-    known = _known(sde, t)
+    known = known_at(sde, t)
     return sde.marginal(within(t, sde.T)) if known is None else known.kernel
 
 
-def _known(sde: object, t: Tensor) -> _Schedule | None:
+def rate_at(sde: _DiffusingSDE, t: Tensor) -> Tensor:
+    """Return g^2 / sigma^2 at times t (B,), in float64."""
+    if (known := known_at(sde, t)) is None:
+        return (sde.diffusion(within(t, sde.T)) / kernel_at(sde, t)[1]).square()
+    if known.rate is None or known.rate._version > 0:
+        known.rate = (sde.diffusion(known.times) / known.kernel[1]).square()
+    return known.rate
+
+
+def known_at(sde: object, t: Tensor) -> Schedule | None:
     """Return the schedule of a process at times as they are now, or None."""
-    found: _Schedule | None = getattr(t, "_schedule", None)
-    if (
-        found is None
-        or found.sde is not sde
-        or found.grad is not torch.is_grad_enabled()
-        or found.version != _version(t, found.times, *found.kernel)
-    ):
+    found: Schedule | None = getattr(t, "_schedule", None)
+    if found is None or found.sde is not sde or found.grad is not torch.is_grad_enabled():
         return None
-    return found
+    alpha, sigma = found.kernel
+    version = t._version + found.times._version + alpha._version + sigma._version
+    return found if version == found.version else None

@@ -6,14 +6,24 @@ where the whole batch is at one time. `expand` prepares either for multiplying a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from ._ones import are_ones, ones_like
+from ._tracing import transformed
 
 Coefficient: TypeAlias = Tensor | float
+
+# (x - y)^2, one operation forward and one backward: torch.nn.functional.mse_loss without its
+# preparations, which take three times as long as the operation.
+squares: Callable[[Tensor, Tensor], Tensor] = partial(
+    torch._C._nn.mse_loss,
+    reduction=0,  # type: ignore[arg-type]
+)
 
 
 def expand(coefficient: Coefficient, like: Tensor) -> Coefficient:
@@ -49,7 +59,7 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
         or isinstance(second, Tensor)
         or x.dtype != y.dtype
         or torch.compiler.is_compiling()
-        or _transformed()
+        or transformed()
     ):
         if first == 1.0:
             return torch.add(x, y, alpha=second)
@@ -63,7 +73,7 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
     out = x * expand(first, x)
     # In place: for images, fresh memory costs more than the arithmetic. Under vmap the sum may
     # have a dimension that the product lacks.
-    fresh = _transformed()
+    fresh = transformed()
     if isinstance(second, Tensor):
         out = torch.addcmul(out, y, second) if fresh else out.addcmul_(y, second)
     else:
@@ -72,13 +82,27 @@ def linear(first: Coefficient, x: Tensor, second: Coefficient, y: Tensor) -> Ten
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
+def noised(alpha: Tensor, x0: Tensor, sigma: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return alpha x0 + sigma eps for coefficients (B,), and the two in the dtype of the state."""
+    dtype, shape = x0.dtype, (-1, *(1,) * (x0.ndim - 1))
+    std = sigma.to(dtype=dtype)
+    if are_ones(alpha):
+        return torch.addcmul(x0, eps, std.view(shape)), torch.ones_like(alpha, dtype=dtype), std
+    scale = alpha.to(dtype=dtype)
+    x = x0 * scale.view(shape)
+    noise = std.view(shape)
+    # In place, as in `linear`.
+    x = torch.addcmul(x, eps, noise) if transformed() else x.addcmul_(eps, noise)
+    return x, scale, std
+
+
 def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0) -> Tensor:
     """Return mean + value * std * noise, in the dtype of mean.
 
     The result reuses the noise's memory where no gradient is recorded: pass noise that is not
     used elsewhere. The standard deviation is (B,), (B, 1, ..., 1) or a float.
     """
-    out = None if torch.is_grad_enabled() or _transformed() else noise
+    out = None if torch.is_grad_enabled() or transformed() else noise
     if not isinstance(std, Tensor):
         if out is None or torch.compiler.is_compiling():
             return add_scaled(mean, noise, value * std)
@@ -87,11 +111,6 @@ def add_noise(mean: Tensor, std: Coefficient, noise: Tensor, value: float = 1.0)
     if factor.dtype == mean.dtype:
         return torch.addcmul(mean, factor, noise, value=value, out=out)
     return (mean + value * factor * noise).to(mean.dtype)
-
-
-def _transformed() -> bool:
-    """Return whether a transform of torch.func, such as vmap, is active."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def per_sample(coefficient: Coefficient, x: Tensor) -> Tensor:

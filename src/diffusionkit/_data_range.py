@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ._checks import can_be_read, readable
+from ._checks import readable
 from .distributed._wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_range(x: Tensor, model: object, name: str = "x", mask: Tensor | None =
 
 
 def check_training_data(x0: Tensor, model: Any, mask: Tensor | None = None) -> None:
-    """Raise if data for training are in another range than the model's, see `check_range`.
+    """Raise if data for training, which can be read, are outside the model's range.
 
     In the first call with a model values are read on every device, and further mistakes found:
     data that fill only the upper half of the range, such as images in [0, 1] for [-1, 1], and
@@ -41,8 +41,9 @@ def check_training_data(x0: Tensor, model: Any, mask: Tensor | None = None) -> N
     Raises:
         ValueError: if the data are in another range.
     """
-    if not can_be_read(x0) or (calls := _calls.get(model, 0)) >= _CALLS:
-        check_range(x0, model, "x0", mask)
+    if (calls := _calls.get(model, 0)) >= _CALLS:
+        if getattr(model, "data_range", None) is not None:
+            check_range(x0, model, "x0", mask)
         return
     x = _selected(x0, mask).float()
     if x.numel() == 0:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._batch_times import kernel_at
+from ._batch_times import kernel_at, known_at
 from ._checks import check_state, check_times, readable
 from ._coefficients import Coefficient
 from ._kept import fixed
@@ -284,6 +284,16 @@ def kernel(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Coefficient, Coefficient]:
 
 def kernel_tensors(sde: _SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return alpha and sigma for a state x (B, *D), each (B,)."""
+    known = known_at(sde, t)  # at times that are validated, but not for this state
+    if (
+        known is not None
+        and isinstance(x, Tensor)
+        and x.dtype.is_floating_point
+        and x.shape[:1] == t.shape
+        and x.device == t.device
+        and x.numel()
+    ):
+        return known.kernel
     point = _checked(sde, x, t)
     return kernel_at(sde, t) if point is None else point.kernel
 
@@ -303,10 +313,21 @@ def noise_at(t: Tensor) -> float:
     return point.sigma
 
 
-def floats(alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
-    """Return alpha and sigma (B,) as floats if they are those at a time of a grid."""
+def with_values(
+    owner: object, name: str, alpha: Tensor, sigma: Tensor
+) -> tuple[Coefficient, Coefficient, tuple[Coefficient, ...]]:
+    """Return alpha and sigma (B,) as floats if they are those at a time of a grid, and `evaluate`.
+
+    Args:
+        owner: the object that has the method.
+        name: the method's name.
+        alpha: the scale of the data (B,).
+        sigma: the standard deviation of the noise (B,).
+    """
     point: GridPoint | None = getattr(alpha, "_grid_point", None)
-    return (alpha, sigma) if point is None else (point.alpha, point.sigma)
+    if point is None:
+        return alpha, sigma, getattr(owner, name)(alpha, sigma)
+    return point.alpha, point.sigma, point.grid.values(owner, name)[point.index]
 
 
 def evaluate(owner: object, name: str, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, ...]:

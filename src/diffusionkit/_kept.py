@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import _requirements as _requirements  # also where `__init__` is another project's
+from ._tracing import traced
 
 T = TypeVar("T")
 
@@ -33,11 +34,7 @@ class Kept(Generic[T]):
         if found is None:
             with torch.inference_mode(False):
                 found = make()
-            if not (
-                torch.compiler.is_compiling()
-                or is_in_torch_dispatch_mode()
-                or torch._C._are_functorch_transforms_active()
-            ):
+            if not (traced() or is_in_torch_dispatch_mode()):
                 self._made[key] = found
         return found
 

@@ -59,7 +59,7 @@ class LogSNRSpan:
 
     def at(self, u: Tensor) -> Tensor:
         """Return the log-SNRs (n,) above which a fraction u (n,) of the distribution lies."""
-        level = self.first - self.length * u
+        level = u * -self.length + self.first
         if self.uniform:
             return level
         below = (self.floor - level).clamp(0.0, 2.0)

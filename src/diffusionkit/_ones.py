@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._tracing import traced
+
 
 def ones_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return ones like x, in another dtype if there is one, that are known to be ones."""
     ones: Any = torch.ones_like(x, dtype=dtype)
-    if not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or ones.is_inference()  # which has no version
-    ):
+    # Validated times, which are marked themselves, are not traced.
+    plain = hasattr(x, "_within") or not traced()
+    if plain and not ones.is_inference():  # which has no version
         ones._ones = id(ones), ones._version
     marked: Tensor = ones
     return marked

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._tracing import transformed
+
 Marginal = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -18,9 +20,9 @@ def exact(t: Tensor) -> Tensor:
 
 def within(t: Tensor, T: float) -> Tensor:
     """Return times in float64, at most T: in float32, T may have been rounded up."""
-    wide = exact(t)
-    if wide.dtype == t.dtype:
-        return wide
+    if t.dtype == torch.float64 or t.device.type == "mps":
+        return t
+    wide = t.double()
     scaled = T * (2**29 + 1)
     return wide.clamp_max(T) if scaled - (scaled - T) > T else wide
 
@@ -66,7 +68,7 @@ def drift_and_diffusion(marginal: Marginal, t: Tensor, T: float) -> tuple[Tensor
 
     Differentiable where t or a learned schedule is.
     """
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         return _forward_mode(marginal, t, T)
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():

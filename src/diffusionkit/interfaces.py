@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from ._batch_times import kernel_at
 from ._checks import check_floating_dtype, check_shape, check_state, check_times, check_transition
-from ._coefficients import linear, per_sample
+from ._coefficients import linear, noised
 from ._gaussian import normal_log_prob
 from ._grid_times import kernel_tensors
 from ._nfe import counts
@@ -160,11 +160,11 @@ class ForwardSDE(abc.ABC):
         check_times(t, self.T, x0.shape[0], x0)
         if eps is not None:
             eps = at_least_float32(given_noise(x0, eps))
-        x0 = at_least_float32(x0)
+        x0 = x0 if x0.dtype.itemsize >= 4 else x0.float()
         eps = randn_like(x0, generator) if eps is None else eps
         alpha, sigma = kernel_at(self, t)
-        alpha, sigma = per_sample(alpha, x0), per_sample(sigma, x0)
-        return Perturbed(x0, eps, linear(alpha, x0, sigma, eps), t, alpha, sigma)
+        x, alpha, sigma = noised(alpha, x0, sigma, eps)
+        return Perturbed(x0, eps, x, t, alpha, sigma)
 
     def prior_sample(
         self,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from ._checks import readable
-from ._coefficients import Coefficient, equals, linear, per_sample, scaled
+from ._coefficients import Coefficient, equals, linear, per_sample, scaled, squares
 from ._precision import at_least_float32
 from ._repr import Described
 
@@ -90,6 +90,7 @@ class Prediction:
         "_log_var_fraction",
         "_output",
         "_sigma",
+        "_unit",
         "_x",
         "_x0",
     )
@@ -100,6 +101,7 @@ class Prediction:
     _output: Tensor | None
     _a: Coefficient
     _b: Coefficient
+    _unit: Hashable  # the output whose error is `output_error`, see _units.py
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class Prediction:
         self._x0, self._eps = _fitting(wide, x0, "x0"), _fitting(wide, eps, "eps")
         self._alpha, self._sigma = alpha, sigma
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
-        self._output, self._a, self._b = None, 0.0, 1.0
+        self._output, self._a, self._b, self._unit = None, 0.0, 1.0, None
 
     @override
     def __repr__(self) -> str:
@@ -148,10 +150,11 @@ class Prediction:
                 (B, *D), or None.
         """
         self = object.__new__(cls)  # which Dynamo of torch 2.6 can trace
-        self._x = wide = at_least_float32(x)
+        self._x = wide = x if x.dtype.itemsize >= 4 else at_least_float32(x)
         self._x0, self._eps, self._output = None, None, _fitting(wide, output, "output")
         self._alpha, self._sigma, self._a, self._b = alpha, sigma, a, b
         self._log_var, self._log_var_fraction = log_var, log_var_fraction
+        self._unit = None if isinstance(a, Tensor) or a != 0.0 else "eps"
         return self
 
     @classmethod
@@ -337,12 +340,12 @@ class Prediction:
         Args:
             target: the data and noise to compare with, with the same noisy state.
         """
-        if self._output is not None and equals(self._a, 0.0):
-            if equals(self._b, 1.0):
-                return _squares(self._output, target.eps)
-            if equals(self._b, -1.0):
-                return _squares(self._output, -target.eps)  # of either sign
-        return _squares(*self._compared(target))
+        if self._output is not None and self._unit == "eps" and not isinstance(self._b, Tensor):
+            if self._b == 1.0:
+                return squares(self._output, target.eps)
+            if self._b == -1.0:
+                return squares(self._output, -target.eps)  # of either sign
+        return squares(*self._compared(target))
 
     def _compared(self, target: Prediction) -> tuple[Tensor, Tensor]:
         """Return the value whose error is that of the output, and its target, each (B, *D)."""
@@ -388,10 +391,3 @@ def _fitting(x: Tensor, value: Tensor, name: str) -> Tensor:
             f"{name}: expected the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
         )
     return value if value.dtype == x.dtype else value.to(x.dtype)
-
-
-def _squares(x: Tensor, y: Tensor) -> Tensor:
-    """Return (x - y)^2: one operation forward and one backward."""
-    # torch.nn.functional.mse_loss without its preparations, which take as long as the operation.
-    squares: Tensor = torch._C._nn.mse_loss(x, y, 0)  # type: ignore[arg-type]
-    return squares

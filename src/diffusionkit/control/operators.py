@@ -26,6 +26,7 @@ from .._checks import (
 )
 from .._precision import at_least_float32
 from .._repr import Described
+from .._tracing import transformed
 from ..random import randn_like
 
 
@@ -100,7 +101,7 @@ class _Table:
             with torch.inference_mode(False):  # autograd may save it later
                 copy = self.exact.to(dtype).to(device)
             # A tensor made inside a functorch transform is invalid after it.
-            if not torch._C._are_functorch_transforms_active():
+            if not transformed():
                 self.copies[dtype, device] = copy
         return copy
 

@@ -26,9 +26,9 @@ def check_gradients_averaged(model: nn.Module) -> None:
             model, and not being called.
     """
     if (
-        torch.compiler.is_compiling()
+        not is_distributed()
+        or torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
-        or not is_distributed()
         or rank_and_world_size()[1] == 1
         or model in _averaged
     ):

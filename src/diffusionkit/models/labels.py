@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._batch_times import steps_at
+from .._batch_times import known_at, steps_at
 from .._checks import check_count, check_positive, numbers
 from .._grid_times import grid_point, schedule
 from .._kept import Kept
+from .._ones import are_ones
 from .._schedules import exact, slack, snapped
 from ..interfaces import ForwardSDE
 from ..sde.chain import Chain
@@ -145,8 +146,13 @@ class LogSigmaLabel:
 
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         """Return scale log(sigma / (alpha reference)), (B,)."""
-        label = sde.log_snr(t) * (-0.5 * self.scale)
-        return label if self.reference == 1 else label - self.scale * math.log(self.reference)
+        if (known := known_at(sde, t)) is None:
+            label = sde.log_snr(t) * (-0.5 * self.scale)
+            return label if self.reference == 1 else label - self.scale * math.log(self.reference)
+        alpha, sigma = known.kernel
+        ratio = sigma if are_ones(alpha) else sigma / alpha
+        label = torch.log(ratio if self.reference == 1 else ratio * (1 / self.reference))
+        return (label if self.scale == 1 else label * self.scale).to(t.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ def _number(sde: ForwardSDE, t: Tensor, steps: float, first: int, scale: float) 
 
     A network that looks labels up in a table rounds them down: 498.99997 would be step 498.
     """
-    dtype = torch.promote_types(t.dtype, torch.float32)
+    dtype = t.dtype if t.dtype.itemsize >= 4 else torch.float32
     if (i := steps_at(sde, t)) is not None and isinstance(sde, Chain):
 
         def made() -> Tensor:

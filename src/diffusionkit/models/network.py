@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from typing_extensions import override
 
 from .._checks import check_callable, check_choice, check_data_range, check_part
 from .._coefficients import Coefficient
-from .._grid_times import evaluate, floats, kernel_tensors, label_at
+from .._grid_times import kernel_tensors, label_at, with_values
 from .._keywords import explained
-from .._precision import NetworkDtype, at_least_float32, narrowed, state_dtype
+from .._precision import NetworkDtype, narrowed, state_dtype
+from .._units import keep_unit
 from ..interfaces import ForwardSDE, ScoreModel
 from ..values import Prediction
 from ._exact_labels import LabelGuard
@@ -94,6 +95,17 @@ class NetworkModel(ScoreModel):
         self._guard = LabelGuard(network)
         check_network_labels(self)
 
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name no output where a subclass has another parameterization."""
+        super().__init_subclass__(**kwargs)
+        keep_unit(cls, "parameterization")
+
+    @property
+    def _unit(self) -> Hashable:
+        """The name of the output where a weighting has one, see _units.py."""
+        return None
+
     @staticmethod
     def _default_label() -> Label:
         return TimeLabel()
@@ -123,8 +135,9 @@ class NetworkModel(ScoreModel):
                 only).
             TypeError: if x or t is not a floating-point tensor.
         """
-        kernel = kernel_tensors(self.sde, x, t)
-        x, network = at_least_float32(x), self.network
+        sde, network = self.sde, self.network
+        kernel = kernel_tensors(sde, x, t)
+        x = x if x.dtype.itemsize >= 4 else x.float()
         dtype = self._dtype(network)
         inputs = self.scale_input(x, *kernel)
         if dtype is None:
@@ -134,25 +147,26 @@ class NetworkModel(ScoreModel):
             cond = {name: _like_weights(value, dtype) for name, value in cond.items()}
         # In half precision a label could not distinguish a thousand times.
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        noise_label = label_at(self.label, self.sde, t, wide)
+        noise_label = label_at(self.label, sde, t, wide)
         if noise_label is None:
-            noise_label = checked_label(self.label(self.sde, t), t)
+            noise_label = checked_label(self.label(sde, t), t)
             if noise_label.dtype is not wide:
                 noise_label = noise_label.to(dtype=wide)
         output = self._guard(network, inputs, noise_label, cond)
         learned = self.variance in _LEARNED
         if learned or not isinstance(output, Tensor) or output.shape != x.shape:
             output = self._tensor(output, x)
-        (alpha, sigma), (a, b) = floats(*kernel), evaluate(self, "parameterization", *kernel)
-        if not learned:
-            output = self._unscaled(output, x, *kernel)
-            return Prediction.from_output(x, output, alpha, sigma, a=a, b=b)
-        output, v = output.to(x.dtype).chunk(2, 1)
+        alpha, sigma, (a, b) = with_values(self, "parameterization", *kernel)
+        variances = {}
+        if learned:
+            output, v = output.to(x.dtype).chunk(2, 1)
+            raw = self.variance == "learned"
+            variances = {"log_var": v} if raw else {"log_var_fraction": (v + 1) / 2}
         output = self._unscaled(output, x, *kernel)
-        name, value = (
-            ("log_var", v) if self.variance == "learned" else ("log_var_fraction", (v + 1) / 2)
-        )
-        return Prediction.from_output(x, output, alpha, sigma, a=a, b=b, **{name: value})
+        prediction = Prediction.from_output(x, output, alpha, sigma, a=a, b=b, **variances)
+        if (unit := self._unit) is not None:
+            prediction._unit = unit
+        return prediction
 
     def _tensor(self, output: Any, x: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
@@ -263,6 +277,11 @@ class VelocityModel(NetworkModel):
     >>> model.predict(torch.ones(1, 2), torch.tensor([1.0])).x0
     tensor([[2., 2.]])
     """
+
+    @property
+    @override
+    def _unit(self) -> Hashable:
+        return "velocity"
 
     @override
     def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:

@@ -244,18 +244,21 @@ def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
     Args:
         parts: logits (B, m), with values (m, D), or (B, m, D) if they differ by row. A logit of
-            minus infinity excludes a value; every row must include at least one.
+            minus infinity excludes a value; every row must include at least one. The logits are
+            overwritten where no gradients are recorded.
     """
     top: Tensor | None = None
-    total = mean = torch.empty(())
+    total: Any = 0.0
+    mean: Any = 0.0
     for logits, values in parts:
-        peak = logits.detach().amax(1, keepdim=True)
+        peak = (logits.detach() if logits.requires_grad else logits).amax(1, keepdim=True)
         # Finite: no inf - inf.
         peak = peak.clamp_min(torch.finfo(torch.float32).min) if top is None else peak.maximum(top)
         # Weights as good as 0 are normal numbers: exponentials that underflow take five times as
         # long on a CPU.
         least = math.log(torch.finfo(logits.dtype).tiny) + 1
-        weights = (logits - peak).clamp_min_(least).exp_()
+        shifted = logits - peak if torch.is_grad_enabled() else logits.sub_(peak)
+        weights = shifted.clamp_min_(least).exp_()
         part = weights @ values if values.ndim == 2 else (weights.unsqueeze(1) @ values).squeeze(1)
         if top is None:
             total, mean = weights.sum(1, keepdim=True), part
@@ -264,4 +267,5 @@ def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
             total = decay * total + weights.sum(1, keepdim=True)
             mean = decay * mean + part
         top = peak
-    return mean / total
+    found: Tensor = mean / total
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 from .._coefficients import expand
 from .._grid_times import evaluate
 from .._keywords import explained
+from .._ones import product
 from .._precision import at_least_float32
 from .._schedules import exact
 from .._sigma_data import (
@@ -91,14 +92,19 @@ class EDMModel(NetworkModel):
     def _default_label() -> Label:
         return LogSigmaLabel()
 
+    @property
+    @override
+    def _unit(self) -> Hashable:
+        return "edm", self._overall
+
     def _std(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return alpha S, the standard deviation of the state; finite at alpha = 0."""
         return torch.hypot(sigma, alpha * self._overall)
 
     @override
     def parameterization(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        std = self._std(alpha, sigma)
-        return sigma / (self._overall * std), -self._overall * alpha / std
+        (scale,) = self._input_scale(alpha, sigma)
+        return sigma * scale / self._overall, product(scale * -self._overall, alpha)
 
     def _input_scale(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
         return (torch.reciprocal(self._std(alpha, sigma)),)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from .._tracing import traced
+
 _LEVELS = 2**16
 
 
@@ -27,7 +29,7 @@ class Dropout(nn.Dropout):
         """Apply dropout to a tensor of any shape."""
         if not self.training or self.p == 0:
             return x
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        transformed = traced()
         if x.device.type != "cpu" or transformed:  # torch 2.6 cannot view numbers under vmap
             return F.dropout(x, self.p)
         dropped = min(round(self.p * _LEVELS), _LEVELS - 1)

@@ -20,6 +20,7 @@ from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 from typing_extensions import override
 
+from .._tracing import transformed
 from . import _plain
 from ._plan import Line, Plan
 
@@ -49,7 +50,7 @@ def _is_on_gpu(x: Tensor) -> bool:
 def _is_transformed() -> bool:
     """Whether transforms of torch.func or jit.trace are active, for which only torch will do."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch._C._are_functorch_transforms_active()
+    return tracing or transformed()
 
 
 def _is_traced(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from .._grid_times import Grid, forget_models
 from .._kept import fixed
 from .._precision import at_least_float32
+from .._tracing import traced
 from ..interfaces import ForwardSDE, Predictor
 from ._route import Route
 from .grids import resolve_grid
@@ -59,7 +60,7 @@ class PreparedGrid:
         self, sde: ForwardSDE, predictor: Predictor | None, route: Route, like: Tensor
     ) -> Sequence[Tensor]:
         """Return the times of a route for a state (B, *D), for which the predictor is prepared."""
-        if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        if traced():
             return _prepared(sde, Grid(sde, route.times), predictor, route, like)
         with torch.inference_mode(False), torch.no_grad():
             grid, key = self._grid, _kind(like, route)

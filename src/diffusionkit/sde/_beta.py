@@ -49,7 +49,8 @@ class LinearBetaSDE(ForwardSDE):
     def integrated_beta(self, t: Tensor) -> Tensor:
         """Return B(t), the integral of beta from 0 to t, (B,)."""
         check_times(t, self.T)
-        return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
+        slope = self.beta_max - self.beta_min
+        return torch.addcmul(t * self.beta_min, t, t, value=0.5 * slope)
 
     def _between(self, s: Tensor, t: Tensor) -> Tensor:
         """Return B(t) - B(s) without cancellation, (B,)."""

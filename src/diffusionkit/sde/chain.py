@@ -137,10 +137,13 @@ class Chain(ForwardSDE):
             exactly = schedule_dtype(device)
             times = torch.arange(1, self.steps + 1, device=device).to(exactly)
             times = times * (self.T / self.steps)
-            return times.to(dtype), times, *self.marginal(times)
+            alpha, sigma = self.marginal(times)
+            if alpha.requires_grad or sigma.requires_grad:
+                return ()
+            return times.to(dtype), times, alpha, sigma
 
         table: tuple[Tensor, ...] = self.tables.get(("times", device, dtype), made)
-        return None if any(column.requires_grad for column in table) else table
+        return table or None
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step that each time falls in, and the fraction of it completed."""

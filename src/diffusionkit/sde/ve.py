@@ -91,7 +91,7 @@ class VESDE(ForwardSDE):
     @override
     def log_snr(self, t: Tensor) -> Tensor:
         check_times(t, self.T)
-        return -2 * (math.log(self.sigma_min) + self._rate * t)
+        return t * (-2 * self._rate) - 2 * math.log(self.sigma_min)
 
     @override
     def time_at_log_snr(self, log_snr: Tensor) -> Tensor:

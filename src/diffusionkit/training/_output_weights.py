@@ -16,8 +16,8 @@ from ..values import Prediction
 
 def output_weights(
     weighting: Weighting, sde: ForwardSDE, prediction: Prediction, t: Tensor
-) -> Tensor:
-    r"""Return the weights (B,) of the squared error of a model's output.
+) -> Tensor | None:
+    r"""Return the weights (B,) of the squared error of a model's output, None for weights of 1.
 
     .. math::
         w(t)\, \|\hat\epsilon - \epsilon\|^2
@@ -32,19 +32,20 @@ def output_weights(
         prediction: the model's prediction.
         t: the times (B,).
     """
+    unit = getattr(weighting, "_unit", None)
+    if unit is not None and unit == prediction._unit:
+        return None
     weights, factor = weighting(sde, t), prediction.noise_factor()
     if isinstance(factor, Tensor):
         return product(factor * factor, weights)
     return weights if factor == 1.0 else exact(weights) * factor**2
 
 
-def channel_weighted(squares: Tensor, weighting: Weighting, sde: ForwardSDE, t: Tensor) -> Tensor:
-    """Return squared errors (B, *D), weighted by channel if the weighting has `per_channel`.
+def channel_weighted(squares: Tensor, weights: Tensor | None, weighting: Weighting) -> Tensor:
+    """Return squared errors (B, *D) times the weights (B, C) of channels, None for 1.
 
-    It returns weights (B, C) relative to those of its call, or None.
+    They are what `per_channel` of a weighting returns, relative to the weights of its call.
     """
-    function = getattr(weighting, "per_channel", None)
-    weights = None if function is None else function(sde, t)
     if weights is None:
         return squares
     if squares.ndim < 2 or weights.shape != squares.shape[:2]:

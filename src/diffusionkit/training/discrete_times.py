@@ -55,7 +55,7 @@ class DiscreteTimes(DrawnTimes):
     ) -> Drawn:
         steps = _steps(sde)
         u = draw(torch.rand, (n,), generator, device, schedule_dtype(device))
-        return at_steps(sde, (u * steps).long().clamp_max(steps - 1), dtype)
+        return at_steps(sde, (u * steps).long(), dtype)  # u < 1, and so rounded u steps < steps
 
 
 class LossSecondMomentTimes(Described, DrawnTimes):

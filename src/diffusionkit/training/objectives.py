@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._batch_conditions import for_batch
 from .._checks import (
+    can_be_read,
     check_finite,
     check_part,
     check_reference,
@@ -23,6 +24,7 @@ from .._masks import common, masked, mean, total
 from .._model_checks import check_model
 from .._ones import product
 from .._repr import Described
+from .._tracing import traced
 from ..distributed._gradients import check_gradients_averaged
 from ..interfaces import ForwardSDE, ScoreModel, TargetEstimator, TimeSampler, Weighting
 from ..random import Generators
@@ -183,7 +185,8 @@ class ScoreMatching(Described):
         free = readable(x0)
         if free and not sums_finitely(x0):
             check_finite(x0, "x0")
-        check_training_data(x0, model, mask)
+        if free or can_be_read(x0):
+            check_training_data(x0, model, mask)
         if cond:
             cond = for_batch(cond, x0.shape[0])
         if reference is not None:
@@ -200,19 +203,25 @@ class ScoreMatching(Described):
         target = self.target(sample, reference, **target_cond)
         prediction = model.predict(sample.x, t, **cond)
         squares = prediction.squared_error(target)
-        squares = mean(channel_weighted(squares, self.weighting, sde, t), mask)
+        if (per_channel := getattr(self.weighting, "per_channel", None)) is not None:
+            squares = channel_weighted(squares, per_channel(sde, t), self.weighting)
+        squares = mean(squares, mask)
         weights = output_weights(self.weighting, sde, prediction, t)
-        if not free and _may_be_infinite(sde):
-            weights = limits(weights, self.weighting, sde, prediction, t)
-        both = weights if weight is None else product(weights, weight)
-        weighted = product(squares, both.to(dtype=squares.dtype))
+        if weights is None:
+            weighted = squares if weight is None else weighted_losses(squares, weight)
+        else:
+            if not free and _may_be_infinite(sde):
+                weights = limits(weights, self.weighting, sde, prediction, t)
+            both = weights if weight is None else product(weights, weight)
+            weighted = weighted_losses(squares, both)
         if free and not sums_finitely(weighted):
-            weights = limits(weights, self.weighting, sde, prediction, t)
-            loss = squares * weights.to(squares.dtype)
+            if weights is not None:
+                weights = limits(weights, self.weighting, sde, prediction, t)
+            loss = weighted_losses(squares, weights)
             weighted = weighted_losses(loss, weight)
             self._check(sde, weighted, loss, prediction, target, t)
         if type(self.times).update is not TimeSampler.update:
-            self.times.update(t, squares.detach() * weights.to(squares.dtype))
+            self.times.update(t, weighted_losses(squares.detach(), weights))
         return weighted
 
     def _check(
@@ -251,7 +260,7 @@ class ScoreMatching(Described):
 
 def _may_be_infinite(sde: ForwardSDE) -> bool:
     """Return whether a weight may be infinite, where the loss cannot be read."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced():
         return True
     return reaches_noise(sde)
 

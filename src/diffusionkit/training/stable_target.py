@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..models.oracles import softmax_mean
 
 Source: TypeAlias = Literal["inside", "outside", "added"]
 
-# Up to this dimension differences cost little more than products, and lose no digits.
+# Up to this dimension differences cost little more than products, and lose fewer digits.
 _FEW = 16
 
 
@@ -42,9 +42,9 @@ class StableTarget(TargetEstimator):
     squared bias is .038, and the variance of the denoising target .100.
 
     Computed in float64, from differences up to 16 dimensions and from matrix products above, in
-    blocks of references, so that memory does not grow with n B D. Products round the logits by
-    about 1e-16 (r alpha / sigma)^2, r the distance of a datum from the mean. No gradient flows
-    through the target.
+    blocks of references, so that memory does not grow with n B D. Differences round the logits by
+    about 1e-16 r alpha / sigma, products by 1e-16 (r alpha / sigma)^2, r the distance of a datum
+    from the mean. No gradient flows through the target.
 
     Args:
         source: "inside" if the batch is part of the reference; "added" if it is not, to add each
@@ -116,18 +116,18 @@ class StableTarget(TargetEstimator):
                 f"cond: expected no condition but class_labels, got {', '.join(cond)}; "
                 "references of other conditions would give a wrong target"
             )
+        x0 = at_least_float32(sample.x0)
         if isinstance(reference, Tensor):
             reference = at_least_float32(reference)  # as the data are
-        check_reference(reference, at_least_float32(sample.x0))
-        _check_labels(class_labels, reference_class_labels, sample.x0, reference)
+        check_reference(reference, x0)
+        if class_labels is not None or reference_class_labels is not None:
+            _check_labels(class_labels, reference_class_labels, sample.x0, reference)
         if self.gather:
             reference = gather_rows(reference)
             reference_class_labels = (
                 None if reference_class_labels is None else gather_rows(reference_class_labels)
             )
-        x0, eps, reference = (
-            at_least_float32(v).reshape(len(v), -1) for v in (sample.x0, sample.eps, reference)
-        )
+        x0, eps, reference = _rows(x0), _rows(at_least_float32(sample.eps)), _rows(reference)
         allowed = None  # all of them
         if class_labels is not None and reference_class_labels is not None:
             allowed = class_labels.unsqueeze(1) == reference_class_labels
@@ -135,13 +135,15 @@ class StableTarget(TargetEstimator):
         if self.source == "inside" and readable(x0):
             _check_inside(x0, reference, class_labels, reference_class_labels)
         source, noise = exact(x0), exact(eps)
-        # Bounded, so that without noise the weight is all on the source.
-        ratio = (exact(sample.alpha) / exact(sample.sigma)).clamp_max(1e8).unsqueeze(1)
+        # Bounded, so that without noise the weight is all on the source, and finite without signal.
+        ratio = (exact(sample.alpha) / exact(sample.sigma)).clamp(1e-16, 1e8).unsqueeze(1)
         offset = self._offset(source, noise, ratio, reference, allowed)
         # Not from x, in which low noise has been rounded off.
         x0, eps = source + offset, torch.addcmul(noise, ratio, offset, value=-1)
         dtype, shape = at_least_float32(sample.x).dtype, sample.x0.shape
-        x0, eps = x0.to(dtype).view(shape), eps.to(dtype).view(shape)
+        x0, eps = x0.to(dtype=dtype), eps.to(dtype=dtype)
+        if len(shape) != 2:
+            x0, eps = x0.view(shape), eps.view(shape)
         return Prediction(sample.x, x0, eps, sample.alpha, sample.sigma)
 
     def _offset(
@@ -154,8 +156,8 @@ class StableTarget(TargetEstimator):
     ) -> Tensor:
         """Return the weighted mean of the references (n, D) minus the source, (B, D)."""
         batch, d = source.shape
-        # Relative to the references' mean, so that a large common value costs no digits.
-        center = exact(reference.mean(0))
+        # Relative to a point among the references, so that a large common value costs no digits.
+        center = exact(reference[0] if d <= _FEW else reference.mean(0))
         own = source - center
         # What is computed of a block stays in the cache: numbers of all pairs, or the block itself.
         rows = max(1, min(1024, 2**16 // batch if d <= _FEW else 2**19 // d))
@@ -165,7 +167,12 @@ class StableTarget(TargetEstimator):
             return softmax_mean(scored) - own
 
         def parts() -> Iterator[tuple[Tensor, Tensor]]:
-            logit = torch.zeros_like(own[:, :1])  # of the source
+            # Of the source. Products leave out what all logits of a sample have in common.
+            logit = (
+                noise.square().sum(1, keepdim=True) * -0.5
+                if d <= _FEW
+                else torch.zeros_like(own[:, :1])
+            )
             if self.source != "added" and allowed is not None:
                 # The source alone where its class has no reference.
                 logit = logit.masked_fill(allowed.any(1, keepdim=True), -torch.inf)
@@ -180,6 +187,11 @@ class StableTarget(TargetEstimator):
         return softmax_mean(parts()) - own
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Return data (n, *D) as rows (n, d)."""
+    return x if x.ndim == 2 else x.reshape(len(x), -1)
+
+
 def _blocks(x: Tensor, rows: int) -> Sequence[Tensor]:
     """Return the blocks of some rows of a tensor: `torch.split`, which takes its time, or all."""
     return torch.split(x, rows) if len(x) > rows else (x,)
@@ -188,17 +200,20 @@ def _blocks(x: Tensor, rows: int) -> Sequence[Tensor]:
 def _by_differences(
     own: Tensor, noise: Tensor, ratio: Tensor, center: Tensor, blocks: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Score references dimension by dimension, without rounding near the source."""
-    slope, curvature = ratio * noise, -0.5 * ratio.square()
-    columns = tuple(zip(*(v.unsqueeze(2).unbind(1) for v in (own, slope)), strict=True))
+    """Score references by their squared distances, dimension by dimension."""
+    columns = torch.addcdiv(own, noise, ratio).T.unsqueeze(2).unbind()  # x / alpha
+    curvature = ratio.square() * -0.5
     for block in blocks:
-        values = exact(block.T.contiguous()) - center.unsqueeze(1)
+        values = (exact(block) - center).T.contiguous()
         logits: Tensor | None = None
-        for value, (source, gain) in zip(values.unbind(), columns, strict=True):
-            difference = value - source
-            term = (difference * curvature).add_(gain)
-            logits = term.mul_(difference) if logits is None else logits.addcmul_(term, difference)
-        yield cast(Tensor, logits), values.T
+        for value, column in zip(values.unbind(), columns, strict=True):
+            difference = value - column
+            if logits is None:
+                logits = difference.square_()
+            else:
+                logits.addcmul_(difference, difference)
+        if logits is not None:  # D >= 1
+            yield logits.mul_(curvature), values.T
 
 
 def _by_products(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,8 +30,8 @@ from .._checks import (
 )
 from .._kept import fixed
 from .._log_snr import LogSNRSpan
-from .._precision import state_dtype
 from .._schedules import home, schedule_dtype
+from .._tracing import traced, transformed
 from ..distributed._group import first_of_all, is_distributed, rank_and_world_size
 from ..interfaces import ForwardSDE, TimeSampler
 from ..random import Generators, check_generator, draw
@@ -40,7 +42,7 @@ def times_and_weights(
 ) -> tuple[Tensor, Tensor | None]:
     """Return times and weights (B,) for data x0: drawn, or given; None for weights of 1."""
     # In the data's dtype, so that a model that computes with t stays in that dtype.
-    dtype = state_dtype(x0.dtype)
+    dtype = torch.float64 if x0.dtype is torch.float64 else torch.float32
     if t is None and type(sampler).sample is DrawnTimes.sample:  # not that of a subclass
         own: Any = sampler
         drawn: Drawn = own._draw(sde, x0.shape[0], generator, x0.device, dtype)
@@ -102,6 +104,19 @@ def _stratified(
         rank, world = rank_and_world_size()
         shift, index = first_of_all(shift), index + rank / world
     return (shift + index / n) % 1.0
+
+
+def _uniform(low: float, high: float, shape: Sequence[int], **kwargs: Any) -> Tensor:
+    """Return uniform numbers of a shape: torch.rand, stretched by the same operation."""
+    if transformed():  # where a draw in place may be refused
+        return low + (high - low) * torch.rand(shape, **kwargs)
+    generator = kwargs.pop("generator", None)
+    return torch.empty(shape, **kwargs).uniform_(low, high, generator=generator)
+
+
+def _normal(mean: float, std: float, shape: Sequence[int], **kwargs: Any) -> Tensor:
+    """Return Gaussian numbers of a shape: torch.randn, stretched by the same operation."""
+    return torch.normal(mean, std, shape, **kwargs)
 
 
 def check_draw(
@@ -169,8 +184,8 @@ class UniformTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        u = draw(torch.rand, (n,), generator, device, dtype)
-        return Drawn(sde.t_min + (sde.T - sde.t_min) * u)
+        between = partial(_uniform, sde.t_min, sde.T)
+        return Drawn(draw(between, (n,), generator, device, dtype))
 
 
 @dataclass(frozen=True)
@@ -260,11 +275,11 @@ class ImportanceTimes(DrawnTimes):
         span = _span(sde, device)
         t = validated(self._at(sde, u, span), sde.T)
         kernel = sde.marginal(t)
-        weight = (kernel[1] / sde.diffusion(t)).detach().square()
-        weight = weight * (span.length / (sde.T - sde.t_min))
+        rate = (sde.diffusion(t) / kernel[1]).square()
+        weight = span.length / (sde.T - sde.t_min) / rate.detach()
         if not span.uniform:
             weight = weight / span.share(sde.log_snr(t).detach())
-        return Drawn(t.to(dtype=dtype), weight.to(dtype=dtype), exact=t, kernel=kernel)
+        return Drawn(t.to(dtype=dtype), weight.to(dtype=dtype), exact=t, kernel=kernel, rate=rate)
 
     def quantile(self, sde: ForwardSDE, u: Tensor) -> Tensor:
         """Return the times (n,) below which a fraction u (n,) of the distribution lies."""
@@ -276,11 +291,9 @@ class ImportanceTimes(DrawnTimes):
 
 def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     """Return the log-SNRs from t_min to T, floats where reading them is free."""
-    if not _traced() and fixed(sde):
-        try:
+    if not traced():
+        with contextlib.suppress(TypeError):
             return _kept_span(sde)
-        except TypeError:  # one that cannot be hashed
-            pass
     here = home(sde)
     if torch.compiler.is_compiling() and here.type == "cpu":
         here = torch.device(device or "cpu")
@@ -288,14 +301,15 @@ def _span(sde: ForwardSDE, device: torch.device | str | None) -> LogSNRSpan:
     return _read(sde, ends) if readable(ends) else LogSNRSpan(ends[0], ends[1])
 
 
-def _traced() -> bool:
-    """Return whether tensors are those of a compiler or of a transform of torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 @functools.lru_cache(maxsize=64)
 def _kept_span(sde: ForwardSDE) -> LogSNRSpan:
-    """Return the log-SNRs of a process that is a value: equal ones have the same."""
+    """Return the log-SNRs of a process that is a value: equal ones have the same.
+
+    Raises:
+        TypeError: if the process may change, or cannot be hashed.
+    """
+    if not fixed(sde):  # asked once for each value, which takes as long as the lookup
+        raise TypeError("sde: expected a process that cannot change, got another")
     return _read(sde, _ends(sde, home(sde)))  # the host's, where reading is free
 
 
@@ -347,6 +361,6 @@ class LogNormalTimes(DrawnTimes):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> Drawn:
-        z = draw(torch.randn, (n,), generator, device, dtype)
-        t = sde.time_at_log_snr(-2 * self.mean - (2 * self.std) * z)
+        log_ratio = draw(partial(_normal, self.mean, self.std), (n,), generator, device, dtype)
+        t = sde.time_at_log_snr(log_ratio * -2)
         return Drawn(t.clamp(sde.t_min, sde.T))

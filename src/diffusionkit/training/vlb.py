@@ -11,7 +11,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._chain_terms import chain_length, step_nats
-from .._checks import check_finite, check_part, check_positive, check_state, readable, sums_finitely
+from .._checks import (
+    can_be_read,
+    check_finite,
+    check_part,
+    check_positive,
+    check_state,
+    readable,
+    sums_finitely,
+)
 from .._data_range import check_training_data
 from .._masks import masked, mean, total, zeroed
 from .._repr import Described
@@ -69,7 +77,8 @@ class _ChainObjective(Described, abc.ABC):
         if mask is not None:
             mask, x0 = masked(mask, x0, self.decoder.low)
         check_finite(x0, "x0")
-        check_training_data(x0, model, mask)
+        if can_be_read(x0):
+            check_training_data(x0, model, mask)
         self.decoder.check(x0)
         x0 = zeroed(x0, mask)
         sde = model.sde

@@ -6,24 +6,39 @@ weight w alpha^2 / sigma^2 of that of x0.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
-from .._batch_times import kernel_at, wide_times
+from .._batch_times import kernel_at, rate_at
 from .._checks import check_positive, check_times
 from .._ones import ones_like
 from .._sigma_data import SigmaData, as_sigma_data, for_channels, overall, spread
+from .._units import keep_unit
 from ..interfaces import ForwardSDE, Weighting
 
 
+class _UnitWeighting(Weighting):
+    """Weight 1 of the error of one output, named by `_unit`."""
+
+    @override
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name no output where a subclass has other weights."""
+        super().__init_subclass__(**kwargs)
+        keep_unit(cls, "__call__")
+
+
 @dataclass(frozen=True)
-class SimpleWeighting(Weighting):
+class SimpleWeighting(_UnitWeighting):
     """Weight 1 at every noise level, for the best sample quality.
 
     Source: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239.
     """
+
+    _unit = "eps"
 
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
@@ -51,12 +66,11 @@ class LikelihoodWeighting(Weighting):
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
-        _, sigma = kernel_at(sde, t)
-        return (sde.diffusion(wide_times(sde, t)) / sigma).square().to(t.dtype)
+        return rate_at(sde, t).to(t.dtype)
 
 
 @dataclass(frozen=True)
-class EDMWeighting(Weighting):
+class EDMWeighting(_UnitWeighting):
     r"""Weight (s^2 + sd^2) / sd^2, s = sigma / alpha: weight 1 of EDM's raw network output.
 
     On the squared error of x0 this is EDM's (s^2 + sd^2) / (s sd)^2.
@@ -81,13 +95,20 @@ class EDMWeighting(Weighting):
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigma_data", as_sigma_data(self.sigma_data))
 
+    @property
+    def _overall(self) -> float:
+        sd = self.sigma_data
+        return sd if isinstance(sd, float) else overall(as_sigma_data(sd))
+
+    @property
+    def _unit(self) -> Hashable:
+        return "edm", self._overall
+
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
         check_times(t, sde.T)
         alpha, sigma = kernel_at(sde, t)
-        sd = self.sigma_data
-        deviation = sd if isinstance(sd, float) else overall(as_sigma_data(sd))
-        return (1 + (sigma / alpha / deviation).square()).to(t.dtype)
+        return (1 + (sigma / alpha / self._overall).square()).to(t.dtype)
 
     def per_channel(self, sde: ForwardSDE, t: Tensor) -> Tensor | None:
         r"""Return the weights (B, C) of channels over that of all, None for one sigma_data.
@@ -131,7 +152,7 @@ class MinSNRWeighting(Weighting):
 
 
 @dataclass(frozen=True)
-class VelocityWeighting(Weighting):
+class VelocityWeighting(_UnitWeighting):
     r"""Weight ((alpha + sigma) / alpha)^2: weight 1 of the squared error of eps - x0.
 
     The loss of flow matching: with it `ScoreMatching` is the mean of (F - eps + x0)^2 for a
@@ -146,6 +167,8 @@ class VelocityWeighting(Weighting):
     >>> VelocityWeighting()(FlowMatchingSDE(), torch.tensor([0.0, 0.5]))
     tensor([1., 4.])
     """
+
+    _unit = "velocity"
 
     @override
     def __call__(self, sde: ForwardSDE, t: Tensor) -> Tensor:
