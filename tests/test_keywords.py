@@ -184,9 +184,7 @@ def test_published_names_in_any_case() -> None:
 def test_a_function_is_called_by_its_own_name():
     """Not by the class of its first argument, as a method is."""
     model = GaussianMixtureModel(VPSDE(), [[0.0]], [1.0])
-    with pytest.raises(
-        TypeError, match=r"^steps: expected an argument of fit_grid\(model, .*none"
-    ):
+    with pytest.raises(TypeError, match=r"^steps: expected an argument of fit_grid\(model, .*none"):
         fit_grid(model, DDIM(), (4, 1))
     with pytest.raises(TypeError, match=r"^model: expected an argument of fit_grid\(model, .*none"):
         fit_grid()
