@@ -25,6 +25,7 @@ from diffusionkit import (
     StepLabel,
     TimeLabel,
 )
+from diffusionkit._batch_times import Drawn, with_schedule
 from diffusionkit._grid_times import grid_times
 
 
@@ -174,3 +175,13 @@ def test_rates_of_steps_in_float32(chain):
     torch.testing.assert_close(
         weights(chain, t.float()), weights(chain, t).float(), rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("sde", [VESDE(), VPSDE(), EDMSDE()], ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize(("scale", "reference"), [(0.25, 1.0), (1.0, 2.0), (3.0, 0.1)])
+def test_log_sigma_labels_of_drawn_times(sde, scale, reference):
+    """Of times that carry their schedule, as in a loss, the label is that of plain times."""
+    t = sde.T * torch.tensor([0.01, 0.3, 1.0])
+    alpha, sigma = sde.marginal(t.double())
+    found = LogSigmaLabel(scale, reference=reference)(sde, with_schedule(sde, Drawn(t)))
+    torch.testing.assert_close(found, (scale * (sigma / alpha / reference).log()).float())
