@@ -18,7 +18,7 @@ class WrappedPredictor(Described, Predictor):
     """A predictor that takes the steps of another one, with a change.
 
     It has the grid and the tables of the other one, which a sampler keeps between its runs. A
-    subclass is a frozen dataclass and defines `step`. What it remembers itself is in the `state` of
+    subclass is a frozen dataclass with a method `step`, and keeps what it remembers in the state of
     its steps, beside that of the other one.
 
     Args:
