@@ -103,42 +103,42 @@ MEASURES = {"right half": SCORES, "scattered pixels": SCORES, "means of blocks":
 ALL = {**TASKS, "means of blocks": blocks}
 
 
-def draw_members(run: Run, truth: Tensor, task: Task, way: str = NETWORK) -> Tensor:
+def draw_members(run: Run, truth: Tensor, task: Task, method: str = NETWORK) -> Tensor:
     """Return samples (n, members, C, H, W) of what fits to what is known of images.
 
     Args:
         run: the run, the seed of which is that of the samples.
         truth: the images (n, C, H, W).
         task: what is known of them.
-        way: the method, `NETWORK` or one of `CHECKS`.
+        method: `NETWORK` or one of `CHECKS`.
     """
     given = repeat(truth, "n ... -> (n m) ...", m=MEMBERS).to(place_of(run))
     generators = [seeded(run.settings["training"]["seed"], i) for i in range(len(given))]
-    sampler = sampler_of(run, task, given, way)
+    sampler = sampler_of(run, task, given, method)
     x = sampler(given.shape, generator=generators, device=given.device, dtype=given.dtype)
     members: Tensor = rearrange(x.cpu(), "(n m) ... -> n m ...", m=MEMBERS)
     return members
 
 
-def sampler_of(run: Run, task: Task, given: Tensor, way: str) -> PCSampler:
+def sampler_of(run: Run, task: Task, given: Tensor, method: str) -> PCSampler:
     """Return the sampler of a method, for what is known of given images (B, C, H, W)."""
-    return _guided(run, task, given) if way == PIGDM else _replacing(run, task, given, way)
+    return _guided(run, task, given) if method == PIGDM else _replacing(run, task, given, method)
 
 
-def _replacing(run: Run, task: Task, given: Tensor, way: str) -> PCSampler:
+def _replacing(run: Run, task: Task, given: Tensor, method: str) -> PCSampler:
     """Return a sampler that imposes what is known of given images at every step."""
     known = LinearMeasurement(task.operator, task.operator(given))
-    if way == REPAINT:
+    if method == REPAINT:
         travel = TimeTravel(jump=5, repeats=4)
         return PCSampler(
             run.model, Ancestral(), steps=STEPS // 2, constraint=known, time_travel=travel
         )
     model: ScoreModel = run.model
-    if way == EXACT:
+    if method == EXACT:
         model = EmpiricalModel(run.model.sde, training_images(run)).to(given.device)
     return PCSampler(
         model, ReverseDiffusion(), Langevin(snr=0.16, norm="batch"), constraint=known,
-        steps=4 * STEPS if way == MORE else STEPS,
+        steps=4 * STEPS if method == MORE else STEPS,
     )  # fmt: skip
 
 
@@ -198,12 +198,12 @@ def block_scores(run: Run) -> dict[str, dict[str, float]]:
     return {"means of blocks": task_scores(run, blocks)}
 
 
-def check(run: Run, way: str) -> dict[str, float]:
+def check(run: Run, method: str) -> dict[str, float]:
     """Return the energy scores of another method of `CHECKS`, by task."""
     truth = scaled(run, test_images(run, IMAGES))
     tasks = {name: make(run.settings["data"]["size"]) for name, make in ALL.items()}
     return {
-        name: score(run, draw_members(run, truth, task, way), truth, task)
+        name: score(run, draw_members(run, truth, task, method), truth, task)
         for name, task in tasks.items()
     }
 
@@ -212,7 +212,7 @@ def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
     """Train the network; fill in test images, and draw images of classes."""
     measures: dict[str, Callable[[Run], Any]] = {
         SCORES: scores, MEANS: block_scores, CLASSES: class_shares,
-        **{key: partial(check, way=way) for way, key in CHECKS.items()},
+        **{key: partial(check, method=method) for method, key in CHECKS.items()},
     }  # fmt: skip
     for (key, of), seed, at in product(measures.items(), tuple(seeds), steps):
         lab.measure("VE", seed, at, key, of)
@@ -259,16 +259,16 @@ def others(results: Results) -> list[Finding]:
     """Return what limits the network: other methods for each task."""
     found = []
     for task, key in MEASURES.items():
-        for way, text in (
+        for method, text in (
             (EXACT, "with the exact score of the training set than with the network"),
             (MORE, "with four times the evaluations"),
             (REPAINT, "with RePaint than with a corrector"),
             (PIGDM, "with PiGDM than with replacement"),
         ):
             found.append(compare(
-                results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS[way]),
+                results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS[method]),
                 ("VE", key), -1, value=itemgetter(task),
-                value_b=of_network(task), labels=(way, NETWORK),
+                value_b=of_network(task), labels=(method, NETWORK),
             ))  # fmt: skip
     return found
 
@@ -284,10 +284,10 @@ def draw(results: Results) -> Figure:
                           label=None if number else EXACT)  # fmt: skip
                 axes.axhline(found[task][NETWORK], color="C0", alpha=0.7,
                              label=None if number else NETWORK)  # fmt: skip
-        for color, (way, other) in enumerate(CHECKS.items(), 2):
+        for color, (method, other) in enumerate(CHECKS.items(), 2):
             for at in results.steps("VE", other)[-1:]:
                 for number, found in enumerate(results.seeds("VE", at, other).values()):
-                    label = None if number else f"check: {LABELS.get(way, way)}"
+                    label = None if number else f"check: {LABELS.get(method, method)}"
                     axes.axhline(found[task], color=f"C{color}", alpha=0.7, linestyle=":",
                                  label=label)  # fmt: skip
         axes.set(xscale="log", title=task, ylabel="energy score",

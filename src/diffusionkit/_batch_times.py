@@ -117,12 +117,6 @@ def validated(t: Tensor, T: float) -> Tensor:
     return t
 
 
-def wide_times(sde: _SDE, t: Tensor) -> Tensor:
-    """Return times t (B,) in float64, at most T."""
-    known = known_at(sde, t)
-    return within(t, sde.T) if known is None else known.times
-
-
 def steps_at(sde: object, t: Tensor) -> Tensor | None:
     """Return the steps (B,) of a chain that end at times t (B,), from 0, where they are known."""
     known = known_at(sde, t)

@@ -171,16 +171,16 @@ def test_what_is_known_is_imposed_and_the_rest_is_scored(control, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("way", "share"),
+    ("method", "share"),
     [("RePaint", 1e-4), ("more evaluations", 1e-4), ("PiGDM", 0.2)],
 )
-def test_other_methods_have_what_is_known(control, monkeypatch, way, share):
+def test_other_methods_have_what_is_known(control, monkeypatch, method, share):
     """Guidance nearly, since its measurements have noise."""
     monkeypatch.setattr(control, "STEPS", 20)
     images = control.training_images(None)
     run, truth = trained_on(images), images[:2]
     task = control.right_half(8)
-    members = control.draw_members(run, truth, task, way)
+    members = control.draw_members(run, truth, task, method)
     off = (task.operator(members) - task.operator(truth)[:, None]).abs().mean()
     free = dk.PCSampler(run.model, dk.ReverseDiffusion(), steps=20)
     other = free((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -254,12 +254,12 @@ def test_checks_change_one_thing(control, monkeypatch):
     run, task = trained_on(images), control.right_half(8)
     run.model = dk.GaussianMixtureModel(run.model.sde, images[:2].flatten(1), [1.0, 1.0])
     found = {}
-    for way in (control.NETWORK, *control.CHECKS):
-        sampler = control.sampler_of(run, task, images[:3], way)
+    for method in (control.NETWORK, *control.CHECKS):
+        sampler = control.sampler_of(run, task, images[:3], method)
         parts = (sampler.model, sampler.predictor, sampler.corrector)
         travel = sampler.time_travel
         each = (1 if travel is None else travel.repeats) * (1 if parts[2] is None else 2)
-        found[way] = *(type(part).__name__ for part in parts), each * sampler.steps
+        found[method] = *(type(part).__name__ for part in parts), each * sampler.steps
     mixture = "GaussianMixtureModel"
     assert found == {
         "network": (mixture, "ReverseDiffusion", "Langevin", 100),

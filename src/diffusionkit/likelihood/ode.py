@@ -254,7 +254,7 @@ class ODELikelihood(Described):
             raise ValueError(
                 "mask: expected a model whose prediction of the elements that it keeps does not "
                 f"depend on the others, got a change of {change:.2g} in a velocity of {size:.2g}; "
-                "pass the network the mask as a condition that it heeds, or use NELBO, which "
+                "pass the network the mask as a condition that it uses, or use NELBO, which "
                 "bounds the density for any network"
             )
 
