@@ -154,33 +154,34 @@ def others(results: Results) -> list[Finding]:
 
 def draw(results: Results) -> Figure:
     """Plot the bits by log-SNR, and the Fréchet distance against the number of steps."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = dict(zip((*HYBRID, *VLB, SIMPLE), ("C1", "C0", "C3", "C4", "C2"), strict=True))
-    for name in (*HYBRID, *VLB):
-        for at in results.steps(name, BITS)[-1:]:
-            for number, bits in enumerate(results.seeds(name, at, BITS).values()):
-                above = [bits["above"][f"{edge:g}"] for edge in EDGES]
-                left.plot(EDGES, above, color=colors[name], alpha=0.7,
-                          label=None if number else name)  # fmt: skip
+    bounded = results.common_steps(*product((*HYBRID, *VLB), [BITS]))
+    for at, name in product(bounded[-1:], (*HYBRID, *VLB)):
+        for number, bits in enumerate(results.seeds(name, at, BITS).values()):
+            above = [bits["above"][f"{edge:g}"] for edge in EDGES]
+            left.plot(EDGES, above, color=colors[name], alpha=0.7,
+                      label=None if number else name)  # fmt: skip
     left.axvline(8, color="gray", linestyle=":", linewidth=0.8)
     left.set(xlabel="log-SNR", ylabel="bits/dim from above this log-SNR")
     if left.get_legend_handles_labels()[0]:
         left.legend(fontsize=8)
-    for name, variances in VARIANCES.items():
-        for label in variances:
-            for at in results.steps(name, samples(label, FEW[0]))[-1:]:
-                by_seed = [results.seeds(name, at, samples(label, few)) for few in FEW]
-                for number, seed in enumerate(sorted(set.intersection(*map(set, by_seed)))):
-                    right.plot(FEW, [table[seed]["frechet"] for table in by_seed], marker="o",
-                               color=colors[name], alpha=0.7,
-                               linestyle=STYLES.get(label, "-"),
-                               label=None if number else f"{name}, {label}")  # fmt: skip
+    kinds = [(name, label) for name, variances in VARIANCES.items() for label in variances]
+    sampled = results.common_steps(*(
+        (name, samples(label, few)) for (name, label), few in product(kinds, FEW)
+    ))  # fmt: skip
+    for at, (name, label) in product(sampled[-1:], kinds):
+        by_seed = [results.seeds(name, at, samples(label, few)) for few in FEW]
+        for number, seed in enumerate(sorted(set.intersection(*map(set, by_seed)))):
+            right.plot(FEW, [table[seed]["frechet"] for table in by_seed], marker="o",
+                       color=colors[name], alpha=0.7, linestyle=STYLES.get(label, "-"),
+                       label=None if number else f"{name}, {label}")  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="glyph Fréchet distance")
     right.set_xticks([], minor=True)
     right.set_xticks(FEW, [str(few) for few in FEW])
     if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=8)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -55,6 +55,7 @@ NOISE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of the measurement, in units of the r
 NETWORK, EXACT, MORE = "network", "training set", "more evaluations"
 PIGDM, REPAINT = "PiGDM", "RePaint"
 LABELS = {EXACT: "exact score, same sampler"}
+DASHES = ("dotted", "dashed", "dashdot", (0, (1, 4)))  # of the checks in the figure
 _BUDGET = f"{IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
 SCORES = f"energy score, {_BUDGET}"
 MEANS = f"energy score from means of blocks, {_BUDGET}"
@@ -275,7 +276,7 @@ def others(results: Results) -> list[Finding]:
 
 def draw(results: Results) -> Figure:
     """Plot the scores of the training set against its noise, and those of the network."""
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (task, key) in zip(figure.subplots(1, 3), MEASURES.items(), strict=True):
         for at in results.steps("VE", key)[-1:]:
             for number, found in enumerate(results.seeds("VE", at, key).values()):
@@ -284,16 +285,19 @@ def draw(results: Results) -> Figure:
                           label=None if number else EXACT)  # fmt: skip
                 axes.axhline(found[task][NETWORK], color="C0", alpha=0.7,
                              label=None if number else NETWORK)  # fmt: skip
-        for color, (method, other) in enumerate(CHECKS.items(), 2):
+        for color, (dashes, (method, other)) in enumerate(
+            zip(DASHES, CHECKS.items(), strict=True), 2
+        ):
             for at in results.steps("VE", other)[-1:]:
                 for number, found in enumerate(results.seeds("VE", at, other).values()):
                     label = None if number else f"check: {LABELS.get(method, method)}"
-                    axes.axhline(found[task], color=f"C{color}", alpha=0.7, linestyle=":",
+                    axes.axhline(found[task], color=f"C{color}", alpha=0.7, linestyle=dashes,
                                  label=label)  # fmt: skip
         axes.set(xscale="log", title=task, ylabel="energy score",
                  xlabel="noise of the measurement, training set")  # fmt: skip
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*labels, loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 

@@ -216,8 +216,7 @@ def compare(
         digits: the digits to print.
     """
     names = labels or (a[0], b[0])
-    both = sorted(set(results.steps(*a)) & set(results.steps(*b)), reverse=True)
-    for at in both if steps is None else [steps]:
+    for at in reversed(results.common_steps(a, b)) if steps is None else [steps]:
         first, second = results.seeds(a[0], at, a[1]), results.seeds(b[0], at, b[1])
         common = first.keys() & second.keys()
         if len(common) > 1:

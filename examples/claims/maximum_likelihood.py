@@ -18,7 +18,7 @@ and IS that is not changed.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 from experiment import Claim, Finding, Lab, compare
 from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def by_steps(results: Results) -> Iterator[tuple[str, list[Finding]]]:
     """Yield the findings of each pair of weightings, at all numbers of steps."""
     for claim, a, b in PAIRS:
         found = []
-        for at in sorted(set(results.steps(a, BOUND)) & set(results.steps(b, BOUND))):
+        for at in results.common_steps((a, BOUND), (b, BOUND)):
             labels = a.partition(", ")[2], b.partition(", ")[2] or "none"
             found.append(compare(
                 results, f"{claim}, {at:,} steps", "bits/dim, VP", (a, BOUND), (b, BOUND), -1,
@@ -87,7 +87,7 @@ def findings(results: Results) -> list[Finding]:
     """Return the findings: weightings at each number of steps, processes at the last."""
     found = [one for _, pair in by_steps(results) for one in pair]
     plain, sampled = WEIGHTINGS[0], WEIGHTINGS[-1]
-    for at in sorted(set(results.steps(plain, FLOW)) & set(results.steps(sampled, FLOW))):
+    for at in results.common_steps((plain, FLOW), (sampled, FLOW)):
         found.append(compare(
             results, f"LW with IS lowers the bits of the probability flow, {at:,} steps",
             "bits/dim, VP", (sampled, FLOW), (plain, FLOW), -1, value=bits, steps=at,
@@ -168,12 +168,13 @@ def draw(results: Results) -> Figure:
     left.set(xscale="log", xlabel="training steps", ylabel="bound, bits/dim")
     if left.get_legend_handles_labels()[0]:
         left.legend(fontsize=8)
-    for number, name in enumerate(PROCESSES):
-        for key, marker in ((BOUND, "o"), (FLOW, "x")):
-            for at in results.steps(name, key)[-1:]:
-                values = [value["mean"] for value in results.seeds(name, at, key).values()]
-                right.plot([number] * len(values), values, marker, color="C0" if marker == "o"
-                           else "C1", label=None if number else key.partition(",")[0])  # fmt: skip
+    common = results.common_steps(*product(PROCESSES, (BOUND, FLOW)))
+    for at, (number, name) in product(common[-1:], enumerate(PROCESSES)):
+        for key, style in ((BOUND, "oC0"), (FLOW, "xC1")):
+            values = [value["mean"] for value in results.seeds(name, at, key).values()]
+            label = None if number else key.partition(",")[0]
+            right.plot([number] * len(values), values, style, label=label)
+            right.set_title(f"{at:,} steps", fontsize=10)
     right.set_xticks(range(len(PROCESSES)), PROCESSES)
     right.set_ylabel("bits/dim")
     if right.get_legend_handles_labels()[0]:

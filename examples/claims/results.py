@@ -74,6 +74,10 @@ class Results:
                 found.add(int(at.removesuffix(" steps")))
         return sorted(found)
 
+    def common_steps(self, *measured: tuple[str, str]) -> list[int]:
+        """Return the numbers of training steps at which all pairs of a run and a measure are."""
+        return sorted(set.intersection(*(set(self.steps(*pair)) for pair in measured)))
+
     def hours(self) -> float:
         """Return the hours of all measures and of training, that of a run counted once."""
         training: dict[str, float] = {}
