@@ -57,17 +57,21 @@ def table(findings: Sequence[Finding], first: str = "claim") -> Iterator[str]:
 
 
 def overview(numbers: dict[str, Results]) -> Iterator[str]:
-    """Yield the lines of the table of all claims: verdicts, cost and commands."""
+    """Yield the lines of the table of all claims: verdicts, cost and commands; last, the sums."""
+    total, hours = Counter[str](), 0.0
     yield f"| claims | paper | {' | '.join(VERDICTS)} | core hours | command |"
     yield "|---" * (4 + len(VERDICTS)) + "|"
     for claim in CLAIMS:
         results = numbers[claim.name]
         counts = Counter(map(verdict_of, claim.findings(results)))
+        total, hours = total + counts, hours + results.hours()
         papers = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in claim.papers)
         cells = [f"[{claim.title}](#{anchor(claim)})", papers,
                  *(str(counts[name]) for name in VERDICTS), f"{results.hours():.1f}",
                  f"`python examples/claims/{claim.name}.py`"]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
+    sums = " | ".join(f"**{total[name]}**" for name in VERDICTS)
+    yield f"| **all** | | {sums} | **{hours:.1f}** | |"
 
 
 def anchor(claim: Claim) -> str:

@@ -260,6 +260,19 @@ class Claim:
 
     def main(self, doc: str | None, argv: list[str] | None = None) -> None:
         """Measure what is missing, draw the figure and print the findings."""
+        options = self.parser(doc).parse_args(argv)
+        torch.set_num_threads(options.threads)
+        results = Results(self.path(options.results, options.scale), self.settings(options))
+        lab = Lab(results, options.runs, options.scale, options.device, options.only)
+        seeds, steps = self.budget(options)
+        self.measure(lab, seeds, steps)
+        save(self.draw(results), results.path.with_suffix(".png"))
+        for finding in (*self.findings(results), *(self.others(results) if self.others else ())):
+            print(describe(finding))
+        print(f"-> {results.path}")
+
+    def parser(self, doc: str | None) -> argparse.ArgumentParser:
+        """Return the parser of the command line."""
         parser = argument_parser(doc)
         add = parser.add_argument
         add("--scale", choices=recipes.SCALES, default="small", help="the size of the networks")
@@ -274,17 +287,13 @@ class Claim:
             help="threads of a CPU; one gives the same bits on every run")  # fmt: skip
         add("--runs", type=Path, default=Path("runs/claims"), help="the folder of all runs")
         add("--results", type=Path, default=Path("outputs/claims"), help="the folder of numbers")
-        options = parser.parse_args(argv)
-        torch.set_num_threads(options.threads)
-        results = Results(self.path(options.results, options.scale), self.settings(options))
-        lab = Lab(results, options.runs, options.scale, options.device, options.only)
+        return parser
+
+    def budget(self, options: argparse.Namespace) -> tuple[range, tuple[int, ...]]:
+        """Return the seeds and the numbers of training steps of a command line."""
         steps = options.steps or (self.steps if options.scale == "small" else self.full_steps)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        self.measure(lab, seeds, tuple(sorted(steps)))
-        save(self.draw(results), results.path.with_suffix(".png"))
-        for finding in (*self.findings(results), *(self.others(results) if self.others else ())):
-            print(describe(finding))
-        print(f"-> {results.path}")
+        return seeds, tuple(sorted(steps))
 
     def path(self, folder: Path, scale: str) -> Path:
         """Return the file of the numbers."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,24 @@ def test_the_page_shows_the_kept_numbers(claims):
         assert (ROOT / "docs" / "_static" / f"claims_{claim.name}.png").exists()
         assert f"## {claim.title}\n" in page
         assert f"python examples/claims/{claim.name}.py\n" in page
+
+
+def test_every_kept_number_has_a_command(claims):
+    """A reader who doubts a number finds on the page what measures it again."""
+    report, recipes = claims("claims_report"), claims("recipes").RECIPES
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    for claim in report.CLAIMS:
+        start = f"python examples/claims/{claim.name}.py"
+        commands = [claim.parser("").parse_args(shlex.split(line.removeprefix(start)))
+                    for line in page.splitlines() if line.startswith(start)]  # fmt: skip
+        for key in report.kept_numbers()[claim.name].numbers:
+            run, seed, steps = key.rsplit(", ", 2)
+            budgets = [claim.budget(one) for one in commands
+                       if not one.only or run in one.only or run not in recipes]  # fmt: skip
+            at = int(seed.split()[1]), int(steps.split()[0])
+            assert run == "data" or any(
+                at[0] in seeds and at[1] in all_steps for seeds, all_steps in budgets
+            ), key
 
 
 @pytest.mark.parametrize("scale", ["small", "full"])
