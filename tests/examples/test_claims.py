@@ -259,11 +259,11 @@ def within(band, value):
     return abs(value - band.mean) < 2 * band.half * math.sqrt(band.count + 1)
 
 
-def guarded(guard, results, intervals, steps):
+def guarded(sides, results, intervals, steps):
     """Return the bands of kept numbers: of the difference, of a and of b."""
     a, b = (
-        {seed: guard.value(v) for seed, v in results.seeds(name, steps, guard.measure).items()}
-        for name in (guard.a, guard.b)
+        {seed: s.value(v) for seed, v in results.seeds(s.recipe, steps, s.measure).items()}
+        for s in sides
     )
     return (
         intervals.difference(a, b),
@@ -275,12 +275,12 @@ def guarded(guard, results, intervals, steps):
 def test_bands_of_guards(claims, tmp_path):
     """Twice the 95% band of a new seed; differences of pairs have their own, narrower one."""
     module, results, intervals = claims("guards"), claims("results"), claims("intervals")
-    guard, numbers = module.GUARDS["stable targets"], results.Results(tmp_path / "n.json")
-    for seed, (x, y) in enumerate(((1.0, 2.0), (2.0, 3.1), (3.0, 3.9), (4.0, 5.0))):
-        for name, value in ((guard.a, x), (guard.b, y)):
-            key = results.Results.key(name, seed, 100)
-            numbers.add(key, guard.measure, {"3": value}, 0.0)
-    difference, a, b = guarded(guard, numbers, intervals, 100)
+    sides, numbers = module.GUARDS["stable targets"], results.Results(tmp_path / "n.json")
+    for seed, values in enumerate(((1.0, 2.0), (2.0, 3.1), (3.0, 3.9), (4.0, 5.0))):
+        for side, value in zip(sides, values, strict=True):
+            key = results.Results.key(side.recipe, seed, 100)
+            numbers.add(key, side.measure, {"3": value}, 0.0)
+    difference, a, b = guarded(sides, numbers, intervals, 100)
     deviation, quantile = math.sqrt(5 / 3), 3.182
     assert (a.mean, a.count, b.count) == (2.5, 4, 4)
     reach = 2 * quantile * deviation * math.sqrt(1 + 1 / 4)
@@ -290,20 +290,29 @@ def test_bands_of_guards(claims, tmp_path):
     assert not within(difference, 0.0)
 
 
+GUARDS = ["cosine", "width", "importance sampling", "sub-VP", "stable targets", "corrector", "Heun",
+          "inpainting", "colorization"]  # fmt: skip
+
+
+def test_every_guard_has_kept_numbers(claims):
+    """Three seeds at least, on both sides of every guard."""
+    module, results, intervals = claims("guards"), claims("results"), claims("intervals")
+    kept = results.Results(module.CLAIM.path(results.FOLDER, "small"))
+    assert list(module.GUARDS) == GUARDS
+    for name, sides in module.GUARDS.items():
+        assert guarded(sides, kept, intervals, 100)[0].count >= 3, name
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cosine", "importance sampling", "stable targets"])
+@pytest.mark.parametrize("name", GUARDS)
 def test_a_new_seed_agrees_with_the_kept_ones(claims, tmp_path, name):
     """The cheapest form of an experiment, 100 steps, in a minute of one core."""
     module, results, intervals = claims("guards"), claims("results"), claims("intervals")
-    guard, (steps,) = module.GUARDS[name], module.CLAIM.steps
+    sides, (steps,) = module.GUARDS[name], module.CLAIM.steps
     kept = results.Results(module.CLAIM.path(results.FOLDER, "small"))
-    bands = guarded(guard, kept, intervals, steps)
-    assert bands[0].count >= 3
     lab = claims("experiment").Lab(results.Results(tmp_path / "n.json"), tmp_path, "small")
-    x, y = (
-        guard.value(lab.measure(run, 100, steps, guard.measure, guard.of))
-        for run in (guard.a, guard.b)
-    )
+    x, y = (side.found(lab, 100, steps) for side in sides)
+    bands = guarded(sides, kept, intervals, steps)
     for found, band in zip((x - y, x, y), bands, strict=True):
         assert within(band, found), (found, band)
 
