@@ -81,7 +81,7 @@ def findings(results: Results) -> list[Finding]:
         for kind, claim in ((P, "than more steps"), (C, "than the corrector alone")):
             if kind in kinds(predictor):
                 found.append(compare(
-                    results, f"predictor and corrector are better {claim}, {evaluations} "
+                    results, f"predictor and corrector are better {claim}, {evaluations:,} "
                     f"evaluations, {predictor}", f"glyph Fréchet distance, {count:,} samples",
                     ("VE", names[PC]), ("VE", names[kind]), -1,
                     value=lambda quality: quality["frechet"], labels=("PC", kind),
