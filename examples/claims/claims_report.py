@@ -3,7 +3,7 @@
     python examples/claims/claims_report.py
 
 It reads the JSON files of examples/claims/results and writes docs/tables/claims*.md and
-docs/_static/claims_*.png. No number of that page is typed by hand. Takes seconds.
+docs/_static/claims_*.png. Takes seconds.
 """
 
 from collections import Counter
@@ -83,6 +83,8 @@ def tables(numbers: dict[str, Results]) -> dict[str, str]:
     """Return the text of every table, by the name of its file."""
     found = {"claims": overview(numbers)}
     found["claims_variances"] = stable_targets.variance_table(numbers["stable_targets"])
+    found["claims_gains"] = stable_targets.gain_table(numbers["stable_targets"])
+    found["claims_floor"] = correctors_at_equal_cost.floor(numbers["correctors_at_equal_cost"])
     found["claims_crossings"] = maximum_likelihood.crossings(numbers["maximum_likelihood"])
     for claim in CLAIMS:
         results = numbers[claim.name]

@@ -40,6 +40,7 @@ class Lab:
         scale: "small" or "full".
         place: where to compute.
         only: the recipes to train and measure, all if there are none.
+        text: measures without this text in their names are left out.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Lab:
         scale: str,
         place: torch.device | str = "cpu",
         only: Collection[str] = (),
+        text: str = "",
     ) -> None:
-        self.results, self.runs, self.scale, self.only = results, runs / scale, scale, only
+        self.results, self.runs, self.scale = results, runs / scale, scale
+        self.only, self.text = only, text
         self.place = torch.device(place)
         self.memory: dict[str, Any] = {}  # what measures of several runs share
         self._last: tuple[str, Run] | None = None
@@ -96,7 +99,7 @@ class Lab:
     ) -> Any:
         """Return a number of a run, or a table of them; measure it if it has to be.
 
-        A recipe that is left out is not measured, and has the number None unless it was before.
+        A recipe or a measure that is left out has the number None, unless it was measured before.
 
         Args:
             name: the recipe.
@@ -106,7 +109,7 @@ class Lab:
             of: returns it for the run.
         """
         key = Results.key(name, seed, steps)
-        chosen = not self.only or name in self.only
+        chosen = (not self.only or name in self.only) and self.text in measure
         if chosen and self.results.get(key, measure) is None:
             run, start = self.run(name, seed, steps), time.perf_counter()
             value = of(run)
@@ -263,7 +266,9 @@ class Claim:
         options = self.parser(doc).parse_args(argv)
         torch.set_num_threads(options.threads)
         results = Results(self.path(options.results, options.scale), self.settings(options))
-        lab = Lab(results, options.runs, options.scale, options.device, options.only)
+        lab = Lab(
+            results, options.runs, options.scale, options.device, options.only, options.measure
+        )  # fmt: skip
         seeds, steps = self.budget(options)
         self.measure(lab, seeds, steps)
         save(self.draw(results), results.path.with_suffix(".png"))
@@ -282,6 +287,12 @@ class Claim:
             "measure, in order; by default those of the scale")  # fmt: skip
         add("--only", nargs="+", default=(), choices=[*recipes.RECIPES], metavar="RECIPE",
             help="the recipes to train and measure, all of the claim by default")  # fmt: skip
+        add(
+            "--measure",
+            default="",
+            metavar="TEXT",
+            help="only measures with this text in their names, as they are in the JSON file",
+        )
         add("--device", type=device, default="cpu", help="where to compute")
         add("--threads", type=positive_int, default=1,
             help="threads of a CPU; one gives the same bits on every run")  # fmt: skip

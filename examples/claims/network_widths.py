@@ -75,7 +75,7 @@ def slope(results: Results, label: str) -> Finding:
         exponents.append(exponent(x, y))
     found = interval(exponents) if len(exponents) > 1 else None
     mean = found.mean if found else float("nan")
-    return Finding("fewer with more operations, as a power law", f"exponent of {label}",
+    return Finding("it falls with the operations of training", f"exponent of {label}",
                    ("exponent", mean), ("none", 0.0), found, -1, at if found else 0)  # fmt: skip
 
 

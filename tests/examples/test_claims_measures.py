@@ -18,9 +18,9 @@ def test_samplers_of_a_budget_have_equal_evaluations_and_initial_noise(claims, s
     """P2000, PC1000 and C2000 of table 1: as many evaluations, and one to denoise at the end."""
     module = claims("correctors_at_equal_cost")
     run = exact(dk.VESDE(sigma_min=0.01, sigma_max=15.0))
-    for predictor, _, _ in module.BUDGETS[scale]:
+    for predictor, evaluations, _ in module.BUDGETS[scale]:
         first = []
-        for kind in module.kinds(predictor):
+        for kind in module.kinds(predictor, evaluations):
             sampler = module.sampler(run, predictor, kind, 20)
             states = list(sampler.iterate((3, 1), generator=torch.Generator().manual_seed(0)))
             assert sampler.nfe == states[-1].nfe == 21, (predictor, kind)
