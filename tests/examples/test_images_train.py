@@ -66,6 +66,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_file(run, caplog):
     newest = parts / "checkpoints" / "step-00000005.pt"
     newest.write_bytes(newest.read_bytes()[:-5000])
     with (parts / "log.jsonl").open("a") as file:
+        file.write('\0\0\n{"st\n3\n')  # of a machine that stopped
         file.write('{"step": 6, "lo')  # killed while it wrote
     caplog.clear()
     run("parts", *changes)
