@@ -117,7 +117,11 @@ class Training:
         if self.parts.augmentation is not None:
             given["condition"] = torch.zeros(1, 9, device=self.place.device)
         x = torch.zeros(1, *self.data.shape, device=self.place.device)
-        self.model.eval().predict(x, x.new_full((1,), self.parts.sde.T), **given)
+        try:
+            self.model.eval().predict(x, x.new_full((1,), self.parts.sde.T), **given)
+        except (TypeError, ValueError) as error:
+            shape = tuple(self.data.shape)
+            raise type(error)(f"[network]: expected one for images {shape}: {error}") from error
         presets.sampler(self.settings, self.model)
 
     def state(self) -> dict[str, Any]:

@@ -152,7 +152,11 @@ def test_gradients_that_stay_infinite_stop_with_advice(run, train, monkeypatch):
         ((), {"data": "nowhere"}, "nowhere"),
         (("data.channels=3",), {"data": "glyphs"}, "channels: expected 1 for glyphs, got 3"),
         (("data.classes=2",), {}, r"classes: expected 3, as the data have, got 2"),
-        (("data.size=7",), {}, "divisible"),
+        (
+            ("data.size=7",),
+            {},
+            r"\[network\]: expected one for images \(1, 7, 7\): x: .* divisible",
+        ),
         (("training.label_dropout=0.1",), {}, r"expected 0 without \[data\] classes, got 0.1"),
         (("training.learn=dequantizer",), {}, "learn: expected model without a"),
         (("network.num_classes=3",), {}, "class_labels: expected a tensor"),
