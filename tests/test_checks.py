@@ -1,15 +1,19 @@
 """Values are read on the CPU, and on every device inside `value_checks`."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from diffusionkit import VPSDE, EDMWeighting
 from diffusionkit._checks import check_samples, readable
+from diffusionkit.networks import MLP
 from diffusionkit.testing import value_checks
 
 # A tensor on a GPU.
@@ -33,6 +37,36 @@ def test_values_on_devices_are_read_inside_value_checks_only() -> None:
     with pytest.raises(RuntimeError, match="stop"), value_checks():
         raise RuntimeError("stop")
     assert not readable(ON_DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VPSDE(beta_max=np.float32(20)), "beta_max: {} float32 20; convert it by float(x)"),
+        (
+            lambda: VPSDE(beta_max=torch.tensor(20)),
+            "beta_max: {} Tensor 20; convert it by float(x)",
+        ),
+        (lambda: EDMWeighting(np.float32(0.5)), "got float32 0.5; convert it by float(x)"),
+        (lambda: EDMWeighting(torch.tensor(0.5)), "shape (); convert it by float(x)"),
+        (lambda: MLP(np.int64(2)), "features: {} int64 2; convert it by int(x)"),
+        (lambda: MLP(2.0), "features: {} float 2; convert it by int(x)"),
+        (lambda: MLP(2.5), "features: {} float 2.5"),
+        (lambda: MLP(torch.ones(2)), "features: {} Tensor"),
+        (lambda: MLP(True), "features: {} bool"),
+        (lambda: MLP(torch.ones((), device="meta")), "features: {} Tensor"),
+        (
+            lambda: VPSDE().prior_sample(tuple(np.array([4, 2]))),
+            "(np.int64(4), np.int64(2)); convert it by tuple(map(int, shape))",
+        ),
+        (lambda: VPSDE().prior_sample((0, 2)), "expected positive integers (B, *D), got (0, 2)"),
+    ],
+)
+def test_numbers_of_other_libraries_are_shown_with_how_to_convert_them(make, message) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        make()
+    pattern = re.escape(message).replace(re.escape("{}"), "expected an? (number|integer), got")
+    assert re.search(pattern + "$", str(error.value))
 
 
 def test_compiled_and_transformed_code_is_not_read() -> None:

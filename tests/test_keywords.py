@@ -154,6 +154,27 @@ def test_wrapped_networks_are_asked_inside() -> None:
         model.predict(x, t, label=1)
 
 
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda x: EpsModel(Wrapped(), VPSDE()).predict(x, x[:, 0], label=1), "; use y=..."),
+        (lambda x: EpsModel(Wrapped(), VPSDE()).predict(x, x[:, 0], classes=1), "; use y=..."),
+        (lambda x: EpsModel(len, VPSDE()).predict(x, x[:, 0], label=1), "of the network"),
+        (lambda x: PowerEMA(len, batch_size=8), "an unknown name"),
+        (lambda x: MLP(2, shape=8), "an unknown name"),
+        (lambda x: PCSampler(0, DDIM(), batch_size=8), "; pass the shape of the samples first"),
+    ],
+)
+def test_advice_is_only_what_the_call_would_take(call, hint) -> None:
+    """A network with `y` is not told to take `class_labels`, nor an average a shape."""
+    with pytest.raises(TypeError) as error:
+        call(torch.ones(2, 2))
+    text = str(error.value)
+    assert hint in text
+    assert ("; pass the shape" in text) == hint.startswith("; pass the shape")
+    assert "; pass class_labels" not in text
+
+
 def test_recipes_still_make_every_explained_class() -> None:
     for cls in EXPLAINED:
         if cls.__name__ in callables() and cls.__name__ in OWN:

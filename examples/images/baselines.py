@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from launch import launched
-from sources import HELP, held_out, open_source
+from sources import HELP, held_out, one_line_errors, open_source
 from torch import Tensor
 
 from diffusionkit import UniformDequantizer, evaluate_bits_per_dim
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     source = held_out(options.data, options.held_out)
     if source is None:
         parser.error("--held-out: expected images, got none")
-    with launched() as place:
+    with launched() as place, one_line_errors("baselines.py"):
         test = tensor(source, "test")[: options.limit]
         found = baselines(tensor(options.data, "train"), test, options.bandwidths)
         if place.first:

@@ -19,7 +19,7 @@ import torch
 from launch import launched
 from sources import HELP as SOURCES
 from sources import held_out as held_out_source
-from sources import open_source
+from sources import one_line_errors, open_source
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -116,7 +116,16 @@ def held_out(
 
 def evaluate(options: argparse.Namespace, place: Any) -> dict[str, Any]:
     """Return all results that were asked for, as plain values."""
-    device = torch.device(options.device or place.device)
+    device = place.device
+    if options.device is not None:
+        try:
+            device = torch.empty(0, device=options.device).device
+        except (AssertionError, RuntimeError) as error:  # of torch, in many lines
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device: expected a device of torch that is here, got "
+                             f"{options.device!r}: {reason}") from error  # fmt: skip
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit: expected a number >= 1, got {options.limit}")
     path = checkpoint(options.run)
     run = presets.restore(path, device)
     settings = run.settings["data"]
@@ -133,7 +142,9 @@ def evaluate(options: argparse.Namespace, place: Any) -> dict[str, Any]:
         cond = {}
         if settings["classes"]:
             if labels is None or int(labels.max()) >= settings["classes"]:
-                raise ValueError(f"--held-out: expected images of {settings['classes']} classes")
+                got = "none" if labels is None else str(int(labels.max()) + 1)
+                raise ValueError(f"--held-out: expected images of {settings['classes']} classes, "
+                                 f"as the model has, got {got} in {source}")  # fmt: skip
             cond["class_labels"] = labels[index]
         data = Subset(data, index)
         loss = held_out(run, data, cond, options, about)
@@ -194,15 +205,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.features is None:
         options.features = GLYPH_FEATURES if options.data == "glyphs" else "inception"
     with launched() as place:
-        try:
+        with one_line_errors("evaluate.py"):
             results = evaluate(options, place)
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            raise SystemExit(f"evaluate.py: {error}") from error
         if place.first:
             folder = options.run if options.run.is_dir() else options.run.parent
             out = options.out or folder / f"evaluation-{results['step']:08d}.json"
-            out.write_text(json.dumps(results, indent=1) + "\n")
-            print(table(results))
+            print(table(results))  # even if the file cannot be written
+            with one_line_errors("evaluate.py"):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"-> {out}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sources import HELP, held_out, open_source
+from sources import HELP, held_out, one_line_errors, open_source
 from torch import Tensor
 
 from diffusionkit.data import ImageData, open_images
@@ -46,6 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
                         "test part of a built-in set, else the training images")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("picture.png"))
     options = parser.parse_args(arguments)
+    with one_line_errors("picture.py"):
+        draw(options)
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw the picture and save it."""
     generated = open_images(options.samples)
     channels, size, _ = generated.shape
     about: dict[str, Any] = {"size": size, "channels": channels}

@@ -69,6 +69,28 @@ PLAIN: dict[str, dict[str, Any]] = {
     },
 }
 
+# The smallest and the largest value of a number; those of OPEN are not allowed themselves.
+LIMITS: dict[str, tuple[float, float]] = {
+    "data.size": (1, math.inf),
+    "data.channels": (1, math.inf),
+    "data.classes": (0, math.inf),
+    "training.batch": (1, math.inf),
+    "training.steps": (1, math.inf),
+    "training.warmup": (0, math.inf),
+    "training.decay_after": (0, math.inf),
+    "training.clip": (0, math.inf),
+    "training.loss_scale": (0, math.inf),
+    "training.reference_size": (0, math.inf),
+    "training.label_dropout": (0, 1),
+    "training.seed": (0, 2**63 - 1),
+    "run.micro_batch": (0, math.inf),
+    "run.workers": (0, math.inf),
+    "run.log_every": (1, math.inf),
+    "run.snapshot_every": (1, math.inf),
+    "run.save_every": (1, math.inf),
+    "run.keep": (1, math.inf),
+}
+OPEN = ("training.clip", "training.loss_scale")
 CHOICES = {"run.precision": ("float32", "bfloat16"), "training.learn": ("model", "dequantizer")}
 OPTIONAL = ("augmentation", "dequantization")
 SECTIONS = ("data", "process", "network", "model", "objective", *OPTIONAL, "optimizer",
@@ -167,7 +189,22 @@ def _plain(section: str, values: Any) -> Settings:
         check_type(f"[{section}] {key}", value, PLAIN[section][key])
         if (choice := CHOICES.get(f"{section}.{key}")) and value not in choice:
             raise ValueError(f"[{section}] {key}: expected {' or '.join(choice)}, got {value!r}")
+        if limits := LIMITS.get(f"{section}.{key}"):
+            _check_limits(f"[{section}] {key}", value, limits, f"{section}.{key}" in OPEN)
+    if section == "data" and len(values.get("range", (0, 1))) != 2:
+        raise ValueError(f"[data] range: expected [lowest, highest], got {values['range']}")
     return PLAIN[section] | values
+
+
+def _check_limits(where: str, value: float, limits: tuple[float, float], above: bool) -> None:
+    """Raise unless a number is within its limits, and above the lower one if that is not allowed.
+
+    NaN is within none.
+    """
+    low, high = limits
+    if not low <= value <= high or (above and value == low):
+        sign, end = ">" if above else ">=", "" if high == math.inf else f" and <= {high}"
+        raise ValueError(f"{where}: expected a number {sign} {low}{end}, got {value}")
 
 
 def build(settings: Settings) -> Parts:

@@ -31,11 +31,10 @@ class Log:
         self.path, self.steps, self.batch = out / "log.jsonl", steps, batch
         out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
-            ]
-            self.path.write_text("".join(kept))
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            whole = self.path.with_suffix(".tmp")  # a full disk must not take the old lines
+            whole.write_text("".join(line for line in lines if 0 <= _step(line) <= step))
+            whole.replace(self.path)
         self._board = _tensorboard(out, step)
         self._sums: dict[str, float] = {}
         self._count, self._since = 0, time.perf_counter()
@@ -65,6 +64,14 @@ class Log:
             flush=True,
         )
         self._sums, self._count, self._since = {}, 0, time.perf_counter()
+
+
+def _step(line: str) -> int:
+    """Return the step of a line, -1 of one that a crash or a full disk left unfinished."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def _tensorboard(out: Path, step: int) -> Any:

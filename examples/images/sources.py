@@ -1,5 +1,7 @@
 """Where the programs' images come from: files of a user, or a built-in set with a test part."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 from color_patches import color_patches
@@ -8,6 +10,15 @@ from diffusionkit.data import ImageData, glyphs, open_images
 
 BUILT_IN = ("glyphs", "color-patches")
 HELP = 'a folder, .zip, .npz, "glyphs" or "color-patches"'
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """End a program by a line with its name, not by a trace, where its arguments are wrong."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise SystemExit(f"{program}: {error}") from error
 
 
 def open_source(

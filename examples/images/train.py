@@ -43,6 +43,10 @@ SNAPSHOTS = 4  # tells generators of samples from others of the same seed
 SKIPPED = 50  # steps in a row without a finite gradient, after which training stops
 
 
+class DataError(Exception):
+    """Images that cannot be read."""
+
+
 class Training:
     """A run: the parts of its settings, its place among the processes, and its step."""
 
@@ -60,6 +64,7 @@ class Training:
         presets.start(settings, parts.model)
         self.model: Any = parts.model.to(place.device)
         self.losses = Losses(parts, place.device.type)
+        self.rehearse()
         if (learned := self.losses.learned) is not None:
             # A flow sets its scales in its first call: on the same images in all processes.
             images = torch.stack([self.data[i][0] for i in range(min(64, len(self.data)))])
@@ -79,6 +84,45 @@ class Training:
         seed_ranks(self.seed)  # dropout differs between processes
         self.resume()
         check_same_weights(self.model)
+        training = settings["training"]
+        self.batches = EndlessBatches(
+            self.data, self.batch, seed=self.seed, start=self.step,
+            flip=settings["data"]["flip"], reference_size=training["reference_size"],
+            workers=self.run["workers"], pin_memory=place.device.type == "cuda",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Evaluate the model once and make the sampler: what does not fit is found before training.
+
+        Raises:
+            ValueError: if classes, the size of the images or the sampler do not fit.
+            TypeError: if the network takes other conditions.
+        """
+        data, training = self.settings["data"], self.settings["training"]
+        classes, known = data["classes"], len(self.data.classes)
+        if classes and (classes < known or self.data.class_labels is None):
+            raise ValueError(f"[data] classes: expected {known}, as the data have, got {classes}")
+        if classes > known:
+            self.say(f"[data] classes is {classes}, but the data have {known}")
+        if training["label_dropout"] and not classes:
+            raise ValueError("[training] label_dropout: expected 0 without [data] classes, "
+                             f"got {training['label_dropout']}")  # fmt: skip
+        if training["learn"] == "dequantizer" and self.losses.learned is None:
+            raise ValueError("[training] learn: expected model without a [dequantization] that "
+                             "learns, got dequantizer")  # fmt: skip
+        given: dict[str, Any] = {}
+        if classes:
+            given["class_labels"] = torch.zeros(1, dtype=torch.int64, device=self.place.device)
+        if self.parts.augmentation is not None:
+            given["condition"] = torch.zeros(1, 9, device=self.place.device)
+        x = torch.zeros(1, *self.data.shape, device=self.place.device)
+        try:
+            self.model.eval().predict(x, x.new_full((1,), self.parts.sde.T), **given)
+        except (TypeError, ValueError) as error:
+            shape = tuple(self.data.shape)
+            raise type(error)(f"[network]: expected one for images {shape}: {error}") from error
+        presets.sampler(self.settings, self.model)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds, beside the model."""
@@ -132,16 +176,11 @@ class Training:
     def steps(self, stop: StopSignals) -> Iterator[dict[str, float]]:
         """Take steps until the last one, a signal, or an error of the disk; yield their results."""
         training = self.settings["training"]
-        batches = EndlessBatches(
-            self.data, self.batch, seed=self.seed, start=self.step,
-            flip=self.settings["data"]["flip"], reference_size=training["reference_size"],
-            workers=self.run["workers"], pin_memory=self.place.device.type == "cuda",
-        )  # fmt: skip
-        skipped, source = 0, iter(batches)
+        skipped, source = 0, iter(self.batches)
         while self.step < training["steps"]:
             if training["normalize"]:
                 normalize_weights(self.model)
-            loss = self.backward(next(source).to(self.place.device))
+            loss = self.backward(self.read(source).to(self.place.device))
             # Signals may reach processes at different steps: all stop after the same one.
             shares = torch.stack([loss, torch.full_like(loss, stop.received is not None)])
             mean, stops = self.place.sum(shares).tolist()
@@ -161,6 +200,16 @@ class Training:
             yield {"loss": mean, "gradient": report.norm, "skipped": float(report.skipped),
                    "lr": rate, "stops": stops}  # fmt: skip
 
+    def read(self, source: Iterator[Batch]) -> Batch:
+        """Return the next batch; files that cannot be read end the run."""
+        try:
+            return next(source)
+        except ValueError as error:
+            raise DataError(
+                f"{error}. Repair or remove such files, which open_images(...).check() lists, and "
+                "train in another --out; training.start_from=CHECKPOINT keeps what was learned"
+            ) from error
+
     def train(self) -> None:
         """Take all steps; log, draw and save at intervals."""
         steps, run = self.settings["training"]["steps"], self.run
@@ -171,10 +220,10 @@ class Training:
                 ends = stopping or self.step == steps
                 if log is not None:
                     log.add(self.step, result, write=ends or self.step % run["log_every"] == 0)
-                if not stopping and (ends or self.step % run["snapshot_every"] == 0):
-                    self.snapshot()
                 if ends or self.step % run["save_every"] == 0:
                     self.save()
+                if not stopping and (ends or self.step % run["snapshot_every"] == 0):
+                    self.snapshot()
                 if stopping:
                     self.say("stopped by a signal; the same command goes on from here")
                     return
@@ -198,8 +247,15 @@ class Training:
             given["generator"] = [seeded(self.seed, i, SNAPSHOTS) for i in own.tolist()]
             if data["classes"]:
                 given["class_labels"] = (own % data["classes"]).to(place.device)
-            x = draw((len(own), *self.data.shape), **given)
+            try:
+                x, problem = draw((len(own), *self.data.shape), **given), None
+            except ValueError as error:  # samples that are not finite are no reason to stop
+                x, problem = torch.zeros(len(own), *self.data.shape, device=place.device), error
         self.model.train()
+        failed = place.sum(torch.tensor(float(problem is not None), device=place.device))
+        if failed:
+            self.say(f"no snapshot: {problem or 'it failed in another process'}")
+            return
         low, high = data["range"]
         images = torch.zeros((count, *self.data.shape), dtype=torch.int32, device=place.device)
         images[own] = ((x - low) / (high - low) * 255).round().clamp(0, 255).int()
@@ -246,6 +302,8 @@ def run(options: argparse.Namespace, place: Place) -> None:
         raise SystemExit(f"train.py: {error}") from error
     try:
         training.train()
+    except DataError as error:
+        raise SystemExit(f"train.py: stopped at step {training.step}: {error}") from error
     except (OSError, FloatingPointError) as error:
         raise SystemExit(
             f"train.py: stopped at step {training.step}: {error}. Earlier checkpoints are "

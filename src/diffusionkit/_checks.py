@@ -17,7 +17,7 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from ._hints import batch_advice, dtype_advice, time_advice
+from ._hints import batch_advice, dtype_advice, number_advice, shape_advice, time_advice
 from ._tracing import traced
 
 # A context variable, so that other threads are not slowed down.
@@ -205,8 +205,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"shape: expected positive integers (B, *D), got {got}")
     sizes = tuple(shape)
     if not sizes or not all(type(n) is not bool and isinstance(n, int) and n > 0 for n in sizes):
-        got = batch_advice(shape) if any(isinstance(n, Tensor) for n in sizes) else f"{sizes!r:.99}"
-        raise ValueError(f"shape: expected positive integers (B, *D), got {got}")
+        raise ValueError(f"shape: expected positive integers (B, *D), got {shape_advice(shape)}")
     if math.prod(sizes) >= 2**48:
         raise ValueError("shape: expected a tensor that fits in memory, got 2^48 numbers or more")
     return sizes
@@ -227,7 +226,7 @@ def check_part(part: object, kind: type, name: str) -> None:
 def check_number(value: float, name: str) -> None:
     """Raise unless a value is a number, not an array or a tensor, that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a number, got {number_advice(value, float)}")
     if isinstance(value, int) and value.bit_length() > 1000:
         raise ValueError(f"{name}: expected a number that a float can hold, got about 10^"
                          f"{int(value.bit_length() * math.log10(2))}")  # fmt: skip
@@ -273,7 +272,7 @@ def check_positive(value: float, name: str) -> None:
 def check_count(value: int, name: str, *, least: int = 1, most: int = _LARGEST_COUNT) -> None:
     """Raise unless a number is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an integer, got {number_advice(value, int)}")
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {_short(value)}")
     if value > most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -45,6 +45,32 @@ def dtype_advice(x: Tensor) -> str:
     if x.dtype.is_complex:
         return "; pass torch.view_as_real(x)"
     return "; convert it by x.float()"
+
+
+def number_advice(value: object, kind: type[int] | type[float]) -> str:
+    """Return what was passed as a number, with how to make one of a scalar of NumPy or torch.
+
+    Parts keep their arguments for files and comparisons, where these are no numbers.
+    """
+    got = type(value).__name__
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return got
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # many elements, or meta
+        return got
+    whole = kind is float or number.is_integer()
+    return f"{got} {number:g}; convert it by {kind.__name__}(x)" if whole else f"{got} {number:g}"
+
+
+def shape_advice(sizes: Sequence[object]) -> str:
+    """Return what was passed as a shape, with how to make integers of those of NumPy."""
+    if any(isinstance(n, Tensor) for n in sizes):
+        return batch_advice(sizes)
+    sizes = tuple(sizes)
+    foreign = any(hasattr(n, "dtype") and hasattr(n, "__index__") for n in sizes)
+    hint = "; convert it by tuple(map(int, shape))" if foreign else ""
+    return f"{sizes!r:.99}{hint}"
 
 
 def _part(value: object) -> str:

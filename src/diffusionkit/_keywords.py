@@ -37,7 +37,7 @@ _FOREIGN: dict[tuple[str, ...], tuple[str, str]] = {
     ),
     ("y", "label", "labels", "classes", "class_label", "target", "targets"): (
         "class_labels",
-        "class_labels=torch.tensor([...]), one for each sample",
+        "",
     ),
     ("num_samples", "n_samples", "batch_size", "sample_shape", "shape", "size", "n"): (
         "",
@@ -95,6 +95,8 @@ _METHODS: dict[tuple[str, ...], str] = {
     "equal cost",
 }
 _ADVICE = {name: advice for names, advice in _FOREIGN.items() for name in names}
+_SYNONYMS = {name: names for names in _FOREIGN for name in names}
+_OF_CALLS = _SYNONYMS["shape"]  # what only a sampler has a line for
 _MOST = 12  # parameters that are listed beside advice
 _OWN = (
     "; keywords beside a sampler's own, start, generator, device and dtype, or an objective's, are "
@@ -102,16 +104,19 @@ _OWN = (
 )
 
 
-def advice(name: str, known: Collection[str]) -> str:
+def advice(name: str, known: Collection[str], *, condition: bool = False) -> str:
     """Return what to write instead of an unknown keyword, "; ..." or "".
 
     Args:
         name: the unknown keyword.
         known: the keywords that there are.
+        condition: whether they are conditions of a network, which has names of its own.
     """
     ours, line = _ADVICE.get(name, ("", ""))
-    named = next((one for one in ours.split() if one in known), None)
-    if named is None and line:
+    meant = (*ours.split(), *(_SYNONYMS.get(name, ()) if condition else ()))
+    named = next((one for one in meant if one in known), None)
+    sampler = condition or "start" in known or "predictor" in known
+    if named is None and line and (sampler or name not in _OF_CALLS):
         return f"; pass {line}"
     guesses = [] if name in _ADVICE else difflib.get_close_matches(name, known, 1)
     close = [named] if named else guesses
@@ -136,7 +141,7 @@ def unknown_condition(
         what: what it is.
     """
     takes = f"one of {', '.join(known)}" if known else "which takes none"
-    hints = "".join(dict.fromkeys(advice(name, known) for name in unknown))
+    hints = "".join(dict.fromkeys(advice(name, known, condition=True) for name in unknown))
     return (
         f"{unknown[0]}: expected a condition of the {what} {network}, {takes}, got "
         f"{', '.join(f'{name}=...' for name in unknown)}{hints or _OWN}"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,11 +37,24 @@ def _is_last(blocks: Counter[Any], key: Any) -> bool:
 
 
 @contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """Disable gradients, and drop at the end what autocast has cached; see `evaluation_mode`."""
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Put a model in evaluation mode, without DistributedDataParallel, and restore it afterwards.
 
     A call of that wrapper may wait for the other processes, which may evaluate the model another
     number of times: adaptive solvers do, and processes with shares of unequal size.
+
+    What autocast has cached is dropped at the end: weights that older torch cast without gradients
+    would be used by a loss in the same block of autocast, and would then not be trained.
 
     Yields:
         The model, without the wrapper if it is in one itself.
@@ -60,6 +74,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
                 inner.eval()
             yield inner
         finally:
+            torch.clear_autocast_cache()
             with _lock:
                 for module in training:
                     if _is_last(_evaluated, id(module)):

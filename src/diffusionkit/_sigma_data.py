@@ -37,6 +37,7 @@ def as_sigma_data(value: Any, name: str = "sigma_data") -> float | tuple[float, 
             raise ValueError(
                 f"{name}: expected a number, or one for each channel, (C,) or (C, 1, ...), got a "
                 f"{type(value).__name__} of shape {shape}"
+                + ("" if shape else "; convert it by float(x)")
             )
         if isinstance(value, Tensor) and value.is_meta:
             raise ValueError(f"{name}: expected values, got a meta tensor")

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import importlib
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -63,6 +64,56 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             raise
         reason = error.strerror or str(error)
         raise OSError(error.errno or errno.EIO, reason, target) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], content: str) -> Iterator[str]:
+    """Yield a new folder that gets the name of a path at the end, if that is new or empty.
+
+    Of several writers of one path each has a folder of its own, and the first to end has the name.
+    What a killed one left is removed by the next, as that of `atomic_write`.
+
+    Args:
+        path: the folder to make.
+        content: what it is for, in the error.
+
+    Raises:
+        OSError: with the path, if the folder cannot be written, or has files.
+    """
+    target = checked_path(path)
+    real = os.path.realpath(target)  # a link to an empty folder stays one
+    parent, name = os.path.split(real)
+    taken = FileExistsError(errno.EEXIST, f"a folder for {content} must be new or empty", target)
+    if os.path.exists(real) and (not os.path.isdir(real) or os.listdir(real)):
+        raise taken
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
+    temporary, lock = "", None
+    try:
+        _remove_abandoned(parent, digest)
+        while not temporary or not os.path.isdir(temporary):  # removed before it was locked
+            temporary = os.path.join(parent, f"{_PREFIX}{digest}-{uuid.uuid4().hex}.tmp")
+            os.mkdir(temporary)
+            lock = None if fcntl is None else os.open(temporary, os.O_RDONLY)
+            if lock is not None:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+        yield temporary
+        try:
+            if fcntl is None and os.path.isdir(real):
+                os.rmdir(real)
+            os.rename(temporary, real)  # POSIX replaces an empty folder, and no other
+        except OSError as error:
+            if os.path.isdir(real) and os.listdir(real):
+                raise taken from error
+            raise
+    except OSError as error:
+        if error.filename == target:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), target) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def save_torch(path: str | os.PathLike[str], content: Any) -> None:
@@ -179,7 +230,7 @@ def _link(file: BinaryIO, path: str) -> None:
 
 
 def _remove_abandoned(folder: str, digest: str) -> None:
-    """Remove temporary files of a name whose writers were killed: those that nobody has locked."""
+    """Remove temporary files and folders of a name that nobody has locked: of killed writers."""
     with os.scandir(folder) as entries:
         start = _PREFIX + digest
         found = [e.path for e in entries if e.name.startswith(start) and e.name.endswith(".tmp")]
@@ -188,11 +239,14 @@ def _remove_abandoned(folder: str, digest: str) -> None:
             if fcntl is None:
                 os.unlink(path)
                 continue
-            with open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Removed since it was opened: the name may now be that of a writer's new file.
-                if os.fstat(file.fileno()).st_nlink:
-                    os.unlink(path)
+                if os.fstat(descriptor).st_nlink:
+                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+            finally:
+                os.close(descriptor)
 
 
 class _Watched:

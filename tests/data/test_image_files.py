@@ -245,7 +245,7 @@ def test_check_names_every_broken_image(tmp_path, kind, workers) -> None:
         [
             ("b.png", "expected a whole image, got a damaged one"),
             ("c.png", "expected an image in PNG, JPEG, WEBP, BMP, got another file"),
-            ("d.jpg", "expected an image in PNG, JPEG, WEBP, BMP, got another file"),
+            ("d.jpg", "expected an image in PNG, JPEG, WEBP, BMP, got an empty one"),
             ("f.webp", "expected one picture, got an animation of 2"),
         ],
         strict=True,

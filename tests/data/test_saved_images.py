@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import zipfile
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusionkit.data import save_grid, save_images
+from diffusionkit.data import open_images, save_grid, save_images
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -105,14 +106,37 @@ def test_nothing_is_lost_on_a_full_disk(tmp_path, monkeypatch) -> None:
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path) -> None:
-    (tmp_path / ".partial-a").mkdir()
-    (tmp_path / ".partial-a" / "00000009.png").write_bytes(b"half")
+    def slow():
+        yield images()
+        os._exit(1)
+
+    context = multiprocessing.get_context("fork")
+    killed = context.Process(target=save_images, args=(slow(), tmp_path / "a"))
+    killed.start()
+    killed.join()
+    assert len(os.listdir(tmp_path)) == 1
     (tmp_path / "a").mkdir()
     save_images(images(), tmp_path / "a")
     assert os.listdir(tmp_path) == ["a"]
     assert len(os.listdir(tmp_path / "a")) == 5
     with pytest.raises(FileExistsError, match=r"a folder for images must be new or empty: .*a'"):
         save_images(images(), tmp_path / "a")
+
+
+def test_two_writers_of_a_folder_do_not_touch_each_other(tmp_path) -> None:
+    """The first to end has the name; the other one says so, and leaves nothing."""
+
+    def slow():
+        yield images()
+        save_images(1 - images(), tmp_path / "a")  # meanwhile
+        yield images()
+
+    with pytest.raises(FileExistsError, match=r"must be new or empty: .*a'"):
+        save_images(slow(), tmp_path / "a")
+    assert os.listdir(tmp_path) == ["a"]
+    data = open_images(tmp_path / "a")
+    assert len(data) == 5
+    assert torch.equal(data[3][0], 1 - images()[3])
 
 
 def test_bad_input(tmp_path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.image_runs import arguments
 from torch.distributions import MultivariateNormal
 
 IMAGES = Path(__file__).parents[2] / "examples" / "images"
@@ -43,6 +44,35 @@ def test_a_run_that_is_missing_is_named(program, tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(SystemExit, match=refused):
             program("evaluate").main([str(folder), "--quiet"])
+
+
+@pytest.mark.parametrize("name", ["evaluate", "picture", "baselines", "sample", "train"])
+def test_every_program_names_a_missing_folder_in_one_line(program, name, tmp_path):
+    pytest.importorskip("PIL")
+    nowhere, out = str(tmp_path / "nowhere"), str(tmp_path / "out.png")
+    words = {"evaluate": [nowhere], "picture": [nowhere, "--data", nowhere, "--out", out],
+             "baselines": ["--data", nowhere, "--held-out", nowhere],
+             "sample": [nowhere, "--count", "1", "--out", str(tmp_path / "new")],
+             "train": ["--data", nowhere, "--preset", "tiny-glyphs", "--out", out]}  # fmt: skip
+    with pytest.raises(SystemExit, match=rf"^{name}\.py: .*nowhere"):
+        program(name).main(words[name])
+
+
+def test_wrong_options_are_named_and_results_are_not_lost(program, tmp_path, capsys):
+    program("train").main(arguments(tmp_path, "run", "training.steps=1"))
+    squares, new = tmp_path / "squares.npz", tmp_path / "new" / "x.json"
+    words = [str(tmp_path / "run"), "--held-out", str(squares), "--likelihood", "--quiet"]
+    for wrong, message in (
+        (["--device", "gpu"], "--device: expected a device of torch that is here, got 'gpu': "),
+        (["--limit", "-1"], "--limit: expected a number >= 1, got -1"),
+        (["--limit", "0"], "--limit: expected a number >= 1, got 0"),
+        (["--out", str(squares / "x.json")], ".*squares.npz"),
+    ):
+        with pytest.raises(SystemExit, match=f"^evaluate.py: {message}"):
+            program("evaluate").main([*words, *wrong])
+    assert "held out loss" in capsys.readouterr().out  # of the last one
+    program("evaluate").main([*words, "--out", str(new)])
+    assert json.loads(new.read_text())["step"] == 1
 
 
 def test_glyph_features_have_64_channels_and_16_scripts(program):

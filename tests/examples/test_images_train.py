@@ -9,6 +9,8 @@ import pytest
 import torch
 from support.image_runs import arguments, equal, save_squares, weights
 
+from diffusionkit.data import save_images
+
 
 @pytest.fixture
 def train(program):
@@ -64,6 +66,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_past_a_damaged_file(run, caplog):
     newest = parts / "checkpoints" / "step-00000005.pt"
     newest.write_bytes(newest.read_bytes()[:-5000])
     with (parts / "log.jsonl").open("a") as file:
+        file.write('\0\0\n{"st\n3\n')  # of a machine that stopped
         file.write('{"step": 6, "lo')  # killed while it wrote
     caplog.clear()
     run("parts", *changes)
@@ -148,11 +151,52 @@ def test_gradients_that_stay_infinite_stop_with_advice(run, train, monkeypatch):
         (("optimizer.rate=1",), {}, "rate"),
         ((), {"data": "nowhere"}, "nowhere"),
         (("data.channels=3",), {"data": "glyphs"}, "channels: expected 1 for glyphs, got 3"),
+        (("data.classes=2",), {}, r"classes: expected 3, as the data have, got 2"),
+        (
+            ("data.size=7",),
+            {},
+            r"\[network\]: expected one for images \(1, 7, 7\): x: .* divisible",
+        ),
+        (("training.label_dropout=0.1",), {}, r"expected 0 without \[data\] classes, got 0.1"),
+        (("training.learn=dequantizer",), {}, "learn: expected model without a"),
+        (("network.num_classes=3",), {}, "class_labels: expected a tensor"),
+        (("augmentation=EDMAugmentation",), {}, "condition: expected None"),
+        (("sampler.steps=0",), {}, "steps: expected an integer >= 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(run, changes, options, message):
     with pytest.raises(SystemExit, match=message):
         run("a", *changes, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(run, tmp_path, workers):
+    folder = tmp_path / "files"
+    images = torch.zeros(24, 1, 8, 8, dtype=torch.uint8)
+    save_images(images, folder)
+    (folder / "00000007.png").write_bytes(b"none")
+    with pytest.raises(
+        SystemExit, match=r"^train.py: stopped at step [01]: \S*00000007.png: expec"
+    ):
+        run("a", f"run.workers={workers}", data=folder)
+
+
+def test_samples_that_are_not_finite_cost_a_snapshot_and_nothing_else(run, train, capsys):
+    """The first snapshot comes at a step that is also saved."""
+    sampler, made = train.presets.sampler, []
+
+    def infinite(*args):
+        made.append(sampler(*args))
+        return lambda shape, **given: made[-1](torch.full(shape, torch.inf), **given)
+
+    train.presets.sampler = infinite
+    try:
+        out = run("a", "run.snapshot_every=2", "run.save_every=2", "training.steps=4")
+    finally:
+        train.presets.sampler = sampler
+    assert weights(out, 4)
+    assert "no snapshot: " in capsys.readouterr().out
+    assert not (out / "snapshots").exists()
 
 
 @pytest.mark.parametrize("count", [5, 24])

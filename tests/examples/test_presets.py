@@ -290,10 +290,31 @@ def test_changes(presets):
     ("optimizer.lr=1e", "--set optimizer.lr=1e: expected a TOML value, got '1e'"),
     ("optimizer.lr.x=1", "--set optimizer.lr.x=1: expected a table at lr, got 0.001"),
     ("data.range=[1, 0]", "data_range"),
+    ("data.range=[1]", "[data] range: expected [lowest, highest], got [1]"),
 ])  # fmt: skip
 def test_wrong_changes_are_named(presets, change, message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         presets.build(presets.load("tiny-glyphs", [change]))
+
+
+def test_numbers_out_of_their_limits_are_named_before_anything_is_made(presets):
+    numbers = {
+        f"{section}.{key}": default
+        for section, values in presets.PLAIN.items()
+        for key, default in values.items()
+        if type(default) in (int, float)
+    }
+    assert numbers.keys() == presets.LIMITS.keys()
+    for key, (low, high) in presets.LIMITS.items():
+        section, name = key.split(".")
+        wrong = [low - 1, *([low] if key in presets.OPEN else [])]
+        wrong += [high + 1] if high < float("inf") else []
+        wrong += ["nan"] if type(numbers[key]) is float else []
+        for value in wrong:
+            message = re.escape(f"[{section}] {name}: expected a number >")
+            with pytest.raises(ValueError, match=message):
+                presets.load("tiny-glyphs", [f"{key}={value}"])
+        presets.load("tiny-glyphs", [f"{key}={low + (key in presets.OPEN)}"])
 
 
 def test_a_wrong_value_is_named_with_its_section(presets):

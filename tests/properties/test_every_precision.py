@@ -39,6 +39,7 @@ from diffusionkit import (
     Euler,
     EulerMaruyama,
     ExactDivergence,
+    GaussianDecoder,
     GradientGuidance,
     Heun,
     Hutchinson,
@@ -67,6 +68,8 @@ from diffusionkit import (
     X0Model,
     classifier_loss,
     ddim_encode,
+    evaluate_bits_per_dim,
+    held_out_loss,
 )
 from diffusionkit.networks import MLP
 
@@ -304,3 +307,27 @@ def test_bounds_and_objectives(net, dtype) -> None:
         for p in network.parameters():
             assert p.grad.dtype == net
             assert bool(torch.isfinite(p.grad).all())
+
+
+EVALUATIONS = {
+    "sampler": lambda m, x: PCSampler(m, DDIM(), steps=2)(x.shape),
+    "iterate": lambda m, x: [*PCSampler(m, DDIM(), steps=2).iterate(x.shape)],
+    "flow": lambda m, x: ProbabilityFlow(m, rtol=0.1, atol=0.1).sample(x.shape),
+    "ODE": lambda m, x: ODELikelihood(m, rtol=0.1, atol=0.1)(x),
+    "bound": lambda m, x: NELBO(m)(x),
+    "bound of a chain": lambda m, x: ChainNELBO(m, GaussianDecoder())(x.long() * 0),
+    "held-out loss": lambda m, x: held_out_loss(ScoreMatching(), m, x, progress=False),
+    "bits": lambda m, x: evaluate_bits_per_dim(NELBO(m), x, progress=False),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_loss_after_an_evaluation_under_autocast_trains_all_weights(name) -> None:
+    """Autocast of torch 2.6 casts weights once in a block, also where gradients are disabled."""
+    sde = DDPMChain.linear(40) if "chain" in name else VPSDE()
+    model, x = EpsModel(MLP(3, width=8, depth=1), sde), torch.randn(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        EVALUATIONS[name](model, x)
+        loss = ScoreMatching()(model, x).mean()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

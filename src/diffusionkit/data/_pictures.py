@@ -67,7 +67,8 @@ def decoded(file: BinaryIO, channels: int | None, size: int | None) -> Tensor:
         except PictureError:
             raise
         except UnidentifiedImageError as error:
-            raise PictureError(f"an image in {', '.join(FORMATS)}, got another file") from error
+            got = "another file" if file.seek(0, 2) else "an empty one"
+            raise PictureError(f"an image in {', '.join(FORMATS)}, got {got}") from error
         except Image.DecompressionBombError as error:
             raise PictureError(f"an image of reasonable size, got {error}") from error
         # Damaged files make the decoders raise almost any exception.

@@ -226,7 +226,10 @@ class EndlessBatches(Described):
             pin_memory=self.pin_memory,
             generator=seeded(self.seed),  # workers draw nothing; torch's own state is left alone
         )
-        for images, labels in loader:
+        for loaded in loader:
+            if isinstance(loaded, Exception):
+                raise loaded
+            images, labels = loaded
             yield images, None if self.data.class_labels is None else labels
 
 
@@ -251,22 +254,32 @@ class _Requests:
 
 
 class _Flipped(Dataset[tuple[Tensor, int]]):
-    """Images, flipped as requested."""
+    """Images, flipped as requested; or the error of one that cannot be read.
+
+    A worker that raised it would bury the name of the file in a trace of its own.
+    """
 
     def __init__(self, data: ImageData) -> None:
         self._data = data
 
     @override
     def __getitem__(self, request: tuple[int, bool]) -> tuple[Tensor, int]:
-        return self.__getitems__([request])[0]
+        raise NotImplementedError
 
-    def __getitems__(self, requests: list[tuple[int, bool]]) -> list[tuple[Tensor, int]]:
-        loaded = self._data.__getitems__([item for item, _ in requests])
+    def __getitems__(
+        self, requests: list[tuple[int, bool]]
+    ) -> list[tuple[Tensor, int]] | Exception:
+        try:
+            loaded = self._data.__getitems__([item for item, _ in requests])
+        except (OSError, ValueError) as error:
+            return error
         return [
             (image.flip(-1) if flip else image, label)
             for (image, label), (_, flip) in zip(loaded, requests, strict=True)
         ]
 
 
-def _stacked(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+def _stacked(items: list[tuple[Tensor, int]] | Exception) -> tuple[Tensor, Tensor] | Exception:
+    if isinstance(items, Exception):
+        return items
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

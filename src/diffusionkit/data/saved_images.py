@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import itertools
 import json
 import math
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
-from .._writing import atomic_write, checked_path
+from .._writing import atomic_folder, atomic_write, checked_path
 
 _SUFFIXES = (".zip", ".npz", ".npy", "")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # no file says when it was written
@@ -229,20 +227,6 @@ def _npz(arrays: dict[str, Any]) -> Callable[[BinaryIO], None]:
 
 
 def _write_folder(target: Path, members: Iterator[tuple[str, bytes]]) -> None:
-    """Write a folder of files under another name, and give it its own when it is complete."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(errno.EEXIST, "a folder for images must be new or empty", str(target))
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        partial.mkdir()
+    with atomic_folder(target, "images") as folder:
         for name, content in members:
-            (partial / name).write_bytes(content)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, reason, str(target)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            Path(folder, name).write_bytes(content)

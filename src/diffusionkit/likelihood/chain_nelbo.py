@@ -14,7 +14,7 @@ from .._batch_conditions import repeated
 from .._chain_terms import chain_length, error_factor, error_scale, prior_kl, step_nats
 from .._checks import check_count, check_flag, check_part, readable
 from .._coefficients import expand
-from .._loops import Progress, check_progress, with_progress
+from .._loops import Progress, check_progress, with_progress, without_gradients
 from .._masks import kept_levels, zeroed
 from .._precision import network_dtype, state_dtype
 from .._repr import Described
@@ -173,7 +173,7 @@ class ChainNELBO(Described):
         self.steps_at_once = steps_at_once
         self.progress = progress
 
-    @torch.no_grad()
+    @without_gradients()
     def __call__(
         self,
         images: Tensor,

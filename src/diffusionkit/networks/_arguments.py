@@ -21,7 +21,7 @@ from .._checks import (
     check_state,
     readable,
 )
-from .._hints import label_advice, layout_advice
+from .._hints import label_advice, layout_advice, number_advice
 
 MOST_CHANNELS = 2**20
 # What is a number of modules takes seconds to build, and rather more would take days.
@@ -61,7 +61,7 @@ def check_fir_kernel(kernel: Sequence[float] | None) -> None:
 def check_dropout(dropout: float) -> None:
     """Raise unless the dropout probability is in [0, 1)."""
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float, np.floating)):
-        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
+        raise TypeError(f"dropout: expected a number, got {number_advice(dropout, float)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
