@@ -106,10 +106,10 @@ def save_checkpoint(
 ) -> None:
     """Write the whole training state to a file.
 
-    The file is complete and on the disk before it replaces the previous one, so a crash leaves
-    one or the other. The states of Python's, numpy's and torch's global random generators are
-    stored too, those of this process or, with ``random_states``, of all: on a CPU a resumed run
-    continues bit for bit. Weights have the names of the model without wrappers (torch.compile,
+    The file is complete and on disk before it replaces the previous one, so a crash leaves one or
+    the other. The states of Python's, numpy's and torch's global random generators are stored too,
+    those of this process or, with ``random_states``, of all: on a CPU a resumed run continues bit
+    for bit. Weights have the names of the model without wrappers (torch.compile,
     DistributedDataParallel). A description of the model's process, parameterization, noise label
     and network is stored with them, as `diffusionkit.checkpoints.save_model` does.
 
@@ -190,9 +190,9 @@ def load_checkpoint(
     The process, parameterization, noise label and network of the model must be those of the file:
     processes and labels are compared by their values, networks by class and arguments. To use
     its weights in another model, load them into one like the file's and pass on its network.
-    Moments of the optimizer are matched to parameters by name. Parts of the file that are not
-    asked for are listed in a warning in the log, unless training cannot be what goes on: without
-    an optimizer and random states, they are listed for information.
+    Moments of the optimizer are matched to parameters by name. A warning in the log lists the parts
+    of the file that are not requested. Without an optimizer and random states, when training is not
+    resumed, the message has the level of information.
 
     Args:
         path: the file.
