@@ -48,7 +48,7 @@ def checkpoint(path: Path) -> Path:
 
 
 def quality(options: argparse.Namespace, settings: dict[str, Any], about: dict[str, Any]) -> Any:
-    """Return the metrics of the samples against the data or kept statistics."""
+    """Return the metrics of the samples against the data or saved statistics."""
     extractor = metrics.features(options.features)
     if isinstance(extractor, torch.nn.Module):
         extractor.to(about["device"])
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("run", type=Path, help="a folder of train.py, or a checkpoint")
     add("--data", help=f"the real images: {SOURCES}")
     add("--samples", help="the generated images: a folder, zip or .npz, as sample.py writes them")
-    add("--statistics", help="kept statistics of the real images, instead of --data (.npz)")
+    add("--statistics", help="saved statistics of the real images, instead of --data (.npz)")
     add("--held-out", help="images that were not trained on; by default the test part of a "
         "built-in set")  # fmt: skip
     add("--features", help="see python -m diffusionkit.metrics --help; by default glyph features "

@@ -4,8 +4,8 @@ A process, a score model, an objective and a sampler are each one object, and an
 replaced by another. `interfaces` holds the whole contract.
 
 This namespace holds what users compose: interfaces and values, every part that is passed to
-another, and functions for a loop of one's own. Results, bases for extension, operators, metrics,
-networks and loaders are imported from their sub-packages.
+another, and functions for your own loop. Results, bases for extension, operators, metrics, networks
+and loaders are imported from their sub-packages.
 """
 
 __project__ = "diffusionkit-torch"

@@ -25,7 +25,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     Raises:
         ImportError: if the package safetensors is not installed.
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged or foreign.
+        CheckpointError: if the file is truncated, damaged or of another kind.
     """
     try:
         from safetensors import safe_open

@@ -34,7 +34,7 @@ def read_score_sde(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile.
+        CheckpointError: if the file is damaged, malicious or of another kind.
     """
     data = read_torch(path, expected=_EXPECTED)
     wanted = ("model", "ema") if ema else ("model",)

@@ -147,13 +147,13 @@ def list_folder(root: str) -> tuple[list[tuple[str, int]], list[str]]:
                 if entry.is_dir():
                     real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                     if real in above:
-                        raise ValueError(f"{entry.path}: expected a folder, got a link in a circle")
+                        raise ValueError(f"{entry.path}: expected a folder, got a circular link")
                     folders.append(name)
                     waiting.append((name + "/", (*above, real)))
                 elif entry.is_file():
                     files.append((name, entry.stat().st_size))
                 elif entry.is_symlink():
-                    raise ValueError(f"{entry.path}: expected a file, got a link to nothing")
+                    raise ValueError(f"{entry.path}: expected a file, got a broken link")
     return files, folders
 
 

@@ -52,12 +52,11 @@ def from_diffusers(
 
     With a ``FlowMatchEulerDiscreteScheduler`` it is a `VelocityModel` on a `FlowMatchingSDE`; its
     noise label is the timestep, 1000 t. With ``invert_sigmas`` the time and the velocity of the
-    network run the other way. For other schedulers the process is a chain:
+    network are reversed. For other schedulers the process is a chain:
 
     The prediction type makes it an `EpsModel`, an `X0Model` or a `VModel`; its noise label is the
     timestep, `StepLabel`. A network with twice the channels has learned the variance of its steps.
-    How a scheduler clips and which timesteps it takes are matters of sampling: see
-    `sampler_from_scheduler`.
+    The scheduler's clipping and timesteps belong to sampling: see `sampler_from_scheduler`.
 
     Args:
         unet: the network, such as a `UNet2DModel` or a `DiTTransformer2DModel`, called with
@@ -156,7 +155,7 @@ def load_diffusers(
     Raises:
         ImportError: if the package diffusers is not installed.
         FileNotFoundError: if a file is missing.
-        CheckpointError: if a file is damaged or foreign, or the weights do not fit.
+        CheckpointError: if a file is damaged or of another kind, or the weights do not fit.
         ValueError: see `from_diffusers`.
     """
     root = Path(os.fsdecode(folder))

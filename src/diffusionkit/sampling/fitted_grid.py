@@ -138,7 +138,8 @@ class FittedGrid:
         file = checked_path(path)
         content = read_json(file, "a grid written by FittedGrid.save")
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise CheckpointError(f"{file}: expected a grid of FittedGrid.save, got a foreign file")
+            expected = "a grid of FittedGrid.save"
+            raise CheckpointError(f"{file}: expected {expected}, got another kind of file")
         if content.pop("version", None) != _VERSION:
             raise CheckpointError(
                 f"{file}: expected version {_VERSION}, got another: the file was written by a "

@@ -171,8 +171,8 @@ def fit_grid(
         if not isinstance(start, Tensor) or target.shape != x.shape:
             states = tuple(x.shape) if isinstance(start, Tensor) else "no states"
             raise ValueError(
-                f"target: expected the ends of the flow from states `start`, got a tensor of shape "
-                f"{tuple(target.shape)} and {states}"
+                "target: expected the end points of the flow from states `start`, got a tensor of "
+                f"shape {tuple(target.shape)} and {states}"
             )
         check_finite(target, "target")
     flow = ProbabilityFlow(model, rtol=tolerance, atol=tolerance)

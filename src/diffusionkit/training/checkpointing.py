@@ -244,7 +244,7 @@ def load_checkpoint(
         ) from error
     if unread := list(unread_parts(state, asked)):
         level = logging.WARNING if optimizer is not None or restore_random else logging.INFO
-        logger.log(level, "%s: not loaded, since nothing asked for it: %s", file, ", ".join(unread))
+        logger.log(level, "%s: not loaded, since not requested: %s", file, ", ".join(unread))
     return Checkpoint(step=state["step"], extra=state["extra"])
 
 
@@ -303,7 +303,7 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
     expected = "a checkpoint written by save_checkpoint"
     state = read_torch(path, expected=expected, map_location=map_location)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected {expected}, got a foreign file")
+        raise CheckpointError(f"{path}: expected {expected}, got another kind of file")
     version = state.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(f"{path}: expected version {VERSION}, got {version}")
@@ -314,8 +314,8 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
         state = state | own
     if version == 1:
         logger.warning(
-            "%s: a file of version 1 does not know its process, parameterization, noise label and "
-            "network, nor the names of the optimizer's parameters; they are not compared", path,
+            "%s: a file of version 1 does not describe its process, parameterization, noise label "
+            "and network, nor the names of the optimizer's parameters; they are not compared", path,
         )  # fmt: skip
     absent = list(_LATER) if version == 1 else ["description"] if version < VERSION else []
     state = {**{name: _LATER[name][1] for name in absent}, **state}
