@@ -275,7 +275,7 @@ def test_damaged_files_are_refused(fitted, tmp_path, content, match):
         (lambda m, g: fit_grid(m, DDIM(), (8, 1), steps=3, target=torch.zeros(8, 1)),
          "target: expected the end points .* no states"),
         (lambda m, g: fit_grid(m, DDIM(), torch.zeros(8, 1), steps=3, target=torch.zeros(7, 1)),
-         r"target: expected the ends .* shape \(7, 1\) and \(8, 1\)"),
+         r"target: expected the end points .* shape \(7, 1\) and \(8, 1\)"),
         (lambda m, g: fit_grid(m, DEIS(), (3, 1), steps=3), "start: expected 4 draws or more"),
         (lambda m, g: fit_grid(m, DEIS(), (8, 1), steps=1), "steps: expected an integer >= 2"),
         (lambda m, g: fit_grid(m, DEIS(), (8, 1), steps=3, grids=[LogSNRGrid(), g]),
