@@ -31,15 +31,17 @@ from torch import Tensor
 from diffusionkit import Ancestral, Clip, DenoisedModel, PCSampler
 
 HYBRID, VLB = ("linear, hybrid", "cosine, hybrid"), ("linear, VLB", "cosine, VLB")
-SIMPLE = "cosine, simple"
+SIMPLE, UNIFORM = "cosine, simple", "cosine, VLB, uniform steps"
 FEW = (25, 100)  # sampling steps
 IMAGES, SAMPLES = 32, 250
+DISTANCE = f"glyph Fréchet distance, {SAMPLES} samples"
+TOTAL = itemgetter("total")
 BITS = f"bits per dimension, {IMAGES} test images"
 SMALL = "fixed small variance"
 FIXED = {"fixed large variance": "forward", SMALL: "posterior"}
 LEARNED = {"learned variance": "model"}
 VARIANCES: dict[str, dict[str, str]] = {
-    **dict.fromkeys((*HYBRID, *VLB), LEARNED),
+    **dict.fromkeys((*HYBRID, *VLB, UNIFORM), LEARNED),
     SIMPLE: FIXED,
     # The means of L_hybrid with a variance that it did not learn tell which of them matters.
     HYBRID[1]: LEARNED | {SMALL: "posterior"},
@@ -77,35 +79,28 @@ def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
 
 
 def findings(results: Results) -> list[Finding]:
-    """Return the findings: bits by schedule and by log-SNR, samples by objective and steps."""
+    """Return the findings: bits by schedule and objective, samples by objective and steps."""
     linear, cosine = HYBRID
-    parts: dict[str, Callable[[dict[str, Any]], float]] = {
-        "in all": lambda bits: bits["total"],
-        "from log-SNRs below 8": lambda bits: bits["total"] - bits["above"]["8"],
-        "from log-SNRs above 8": lambda bits: bits["above"]["8"],
-    }
-    found = [
-        compare(results, f"the cosine schedule has fewer bits, {part}", "bits/dim, L_hybrid",
-                (cosine, BITS), (linear, BITS), -1, value=value, labels=("cosine", "linear"))
-        for part, value in parts.items()
-    ]  # fmt: skip
-
+    found = [compare(
+        results, "the cosine schedule has fewer bits", "bits/dim, L_hybrid", (cosine, BITS),
+        (linear, BITS), -1, value=TOTAL, labels=("cosine", "linear"),
+    )]  # fmt: skip
     for name, one, short in zip(("linear", "cosine"), LONG, HYBRID, strict=True):
         found.append(compare(
             results, f"chains of 4,000 steps have fewer bits than those of 1,000, {name}",
-            "bits/dim, L_hybrid", (one, BITS), (short, BITS), -1, value=parts["in all"],
+            "bits/dim, L_hybrid", (one, BITS), (short, BITS), -1, value=TOTAL,
             labels=("4,000", "1,000"),
         ))  # fmt: skip
     found.append(compare(
         results, "the cosine schedule has fewer bits in chains of 4,000 steps",
-        "bits/dim, L_hybrid", (LONG[1], BITS), (LONG[0], BITS), -1, value=parts["in all"],
+        "bits/dim, L_hybrid", (LONG[1], BITS), (LONG[0], BITS), -1, value=TOTAL,
         labels=("cosine", "linear"),
     ))  # fmt: skip
     for few in FEW:
         for fixed in FIXED:
             found.append(compare(
                 results, f"L_hybrid has better samples than L_simple in {few} steps, {fixed}",
-                "glyph Fréchet distance, cosine", (cosine, samples("learned variance", few)),
+                f"{DISTANCE}, cosine", (cosine, samples("learned variance", few)),
                 (SIMPLE, samples(fixed, few)), -1, value=itemgetter("frechet"),
                 labels=("hybrid", "simple"),
             ))  # fmt: skip
@@ -113,32 +108,51 @@ def findings(results: Results) -> list[Finding]:
         learned = samples("learned variance", few)
         found.append(compare(
             results, f"the cosine schedule has better samples in {few} steps",
-            "glyph Fréchet distance, L_hybrid", (cosine, learned), (linear, learned), -1,
+            f"{DISTANCE}, L_hybrid", (cosine, learned), (linear, learned), -1,
             value=itemgetter("frechet"), labels=("cosine", "linear"),
         ))  # fmt: skip
     for hybrid, vlb in zip(HYBRID, VLB, strict=True):
         schedule = hybrid.partition(",")[0]
         found.append(compare(
-            results, f"L_vlb with resampling has fewer bits than L_hybrid, {schedule}", "bits/dim",
-            (vlb, BITS), (hybrid, BITS), -1, value=parts["in all"], labels=("VLB", "hybrid"),
+            results, f"L_vlb has fewer bits than L_hybrid, {schedule}", "bits/dim", (vlb, BITS),
+            (hybrid, BITS), -1, value=TOTAL, labels=("VLB", "hybrid"),
         ))  # fmt: skip
+        learned = samples("learned variance", FEW[-1])
+        found.append(compare(
+            results, f"L_hybrid has better samples than L_vlb, {schedule}",
+            f"{DISTANCE}, {FEW[-1]} steps", (hybrid, learned), (vlb, learned), -1,
+            value=itemgetter("frechet"), labels=("hybrid", "VLB"),
+        ))  # fmt: skip
+    found.append(compare(
+        results, "resampled steps lower the bits of L_vlb", "bits/dim, cosine", (VLB[1], BITS),
+        (UNIFORM, BITS), -1, value=TOTAL, labels=("resampled", "uniform"),
+    ))  # fmt: skip
     return found
 
 
 def others(results: Results) -> list[Finding]:
-    """Return comparisons that the paper does not make: of variances alone, precision and recall."""
-    found = []
+    """Return comparisons that the paper does not make: parts of bits, variances, recall."""
+    parts: dict[str, Callable[[dict[str, Any]], float]] = {
+        "below": lambda bits: bits["total"] - bits["above"]["8"],
+        "above": lambda bits: bits["above"]["8"],
+    }
+    found = [
+        compare(results, f"the cosine schedule has fewer bits from log-SNRs {part} 8",
+                "bits/dim, L_hybrid", (HYBRID[1], BITS), (HYBRID[0], BITS), -1, value=value,
+                labels=("cosine", "linear"))
+        for part, value in parts.items()
+    ]  # fmt: skip
     for few in FEW:
         found.append(compare(
             results, f"a learned variance is better than the small one, same network, {few} steps",
-            "glyph Fréchet distance, cosine, L_hybrid",
+            f"{DISTANCE}, cosine, L_hybrid",
             (HYBRID[1], samples("learned variance", few)), (HYBRID[1], samples(SMALL, few)), -1,
             value=itemgetter("frechet"), labels=("learned", "small"),
         ))  # fmt: skip
     for few in FEW:
         found.append(compare(
             results, f"the means of L_hybrid are better than those of L_simple in {few} steps",
-            "glyph Fréchet distance, cosine, fixed small variance",
+            f"{DISTANCE}, cosine, fixed small variance",
             (HYBRID[1], samples(SMALL, few)), (SIMPLE, samples(SMALL, few)), -1,
             value=itemgetter("frechet"), labels=("hybrid", "simple"),
         ))  # fmt: skip
@@ -154,33 +168,34 @@ def others(results: Results) -> list[Finding]:
 
 def draw(results: Results) -> Figure:
     """Plot the bits by log-SNR, and the Fréchet distance against the number of steps."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = dict(zip((*HYBRID, *VLB, SIMPLE), ("C1", "C0", "C3", "C4", "C2"), strict=True))
-    for name in (*HYBRID, *VLB):
-        for at in results.steps(name, BITS)[-1:]:
-            for number, bits in enumerate(results.seeds(name, at, BITS).values()):
-                above = [bits["above"][f"{edge:g}"] for edge in EDGES]
-                left.plot(EDGES, above, color=colors[name], alpha=0.7,
-                          label=None if number else name)  # fmt: skip
+    bounded = results.common_steps(*product((*HYBRID, *VLB), [BITS]))
+    for at, name in product(bounded[-1:], (*HYBRID, *VLB)):
+        for number, bits in enumerate(results.seeds(name, at, BITS).values()):
+            above = [bits["above"][f"{edge:g}"] for edge in EDGES]
+            left.plot(EDGES, above, color=colors[name], alpha=0.7,
+                      label=None if number else name)  # fmt: skip
     left.axvline(8, color="gray", linestyle=":", linewidth=0.8)
     left.set(xlabel="log-SNR", ylabel="bits/dim from above this log-SNR")
     if left.get_legend_handles_labels()[0]:
         left.legend(fontsize=8)
-    for name, variances in VARIANCES.items():
-        for label in variances:
-            for at in results.steps(name, samples(label, FEW[0]))[-1:]:
-                by_seed = [results.seeds(name, at, samples(label, few)) for few in FEW]
-                for number, seed in enumerate(sorted(set.intersection(*map(set, by_seed)))):
-                    right.plot(FEW, [table[seed]["frechet"] for table in by_seed], marker="o",
-                               color=colors[name], alpha=0.7,
-                               linestyle=STYLES.get(label, "-"),
-                               label=None if number else f"{name}, {label}")  # fmt: skip
+    kinds = [(name, label) for name, variances in VARIANCES.items() for label in variances]
+    sampled = results.common_steps(*(
+        (name, samples(label, few)) for (name, label), few in product(kinds, FEW)
+    ))  # fmt: skip
+    for at, (name, label) in product(sampled[-1:], kinds):
+        by_seed = [results.seeds(name, at, samples(label, few)) for few in FEW]
+        for number, seed in enumerate(sorted(set.intersection(*map(set, by_seed)))):
+            right.plot(FEW, [table[seed]["frechet"] for table in by_seed], marker="o",
+                       color=colors[name], alpha=0.7, linestyle=STYLES.get(label, "-"),
+                       label=None if number else f"{name}, {label}")  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="glyph Fréchet distance")
     right.set_xticks([], minor=True)
     right.set_xticks(FEW, [str(few) for few in FEW])
     if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=8)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

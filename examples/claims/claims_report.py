@@ -3,7 +3,7 @@
     python examples/claims/claims_report.py
 
 It reads the JSON files of examples/claims/results and writes docs/tables/claims*.md and
-docs/_static/claims_*.png. No number of that page is typed by hand. Takes seconds.
+docs/_static/claims_*.png. Takes seconds.
 """
 
 from collections import Counter
@@ -57,17 +57,21 @@ def table(findings: Sequence[Finding], first: str = "claim") -> Iterator[str]:
 
 
 def overview(numbers: dict[str, Results]) -> Iterator[str]:
-    """Yield the lines of the table of all claims: verdicts, cost and commands."""
+    """Yield the lines of the table of all claims: verdicts, cost and commands; last, the sums."""
+    total, hours = Counter[str](), 0.0
     yield f"| claims | paper | {' | '.join(VERDICTS)} | core hours | command |"
     yield "|---" * (4 + len(VERDICTS)) + "|"
     for claim in CLAIMS:
         results = numbers[claim.name]
         counts = Counter(map(verdict_of, claim.findings(results)))
+        total, hours = total + counts, hours + results.hours()
         papers = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in claim.papers)
         cells = [f"[{claim.title}](#{anchor(claim)})", papers,
                  *(str(counts[name]) for name in VERDICTS), f"{results.hours():.1f}",
                  f"`python examples/claims/{claim.name}.py`"]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
+    sums = " | ".join(f"**{total[name]}**" for name in VERDICTS)
+    yield f"| **all** | | {sums} | **{hours:.1f}** | |"
 
 
 def anchor(claim: Claim) -> str:
@@ -79,6 +83,8 @@ def tables(numbers: dict[str, Results]) -> dict[str, str]:
     """Return the text of every table, by the name of its file."""
     found = {"claims": overview(numbers)}
     found["claims_variances"] = stable_targets.variance_table(numbers["stable_targets"])
+    found["claims_gains"] = stable_targets.gain_table(numbers["stable_targets"])
+    found["claims_floor"] = correctors_at_equal_cost.floor(numbers["correctors_at_equal_cost"])
     found["claims_crossings"] = maximum_likelihood.crossings(numbers["maximum_likelihood"])
     for claim in CLAIMS:
         results = numbers[claim.name]

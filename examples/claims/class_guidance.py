@@ -23,7 +23,7 @@ from diffusionkit import (
 from diffusionkit.metrics import to_uint8
 from diffusionkit.random import seeded
 
-TARGETS, SAMPLES, STEPS, TRAINING = 4, 32, 50, 500
+TARGETS, SAMPLES, STEPS, TRAINING = 4, 128, 50, 500
 CLASSES = f"{TARGETS} classes, {SAMPLES} samples of each, {2 * STEPS} evaluations"
 
 

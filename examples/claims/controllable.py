@@ -55,6 +55,7 @@ NOISE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of the measurement, in units of the r
 NETWORK, EXACT, MORE = "network", "training set", "more evaluations"
 PIGDM, REPAINT = "PiGDM", "RePaint"
 LABELS = {EXACT: "exact score, same sampler"}
+DASHES = ("dotted", "dashed", "dashdot", (0, (1, 4)))  # of the checks in the figure
 _BUDGET = f"{IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
 SCORES = f"energy score, {_BUDGET}"
 MEANS = f"energy score from means of blocks, {_BUDGET}"
@@ -231,27 +232,31 @@ def of_training_set(task: str, noise: float | None = None) -> Callable[[dict[str
 
 
 def findings(results: Results) -> list[Finding]:
-    """Return the findings: two rivals for each task, and classes."""
+    """Return the findings: two baselines for each task, and for classes."""
     found = []
     for task, key in MEASURES.items():
         what = "from means of blocks" if task == "means of blocks" else f"inpainting, {task}"
-        for rival, noise in (("at little noise", NOISE[0]), ("at its best noise", None)):
+        baselines = {"at little noise": NOISE[0], "at its best noise": None}
+        if task == "means of blocks":  # where the least noise is the best
+            del baselines["at little noise"]
+        for baseline, noise in baselines.items():
             found.append(compare(
-                results, f"{what}: better than the posterior of the training set {rival}",
+                results, f"{what}: better than the posterior of the training set {baseline}",
                 "energy score, VE", ("VE", key), ("VE", key), -1, value=of_network(task),
                 value_b=of_training_set(task, noise), labels=(NETWORK, EXACT),
             ))  # fmt: skip
-    found.append(compare(
-        results, "images of a class are taken for it more often than unconditional ones",
-        "share, VE", ("VE", CLASSES), ("VE", CLASSES), 1, value=itemgetter("guided"),
-        value_b=itemgetter("unconditional"), labels=("guided", "unconditional"),
-    ))  # fmt: skip
-    found.append(compare(
-        results, "images of a class are nearer to its test images than unconditional ones",
-        "energy distance of features, VE", ("VE", CLASSES), ("VE", CLASSES), -1,
-        value=itemgetter("guided distance"), value_b=itemgetter("unconditional distance"),
-        labels=("guided", "unconditional"),
-    ))  # fmt: skip
+    of = ("VE", CLASSES)
+    for kind, other in (("unconditional", "unconditional ones"), ("training", "training images")):
+        found.append(compare(
+            results, f"images of a class are taken for it more often than {other}", "share, VE",
+            of, of, 1, value=itemgetter("guided"), value_b=itemgetter(kind),
+            labels=("guided", kind),
+        ))  # fmt: skip
+        found.append(compare(
+            results, f"images of a class are nearer to its test images than {other}",
+            "energy distance of features, VE", of, of, -1, value=itemgetter("guided distance"),
+            value_b=itemgetter(f"{kind} distance"), labels=("guided", kind),
+        ))  # fmt: skip
     return found
 
 
@@ -275,7 +280,7 @@ def others(results: Results) -> list[Finding]:
 
 def draw(results: Results) -> Figure:
     """Plot the scores of the training set against its noise, and those of the network."""
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, (task, key) in zip(figure.subplots(1, 3), MEASURES.items(), strict=True):
         for at in results.steps("VE", key)[-1:]:
             for number, found in enumerate(results.seeds("VE", at, key).values()):
@@ -284,16 +289,19 @@ def draw(results: Results) -> Figure:
                           label=None if number else EXACT)  # fmt: skip
                 axes.axhline(found[task][NETWORK], color="C0", alpha=0.7,
                              label=None if number else NETWORK)  # fmt: skip
-        for color, (method, other) in enumerate(CHECKS.items(), 2):
+        for color, (dashes, (method, other)) in enumerate(
+            zip(DASHES, CHECKS.items(), strict=True), 2
+        ):
             for at in results.steps("VE", other)[-1:]:
                 for number, found in enumerate(results.seeds("VE", at, other).values()):
                     label = None if number else f"check: {LABELS.get(method, method)}"
-                    axes.axhline(found[task], color=f"C{color}", alpha=0.7, linestyle=":",
+                    axes.axhline(found[task], color=f"C{color}", alpha=0.7, linestyle=dashes,
                                  label=label)  # fmt: skip
         axes.set(xscale="log", title=task, ylabel="energy score",
                  xlabel="noise of the measurement, training set")  # fmt: skip
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*labels, loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 

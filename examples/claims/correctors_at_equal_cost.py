@@ -13,7 +13,7 @@ Small: 16x16 glyphs, an NCSN++ of width 16; 22 minutes of one CPU core for each 
 those of 1,000 samples in 200 evaluations. Full: 200 to 2,000 evaluations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import product
 
@@ -30,6 +30,7 @@ from diffusionkit import Ancestral, Langevin, PCSampler, Predictor, ReverseDiffu
 BUDGETS = {
     "small": (
         ("reverse diffusion", 200, 1000), ("reverse diffusion", 1000, 250), ("ancestral", 200, 500),
+        ("reverse diffusion", 100, 500),
     ),
     "full": tuple(product(("reverse diffusion", "ancestral"), (200, 500, 1000, 2000), (5000,))),
 }  # fmt: skip
@@ -39,11 +40,15 @@ PREDICTORS: dict[str, Predictor] = {
 }
 SNR = 0.16
 P, PC, C = "P", "PC", "C"
+FLOOR = "glyph Fréchet distance of training images"
 
 
-def kinds(predictor: str) -> tuple[str, ...]:
-    """Return the kinds of sampling with a predictor; the corrector alone needs none."""
-    return (P, PC, C) if predictor == "reverse diffusion" else (P, PC)
+def kinds(predictor: str, evaluations: int) -> tuple[str, ...]:
+    """Return the kinds of sampling with a predictor.
+
+    The corrector alone needs none, and in fewer than 200 evaluations it draws noise.
+    """
+    return (P, PC, C) if predictor == "reverse diffusion" and evaluations >= 200 else (P, PC)
 
 
 def name_of(predictor: str, kind: str, evaluations: int, count: int) -> str:
@@ -67,10 +72,12 @@ def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
     seeds = tuple(seeds)
     for (predictor, evaluations, count), seed, at in product(BUDGETS[lab.scale], seeds, steps):
         quality = Quality(lab, "VE", seed, at)
-        for kind in kinds(predictor):
+        for kind in kinds(predictor, evaluations):
             name = name_of(predictor, kind, evaluations, count)
             draw = partial(sampler, predictor=predictor, kind=kind, evaluations=evaluations)
             lab.measure("VE", seed, at, name, quality(name, draw, count))
+    for at in steps:
+        lab.measure("VE", seeds[0], at, FLOOR, Quality(lab, "VE", seeds[0], at).floors)
 
 
 def findings(results: Results) -> list[Finding]:
@@ -78,10 +85,10 @@ def findings(results: Results) -> list[Finding]:
     found = []
     for predictor, evaluations, count in BUDGETS[results.settings.get("scale", "small")]:
         names = {kind: name_of(predictor, kind, evaluations, count) for kind in (P, PC, C)}
-        for kind, claim in ((P, "than more steps"), (C, "than the corrector alone")):
-            if kind in kinds(predictor):
+        for kind, claim in ((P, "than the predictor alone"), (C, "than the corrector alone")):
+            if kind in kinds(predictor, evaluations):
                 found.append(compare(
-                    results, f"predictor and corrector are better {claim}, {evaluations} "
+                    results, f"predictor and corrector are better {claim}, {evaluations:,} "
                     f"evaluations, {predictor}", f"glyph Fréchet distance, {count:,} samples",
                     ("VE", names[PC]), ("VE", names[kind]), -1,
                     value=lambda quality: quality["frechet"], labels=("PC", kind),
@@ -89,13 +96,22 @@ def findings(results: Results) -> list[Finding]:
     return found
 
 
+def floor(results: Results) -> Iterator[str]:
+    """Yield a sentence of the distances that training images have."""
+    tables = [table for at in results.steps("VE", FLOOR)[-1:]
+              for table in results.seeds("VE", at, FLOOR).values()]  # fmt: skip
+    for table in tables[:1]:
+        parts = [f"{value:.2f} with {int(count):,}" for count, value in table.items()]
+        yield f"Training images have distances of {', '.join(parts)} images."
+
+
 def draw(results: Results) -> Figure:
     """Plot the Fréchet distance of each seed, for each budget and kind of sampling."""
     budgets = BUDGETS[results.settings.get("scale", "small")]
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes, marks = figure.subplots(), {P: "o", PC: "s", C: "x"}
     for place, (predictor, evaluations, count) in enumerate(budgets):
-        for number, kind in enumerate(kinds(predictor)):
+        for number, kind in enumerate(kinds(predictor, evaluations)):
             name = name_of(predictor, kind, evaluations, count)
             for at in results.steps("VE", name)[-1:]:
                 distances = [q["frechet"] for q in results.seeds("VE", at, name).values()]

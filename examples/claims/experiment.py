@@ -40,6 +40,7 @@ class Lab:
         scale: "small" or "full".
         place: where to compute.
         only: the recipes to train and measure, all if there are none.
+        text: measures without this text in their names are left out.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Lab:
         scale: str,
         place: torch.device | str = "cpu",
         only: Collection[str] = (),
+        text: str = "",
     ) -> None:
-        self.results, self.runs, self.scale, self.only = results, runs / scale, scale, only
+        self.results, self.runs, self.scale = results, runs / scale, scale
+        self.only, self.text = only, text
         self.place = torch.device(place)
         self.memory: dict[str, Any] = {}  # what measures of several runs share
         self._last: tuple[str, Run] | None = None
@@ -96,7 +99,7 @@ class Lab:
     ) -> Any:
         """Return a number of a run, or a table of them; measure it if it has to be.
 
-        A recipe that is left out is not measured, and has the number None unless it was before.
+        A recipe or a measure that is left out has the number None, unless it was measured before.
 
         Args:
             name: the recipe.
@@ -106,7 +109,7 @@ class Lab:
             of: returns it for the run.
         """
         key = Results.key(name, seed, steps)
-        chosen = not self.only or name in self.only
+        chosen = (not self.only or name in self.only) and self.text in measure
         if chosen and self.results.get(key, measure) is None:
             run, start = self.run(name, seed, steps), time.perf_counter()
             value = of(run)
@@ -216,8 +219,7 @@ def compare(
         digits: the digits to print.
     """
     names = labels or (a[0], b[0])
-    both = sorted(set(results.steps(*a)) & set(results.steps(*b)), reverse=True)
-    for at in both if steps is None else [steps]:
+    for at in reversed(results.common_steps(a, b)) if steps is None else [steps]:
         first, second = results.seeds(a[0], at, a[1]), results.seeds(b[0], at, b[1])
         common = first.keys() & second.keys()
         if len(common) > 1:
@@ -261,6 +263,21 @@ class Claim:
 
     def main(self, doc: str | None, argv: list[str] | None = None) -> None:
         """Measure what is missing, draw the figure and print the findings."""
+        options = self.parser(doc).parse_args(argv)
+        torch.set_num_threads(options.threads)
+        results = Results(self.path(options.results, options.scale), self.settings(options))
+        lab = Lab(
+            results, options.runs, options.scale, options.device, options.only, options.measure
+        )  # fmt: skip
+        seeds, steps = self.budget(options)
+        self.measure(lab, seeds, steps)
+        save(self.draw(results), results.path.with_suffix(".png"))
+        for finding in (*self.findings(results), *(self.others(results) if self.others else ())):
+            print(describe(finding))
+        print(f"-> {results.path}")
+
+    def parser(self, doc: str | None) -> argparse.ArgumentParser:
+        """Return the parser of the command line."""
         parser = argument_parser(doc)
         add = parser.add_argument
         add("--scale", choices=recipes.SCALES, default="small", help="the size of the networks")
@@ -270,22 +287,24 @@ class Claim:
             "measure, in order; by default those of the scale")  # fmt: skip
         add("--only", nargs="+", default=(), choices=[*recipes.RECIPES], metavar="RECIPE",
             help="the recipes to train and measure, all of the claim by default")  # fmt: skip
+        add(
+            "--measure",
+            default="",
+            metavar="TEXT",
+            help="only measures with this text in their names, as they are in the JSON file",
+        )
         add("--device", type=device, default="cpu", help="where to compute")
         add("--threads", type=positive_int, default=1,
             help="threads of a CPU; one gives the same bits on every run")  # fmt: skip
         add("--runs", type=Path, default=Path("runs/claims"), help="the folder of all runs")
         add("--results", type=Path, default=Path("outputs/claims"), help="the folder of numbers")
-        options = parser.parse_args(argv)
-        torch.set_num_threads(options.threads)
-        results = Results(self.path(options.results, options.scale), self.settings(options))
-        lab = Lab(results, options.runs, options.scale, options.device, options.only)
+        return parser
+
+    def budget(self, options: argparse.Namespace) -> tuple[range, tuple[int, ...]]:
+        """Return the seeds and the numbers of training steps of a command line."""
         steps = options.steps or (self.steps if options.scale == "small" else self.full_steps)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        self.measure(lab, seeds, tuple(sorted(steps)))
-        save(self.draw(results), results.path.with_suffix(".png"))
-        for finding in (*self.findings(results), *(self.others(results) if self.others else ())):
-            print(describe(finding))
-        print(f"-> {results.path}")
+        return seeds, tuple(sorted(steps))
 
     def path(self, folder: Path, scale: str) -> Path:
         """Return the file of the numbers."""

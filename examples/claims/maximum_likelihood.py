@@ -18,21 +18,25 @@ and IS that is not changed.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 from experiment import Claim, Finding, Lab, compare
 from matplotlib.figure import Figure
 from measures import bound, loss_variances, ode_bits
 from results import Results
 
-WEIGHTINGS = ("VP", "VP, LW", "VP, LW, no clipping", "VP, LW + IS")
+PLAIN, SAMPLED = "VP", "VP, LW + IS"
+UNCLIPPED = ("VP, LW, no clipping", "VP, LW + IS, no clipping")
+WEIGHTINGS = (PLAIN, "VP, LW", SAMPLED, *UNCLIPPED)
 PROCESSES = ("VP", "sub-VP", "VE")
 DEQUANTIZER = "VP, LW + IS, learned dequantizer"
 PAIRS = (
-    ("LW with IS lowers the bound", "VP, LW + IS", "VP"),
-    ("LW without IS lowers the bound", "VP, LW", "VP"),
-    ("LW without IS or clipping lowers the bound", "VP, LW, no clipping", "VP"),
-    ("IS lowers the bound of LW", "VP, LW + IS", "VP, LW"),
+    ("LW with IS lowers the bound", SAMPLED, PLAIN),
+    ("LW without IS lowers the bound", "VP, LW", PLAIN),
+    ("IS lowers the bound of LW", SAMPLED, "VP, LW"),
+    ("LW with IS and without clipping lowers the bound", UNCLIPPED[1], PLAIN),
+    ("LW without IS or clipping lowers the bound", UNCLIPPED[0], PLAIN),
+    ("IS lowers the bound of LW without clipping", UNCLIPPED[1], UNCLIPPED[0]),
 )
 IMAGES, DRAWS, FLOW_IMAGES, TOLERANCE = 500, 20, 64, 1e-3
 BOUND = f"bound, bits per dimension, {IMAGES} test images"
@@ -41,9 +45,9 @@ VARIANCES = f"variances of the LW loss, {2 * IMAGES} test images, 4 draws"
 
 
 def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
-    """Train every weighting and process; measure the bound, and the flow's bits at the end.
+    """Train every weighting and process; measure the bound and the bits of the flow.
 
-    The learned dequantizer is trained for the first number of steps.
+    The learned dequantizer, and the variances, are measured at the first number of steps.
     """
     flow = partial(ode_bits, count=FLOW_IMAGES, tolerance=TOLERANCE)
     bits_of = partial(bound, count=IMAGES, draws=DRAWS)
@@ -51,11 +55,9 @@ def measure(lab: Lab, seeds: Iterable[int], steps: tuple[int, ...]) -> None:
         for name in dict.fromkeys((*WEIGHTINGS, *PROCESSES)):
             for at in steps:
                 lab.measure(name, seed, at, BOUND, bits_of)
-                if at == steps[-1]:
-                    lab.measure(name, seed, at, FLOW, flow)
+                lab.measure(name, seed, at, FLOW, flow)
         variances = partial(loss_variances, count=2 * IMAGES, draws=4)
-        lab.measure(WEIGHTINGS[-1], seed, steps[0], VARIANCES, variances)
-        lab.measure(WEIGHTINGS[-1], seed, steps[0], FLOW, flow)
+        lab.measure(SAMPLED, seed, steps[0], VARIANCES, variances)
         lab.measure(DEQUANTIZER, seed, steps[0], BOUND, bits_of)
         lab.measure(DEQUANTIZER, seed, steps[0], FLOW, flow)
 
@@ -70,12 +72,17 @@ def log_variance(times: str) -> Callable[[dict[str, float]], float]:
     return lambda found: math.log10(found[times])
 
 
+def short(name: str) -> str:
+    """Return the weighting of a recipe."""
+    return name.partition(", ")[2].partition(", ")[0] or "none"
+
+
 def by_steps(results: Results) -> Iterator[tuple[str, list[Finding]]]:
     """Yield the findings of each pair of weightings, at all numbers of steps."""
     for claim, a, b in PAIRS:
         found = []
-        for at in sorted(set(results.steps(a, BOUND)) & set(results.steps(b, BOUND))):
-            labels = a.partition(", ")[2], b.partition(", ")[2] or "none"
+        for at in results.common_steps((a, BOUND), (b, BOUND)):
+            labels = short(a), short(b)
             found.append(compare(
                 results, f"{claim}, {at:,} steps", "bits/dim, VP", (a, BOUND), (b, BOUND), -1,
                 value=bits, steps=at, labels=labels,
@@ -86,40 +93,37 @@ def by_steps(results: Results) -> Iterator[tuple[str, list[Finding]]]:
 def findings(results: Results) -> list[Finding]:
     """Return the findings: weightings at each number of steps, processes at the last."""
     found = [one for _, pair in by_steps(results) for one in pair]
-    plain, sampled = WEIGHTINGS[0], WEIGHTINGS[-1]
-    for at in sorted(set(results.steps(plain, FLOW)) & set(results.steps(sampled, FLOW))):
+    for at in results.common_steps((PLAIN, FLOW), (SAMPLED, FLOW)):
         found.append(compare(
             results, f"LW with IS lowers the bits of the probability flow, {at:,} steps",
-            "bits/dim, VP", (sampled, FLOW), (plain, FLOW), -1, value=bits, steps=at,
+            "bits/dim, VP", (SAMPLED, FLOW), (PLAIN, FLOW), -1, value=bits, steps=at,
             labels=("LW + IS", "none"),
         ))  # fmt: skip
     found.append(compare(
         results, "IS lowers the variance of the LW loss", "log10 variance, network of LW + IS",
-        (sampled, VARIANCES), (sampled, VARIANCES), -1, value=log_variance("importance"),
+        (SAMPLED, VARIANCES), (SAMPLED, VARIANCES), -1, value=log_variance("importance"),
         value_b=log_variance("uniform"), labels=("IS", "uniform times"), digits=2,
     ))  # fmt: skip
     for name, key in (("bound", BOUND), ("bits of the probability flow", FLOW)):
         found.append(compare(
             results, f"a learned dequantizer lowers the {name}", "bits/dim, VP, LW + IS",
-            (DEQUANTIZER, key), (sampled, key), -1, value=bits, labels=("learned", "uniform"),
+            (DEQUANTIZER, key), (SAMPLED, key), -1, value=bits, labels=("learned", "uniform"),
         ))  # fmt: skip
-    for name, key in (("bound", BOUND), ("probability flow", FLOW)):
-        found.append(compare(
-            results, f"sub-VP has fewer bits than VP by the {name}", "bits/dim", ("sub-VP", key),
-            ("VP", key), -1, value=bits,
-        ))  # fmt: skip
+    found.append(fewer_bits(results, "sub-VP", "probability flow"))
     return found
 
 
+def fewer_bits(results: Results, process: str, name: str) -> Finding:
+    """Return the finding of fewer bits of a process than of VP, by the bound or the flow."""
+    key = BOUND if name == "bound" else FLOW
+    return compare(results, f"{process} has fewer bits than VP by the {name}", "bits/dim",
+                   (process, key), (PLAIN, key), -1, value=bits)  # fmt: skip
+
+
 def others(results: Results) -> list[Finding]:
-    """Return the bits of VE, which the paper does not give."""
-    return [
-        compare(
-            results, f"VE has fewer bits than VP by the {name}", "bits/dim", ("VE", key),
-            ("VP", key), -1, value=bits,
-        )
-        for name, key in (("bound", BOUND), ("probability flow", FLOW))
-    ]  # fmt: skip
+    """Return comparisons of bits that the papers do not give: other bounds, and VE."""
+    return [fewer_bits(results, process, name) for process, name in
+            (("sub-VP", "bound"), ("VE", "bound"), ("VE", "probability flow"))]  # fmt: skip
 
 
 def crossing(means: dict[int, float]) -> float | None:
@@ -168,12 +172,13 @@ def draw(results: Results) -> Figure:
     left.set(xscale="log", xlabel="training steps", ylabel="bound, bits/dim")
     if left.get_legend_handles_labels()[0]:
         left.legend(fontsize=8)
-    for number, name in enumerate(PROCESSES):
-        for key, marker in ((BOUND, "o"), (FLOW, "x")):
-            for at in results.steps(name, key)[-1:]:
-                values = [value["mean"] for value in results.seeds(name, at, key).values()]
-                right.plot([number] * len(values), values, marker, color="C0" if marker == "o"
-                           else "C1", label=None if number else key.partition(",")[0])  # fmt: skip
+    common = results.common_steps(*product(PROCESSES, (BOUND, FLOW)))
+    for at, (number, name) in product(common[-1:], enumerate(PROCESSES)):
+        for key, style in ((BOUND, "oC0"), (FLOW, "xC1")):
+            values = [value["mean"] for value in results.seeds(name, at, key).values()]
+            label = None if number else key.partition(",")[0]
+            right.plot([number] * len(values), values, style, label=label)
+            right.set_title(f"{at:,} steps", fontsize=10)
     right.set_xticks(range(len(PROCESSES)), PROCESSES)
     right.set_ylabel("bits/dim")
     if right.get_legend_handles_labels()[0]:

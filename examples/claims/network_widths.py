@@ -66,8 +66,7 @@ def slope(results: Results, label: str) -> Finding:
     """Return the finding of a negative exponent of a power law, by seed."""
     key, value = VALUES[label]
     exponents: list[float] = []
-    common = set.intersection(*(set(results.steps(name, key)) for name in WIDTHS))
-    at = max(common, default=0)
+    at = max(results.common_steps(*((name, key) for name in WIDTHS)), default=0)
     tables = {name: results.seeds(name, at, key) for name in WIDTHS}
     costs = {name: results.seeds(name, at, OPERATIONS) for name in WIDTHS}
     for seed in sorted(set.intersection(*(t.keys() & costs[n].keys() for n, t in tables.items()))):
@@ -76,7 +75,7 @@ def slope(results: Results, label: str) -> Finding:
         exponents.append(exponent(x, y))
     found = interval(exponents) if len(exponents) > 1 else None
     mean = found.mean if found else float("nan")
-    return Finding("fewer with more operations, as a power law", f"exponent of {label}",
+    return Finding("it falls with the operations of training", f"exponent of {label}",
                    ("exponent", mean), ("none", 0.0), found, -1, at if found else 0)  # fmt: skip
 
 
@@ -105,7 +104,7 @@ def draw(results: Results) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, (label, (key, value)) in zip(figure.subplots(1, 2), VALUES.items(), strict=True):
         for place, (name, width) in enumerate(WIDTHS.items()):
-            for at in results.steps(name, key)[-1:]:
+            for at in results.common_steps(*product(WIDTHS, (OPERATIONS, key)))[-1:]:
                 costs, tables = (results.seeds(name, at, m) for m in (OPERATIONS, key))
                 seeds = sorted(costs.keys() & tables.keys())
                 axes.plot([costs[s] for s in seeds], [value(tables[s]) for s in seeds], "o",

@@ -66,6 +66,7 @@ _FIXED = ("network.learn_sigma=false", "model.variance=fixed_large",
           "sampler.predictor.variance=forward",
           'objective={name = "ScoreMatching", times = "DiscreteTimes"}')  # fmt: skip
 _VLB = ('objective={name = "VLB", times = "LossSecondMomentTimes"}',)
+_VLB_UNIFORM = ('objective={name = "VLB", times = "DiscreteTimes"}',)
 _LINEAR = ("process.name=DDPMChain.linear",)
 _T4000 = ("process.steps=4000", "model.label.steps=4000")
 _FLOW = "score-flow-cifar10-vp"
@@ -94,6 +95,7 @@ RECIPES = {
     "VP, stable target": Recipe("vp", _FLOW, (*_SIMPLE, *STABLE)),
     "VP, LW": Recipe("vp", _FLOW, _LW),
     "VP, LW, no clipping": Recipe("vp", _FLOW, (*_LW, "training.clip=inf")),
+    "VP, LW + IS, no clipping": Recipe("vp", _FLOW, (*_LW_IS, "training.clip=inf")),
     "VP, LW + IS": Recipe("vp", _FLOW, _LW_IS),
     "VP, LW + IS, learned dequantizer": Recipe(
         "vp", f"{_FLOW}-dequantizer", small_changes=_DEQUANTIZER, start="VP, LW + IS"
@@ -122,4 +124,5 @@ RECIPES = {
         full_changes=("network.width=192",),
     ),
     "cosine, VLB": Recipe("chain", "improved-ddpm-cifar10-cosine-vlb", _VLB),
+    "cosine, VLB, uniform steps": Recipe("chain", "improved-ddpm-cifar10-cosine-vlb", _VLB_UNIFORM),
 }

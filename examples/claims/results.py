@@ -5,12 +5,13 @@
     python examples/claims/results.py merge outputs/claims/*.json --into examples/claims/results
 
 A file has numbers by run, seed, number of training steps and measure, and the seconds that each
-took. `compare` says which numbers differ, and ends with status 1 if any do. `merge` adds those that
-are missing, and refuses to change one.
+took. `compare` says which numbers differ and by what share of the larger, and ends with status 1 if
+any do. `merge` adds those that are missing, and refuses to change one.
 """
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,10 @@ class Results:
                 found.add(int(at.removesuffix(" steps")))
         return sorted(found)
 
+    def common_steps(self, *measured: tuple[str, str]) -> list[int]:
+        """Return the numbers of training steps at which all pairs of a run and a measure are."""
+        return sorted(set.intersection(*(set(self.steps(*pair)) for pair in measured)))
+
     def hours(self) -> float:
         """Return the hours of all measures and of training, that of a run counted once."""
         training: dict[str, float] = {}
@@ -102,13 +107,28 @@ def _ordered(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def differences(a: Results, b: Results) -> list[str]:
-    """Return a line for each number that both have, but not alike."""
+    """Return a line for each number, or table of them, that both have, but not alike."""
     return [
-        f"{key}, {measure}: {value} and {b.get(key, measure)}"
+        f"{key}, {measure}: {value} and {other}, differ by {change(value, other):.2g}"
         for key, measures in a.numbers.items()
         for measure, value in measures.items()
-        if b.get(key, measure) not in (None, value)
+        if (other := b.get(key, measure)) not in (None, value)
     ]
+
+
+def change(a: Any, b: Any) -> float:
+    """Return the largest difference within two tables of numbers, as a share of the larger.
+
+    It is infinite if they do not have the same entries.
+    """
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return max((change(value, b[name]) for name, value in a.items()), default=0.0)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return max((change(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+    if a == b:
+        return 0.0
+    numbers = isinstance(a, int | float) and isinstance(b, int | float)
+    return abs(a - b) / max(abs(a), abs(b)) if numbers else math.inf
 
 
 def merge(source: Results, target: Results) -> int:

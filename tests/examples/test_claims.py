@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,20 @@ def test_numbers_are_compared_and_merged(results, tmp_path, capsys):
     b.add("VP, seed 1, 10 steps", "bits", 2.75, 1.0)
     with pytest.raises(SystemExit, match="1"):
         results.main(["compare", str(a.path), str(b.path)])
-    assert "2.5 and 2.75" in capsys.readouterr().out
+    assert "2.5 and 2.75, differ by 0.091" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="got others"):
         results.main(["merge", str(b.path), "--into", str(tmp_path / "a")])
     assert json.loads(a.path.read_text())["numbers"]["VP, seed 1, 10 steps"] == {"bits": 2.5}
+
+
+def test_differences_of_tables_are_those_of_their_numbers(results):
+    """The largest share of the larger; tables of other entries are not compared."""
+    change = results.change
+    assert change({"a": [1.0, -2.0], "b": 3}, {"a": [1.0, -1.5], "b": 3}) == 0.25
+    assert change(0.0, 0.5) == change(-0.5, 0.0) == 1.0
+    assert change({}, {}) == change([], []) == change("x", "x") == 0.0
+    assert change({"a": 1.0}, {"b": 1.0}) == change([1.0], [1.0, 2.0]) == math.inf
+    assert change(1.0, [1.0]) == change("x", 1.0) == math.inf
 
 
 def test_a_run_in_pieces_has_the_numbers_of_one_in_a_piece(lab, claims):
@@ -214,6 +225,46 @@ def test_the_page_shows_the_kept_numbers(claims):
         assert f"python examples/claims/{claim.name}.py\n" in page
 
 
+class Planned:
+    """A lab that trains and measures nothing, and collects what would be measured."""
+
+    scale, runs = "small", Path("runs")
+
+    def __init__(self, options, recipes):
+        self.only, self.text, self.recipes = options.only, options.measure, recipes
+        self.keys, self.memory = set(), {}
+
+    def folder(self, *_):
+        return self.runs
+
+    def measure(self, name, seed, steps, measure, _):
+        assert name in self.recipes
+        if (not self.only or name in self.only) and self.text in measure:
+            self.keys.add((f"{name}, seed {seed}, {steps} steps", measure))
+
+    def note(self, name, seed, steps, _):
+        self.keys.add((f"{name}, seed {seed}, {steps} steps", None))
+
+
+def test_every_kept_number_has_a_command(claims):
+    """A reader who doubts a number finds on the page what measures it again."""
+    report, recipes = claims("claims_report"), claims("recipes").RECIPES
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    for claim in report.CLAIMS:
+        start, planned = f"python examples/claims/{claim.name}.py", set()
+        for line in page.splitlines():
+            if line.startswith(start):
+                options = claim.parser("").parse_args(shlex.split(line.removeprefix(start)))
+                lab = Planned(options, recipes)
+                claim.measure(lab, *claim.budget(options))
+                planned |= lab.keys
+        kept = claims("results").Results(claim.path(claims("results").FOLDER, "small"))
+        assert kept.numbers
+        for key, measures in kept.numbers.items():
+            for measure in measures:
+                assert (key, measure) in planned or (key, None) in planned, (key, measure)
+
+
 @pytest.mark.parametrize("scale", ["small", "full"])
 def test_every_recipe_is_a_preset(claims, scale):
     recipes = claims("recipes")
@@ -240,11 +291,11 @@ def within(band, value):
     return abs(value - band.mean) < 2 * band.half * math.sqrt(band.count + 1)
 
 
-def guarded(guard, results, intervals, steps):
+def guarded(sides, results, intervals, steps):
     """Return the bands of kept numbers: of the difference, of a and of b."""
     a, b = (
-        {seed: guard.value(v) for seed, v in results.seeds(name, steps, guard.measure).items()}
-        for name in (guard.a, guard.b)
+        {seed: s.value(v) for seed, v in results.seeds(s.recipe, steps, s.measure).items()}
+        for s in sides
     )
     return (
         intervals.difference(a, b),
@@ -256,12 +307,12 @@ def guarded(guard, results, intervals, steps):
 def test_bands_of_guards(claims, tmp_path):
     """Twice the 95% band of a new seed; differences of pairs have their own, narrower one."""
     module, results, intervals = claims("guards"), claims("results"), claims("intervals")
-    guard, numbers = module.GUARDS["stable targets"], results.Results(tmp_path / "n.json")
-    for seed, (x, y) in enumerate(((1.0, 2.0), (2.0, 3.1), (3.0, 3.9), (4.0, 5.0))):
-        for name, value in ((guard.a, x), (guard.b, y)):
-            key = results.Results.key(name, seed, 100)
-            numbers.add(key, guard.measure, {"3": value}, 0.0)
-    difference, a, b = guarded(guard, numbers, intervals, 100)
+    sides, numbers = module.GUARDS["stable targets"], results.Results(tmp_path / "n.json")
+    for seed, values in enumerate(((1.0, 2.0), (2.0, 3.1), (3.0, 3.9), (4.0, 5.0))):
+        for side, value in zip(sides, values, strict=True):
+            key = results.Results.key(side.recipe, seed, 100)
+            numbers.add(key, side.measure, {"3": value}, 0.0)
+    difference, a, b = guarded(sides, numbers, intervals, 100)
     deviation, quantile = math.sqrt(5 / 3), 3.182
     assert (a.mean, a.count, b.count) == (2.5, 4, 4)
     reach = 2 * quantile * deviation * math.sqrt(1 + 1 / 4)
@@ -271,20 +322,29 @@ def test_bands_of_guards(claims, tmp_path):
     assert not within(difference, 0.0)
 
 
+GUARDS = ["cosine", "width", "importance sampling", "sub-VP", "stable targets", "corrector", "Heun",
+          "inpainting", "colorization"]  # fmt: skip
+
+
+def test_every_guard_has_kept_numbers(claims):
+    """Three seeds at least, on both sides of every guard."""
+    module, results, intervals = claims("guards"), claims("results"), claims("intervals")
+    kept = results.Results(module.CLAIM.path(results.FOLDER, "small"))
+    assert list(module.GUARDS) == GUARDS
+    for name, sides in module.GUARDS.items():
+        assert guarded(sides, kept, intervals, 100)[0].count >= 3, name
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cosine", "importance sampling", "stable targets"])
+@pytest.mark.parametrize("name", GUARDS)
 def test_a_new_seed_agrees_with_the_kept_ones(claims, tmp_path, name):
     """The cheapest form of an experiment, 100 steps, in a minute of one core."""
     module, results, intervals = claims("guards"), claims("results"), claims("intervals")
-    guard, (steps,) = module.GUARDS[name], module.CLAIM.steps
+    sides, (steps,) = module.GUARDS[name], module.CLAIM.steps
     kept = results.Results(module.CLAIM.path(results.FOLDER, "small"))
-    bands = guarded(guard, kept, intervals, steps)
-    assert bands[0].count >= 3
     lab = claims("experiment").Lab(results.Results(tmp_path / "n.json"), tmp_path, "small")
-    x, y = (
-        guard.value(lab.measure(run, 100, steps, guard.measure, guard.of))
-        for run in (guard.a, guard.b)
-    )
+    x, y = (side.found(lab, 100, steps) for side in sides)
+    bands = guarded(sides, kept, intervals, steps)
     for found, band in zip((x - y, x, y), bands, strict=True):
         assert within(band, found), (found, band)
 

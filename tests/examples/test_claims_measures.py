@@ -18,9 +18,9 @@ def test_samplers_of_a_budget_have_equal_evaluations_and_initial_noise(claims, s
     """P2000, PC1000 and C2000 of table 1: as many evaluations, and one to denoise at the end."""
     module = claims("correctors_at_equal_cost")
     run = exact(dk.VESDE(sigma_min=0.01, sigma_max=15.0))
-    for predictor, _, _ in module.BUDGETS[scale]:
+    for predictor, evaluations, _ in module.BUDGETS[scale]:
         first = []
-        for kind in module.kinds(predictor):
+        for kind in module.kinds(predictor, evaluations):
             sampler = module.sampler(run, predictor, kind, 20)
             states = list(sampler.iterate((3, 1), generator=torch.Generator().manual_seed(0)))
             assert sampler.nfe == states[-1].nfe == 21, (predictor, kind)
@@ -115,6 +115,39 @@ def test_the_exponent_of_a_power_law(claims, tmp_path):
     assert quality.found.half == pytest.approx(12.706 * 1e-3 / 2)
     by_width = [one for one in module.findings(numbers) if "width 16" in one.claim]
     assert by_width[1].found.mean < 0
+
+
+def test_steps_to_the_same_error(claims, tmp_path):
+    """Of errors that fall as powers of the steps, the share is known."""
+    module, results = claims("stable_targets"), claims("results")
+    numbers = results.Results(tmp_path / "numbers.json", {"scale": "small"})
+    powers, share = {0: 0.5, 1: 0.3}, {0: 0.8, 1: 0.7}
+    for seed, power in powers.items():
+        for steps in (500, 1000, 2000):
+            levels = {f"{level:g}": steps**-power / level for level in module.LEVELS}
+            better = {level: error * share[seed] ** power for level, error in levels.items()}
+            numbers.add(numbers.key("EDM", seed, steps), module.LOSS, levels, 1.0)
+            numbers.add(numbers.key("EDM, stable target", seed, steps), module.LOSS, better, 1.0)
+    found = module.fewer_steps(numbers, "EDM", "intermediate")
+    assert found.a[1] == pytest.approx(75)
+    assert found.found.mean == pytest.approx(-25)
+    assert (found.steps, found.claimed) == (2000, -1)
+    assert module.fewer_steps(numbers, "VE", "low").found is None
+
+
+def test_processes_are_drawn_at_equal_steps(claims, tmp_path):
+    """One that was trained for longer is not drawn beside others of fewer steps."""
+    module, results = claims("maximum_likelihood"), claims("results")
+    numbers = results.Results(tmp_path / "numbers.json", {"scale": "small"})
+    for name, steps, mean in [("VP", 800, 3.0), ("VP", 5000, 1.0), ("sub-VP", 800, 2.0),
+                              ("VE", 800, 4.0)]:  # fmt: skip
+        for key in (module.BOUND, module.FLOW):
+            numbers.add(numbers.key(name, 0, steps), key, {"mean": mean}, 1.0)
+    _, right = module.draw(numbers).axes
+    assert [list(line.get_ydata()) for line in right.lines] == [
+        [mean] for mean in (3.0, 3.0, 2.0, 2.0, 4.0, 4.0)
+    ]
+    assert right.get_title() == "800 steps"
 
 
 def test_operations_are_those_of_training(claims, tmp_path):
