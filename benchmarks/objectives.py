@@ -285,9 +285,9 @@ def prdc(real: Tensor, fake: Tensor) -> dict[str, Run]:
 
 
 def main() -> None:
-    """Print the table, and save it for the docs where asked."""
+    """Print the table, and save it for the docs if requested."""
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="expression that the names of rows match")
+    parser.add_argument("--only", default="", help="regular expression for the names of rows")
     arguments = parser.parse_args()
     makers = (loss_cases, optimizer_cases, stable_target_cases, metric_cases)
     cases = [case for make in makers for case in make() if re.search(arguments.only, case.work)]

@@ -199,7 +199,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the random seed")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=best, help="the torch device")
-    add("--output", type=picture_path, default="outputs/quickstart.png", help="the picture")
+    add("--output", type=picture_path, default="outputs/quickstart.png", help="path of the figure")
     return parser.parse_args(argv)
 
 

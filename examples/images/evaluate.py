@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node 8 examples/images/evaluate.py runs/cifar10 \
         --data train/ --held-out test/ --likelihood bound exact
 
-The samples are compared with --data, or with statistics that were kept. The loss and the bits per
-dimension are those of --held-out: by default the test part of a built-in set. Every process does
-its share, and any number of processes prints the same digits.
+The samples are compared with --data, or with saved statistics. The loss and the bits per dimension
+are those of --held-out: by default the test set of a built-in data set. The processes share the
+work, and any number of processes prints the same digits.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def held_out(
 
 
 def evaluate(options: argparse.Namespace, place: Any) -> dict[str, Any]:
-    """Return all results that were asked for, as plain values."""
+    """Return all requested results, as plain values."""
     device = torch.device(options.device or place.device)
     path = checkpoint(options.run)
     run = presets.restore(path, device)
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     add("--device")
     add("--out", type=Path, help="the JSON file of the results, by default in the run's folder")
-    add("--quiet", action="store_true", help="show no progress")
+    add("--quiet", action="store_true", help="hide progress bars")
     options = parser.parse_args(arguments)
     if options.samples is not None and options.data is None and options.statistics is None:
         parser.error("--samples: expected --data or --statistics to compare them with, got neither")

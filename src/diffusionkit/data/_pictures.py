@@ -1,4 +1,4 @@
-"""Image files to tensors: uint8, of the wanted channels and size, or an error in words."""
+"""Decode image files to uint8 tensors of the wanted channels and size, or raise a clear error."""
 
 from __future__ import annotations
 
