@@ -204,7 +204,7 @@ def loss_cases() -> Iterator[Case]:
 
 
 def optimizer_cases() -> Iterator[Case]:
-    """What a step takes beside its gradients."""
+    """The cost of a step apart from its gradients."""
     network = Small(2)
     gradients = [torch.randn_like(p) for p in network.parameters()]
     weights, ema = [p.detach().clone() for p in network.parameters()], EMA(network)

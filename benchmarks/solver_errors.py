@@ -1,4 +1,4 @@
-"""Measure the error of every deterministic solver against evaluations, beside released ones.
+"""Measure the error of every deterministic solver against evaluations, and of released ones.
 
 On a mixture of three Gaussians in the plane and one of forty in 64 dimensions, with exact scores,
 and on a network trained on digits: the root mean square distance of samples from the tightly solved

@@ -188,7 +188,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 if not TYPE_CHECKING:  # to type checkers, other names do not exist
 
     def __getattr__(name: str) -> object:
-        """Say under which name a method is here; an AttributeError would be lost on import."""
+        """Raise an error that names our class for a method; imports hide an AttributeError."""
         message = f"cannot import name {name!r} from {__name__!r}"
         if (ours := _known_method(name)) is not None:
             raise ImportError(f"{message}; here it is {ours}", name=__name__)

@@ -97,8 +97,8 @@ _METHODS: dict[tuple[str, ...], str] = {
 _ADVICE = {name: advice for names, advice in _FOREIGN.items() for name in names}
 _MOST = 12  # parameters that are listed beside advice
 _OWN = (
-    "; keywords beside a sampler's own, start, generator, device and dtype, or an objective's, are "
-    "conditions of the network"
+    "; keywords other than a sampler's own, start, generator, device and dtype, or an objective's, "
+    "are conditions of the network"
 )
 
 
@@ -151,7 +151,7 @@ def check_foreign(model: object, cond: Collection[str]) -> None:
 
 
 def conditions_of(network: object) -> tuple[str, ...] | None:
-    """Return the keywords of a network beside its input and noise label, None if it takes any."""
+    """Return the keywords of a network except its input and noise label, None if it takes any."""
     try:
         function: Any = getattr(network, "forward", network)
         parameters = list(inspect.signature(function).parameters.values())

@@ -112,7 +112,7 @@ class ZipMembers(Members):
             data = file.read(packed)
         if self._deflated[index]:
             try:
-                # Never more than the directory says, whatever the bytes unpack to.
+                # Never more than the directory states, whatever the bytes unpack to.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
             except zlib.error as error:
                 raise PictureError(f"a whole entry of the zip file, got {error}") from error

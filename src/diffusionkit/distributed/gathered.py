@@ -100,7 +100,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 def _gather(module: Any) -> list[tuple[Any, Any, bool]]:
-    """Gather the weights of one module for good; return the settings that say otherwise."""
+    """Gather the weights of one module permanently; return the settings that prevented it."""
     groups = module._get_fsdp_state()._fsdp_param_groups
     settings = [(g, g.post_forward_mesh_info, g.reshard_after_backward) for g in groups]
     for group in groups:

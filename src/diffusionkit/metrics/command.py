@@ -169,7 +169,7 @@ def _features(data: Any, extractor: Extractor, about: dict[str, Any]) -> tuple[A
 
 
 def _advice(quality: SampleQuality, real: Any, fake: Any) -> str:
-    """Return what a reader of the numbers must know, in lines."""
+    """Return notes on the interpretation of the numbers, in lines."""
     dims = (fake.mean if isinstance(fake, FeatureStatistics) else fake[0]).numel()
     counts = [n for n in (quality.real, quality.fake) if n is not None]
     lines = ""

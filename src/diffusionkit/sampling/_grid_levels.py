@@ -96,7 +96,7 @@ def search(levels: Levels, draws: Draws) -> Iterator[Tensor]:
     """
     p, damping = levels.parameters(), 1e-2
     if not bool(torch.isfinite(p).all()):
-        return  # levels fainter than any that can be told from none
+        return  # noise levels that cannot be distinguished from none
     residual = draws.residual(levels.start)
     error, slopes, new = mean_square(residual), _slopes(levels, draws, p, residual), True
     while True:

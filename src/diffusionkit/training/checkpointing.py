@@ -295,7 +295,7 @@ def _loads(
         load.before = copy.deepcopy(load.before)
     own = bare_state(model)
     if not all(isinstance(value, torch.Tensor) for value in own.values()):
-        own = copy.deepcopy(own)  # an extra state may be refused; checked tensors are not
+        own = copy.deepcopy(own)  # an extra state may be rejected; checked tensors are not
     return [*loads, _Load(partial(load_bare_state, model), own, weights)]
 
 

@@ -194,7 +194,7 @@ class ScoreMatching(Described):
             check_range(reference, model, "reference", None if mask is None else mask[:1])
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
-        # Without eps where there is none: a user's process may not know the argument.
+        # Without eps if there is none: a user's process may not have the argument.
         given = {} if eps is None else {"eps": eps}
         sample = sde.perturb(x0, t, **given, generator=generator)
         target_cond = dict(cond)
