@@ -43,8 +43,8 @@ def fixed(part: object) -> bool:
     """Return whether a part can never change: a frozen dataclass of constants.
 
     A class that is not a dataclass declares this with `_unchanging = True`, for itself but not for
-    its subclasses. Values that are computed for such a part and kept with it are never out of date. A
-    subclass that is not a dataclass itself may have other attributes.
+    its subclasses. Values that are computed for such a part and kept with it are never out of
+    date. A subclass that is not a dataclass itself may have other attributes.
     """
     if isinstance(part, (NoneType, str, int, float)):
         return True

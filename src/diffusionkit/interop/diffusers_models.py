@@ -140,10 +140,10 @@ def load_diffusers(
 ) -> NetworkModel:
     """Load a folder of diffusers: a U-Net or a DiT, and the configuration of its scheduler.
 
-    The folder must contain
-    ``unet/config.json``, or ``transformer/config.json``, the weights next to it and ``scheduler/scheduler_config.json``, as `DDPMPipeline.save_pretrained` and that of `DiTPipeline`
-    write them, or the three in the folder itself, as in the first releases. ``model_index.json`` is
-    not read.
+    The folder must contain ``unet/config.json`` or ``transformer/config.json``, the weights next
+    to it and ``scheduler/scheduler_config.json``, as `DDPMPipeline.save_pretrained` and
+    `DiTPipeline.save_pretrained` write them, or the three files in the folder itself, as in the
+    first releases. ``model_index.json`` is not read.
 
     Args:
         folder: the folder, on this machine; `huggingface_hub.snapshot_download` returns one.
