@@ -1,4 +1,4 @@
-"""Compare the spread of `NELBO` with plain draws, with control variates, and with placed draws.
+"""Compare the spread of `NELBO` for plain draws, control variates, and adaptive strata.
 
 The spread is the standard deviation over repeated estimates for the same data, at equal
 evaluations. Plain draws are the same code with more draws required for control variates than are

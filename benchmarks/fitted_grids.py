@@ -2,12 +2,12 @@
 
 For each solver and number of evaluations it prints the root mean square distance of samples from
 the tightly solved probability flow, in units of the data: on `KarrasGrid()`, on the best of
-twelve published grids, chosen on the very draws that are judged, on the default `TangentGrid()`,
-and on the grid of `fit_grid`, fitted to other draws, without and with a free first step from the
-mean of the model's predictions in noise (`AnalyticFirstStep`); for these two also the ratio to
-published, and the seconds of the fit without the flow, which all fits share. The last lines compare
-the best of all solvers, with a bootstrap interval of 90 % over the judged draws, and in parentheses
-the roots of the median squares. The first network is that of examples/solvers.py,
+twelve published grids, chosen on the same draws that it is evaluated on, on the default
+`TangentGrid()`, and on the grid of `fit_grid`, fitted to other draws, without and with a free first
+step from the mean of the model's predictions in noise (`AnalyticFirstStep`); for these two also the
+ratio to published, and the seconds of the fit without the flow, which all fits share. The last
+lines compare the best of all solvers, with a 90% bootstrap interval over the evaluation draws, and
+in parentheses the roots of the median squares. The first network is that of examples/solvers.py,
 the second a U-Net on glyphs; the mixture has forty modes in 64 dimensions, k-means clusters of the
 digits, with its exact score.
 
@@ -216,15 +216,15 @@ def main() -> None:
     """Print a table for each network and one for the mixture."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--train-steps", type=int, default=3000, help="of the network on digits")
-    add("--glyph-steps", type=int, default=1000, help="of the network on glyphs")
-    add("--draws", type=int, default=512, help="draws of a fit, half held out")
-    add("--test-draws", type=int, default=1024, help="draws that are judged")
+    add("--train-steps", type=int, default=3000, help="training steps on digits")
+    add("--glyph-steps", type=int, default=1000, help="training steps on glyphs")
+    add("--draws", type=int, default=512, help="draws for a fit, half of them held out")
+    add("--test-draws", type=int, default=1024, help="draws for the evaluation")
     add("--evaluations", type=int, nargs="+", default=[6, 8, 10])
     add("--only", choices=("network", "glyphs", "mixture"), help="one of the tables")
     add("--solvers", choices=SOLVERS, nargs="+", default=list(SOLVERS))
     add("--fitted", choices=SOLVERS, nargs="+", help="solvers to fit, by default all")
-    add("--kinds", choices=KINDS, nargs="+", default=list(KINDS), help="of fits")
+    add("--kinds", choices=KINDS, nargs="+", default=list(KINDS), help="kinds of fits")
     args = parser.parse_args()
     data = load()
     digits = data.train.flatten(1)

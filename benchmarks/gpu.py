@@ -1,12 +1,12 @@
-"""Measure on a GPU whatever no CPU can show; run it once on a new card.
+"""Measure on a GPU what a CPU cannot show; run it once on a new GPU.
 
 FIR resampling against a copy of the same bytes, eager and compiled, and its division among
-programs; training and sampling of the CIFAR-10 networks in every precision, memory format and mode
-of compilation, with the peak memory; launches and waits of a step; CUDA graphs of a sampler's step
-and of a training step; the cost of correctors and of the sampler itself; the stable target. The
-numbers are medians; ratios are to the first line of a table. On a CPU all sizes are tiny, so that
-the numbers mean nothing, and parts for CUDA are left out: such a run only shows that the program
-works.
+programs; training and sampling of the CIFAR-10 networks in every precision, memory format and
+compilation mode, with the peak memory; kernel launches and synchronizations of a step; CUDA graphs
+of a sampler's step and of a training step; the cost of correctors and of the sampler itself; the
+stable target. The numbers are medians; ratios are to the first line of a table. On a CPU all sizes
+are tiny, so the numbers are meaningless, and parts for CUDA are skipped: such a run only shows that
+the program works.
 
     python benchmarks/gpu.py [--device cuda] [--batch 128] [--quick] [--only PART ...]
 """
@@ -53,7 +53,7 @@ def describe(device: torch.device) -> None:
 
 
 def clocks(query: str) -> None:
-    """Print what nvidia-smi says of the clocks, where it is."""
+    """Print the clocks reported by nvidia-smi, if it is installed."""
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
         print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -168,9 +168,9 @@ def probe_table(problems: dict[str, tuple[ScoreModel, Tensor]]) -> str:
 
 
 def main() -> None:
-    """Print both tables, and save them for the docs where asked."""
+    """Print both tables, and save them for the docs if requested."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="steps of training")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--save", action="store_true", help="save the tables for the docs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

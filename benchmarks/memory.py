@@ -2,8 +2,8 @@
 
 The step runs on meta tensors, which have shapes and no values: denoising loss, backward, Adam and
 the weight average, in float32. The peak is that of all storages alive at once, without the
-allocator's rounding and the workspaces of kernels: leave a tenth of a card free. The second column
-is with activation checkpointing. Operations are those of convolutions and matrix products.
+allocator's rounding and the workspaces of kernels: leave a tenth of the memory free. The second
+column is with activation checkpointing. Operations are those of convolutions and matrix products.
 
     python benchmarks/memory.py
     python benchmarks/memory.py edm-cifar10-ddpmpp --batch 64
@@ -136,7 +136,7 @@ def training_step(name: str, batch: int, *, checkpointing: bool) -> Step:
 
 
 def fits(step: Step, batch: int, card: float) -> int:
-    """Return the largest power of two as batch that fits on a card of so many GiB, or 0."""
+    """Return the largest power of two as batch that fits on a GPU with so many GiB, or 0."""
     gib = step.parameters / 2**30
     # At the peak there are weights, average and two moments; later also gradients.
     each = (step.gib - 16 * gib) / batch

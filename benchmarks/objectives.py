@@ -204,7 +204,7 @@ def loss_cases() -> Iterator[Case]:
 
 
 def optimizer_cases() -> Iterator[Case]:
-    """What a step takes beside its gradients."""
+    """The cost of a step apart from its gradients."""
     network = Small(2)
     gradients = [torch.randn_like(p) for p in network.parameters()]
     weights, ema = [p.detach().clone() for p in network.parameters()], EMA(network)
@@ -285,9 +285,9 @@ def prdc(real: Tensor, fake: Tensor) -> dict[str, Run]:
 
 
 def main() -> None:
-    """Print the table, and save it for the docs where asked."""
+    """Print the table, and save it for the docs if requested."""
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="expression that the names of rows match")
+    parser.add_argument("--only", default="", help="regular expression for the names of rows")
     arguments = parser.parse_args()
     makers = (loss_cases, optimizer_cases, stable_target_cases, metric_cases)
     cases = [case for make in makers for case in make() if re.search(arguments.only, case.work)]

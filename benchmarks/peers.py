@@ -1,4 +1,4 @@
-"""Other libraries that benchmarks run beside ours, where they are installed."""
+"""Other libraries that benchmarks compare with ours, if they are installed."""
 
 from __future__ import annotations
 

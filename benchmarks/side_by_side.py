@@ -56,8 +56,10 @@ class Row:
 def options(description: str) -> argparse.ArgumentParser:
     """Return the parser with the options that every benchmark of this kind has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of which medians are taken")
-    parser.add_argument("--moments", type=int, default=1, help="times that all rows are measured")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="rounds over which medians are taken"
+    )
+    parser.add_argument("--moments", type=int, default=1, help="how often all rows are measured")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--device", default="cpu", help="the device of all tensors")
     parser.add_argument("--save", action="store_true", help="save the table for the docs")
@@ -116,7 +118,7 @@ def measure(case: Case, rounds: int, device: torch.device) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows as a table in Markdown; a ratio above one says that ours is faster."""
+    """Return the rows as a table in Markdown; a ratio above one means that ours is faster."""
     lines = ["| work | ours | fastest peer | peer / ours | bare / ours |", "|---|---|---|---|---|"]
     for row in rows:
         peer = "" if row.peer_ratio is None else f"{row.peer_ratio:.2f}"
@@ -140,7 +142,7 @@ def middle(rows: Sequence[Row]) -> Row:
 
 
 def show(name: str, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
-    """Print the table of a script and, where asked, save it as `speed_<name>.md`."""
+    """Print the table of a script and, if requested, save it as `speed_<name>.md`."""
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     threads = "one thread" if arguments.threads == 1 else f"{arguments.threads} threads"

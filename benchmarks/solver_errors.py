@@ -1,4 +1,4 @@
-"""Measure the error of every deterministic solver against evaluations, beside released ones.
+"""Measure the error of every deterministic solver against evaluations, and of released ones.
 
 On a mixture of three Gaussians in the plane and one of forty in 64 dimensions, with exact scores,
 and on a network trained on digits: the root mean square distance of samples from the tightly solved
@@ -255,9 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--train-steps", type=int, default=3000)
-    add("--draws", type=int, default=96, help="draws that are judged")
+    add("--draws", type=int, default=96, help="draws for the evaluation")
     add("--evaluations", type=int, nargs="+", default=EVALUATIONS)
-    add("--draw", action="store_true", help="only draw the numbers again")
+    add("--draw", action="store_true", help="only redraw the figure from saved numbers")
     add("--data", type=Path, default=DATA)
     add("--picture", type=Path, default=PICTURE)
     args = parser.parse_args(argv)

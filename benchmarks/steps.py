@@ -1,4 +1,4 @@
-"""Measure the cost of a sampler's step without its network, beside other libraries.
+"""Measure the cost of a sampler's step without its network, compared with other libraries.
 
 The network returns a precomputed tensor, so that what is left is the step itself: tensor operations
 and Python. A run has 50 steps and includes its set-up. Peers: k-diffusion, diffusers and azula,

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data", choices=DATA, default="digits", help="the data set")
     add("--train-steps", type=positive_int, default=3000, help="training steps of a model")
     add("--seeds", type=positive_int, default=3, help="seeds per model")
-    add("--output", default="outputs/bits_per_dim_{data}.md", help="the table")
+    add("--output", default="outputs/bits_per_dim_{data}.md", help="path of the table")
     args = parser.parse_args(argv)
     path = Path(args.output.format(data=args.data))
     start = time.perf_counter()

@@ -1,10 +1,11 @@
 """Is a conditional model calibrated? Coverage, ranks and scores of samplers with few steps.
 
 Two stations measure their distances to a ship, and a conditional model learns the posterior of its
-place, whose exact form is known. Samples of the exact posterior, of the model with enough steps and
-of samplers with too few are judged by simulation-based calibration, expected coverage, spread-skill
-ratio and energy score. It prints a table and saves a picture, `outputs/calibration.png`. Runtime:
-two minutes on one CPU core; the second command takes half a minute.
+position, whose exact form is known. Samples of the exact posterior, of the model with enough steps
+and of samplers with too few are evaluated by simulation-based calibration, expected coverage,
+spread-skill ratio and energy score. It prints a table and saves a picture,
+`outputs/calibration.png`. Runtime: two minutes on one CPU core; the second command takes half a
+minute.
 
     python examples/calibration.py
     python examples/calibration.py --train-steps 300 --cases 200
@@ -60,7 +61,7 @@ SHOWN = ("exact", "UniPC, 20 steps", "DDIM, 10 steps", "DDIM, 3 steps")
 
 
 class Judged(NamedTuple):
-    """What the tests say of some samples."""
+    """The results of all tests for some samples."""
 
     ranks: SBCResult
     coverage: ExpectedCoverage
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--train-steps", type=positive_int, default=2000, help="training steps")
     add("--cases", type=positive_int, default=1000, help="simulations to test with")
-    add("--output", type=picture_path, default="outputs/calibration.png", help="the picture")
+    add("--output", type=picture_path, default="outputs/calibration.png", help="path of the figure")
     args = parser.parse_args(argv)
     generator = torch.Generator().manual_seed(0)
     model = train(args.train_steps, generator)

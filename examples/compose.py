@@ -251,7 +251,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--toy-steps", type=positive_int, default=3000, help="training steps on half-moons")
     add("--steps", type=positive_int, default=100, help="sampler steps")
     add("--seed", type=int, default=0, help="the random seed")
-    add("--output", type=picture_path, default="outputs/compose.png", help="the picture")
+    add("--output", type=picture_path, default="outputs/compose.png", help="path of the figure")
     args = parser.parse_args(argv)
     if args.predictor == args.corrector == "none":
         parser.error("--predictor, --corrector: expected at least one, got none for both")

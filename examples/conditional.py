@@ -220,7 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train or load the model, and print a table and save a picture of each task."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--train-steps", type=positive_int, default=1500, help="of model and classifier")
+    add(
+        "--train-steps",
+        type=positive_int,
+        default=1500,
+        help="training steps of model and classifier",
+    )
     add("--patches", type=positive_int, default=100, help="patches per task")
     add("--samples", type=positive_int, default=3, help="samples per patch")
     add("--steps", type=positive_int, default=40, help="sampler steps")

@@ -137,7 +137,7 @@ def options(
     add("--steps", type=positive_int, default=50, help="sampler steps")
     add("--scales", type=float, nargs="+", default=scales, help="guidance scales")
     add("--seed", type=int, default=0, help="the random seed")
-    add("--output", type=picture_path, default=f"outputs/{name}.png", help="the picture")
+    add("--output", type=picture_path, default=f"outputs/{name}.png", help="path of the figure")
     args = parser.parse_args(argv)
     if args.samples < SHOWN * CLASSES:
         parser.error(f"--samples: expected at least {SHOWN * CLASSES}, got {args.samples}")

@@ -1,11 +1,11 @@
-"""Flow matching: straighter flows by couplings and reflow, and digits beside VP and EDM.
+"""Flow matching: straighter flows by couplings and reflow, and digits compared with VP and EDM.
 
-First a network learns to carry noise to eight modes in the plane, from independent pairs of data
-and noise, from pairs by optimal transport within each batch, and from the pairs that the first
-network makes (reflow); the flows are compared by their straightness and by samples of few steps.
-Then one network is trained on scikit-learn's digits as a flow, as VP and as EDM at equal cost. It
-prints tables and saves a picture, `outputs/flow_matching.png`. Runtime: ten minutes on one CPU
-core; the second command takes a few seconds.
+First a network learns to transport noise to eight modes in the plane, from independent pairs of
+data and noise, from optimal-transport pairs within each batch, and from the pairs that the first
+network generates (reflow); the flows are compared by their straightness and by samples with few
+steps. Then one network is trained on scikit-learn's digits as a flow, as VP and as EDM at equal
+cost. It prints tables and saves a picture, `outputs/flow_matching.png`. Runtime: ten minutes on one
+CPU core; the second command takes a few seconds.
 
     python examples/flow_matching.py
     python examples/flow_matching.py --train-steps 20 --seeds 1 --samples 200
@@ -220,7 +220,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seeds", type=positive_int, default=3, help="training runs of each kind")
     found.add_argument("--samples", type=positive_int, default=2000, help="points in the plane")
     found.add_argument(
-        "--output", type=picture_path, default="outputs/flow_matching.png", help="the picture"
+        "--output",
+        type=picture_path,
+        default="outputs/flow_matching.png",
+        help="path of the figure",
     )
     return found
 

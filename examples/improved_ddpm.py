@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--train-steps", type=positive_int, default=3000, help="training steps of a model")
     add("--samples", type=positive_int, default=500, help="samples per sampler")
     add("--seeds", type=positive_int, default=3, help="seeds per model")
-    add("--output", default="outputs/improved_ddpm_{data}.md", help="the table (and .png)")
+    add("--output", default="outputs/improved_ddpm_{data}.md", help="path of the table (and .png)")
     args = parser.parse_args(argv)
     path = Path(args.output.format(data=args.data))
     images: Images = DATA[args.data]()

@@ -1,9 +1,9 @@
 """Train a network on 64x64 patches of a terrain, and draw one of 1024x1024 (multi-diffusion).
 
-The data are heights of the Jacksboro fault in Tennessee, which matplotlib ships, less their average
-over some two kilometers. The network only ever sees patches; `PatchedModel` makes a model of the
-whole field of it, a few windows at a time. It prints the cost, the peak memory, seams and spectra,
-and saves a picture, `outputs/large_fields.png`. Runtime: ten minutes on one CPU core.
+The data are heights of the Jacksboro fault in Tennessee, which come with matplotlib, minus their
+average over some two kilometers. The network is only trained on patches; `PatchedModel` turns it
+into a model of the whole field, a few windows at a time. It prints the cost, the peak memory, seams
+and spectra, and saves a picture, `outputs/large_fields.png`. Runtime: ten minutes on one CPU core.
 
     python examples/large_fields.py
     python examples/large_fields.py --size 256 --train-steps 200 --output outputs/fast.png
@@ -172,7 +172,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the random seed")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=best, help="the torch device")
-    add("--output", type=picture_path, default="outputs/large_fields.png", help="the picture")
+    add(
+        "--output", type=picture_path, default="outputs/large_fields.png", help="path of the figure"
+    )
     return parser.parse_args(argv)
 
 

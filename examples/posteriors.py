@@ -1,10 +1,10 @@
-"""Draw samples of posteriors in the plane by several methods, beside the exact ones.
+"""Draw samples of posteriors in the plane by several methods, and compare them with exact ones.
 
-Data are a spiral of Gaussians with its exact score, so that no training blurs the comparison. The
-first row measures the first coordinate, the second one the distance from a point, both with noise.
-The exact posterior is drawn by resampling data with their likelihood. It prints the energy distance
-of each method to it, and saves a picture, `outputs/posteriors.png`. Runtime: half a minute on one
-CPU core; the second command takes two seconds.
+The data are a spiral of Gaussians with its exact score, so no training error affects the
+comparison. In the first row the first coordinate is measured, in the second the distance from a
+point, both with noise. The exact posterior is drawn by resampling data with their likelihood. It
+prints the energy distance of each method to it, and saves a picture, `outputs/posteriors.png`.
+Runtime: half a minute on one CPU core; the second command takes two seconds.
 
     python examples/posteriors.py
     python examples/posteriors.py --steps 10 --samples 100

@@ -159,7 +159,7 @@ def show(ax: Axes, images: Tensor, columns: int, title: str) -> None:
 
 
 def draw_figure(digits: Digits, samples: Samples, losses: Sequence[float]) -> Figure:
-    """Plot real digits beside samples, sampling trajectories, and the training loss."""
+    """Plot real digits next to samples, sampling trajectories, and the training loss."""
     figure = Figure(figsize=(10, 8.2), layout="constrained")
     (real, fake), (paths, curve) = figure.subplots(2, 2, height_ratios=(1.55, 1))
     show(real, digits.train[:SHOWN], 8, "Real digits")
@@ -199,7 +199,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the random seed")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=best, help="the torch device")
-    add("--output", type=picture_path, default="outputs/quickstart.png", help="the picture")
+    add("--output", type=picture_path, default="outputs/quickstart.png", help="path of the figure")
     return parser.parse_args(argv)
 
 

@@ -317,7 +317,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=positive_int, default=3, help="seeds per width")
     add("--train-steps", type=positive_int, default=1200, help="training steps of the widest")
     add("--samples", type=positive_int, default=1000, help="samples per evaluation")
-    add("--output", type=picture_path, default="outputs/scaling.png", help="the picture")
+    add("--output", type=picture_path, default="outputs/scaling.png", help="path of the figure")
     args = parser.parse_args(argv)
     if args.train_steps < FIRST:
         parser.error(f"--train-steps: expected at least {FIRST}, got {args.train_steps}")

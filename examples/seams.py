@@ -1,10 +1,10 @@
 """Measure seams of multi-diffusion on a Gaussian field, without sampling error.
 
-The exact model of 64-point patches of a stationary Gaussian series makes one of 256 points, which
-is periodic. Model and sampler are linear, so their samples are M z with noise z, and all that
-can be known of them follows from M: the variance of the difference of neighbors at every point,
-which peaks where windows end, and the power at every wavelength. Both are divided by the true ones.
-It prints a table and saves a picture, `outputs/seams.png`. Runtime: a minute on one CPU core.
+The exact model of 64-point patches of a stationary Gaussian series is turned into a model of 256
+periodic points. Model and sampler are linear, so their samples are M z with noise z, and all their
+statistics follow from M: the variance of the difference of neighbors at every point, which peaks
+where windows end, and the power at every wavelength. Both are divided by the true ones. It prints a
+table and saves a picture, `outputs/seams.png`. Runtime: a minute on one CPU core.
 
     python examples/seams.py
 """
@@ -160,9 +160,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--overlaps", type=positive_int, nargs="*", default=OVERLAPS[1:], help="in points")
-    add("--output", type=picture_path, default="outputs/seams.png", help="the picture")
-    add("--table", type=Path, default="outputs/seams.md", help="the table")
+    add("--overlaps", type=positive_int, nargs="*", default=OVERLAPS[1:], help="overlaps in points")
+    add("--output", type=picture_path, default="outputs/seams.png", help="path of the figure")
+    add("--table", type=Path, default="outputs/seams.md", help="path of the table")
     return parser.parse_args(argv)
 
 

@@ -258,7 +258,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device, default=best, help="the torch device")
     picture = "outputs/series_and_patches.png"
-    add("--output", type=picture_path, default=picture, help="the picture")
+    add("--output", type=picture_path, default=picture, help="path of the figure")
     return parser.parse_args(argv)
 
 

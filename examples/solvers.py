@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--train-steps", type=positive_int, default=3000, help="training steps")
     add("--samples", type=positive_int, default=500, help="samples per solver")
     add("--seed", type=int, default=0, help="the training seed")
-    add("--output", type=picture_path, default="outputs/solvers.png", help="the picture")
+    add("--output", type=picture_path, default="outputs/solvers.png", help="path of the figure")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     mixture = on_mixture(args.samples)

@@ -257,7 +257,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=positive_int, default=32, help="sampler steps")
     add("--states", type=positive_int, default=2000, help="noisy states per variance")
     add("--pairs", type=positive_int, default=32, help="pairs of gradients, at least 2")
-    add("--output", type=picture_path, default="outputs/stable_target.png", help="the picture")
+    add(
+        "--output",
+        type=picture_path,
+        default="outputs/stable_target.png",
+        help="path of the figure",
+    )
     return parser.parse_args(argv)
 
 

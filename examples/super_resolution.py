@@ -162,7 +162,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=positive_int, default=50, help="sampler steps")
     add("--seed", type=int, default=0, help="the random seed")
     picture = "outputs/super_resolution.png"
-    add("--output", type=picture_path, default=picture, help="the picture")
+    add("--output", type=picture_path, default=picture, help="path of the figure")
     args = parser.parse_args(argv)
     if args.samples < 2:
         parser.error("--samples: expected at least 2 to measure their spread, got 1")

@@ -1,10 +1,10 @@
-"""Bits per dimension of two simple densities on images: what a model has to beat.
+"""Bits per dimension of two simple densities on images: baselines for a model.
 
     python examples/images/baselines.py --data glyphs --size 16
 
-A Gaussian with the mean and covariance of the training images, and a kernel density estimate of
-them, both of dequantized images, with the held-out part for the numbers. The bandwidth of the
-kernel is the best one for the held-out part, in favor of the baseline.
+The baselines are a Gaussian with the mean and covariance of the training images, and a kernel
+density estimate of them, both for dequantized images and evaluated on held-out images. The
+bandwidth of the kernel is the best one for the held-out images, which favors the baseline.
 """
 
 import argparse

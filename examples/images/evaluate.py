@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node 8 examples/images/evaluate.py runs/cifar10 \
         --data train/ --held-out test/ --likelihood bound exact
 
-The samples are compared with --data, or with statistics that were kept. The loss and the bits per
-dimension are those of --held-out: by default the test part of a built-in set. Every process does
-its share, and any number of processes prints the same digits.
+The samples are compared with --data, or with saved statistics. The loss and the bits per dimension
+are those of --held-out: by default the test set of a built-in data set. The processes share the
+work, and any number of processes prints the same digits.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def checkpoint(path: Path) -> Path:
 
 
 def quality(options: argparse.Namespace, settings: dict[str, Any], about: dict[str, Any]) -> Any:
-    """Return the metrics of the samples against the data or kept statistics."""
+    """Return the metrics of the samples against the data or saved statistics."""
     extractor = metrics.features(options.features)
     if isinstance(extractor, torch.nn.Module):
         extractor.to(about["device"])
@@ -115,7 +115,7 @@ def held_out(
 
 
 def evaluate(options: argparse.Namespace, place: Any) -> dict[str, Any]:
-    """Return all results that were asked for, as plain values."""
+    """Return all requested results, as plain values."""
     device = place.device
     if options.device is not None:
         try:
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("run", type=Path, help="a folder of train.py, or a checkpoint")
     add("--data", help=f"the real images: {SOURCES}")
     add("--samples", help="the generated images: a folder, zip or .npz, as sample.py writes them")
-    add("--statistics", help="kept statistics of the real images, instead of --data (.npz)")
+    add("--statistics", help="saved statistics of the real images, instead of --data (.npz)")
     add("--held-out", help="images that were not trained on; by default the test part of a "
         "built-in set")  # fmt: skip
     add("--features", help="see python -m diffusionkit.metrics --help; by default glyph features "
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     add("--device")
     add("--out", type=Path, help="the JSON file of the results, by default in the run's folder")
-    add("--quiet", action="store_true", help="show no progress")
+    add("--quiet", action="store_true", help="hide progress bars")
     options = parser.parse_args(arguments)
     if options.samples is not None and options.data is None and options.statistics is None:
         parser.error("--samples: expected --data or --statistics to compare them with, got neither")

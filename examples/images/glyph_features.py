@@ -4,12 +4,11 @@
         examples/images/glyph_features.py:glyph_features
 
 The features are the means of the last layer's 64 channels over the image, the logits those of the
-16 scripts and kinds of signs. They know shapes of signs and nothing else. A Frechet distance of
-them is not FID, and an Inception score of them is called so for its formula alone.
+16 scripts and kinds of signs. They capture shapes of signs and nothing else. Their Frechet distance
+is not FID, and their Inception score shares only the formula with the published one.
 
-The weights are in the file beside this one, so that everybody computes the same numbers. This
-program trained them on the training part, in a few minutes on one core, and measures what they
-are worth:
+The weights are in the file next to this one, so that everybody computes the same numbers. This
+program trained them on the training set, in a few minutes on one core, and measures their quality:
 
     python examples/images/glyph_features.py --train weights.pt
     python examples/images/glyph_features.py --check
@@ -166,7 +165,7 @@ def check(extractor: Callable[[Tensor], object], count: int = 3000) -> list[list
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the network, or measure what the features are worth."""
+    """Train the network, or measure the quality of the features."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

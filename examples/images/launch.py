@@ -50,10 +50,10 @@ def launched(minutes: float = 10) -> Iterator[Place]:
     """Join the process group if torchrun started this process, and leave it at the end.
 
     Without torchrun there is one process. A GPU is used if there is one for each process of this
-    machine; the processes of GPUs speak NCCL, those of CPUs gloo.
+    machine; processes on GPUs communicate by NCCL, those on CPUs by gloo.
 
     Args:
-        minutes: how long a process waits for another one that does not answer.
+        minutes: how long a process waits for another one that does not respond.
     """
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")

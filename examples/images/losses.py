@@ -1,4 +1,4 @@
-"""The losses of a batch of images, each image with times and noise of its own."""
+"""The losses of a batch of images, each image with its own times and noise."""
 
 from collections.abc import Iterable
 from typing import Any

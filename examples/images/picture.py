@@ -2,7 +2,7 @@
 
     python examples/images/picture.py samples.zip --data glyphs --out picture.png
 
-Columns of equal images on the right would show a model that has memorized its training set.
+If generated images equal their nearest training images, the model has memorized its training set.
 """
 
 import argparse

@@ -18,7 +18,8 @@ MAY_CHANGE = ("preset", "data.source", "training.steps", "run.")  # within a run
 class Log:
     """The log of a run: means over the steps since the last line, printed and appended to a file.
 
-    Lines of steps after the one that the run goes on from are removed: those steps come again.
+    Lines of steps after the one that the run resumes from are removed, since those steps are
+    repeated.
 
     Args:
         out: the folder of the run.

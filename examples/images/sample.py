@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node 8 examples/images/sample.py runs/glyphs --count ...
 
 Image i depends on the seed and i alone, so that any number of processes gives the same file, byte
-for byte. What is drawn is kept in a folder beside OUT until all is there: a run that was stopped or
-killed goes on when the same command is given again. A picture of the first images, and a .json
-file that says how they were drawn, have the name of OUT. The sampler is that of the preset unless
+for byte. Images are kept in a folder next to OUT until all are complete: a run that was stopped or
+killed resumes when the same command is run again. A picture of the first images, and a .json file
+with the settings of the run, have the name of OUT. The sampler is that of the preset unless
 changed:
 
     --set sampler.steps=50                        another setting of it
@@ -144,7 +144,7 @@ class Samples:
             self.write()
 
     def write(self) -> None:
-        """Write the result: last of all the samples, so that they tell that all is there."""
+        """Write the result: the samples last, so that their presence shows that it is complete."""
         count, seed = self.options.count, self.options.seed
         labels = self.labels([seeded(seed, i) for i in range(count)])
         few = torch.cat([*itertools.islice(load_shards(self.parts), GRID)])[:GRID]

@@ -3,10 +3,10 @@
     python examples/images/train.py --data glyphs --preset tiny-glyphs --out runs/glyphs
     torchrun --standalone --nproc-per-node 8 examples/images/train.py --data ... --out ...
 
-A run that was stopped by ctrl-C or SIGTERM, or killed, goes on from its newest checkpoint when the
-same command is given again. A step depends on its number and the seed alone: the times and noise
-of every image come from a generator of its own, so that neither the number of processes nor
-restarts change what is learned.
+A run that was stopped by ctrl-C or SIGTERM, or killed, resumes from its newest checkpoint when the
+same command is run again. A step depends only on its number and the seed: the times and noise of
+every image come from its own generator, so that neither the number of processes nor restarts change
+what is learned.
 """
 
 import argparse

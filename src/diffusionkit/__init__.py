@@ -4,8 +4,8 @@ A process, a score model, an objective and a sampler are each one object, and an
 replaced by another. `interfaces` holds the whole contract.
 
 This namespace holds what users compose: interfaces and values, every part that is passed to
-another, and functions for a loop of one's own. Results, bases for extension, operators, metrics,
-networks and loaders are imported from their sub-packages.
+another, and functions for your own loop. Results, bases for extension, operators, metrics, networks
+and loaders are imported from their sub-packages.
 """
 
 __project__ = "diffusionkit-torch"
@@ -188,7 +188,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 if not TYPE_CHECKING:  # to type checkers, other names do not exist
 
     def __getattr__(name: str) -> object:
-        """Say under which name a method is here; an AttributeError would be lost on import."""
+        """Raise an error that names our class for a method; imports hide an AttributeError."""
         message = f"cannot import name {name!r} from {__name__!r}"
         if (ours := _known_method(name)) is not None:
             raise ImportError(f"{message}; here it is {ours}", name=__name__)

@@ -13,7 +13,7 @@ def for_batch(cond: Mapping[str, Any], n: int) -> dict[str, Any]:
 
     A tensor (1, ...) with two dimensions or more becomes (n, ...), and class_labels () or (1,)
     become (n,), without a copy. Anything else is unchanged: a tensor with one dimension may be a
-    number for each sample as well as one vector, which only the network that takes it can tell.
+    number for each sample as well as one vector, which only the network can decide.
     """
     return {
         name: value.expand(n, *value.shape[1:]) if _is_for_all(name, value) else value

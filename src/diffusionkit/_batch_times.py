@@ -3,8 +3,8 @@
 The noisy data, the model, its noise label and the weights of a loss all depend on alpha and sigma
 at the same times. An objective computes them once, in float64, and attaches them to its times: no
 process is evaluated and no time validated twice. Users' code gets plain tensors, and a tensor that
-a user passed carries nothing: it may be saved or copied. Only this module knows of the attachment,
-and `check_times` of the mark of validated times.
+a user passed carries nothing: it may be saved or copied. Only this module uses the attachment, and
+`check_times` of the mark of validated times.
 """
 
 from __future__ import annotations

@@ -153,7 +153,8 @@ def read_torch(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged or foreign, or holds other objects.
+        CheckpointError: if the file is truncated, damaged or of another kind, or holds other
+            objects.
         ValueError: if there is no such device.
         TypeError: if `map_location` is not a device.
     """

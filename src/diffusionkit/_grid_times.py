@@ -3,7 +3,7 @@
 A sampler takes a whole batch through the same times. Everything that depends on the times alone is
 therefore computed once for the grid, in float64, and attached to the time tensors as floats. A step
 then needs no schedule arithmetic and no kernel launches for it, and a float multiplies a state
-faster than a tensor (B,) does. Only this module knows of the attachment; users' code gets tensors.
+faster than a tensor (B,) does. Only this module uses the attachment; users' code gets tensors.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class LabelTable:
         own, n = getattr(label, "elementwise", None), len(self.times)
         if n < 3 or own is False or (own is None and not readable(self.times)):
             return None
-        # Never as many times as samples: what a label knows of each sample must not fit.
+        # Never as many times as samples, so that a label that depends on the samples does not fit.
         times = self.times if n != self.batch else torch.cat([self.times, self.times[-1:]])
         try:
             table = label(sde, times)

@@ -42,9 +42,9 @@ class Kept(Generic[T]):
 def fixed(part: object) -> bool:
     """Return whether a part can never change: a frozen dataclass of constants.
 
-    A class that is no dataclass says so with `_unchanging = True`, for itself but not for its
-    subclasses. Values that are computed for such a part and kept with it are never out of date. A
-    subclass that is no dataclass itself may have other attributes.
+    A class that is not a dataclass declares this with `_unchanging = True`, for itself but not for
+    its subclasses. Values that are computed for such a part and kept with it are never out of
+    date. A subclass that is not a dataclass itself may have other attributes.
     """
     if isinstance(part, (NoneType, str, int, float)):
         return True

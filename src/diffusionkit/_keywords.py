@@ -99,8 +99,8 @@ _SYNONYMS = {name: names for names in _FOREIGN for name in names}
 _OF_CALLS = _SYNONYMS["shape"]  # what only a sampler has a line for
 _MOST = 12  # parameters that are listed beside advice
 _OWN = (
-    "; keywords beside a sampler's own, start, generator, device and dtype, or an objective's, are "
-    "conditions of the network"
+    "; keywords other than a sampler's own, start, generator, device and dtype, or an objective's, "
+    "are conditions of the network"
 )
 
 
@@ -156,7 +156,7 @@ def check_foreign(model: object, cond: Collection[str]) -> None:
 
 
 def conditions_of(network: object) -> tuple[str, ...] | None:
-    """Return the keywords of a network beside its input and noise label, None if it takes any."""
+    """Return the keywords of a network except its input and noise label, None if it takes any."""
     try:
         function: Any = getattr(network, "forward", network)
         parameters = list(inspect.signature(function).parameters.values())

@@ -99,8 +99,8 @@ def common(mask: Tensor, reference: Tensor) -> Tensor:
     if isinstance(mask, Tensor) and mask.ndim and len(mask) != 1:
         raise ValueError(
             "mask: expected one mask for all samples, (1, *D), with reference data, got "
-            f"{tuple(mask.shape)}; where masks differ, a reference tells nothing of a sample whose "
-            "elements it lacks"
+            f"{tuple(mask.shape)}; if masks differ, a reference has no information on samples "
+            "whose elements it lacks"
         )
     return masked(mask, reference)[1]
 

@@ -1,4 +1,4 @@
-"""Validation of score models: they are used by `predict`, which wrappers of modules do not know."""
+"""Validation of score models: parts call `predict`, which wrappers of modules do not intercept."""
 
 from __future__ import annotations
 

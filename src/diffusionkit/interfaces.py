@@ -54,9 +54,8 @@ class ForwardSDE(abc.ABC):
         f = \frac{d \log \alpha}{dt}, \quad g^2 = \frac{d \sigma^2}{dt} - 2 f \sigma^2, \quad
         \mathrm{log\,snr} = \log \frac{\alpha^2}{\sigma^2}.
 
-    A subclass defines `marginal`; the rest follows by automatic differentiation and bisection,
-    and may be overridden with closed forms. `diffusionkit.testing.check_sde` reports what is
-    inconsistent.
+    A subclass defines `marginal`; the rest follows by automatic differentiation and bisection, and
+    may be overridden with closed forms. `diffusionkit.testing.check_sde` reports inconsistencies.
 
     Attributes:
         T: the largest time, where hardly any signal is left.
@@ -95,7 +94,7 @@ class ForwardSDE(abc.ABC):
         """Return alpha(t) and sigma(t), each (B,), in the dtype of the times t (B,).
 
         This is the definition of the process. Code that uses a process with a state calls
-        `perturbation_kernel`, which validates and does not lose digits.
+        `perturbation_kernel`, which validates its arguments and keeps full precision.
         """
 
     def perturbation_kernel(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,10 +209,10 @@ class ScoreModel(nn.Module, abc.ABC):
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         """Predict the data and the noise in a state x (B, *D) at times t (B,).
 
-        The prediction is in the dtype of the state, at least float32. Conditions have any name:
-        write x and t as positional-only. A tensor (B, ...) has one for each sample; of shape
-        (1, ...), with two dimensions or more, it serves all samples and arrives here as (B, ...),
-        and so do class_labels () or (1,).
+        The prediction is in the dtype of the state, at least float32. Conditions may have any name:
+        declare x and t as positional-only. A tensor (B, ...) has one condition for each sample. A
+        tensor (1, ...), with two dimensions or more, is expanded to (B, ...) before it arrives
+        here, and so are class_labels () or (1,).
         """
 
     @override

@@ -73,11 +73,11 @@ def test_truncated_and_foreign_files(path) -> None:
     path.write_bytes(b"\x89PNG" + whole)
     refused(path, "expected a model written by save_model, got a PNG image")
     save_file({"a": torch.ones(2)}, path)
-    refused(path, "expected a model written by save_model, got a foreign file")
+    refused(path, "expected a model written by save_model, got another kind of file")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_model(path.with_name("absent"))
     torch.save({"state": {}}, path)
-    refused(path, "expected a checkpoint written by save_checkpoint, got a foreign file")
+    refused(path, "expected a checkpoint written by save_checkpoint, got another kind of file")
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_truncated_and_foreign_files(path) -> None:
         ({"version": "0"}, "expected version 1, got 0"),
         ({"version": None}, "expected version 1, got None"),
         ({"version": "1e400"}, "expected version 1, got None"),
-        ({"format": "other"}, "got a foreign file"),
-        ({"format": None}, "got a foreign file"),
+        ({"format": "other"}, "got another kind of file"),
+        ({"format": None}, "got another kind of file"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -264,7 +264,7 @@ def test_folders(tmp_path) -> None:
     broken(b"{", "model.json: expected JSON of a model, got")
     broken(b"\xff", "model.json: expected JSON of a model, got")
     broken(b"[]", "model.json: expected a model written by save_model, got list")
-    broken(text.replace(".model", ".network").encode(), "got a foreign file")
+    broken(text.replace(".model", ".network").encode(), "got another kind of file")
     broken(text.replace('"version": 1', '"version": 7').encode(), "or earlier, got 7: .* newer")
     changed_text = text.replace('"width": 4', '"width": 5')
     assert changed_text != text

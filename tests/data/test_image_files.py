@@ -114,7 +114,10 @@ def test_a_dataset_json_has_the_labels(tmp_path, kind) -> None:
         ("[" * 100_000, "dataset.json: expected JSON, got"),
         ("[1]", r"expected {\"labels\": \[\[name, label\], ...\]}, got \[1\]"),
         ('{"labels": [["a.png", 0]]}', "expected a label of each image, got none of 'b.png'"),
-        ('{"labels": [["a.png", 0], ["c.png", 1]]}', "labels of the images beside it, got 'c.png'"),
+        (
+            '{"labels": [["a.png", 0], ["c.png", 1]]}',
+            "labels of the images next to it, got 'c.png'",
+        ),
         ('{"labels": [["a.png", 0], ["a.png", 1]]}', "one label of 'a.png', got 0 and 1"),
         ('{"labels": [["a.png", [0, 1]]]}', r"expected \[name, class label >= 0\], got"),
         ('{"labels": [["a.png", -1]]}', r"expected \[name, class label >= 0\], got"),
@@ -161,7 +164,7 @@ def test_channels_convert_all(tmp_path) -> None:
     grey = open_images(tmp_path, channels=1)[1][0]
     luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     assert ((as_tensor(rgb) * luma).sum(0) - grey[0]).abs().max() <= 1
-    with pytest.raises(ValueError, match=r"b.png: expected a grey image as the first .*channels=1"):
+    with pytest.raises(ValueError, match=r"b.png: expected a gray image as the first .*channels=1"):
         open_images(tmp_path)[1]
 
 
@@ -284,7 +287,7 @@ def test_folders_that_do_not_make_classes(tmp_path) -> None:
     fails("expected images in each sub-folder, got none in 'dog'")
     save(tmp_path / "dog" / "a.png", noise(4, 4))
     save(tmp_path / "b.png", noise(4, 4))
-    fails("expected all images in sub-folders.* got 'b.png' beside the folder 'cat'")
+    fails("expected all images in sub-folders.* got 'b.png' next to the folder 'cat'")
     (tmp_path / "b.png").unlink()
     (tmp_path / "dog" / "b.gif").write_bytes(b"GIF89a")
     fails("expected images in .png, .*, got 'dog/b.gif'")
@@ -309,11 +312,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path) -> None:
     save(inside / "dog" / "a.png", noise(4, 4))
     assert open_images(inside).classes == ("cat", "dog")
     (inside / "dog" / "b.png").symlink_to(tmp_path / "nothing.png")
-    with pytest.raises(ValueError, match="expected a file, got a link to nothing"):
+    with pytest.raises(ValueError, match="expected a file, got a broken link"):
         open_images(inside)
     (inside / "dog" / "b.png").unlink()
     (inside / "dog" / "up").symlink_to(inside)
-    with pytest.raises(ValueError, match="expected a folder, got a link in a circle"):
+    with pytest.raises(ValueError, match="expected a folder, got a circular link"):
         open_images(inside)
 
 

@@ -39,7 +39,7 @@ def test_pages_show_the_program_of_the_readme(page) -> None:
 def test_the_picture_above_the_program_is_what_it_saves() -> None:
     (saved,) = re.findall(r'save_grid\(.*"(.*?)"', program())
     for page, folder in (("README.md", "docs/_static"), ("docs/index.md", "_static")):
-        above = (ROOT / page).read_text(encoding="utf-8").partition("## The program")[2]
+        above = (ROOT / page).read_text(encoding="utf-8").partition("## A complete example")[2]
         assert f"{folder}/{saved}" in above.partition("```python")[0]
 
 

@@ -426,7 +426,7 @@ def test_call_errors() -> None:
         ({"x": torch.randn(3, 2, 4)}, ValueError, r"x: expected shape \(B, 2, H, W\)"),
         ({"condition": None}, TypeError, r"condition: expected a tensor \(B, 3\)"),
         ({"class_labels": None}, TypeError, "class_labels: expected a tensor"),
-        ({"class_labels": torch.full((3,), 4)}, ValueError, r"class_labels: .* a class more"),
+        ({"class_labels": torch.full((3,), 4)}, ValueError, r"class_labels: .* one more class"),
     ]:
         with pytest.raises(error, match=message):
             net(**inputs | changed)

@@ -141,7 +141,7 @@ MISTAKES = {
         lambda: PCSampler(ClassifierFreeGuidance(CONDITIONAL, 2.0), DDIM(), steps=1)(
             SHAPE, class_labels=CLASSES
         ),
-        "null: expected the class that stands for none, for a network with num_classes=10, got No",
+        "null: expected the class that stands for no class, for a network with num_classes=10, got",
     ),
     "a class for a classifier": (
         lambda: classifier_loss(

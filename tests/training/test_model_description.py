@@ -277,7 +277,7 @@ def test_files_of_version_1_load_with_a_warning(tmp_path, caplog) -> None:
     torch.save(as_version(1, torch.load(path, weights_only=True)), path)
     other = VModel(network(), VPSDE())
     load_checkpoint(path, other, optimizer=torch.optim.Adam(other.parameters()))
-    assert "version 1 does not know its process" in caplog.text
+    assert "version 1 does not describe its process" in caplog.text
     assert torch.equal(next(other.parameters()), next(model.parameters()))
 
 

@@ -1,4 +1,4 @@
-"""Are samples distributed as they should be? Coverage, ranks and proper scores of ensembles."""
+"""Calibration of posteriors and ensembles: coverage, ranks and proper scores."""
 
 from .coverage import ExpectedCoverage, expected_coverage
 from .ensembles import (

@@ -60,11 +60,11 @@ def expected_coverage(
     levels at small ones and below at large ones shows posteriors that are too narrow, the reverse
     posteriors that are too wide. No density is evaluated, and all parameters are tested together.
 
-    References may depend on the data, but not on the truth by any other way: coverage is right for
-    all of them if and only if the posteriors are. Those drawn by default show a wrong width; among
-    them shifts average out, and posteriors that ignore the data, such as the prior, pass. A point
-    far from all truths shows a shift along its direction, as do ranks, and points made of the data,
-    such as an estimate of the parameters, show whether the data are used.
+    Reference points may depend on the truth only through the data: coverage is right for all of
+    them if and only if the posteriors are. The default points detect a wrong width; with them
+    shifts average out, and posteriors that ignore the data, such as the prior, pass. A point far
+    from all truths detects a shift along its direction, as do ranks, and points computed from the
+    data, such as an estimate of the parameters, detect whether the data are used.
 
     Coordinates are standardized by mean and deviation of the truths before distances are taken.
 

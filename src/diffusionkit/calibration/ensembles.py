@@ -59,7 +59,7 @@ class EnsembleResult:
         members: the number m of members.
         crps: the mean fair CRPS, in units of the data; smaller is better.
         crps_stderr: its standard error over cases, NaN for one case.
-        energy_score: the mean fair energy score, None unless asked for.
+        energy_score: the mean fair energy score, None unless requested.
         energy_score_stderr: its standard error over cases.
         spread_skill: the spread-skill ratio.
         rank_histogram: the distribution of ranks.
@@ -206,8 +206,8 @@ def spread_skill(
         s^2 = \frac{1}{m - 1} \sum_i (x_i - \bar x)^2
 
     With the factor, the ratio is 1 at every m if the observation is one more draw from the
-    distribution of the members: the mean of m members varies by a share of 1 / m itself. The
-    reverse does not hold; see `rank_histogram` for the shape.
+    distribution of the members, since the mean of m members itself has 1 / m of their variance. The
+    converse does not hold; see `rank_histogram` for the shape.
 
     Args:
         ensemble: the members (n, m, *D), m >= 2.

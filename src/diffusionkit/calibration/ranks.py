@@ -107,13 +107,13 @@ def simulation_based_calibration(
 
     Draw n parameters from the prior, simulate data of each, and draw m samples from the model's
     posterior for these data. If the model is right, the truth is one more draw, and its rank among
-    the samples is uniform on 0 ... m, for each parameter and each function of the parameters: for
-    others than the parameters themselves, pass their values. A U shape of the counts means that the
-    posterior is too narrow, a hump that it is too wide, a slope that it is shifted.
+    the samples is uniform on 0 ... m, for each parameter and each function of the parameters: to
+    test such a function, pass its values. A U shape of the counts means that the posterior is too
+    narrow, a hump that it is too wide, a slope that it is shifted.
 
-    Uniform ranks do not make a posterior right: the prior itself, for all data, has them too. See
-    `expected_coverage` and `energy_score`. Ranks between several parameters of one case are
-    dependent; multiply the smallest p-value by their number.
+    Uniform ranks do not imply that a posterior is right: the prior itself, for all data, has them
+    too. See `expected_coverage` and `energy_score`. Ranks between several parameters of one case
+    are dependent; multiply the smallest p-value by their number.
 
     Args:
         samples: the samples (n, m, *D), independent within each posterior.

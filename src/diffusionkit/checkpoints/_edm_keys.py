@@ -57,8 +57,8 @@ def read_edm_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged or foreign, has another version or
-            names a global that such pickles do not.
+        CheckpointError: if the file is truncated, damaged or of another kind, has another version
+            or names a global that such pickles do not.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364; Karras et al., 2024, arXiv 2312.02696 (released code of both).

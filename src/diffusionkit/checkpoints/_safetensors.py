@@ -25,7 +25,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     Raises:
         ImportError: if the package safetensors is not installed.
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged or foreign.
+        CheckpointError: if the file is truncated, damaged or of another kind.
     """
     try:
         from safetensors import safe_open
@@ -65,7 +65,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -
     for name, value in tensors.items():
         dense = value.detach().contiguous()
         storage = dense.untyped_storage()
-        # The package refuses tensors that share memory.
+        # The package rejects tensors that share memory.
         if storage.data_ptr() in written or storage.nbytes() > dense.nbytes:
             dense = dense.clone(memory_format=torch.contiguous_format)
         written.add(storage.data_ptr())

@@ -34,7 +34,7 @@ def read_score_sde(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile.
+        CheckpointError: if the file is damaged, malicious or of another kind.
     """
     data = read_torch(path, expected=_EXPECTED)
     wanted = ("model", "ema") if ema else ("model",)
@@ -55,7 +55,7 @@ def read_score_sde(
 
 
 def _check_counts(path: str | os.PathLike[str], data: Mapping[Any, Any]) -> None:
-    """Raise unless the numbers beside the weights, as far as there are any, make sense."""
+    """Raise unless the numbers in addition to the weights, if there are any, are valid."""
     ema = data.get("ema")
     averages = ema if isinstance(ema, Mapping) else {}
     decay = averages.get("decay")

@@ -60,14 +60,14 @@ def load_dit(
 
     The model predicts the noise and the variance of the steps of the linear chain of 1000 steps.
     Its data are latents (B, 4, H/8, W/8) of Stable Diffusion's autoencoder, times .18215. Other
-    sizes than the file's can be sampled, of positions that the network has not been trained on.
+    sizes than the file's can be sampled, but the network has not been trained on their positions.
 
     Args:
         path: the file.
         ema: whether to load the averaged weights of a training checkpoint rather than the last
             ones; a state dict has one set.
-        heads: number of attention heads, for a width that no published network has; they leave
-            no trace in the file.
+        heads: number of attention heads, for a width that no published network has; the file
+            does not contain it.
 
     Returns:
         The score model in evaluation mode. It takes ``class_labels=``, of which the last stands
@@ -76,8 +76,8 @@ def load_dit(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile, has learned positions, or
-            does not fit the network.
+        CheckpointError: if the file is damaged, malicious or of another kind, has learned
+            positions, or does not fit the network.
         ValueError: if the number of heads is needed, or does not divide the width.
         TypeError: if heads is not an integer or ema not True or False.
 
@@ -102,13 +102,11 @@ def load_sit(
 ) -> NetworkModel:
     """Load a checkpoint of SiT, the transformer of DiT trained as a flow, ready to sample latents.
 
-    As `load_dit`, which see for the file and the latents. The network was trained to predict the
-    velocity x0 - eps on a straight line, at a time that counts from the noise to the data. Here it
-    is a `VelocityModel` of a `FlowMatchingSDE`, with a `ReverseTimeLabel`, and the sign of its last
-    layer is turned. Of the two halves of a network's output SiT uses the first; the other is left
-    out.
-
-    Files of DiT and SiT have the same tensors: a state dict does not say which of them it is.
+    See `load_dit` for the file and the latents. The network was trained to predict the velocity x0
+    - eps on a straight line, at a time that counts from the noise to the data. Here it is a
+    `VelocityModel` on a `FlowMatchingSDE`, with a `ReverseTimeLabel`, and the sign of its last
+    layer is reversed. SiT uses only the first half of the network's output; the other half is
+    dropped. Files of DiT and SiT have the same tensors: a state dict does not tell them apart.
 
     Args:
         path: the file.
@@ -122,8 +120,9 @@ def load_sit(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile, has learned positions, does
-            not fit the network, or was trained on another path or for another prediction.
+        CheckpointError: if the file is damaged, malicious or of another kind, has learned
+            positions, does not fit the network, or was trained on another path or for another
+            prediction.
         ValueError: if the number of heads is needed, or does not divide the width.
         TypeError: if heads is not an integer or ema not True or False.
 

@@ -58,7 +58,7 @@ def load_edm2(path: str | os.PathLike[str]) -> EDMModel:
     restricted reader extracts the tensors and arguments and raises an error that names anything
     else. Loading is strict: missing, extra or misshapen tensors raise an error that lists them.
     The weights, in float16 in the file, are loaded in float32. The network for the uncertainty,
-    which only training uses, is checked and left out.
+    which is only used in training, is checked and dropped.
 
     Args:
         path: the file, a published network or a snapshot of training.
@@ -70,7 +70,8 @@ def load_edm2(path: str | os.PathLike[str]) -> EDMModel:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile, or holds another network.
+        CheckpointError: if the file is damaged, malicious or of another kind, or holds another
+            network.
 
     Source: Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2024,
     arXiv 2312.02696.

@@ -54,7 +54,8 @@ def load_edm(path: str | os.PathLike[str]) -> NetworkModel:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile, or holds another network.
+        CheckpointError: if the file is damaged, malicious or of another kind, or holds another
+            network.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models,
     2022, arXiv 2206.00364.

@@ -67,12 +67,13 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
     The file is read without running its code, and strictly: missing, extra or misshapen tensors
     raise an error that lists them. The released code saves averaged weights in separate files.
 
-    Widths, levels, blocks and classes are inferred from the tensors. Options that leave no trace
-    in them are taken from the flags that the network was trained with, under their released
-    names: ``num_heads``, ``num_heads_upsample``, ``num_head_channels``,
-    ``use_new_attention_order``, ``dropout``, ``diffusion_steps``, ``noise_schedule`` ("linear" or
-    "cosine"), ``rescale_timesteps``, ``predict_xstart`` and ``sigma_small``, with their released
-    defaults. Other flags are optional and must agree with the file.
+    Widths, levels, blocks and classes are inferred from the tensors. Options that the tensors do
+    not determine are taken from the flags that the network was trained with, under their released
+    names:
+    ``num_heads``, ``num_heads_upsample``, ``num_head_channels``, ``use_new_attention_order``,
+    ``dropout``, ``diffusion_steps``, ``noise_schedule`` ("linear" or "cosine"),
+    ``rescale_timesteps``, ``predict_xstart`` and ``sigma_small``,
+    with their released defaults. Other flags are optional and must agree with the file.
 
     Args:
         path: the file.
@@ -84,7 +85,8 @@ def load_improved_diffusion(path: str | os.PathLike[str], **flags: Any) -> Netwo
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile, or does not fit the flags.
+        CheckpointError: if the file is damaged, malicious or of another kind, or does not fit the
+            flags.
         TypeError: if a flag is unknown.
         ValueError: if a flag has an unknown value or contradicts the file.
 

@@ -40,10 +40,10 @@ def save_model(path: str | os.PathLike[str], model: ScoreModel) -> None:
     The process, the parameterization and its constants, the noise label, the data range, the
     variance, the network's arguments and the weights are written, of guidance and other wrappers
     too. With the ending ``.safetensors`` it is one file, with the description in its metadata.
-    Otherwise it is a folder with that file, ``model.safetensors``, and the description again in
-    ``model.json``, for people. Dtypes are kept. Wrappers of torch (torch.compile,
-    DistributedDataParallel) are not saved. Sharded weights are gathered in the process that writes:
-    then all ranks must call this.
+    Otherwise it is a folder with that file,
+    ``model.safetensors``, and a readable copy of the description in ``model.json``. Dtypes are
+    kept. Wrappers of torch (torch.compile, DistributedDataParallel) are not saved. Sharded weights
+    are gathered in the process that writes: then all ranks must call this.
 
     Every file is complete before it replaces the previous one. Classes and functions of your own
     must be registered, see `register_part`. For averaged weights pass ``ema.model``.
@@ -91,12 +91,12 @@ def load_model(path: str | os.PathLike[str], *, ema: bool = True) -> ScoreModel:
     """Build the score model of a file or folder of `save_model`, with its weights and dtypes.
 
     Training checkpoints of `save_checkpoint` are read as well, if the model was made of classes
-    with a name. Nothing of a file is executed: it names classes of this library and registered
-    ones (see `register_part`), whose modules must have been imported.
+    with a name. Nothing in a file is executed: it names classes of this library and registered ones
+    (see `register_part`), whose modules must have been imported.
 
     Args:
         path: the file or folder.
-        ema: of a training checkpoint, whether to take the averaged weights, if it has any.
+        ema: whether to take the averaged weights of a training checkpoint, if it has any.
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -104,8 +104,8 @@ def load_model(path: str | os.PathLike[str], *, ema: bool = True) -> ScoreModel:
     Raises:
         ImportError: if the package safetensors is not installed.
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, damaged, foreign or newer, names an unknown
-            class, or has missing, extra, misshapen or invalid entries.
+        CheckpointError: if the file is truncated, damaged, of another kind or of a newer version,
+            names an unknown class, or has missing, extra, misshapen or invalid entries.
     """
     file = checked_path(path)
     check_flag(ema, "ema")
@@ -232,7 +232,7 @@ def _read_folder(folder: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]
 
 def _check_format(file: str, name: object, version: object) -> None:
     if name != _FORMAT:
-        raise CheckpointError(f"{file}: expected {_EXPECTED}, got a foreign file")
+        raise CheckpointError(f"{file}: expected {_EXPECTED}, got another kind of file")
     if type(version) is int and version > _VERSION:
         raise CheckpointError(
             f"{file}: expected version {_VERSION} or earlier, got {version}: the file was written "

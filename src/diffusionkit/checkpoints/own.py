@@ -91,11 +91,12 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged or foreign, or its parts do not fit together.
+        CheckpointError: if the file is damaged or of another kind, or its parts do not fit
+            together.
     """
     about, state = _read(path)
     if about.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: expected {_EXPECTED}, got a foreign file")
+        raise CheckpointError(f"{path}: expected {_EXPECTED}, got another kind of file")
     if about.get("version") != str(_VERSION):
         raise CheckpointError(f"{path}: expected version {_VERSION}, got {about.get('version')!r}")
     kind = _CLASSES.get(str(about.get("network")))
@@ -126,5 +127,5 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         return about, tensors
     data = read_torch(path, expected=_EXPECTED)
     if not isinstance(data, dict) or not isinstance(data.get("state"), dict):
-        raise CheckpointError(f"{path}: expected {_EXPECTED}, got a foreign file")
+        raise CheckpointError(f"{path}: expected {_EXPECTED}, got another kind of file")
     return data, data["state"]

@@ -32,9 +32,9 @@ def load_score_sde(
     The file is read without running its code, and strictly: missing, extra or misshapen tensors
     raise an error that lists them.
 
-    A file holds weights only. Choices that leave no trace in them - sub-VP or VP, numbered steps
-    or all times, the FIR filter where it has no convolution, the division by sigma - are taken
-    from the configuration. Without one those of most published networks of the same kind are
+    A file holds only weights. Choices that they do not determine - sub-VP or VP, discrete steps or
+    continuous time, the FIR filter if it has no convolution, the division by sigma - are taken from
+    the configuration. Without a configuration those of most published networks of the same kind are
     assumed, and a warning lists them.
 
     Args:
@@ -50,7 +50,8 @@ def load_score_sde(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged, foreign or hostile, or does not fit the network.
+        CheckpointError: if the file is damaged, malicious or of another kind, or does not fit the
+            network.
         TypeError: if an entry of the configuration has another type.
         ValueError: if the configuration is incomplete, unknown or out of range.
 

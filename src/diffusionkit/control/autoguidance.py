@@ -27,9 +27,9 @@ class Autoguidance(ExtrapolatedModel):
         (\hat x_0^{model} - \hat x_0^{weaker})
 
     and the same for the noise. The weaker model is smaller, or an early snapshot of the same
-    training; it errs in the same places, only more, and the difference points away from the
-    errors. Unlike `ClassifierFreeGuidance` this needs no condition, and does not trade diversity
-    for how typical samples are of one. At scale 1 it is the model itself, in one evaluation.
+    training; it makes similar but larger errors, and the difference points away from the errors.
+    Unlike `ClassifierFreeGuidance` this needs no condition, and does not trade diversity for
+    typicality. At scale 1 it is the model itself, in one evaluation.
 
     Both models may be guided themselves: pass `ClassifierFreeGuidance(model, 2.0)` as the model, or
     this as the model of another guidance. Conditions go to both models, unless `conditions` names

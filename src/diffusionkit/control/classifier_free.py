@@ -120,7 +120,7 @@ class ClassifierFreeGuidance(ExtrapolatedModel):
         classes = config.get("num_classes") if isinstance(config, dict) else None
         if classes is not None and "class_labels" in cond:
             raise ValueError(
-                "null: expected the class that stands for none, for a network with "
+                "null: expected the class that stands for no class, for a network with "
                 f'num_classes={classes}, got None; pass null={{"class_labels": {classes - 1}}} '
                 "if its last class does, and train it so with drop_conditions"
             )

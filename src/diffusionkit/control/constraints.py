@@ -134,10 +134,11 @@ class LinearMeasurement(_Replacement):
 
 
 class Inpainting(_Replacement):
-    """A constraint from known entries of the data, which are exactly those of `known` at the end.
+    """A constraint from known elements of the data, which equal those of `known` at the end.
 
-    Alone this is the replacement of score_sde. With a sampler's `time_travel=TimeTravel(...)` it is
-    RePaint, whose smaller bias `LinearMeasurement` has in numbers.
+    By itself this is the replacement method of score_sde. With a sampler's
+    `time_travel=TimeTravel(...)` it is RePaint, which has a smaller bias: see the numbers in
+    `LinearMeasurement`.
 
     Args:
         known: the data, one sample (*D) or (1, *D), or one for each (B, *D). Entries outside the

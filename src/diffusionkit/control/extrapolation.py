@@ -31,7 +31,7 @@ class ExtrapolatedModel(GuidedModel):
         \hat x_0 = \hat x_0^{strong} + (\mathrm{scale} - 1)\, P(d), \quad
         d = \hat x_0^{strong} - \hat x_0^{weak}
 
-    with P the projection, the identity by default. A subclass says which the two predictions are.
+    with P the projection, the identity by default. A subclass defines the two predictions.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class AdaptiveProjection:
     where the parallel part is that along the predicted data of the sample. It mostly scales them,
     which saturates images at large scales; the other part changes what they show. Pass it as
     `projection=` to `ClassifierFreeGuidance` or `Autoguidance`: the guided data are
-    x0 + (scale - 1) P(d), the paper's form, and at scale 1 they are those of the model. A function
-    (direction (B, \*D), x0 (B, \*D)) -> direction of your own may take its place.
+    x0 + (scale - 1) P(d), the paper's form, and at scale 1 they are those of the model. You can
+    pass your own function (direction (B, \*D), x0 (B, \*D)) -> direction instead.
 
     The paper's third part is a momentum along the sampling trajectory. A prediction does not
     depend on earlier ones, so it belongs to the predictor: `GuidanceMomentum`.

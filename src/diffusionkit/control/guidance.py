@@ -25,9 +25,9 @@ class ClassifierGuidance(GuidedModel):
         s(x, t, y) = \nabla \log p_t(x) + \mathrm{scale}\; \nabla_x \log p(y \mid x, t)
 
     With the true classifier, scale 1 gives the score of the data of class y. A larger scale gives
-    that of p_t(x) p(y | x)^scale, which favors samples that the classifier is sure of. Pass the
-    class labels y (B,) when sampling, `sampler(shape, class_labels=y)`; all other conditions go to
-    the model.
+    that of p_t(x) p(y | x)^scale, which favors samples that the classifier is confident of. Pass
+    the class labels y (B,) when sampling, `sampler(shape, class_labels=y)`; all other conditions
+    are passed to the model.
 
     Args:
         model: the score model.

@@ -51,8 +51,8 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
         y: the measurements (B, \*E), or (1, \*E), one for all samples.
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element. It may be 0.
-        iterations: the maximum number of iterations. As many as a measurement has dimensions are
-            enough up to rounding; a few are enough where y says little about x0.
+        iterations: the maximum number of iterations. As many as the measurement has dimensions are
+            enough up to rounding; a few are enough if y carries little information about x0.
         tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
@@ -108,9 +108,10 @@ class LinearizedGaussianGuidance(MeasurementGuidance):
 
     Only products with J and its transpose are computed, by automatic differentiation in both
     directions. It is `LinearGaussianGuidance` for a linear A, and exact as the noise goes to zero;
-    in between, an A that is curved within the uncertainty of the predicted data biases it. For data
-    N(.5, .5^2) and y = tanh(2 x0) + noise, the samples' mean is off by the first number, in
-    standard deviations of the posterior, and their own is the second times the true one:
+    in between, it is biased if A is curved within the uncertainty of the predicted data. For data
+    N(.5, .5^2) and y = tanh(2 x0) + noise, the first number is the error of the samples' mean, in
+    standard deviations of the posterior, and the second the ratio of their standard deviation to
+    the true one:
 
     ====  ===  ==========  ==================
     tau   y    this class  `GradientGuidance`
@@ -190,14 +191,16 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         r^2 = \frac{\sigma_d^2 \sigma^2}{\alpha^2 \sigma_d^2 + \sigma^2},
 
     the score of p(x | y) for data N(m, sigma_d^2 I). `LinearGaussianGuidance` takes the covariance
-    of the predicted data from the model instead of r^2 I, at one backward pass through the model
-    for each iteration; this needs one in all, since the iterations use A alone.
+    of the predicted data from the model instead of r^2 I, at the cost of one backward pass through
+    the model for each iteration; this class needs only one in total, since the iterations use only
+    A.
 
     Other data have other covariances, and the samples are biased. For a correlated Gaussian in four
-    dimensions, two of them measured, their mean is off by .36 of the posterior's standard deviation
-    with `DDIM` and by .11 with `Ancestral`, where `LinearGaussianGuidance` has the .04 of exact
-    samples; the covariance by .18 and .09 of its norm, at .07. Modes that are far apart get weights
-    that are too equal (`benchmarks/inverse_problems.py`).
+    dimensions, two of them measured, the error of their mean is .36 times the posterior's standard
+    deviation with `DDIM` and .11 times with `Ancestral`, compared with .04 for
+    `LinearGaussianGuidance`, as for exact samples; the error of the covariance is .18 and .09 times
+    its norm, compared with .07. Modes that are far apart get weights that are too equal
+    (`benchmarks/inverse_problems.py`).
 
     Without noise, A^T S^{-1} is the pseudo-inverse of A over r^2, which gave the method its name.
     The released code multiplies that by r^2 and by weights of its own sampler; here the guidance is

@@ -28,21 +28,21 @@ class GuidanceMomentum(WrappedPredictor):
         \bar d_k = d_k + \mathrm{factor}\; \bar d_{k-1}
 
     in place of the direction d of `ClassifierFreeGuidance` or `Autoguidance`, before its
-    projection. A negative factor takes away what the previous steps already did, the paper's
-    reverse momentum. The average is in `Step.state`, like the memory of a multistep predictor: the
-    model stays a function of state and time, and a run, `edit` and time travel start without one.
+    projection. A negative factor subtracts the direction of the previous steps: the paper's reverse
+    momentum. The average is in `Step.state`, like the memory of a multistep predictor: the model
+    stays a function of state and time, and a run, `edit` and time travel start without one.
 
     - All evaluations of a step use the average of the steps before it; the first one makes the new
       average. So a predictor with two evaluations, such as `Heun`, has one update a step, and with
       one evaluation a step this is the paper's algorithm. Code that updates a buffer in every
       evaluation would count the second one as a step.
     - Correctors leave the distribution of the model unchanged, so they evaluate the model without
-      momentum, and the average passes them by.
+      momentum, and do not change the average.
     - Outside the interval of the guidance there is no direction, and the average stays as it is.
-    - Of guided models in one another each has its own average.
+    - Nested guided models have separate averages.
 
-    With momentum the run no longer solves the equations of any score: do not use it where
-    the samples' distribution matters. Likelihoods and `ProbabilityFlow` have none.
+    With momentum, the run no longer solves the equations of any score: do not use it if the
+    distribution of the samples matters. Likelihoods and `ProbabilityFlow` have no momentum.
 
     Args:
         predictor: the predictor of the steps.

@@ -249,8 +249,8 @@ class Blur(LinearOperator):
         \widehat{A x}(k) = h(k)\, \hat x(k), \quad
         \widehat{A^+ y}(k) = \hat y(k) / h(k) \quad \text{where } |h(k)| > c \max |h|,
 
-    and 0 at all other frequencies, which count as not measured. Pass the blurred data unchanged:
-    the inverse divides by h. It amplifies noise in them by at most ``1 / (c max |h|)``.
+    and 0 at all other frequencies, which are treated as not measured. Pass the blurred data
+    unchanged: the inverse divides by h. It amplifies noise in them by at most ``1 / (c max |h|)``.
 
     Args:
         kernel: the point spread function, centered; one axis for each blurred axis.

@@ -74,7 +74,7 @@ def by_folder(
         if len(tail) == 1:
             raise ValueError(
                 f"{path}: expected all images in sub-folders, which are their classes, or none, "
-                f"got {name!r} beside the folder {root + classes[0]!r}"
+                f"got {name!r} next to the folder {root + classes[0]!r}"
             )
     if {name.lower() for name in classes} <= _PARTS:
         raise ValueError(
@@ -130,7 +130,7 @@ def by_table(path: str, table: bytes, root: str, names: Sequence[str]) -> Labels
     known = set(names)
     for name in found:
         if name not in known:
-            raise ValueError(f"{path}: expected labels of the images beside it, got {name!r}")
+            raise ValueError(f"{path}: expected labels of the images next to it, got {name!r}")
     for name in names:
         if name not in found:
             raise ValueError(f"{path}: expected a label of each image, got none of {name!r}")

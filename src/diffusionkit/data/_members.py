@@ -112,7 +112,7 @@ class ZipMembers(Members):
             data = file.read(packed)
         if self._deflated[index]:
             try:
-                # Never more than the directory says, whatever the bytes unpack to.
+                # Never more than the directory states, whatever the bytes unpack to.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
             except zlib.error as error:
                 raise PictureError(f"a whole entry of the zip file, got {error}") from error
@@ -147,13 +147,13 @@ def list_folder(root: str) -> tuple[list[tuple[str, int]], list[str]]:
                 if entry.is_dir():
                     real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                     if real in above:
-                        raise ValueError(f"{entry.path}: expected a folder, got a link in a circle")
+                        raise ValueError(f"{entry.path}: expected a folder, got a circular link")
                     folders.append(name)
                     waiting.append((name + "/", (*above, real)))
                 elif entry.is_file():
                     files.append((name, entry.stat().st_size))
                 elif entry.is_symlink():
-                    raise ValueError(f"{entry.path}: expected a file, got a link to nothing")
+                    raise ValueError(f"{entry.path}: expected a file, got a broken link")
     return files, folders
 
 

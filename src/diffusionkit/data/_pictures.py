@@ -1,4 +1,4 @@
-"""Image files to tensors: uint8, of the wanted channels and size, or an error in words."""
+"""Decode image files to uint8 tensors of the wanted channels and size, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def from_array(array: np.ndarray[Any, Any], channels: int | None, size: int | No
 def _plain(image: Image, channels: int | None) -> Image:
     """Return an image in mode L or RGB."""
     if image.mode not in _GREY | _COLOR:
-        raise PictureError(f"a grey or RGB image, got one of mode {image.mode}")
+        raise PictureError(f"a gray or RGB image, got one of mode {image.mode}")
     if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
         lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
         if lowest != 255:

@@ -1,4 +1,4 @@
-"""The augmentation of EDM: transformed images, and labels that tell the network of it."""
+"""The augmentation of EDM: transformed images, and labels that the network is conditioned on."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _SHIFT = 1 / 8  # of height and width
 
 
 class EDMAugmentation(Described):
-    r"""The augmentation of EDM, which tells the network of every transformation.
+    r"""The augmentation of EDM, with labels that describe the transformations to the network.
 
-    A small data set grows by geometric transformations, each applied with a probability, and the
-    network is conditioned on their parameters, so that the distribution it learns for labels 0 is
-    that of the data as they are. Sample with labels 0, or without.
+    A small data set is augmented by geometric transformations, each applied with a probability, and
+    the network is conditioned on their parameters, so that the distribution it learns for labels 0
+    is that of the original data. Sample with labels 0, or without labels.
 
     ==========  ===========================================================  ====================
     number      transformation                                               labels
@@ -54,7 +54,7 @@ class EDMAugmentation(Described):
     `objective(model, x, condition=labels)`.
 
     Args:
-        probability: the probability of each transformation but the x-flip.
+        probability: the probability of each transformation except the x-flip.
 
     Raises:
         ValueError: if probability is not in [0, 1].

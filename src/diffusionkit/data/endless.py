@@ -27,7 +27,7 @@ class Batch:
     Args:
         images: the images (b, C, H, W) in uint8.
         class_labels: their class labels (b,), None for data without classes.
-        positions: their positions (b,) in the endless order, for seeds of one's own.
+        positions: their positions (b,) in the endless order, for use as seeds.
         reference: the reference (R, C, H, W) of the batch of all processes, which it contains;
             None without references.
         reference_class_labels: the class labels (R,) of the reference.
@@ -65,9 +65,9 @@ class EndlessBatches(Described):
     :math:`\pi_e(p - e N)` of the N items in epoch :math:`e = \lfloor p / N \rfloor`, with a
     uniformly random permutation :math:`\pi_e` for each epoch. Step k of all processes together
     covers the positions k B to (k + 1) B - 1, in rank order. Permutations and flips are functions
-    of seed and position alone. So a run continues at any step (`start`), with any number of
-    processes or workers, without a state of the loader, which could be restored only at the number
-    of processes that saved it.
+    of seed and position alone. So a run can resume at any step (`start`), with any number of
+    processes or workers. No loader state is needed, which could be restored only with the number of
+    processes that saved it.
 
     With `reference_size` R > 0, for `StableTarget`, each batch comes with a reference: positions
     k B to k B + R - 1, the same in every process. Its first B items are the batch of all processes.

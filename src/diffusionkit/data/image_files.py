@@ -37,25 +37,24 @@ def open_images(
 
     - A folder, or a zip file of one, with PNG, JPEG, WebP or BMP files, in sub-folders or not. If
       it has a `dataset.json`, `{"labels": [["00000/img.png", 3], ...]}`, that has the class labels.
-      Otherwise sub-folders are classes, in the order of their names. Hidden files are left out.
+      Otherwise sub-folders are classes, in the order of their names. Hidden files are ignored.
       Images are read when they are used; the files must not change meanwhile.
     - An .npz file with images `arr_0` (N, H, W, C) or (N, H, W) in uint8 and class labels `arr_1`
       (N,), if any, or an .npy file with images. It is read into memory.
 
-    Images are turned as their EXIF orientation says. Grey images among colored ones, palettes and
-    CMYK are converted, 16 bits are scaled to 8. Images with transparent pixels are refused: put
-    them on a background first. Color profiles are ignored.
+    Images are rotated according to their EXIF orientation. Gray images among color images, palettes
+    and CMYK are converted, and 16 bits are scaled to 8. Images with transparent pixels raise an
+    error: put them on a background first. Color profiles are ignored.
 
-    With `size` the largest square in the middle is scaled to size x size, by Lanczos resampling;
-    images of that size are left as they are. Without, all images must have the size of the first.
-
-    An error that concerns one file names it. Files are read one by one, so that it may come late:
+    With `size` the largest centered square is cropped and scaled to size x size, by Lanczos
+    resampling; images of that size are unchanged. Without it, all images must have the size of the
+    first. An error about a file names it. Files are read one by one, so errors may come late:
     `check` of the data reads all of them.
 
     Args:
         path: the folder or file.
         size: the height and width of the images.
-        channels: 1 for grey, 3 for RGB; by default those of the first image.
+        channels: 1 for gray, 3 for RGB; by default those of the first image.
 
     Returns:
         the images, an `ImageData`.
@@ -156,7 +155,7 @@ class ImageFiles(ImageData):
 
     def _misfit(self, shape: Sequence[int]) -> str:
         if shape[0] != self.shape[0]:
-            kinds = {1: "a grey image", 3: "an RGB image"}
+            kinds = {1: "a gray image", 3: "an RGB image"}
             return (
                 f"{kinds[self.shape[0]]} as the first one is, "
                 f"got {kinds[shape[0]]}; channels=1 or channels=3 converts all"

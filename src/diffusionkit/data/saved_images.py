@@ -31,7 +31,7 @@ def save_images(
     *,
     class_labels: Tensor | None = None,
 ) -> None:
-    r"""Save images in the format that the name says; `open_images` reads each of them.
+    r"""Save images in the format given by the name; `open_images` reads each of them.
 
     ======== ========================================================================
     name     content
@@ -39,7 +39,7 @@ def save_images(
     .zip     PNG files 00000000.png, 00000001.png, ...; the class labels in dataset.json
     .npz     arr_0, the images (N, H, W, C); arr_1, the class labels
     .npy     the images (N, H, W, C), without class labels
-    no end   a new folder, with the files of a .zip
+    none     a new folder, with the files of a .zip
     ======== ========================================================================
 
     The file or folder appears when it is complete. The same images give the same bytes.

@@ -53,10 +53,10 @@ def glyphs(
 
     White signs on black, one channel, antialiased, centered: 33,787 distinct images of 32 x 32 from
     16 typefaces (DejaVu Sans, Sans Mono and Serif, STIX General, each in four styles) and 6,500
-    characters. Signs that are larger than the image are left out, as are repeated images.
+    characters. Signs that are larger than the image are omitted, as are repeated images.
 
-    About a tenth of the characters are the test part, chosen by a hash of the code point. No
-    character is in both parts, in whatever style; characters that a typeface draws alike, as the
+    About a tenth of the characters form the test set, chosen by a hash of the code point. No
+    character is in both sets, in any style; characters that a typeface draws alike, such as the
     Latin, Greek and Cyrillic A, count as one.
 
     The first call draws all images, in several seconds. They are kept in the user's cache folder

@@ -1,4 +1,4 @@
-"""Loops that run in several processes: seeds, random states, agreement of the ranks.
+"""Training in several processes: seeds, random states, agreement of the ranks.
 
 Every function also works without a process group, as rank 0 of one. They exchange small values
 only, on the device of the backend: NCCL takes the current one, so call ``torch.cuda.set_device``

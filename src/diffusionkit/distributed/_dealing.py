@@ -1,4 +1,4 @@
-"""Work that processes share: each takes the next piece that nobody has, and waits for none.
+"""Work that processes share: each takes the next piece that no other has, and waits for none.
 
 A collective at the end would let fast processes wait for slow ones until the group's timeout. Here
 processes see by the results (files, or entries of the group's store) what is done. They claim
@@ -111,8 +111,8 @@ class Dealer:
         """Yield pieces that others have not taken, or not finished, until all are done.
 
         The pieces of others are taken after a pause, so that equally fast processes do equal
-        shares. One that died does not finish its piece: if there is no new result for three times
-        as long as the longest piece took here, it is done again.
+        shares. A process that died does not finish its piece: if there is no new result for three
+        times as long as the longest piece took here, the piece is done again.
         """
         if self._world == 1:
             return

@@ -52,7 +52,7 @@ def _is_called_around(model: nn.Module) -> bool:
         inside.append(active)
     averaged = {id(p) for wrapper in inside for p in wrapper.parameters()}
     trained = {id(p) for p in model.parameters() if p.requires_grad} - averaged
-    # Parameters do not know their wrapper.
+    # Parameters have no reference to their wrapper.
     wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
     return any(
         id(p) in trained

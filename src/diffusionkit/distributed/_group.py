@@ -116,7 +116,7 @@ def broadcast_object(value: T) -> T:
 def any_rank(flag: bool) -> bool:
     """Whether a flag is set in any process, such as a request to stop; the same in all.
 
-    All processes must call this. The host waits for the answer, so ask every few steps.
+    All processes must call this. The host waits for the result, so call it only every few steps.
 
     Raises:
         TypeError: if flag is not a bool.

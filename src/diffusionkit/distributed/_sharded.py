@@ -63,7 +63,7 @@ def write_whole(path: str | os.PathLike[str], state: Any, write: Callable[[Any],
 
     If tensors are sharded, all processes must call this. Of those with the same path one writes,
     and all return when every file is complete. Otherwise there is nothing to gather: the process
-    writes its file, and knows of no other.
+    writes its own file.
 
     Args:
         path: the file.

@@ -28,10 +28,10 @@ _settings: dict[int, list[tuple[Any, Any, bool]]] = {}
 def gathered_weights(model: nn.Module) -> Iterator[None]:
     """Gather the weights of a model sharded by fully_shard, so that each process has all of them.
 
-    Inside the block a call of the model needs no other process: each may call it as often as it
-    likes, with batches of any size, or not at all. Each call of a sharded model is otherwise one
-    of all processes, and one that differs in number waits for the others until the timeout of the
-    process group. `sample_to_shards`, and loops of your own, need the block; adaptive solvers,
+    Inside the block a call of the model needs no other process: each may call it any number of
+    times, with batches of any size. Outside it, every call of a sharded model involves all
+    processes, and a process that makes more calls than the others waits for them until the timeout
+    of the process group. `sample_to_shards`, and your own loops, need the block; adaptive solvers,
     `evaluate_bits_per_dim` and `extract_features` gather the weights themselves.
 
     All processes must enter the block together. It is for evaluation; the weights are sharded
@@ -100,7 +100,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 def _gather(module: Any) -> list[tuple[Any, Any, bool]]:
-    """Gather the weights of one module for good; return the settings that say otherwise."""
+    """Gather the weights of one module permanently; return the settings that prevented it."""
     groups = module._get_fsdp_state()._fsdp_param_groups
     settings = [(g, g.post_forward_mesh_info, g.reshard_after_backward) for g in groups]
     for group in groups:

@@ -20,11 +20,11 @@ from ._wrappers import bare_modules
 def check_same_weights(model: nn.Module) -> None:
     """Raise an error on every rank if ranks disagree in their weights.
 
-    Parameters and buffers are compared bit by bit; running statistics of batch normalisation are
-    not, which differ between steps. Of a sharded tensor the ranks that hold the same shard are
-    compared. All processes must call this, for example before the first step and at every
-    snapshot; it reads all weights once on the CPU, about a second per gigabyte, and exchanges a
-    few bytes.
+    Parameters and buffers are compared bit by bit, except the running statistics of batch
+    normalization, which differ between steps. Of a sharded tensor the ranks that hold the same
+    shard are compared. All processes must call this, for example before the first step and at every
+    snapshot; it reads all weights once on the CPU, about a second per gigabyte, and exchanges a few
+    bytes.
 
     Args:
         model: the model, in whatever wrappers.

@@ -22,7 +22,7 @@ def seed_ranks(seed: int) -> None:
     noise, and their gradients would average nothing.
 
     Build the model first, from one seed for all ranks: `fully_shard` does not make weights equal,
-    and no wrapper does so for all buffers. `check_same_weights` tells whether they are.
+    and no wrapper does so for all buffers. `check_same_weights` checks whether they are equal.
 
     Args:
         seed: the seed, in [0, 2^63).
@@ -47,8 +47,8 @@ def gather_random_states(
 ) -> list[dict[str, Any]]:
     """Return the states of the global random generators of every rank, for `save_checkpoint`.
 
-    All processes must call this; what it returns is some ten kilobytes a rank. A checkpoint that
-    holds them resumes every rank with its own noise, bit for bit at the same number of ranks.
+    All processes must call this; the result is some ten kilobytes per rank. A checkpoint that holds
+    them resumes every rank with its own noise, bit for bit at the same number of ranks.
 
     Args:
         generators: the torch generators of your loop, by name, that differ between ranks.

@@ -52,12 +52,11 @@ def from_diffusers(
 
     With a ``FlowMatchEulerDiscreteScheduler`` it is a `VelocityModel` on a `FlowMatchingSDE`; its
     noise label is the timestep, 1000 t. With ``invert_sigmas`` the time and the velocity of the
-    network run the other way. For other schedulers the process is a chain:
+    network are reversed. For other schedulers the process is a chain:
 
     The prediction type makes it an `EpsModel`, an `X0Model` or a `VModel`; its noise label is the
     timestep, `StepLabel`. A network with twice the channels has learned the variance of its steps.
-    How a scheduler clips and which timesteps it takes are matters of sampling: see
-    `sampler_from_scheduler`.
+    The scheduler's clipping and timesteps belong to sampling: see `sampler_from_scheduler`.
 
     Args:
         unet: the network, such as a `UNet2DModel` or a `DiTTransformer2DModel`, called with
@@ -141,10 +140,10 @@ def load_diffusers(
 ) -> NetworkModel:
     """Load a folder of diffusers: a U-Net or a DiT, and the configuration of its scheduler.
 
-    Expected are ``unet/config.json``, or ``transformer/config.json``, the weights beside it and
-    ``scheduler/scheduler_config.json``, as `DDPMPipeline.save_pretrained` and that of
-    `DiTPipeline` write them, or the three in the folder itself, as in the first releases.
-    ``model_index.json`` is not read.
+    The folder must contain ``unet/config.json`` or ``transformer/config.json``, the weights next
+    to it and ``scheduler/scheduler_config.json``, as `DDPMPipeline.save_pretrained` and
+    `DiTPipeline.save_pretrained` write them, or the three files in the folder itself, as in the
+    first releases. ``model_index.json`` is not read.
 
     Args:
         folder: the folder, on this machine; `huggingface_hub.snapshot_download` returns one.
@@ -156,7 +155,7 @@ def load_diffusers(
     Raises:
         ImportError: if the package diffusers is not installed.
         FileNotFoundError: if a file is missing.
-        CheckpointError: if a file is damaged or foreign, or the weights do not fit.
+        CheckpointError: if a file is damaged or of another kind, or the weights do not fit.
         ValueError: see `from_diffusers`.
     """
     root = Path(os.fsdecode(folder))

@@ -58,8 +58,8 @@ def sampler_from_scheduler(
 ) -> PCSampler:
     r"""Return the sampler that takes the steps of a DDPM, DDIM or flow-matching scheduler.
 
-    From the same noise it returns the images of the pipeline, before their conversion to [0, 1],
-    and so from a generator with the same seed. The settings become
+    From the same noise, and so from a generator with the same seed, it returns the images of the
+    pipeline before their conversion to [0, 1]. The settings become
 
     * ``variance_type``: the ``variance`` of `Ancestral`,
     * ``clip_sample``, ``clip_sample_range``: a `DenoisedModel` with `Clip`,
@@ -82,7 +82,7 @@ def sampler_from_scheduler(
         eta: the fraction of the ancestral sampler's noise, of DDIMScheduler.
         mu: the logarithm of the shift, of a flow-matching scheduler with ``use_dynamic_shifting``;
             the shift itself where its ``time_shift_type`` is "linear".
-        progress: as of `PCSampler`.
+        progress: as in `PCSampler`.
 
     Raises:
         ValueError: if the scheduler is another one (the error names our counterpart), or steps in

@@ -64,7 +64,7 @@ def scheduler_settings(scheduler: Scheduler | str | os.PathLike[str]) -> dict[st
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged or foreign.
+        CheckpointError: if the file is damaged or of another kind.
         TypeError: if it is none of these.
     """
     if isinstance(scheduler, (str, os.PathLike)):
@@ -123,7 +123,7 @@ def chain_from_scheduler(scheduler: Scheduler | str | os.PathLike[str]) -> DDPMC
         ValueError: if it has no betas, as those of flow matching, or betas outside (0, 1).
         TypeError: if it is none of these, or a setting has the wrong type.
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is damaged or foreign.
+        CheckpointError: if the file is damaged or of another kind.
 
     >>> from diffusionkit.interop import chain_from_scheduler
     >>> chain_from_scheduler(
@@ -209,7 +209,7 @@ def scheduler_config(
         options: settings that replace these, and others, such as ``timestep_spacing="trailing"``.
 
     Raises:
-        ValueError: if steps < 2, or the model learns a variance that schedulers do not know,
+        ValueError: if steps < 2, or the model learns a variance that schedulers do not support,
             "learned", and ``variance_type`` is not given.
         TypeError: if model is neither, or steps is not an integer.
 
@@ -234,7 +234,7 @@ def scheduler_config(
     if variance == "learned" and "variance_type" not in options:
         raise ValueError(
             "variance_type: expected a value for a model that learned the logarithm of a variance, "
-            "which schedulers do not know, got none; choose 'fixed_small' or 'fixed_large'"
+            "which schedulers do not support, got none; choose 'fixed_small' or 'fixed_large'"
         )
     return {
         "num_train_timesteps": len(betas),

@@ -53,7 +53,7 @@ class UNetConfig(dict[str, Any]):
 
 
 class UNetAdapter(nn.Module):
-    """A score model with the face of diffusers' `UNet2DModel`; made by `to_diffusers`.
+    """A score model with the interface of diffusers' `UNet2DModel`; made by `to_diffusers`.
 
     Attributes:
         model: the score model, on the process of the scheduler.
@@ -224,9 +224,9 @@ def to_diffusers(
     .. math::
         \frac{\sigma(t)}{\alpha(t)} = \sqrt{\frac{1 - \bar\alpha_i}{\bar\alpha_i}},
 
-    and returns the scheduler's prediction type. For `EDMEulerScheduler` and its kind, which have a
-    ``sigma_data``, it returns the output of a network with EDM's preconditioning. For a
-    ``FlowMatchEulerDiscreteScheduler``, with timesteps 1000 t, it is the velocity eps - x0.
+    and returns the scheduler's prediction type. For `EDMEulerScheduler` and similar schedulers,
+    which have a ``sigma_data``, it returns the output of a network with EDM's preconditioning. For
+    a ``FlowMatchEulerDiscreteScheduler``, with timesteps 1000 t, it is the velocity eps - x0.
 
     Between two timesteps, where `EulerDiscreteScheduler` and others interpolate, the noise level is
     that of the chain, which may differ slightly from theirs.

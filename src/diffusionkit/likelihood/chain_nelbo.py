@@ -125,10 +125,10 @@ class ChainNELBO(Described):
 
     for data x_0 at the levels k, with one draw of the noise for each step and the variances given
     by the model. From ten steps on, control variates from neighboring steps remove much of the
-    noise and add no bias, as in `NELBO`; terms close to zero may then be negative. A mask restricts
-    the bound to the elements that it keeps, as that of `NELBO` does. All steps are evaluated,
-    without gradients; the model's mode is unchanged. For a
-    data set use `evaluate_bits_per_dim`.
+    variance and add no bias, as in `NELBO`; terms close to zero may then be negative. A mask
+    restricts the bound to the elements that it keeps, as that of `NELBO` does. All steps are
+    evaluated, without gradients; the model's mode is unchanged. For a data set use
+    `evaluate_bits_per_dim`.
 
     Args:
         model: the score model; its SDE is a chain.

@@ -68,7 +68,7 @@ class DiscreteNELBO(Described):
     Each call draws one time per sample. With a single generator, or none, the times are evenly
     spaced over the batch, u_i = (u_0 + i / B) mod 1, which lowers the variance of the mean; with
     one generator per sample they are independent. Several times per sample are stratified, and
-    from ten on control variates from neighboring draws remove much of the noise and add no bias,
+    from ten on control variates from neighboring draws remove much of the variance and add no bias,
     as in `NELBO`. The bound is differentiable, for training and evaluation. Any process works whose
     noise at t_min is below the width of a level. A mask restricts the bound to the elements that it
     keeps, as that of `NELBO` does.

@@ -86,10 +86,10 @@ def evaluate_bits_per_dim(
         \frac{1}{d \ln 2} E\left[-\log p(x) + \log q(x | \mathrm{image})\right]
 
     with x drawn by the dequantizer. The random numbers of each item and draw depend only on the
-    seed and their indices. With torch.distributed the processes share the batches, and one that
-    has done its share goes on with those that nobody has begun or finished; each returns the same
-    result, bit for bit, as a single process. Networks are in evaluation mode, with all weights in
-    each process meanwhile, and no gradients are recorded.
+    seed and their indices. With torch.distributed the processes share the batches, and a process
+    that has finished its share continues with those that no other has started or finished; each
+    returns the same result, bit for bit, as a single process. Networks are in evaluation mode, with
+    all weights in each process meanwhile, and no gradients are recorded.
 
     Args:
         likelihood: `NELBO`, `ODELikelihood`, or any callable of x, generator= and conditions whose

@@ -72,16 +72,16 @@ class NELBO(Described):
 
     with the last two at t_min. Times are uniform in the log-SNR, stratified with one draw per
     stratum; terms with a closed form are exact. In the denoising form, from ten draws on, control
-    variates from neighboring draws remove most of the noise, and from 300 on a tenth of the draws
-    measures where the others are needed; neither adds bias. The bound is not one
-    on the likelihood under the probability-flow ODE, a different model with the same score: see
+    variates from neighboring draws remove most of the variance, and from 300 on a tenth of the
+    draws estimates at which times the others are needed; neither adds bias. It does not bound the
+    likelihood under the probability flow ODE, a different model with the same score: see
     `ODELikelihood`.
 
     With a mask it bounds the density of the elements that the mask keeps, under the model in which
     the others are data of 0: the model that `ScoreMatching` trains with a mask. Their exact reverse
-    process is then known, so that their terms of the bound are zero, whatever the network makes of
-    their states. For padding this is the density of the shorter sample; for missing values, that
-    of the given values under a model trained with them missing, not a marginal of another model.
+    process is then known, so their terms of the bound are zero, whatever the network predicts for
+    them. For padding this is the density of the shorter sample; for missing values, that of the
+    given values under a model trained with them missing, not a marginal of another model.
 
     In the denoising form gradients flow to the data and the parameters, so the bound can also
     serve as an objective. The model's mode is unchanged: call `model.eval()` first to disable

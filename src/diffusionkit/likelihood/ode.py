@@ -107,24 +107,24 @@ class ODELikelihood(Described):
     t = 0 nor that of the SDE model, which `NELBO` bounds: the two models agree for an exact
     score, but not in general.
 
-    With a mask it is the density of the elements that the mask keeps, with the others left out of
-    the flow: held at 0. This has a meaning where the prediction of the former does not depend on
-    the latter, as for padding that a condition makes a network ignore. Elsewhere the flow
-    of some elements is not that of a model, and ValueError is raised; `NELBO` bounds it for any
+    With a mask it is the density of the elements that the mask keeps, with the others held at 0 and
+    not part of the flow. This is meaningful if the prediction of the former does not depend on the
+    latter, as for padding that a network ignores because of a condition. Otherwise the flow of some
+    elements is not that of a model, and ValueError is raised; `NELBO` bounds the density for any
     network.
 
     State and log-density are kept in float64 if the device supports it. The batch shares adaptive
     steps: with one generator per sample, a value depends on the rest of its batch only within the
-    tolerance. At jumps of an `IndexLabel` with fewer than 100 levels the solver starts anew; it
-    does not know of those that a network makes itself, by rounding its labels.
+    tolerance. At jumps of an `IndexLabel` with fewer than 100 levels the solver restarts; it cannot
+    detect jumps inside a network that rounds its labels.
 
     With a target standard error the tolerance and the number of probes are chosen together. Runs of
     at most eight samples with the same probes and tolerances of 1e-2, 1e-3, ... measure the
     solver's error and the variance of a probe; the tolerance is the first whose values the next
     one changes by at most a quarter of the target. Fresh probes are then drawn until the estimated
-    standard error of every sample is at most the target, or `max_probes` is reached. Of the mean
-    over N samples the standard error is smaller by sqrt(N), since their probes are independent: for
-    a data set the target is larger.
+    standard error of every sample is at most the target, or `max_probes` is reached. The standard
+    error of the mean over N samples is smaller by a factor of sqrt(N), since their probes are
+    independent: use a larger target for a data set.
 
     Args:
         model: the score model. Networks in DistributedDataParallel are called unwrapped, so ranks

@@ -27,7 +27,7 @@ Compare generated images with real ones: Frechet distance, kernel distance, prec
 and the Inception score if the features come with class predictions.
 
 Each set is a folder (with or without sub-folders), a .zip, a .npz of images, a folder written by
-sample_to_shards, or a .npz of kept statistics (mu and sigma, as pytorch-fid and EDM write them),
+sample_to_shards, or a .npz of saved statistics (mu and sigma, as pytorch-fid and EDM write them),
 with which only the Frechet distance can be computed.
 
 features:
@@ -69,13 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("real", help="real images, or their kept statistics")
-    add("generated", nargs="?", help="generated images, or their kept statistics")
+    add("real", help="real images, or their saved statistics")
+    add("generated", nargs="?", help="generated images, or their saved statistics")
     add("--features", default="inception", metavar="NAME", help="see above (default: inception)")
-    add("--save-statistics", metavar="FILE", help="keep the statistics of the real images (.npz)")
+    add("--save-statistics", metavar="FILE", help="save the statistics of the real images (.npz)")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--size", type=int, help="resize and crop all images to this size")
-    add("--channels", type=int, choices=(1, 3), help="read all images as grey or RGB")
+    add("--channels", type=int, choices=(1, 3), help="read all images as gray or RGB")
     add("--k", type=int, default=3, help="the neighbor for precision and recall (default: 3)")
     add("--splits", type=int, default=10, help="splits for the Inception score (default: 10)")
     add("--batch-size", type=int, default=64, help="images evaluated at once (default: 64)")
@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace, rank: int) -> str:
 def _opened(
     path: str, name: str, options: argparse.Namespace, extractor: Extractor
 ) -> Tensor | ImageSet | FeatureStatistics:
-    """Return the images or the kept statistics at a path."""
+    """Return the images or the saved statistics at a path."""
     if is_statistics(path):
         return load_statistics(path, features=options.features)
     if (Path(path) / SETTINGS).is_file():
@@ -161,7 +161,7 @@ def _check_sizes(real: Any, fake: Any, options: argparse.Namespace) -> None:
 
 
 def _features(data: Any, extractor: Extractor, about: dict[str, Any]) -> tuple[Any, Tensor | None]:
-    """Return the features of images and their logits, if any; kept statistics unchanged."""
+    """Return the features of images and their logits, if any; saved statistics unchanged."""
     if isinstance(data, FeatureStatistics):
         return data, None
     found = gather_features(data, extractor, **about)
@@ -169,7 +169,7 @@ def _features(data: Any, extractor: Extractor, about: dict[str, Any]) -> tuple[A
 
 
 def _advice(quality: SampleQuality, real: Any, fake: Any) -> str:
-    """Return what a reader of the numbers must know, in lines."""
+    """Return notes on the interpretation of the numbers, in lines."""
     dims = (fake.mean if isinstance(fake, FeatureStatistics) else fake[0]).numel()
     counts = [n for n in (quality.real, quality.fake) if n is not None]
     lines = ""

@@ -34,9 +34,9 @@ def stream_features(
     r"""Return an iterator over the features of each batch of a data set, in its order.
 
     With torch.distributed the processes share the work, and each gets the features of all batches,
-    in the same order as a single process. So whatever is computed from them is equal in all digits
-    for any number of processes. All of them must use the iterator up. If an image cannot be read,
-    all raise.
+    in the same order as a single process. So results computed from them agree in all digits for any
+    number of processes. All processes must exhaust the iterator. If an image cannot be read, all
+    raise.
 
     Args:
         data: images (N, \*D), or a map-style data set of images (\*D) or tuples that begin with

@@ -37,7 +37,7 @@ def register_features(
         factory: returns the extractor, which maps images (B, C, H, W), uint8 from 0 to 255, to
             features (B, d), or to a pair of features and a classifier's logits (B, classes). If the
             extractor has an attribute `channels`, images are read with that many.
-        description: what the features see, for the help of the command.
+        description: what the features capture, for the help of the command.
 
     Raises:
         ValueError: if the name has other characters, or belongs to another factory.
@@ -69,10 +69,10 @@ def features(name: str) -> Extractor:
     - `inception`, see `inception_features`: the only one whose Frechet distance is FID. Its weights
       are downloaded on first use.
     - `pixels`: the pixels, averaged to 16 x 16 if there are more. The Frechet distance compares
-      their means and covariances, and sees no shapes.
+      their means and covariances, and ignores shapes.
     - `random-network`: responses of a small convolutional network with fixed random weights. It
-      notices noise, blur and missing shapes, but knows nothing about objects: use it to compare
-      runs on the same data, not for published numbers.
+      detects noise, blur and missing shapes, but not errors in objects: use it to compare runs on
+      the same data, not for published numbers.
 
     Args:
         name: a registered name, or ``package.module:factory`` or ``path/to/file.py:factory``,
@@ -205,13 +205,13 @@ class _RandomNetwork(nn.Module):
 register_features(
     "pixels",
     lambda: _pixels,
-    description="the pixels, averaged to 16 x 16 if there are more; sees no shapes",
+    description="the pixels, averaged to 16 x 16 if there are more; ignores shapes",
 )
 register_features(
     "random-network",
     _RandomNetwork,
     description="responses of a convolutional network with fixed random weights; compares runs on "
-    "the same data, knows nothing about objects",
+    "the same data, not sensitive to objects",
 )
 register_features(
     "inception",

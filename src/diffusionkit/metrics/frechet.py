@@ -184,7 +184,7 @@ def frechet_distance(real: Gaussian, fake: Gaussian) -> float:
     Args:
         real: `FeatureMoments`, features (n, d), what `load_statistics` reads, or a pair of a mean
             (d,) and a covariance (d, d), as tensors or NumPy arrays.
-        fake: likewise.
+        fake: the same for the other set.
 
     Raises:
         ValueError: if dimensions differ, values are not finite, a covariance is not symmetric or

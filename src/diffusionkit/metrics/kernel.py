@@ -47,7 +47,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> KernelDistance:
         \qquad
         V_1 = \frac{4}{m} \operatorname{Var} a + \frac{4}{n} \operatorname{Var} b - 2 V_2,
 
-    :math:`a_i = \bar k(x_i, X) - \bar k(x_i, Y)`, :math:`b_j` likewise, and :math:`\tau` the
+    :math:`a_i = \bar k(x_i, X) - \bar k(x_i, Y)`, :math:`b_j` defined alike, and :math:`\tau` the
     variances of kernel values after subtracting row and column means. So it also holds for equal
     distributions, where :math:`V_1` is zero. The estimate of :math:`V_1` is clipped at zero, so
     there the error is too large: by a factor of 1.4 in one dimension, 1.2 in ten.

@@ -105,12 +105,12 @@ class Nearest(NamedTuple):
 def nearest(data: Tensor, queries: Tensor, k: int = 1) -> Nearest:
     r"""Return the k nearest rows of a data set for each of several queries.
 
-    Use it to show generated images beside the training images that are most like them. In high
-    dimensions neighbors by pixels are those with the same background; compare features for others.
+    Use it to show generated images next to the most similar training images. In high dimensions
+    neighbors in pixels are those with the same background; compare features instead.
 
     Args:
         data: the rows (N, \*D), of pixels or features; integers are accepted.
-        queries: what is looked up, (n, \*D).
+        queries: the queries (n, \*D).
         k: the number of neighbors.
 
     Raises:

@@ -81,7 +81,7 @@ def evaluate_samples(
         real: features (m, d) of real samples, as `extract_features` or `gather_features` returns
             them. From `FeatureMoments`, or from what `load_statistics` reads, only the Frechet
             distance is computed.
-        fake: features of generated samples (n, d), likewise.
+        fake: features (n, d) of generated samples, or their moments or statistics.
         k: the neighbor used by `precision_recall`.
         logits: a classifier's logits (n, C) of the generated samples, for `InceptionScore`.
         splits: the number of splits for the Inception score.

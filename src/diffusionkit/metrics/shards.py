@@ -80,10 +80,10 @@ def sample_to_shards(
     kept unless they are damaged, so an interrupted run can be resumed, also with another number of
     processes or a larger count.
 
-    The processes of a group share what is missing and return when all of it is there. None waits
-    for another in a collective: one that has done its share goes on with batches that nobody has
-    begun, and draws again what a process that died has not finished. So each may draw another
-    number of batches: a network sharded by fully_shard needs
+    The processes of a group share the missing batches and return when all are complete. None waits
+    for another in a collective: a process that has finished its share continues with batches that
+    no other has started, and with the unfinished ones of a process that died. So processes may draw
+    different numbers of batches: a network sharded by fully_shard needs
     `with diffusionkit.distributed.gathered_weights(model):` around the call.
 
     Args:

@@ -1,4 +1,4 @@
-"""Kept statistics of features, in the files that pytorch-fid and EDM read and write."""
+"""Saved statistics of features, in the file format of pytorch-fid and EDM."""
 
 from __future__ import annotations
 

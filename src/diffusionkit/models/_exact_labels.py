@@ -2,8 +2,9 @@
 
 `fully_shard` with a `MixedPrecisionPolicy`, DistributedDataParallel with one, and Lightning Fabric
 cast all floating-point inputs of a network to bfloat16, which cannot distinguish 999 t from
-999 (t + .003). The label is passed twice: as a tensor, which they may cast, and in an object, which
-they do not know. A hook of the innermost network puts the second in the place of the first.
+999 (t + .003). The label is passed twice: as a tensor, which they may cast, and in an object of
+another type, which they pass on unchanged. A hook of the innermost network replaces the first by
+the second.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _name(network: object) -> str:
 class LabelGuard:
     """Calls a network that may be inside wrappers, and protects its noise labels from casts.
 
-    Conditions that the network does not take are errors that say what it takes.
+    Conditions that the network does not take raise an error that lists those that it takes.
 
     Args:
         network: the network. Another may be called, and this one be wrapped or sharded later.

@@ -19,9 +19,10 @@ _GROWTH = 10.0
 def check_network_labels(model: Any) -> None:
     """Raise if the network of a model cannot embed its noise labels, or should not divide by them.
 
-    Only networks of the library say what labels they take. Some divide their output by the label, a
-    noise level sigma. That suits a prediction of the score, which has the size of 1 / sigma: the
-    rest of the network then has outputs of one size. It must not spread the sizes of the others.
+    Only networks of the library declare which labels they take. Some divide their output by the
+    label, a noise level sigma. That suits a prediction of the score, which has the magnitude 1 /
+    sigma: the output before the division then has the same magnitude at all noise levels. For other
+    predictions the division would vary the magnitude.
 
     Raises:
         ValueError: if a label is out of range, or the division spreads the sizes of outputs.

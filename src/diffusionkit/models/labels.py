@@ -2,12 +2,13 @@
 
 A label is any callable (sde, t) -> (B,). Networks embed the label and do not depend on an SDE.
 
-Samplers tabulate labels that are functions of each time alone. A label may say so by an attribute
-`elementwise`: True is believed, with False it is called in every step, and without it other times
-are tried on the CPU, while on other devices it is called in every step.
+Samplers tabulate elementwise labels, in which the label of a time does not depend on other times.
+An attribute `elementwise` declares whether a label is: True is not tested, and with False the label
+is computed in every step. Without the attribute it is tested on the CPU, and computed in every step
+on other devices.
 
-A label that jumps between numbered levels may say where by an attribute `jumps`, see `IndexLabel`:
-solvers of the probability flow then take steps from jump to jump.
+A label that jumps between numbered levels may declare the jumps by an attribute `jumps`, see
+`IndexLabel`: solvers of the probability flow then take steps from jump to jump.
 """
 
 from __future__ import annotations
@@ -159,9 +160,9 @@ class LogSigmaLabel:
 class StepLabel:
     """The step of a chain: exactly i at t = (i + 1) / steps, linear in between.
 
-    At the times of steps it is exactly i, also where a time in float32 lies below (i + 1) / steps,
-    so that networks may round it down. Between the steps such a network jumps where no solver
-    expects it: for likelihoods and `ProbabilityFlow` use `IndexLabel` with it.
+    At the times of steps it is exactly i, even if a time in float32 lies below (i + 1) / steps, so
+    that networks may round it down. Between the steps the output of such a network jumps, which
+    solvers do not expect: for likelihoods and `ProbabilityFlow` use `IndexLabel` with it.
 
     Args:
         steps: the number of steps.

@@ -46,10 +46,11 @@ class NetworkModel(ScoreModel):
     and "fixed_small", or v_forward, for "fixed_large". The bounds of a chain (`VLB`, `HybridLoss`,
     `ChainNELBO`) are those of reverse steps with this variance. Samplers add the noise of their
     predictor: `Ancestral("model")` reads a learned variance from the prediction;
-    `Ancestral("posterior")` and `Ancestral("forward")` are the fixed ones, whatever the model's.
+    `Ancestral("posterior")` and `Ancestral("forward")` use the fixed variances, whatever that of
+    the model.
 
     The state is in float32 or float64; the network is called in its own dtype, that of most of its
-    parameters, and its answer converted back. Noise labels are in float32 at least, also where
+    parameters, and its output is converted back. Noise labels are in float32 at least, even if
     `fully_shard` or another wrapper casts the inputs of the network.
 
     Args:
@@ -57,8 +58,8 @@ class NetworkModel(ScoreModel):
             with that tensor in `.sample`, like diffusers' networks.
         sde: the forward process.
         label: the noise label that the network is conditioned on, a callable (sde, t) -> (B,).
-        data_range: the range of the training data. Likelihoods refuse data outside it; use it to
-            convert samples to images.
+        data_range: the range of the training data. Data outside it raise an error in objectives and
+            likelihoods; use it to convert samples to images.
         variance: "learned_range", "learned", "fixed_small", "fixed_large" or None.
 
     Raises:

@@ -254,8 +254,8 @@ def softmax_mean(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         peak = (logits.detach() if logits.requires_grad else logits).amax(1, keepdim=True)
         # Finite: no inf - inf.
         peak = peak.clamp_min(torch.finfo(torch.float32).min) if top is None else peak.maximum(top)
-        # Weights as good as 0 are normal numbers: exponentials that underflow take five times as
-        # long on a CPU.
+        # Weights that are effectively 0 stay normal numbers: exponentials that underflow take five
+        # times as long on a CPU.
         least = math.log(torch.finfo(logits.dtype).tiny) + 1
         shifted = logits - peak if torch.is_grad_enabled() else logits.sub_(peak)
         weights = shifted.clamp_min_(least).exp_()

@@ -43,10 +43,10 @@ class PatchedModel(ScoreModel):
     convolutions whose receptive field reaches no further than `margin` predicts the same as on the
     whole field.
 
-    Only `batch` windows are evaluated at a time: beside a few tensors of the field's size, memory
-    does not depend on that size. All windows together count as one evaluation, `nfe`.
+    Only `batch` windows are evaluated at a time: except for a few tensors of the field's size,
+    memory does not depend on that size. All windows together count as one evaluation, `nfe`.
 
-    Conditions (B, C', \*field) are cut like the state. Others are passed on: those of a sample to
+    Conditions (B, C', \*field) are cut like the state. Other conditions of a sample are passed to
     each of its windows.
 
     Correlations longer than a patch are lost, and those beyond half of it are weakened. Everything
@@ -56,16 +56,17 @@ class PatchedModel(ScoreModel):
     Args:
         model: the score model of patches (B, C, \*patch).
         patch: the size of a window, a number or one for each axis of the field.
-        overlap: the number of points that neighboring windows share along an axis, likewise.
-        margin: the number of points at an inner end of a window that are not used, likewise; at
-            most half of the overlap. None for a quarter of it.
+        overlap: the number of points that neighboring windows share along an axis, a number or one
+            for each axis.
+        margin: the number of points at an inner end of a window that are not used, a number or one
+            for each axis; at most half of the overlap. None for a quarter of it.
         blend: "cosine" for smooth weights, "uniform" for equal ones.
         periodic: whether the field is periodic, with windows across its edges; for all axes or one
             for each.
-        shift: move the windows at every time, by an offset that is a function of the time, so
-            that the ends of windows are never twice at one place. With overlap 0 this costs hardly
-            more than the patches alone. The prediction is then no continuous function of time:
-            leave it out for likelihoods and adaptive solvers.
+        shift: move the windows at every time, by an offset that is a function of the time, so that
+            the ends of windows are never at the same place twice. With overlap 0 this costs hardly
+            more than the patches alone. The prediction is then not a continuous function of time:
+            do not use it for likelihoods and adaptive solvers.
         positions: pass the coordinates of the points to the model, a condition `positions`
             (B, d, \*patch) within [-1, 1], for networks such as `PositionChannels`.
         batch: the number of windows in one call of the model.

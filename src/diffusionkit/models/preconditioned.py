@@ -42,9 +42,9 @@ class EDMModel(NetworkModel):
 
     which is EDM's model where alpha = 1, and its counterpart for every other process.
 
-    With one standard deviation for each channel these are equations of each channel, by its own:
-    the model is that of channels standardized separately, without another scale of data, noise
-    or samples. The prediction is then in the parameterization of their root mean square; pass
+    With one standard deviation for each channel, these equations hold for each channel with its
+    own: the model is that of separately standardized channels, while data, noise and samples keep
+    their scale. The prediction is then in the parameterization of their root mean square; pass
     `EDMWeighting` the same numbers, and each channel's output has weight 1.
 
     Args:

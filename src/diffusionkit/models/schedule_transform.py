@@ -27,11 +27,11 @@ class ScheduleTransformedModel(ScoreModel):
         x' = \frac{\alpha'(t')}{\alpha(t)} x, \quad
         \frac{\sigma'(t')}{\alpha'(t')} = \frac{\sigma(t)}{\alpha(t)},
 
-    and the data and the noise predicted from x' at t' are those of x at t. A network trained on one
-    process is thus sampled on any other, as are its likelihoods, and
-    EDM's VP preconditioning is `ScheduleTransformedModel(EpsModel(network, VPSDE()), EDMSDE())`,
-    its iDDPM preconditioning the same with a `DDPMChain`. Below the smallest noise of the model's
-    own process, the model is evaluated at that noise. A process with alpha(T) = 0, such as
+    and the data and the noise predicted from x' at t' are those of x at t. So a network trained on
+    one process can be sampled, and its likelihood computed, on any other. EDM's VP preconditioning
+    is `ScheduleTransformedModel(EpsModel(network, VPSDE()), EDMSDE())`, and its iDDPM
+    preconditioning is the same with a `DDPMChain`. Below the smallest noise of the model's own
+    process, the model is evaluated at that noise. A process with alpha(T) = 0, such as
     `FlowMatchingSDE`, has more noise than any other; there the model is evaluated at its own T,
     where hardly any signal is left.
 

@@ -258,7 +258,7 @@ def check_class_labels(x: Tensor, class_labels: Tensor | None, num_classes: int 
             hint = "; count classes from 0" if low == 1 and high == num_classes else ""
             if low >= 0 and high == num_classes and not hint:
                 hint = (
-                    f"; a class more, num_classes={num_classes + 1}, is needed where one stands "
+                    f"; one more class, num_classes={num_classes + 1}, is needed where one stands "
                     "for no class, as in ClassifierFreeGuidance"
                 )
             raise ValueError(

@@ -152,18 +152,18 @@ class _Head(_Modulated):
 class DiT(nn.Module):
     r"""The diffusion transformer (DiT), in one to three dimensions, zero at initialization.
 
-    Maps :math:`(x, l) \mapsto F(x, l)`. The input is cut into patches, a linear layer makes a
-    token of each, and `depth` transformer blocks follow whose layer normalizations are scaled and
+    Maps :math:`(x, l) \mapsto F(x, l)`. The input is split into patches, which a linear layer maps
+    to tokens, followed by `depth` transformer blocks whose layer normalizations are scaled and
     shifted, and whose branches are gated, by the embedding of noise label, class and condition
-    (adaLN-zero). A linear layer makes a patch of the output of each token. With `learn_sigma`
-    the output has twice the channels: first the mean, then the variance, for a model with
+    (adaLN-zero). A linear layer maps each token to a patch of the output. With `learn_sigma` the
+    output has twice the channels: first the mean, then the variance, for a model with
     ``variance="learned_range"``. The noise label l may have the range of a step index, 0 to 1000,
     or be a number of order one, such as EDM's.
 
-    The input may have any size that the patches divide, square or not. Sines and cosines of the
-    positions, as published, are added to the tokens and count patches from the first one, so a
-    network knows the sizes it was trained on. Rotary positions enter the attention, through
-    differences only.
+    The input may have any size that is divisible by the patch size, square or not. Sines and
+    cosines of the positions, as published, are added to the tokens and count patches from the first
+    one, so a network only generalizes to the sizes it was trained on. Rotary positions enter the
+    attention, only through differences.
 
     For classifier-free guidance one of the classes stands for no class, the last one in the
     published networks: `num_classes` counts it, `drop_conditions` uses it in training, and
@@ -183,7 +183,7 @@ class DiT(nn.Module):
         depth: number of transformer blocks.
         heads: number of heads of each attention, a divisor of `width`.
         mlp_ratio: hidden units of the feed-forward layers over `width`.
-        num_classes: number of classes, the one for no class included, or None.
+        num_classes: number of classes, including the one for no class, or None.
         condition_features: size of a condition vector, such as an observation, or None.
         positions: "sincos" or "rotary".
         data_range: range of the data, which is mapped to [-1, 1] first.

@@ -1,4 +1,4 @@
-"""Channels for the place in a field."""
+"""Channels for the position in a field."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .._checks import check_count, check_device, check_flag, check_part, check_s
 
 
 class PositionChannels(nn.Module):
-    r"""A network with the coordinates of the points as extra channels, so that it knows the place.
+    r"""A network with the coordinates of the points as extra input channels (CoordConv).
 
     .. math::
         F(x, l; p) = N([x, p, \sin(\pi k p), \cos(\pi k p)]_{k \in \mathrm{frequencies}}, l)
 
-    along the channels. The coordinates p are within [-1, 1] in the whole field; a patch of it is
-    evaluated with those of its points: train with the `positions` of `random_crops`, sample with
+    along the channels. The coordinates p are within [-1, 1] in the whole field, and a patch gets
+    the coordinates of its points: train with the `positions` of `random_crops`, sample with
     `PatchedModel(model, ..., positions=True)`. A field of d axes adds d (1 + 2 len(frequencies))
     channels, so that the network is made as `NCSNpp(3 + 2, out_channels=3)` for color images. The
     k-th sine and cosine have k periods in the field. On periodic axes use them alone, since the

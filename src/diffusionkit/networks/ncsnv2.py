@@ -35,7 +35,7 @@ LEVELS_256 = ((1, 1), (2, 1), (2, 1), (2, 1), (4, 2), (4, 4))
 
 
 class NCSNv2(nn.Module):
-    r"""NCSNv2: a RefineNet, conditioned on the noise level only by dividing its output by it.
+    r"""NCSNv2: a RefineNet whose output is divided by the noise level, without other conditioning.
 
     .. math:: (x, i) \mapsto F(x) / \sigma_i
 

@@ -141,12 +141,12 @@ class UNet(nn.Module):
         input_layer: makes the input convolution from the numbers of its input and output channels;
             a convolution of the style by default.
         block: makes a block from the numbers of its input and output channels.
-        decoder_block: makes a middle block or one of the decoder, likewise; `block` by default.
+        decoder_block: makes a middle block or a block of the decoder; `block` by default.
         attention: makes an attention from the number of its channels and whether it is in the
             decoder, or returns None.
         down: makes a downsampling, a module called with features and embedding, from the number
             of its channels.
-        up: makes an upsampling, likewise.
+        up: makes an upsampling, a module like those of `down`.
         concatenate: joins features of the decoder and a skip along the channels.
         input_branch: makes one level of the input branch from the numbers of channels of branch
             and features, or None.

@@ -57,7 +57,8 @@ def _is_traced(x: Tensor) -> bool:
     """Whether operations on x are traced or recorded, where ours is one of them.
 
     An exported program consists of torch's operations alone, since it may be read where this
-    library is not installed. Forward-mode derivatives and the counter of torch do not know ours.
+    library is not installed. Forward-mode derivatives and torch's operation counter do not support
+    ours.
     """
     if _is_transformed() or forward_ad._current_level >= 0:
         return False

@@ -138,7 +138,7 @@ def check_weight(weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
     Args:
         weight: expected to be (out, C, \*k) with the dtype and device of x; under autocast any
             floating-point dtype.
-        bias: expected to be (out,), likewise, or None.
+        bias: expected to be (out,), with the same dtype and device, or None.
         x: input (B, C, \*spatial).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Levenberg and Marquardt's search for the levels of a grid, on draws with known results."""
+"""Levenberg-Marquardt search for the levels of a grid, on draws with known results."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def mean_square(residual: Tensor) -> float:
 
 
 def search(levels: Levels, draws: Draws) -> Iterator[Tensor]:
-    """Yield grids of decreasing error on draws, by the method of Levenberg and Marquardt.
+    """Yield grids of decreasing error on draws, by the Levenberg-Marquardt method.
 
     Derivatives are differences, one run for each level. Between two sets of them they are corrected
     by the secants of the changes made (Broyden's update), at no cost.
     """
     p, damping = levels.parameters(), 1e-2
     if not bool(torch.isfinite(p).all()):
-        return  # levels fainter than any that can be told from none
+        return  # noise levels that cannot be distinguished from none
     residual = draws.residual(levels.start)
     error, slopes, new = mean_square(residual), _slopes(levels, draws, p, residual), True
     while True:

@@ -77,8 +77,8 @@ class DEIS(_NoiseAdams):
             counts from 0: its tAB3 is order 4.
         variable: "log_snr", best on grids uniform in log-SNR or denser near the data; or "time",
             best on grids uniform in time.
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4, or variable is neither; in `prepare`, if the grid
@@ -128,8 +128,8 @@ class LMS(_RatioAdams):
 
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
@@ -168,8 +168,8 @@ class IPNDM(_RatioAdams):
 
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.
@@ -206,8 +206,8 @@ class VelocityAdams(_Adams, CorrectedAdams):
     Args:
         order: the number of predictions used, the current one included: 2, 3 or 4.
         corrected: whether each step is corrected by the prediction at its end.
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if order is not 2, 3 or 4; in `prepare`, if the grid has one step.

@@ -34,8 +34,8 @@ class DPMSolver2M(ExponentialMidpoint):
     Args:
         solver: "midpoint" is the formula above; "heun" integrates the line through both
             predictions exactly.
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if solver is neither; in `prepare`, if the grid has one step.
@@ -107,8 +107,8 @@ class DPMSolver3M(_ThreePredictions):
         form: "exact" is of third order, "published" has half of delta_2 in the quadratic term.
         solver: the second step, which has two predictions: "heun" integrates their line exactly,
             "midpoint" is a step of `DPMSolver2M()`.
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if form or solver is none of these; in `prepare`, if the grid has one step.
@@ -258,9 +258,9 @@ class DPMSolver2SAncestral(TwoStagePredictor):
         \qquad \rho = \sigma / \alpha,
 
     with x_d the result of `DPMSolver2S` from t to the smaller noise ratio rho_d; `DDIM(eta)` is the
-    same with one stage. The noise makes the distribution of x_s exact where the flow is, on any
-    grid: weak order 2. Two evaluations a step, never below s; one, an ancestral step, where it ends
-    at a time without noise.
+    same with one stage. The noise makes the distribution of x_s exact if the flow is, on any grid:
+    weak order 2. A step takes two evaluations, never at noise levels below s; a step to a time
+    without noise is an ancestral step with one evaluation.
 
     Args:
         eta: the fraction of the ancestral sampler's noise that is added, in [0, 1].

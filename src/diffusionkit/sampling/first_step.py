@@ -48,23 +48,24 @@ class AnalyticFirstStep(WrappedPredictor):
     r"""Takes the first step with a known prediction of the data, without an evaluation.
 
     At time T the noise hides the data, and a model predicts little more than their mean. With a
-    constant c in its place,
+    constant c instead of the prediction,
 
     .. math::
         \hat x_0(x_T, T) = c, \qquad \hat\epsilon(x_T, T) = (x_T - \alpha_T c) / \sigma_T,
 
     the first of N + 1 steps is free, and N evaluations are left for lower noise. Multistep
-    predictors remember it like any other prediction. All other steps are those of the predictor,
-    and so are runs that begin below T.
+    predictors remember it like any other prediction. All other steps are those of the predictor, as
+    are all steps of runs that begin below T.
 
-    The error is that of c times alpha_s and 1 - sigma_s / sigma_T: the first step must end where
-    the noise is still much larger than the data. Common grids end it too early or too late, so fit
-    one: `fit_grid(model, AnalyticFirstStep(IPNDM(3)), ..., steps=9)` for 8 evaluations.
+    The error of the step is the error of c times alpha_s - alpha_T sigma_s / sigma_T, so the first
+    step must end where the noise is still much larger than the data. Common grids end it too early
+    or too late, so fit one: `fit_grid(model, AnalyticFirstStep(IPNDM(3)), ..., steps=9)` for 8
+    evaluations.
 
     Args:
         predictor: the predictor of all steps.
-        x0: the constant c, a number or a tensor that expands to the data's shape: their mean, or
-            better that of the model's predictions in pure noise.
+        x0: the constant c, a number or a tensor that broadcasts to the shape of the data: the mean
+            of the data, or better that of the model's predictions in pure noise.
 
     Raises:
         ValueError: if x0 is not finite.

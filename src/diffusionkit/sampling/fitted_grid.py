@@ -38,7 +38,7 @@ class FittedGrid:
         nfe: the number of model evaluations of a run.
         error: the root mean square distance of samples from the probability flow, on held-out
             draws, in units of the data.
-        fixed_error: the same of the best fixed grid.
+        fixed_error: the same for the best fixed grid.
 
     Raises:
         ValueError: unless the times are finite and decreasing, and alpha and sigma as many.
@@ -113,7 +113,7 @@ class FittedGrid:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the grid to a JSON file, which is complete before it replaces a previous one.
 
-        A good place is the folder of the model, beside the files of `save_model`.
+        A good place is the folder of the model, next to the files of `save_model`.
 
         Raises:
             ValueError: if the name does not end in .json, or is that of the model's description.
@@ -133,12 +133,13 @@ class FittedGrid:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            CheckpointError: if the file is damaged, foreign or newer.
+            CheckpointError: if the file is damaged, of another kind or of a newer version.
         """
         file = checked_path(path)
         content = read_json(file, "a grid written by FittedGrid.save")
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise CheckpointError(f"{file}: expected a grid of FittedGrid.save, got a foreign file")
+            expected = "a grid of FittedGrid.save"
+            raise CheckpointError(f"{file}: expected {expected}, got another kind of file")
         if content.pop("version", None) != _VERSION:
             raise CheckpointError(
                 f"{file}: expected version {_VERSION}, got another: the file was written by a "

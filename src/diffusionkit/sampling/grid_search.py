@@ -84,32 +84,34 @@ def fit_grid(
 ) -> FittedGrid:
     r"""Fit a grid of times to a model, a deterministic predictor and a number of steps.
 
-    Of the grids t_0 = T > t_1 > ... > t_N it seeks the one whose samples are nearest to the ends of
-    the probability flow from the same states at T,
+    Among the grids t_0 = T > t_1 > ... > t_N it searches for the one whose samples are nearest to
+    the end points of the probability flow from the same states at T,
 
     .. math::
         \min_{t_1, ..., t_N} \sum_i \| x_N^{(i)}(t_1, ..., t_N) - x^{(i)} \|^2.
 
-    Half of the draws are fitted, the other half decides. The best two of about thirty fixed grids
-    on the latter, one that ends at 0 and one that ends where noise is left, are improved by the
-    method of Levenberg and Marquardt in the logarithms of the steps in log-SNR, with derivatives by
-    differences and secants: first on a quarter of the draws, then the better of the two on all. It
-    stops early where the held-out error rises. The result is the grid with the least held-out
-    error, which may be the best fixed one: never a worse one on these draws.
+    Half of the draws are used to fit, the other half is held out. Two of about thirty fixed grids,
+    those with the lowest held-out error among the grids that end at 0 and among those that end
+    where noise is left, are improved by the Levenberg-Marquardt method in the logarithms of the
+    steps in log-SNR, with derivatives by differences and secants: first on a quarter of the draws,
+    then the better of the two on all. The search stops early if the held-out error rises. The
+    result is the grid with the lowest held-out error, which may be the best fixed one: it is never
+    worse on these draws.
 
     It takes about as many evaluations as 20 to 100 runs of the sampler with all draws, and one
     solution of the flow, some 100 evaluations for each. With the same draws the result is the same.
 
     Args:
-        model: the score model, guidance included.
+        model: the score model, with its guidance.
         predictor: a predictor that adds no noise, or a sequence of them: the grid of the one with
             the least held-out error is returned, and `FittedGrid.predictor` is its `repr`.
         start: the shape (B, *D) of draws from the prior, or states at T. 256 or more are safe;
             with few, the fit follows their particular paths.
         steps: the number of steps N.
         grids: further grids to begin with: callables or times (N + 1,).
-        target: the ends (B, *D) of the flow from given states, if they are known already: a second
-            fit to the same draws need not solve it again. By default the flow is solved.
+        target: the end points (B, *D) of the flow from given states, if they are known already, so
+            that a second fit to the same draws does not solve the flow again. By default the flow
+            is solved.
         tolerance: the tolerance of the probability flow.
         iterations: the largest number of iterations from each of the two grids, and of the last
             search on all draws.
@@ -169,8 +171,8 @@ def fit_grid(
         if not isinstance(start, Tensor) or target.shape != x.shape:
             states = tuple(x.shape) if isinstance(start, Tensor) else "no states"
             raise ValueError(
-                f"target: expected the ends of the flow from states `start`, got a tensor of shape "
-                f"{tuple(target.shape)} and {states}"
+                "target: expected the end points of the flow from states `start`, got a tensor of "
+                f"shape {tuple(target.shape)} and {states}"
             )
         check_finite(target, "target")
     flow = ProbabilityFlow(model, rtol=tolerance, atol=tolerance)

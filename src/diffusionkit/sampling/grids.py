@@ -105,7 +105,7 @@ class UniformGrid(_SpacedGrid):
 
 @dataclass(frozen=True)
 class _ProcessGrid(_SpacedGrid):
-    """The default: times as the process wants them spaced, for most uniform."""
+    """The default: times spaced by the rule of the process, uniform for most processes."""
 
     @override
     def _spaced(self, sde: ForwardSDE, ends: Tensor, u: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class ChainGrid:
     """Evenly strided noise levels of a discrete chain, as times of any process.
 
     For the chain itself these are improved DDPM's strided steps; with the cosine chain they are
-    EDM's iDDPM discretization. Levels outside the process's range from T to t_stop are left out.
+    EDM's iDDPM discretization. Levels outside the process's range from T to t_stop are omitted.
 
     Args:
         chain: the chain.
@@ -301,8 +301,8 @@ class ShiftedGrid:
     .. math::
         t' = \frac{m t}{1 + (m - 1) t}
 
-    in units of T. On a `FlowMatchingSDE` it multiplies sigma / alpha by m. The end may be moved
-    too: with `UniformGrid(to_zero=True)` the last time is 0 and stays.
+    in units of T. On a `FlowMatchingSDE` it multiplies sigma / alpha by m. The last time is shifted
+    too, except 0: use `UniformGrid(to_zero=True)` to end at 0.
 
     Args:
         shift: m; 1 is no shift, above 1 more steps are taken at high noise.

@@ -17,9 +17,9 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
         \frac{\sin((1 - w) \Omega)}{\sin \Omega}\, a + \frac{\sin(w \Omega)}{\sin \Omega}\, b, \quad
         \cos \Omega = \frac{a \cdot b}{\|a\|\,\|b\|},
 
-    with one angle for each sample. Codes are Gaussian, so that they concentrate near a sphere. The
-    interpolated codes do too, while a straight line passes through the interior, where the model
-    has seen hardly any data.
+    with one angle for each sample. Codes are Gaussian, so they concentrate near a sphere. The
+    interpolated codes do too, whereas a straight line passes through the interior, where the model
+    was hardly trained.
 
     Args:
         a: the codes at weight 0 (B, \*D).

@@ -61,8 +61,8 @@ class PCSampler(Described):
 
     At each time the corrector updates the state within the distribution p_t, then the predictor
     takes it to the next time (the order of the released code; `corrector_first=False` is the
-    paper's). At the end the noise that is left at the last time is removed by Tweedie's formula,
-    the model's x0. The model is in evaluation mode during the run.
+    paper's). At the end the noise remaining at the last time is removed by Tweedie's formula, the
+    model's x0. The model is in evaluation mode during the run.
 
     Args:
         model: the score model.

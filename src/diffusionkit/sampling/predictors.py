@@ -230,7 +230,7 @@ class Ancestral(LinearPredictor):
         variance: "posterior" is v sigma_s^2 / sigma_t^2, exact for data at a point and, in the
             limit of small steps, for all data; "forward" is v, exact for data from N(0, I), and
             the SDE paper's choice for VP; "model" is the variance that the model has learned. The
-            first two are a model's "fixed_small" and "fixed_large", which it is not asked for. A
+            first two equal "fixed_small" and "fixed_large" of a model, but are not read from it. A
             learned fraction interpolates between the logarithms of the posterior and the forward
             variance of the actual step, on any grid. No noise is added at sigma_s = 0.
 

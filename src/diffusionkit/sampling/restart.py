@@ -24,15 +24,16 @@ class Restart:
         x_t = \frac{\alpha_t}{\alpha_s} x_s + s_{noise}\, \mathrm{std}\, z, \quad
         \frac{\sigma_s}{\alpha_s} = s_{min}, \quad \frac{\sigma_t}{\alpha_t} = s_{max},
 
-    and the predictor brings it back on levels of its own, `repeats` times; then the run goes on.
-    The new noise contracts the errors made above s_max, as in a stochastic sampler, and the steps
-    stay those of a deterministic one. It is meant for many evaluations, where the network's errors
-    dominate; with the exact score of a mixture, a plain `Heun` run at equal cost was better.
+    and the predictor solves back to s_min on separate levels, `repeats` times; then the run
+    continues. The new noise contracts the errors made above s_max, as in a stochastic sampler, and
+    the steps stay those of a deterministic one. It is meant for many evaluations, where the
+    network's errors dominate; with the exact score of a mixture, a plain `Heun` run at equal cost
+    was better.
 
     Passed as `time_travel` of a `PCSampler`, one interval or a sequence of them. An interval with
     a predictor of n evaluations a step takes n * repeats * steps more. s_min is moved to the
     nearest level of the sampler's grid. In `PCSampler.edit`, intervals that reach above the start
-    are left out. Multistep predictors need two steps at least; `Heun`'s churn is divided by the
+    are omitted. Multistep predictors need two steps at least; `Heun`'s churn is divided by the
     number of steps of the interval.
 
     Args:

@@ -49,8 +49,8 @@ class SASolver(Described, CorrectedAdams):
         lines: how lines, polynomials of two predictions, are integrated: "midpoint" as in
             `DPMSolver2MSDE` and `UniPC`, most robust in few steps; "exact"; or "published", with
             (1 + tau^2) h / 2 times the change, as in the released code.
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if a number is out of range, s_max < s_min or lines is none of them; in a run,

@@ -51,9 +51,9 @@ class StochasticHeun(TabulatedPredictor[_Stages]):
         \frac{y_s}{u_s} = \frac{y_t}{u_t} + \int_{u_s}^{u_t} \frac{\hat x_0}{u^2}\, du
                           + \int \frac{dW(u)}{u},
 
-    exactly where the predicted data are linear in log u along the step; its noise is additive,
-    so that one z serves both stages. Weak order 2, strong order 1. Two evaluations a step; one,
-    an ancestral step, where it ends at a time without noise.
+    exactly if the predicted data are linear in log u along the step; its noise is additive, so both
+    stages use the same z. Weak order 2, strong order 1. A step takes two evaluations; a step to a
+    time without noise is an ancestral step with one evaluation.
 
     Source: the second-order weak scheme for additive noise of Kloeden and Platen, Numerical
     Solution of Stochastic Differential Equations, 1992 (section 15.1), in the variables of Lu et

@@ -23,14 +23,14 @@ class TangentGrid:
         \qquad \phi_k = \phi_T\, (1 - k / N)
 
     down to time 0. Steps in log-SNR are shortest where sigma / alpha is `scale`, where images form,
-    and longer at both ends. The last ratio before 0 falls as N^-power, so that the error of
-    the step from there to 0, which is as the ratio's square, falls as N^(-2 power); the ratio is
-    never less than at the process's t_stop. At power 1 and scale 1 the angle is that of
-    `ProbabilityFlow`; larger powers come closer to equal steps in log-SNR.
+    and longer at both ends. The last ratio before 0 falls as N^-power, so that the error of the
+    step from there to 0, which is proportional to the square of the ratio, falls as N^(-2 power);
+    the ratio is never less than at the process's t_stop. At power 1 and scale 1 the angle is that
+    of `ProbabilityFlow`; larger powers come closer to equal steps in log-SNR.
 
     It is the default of multistep solvers, `DPMSolver2S` and `DPMSolver2SAncestral`. Where
-    alpha(T) = 0 the first time is T, and the others are spaced from sigma / alpha = 160. Where
-    sigma(0) > 0, as in a `VESDE`, a sampler removes the noise that is left there.
+    alpha(T) = 0 the first time is T, and the others are spaced from sigma / alpha = 160. If
+    sigma(0) > 0, as in a `VESDE`, a sampler removes the noise that remains there.
 
     Args:
         scale: the ratio sigma / alpha around which steps are shortest; about the standard deviation

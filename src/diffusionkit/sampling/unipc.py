@@ -35,8 +35,8 @@ class UniPC(CorrectedAdams):
             3. The correction adds one to the order; where the flow is already curved at the first
             step, that step limits the order to 3.
         variant: "B1" is B(h) = h, "B2" is B(h) = 1 - exp(-h).
-        lower_order_final: whether in a sampler's run the last step is of first order and the one
-            before it of second, as in diffusers.
+        lower_order_final: whether the last step of a sampler's run is of first order and the one
+            before it of second order, as in diffusers.
 
     Raises:
         ValueError: if order is not 2 or 3, or variant is neither; in `prepare`, if the grid has

@@ -18,8 +18,8 @@ class WrappedPredictor(Described, Predictor):
     """A predictor that takes the steps of another one, with a change.
 
     It has the grid and the tables of the other one, which a sampler keeps between its runs. A
-    subclass is a frozen dataclass with a method `step`, and keeps what it remembers in the state of
-    its steps, beside that of the other one.
+    subclass is a frozen dataclass with a method `step`, and keeps its memory in the state of its
+    steps, together with that of the other one.
 
     Args:
         predictor: the predictor of the steps.

@@ -20,8 +20,9 @@ class EDMSDE(ForwardSDE):
     .. math::
         \alpha = 1, \quad \sigma(t) = t, \quad g = \sqrt{2 t}, \quad t \in [0, \sigma_{max}].
 
-    Expects data of standard deviation about 0.5. The prior is N(0, sigma_max^2 I). Samplers without
-    a grid take the paper's, `KarrasGrid()`: of equal steps in t nearly all would be at high noise.
+    Expects data of standard deviation about 0.5. The prior is N(0, sigma_max^2 I). Samplers use the
+    paper's grid by default, `KarrasGrid()`: with equal steps in t nearly all would be at high
+    noise.
 
     Args:
         sigma_min: the smallest noise level for training and sampling, t_min.

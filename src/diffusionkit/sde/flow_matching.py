@@ -20,12 +20,12 @@ class FlowMatchingSDE(ForwardSDE):
         x_t = (1 - t) x_0 + t\, \epsilon, \quad \alpha = 1 - t, \quad \sigma = t, \quad
         f = -\frac{1}{1 - t}, \quad g^2 = \frac{2 t}{1 - t}, \quad t \in [0, 1].
 
-    Also called the linear interpolant, or the conditional optimal-transport path. Its velocity
-    dx_t / dt = eps - x0 is what a `VelocityModel` predicts; any other model of the process serves
-    too, since the best velocity and the score determine each other. Some papers count time from
-    the noise to the data: their t is 1 - t here.
+    Also called the linear interpolant, or the conditional optimal-transport path. A `VelocityModel`
+    predicts its velocity dx_t / dt = eps - x0; any other model of the process can be used too,
+    since the optimal velocity and the score determine each other. Some papers count time from the
+    noise to the data: their t is 1 - t here.
 
-    At T no data are left, alpha(T) = 0, so that the prior N(0, I) is exact. The drift is infinite
+    At T no signal is left, alpha(T) = 0, so the prior N(0, I) is exact. The drift is infinite
     there; samplers and the probability flow use forms that are finite. A prediction of the noise
     alone does not determine the data at T: predict the velocity or the data.
 

@@ -132,7 +132,7 @@ class AveragedWeights:
 
 
 class _Loan:
-    """Averages in the place of a model's own weights."""
+    """Averages that replace a model's own weights."""
 
     def __init__(self, source: AveragedWeights, tensors: dict[str, Tensor]) -> None:
         with torch.inference_mode(False):

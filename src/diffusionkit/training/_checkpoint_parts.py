@@ -1,4 +1,4 @@
-"""The objects whose states a checkpoint holds: what they are asked, and what fits them."""
+"""The objects whose states a checkpoint holds: their protocol, and checks of states for them."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def _kind(value: Any) -> str:
 
 
 def unread_parts(state: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of the parts of a file that were not asked for."""
+    """Yield the names of the parts of a file that were not requested."""
     for name in ("ema", "optimizer"):
         if state[name] is not None and asked[name] is None:
             yield name
@@ -248,7 +248,7 @@ def unread_parts(state: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator
 
 
 def check_has_parts(path: str, state: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise a CheckpointError unless a file has all parts that are asked for."""
+    """Raise a CheckpointError unless a file has all requested parts."""
     for name in ("ema", "optimizer"):
         if asked[name] is not None and state[name] is None:
             raise CheckpointError(f"{path}: expected a checkpoint with {name}, got one without")

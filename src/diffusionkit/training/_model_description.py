@@ -60,7 +60,7 @@ def described(model: nn.Module, state: Mapping[str, Any] | None = None) -> dict[
 def difference(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> str | None:
     """Return the first difference of two descriptions, as the text of an error, or None.
 
-    Parts that only one of them knows are not compared.
+    Parts that only one of them has are not compared.
 
     Args:
         wanted: the description of the model to load into.

@@ -26,7 +26,7 @@ _MOMENTS = {
 }  # fmt: skip
 _COUNTS = {"step", "n_iter", "func_evals"}
 _NUMBERS = {"step", "eta", "mu", "mu_product"}
-# Options that say how a step is computed, not which; those of the running optimizer hold.
+# Options on how a step is computed, not which step; those of the running optimizer apply.
 _HOW = {"foreach", "fused", "capturable", "differentiable"}
 
 

@@ -61,7 +61,7 @@ def limits(
 ) -> Tensor:
     """Return output weights (B,), and their limits in time where they are not finite.
 
-    A limit is computed beside the time, and infinite if there is none.
+    A limit is computed next to the time, and infinite if there is none.
     """
     near, further = (_beside(weighting, sde, prediction, t, step) for step in (1.0, 2.0))
     # A pole grows towards it; a limit is approached linearly.

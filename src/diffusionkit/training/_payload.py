@@ -1,4 +1,4 @@
-"""The content of a file of training state: written if it can be read back, else explained."""
+"""The content of a file of training state, which is written only if it can be read back."""
 
 from __future__ import annotations
 

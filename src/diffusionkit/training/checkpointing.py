@@ -106,10 +106,10 @@ def save_checkpoint(
 ) -> None:
     """Write the whole training state to a file.
 
-    The file is complete and on the disk before it replaces the previous one, so a crash leaves
-    one or the other. The states of Python's, numpy's and torch's global random generators are
-    stored too, those of this process or, with ``random_states``, of all: on a CPU a resumed run
-    continues bit for bit. Weights have the names of the model without wrappers (torch.compile,
+    The file is complete and on disk before it replaces the previous one, so a crash leaves one or
+    the other. The states of Python's, numpy's and torch's global random generators are stored too,
+    those of this process or, with ``random_states``, of all: on a CPU a resumed run continues bit
+    for bit. Weights have the names of the model without wrappers (torch.compile,
     DistributedDataParallel). A description of the model's process, parameterization, noise label
     and network is stored with them, as `diffusionkit.checkpoints.save_model` does.
 
@@ -190,9 +190,9 @@ def load_checkpoint(
     The process, parameterization, noise label and network of the model must be those of the file:
     processes and labels are compared by their values, networks by class and arguments. To use
     its weights in another model, load them into one like the file's and pass on its network.
-    Moments of the optimizer are matched to parameters by name. Parts of the file that are not
-    asked for are listed in a warning in the log, unless training cannot be what goes on: without
-    an optimizer and random states, they are listed for information.
+    Moments of the optimizer are matched to parameters by name. A warning in the log lists the parts
+    of the file that are not requested. Without an optimizer and random states, when training is not
+    resumed, the message has the level of information.
 
     Args:
         path: the file.
@@ -244,7 +244,7 @@ def load_checkpoint(
         ) from error
     if unread := list(unread_parts(state, asked)):
         level = logging.WARNING if optimizer is not None or restore_random else logging.INFO
-        logger.log(level, "%s: not loaded, since nothing asked for it: %s", file, ", ".join(unread))
+        logger.log(level, "%s: not loaded, since not requested: %s", file, ", ".join(unread))
     return Checkpoint(step=state["step"], extra=state["extra"])
 
 
@@ -295,7 +295,7 @@ def _loads(
         load.before = copy.deepcopy(load.before)
     own = bare_state(model)
     if not all(isinstance(value, torch.Tensor) for value in own.values()):
-        own = copy.deepcopy(own)  # an extra state may be refused; checked tensors are not
+        own = copy.deepcopy(own)  # an extra state may be rejected; checked tensors are not
     return [*loads, _Load(partial(load_bare_state, model), own, weights)]
 
 
@@ -303,7 +303,7 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
     expected = "a checkpoint written by save_checkpoint"
     state = read_torch(path, expected=expected, map_location=map_location)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected {expected}, got a foreign file")
+        raise CheckpointError(f"{path}: expected {expected}, got another kind of file")
     version = state.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(f"{path}: expected version {VERSION}, got {version}")
@@ -314,8 +314,8 @@ def _read(path: str, map_location: torch.device | str | None) -> dict[str, Any]:
         state = state | own
     if version == 1:
         logger.warning(
-            "%s: a file of version 1 does not know its process, parameterization, noise label and "
-            "network, nor the names of the optimizer's parameters; they are not compared", path,
+            "%s: a file of version 1 does not describe its process, parameterization, noise label "
+            "and network, nor the names of the optimizer's parameters; they are not compared", path,
         )  # fmt: skip
     absent = list(_LATER) if version == 1 else ["description"] if version < VERSION else []
     state = {**{name: _LATER[name][1] for name in absent}, **state}

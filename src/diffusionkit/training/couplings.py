@@ -18,14 +18,14 @@ def optimal_coupling(x0: Tensor, eps: Tensor, *, class_labels: Tensor | None = N
 
     over the permutations of a batch. Trained on such pairs,
     ``ScoreMatching(VelocityWeighting())(model, x0, eps=optimal_coupling(x0, eps))``, the
-    probability flow is straighter and few steps make a smaller error, the more so the larger the
-    batch and the fewer the dimensions. The cost is that of a linear assignment, O(B^3): about a
-    millisecond for a batch of 256 and .1 s for 2048, on the CPU.
+    probability flow is straighter and few steps have a smaller error; the effect grows with the
+    batch size and falls with the number of dimensions. The cost is that of a linear assignment,
+    O(B^3): about a millisecond for a batch of 256 and .1 s for 2048, on the CPU.
 
     The flow still ends in the distribution of the data, so `ProbabilityFlow`, `ODELikelihood` and
-    deterministic predictors are right. Given the data the noise is no longer Gaussian, so the
-    model's score is not that of p_t: stochastic predictors, correctors, constraints, guidance by
-    gradients and `NELBO` are not.
+    deterministic predictors remain correct. Given the data the noise is no longer Gaussian, so the
+    model's score is not that of p_t: stochastic predictors, correctors, constraints, gradient
+    guidance and `NELBO` are not correct.
 
     Args:
         x0: the data (B, *D).

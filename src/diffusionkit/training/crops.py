@@ -64,10 +64,10 @@ def random_crops(
 ) -> Crops:
     r"""Cut random crops out of fields, each at its own place, uniformly among all places.
 
-    The crops are data to train a model on that `PatchedModel` uses for whole fields. A network
-    that is to know the place gets the `positions` as a condition (see `PositionChannels`), and a
-    mask is cut like the data: ``crops.cut(mask)``. Crops of several sizes, in turn, make the model
-    one of patches of any of them (Patch Diffusion).
+    Train a model of patches on the crops; `PatchedModel` applies it to whole fields. To condition a
+    network on the position, pass it the `positions` (see `PositionChannels`). A mask is cut like
+    the data: ``crops.cut(mask)``. Train on crops of several sizes to get a model of patches of any
+    of these sizes (Patch Diffusion).
 
     Points near the edges of a field are in fewer crops than others, unless it is periodic.
 

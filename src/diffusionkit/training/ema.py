@@ -121,12 +121,12 @@ class EMA(Averages, Generic[Model_co]):
 
     Weights belong together by their names in the model without wrappers: the model may be
     compiled, in DistributedDataParallel or sharded by fully_shard, and become so later. The
-    average of a sharded model is sharded likewise; `ema.model` then holds its weights under their
+    average of a sharded model is sharded, too; `ema.model` then holds its weights under their
     names, but cannot be called.
 
     The average may be an attribute of another module, such as a LightningModule: it moves with
-    that module and is in its state dict. It is none of its parameters and submodules, so that
-    optimizers, wrappers, precisions and training mode of that module do not concern it.
+    that module and is in its state dict. It is not among its parameters and submodules, so
+    optimizers, wrappers, precision settings and training mode of that module do not affect it.
 
     Args:
         model: the model whose weights are averaged.

@@ -30,7 +30,7 @@ class LogitNormalTimes(DrawnTimes):
     distribution is part of the objective (`unbiased` is False). Times are clamped to [t_min, T].
 
     Args:
-        mean: the mean of the logit; above 0 more noise.
+        mean: the mean of the logit; a larger mean favors higher noise.
         std: its standard deviation.
 
     Raises:

@@ -46,8 +46,8 @@ class ScoreMatching(Described):
     with w the weighting times the time sampler's weight, and the mean over the d dimensions of
     a sample. The error is computed in the model's own parameterization, which loses no digits at
     any noise level; where a weight is infinite and the error zero, as for `VModel` at alpha = 0,
-    the loss is the finite limit. A network's output that is not finite gives a loss that is not,
-    which `clipped_step` skips and reports.
+    the loss is the finite limit. If a network's output is not finite, neither is the loss;
+    `clipped_step` skips and reports such a step.
 
     Args:
         weighting: the weight of the noise-prediction error, `SimpleWeighting` by default.
@@ -194,7 +194,7 @@ class ScoreMatching(Described):
             check_range(reference, model, "reference", None if mask is None else mask[:1])
         sde = model.sde
         t, weight = times_and_weights(self.times, sde, x0, t, generator)
-        # Without eps where there is none: a user's process may not know the argument.
+        # Without eps if there is none: a user's process may not have the argument.
         given = {} if eps is None else {"eps": eps}
         sample = sde.perturb(x0, t, **given, generator=generator)
         target_cond = dict(cond)

@@ -170,7 +170,7 @@ def _agreed_norms(grads: list[list[Tensor]], parameters: list[Tensor]) -> list[f
     norms = [_norm(some) for some in grads]
     first = next((x for x in (*norms, *parameters) if x is not None), torch.zeros(()))
     zero = torch.zeros((), dtype=schedule_dtype(first.device), device=first.device)
-    # A process without gradients says so, since the others wait for it.
+    # A process without gradients also takes part, since the others wait for it.
     numbers = [zero + (norms[0] is None), *(zero if norm is None else norm for norm in norms)]
     alike = torch.stack([number.to(zero.device, zero.dtype) for number in numbers])
     missing, *found = largest(alike).tolist()

@@ -32,7 +32,7 @@ class ReferenceBatches(Described):
     They share memory, which later steps use again: do not modify them in place. Of a data set with
     class labels each is a tuple: `for (batch, labels), (reference, reference_labels) in ...`.
 
-    The place in the epoch is part of the training state: `state_dict` returns it, and after
+    The position in the epoch is part of the training state: `state_dict` returns it, and after
     `load_state_dict` the next epoch is the rest of the interrupted one.
 
     Args:

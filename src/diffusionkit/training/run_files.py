@@ -26,7 +26,7 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 class CheckpointFolder(Described):
     """The checkpoints of a run in one folder, named after their steps; the last ones are kept.
 
-    A run goes on by itself if it begins with `newest`, and calls `keep_last` after each
+    A run resumes automatically if it begins with `newest`, and calls `keep_last` after each
     `save_checkpoint`::
 
         checkpoints = CheckpointFolder("run/checkpoints", keep=3)
@@ -65,15 +65,15 @@ class CheckpointFolder(Described):
         return self.folder / f"step-{step:08d}.pt"
 
     def steps(self) -> list[int]:
-        """Return the steps of the files in the folder, whole or not, in order."""
+        """Return the steps of the files in the folder, intact or not, in order."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
 
     def newest(self) -> Path | None:
-        """Return the checkpoint of the latest step that is whole, None if there is none.
+        """Return the intact checkpoint of the latest step, None if there is none.
 
-        Files are read, the newest first, until one is whole. The others are named in a warning in
-        the log. In several processes all must call this, and get the answer of the first.
+        Files are read, the newest first, until one is intact. The others are named in a warning in
+        the log. In several processes all must call this, and get the result of the first.
         """
         found = self._newest() if rank_and_world_size()[0] == 0 else None
         return broadcast_object(found)
@@ -92,8 +92,8 @@ class CheckpointFolder(Described):
     def keep_last(self, step: int) -> None:
         """Remove all but the last `keep` checkpoints up to a step, which has just been saved.
 
-        Files of later steps, which a run that goes on from an earlier one has skipped, do not
-        count and are left. In several processes the first removes them.
+        Files of later steps, which a run that resumed from an earlier one has skipped, do not count
+        and are kept. In several processes the first removes the files.
         """
         check_count(step, "step", least=0)
         if rank_and_world_size()[0] == 0:
@@ -105,8 +105,8 @@ class CheckpointFolder(Described):
 class StopSignals(Described):
     """Catch signals in a block, so that a loop can end after a step instead of within one.
 
-    The first signal is remembered in `received`; the next one acts as it did before the block.
-    Only the main thread can catch signals. In several processes they need not arrive at the same
+    The first signal is recorded in `received`; the next one acts as it did before the block. Only
+    the main thread can catch signals. In several processes they need not arrive at the same
     step: let all processes agree, for example by a sum over them.
 
         with StopSignals() as stop:

@@ -108,7 +108,7 @@ def _stratified(
 
 def _uniform(low: float, high: float, shape: Sequence[int], **kwargs: Any) -> Tensor:
     """Return uniform numbers of a shape: torch.rand, stretched by the same operation."""
-    if transformed():  # where a draw in place may be refused
+    if transformed():  # where a draw in place may fail
         return low + (high - low) * torch.rand(shape, **kwargs)
     generator = kwargs.pop("generator", None)
     return torch.empty(shape, **kwargs).uniform_(low, high, generator=generator)

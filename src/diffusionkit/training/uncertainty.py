@@ -35,11 +35,12 @@ class LearnedUncertainty(nn.Module):
     phases, and a learned vector v. The loss is smallest at u = log E[l | t], where each noise level
     contributes a loss of 1 to the weighted mean and its gradients are as large as those of any
     other. So the distribution of training times can be chosen freely, and the relative weight
-    of the objective at different times does not matter. It is negative where losses are small.
+    of the objective at different times does not matter. The weighted loss is negative where losses
+    are small.
 
     Since v is normalized, u has a bounded size: with 128 features it can be about 4 in magnitude
     over EDM's whole range of noise, enough for losses weighted by `EDMWeighting`. The bound grows
-    with the root of the number of features; take 1024 for losses that span more decades.
+    with the square root of the number of features; use 1024 for losses that span more decades.
 
     The default is the loss of EDM2. Train the parameters of this module with those of the model,
     and pass both to `normalize_weights`. For evaluation call the objective itself, whose losses are

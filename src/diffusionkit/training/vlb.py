@@ -143,7 +143,7 @@ class VLB(_ChainObjective):
 
     with i uniform over the steps, numbered from 0. The factor T makes the expected loss the sum
     over all steps: the bound without its prior term, which has no parameters. T is the number of
-    steps of `model.sde`; to train on fewer steps, pass a model of the respaced chain.
+    steps of `model.sde`; to train on fewer steps, pass a model on the respaced chain.
 
     Args:
         decoder: the likelihood of the data at step 0, for 256 levels in [-1, 1] by default.
