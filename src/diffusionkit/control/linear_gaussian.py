@@ -236,6 +236,8 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
     tensor([[0.8000, 0.0000]])
     """
 
+    _symmetric = True
+
     def __init__(
         self,
         model: ScoreModel,
