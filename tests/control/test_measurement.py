@@ -74,6 +74,19 @@ def test_pseudoinverse_guidance_is_exact_for_equal_variances(sde, noise) -> None
     close(guided.predict(x, t), model.posterior(A, Y, noise).predict(x, t))
 
 
+@pytest.mark.parametrize("noise", [0.0, NOISE], ids=["none", "each"])
+def test_pseudoinverse_guidance_is_exact_for_variances_of_channels(sde, noise) -> None:
+    stds = torch.tensor([0.7, 0.2, 1.5, 0.05], dtype=DOUBLE)
+    model = GaussianOracle(sde, MEAN, stds.square().diag())
+    x, t = random_states(sde, 8, DIMS)
+    for given in (stds, stds.tolist()):
+        guided = PseudoinverseGuidance(model, measure, Y.unsqueeze(0), noise, given, **EXACTLY)
+        close(guided.predict(x, t), model.posterior(A, Y, noise).predict(x, t))
+    guided = PseudoinverseGuidance(model, measure, Y.unsqueeze(0), noise, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"x: expected 2 channels, as sigma_data has, got .* 4\)"):
+        guided.predict(x, t)
+
+
 def test_pseudoinverse_guidance_of_other_data(sde) -> None:
     """The published formula, with dense matrices."""
     model, (x, t) = correlated(sde), random_states(sde, 5, DIMS)

@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_positive
+from .._coefficients import per_sample
 from .._keywords import explained
+from .._schedules import exact
+from .._sigma_data import (
+    SigmaData,
+    as_sigma_data,
+    check_channels,
+    for_channels,
+    over_channels,
+    spread,
+)
 from ..interfaces import ScoreModel
 from ._measurement import Linear, LinearMeasurementGuidance, Measured, MeasurementGuidance, times
 
@@ -189,7 +198,7 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         S &= \mathrm{diag}(\tau^2) + r^2 A A^\top, \quad
         r^2 = \frac{\sigma_d^2 \sigma^2}{\alpha^2 \sigma_d^2 + \sigma^2},
 
-    the score of p(x | y) for data N(m, sigma_d^2 I). `LinearGaussianGuidance` takes the covariance
+    the score of p(x | y) for data N(m, sigma_d^2 I), or with a sigma_d of each channel. `LinearGaussianGuidance` takes the covariance
     of the predicted data from the model instead of r^2 I, at one backward pass through the model
     for each iteration; this needs one in all, since the iterations use A alone.
 
@@ -210,7 +219,7 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         y: the measurements (B, \*E), or (1, \*E), one for all samples.
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element. It may be 0.
-        sigma_data: the standard deviation of the data, 1 in the paper.
+        sigma_data: the standard deviation of the data, 1 in the paper; or one for each channel.
         iterations: the maximum number of iterations of conjugate gradients.
         tolerance: the residual to stop at, relative to the initial one.
 
@@ -244,18 +253,26 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         operator: Linear,
         y: Tensor,
         noise_std: float | Tensor,
-        sigma_data: float = 1.0,
+        sigma_data: SigmaData = 1.0,
         *,
         iterations: int = 50,
         tolerance: float = 1e-6,
     ) -> None:
         """Keep the measurement."""
         super().__init__(model, operator, y, noise_std, iterations, tolerance)
-        check_positive(sigma_data, "sigma_data")
-        self.sigma_data = sigma_data
+        self.sigma_data: float | tuple[float, ...] = as_sigma_data(sigma_data)
 
     @override
     def _spread(self, at: Measured) -> Linear:
-        data, noise = self.sigma_data * at.alpha, at.sigma
-        variance = (self.sigma_data * noise) ** 2 / (data**2 + noise**2)
-        return lambda v: self.operator(times(variance, at.adjoint(v)))
+        return lambda v: self.operator(self._variances(at, at.adjoint(v)))
+
+    def _variances(self, at: Measured, v: Tensor) -> Tensor:
+        """Return the product of the variances of the predicted data and a vector (B, *D)."""
+        if not isinstance(self.sigma_data, tuple):
+            data, noise = self.sigma_data * at.alpha, at.sigma
+            return times((self.sigma_data * noise) ** 2 / (data**2 + noise**2), v)
+        check_channels(self.sigma_data, v)
+        alpha, sigma = per_sample(at.alpha, v), per_sample(at.sigma, v)
+        stds = spread(alpha, sigma, self.sigma_data)
+        stds = exact(sigma)[:, None] * for_channels(self.sigma_data, stds) / stds
+        return v * over_channels(stds.square(), v)
