@@ -115,6 +115,31 @@ def test_singular_systems(dtype) -> None:
         assert left is None or float(shares[-1]) == pytest.approx(left)
 
 
+def test_an_impossible_variance_is_not_fitted() -> None:
+    """An error of the covariance that nearly cancels the noise has a solution of any size."""
+    floor, b = 1e-4, torch.ones(1, 2, dtype=DOUBLE)
+    for second in (-1.001e-4, -1.2e-4, -1e-3, -1.0):
+        s = torch.tensor([1.0, second], dtype=DOUBLE) + floor
+        options = {"iterations": 5, "tolerance": 1e-10}
+        free, _ = minimal_residual(lambda v, s=s: s * v, b, **options)
+        torch.testing.assert_close(free, b / s)
+        v, shares = minimal_residual(lambda v, s=s: s * v, b, **options, floor=floor)
+        assert float((v * s * v).sum()) >= 0.5 * floor * float(v.square().sum())
+        assert float(v.norm()) < 3.0
+        assert float(shares[-1]) == pytest.approx(float(residual(s.diag(), v, b)))
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-4, torch.logspace(-6, 3, N, dtype=DOUBLE)])
+def test_every_covariance_is_possible(floor) -> None:
+    for c in (covariance(), graded(), torch.zeros(N, N, dtype=DOUBLE)):
+        matrix = torch.as_tensor(floor, dtype=DOUBLE).expand(N).diag() + c
+        b = randn64(3, N, seed=6)
+        options = {"iterations": 6, "tolerance": 1e-9}
+        wanted, _ = minimal_residual(lambda v, m=matrix: v @ m, b, **options)
+        found, _ = minimal_residual(lambda v, m=matrix: v @ m, b, **options, floor=floor)
+        assert torch.equal(found, wanted)
+
+
 class Untrained(nn.Module):
     """A network of no training, whose Jacobian is no covariance: not symmetric, not positive."""
 

@@ -29,7 +29,7 @@ def part_named(name: object) -> Any:
 
 @cache
 def _own_classes() -> dict[str, type]:
-    """Return our classes that models are made of: processes, models, labels, networks, operators."""
+    """Return our classes that models are made of: processes, models, networks, operators."""
     parts = [getattr(room, name) for room in (sde, models, networks) for name in room.__all__]
     guided = [getattr(control, name) for name in control.__all__]
     parts += [part for part in guided if isinstance(part, type) and issubclass(part, nn.Module)]

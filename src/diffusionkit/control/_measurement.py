@@ -174,6 +174,7 @@ class MeasurementGuidance(GuidedModel):
                     iterations=self.iterations,
                     tolerance=self.tolerance,
                     symmetric=self._symmetric,
+                    floor=(noise / unit) ** 2,
                 )
                 return prediction, backward(solved / unit), shares
 

@@ -18,6 +18,7 @@ def minimal_residual(
     iterations: int,
     tolerance: float,
     symmetric: bool = False,
+    floor: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Solve matrix(v) = b, a system of its own for each sample, by minimal residuals (GMRES).
 
@@ -37,6 +38,7 @@ def minimal_residual(
         iterations: the maximum number of iterations.
         tolerance: the relative residual to stop at.
         symmetric: whether S is symmetric: then two directions are kept instead of all.
+        floor: the part of S that is no covariance, a number or of the shape of b; None for any S.
 
     Returns:
         The solutions (B, \*E), and the residuals by iteration, relative to b, (n + 1, B).
@@ -65,12 +67,21 @@ def minimal_residual(
         p, q = p * scale, q * scale
         kept = [*(kept[-1:] if symmetric else kept), (p, q)]
         step = _dot(q, r)
+        if floor is not None:
+            image = b - (r - step * q).view(shape)
+            going = going & _plausible((v + step * p).view(shape), image, floor)
+            step = torch.where(going, step, 0.0)
         v, r = v + step * p, r - step * q
         new, unit = _normalized(r)
         p = torch.where(new <= _REDUCED * size, unit, q)
         size = torch.where(going, new, 0.0)
         shares.append((new / torch.where(first > 0, first, 1.0))[:, 0])
     return v.view(shape), torch.stack(shares)
+
+
+def _plausible(v: Tensor, image: Tensor, floor: float | Tensor) -> Tensor:
+    """Return whether v S v >= v diag(floor) v (B, 1), with half of it allowed for rounding."""
+    return ((image - 0.5 * floor * v) * v).reshape(len(v), -1).sum(1, keepdim=True) >= 0
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
         y: Tensor,
         noise_std: float | Tensor,
         *,
-        iterations: int = 20,
+        iterations: int = 10,
         tolerance: float = 1e-6,
     ) -> None:
         """Keep the measurement."""
@@ -171,7 +171,7 @@ class LinearizedGaussianGuidance(MeasurementGuidance):
         y: Tensor,
         noise_std: float | Tensor,
         *,
-        iterations: int = 20,
+        iterations: int = 10,
         tolerance: float = 1e-6,
     ) -> None:
         """Keep the measurement."""
@@ -198,9 +198,10 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         S &= \mathrm{diag}(\tau^2) + r^2 A A^\top, \quad
         r^2 = \frac{\sigma_d^2 \sigma^2}{\alpha^2 \sigma_d^2 + \sigma^2},
 
-    the score of p(x | y) for data N(m, sigma_d^2 I), or with a sigma_d of each channel. `LinearGaussianGuidance` takes the covariance
-    of the predicted data from the model instead of r^2 I, at one backward pass through the model
-    for each iteration; this needs one in all, since the iterations use A alone.
+    the score of p(x | y) for data N(m, sigma_d^2 I), or with a sigma_d of each channel.
+    `LinearGaussianGuidance` takes the covariance of the predicted data from the model instead of
+    r^2 I, at one backward pass through the model for each iteration; this needs one in all, since
+    the iterations use A alone.
 
     Other data have other covariances, and the samples are biased. For a correlated Gaussian in four
     dimensions, two of them measured, their mean is off by .36 of the posterior's standard deviation
