@@ -87,6 +87,15 @@ def test_pseudoinverse_guidance_is_exact_for_variances_of_channels(sde, noise) -
         guided.predict(x, t)
 
 
+@pytest.mark.parametrize("noise", [0.0, torch.tensor([0.0, 0.3])], ids=["none", "some"])
+def test_without_noise_at_the_end_there_is_nothing_to_guide(noise) -> None:
+    """At sigma = 0 the state is the data, whatever was measured."""
+    model, x, t = correlated(VPSDE()), randn64(2, DIMS), torch.zeros(2, dtype=DOUBLE)
+    for kind in (LinearGaussianGuidance, LinearizedGaussianGuidance):
+        guided = kind(model, measure, Y.unsqueeze(0), noise)
+        torch.testing.assert_close(guided.predict(x, t).x0.detach(), x)
+
+
 def test_pseudoinverse_guidance_of_other_data(sde) -> None:
     """The published formula, with dense matrices."""
     model, (x, t) = correlated(sde), random_states(sde, 5, DIMS)

@@ -18,6 +18,7 @@ from diffusionkit import (
     LinearizedGaussianGuidance,
     PseudoinverseGuidance,
     ScoreModel,
+    X0Model,
 )
 from diffusionkit.control._minimal_residual import minimal_residual
 
@@ -209,3 +210,22 @@ def test_residuals_are_reported_for_every_iteration() -> None:
 
     guided = LinearGaussianGuidance(Shifted(), left_half, torch.ones(1, 1, 8, 4).double(), 0.1)
     assert guided.residuals(x, t, shift=0.5).shape == (guided.iterations + 1, 3)
+
+
+@pytest.mark.parametrize("kind", [LinearGaussianGuidance, LinearizedGaussianGuidance])
+@pytest.mark.parametrize("each", [False, True], ids=["one", "each"])
+def test_guidance_does_not_fit_an_impossible_variance(kind, each) -> None:
+    """A network whose second datum has a variance that nearly cancels the noise of its measurement.
+
+    Fitting it moves the third one, which is correlated, by 10^4 times the residual.
+    """
+    noise, t = 0.01, torch.tensor([0.5], dtype=DOUBLE)
+    sigma = float(VESDE().marginal(t)[1])
+    of_second = torch.tensor([0.0, -1.001 * noise**2, 0.001])
+    jacobian = torch.stack([torch.eye(3)[0], of_second, torch.zeros(3)]).double() / sigma**2
+    model = X0Model(lambda x, noise_label: x @ jacobian.T, VESDE())
+    y = torch.ones(1, 2, dtype=DOUBLE)
+    std = noise * torch.ones(2, dtype=DOUBLE) if each else noise
+    found = kind(model, lambda x0: x0[:, :2], y, std).predict(torch.zeros(1, 3, dtype=DOUBLE), t).x0
+    assert float(found.detach()[0, 0]) == pytest.approx(1 / (1 + noise**2), rel=1e-3)
+    assert float(found.detach().abs().max()) < 2.0

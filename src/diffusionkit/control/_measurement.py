@@ -189,7 +189,8 @@ class MeasurementGuidance(GuidedModel):
             return self.noise_std, 1.0
         noise = self.noise_std.to(residual)
         size = expand(sigma / alpha, residual)
-        return noise, torch.hypot(noise, torch.as_tensor(size).to(noise))
+        unit = torch.hypot(noise, torch.as_tensor(size).to(noise))
+        return noise, torch.where(unit > 0, unit, 1.0)
 
     def _check(self, predicted: Any, x: Tensor) -> None:
         expected = (len(x), *self.y.shape[1:])

@@ -32,10 +32,11 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
         C = \mathrm{Cov}[x_0 \mid x] = \frac{\sigma^2}{\alpha} \nabla_x \hat x_0,
 
     the score of p(x | y) where x0 given x is Gaussian: at all times for Gaussian data, and as the
-    noise goes to zero for any other. S is never formed. The system is solved by conjugate
-    gradients, with one backward pass through the model per iteration. A sample stops when its
-    residual is below the tolerance, or when the covariance of a network, which is not exactly
-    symmetric, turns out not to be positive definite.
+    noise goes to zero for any other. S is never formed. The system is solved by minimal residuals
+    (GMRES), with one backward pass through the model per iteration, since the Jacobian of a network
+    is neither symmetric nor positive definite: conjugate gradients diverge. A sample stops when its
+    residual is below the tolerance, or before an iteration that fits a negative variance, which
+    shows that C is wrong. `residuals` reports how far a system is solved.
 
     If the data are far from Gaussian, the weights of the modes are too equal; with
     `GradientGuidance` they are too unequal. For two Gaussians of standard deviation .3 at (-1, 1)
@@ -61,7 +62,7 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element. It may be 0.
         iterations: the maximum number of iterations. As many as a measurement has dimensions are
-            enough up to rounding; a few are enough where y says little about x0.
+            enough up to rounding for an exact model, and 1 to 5 for a trained network.
         tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
@@ -72,7 +73,8 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
 
     Source: Boys et al., Tweedie Moment Projected Diffusions for Inverse Problems, 2023,
     arXiv 2310.06721; Rozet et al., Learning Diffusion Priors from Observations by Expectation
-    Maximization, 2024, arXiv 2405.13712.
+    Maximization, 2024, arXiv 2405.13712; Saad and Schultz, GMRES: a generalized minimal residual
+    algorithm for solving nonsymmetric linear systems, 1986.
 
     >>> import torch
     >>> from diffusionkit import (
@@ -138,7 +140,7 @@ class LinearizedGaussianGuidance(MeasurementGuidance):
         y: the measurements (B, \*E), or (1, \*E), one for all samples.
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element.
-        iterations: the maximum number of iterations of conjugate gradients.
+        iterations: the maximum number of iterations.
         tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
@@ -209,6 +211,10 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
     samples; the covariance by .18 and .09 of its norm, at .07. Modes that are far apart get weights
     that are too equal (`benchmarks/inverse_problems.py`).
 
+    The Jacobian of a network of few training steps may be far too large for r^2 at high noise, so
+    that samples diverge: pass `DenoisedModel(model, Clip(low, high))`, or take
+    `LinearGaussianGuidance`.
+
     Without noise, A^T S^{-1} is the pseudo-inverse of A over r^2, which gave the method its name.
     The released code multiplies that by r^2 and by weights of its own sampler; here the guidance is
     the score of the Gaussian above, for every sampler.
@@ -221,7 +227,7 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element. It may be 0.
         sigma_data: the standard deviation of the data, 1 in the paper; or one for each channel.
-        iterations: the maximum number of iterations of conjugate gradients.
+        iterations: the maximum number of iterations.
         tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
