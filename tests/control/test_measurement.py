@@ -274,3 +274,19 @@ def test_other_errors() -> None:
         LinearizedGaussianGuidance(
             model, lambda x0: x0[:, :2].detach().round(), torch.ones(1, 2), 0.1
         )(x, t)
+
+
+@pytest.mark.parametrize("iterations", [2, 10])
+def test_what_counts_as_not_measured_costs_no_digits(iterations) -> None:
+    """In single precision: noise of .05 and of 1e5 in one system."""
+    sde, std = VPSDE(), 0.5
+    model = GaussianMixtureModel(sde, torch.zeros(1, 8), [std])
+    noise = torch.where(torch.arange(8) < 4, 0.05, 1e5)
+    y, x = (randn64(3, 8, seed=k).float() for k in (1, 2))
+    for t in torch.tensor([[0.01], [0.3], [0.9]]):
+        guided = LinearGaussianGuidance(model, lambda x0: x0, y, noise, iterations=iterations)
+        found, before = (m.predict(x, t.expand(3)).x0.detach() for m in (guided, model))
+        alpha, sigma = sde.marginal(t)
+        variance = (std * sigma) ** 2 / ((alpha * std) ** 2 + sigma**2)
+        wanted = before + variance / (noise**2 + variance) * (y - before)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
