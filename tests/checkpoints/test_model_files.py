@@ -61,6 +61,7 @@ from diffusionkit import (
 from diffusionkit._parts import describe
 from diffusionkit.checkpoints import load_model, register_part, save_model
 from diffusionkit.checkpoints._model_builder import _own_classes
+from diffusionkit.control import AveragePool, Blur, Gray, Mask, Matrix
 from diffusionkit.networks import (
     MLP,
     ADMUNet,
@@ -220,6 +221,20 @@ def likelihood(x0):
     return -x0.square().sum(1)
 
 
+OPERATORS = {
+    "mask": Mask(torch.arange(64).view(8, 8) % 3 == 0),
+    "pool": AveragePool(2),
+    "gray": Gray(1),
+    "blur": Blur(torch.tensor([[0.2, 0.6, 0.2]]), (8, 8), floor=0.3),
+    "matrix": Matrix(torch.linspace(-1.0, 1.0, 128).view(2, 1, 8, 8)),
+}
+
+
+def measured(operator):
+    y = operator(torch.linspace(0.0, 1.0, 64).view(1, 1, 8, 8))
+    return PseudoinverseGuidance(made("VP", "x0", "DDPMpp"), operator, y, 0.1, [0.4])
+
+
 WRAPPERS = {
     "transformed": lambda: ScheduleTransformedModel(made("VP", "eps", "MLP"), VESDE(0.01, 10.0)),
     "clipped": lambda: DenoisedModel(made("VE", "eps", "MLP"), Clip(-1.0, math.inf)),
@@ -247,6 +262,7 @@ WRAPPERS = {
         made("VP", "x0", "MLP"), first_coordinate, torch.tensor([[0.3]]), 0.1, 0.5
     ),
     "gradient": lambda: GradientGuidance(made("VP", "x0", "MLP"), likelihood, 0.5),
+    **{name: partial(measured, operator) for name, operator in OPERATORS.items()},
     "patched": of_patches,
     "mixture": lambda: GaussianMixtureModel(
         VPSDE(), [[0.1, 1.0], [2.0, 0.3]], [0.1, 0.7], [0.1, 0.6]
@@ -267,6 +283,7 @@ def test_wrappers_and_exact_models(name) -> None:
         else {}
     )
     shape = (2, 1, 11, 13) if name == "patched" else (2, 2)
+    shape = shape_of("DDPMpp") if name in OPERATORS else shape
     same(model, returned(model), shape, **labels)
 
 

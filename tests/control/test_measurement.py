@@ -74,6 +74,28 @@ def test_pseudoinverse_guidance_is_exact_for_equal_variances(sde, noise) -> None
     close(guided.predict(x, t), model.posterior(A, Y, noise).predict(x, t))
 
 
+@pytest.mark.parametrize("noise", [0.0, NOISE], ids=["none", "each"])
+def test_pseudoinverse_guidance_is_exact_for_variances_of_channels(sde, noise) -> None:
+    stds = torch.tensor([0.7, 0.2, 1.5, 0.05], dtype=DOUBLE)
+    model = GaussianOracle(sde, MEAN, stds.square().diag())
+    x, t = random_states(sde, 8, DIMS)
+    for given in (stds, stds.tolist()):
+        guided = PseudoinverseGuidance(model, measure, Y.unsqueeze(0), noise, given, **EXACTLY)
+        close(guided.predict(x, t), model.posterior(A, Y, noise).predict(x, t))
+    guided = PseudoinverseGuidance(model, measure, Y.unsqueeze(0), noise, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"x: expected 2 channels, as sigma_data has, got .* 4\)"):
+        guided.predict(x, t)
+
+
+@pytest.mark.parametrize("noise", [0.0, torch.tensor([0.0, 0.3])], ids=["none", "some"])
+def test_without_noise_at_the_end_there_is_nothing_to_guide(noise) -> None:
+    """At sigma = 0 the state is the data, whatever was measured."""
+    model, x, t = correlated(VPSDE()), randn64(2, DIMS), torch.zeros(2, dtype=DOUBLE)
+    for kind in (LinearGaussianGuidance, LinearizedGaussianGuidance):
+        guided = kind(model, measure, Y.unsqueeze(0), noise)
+        torch.testing.assert_close(guided.predict(x, t).x0.detach(), x)
+
+
 def test_pseudoinverse_guidance_of_other_data(sde) -> None:
     """The published formula, with dense matrices."""
     model, (x, t) = correlated(sde), random_states(sde, 5, DIMS)
@@ -252,3 +274,19 @@ def test_other_errors() -> None:
         LinearizedGaussianGuidance(
             model, lambda x0: x0[:, :2].detach().round(), torch.ones(1, 2), 0.1
         )(x, t)
+
+
+@pytest.mark.parametrize("iterations", [2, 10])
+def test_what_counts_as_not_measured_costs_no_digits(iterations) -> None:
+    """In single precision: noise of .05 and of 1e5 in one system."""
+    sde, std = VPSDE(), 0.5
+    model = GaussianMixtureModel(sde, torch.zeros(1, 8), [std])
+    noise = torch.where(torch.arange(8) < 4, 0.05, 1e5)
+    y, x = (randn64(3, 8, seed=k).float() for k in (1, 2))
+    for t in torch.tensor([[0.01], [0.3], [0.9]]):
+        guided = LinearGaussianGuidance(model, lambda x0: x0, y, noise, iterations=iterations)
+        found, before = (m.predict(x, t.expand(3)).x0.detach() for m in (guided, model))
+        alpha, sigma = sde.marginal(t)
+        variance = (std * sigma) ** 2 / ((alpha * std) ** 2 + sigma**2)
+        wanted = before + variance / (noise**2 + variance) * (y - before)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -29,10 +29,11 @@ def part_named(name: object) -> Any:
 
 @cache
 def _own_classes() -> dict[str, type]:
-    """Return our classes that models are made of: processes, models, labels and networks."""
+    """Return our classes that models are made of: processes, models, networks, operators."""
     parts = [getattr(room, name) for room in (sde, models, networks) for name in room.__all__]
     guided = [getattr(control, name) for name in control.__all__]
     parts += [part for part in guided if isinstance(part, type) and issubclass(part, nn.Module)]
+    parts += [p for p in guided if isinstance(p, type) and issubclass(p, control.LinearOperator)]
     parts.append(control.AdaptiveProjection)
     return {p.__name__: p for p in parts if isinstance(p, type) and not inspect.isabstract(p)}
 

@@ -1,14 +1,14 @@
 r"""Guidance by measurements with Gaussian noise, given a covariance of the predicted data.
 
-A sample's residual is multiplied by the inverse of its covariance, which is never formed:
-conjugate gradients need its products only.
+A sample's residual is multiplied by the inverse of its covariance, which is never formed: the
+solver needs its products only.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from ..interfaces import ScoreModel
 from ..random import randn_like
 from ..values import Prediction
 from ._guided import GuidedModel, gradient, shape_or_type
+from ._minimal_residual import minimal_residual
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -79,6 +80,7 @@ class MeasurementGuidance(GuidedModel):
 
     y: Tensor
     noise_std: float | Tensor
+    _symmetric = False  # whether J C J^T is exactly symmetric
 
     def __init__(
         self,
@@ -116,9 +118,37 @@ class MeasurementGuidance(GuidedModel):
     @override
     def predict(self, x: Tensor, t: Tensor, /, **cond: Any) -> Prediction:
         inside, at = self._with_signal(x, t)
-        with self._differentiable(inside, at, cond) as (leaf, time, saved, keep):
+        prediction, grad, _ = self._solved(inside, at, cond)
+        if at is not t:
+            prediction = self.model.predict(x, t, **cond)
+        return self._shifted(prediction, x, t, grad, at)
+
+    @torch.no_grad()
+    def residuals(self, x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
+        r"""Return how far each iteration has solved the system of a state, (iterations + 1, B).
+
+        .. math::
+            |y - A(\hat x_0) - S v_k| \,/\, |y - A(\hat x_0)|, \quad k = 0, 1, \dots
+
+        starts at 1 and never grows. Use it to choose `iterations`: those of a trained network pay
+        as long as it falls.
+
+        Args:
+            x: the state (B, \*D).
+            t: the times (B,).
+            **cond: the conditions of the model.
+        """
+        found = self._solved(*self._with_signal(x, t), cond)[2].detach()
+        last = found[-1:].expand(self.iterations + 1 - len(found), -1)
+        return torch.cat([found, last])
+
+    def _solved(
+        self, x: Tensor, t: Tensor, cond: Mapping[str, Any]
+    ) -> tuple[Prediction, Tensor, Tensor]:
+        """Return the prediction, the gradient that guides it (B, *D), and relative residuals."""
+        with self._differentiable(x, t, cond) as (leaf, time, saved, keep):
             prediction = self.model.predict(leaf, time, **saved)
-            alpha, sigma = kernel(self.sde, inside, at)
+            alpha, sigma = kernel(self.sde, x, t)
             x0 = prediction.x0
             predicted = self.operator(x0)
             self._check(predicted, leaf)
@@ -132,19 +162,35 @@ class MeasurementGuidance(GuidedModel):
             with torch.set_grad_enabled(keep):
                 residual = at_least_float32(self.y.to(predicted) - predicted)
                 spread = self._spread(Measured(x0, predicted, backward, alpha, sigma, keep))
-                noise = self.noise_std
-                noise = noise.to(residual) if isinstance(noise, Tensor) else noise
+                noise, unit = self._noise(residual, alpha, sigma)
 
                 def covariance(v: Tensor) -> Tensor:
-                    return noise**2 * v + spread(v).to(v.dtype)
+                    v = v / unit
+                    return (noise**2 * v + spread(v).to(v.dtype)) / unit
 
-                solved = conjugate_gradients(
-                    covariance, residual, iterations=self.iterations, tolerance=self.tolerance
+                solved, shares = minimal_residual(
+                    covariance,
+                    residual / unit,
+                    iterations=self.iterations,
+                    tolerance=self.tolerance,
+                    symmetric=self._symmetric,
+                    floor=(noise / unit) ** 2,
                 )
-                grad = backward(solved)
-        if at is not t:
-            prediction = self.model.predict(x, t, **cond)
-        return self._shifted(prediction, x, t, grad, at)
+                return prediction, backward(solved / unit), shares
+
+    def _noise(
+        self, residual: Tensor, alpha: Coefficient, sigma: Coefficient
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """Return the noise of the measurements, and units in which their variances are similar.
+
+        Without units, an element that counts as not measured would be the first to be solved for.
+        """
+        if not isinstance(self.noise_std, Tensor):
+            return self.noise_std, 1.0
+        noise = self.noise_std.to(residual)
+        size = expand(sigma / alpha, residual)
+        unit = torch.hypot(noise, torch.as_tensor(size).to(noise))
+        return noise, torch.where(unit > 0, unit, 1.0)
 
     def _check(self, predicted: Any, x: Tensor) -> None:
         expected = (len(x), *self.y.shape[1:])
@@ -224,37 +270,3 @@ def check_linear(operator: Linear, like: Tensor) -> None:
 def times(factor: Coefficient, x: Tensor) -> Tensor:
     """Return the product of a coefficient and data (B, *D), in the dtype of the data."""
     return (x * expand(factor, x)).to(x.dtype)
-
-
-def conjugate_gradients(matrix: Linear, b: Tensor, *, iterations: int, tolerance: float) -> Tensor:
-    """Solve matrix(v) = b (B, *E), a separate positive definite system for each sample.
-
-    A sample's solution is final once its residual is below tolerance times the norm of b, or the
-    matrix turns out not to be positive definite, so it does not depend on the other samples.
-
-    Args:
-        matrix: maps vectors (B, *E) to their products.
-        b: the right-hand sides (B, *E).
-        iterations: the maximum number of iterations.
-        tolerance: the relative residual to stop at.
-    """
-
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).reshape(len(u), -1).sum(1).view(-1, *(1,) * (u.ndim - 1))
-
-    v, r, p = torch.zeros_like(b), b, b
-    size = dot(r, r)
-    goal = tolerance**2 * size
-    for _ in range(iterations):
-        going = size > goal
-        if not bool(going.any()):
-            break
-        q = matrix(p)
-        curvature = dot(p, q)
-        going = going & (curvature > 0)
-        step = torch.where(going, size / torch.where(going, curvature, 1.0), 0.0)
-        v, r = v + step * p, r - step * q
-        new = dot(r, r)
-        p = r + torch.where(going, new / torch.where(going, size, 1.0), 0.0) * p
-        size = torch.where(going, new, 0.0)
-    return v

@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .._checks import check_positive
+from .._coefficients import per_sample
 from .._keywords import explained
+from .._schedules import exact
+from .._sigma_data import (
+    SigmaData,
+    as_sigma_data,
+    check_channels,
+    for_channels,
+    over_channels,
+    spread,
+)
 from ..interfaces import ScoreModel
 from ._measurement import Linear, LinearMeasurementGuidance, Measured, MeasurementGuidance, times
 
@@ -23,10 +32,11 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
         C = \mathrm{Cov}[x_0 \mid x] = \frac{\sigma^2}{\alpha} \nabla_x \hat x_0,
 
     the score of p(x | y) where x0 given x is Gaussian: at all times for Gaussian data, and as the
-    noise goes to zero for any other. S is never formed. The system is solved by conjugate
-    gradients, with one backward pass through the model per iteration. A sample stops when its
-    residual is below the tolerance, or when the covariance of a network, which is not exactly
-    symmetric, turns out not to be positive definite.
+    noise goes to zero for any other. S is never formed. The system is solved by minimal residuals
+    (GMRES), with one backward pass through the model per iteration, since the Jacobian of a network
+    is neither symmetric nor positive definite: conjugate gradients diverge. A sample stops when its
+    residual is below the tolerance, or before an iteration that fits a negative variance, which
+    shows that C is wrong. `residuals` reports how far a system is solved.
 
     If the data are far from Gaussian, the weights of the modes are too equal; with
     `GradientGuidance` they are too unequal. For two Gaussians of standard deviation .3 at (-1, 1)
@@ -52,7 +62,7 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element. It may be 0.
         iterations: the maximum number of iterations. As many as the measurement has dimensions are
-            enough up to rounding; a few are enough if y carries little information about x0.
+            enough up to rounding for an exact model, and 1 to 5 for a trained network.
         tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
@@ -63,7 +73,8 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
 
     Source: Boys et al., Tweedie Moment Projected Diffusions for Inverse Problems, 2023,
     arXiv 2310.06721; Rozet et al., Learning Diffusion Priors from Observations by Expectation
-    Maximization, 2024, arXiv 2405.13712.
+    Maximization, 2024, arXiv 2405.13712; Saad and Schultz, GMRES: a generalized minimal residual
+    algorithm for solving nonsymmetric linear systems, 1986.
 
     >>> import torch
     >>> from diffusionkit import (
@@ -85,7 +96,7 @@ class LinearGaussianGuidance(LinearMeasurementGuidance):
         y: Tensor,
         noise_std: float | Tensor,
         *,
-        iterations: int = 20,
+        iterations: int = 10,
         tolerance: float = 1e-6,
     ) -> None:
         """Keep the measurement."""
@@ -130,7 +141,7 @@ class LinearizedGaussianGuidance(MeasurementGuidance):
         y: the measurements (B, \*E), or (1, \*E), one for all samples.
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element.
-        iterations: the maximum number of iterations of conjugate gradients.
+        iterations: the maximum number of iterations.
         tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
@@ -163,7 +174,7 @@ class LinearizedGaussianGuidance(MeasurementGuidance):
         y: Tensor,
         noise_std: float | Tensor,
         *,
-        iterations: int = 20,
+        iterations: int = 10,
         tolerance: float = 1e-6,
     ) -> None:
         """Keep the measurement."""
@@ -190,10 +201,10 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         S &= \mathrm{diag}(\tau^2) + r^2 A A^\top, \quad
         r^2 = \frac{\sigma_d^2 \sigma^2}{\alpha^2 \sigma_d^2 + \sigma^2},
 
-    the score of p(x | y) for data N(m, sigma_d^2 I). `LinearGaussianGuidance` takes the covariance
-    of the predicted data from the model instead of r^2 I, at the cost of one backward pass through
-    the model for each iteration; this class needs only one in total, since the iterations use only
-    A.
+    the score of p(x | y) for data N(m, sigma_d^2 I), or with a sigma_d for each channel.
+    `LinearGaussianGuidance` takes the covariance of the predicted data from the model instead of
+    r^2 I, at the cost of one backward pass through the model for each iteration; this class needs
+    only one in total, since the iterations use only A.
 
     Other data have other covariances, and the samples are biased. For a correlated Gaussian in four
     dimensions, two of them measured, the error of their mean is .36 times the posterior's standard
@@ -201,6 +212,10 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
     `LinearGaussianGuidance`, as for exact samples; the error of the covariance is .18 and .09 times
     its norm, compared with .07. Modes that are far apart get weights that are too equal
     (`benchmarks/inverse_problems.py`).
+
+    The Jacobian of a network of few training steps may be far too large for r^2 at high noise, so
+    that samples diverge: pass `DenoisedModel(model, Clip(low, high))`, or take
+    `LinearGaussianGuidance`.
 
     Without noise, A^T S^{-1} is the pseudo-inverse of A over r^2, which gave the method its name.
     The released code multiplies that by r^2 and by weights of its own sampler; here the guidance is
@@ -213,8 +228,8 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
         y: the measurements (B, \*E), or (1, \*E), one for all samples.
         noise_std: tau, the standard deviation of the measurement noise: a number, or a tensor that
             broadcasts to the shape of y, one for each element. It may be 0.
-        sigma_data: the standard deviation of the data, 1 in the paper.
-        iterations: the maximum number of iterations of conjugate gradients.
+        sigma_data: the standard deviation of the data, 1 in the paper; or one for each channel.
+        iterations: the maximum number of iterations.
         tolerance: the residual to stop at, relative to the initial one.
 
     Raises:
@@ -239,24 +254,34 @@ class PseudoinverseGuidance(LinearMeasurementGuidance):
     tensor([[0.8000, 0.0000]])
     """
 
+    _symmetric = True
+
     def __init__(
         self,
         model: ScoreModel,
         operator: Linear,
         y: Tensor,
         noise_std: float | Tensor,
-        sigma_data: float = 1.0,
+        sigma_data: SigmaData = 1.0,
         *,
         iterations: int = 50,
         tolerance: float = 1e-6,
     ) -> None:
         """Keep the measurement."""
         super().__init__(model, operator, y, noise_std, iterations, tolerance)
-        check_positive(sigma_data, "sigma_data")
-        self.sigma_data = sigma_data
+        self.sigma_data: float | tuple[float, ...] = as_sigma_data(sigma_data)
 
     @override
     def _spread(self, at: Measured) -> Linear:
-        data, noise = self.sigma_data * at.alpha, at.sigma
-        variance = (self.sigma_data * noise) ** 2 / (data**2 + noise**2)
-        return lambda v: self.operator(times(variance, at.adjoint(v)))
+        return lambda v: self.operator(self._variances(at, at.adjoint(v)))
+
+    def _variances(self, at: Measured, v: Tensor) -> Tensor:
+        """Return the product of the variances of the predicted data and a vector (B, *D)."""
+        if not isinstance(self.sigma_data, tuple):
+            data, noise = self.sigma_data * at.alpha, at.sigma
+            return times((self.sigma_data * noise) ** 2 / (data**2 + noise**2), v)
+        check_channels(self.sigma_data, v)
+        alpha, sigma = per_sample(at.alpha, v), per_sample(at.sigma, v)
+        stds = spread(alpha, sigma, self.sigma_data)
+        stds = exact(sigma)[:, None] * for_channels(self.sigma_data, stds) / stds
+        return v * over_channels(stds.square(), v)

@@ -133,16 +133,17 @@ class Mask(LinearOperator):
                 "mask: expected 0 and 1, or booleans, 1 where the data are known, "
                 f"got {odd.flatten()[0].item():g} and {odd.numel() - 1} more"
             )
-        self.mask = _Table(mask != 0)
+        self.mask = mask != 0
+        self._mask = _Table(self.mask)
 
     @override
     def __repr__(self) -> str:
-        return f"Mask(of shape {tuple(self.mask.exact.shape)})"
+        return f"Mask(of shape {tuple(self.mask.shape)})"
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
         check_state(x)
-        mask = self.mask.to(torch.bool, x.device)
+        mask = self._mask.to(torch.bool, x.device)
         sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
         if any(n != m and 1 not in (n, m) for n, m in sizes):
             raise ValueError(
@@ -281,7 +282,7 @@ class Blur(LinearOperator):
             )
         if not 0.0 < floor < 1.0:  # at 0, rounding errors at a lost frequency would be inverted
             raise ValueError(f"floor: expected a number in (0, 1), got {floor}")
-        self.kernel_shape = tuple(kernel.shape)
+        self.kernel, self.floor = kernel.detach(), floor
         self.axes = tuple(range(-len(self.size), 0))
         padded = torch.zeros(self.size, dtype=torch.float64)
         padded[tuple(slice(n) for n in kernel.shape)] = kernel.detach().double().cpu()
@@ -296,7 +297,7 @@ class Blur(LinearOperator):
 
     @override
     def __repr__(self) -> str:
-        return f"Blur(kernel of shape {self.kernel_shape}, size={self.size})"
+        return f"Blur(kernel of shape {tuple(self.kernel.shape)}, size={self.size})"
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
@@ -341,7 +342,7 @@ class Matrix(LinearOperator):
         if rows.ndim < 2 or rows.numel() == 0:
             raise ValueError(f"rows: expected shape (m, *D), got {tuple(rows.shape)}")
         check_finite(rows, "rows")
-        self.shape = tuple(rows.shape[1:])
+        self.rows, self.shape = rows.detach(), tuple(rows.shape[1:])
         exact = rows.detach().double().cpu().flatten(1)
         self.count = len(exact)
         self.forward, self.backward = _Table(exact.T), _Table(torch.linalg.pinv(exact).T)
