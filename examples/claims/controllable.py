@@ -39,6 +39,7 @@ from diffusionkit import (
     DenoisedModel,
     EmpiricalModel,
     Langevin,
+    LinearGaussianGuidance,
     LinearMeasurement,
     PCSampler,
     PseudoinverseGuidance,
@@ -53,16 +54,18 @@ from diffusionkit.random import seeded
 IMAGES, MEMBERS, STEPS = 48, 4, 50
 NOISE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # of the measurement, in units of the range, for the rival
 NETWORK, EXACT, MORE = "network", "training set", "more evaluations"
-PIGDM, REPAINT = "PiGDM", "RePaint"
+PIGDM, MMPS, REPAINT = "PiGDM", "MMPS", "RePaint"
 LABELS = {EXACT: "exact score, same sampler"}
-DASHES = ("dotted", "dashed", "dashdot", (0, (1, 4)))  # of the checks in the figure
+DASHES = ("dotted", "dashed", "dashdot", (0, (6, 1)), (0, (1, 4)))  # of the checks in the figure
 _BUDGET = f"{IMAGES} test images, {MEMBERS} members, {2 * STEPS} evaluations"
+_STEPS = f"{IMAGES} test images, {MEMBERS} members, {STEPS} steps"
 SCORES = f"energy score, {_BUDGET}"
 MEANS = f"energy score from means of blocks, {_BUDGET}"
 CHECKS = {
     EXACT: f"energy score with the exact score of the training set, {_BUDGET}",
     REPAINT: f"energy score with time travel, {_BUDGET}",
-    PIGDM: f"energy score with guidance, {IMAGES} test images, {MEMBERS} members, {STEPS} steps",
+    PIGDM: f"energy score with guidance, {_STEPS}",
+    MMPS: f"energy score with MMPS in 3 iterations, {_STEPS}",
     MORE: f"energy score, {IMAGES} test images, {MEMBERS} members, {8 * STEPS} evaluations",
 }
 
@@ -123,7 +126,7 @@ def draw_members(run: Run, truth: Tensor, task: Task, method: str = NETWORK) -> 
 
 def sampler_of(run: Run, task: Task, given: Tensor, method: str) -> PCSampler:
     """Return the sampler of a method, for what is known of given images (B, C, H, W)."""
-    return _guided(run, task, given) if method == PIGDM else _replacing(run, task, given, method)
+    return (_guided if method in (PIGDM, MMPS) else _replacing)(run, task, given, method)
 
 
 def _replacing(run: Run, task: Task, given: Tensor, method: str) -> PCSampler:
@@ -143,15 +146,16 @@ def _replacing(run: Run, task: Task, given: Tensor, method: str) -> PCSampler:
     )  # fmt: skip
 
 
-def _guided(run: Run, task: Task, given: Tensor) -> PCSampler:
+def _guided(run: Run, task: Task, given: Tensor, method: str) -> PCSampler:
     """Return a sampler of a model that is guided by what is known of given images."""
     low, high = map(float, run.settings["data"]["range"])
-    # Without clipping, samples of a network of few training steps diverged.
-    clipped = DenoisedModel(run.model, Clip(low, high))
-    model = PseudoinverseGuidance(
-        clipped, task.operator, task.operator(given), noise_std=0.005 * (high - low),
-        sigma_data=0.25 * (high - low),
-    )  # fmt: skip
+    measured, noise = (task.operator, task.operator(given)), 0.005 * (high - low)
+    if method == MMPS:
+        model: ScoreModel = LinearGaussianGuidance(run.model, *measured, noise, iterations=3)
+    else:
+        # Without clipping, samples of a network of few training steps diverged.
+        clipped = DenoisedModel(run.model, Clip(low, high))
+        model = PseudoinverseGuidance(clipped, *measured, noise, sigma_data=0.25 * (high - low))
     return PCSampler(model, Ancestral(), steps=STEPS)
 
 
@@ -269,6 +273,7 @@ def others(results: Results) -> list[Finding]:
             (MORE, "with four times the evaluations"),
             (REPAINT, "with RePaint than with a corrector"),
             (PIGDM, "with PiGDM than with replacement"),
+            (MMPS, "with MMPS than with replacement"),
         ):
             found.append(compare(
                 results, f"{task}: better {text}", "energy score, VE", ("VE", CHECKS[method]),

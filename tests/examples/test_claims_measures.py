@@ -205,7 +205,7 @@ def test_what_is_known_is_imposed_and_the_rest_is_scored(control, monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "share"),
-    [("RePaint", 1e-4), ("more evaluations", 1e-4), ("PiGDM", 0.2)],
+    [("RePaint", 1e-4), ("more evaluations", 1e-4), ("PiGDM", 0.2), ("MMPS", 0.2)],
 )
 def test_other_methods_have_what_is_known(control, monkeypatch, method, share):
     """Guidance nearly, since its measurements have noise."""
@@ -299,6 +299,7 @@ def test_checks_change_one_thing(control, monkeypatch):
         "training set": ("EmpiricalModel", "ReverseDiffusion", "Langevin", 100),
         "RePaint": (mixture, "Ancestral", "NoneType", 100),
         "PiGDM": ("PseudoinverseGuidance", "Ancestral", "NoneType", 50),
+        "MMPS": ("LinearGaussianGuidance", "Ancestral", "NoneType", 50),
         "more evaluations": (mixture, "ReverseDiffusion", "Langevin", 400),
     }
 
