@@ -105,6 +105,8 @@ def test_files(tmp_path):
         file.write_text(damaged)
         with pytest.raises(CheckpointError, match="expected a JSON"):
             chain_from_scheduler(tmp_path)
+    with pytest.raises(FileNotFoundError, match="scheduler: expected a scheduler of diffusers"):
+        chain_from_scheduler("ddpm")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,11 @@ def _config_file(path: Path) -> Path:
             if (file := place / "scheduler_config.json").is_file():
                 return file
         raise FileNotFoundError(f"{path}: expected scheduler/scheduler_config.json in it")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"scheduler: expected a scheduler of diffusers, its configuration, or a file or folder "
+            f"with it, got {str(path)!r}, which is not here"
+        )
     return path
 
 
