@@ -392,5 +392,5 @@ def test_repr(plain) -> None:
     options = ("scale=3.0", "interval=(0.1, 2.0)", "rescale=0.7", "null={'class_labels': 10}")
     assert ",\n    ".join(options) in repr(free)
     linear = LinearGaussianGuidance(plain, len, torch.ones(1, 1), 0.25)
-    options = ("y=[[1]]", "noise_std=0.25", "iterations=20", "tolerance=1e-06")
+    options = ("y=[[1]]", "noise_std=0.25", "iterations=10", "tolerance=1e-06")
     assert ",\n    ".join(options) in repr(linear)
