@@ -107,7 +107,10 @@ def floor(results: Results) -> Iterator[str]:
 
 def draw(results: Results) -> Figure:
     """Plot the Fréchet distance of each seed, for each budget and kind of sampling."""
-    budgets = BUDGETS[results.settings.get("scale", "small")]
+    budgets = sorted(
+        BUDGETS[results.settings.get("scale", "small")],
+        key=lambda budget: (budget[0] == "ancestral", budget[1]),
+    )
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes, marks = figure.subplots(), {P: "o", PC: "s", C: "x"}
     for place, (predictor, evaluations, count) in enumerate(budgets):
@@ -116,14 +119,15 @@ def draw(results: Results) -> Figure:
             for at in results.steps("VE", name)[-1:]:
                 distances = [q["frechet"] for q in results.seeds("VE", at, name).values()]
                 across = [place + 0.2 * (number - 1)] * len(distances)
-                axes.plot(across, distances, marks[kind], color=f"C{number}",
-                          label=None if place else kind)  # fmt: skip
+                axes.plot(across, distances, marks[kind], color=f"C{number}", label=kind)
     labels = [f"{predictor}\n{evaluations:,} evaluations, {count:,} samples"
               for predictor, evaluations, count in budgets]  # fmt: skip
     axes.set_xticks(range(len(budgets)), labels, fontsize=8)
     axes.set(yscale="log", ylabel="glyph Fréchet distance", xlim=(-0.5, len(budgets) - 0.5))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    handles, kinds_drawn = axes.get_legend_handles_labels()
+    if handles:
+        each = dict(zip(kinds_drawn, handles, strict=True))
+        axes.legend(each.values(), each.keys(), fontsize=8)
     return figure
 
 

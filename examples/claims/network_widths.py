@@ -24,6 +24,7 @@ from chains import IMAGES, sampler
 from experiment import Claim, Finding, Lab, compare
 from intervals import interval
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from measures import Quality, chain_bits
 from presets import Run
 from recipes import WIDTHS
@@ -110,6 +111,9 @@ def draw(results: Results) -> Figure:
                 axes.plot([costs[s] for s in seeds], [value(tables[s]) for s in seeds], "o",
                           color=f"C{place}", label=f"width {width}")  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="operations of training", ylabel=label)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     return figure
