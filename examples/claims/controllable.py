@@ -12,8 +12,8 @@ hindsight. It knows every training image, but no new character.
     python examples/claims/controllable.py
     python examples/claims/controllable.py --seeds 2 --steps 20
 
-Small: 16x16 glyphs, an NCSN++ of width 16 (VE), 100 evaluations; 10 minutes of one CPU core for
-each seed, of which 6 are those of the checks.
+Small: 16x16 glyphs, an NCSN++ of width 16 (VE), 100 evaluations; 20 minutes of one CPU core for
+each seed, of which 10 are those of the checks and 5 those of the classes.
 """
 
 from collections.abc import Callable, Iterable

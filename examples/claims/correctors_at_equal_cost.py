@@ -9,7 +9,7 @@ signal-to-noise ratio for CIFAR-10, .16, which was not tuned for glyphs.
     python examples/claims/correctors_at_equal_cost.py
     python examples/claims/correctors_at_equal_cost.py --seeds 2 --steps 20
 
-Small: 16x16 glyphs, an NCSN++ of width 16; 22 minutes of one CPU core for each seed, of which 8 are
+Small: 16x16 glyphs, an NCSN++ of width 16; 35 minutes of one CPU core for each seed, of which 8 are
 those of 1,000 samples in 200 evaluations. Full: 200 to 2,000 evaluations.
 """
 

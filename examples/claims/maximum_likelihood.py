@@ -10,7 +10,7 @@ table 2: sub-VP has fewer bits than VP, by the probability flow.
     python examples/claims/maximum_likelihood.py
     python examples/claims/maximum_likelihood.py --seeds 2 --steps 20 40
 
-Small: dequantized 16x16 glyphs, DDPM++ (VP, sub-VP) and NCSN++ (VE) of width 16; 18 minutes of one
+Small: dequantized 16x16 glyphs, DDPM++ (VP, sub-VP) and NCSN++ (VE) of width 16; 25 minutes of one
 CPU core for each seed and 800 steps. The dequantizer is trained for 800 steps on a network with LW
 and IS that is not changed.
 """
