@@ -1,8 +1,8 @@
 """EDM's sampler and weighting: quality of samples against network evaluations.
 
 Karras et al., 2022, arXiv 2206.00364: Heun's method reaches the quality of Euler's in far fewer
-evaluations; noise levels are best spaced with rho = 7, not 3 or, uniformly, 1; EDM's weighting trains
-better than a uniform weight of the noise error.
+evaluations; noise levels are best spaced with rho = 7, not 3 or, uniformly, 1; EDM's weighting
+trains better than a uniform weight of the noise error.
 
     python examples/claims/edm_sampling.py
     python examples/claims/edm_sampling.py --seeds 2 --steps 20
