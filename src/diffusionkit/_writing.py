@@ -71,7 +71,7 @@ def atomic_folder(path: str | os.PathLike[str], content: str) -> Iterator[str]:
     """Yield a new folder that gets the name of a path at the end, if that is new or empty.
 
     Of several writers of one path each has a folder of its own, and the first to end has the name.
-    What a killed one left is removed by the next, as that of `atomic_write`.
+    The folder that a killed writer left is removed by the next one, as with `atomic_write`.
 
     Args:
         path: the folder to make.
