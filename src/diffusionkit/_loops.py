@@ -38,7 +38,7 @@ def _is_last(blocks: Counter[Any], key: Any) -> bool:
 
 @contextlib.contextmanager
 def without_gradients() -> Iterator[None]:
-    """Disable gradients, and drop at the end what autocast has cached; see `evaluation_mode`."""
+    """Disable gradients, and and clear the cache of autocast at the end; see `evaluation_mode`."""
     try:
         with torch.no_grad():
             yield
@@ -53,8 +53,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     A call of that wrapper may wait for the other processes, which may evaluate the model another
     number of times: adaptive solvers do, and processes with shares of unequal size.
 
-    What autocast has cached is dropped at the end: weights that older torch cast without gradients
-    would be used by a loss in the same block of autocast, and would then not be trained.
+    The cache of autocast is cleared at the end: a loss in the same block of autocast would reuse
+    weights that older torch cast without gradients, and these weights would not be trained.
 
     Yields:
         The model, without the wrapper if it is in one itself.

@@ -315,6 +315,13 @@ EVALUATIONS = {
     "flow": lambda m, x: ProbabilityFlow(m, rtol=0.1, atol=0.1).sample(x.shape),
     "ODE": lambda m, x: ODELikelihood(m, rtol=0.1, atol=0.1)(x),
     "bound": lambda m, x: NELBO(m)(x),
+    "bound by a divergence": lambda m, x: NELBO(m, divergence=Hutchinson())(x),
+    "ODE to a target": lambda m, x: ODELikelihood(
+        m, rtol=0.1, atol=0.1, divergence=Hutchinson(), target_stderr=0.5, max_probes=2
+    )(x),
+    "residuals": lambda m, x: LinearGaussianGuidance(
+        m, lambda x0: x0[:, :1], torch.zeros(1, 1), 0.1
+    ).residuals(x, torch.full((len(x),), 0.5)),
     "bound of a chain": lambda m, x: ChainNELBO(m, GaussianDecoder())(x.long() * 0),
     "held-out loss": lambda m, x: held_out_loss(ScoreMatching(), m, x, progress=False),
     "bits": lambda m, x: evaluate_bits_per_dim(NELBO(m), x, progress=False),
